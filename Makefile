@@ -1,0 +1,59 @@
+# The verbs of this project. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_SLOW := $(VENV)/.ready-slow
+# The TPU compiler, for ahead-of-time tests only: beside the environment, because wherever JAX can
+# import it, it looks for TPUs at every start.
+TPU_COMPILER := $(VENV)/tpu-compiler
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-input --disable-pip-version-check \
+	--constraint constraints.txt
+
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help setup train test test-slow check format clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+setup: $(READY)  ## make the virtual environment with the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "moejax needs Python >= 3.11; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	    "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --editable '.[dev,tensorboard]'
+	@touch $@
+
+$(READY_SLOW): $(READY)
+	$(PIP_INSTALL) --editable '.[dev,tensorboard,parity]'
+	$(PIP_INSTALL) --no-deps --upgrade --target $(TPU_COMPILER) libtpu
+	@touch $@
+
+train: $(READY)  ## train the default language model in runs/default (options: ARGS="--config.train.steps=100")
+	$(BIN)/moejax train --config=configs/lm.py --workdir=runs/default $(ARGS)
+
+test: $(READY)  ## run the CPU tests, on 8 virtual devices
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+
+test-slow: $(READY_SLOW)  ## run the slow suites (installs PyTorch, transformers and the TPU compiler first)
+	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(READY)  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(READY)  ## rewrite the files as `make check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment, caches and build products; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find moejax tests configs experiments scripts -name __pycache__ -type d -prune -exec rm -rf {} +

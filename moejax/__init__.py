@@ -1,0 +1,45 @@
+"""moejax: research on expert-parallel mixture-of-experts transformers in JAX and Flax NNX.
+
+layer = moejax.MoE(256, 512, 8, gate=moejax.gating.make("mixtral", k=2), rngs=nnx.Rngs(0))
+y_BLD, info = layer(x_BLD)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from moejax import gating
+from moejax.errors import UserError
+from moejax.mesh import make_mesh
+from moejax.types import Context, Gate, GateContext, GateOutput, MoEInfo, MoEStats, Routing
+
+if TYPE_CHECKING:
+    from moejax.layers.moe import MoE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Context",
+    "Gate",
+    "GateContext",
+    "GateOutput",
+    "MoE",
+    "MoEInfo",
+    "MoEStats",
+    "Routing",
+    "UserError",
+    "gating",
+    "make_mesh",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Flax and chex take most of the second that importing them with the rest would add to
+    # `import jax`; the command line's quick answers and code that only configures need neither.
+    if name == "MoE":
+        from moejax.layers.moe import MoE
+
+        return MoE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

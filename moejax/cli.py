@@ -1,0 +1,299 @@
+"""The ``moejax`` command. Each subcommand imports what it needs when it runs."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from moejax.errors import UserError, suggest
+from moejax.flags import Parser, check_flag
+from moejax.overrides import take_overrides
+
+FAILED = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+
+CONFIG_HELP = "path.py[:arg], package.module[:arg] or a run's workdir; arg is key=value,key=value"
+OVERRIDES = """\
+Every config field can be overridden, before or after the other flags, with
+  --config.SECTION.FIELD=VALUE        such as --config.train.steps=500
+The value is read as the type of the field's default. --config.moe.gate.name=NAME
+also brings the gate's own fields, which can be set in the same command.
+`moejax config` lists all fields."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit status.
+
+    0 done, 1 a check failed (doctor) or the loss is not finite, 2 the user's mistake, 75 preempted
+    after saving (train), 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # A page's or a gate's module beside the user is found, as it is under `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return _run(argv)
+    except UserError as error:
+        print(f"moejax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("moejax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED if argv[0] == "train" else 0  # a run that cannot speak has stopped short
+
+
+def _run(argv: list[str]) -> int:
+    parser, commands = build_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return USER_ERROR
+    if not argv[0].startswith("-") and argv[0] not in commands:
+        raise UserError(f"unknown command {argv[0]!r}; {suggest(argv[0], commands)}")
+    overrides, rest = take_overrides(argv)
+    for word in rest[1:]:
+        # Before argparse, which would first ask for the flag that is misspelt here.
+        if argv[0] in commands and word.startswith("--") and word != "--":
+            check_flag(word, commands[argv[0]])
+    try:
+        args, unknown = parser.parse_known_args(rest)
+    except SystemExit as done:  # --help and --version, after printing
+        return int(done.code or 0)
+    command = commands[args.command]
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]!r} (see `{command.prog} --help`)")
+    if overrides and not args.takes_overrides:
+        raise UserError(f"{command.prog} takes no config, so {overrides[0]} has no effect")
+    args.overrides = overrides
+    return args.run(args)
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and that of each command."""
+    from moejax import __version__
+
+    parser = Parser(
+        prog="moejax",
+        description="Mixture-of-Experts transformers in JAX, for research on gating functions.",
+        epilog="A first run:\n  moejax train --config=configs/lm.py --workdir=runs/first\n\n"
+        "`moejax COMMAND --help` explains a command.\n"
+        "Exit status: 0 done, 2 a mistake in the command or config, 75 preempted after saving.",
+    )
+    parser.add_argument("--version", action="version", version=f"moejax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_config(commands)
+    _add_gates(commands)
+    _add_data(commands)
+    _add_doctor(commands)
+    return parser, dict(commands.choices)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model, or go on with a run",
+        description="Trains the model that a config describes. The same command again in the same "
+        "workdir\ngoes on from the last checkpoint; if the run had finished, it does nothing.",
+        epilog="Examples:\n"
+        "  moejax train --config=configs/lm.py:gate=switch --workdir=runs/switch\n"
+        "  moejax train --config=configs/lm.py:size=debug --config.train.steps=20 --workdir=runs/a"
+        f"\n\n{OVERRIDES}",
+    )
+    parser.add_argument("--config", required=True, metavar="SOURCE", help=CONFIG_HELP)
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where checkpoints and metrics are written"
+    )
+    parser.set_defaults(run=_train, takes_overrides=True)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from moejax.config import load, validate
+
+    loaded = load(args.config, args.overrides)
+    validate(loaded.config)
+    if os.path.exists(args.workdir) and not os.path.isdir(args.workdir):
+        raise UserError(f"--workdir={args.workdir} is a file; name a folder, new or of a run")
+
+    from moejax.train import loop
+
+    return loop.run(loaded.config, args.workdir, source=loaded.source, overrides=loaded.overrides)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint",
+        description="Evaluates a checkpoint of a run on its held-out text and prints the result as "
+        "one\nJSON object. Writes nothing.",
+        epilog="Examples:\n"
+        "  moejax eval --workdir=runs/switch\n"
+        "  moejax eval --workdir=runs/switch --step=200 --config.moe.eval_transport=cells\n\n"
+        f"{OVERRIDES}",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    parser.set_defaults(run=_eval, takes_overrides=True)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from moejax.config import load, validate
+
+    if args.step is not None and args.step < 0:
+        raise UserError(f"--step={args.step} must be the number of a checkpoint, 0 or more")
+    loaded = load(os.path.join(args.workdir, "config.json"), args.overrides)
+    validate(loaded.config)
+
+    from moejax.train import loop, rows
+
+    try:
+        row = loop.evaluate(loaded.config, args.workdir, args.step)
+    except rows.Divergence as problem:
+        print(f"moejax: the held-out loss is not finite at {problem}", file=sys.stderr)
+        return FAILED
+    print(json.dumps(row))
+    return 0
+
+
+def _add_config(commands: Any) -> None:
+    parser = commands.add_parser(
+        "config",
+        help="show a resolved config",
+        description="Prints every field with value, type and meaning, marks what differs from the "
+        "page and\nfrom the defaults, and checks the config. Without a config: the defaults.",
+        epilog="Examples:\n"
+        "  moejax config\n"
+        "  moejax config --config=configs/lm.py:gate=switch --config.train.steps=500 --diff\n"
+        "  moejax config --workdir=runs/switch\n\n"
+        f"{OVERRIDES}",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--config", metavar="SOURCE", help=CONFIG_HELP)
+    source.add_argument("--workdir", metavar="DIR", help="the config of a run")
+    parser.add_argument("--diff", action="store_true", help="only what is not at its default")
+    parser.flags += ["--config", "--workdir"]
+    parser.set_defaults(run=_config, takes_overrides=True)
+
+
+def _config(args: argparse.Namespace) -> int:
+    from moejax import config as configs
+    from moejax.overrides import apply_overrides
+    from moejax.show import config_diff, config_tree
+
+    source = args.config
+    if args.workdir:
+        source = os.path.join(args.workdir, "config.json")
+    if source:
+        loaded = configs.load(source, args.overrides)
+    else:
+        resolved = configs.default()
+        apply_overrides(resolved, args.overrides)
+        loaded = configs.Loaded(resolved, configs.default(), "", tuple(args.overrides))
+    print(config_diff(loaded) if args.diff else config_tree(loaded))
+    mark = configs.validate(loaded.config).mark
+    if mark:
+        print(f"\nA token may see more than its past: {mark}")
+    return 0
+
+
+def _add_gates(commands: Any) -> None:
+    parser = commands.add_parser(
+        "gates",
+        help="list the gating functions",
+        description="Lists every gate: what a token's output may depend on, and the fields below\n"
+        "moe.gate with their defaults. With a name: its equation, paper and fields.",
+        epilog="Examples:\n  moejax gates\n  moejax gates switch",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="explain this gate")
+    parser.set_defaults(run=_gates, takes_overrides=False)
+
+
+def _gates(args: argparse.Namespace) -> int:
+    from moejax.show import gate_page, gates_table
+
+    print(gate_page(args.name) if args.name else gates_table())
+    return 0
+
+
+def _add_data(commands: Any) -> None:
+    parser = commands.add_parser(
+        "data",
+        help="train a tokenizer, tokenise text once",
+        description="Prepares text for data.tokenizer and data.path. Neither is needed: without "
+        "them\ntext is read as bytes, and without data.path the built-in corpus is used.",
+        epilog="Examples:\n"
+        "  moejax data tokenizer --path=books/ --vocab-size=8192 --out=bpe.json\n"
+        "  moejax data prepare --path=books/ --tokenizer=bpe.json --out=shards/\n"
+        "  moejax train --config=configs/lm.py --config.data.path=shards/ --workdir=runs/books",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    tokenizer = actions.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
+    tokenizer.add_argument(
+        "--vocab-size", required=True, type=int, metavar="N", help="tokens, at least 257"
+    )
+    tokenizer.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
+    tokenizer.set_defaults(run=_data_tokenizer, takes_overrides=False)
+    prepare = actions.add_parser("prepare", help="tokenise text into shards, once")
+    prepare.add_argument(
+        "--tokenizer", default="", metavar="FILE", help="a tokenizer JSON file (default: bytes)"
+    )
+    prepare.add_argument("--out", required=True, metavar="DIR", help="the new folder of shards")
+    prepare.set_defaults(run=_data_prepare, takes_overrides=False)
+    for action in (tokenizer, prepare):
+        action.add_argument(
+            "--path", default="", metavar="PATH", help="file or folder (default: built-in corpus)"
+        )
+        action.add_argument(
+            "--eval-fraction", default=0.05, type=float, metavar="X", help="held out (default 0.05)"
+        )
+        parser.flags += action.flags
+
+
+def _data_tokenizer(args: argparse.Namespace) -> int:
+    from moejax.data.tokenizer import train_bpe
+
+    size = train_bpe(args.path, args.vocab_size, args.out, eval_fraction=args.eval_fraction)
+    print(f"{args.out}: {size} tokens; use it with --config.data.tokenizer={args.out}")
+    return 0
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from moejax.data.prepare import prepare
+
+    index = prepare(args.path, args.tokenizer, args.out, args.eval_fraction)
+    for field, value in dataclasses.asdict(index).items():
+        print(f"{field:<24} {value}")
+    print(f"use it with --config.data.path={args.out}")
+    return 0
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what this machine can run",
+        description="Tries what moejax needs: devices, every collective, a matmul, one MoE layer.",
+        epilog="Example:\n  moejax doctor --cpu-devices=8",
+    )
+    parser.add_argument(
+        "--cpu-devices", default=4, type=int, metavar="N", help="virtual CPU devices (default 4)"
+    )
+    parser.set_defaults(run=_doctor, takes_overrides=False)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    if args.cpu_devices < 1:
+        raise UserError(f"--cpu-devices={args.cpu_devices} must be at least 1")
+    from moejax.doctor import report
+
+    return report(args.cpu_devices)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

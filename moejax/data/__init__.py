@@ -1,0 +1,15 @@
+"""Text in, batches out: corpora, tokenizers, batches by step, and n-gram baselines.
+
+    documents.py  files as documents, the scan of a folder, the held-out split by file
+    builtin.py    the source of the running Python's standard library, the default corpus
+    tokenizer.py  bytes as tokens, Hugging Face tokenizer files, training a byte-level BPE
+    corpus.py     documents to token arrays with a fingerprint: `load(config.data)`
+    shards.py     the on-disk form of a tokenised corpus (index.json, train.bin, heldout.bin)
+    prepare.py    tokenise once, read many times: `prepare(path, tokenizer, out_dir)`
+    batches.py    batches as a pure function of the global step; evaluation batches; prefetching
+    domains.py    code, comment, docstring or English, for every byte of Python source
+    baselines.py  held-out loss of bigram and trigram models
+
+Nothing here needs an accelerator or a network. Importing the package is light; grain and
+tokenizers are imported by the functions that use them.
+"""

@@ -1,0 +1,123 @@
+"""Held-out loss of bigram and trigram models: what a network must beat to have learned anything.
+
+Interpolated Witten-Bell smoothing (Bell, Cleary, Witten 1990, "Text Compression", method C; Chen
+and Goodman 1999, section 2.4). With c(h) occurrences of the context h and t(h) distinct tokens seen
+after it,
+
+    p(w | h) = (c(h, w) + t(h) p(w | h')) / (c(h) + t(h)),
+
+where h' drops the oldest token of h, the empty context backs off to the uniform distribution over
+the vocabulary, and an unseen context passes on p(w | h') unchanged. Each p(. | h) sums to one.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+_MAX_VOCAB = 1 << 21  # three ids fit in 63 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """Counts of one order: n-grams (context, then token) and contexts, each as sorted keys."""
+
+    gram_keys: np.ndarray
+    gram_counts: np.ndarray
+    context_keys: np.ndarray
+    context_counts: np.ndarray
+    context_types: np.ndarray  # distinct tokens seen after the context
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramModel:
+    """An interpolated Witten-Bell model; `orders[n]` conditions on n previous tokens."""
+
+    vocab_size: int
+    orders: tuple[_Order, ...]
+
+    def log_probs(self, tokens_N: Integer[np.ndarray, " N"]) -> tuple[Float[np.ndarray, " N"], ...]:
+        """Natural log-probability of each token after the ones before it, for every order.
+
+        Element n uses at most n previous tokens; the first tokens use those there are.
+        """
+        probability = np.full(len(tokens_N), 1.0 / self.vocab_size)
+        result = []
+        for n, order in enumerate(self.orders):
+            probability = probability.copy()
+            if len(tokens_N) > n:
+                keys = _keys(tokens_N, self.vocab_size, n)
+                probability[n:] = _interpolate(order, keys, self.vocab_size, probability[n:])
+            result.append(np.log(probability))
+        return tuple(result)
+
+
+def fit_ngrams(tokens_N: Integer[np.ndarray, " N"], vocab_size: int, context: int) -> NgramModel:
+    """Counts n-grams with up to `context` (0, 1 or 2) previous tokens."""
+    if not 0 <= context <= 2 or not 1 <= vocab_size <= _MAX_VOCAB:
+        raise ValueError(f"context {context}, vocab_size {vocab_size}: out of range")
+    orders = (_count(tokens_N, vocab_size, n) for n in range(context + 1))
+    return NgramModel(vocab_size, tuple(orders))
+
+
+def _keys(tokens_N: np.ndarray, vocab_size: int, context: int) -> np.ndarray:
+    """One integer per n-gram; dividing it by the vocabulary size gives the context's."""
+    dtype = (
+        np.uint32 if vocab_size ** (context + 1) <= 1 << 32 else np.uint64
+    )  # narrow sorts faster
+    length = len(tokens_N) - context
+    keys = np.zeros(length, dtype=dtype)
+    for i in range(context + 1):
+        keys *= dtype(vocab_size)
+        keys += tokens_N[i : i + length].astype(dtype)
+    return keys
+
+
+def _count(tokens_N: np.ndarray, vocab_size: int, context: int) -> _Order:
+    keys, counts = np.unique(_keys(tokens_N, vocab_size, context), return_counts=True)
+    contexts, first, types = np.unique(keys // vocab_size, return_index=True, return_counts=True)
+    totals = np.add.reduceat(counts, first) if len(first) else np.zeros(0, counts.dtype)
+    return _Order(keys, counts, contexts, totals, types)
+
+
+def _look_up(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values` of the keys in the sorted `table`; 0 for keys that are not there."""
+    if len(table) == 0:
+        return np.zeros(len(keys), dtype=np.int64)
+    at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
+    return np.where(table[at] == keys, values[at], 0)
+
+
+def _interpolate(order: _Order, keys: np.ndarray, vocab_size: int, lower: np.ndarray) -> np.ndarray:
+    contexts = keys // vocab_size
+    seen = _look_up(order.gram_keys, keys, order.gram_counts)
+    total = _look_up(order.context_keys, contexts, order.context_counts)
+    types = _look_up(order.context_keys, contexts, order.context_types)
+    known = total > 0
+    return np.where(known, (seen + types * lower) / np.where(known, total + types, 1), lower)
+
+
+def ngram_baselines(
+    train_N: Integer[np.ndarray, " N"],
+    heldout_N: Integer[np.ndarray, " M"],
+    vocab_size: int,
+    *,
+    max_train: int = 20_000_000,
+    max_heldout: int = 2_000_000,
+) -> dict[str, float]:
+    """Held-out loss in nats per token of a bigram and a trigram model fitted on `train_N`.
+
+    Of longer streams, `max_train` and `max_heldout` tokens in 64 evenly spread stretches are used.
+    """
+    model = fit_ngrams(_spread(train_N, max_train), vocab_size, context=2)
+    _, bigram, trigram = model.log_probs(_spread(heldout_N, max_heldout))
+    return {"bigram": -float(bigram.mean()), "trigram": -float(trigram.mean())}
+
+
+def _spread(tokens_N: np.ndarray, limit: int, stretches: int = 64) -> np.ndarray:
+    """All tokens, or about `limit` of them in evenly spread stretches, joined."""
+    if len(tokens_N) <= limit:
+        return tokens_N
+    size = -(-limit // stretches)
+    begins = [i * (len(tokens_N) - size) // (stretches - 1) for i in range(stretches)]
+    return np.concatenate([tokens_N[begin : begin + size] for begin in begins])

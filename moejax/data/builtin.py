@@ -1,0 +1,50 @@
+"""The default corpus: the source of the running Python's standard library, without its tests.
+
+About 11 MB of code, comments, docstrings and English that is present wherever Python is, under the
+PSF licence. The text differs between Python versions (and distributions that ship only part of the
+library), so a run records the corpus's fingerprint and compares numbers only where it is equal.
+"""
+
+import os
+import platform
+import sysconfig
+
+from moejax.data.documents import Document, find_documents
+from moejax.errors import UserError
+
+TOPICS = "pydoc_data/topics.py"  # the language reference in English, as string literals
+
+_EXCLUDED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+)
+
+
+def builtin_name() -> str:
+    """Name of the built-in corpus, e.g. "python-3.11.7-stdlib"."""
+    return f"python-{platform.python_version()}-stdlib"
+
+
+def builtin_documents(root: str = "") -> list[Document]:
+    """The `.py` files of the standard library below `root` (default: the running Python's).
+
+    Left out: tests, installed packages, and the files that record how this Python was built, which
+    differ between two builds of one version. Raises UserError if nothing is left.
+    """
+    root = root or sysconfig.get_path("stdlib")
+    found = find_documents(root, skip_folders=_EXCLUDED_FOLDERS) if os.path.isdir(root) else []
+    documents = [document for document in found if _is_library_source(document.name)]
+    if not documents:
+        raise UserError(
+            f"data.path: this Python ships no library source in {root!r} to train on; "
+            "set data.path to a file or folder of text"
+        )
+    return documents
+
+
+def _is_library_source(name: str) -> bool:
+    *folders, file = name.split("/")
+    return (
+        file.endswith(".py")
+        and not file.startswith("_sysconfigdata")
+        and not any(folder.startswith("config-") for folder in folders)
+    )

@@ -1,0 +1,155 @@
+"""Which kind of text a byte of Python source is: code, comment, docstring or English.
+
+The labels of the built-in corpus show what experts specialise in. They are made by two passes of
+regular expressions. The first finds comments and string literals; nothing else in Python contains
+a "#" or a quote, so this is exact, except for an f-string that reuses its own quote inside a
+replacement field (Python 3.12). The second walks the code with comments blanked and strings masked
+and marks as docstring what Python's grammar says: an unprefixed, raw or unicode string literal that
+is the first statement of a module, class or function (parenthesised ones are taken for code).
+"""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+
+from moejax.data.builtin import TOPICS
+from moejax.data.corpus import Corpus, Origin
+from moejax.data.documents import Document
+from moejax.errors import UserError
+
+CODE, COMMENT, DOCSTRING, ENGLISH = range(4)
+NAMES = ("code", "comment", "docstring", "english")
+
+# Possessive quantifiers do not backtrack and a string that nobody closes ends with its line or the
+# text: together, linear time on any input.
+_COMMENT_OR_STRING = re.compile(
+    rb"""\#[^\r\n]*+
+    | \"\"\" [^"\\]*+ (?: (?: \\. | "(?!"") ) [^"\\]*+ )*+ (?:\"\"\"|\\?\Z)
+    | ''' [^'\\]*+ (?: (?: \\. | '(?!'') ) [^'\\]*+ )*+ (?:'''|\\?\Z)
+    | " [^"\\\r\n]*+ (?: \\(?:\r\n|.) [^"\\\r\n]*+ )*+ (?:"|(?=[\r\n])|\\?\Z)
+    | ' [^'\\\r\n]*+ (?: \\(?:\r\n|.) [^'\\\r\n]*+ )*+ (?:'|(?=[\r\n])|\\?\Z)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_MASK = 1  # stands for a byte of a string literal, as a blank does for a comment's
+_DEFINITION = re.compile(rb"^[ \t\f]*(?:async[ \t]+)?(?:def|class)\b", re.MULTILINE)
+_BRACKET_OR_COLON = re.compile(rb"[()\[\]{}:]")
+_LAYOUT = re.compile(rb"(?:[ \t\f\r\n]|\\\r?\n)*+")
+_STRINGS_IN_LINE = re.compile(rb"\x01+(?:(?:[ \t\f]|\\\r?\n)*\x01+)*+")
+_LETTERS = re.compile(rb"[A-Za-z]*")
+_END_OF_STATEMENT = re.compile(rb"[ \t\f]*(?:[\r\n;]|\Z)")
+
+
+def label_bytes(source: bytes, *, strings_are_english: bool = False) -> UInt8[np.ndarray, " N"]:
+    """A label (CODE, COMMENT, DOCSTRING, ENGLISH) for each byte of Python source.
+
+    A comment runs from "#" to the end of its line, without the line break. A docstring includes its
+    quotes and prefix. With `strings_are_english`, every other string literal is ENGLISH; otherwise
+    it is CODE. Source that is not valid Python is labelled as far as it can be read.
+    """
+    starts, ends, is_comment = _find_comments_and_strings(source)
+    text = np.frombuffer(source, dtype=np.uint8)
+    mask = _paint(len(source), starts, ends, np.where(is_comment, ord(" "), _MASK))
+    masked = np.where(mask == 0, text, mask).tobytes()
+    rest = ENGLISH if strings_are_english else CODE
+    labels = _paint(len(source), starts, ends, np.where(is_comment, COMMENT, rest))
+    for start, end in _docstrings(source, masked):
+        labels[start:end] = DOCSTRING
+    return labels
+
+
+def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndarray, " M"]]:
+    """Labels of a corpus's training and held-out tokens, aligned with them.
+
+    A token of several bytes takes the label of its first; separators are CODE. Works for Python
+    source tokenised as bytes or by a byte-level BPE. Raises UserError for any other corpus and for
+    one whose files have changed since it was loaded.
+    """
+    if corpus.origin is None:
+        raise UserError(
+            f"data.path: {corpus.name!r} holds tokens only; labels need the Python source"
+        )
+    split = corpus.origin.split
+    return (
+        _stream_labels(split.train, corpus.train_N, corpus.origin),
+        _stream_labels(split.heldout, corpus.heldout_N, corpus.origin),
+    )
+
+
+def _stream_labels(
+    documents: tuple[Document, ...], tokens_N: np.ndarray, origin: Origin
+) -> np.ndarray:
+    parts = []
+    for document in documents:
+        if not document.name.endswith(".py"):
+            raise UserError(f"data.path: {document.path!r} is not Python source; it has no labels")
+        parts.append(label_bytes(document.read(), strings_are_english=document.name == TOPICS))
+        parts.append(np.array([CODE], dtype=np.uint8))
+    labels = np.concatenate(parts[:-1])
+    ends = np.cumsum(origin.tokenizer.token_bytes()[tokens_N])
+    if ends[-1] != len(labels):
+        raise UserError(
+            "data.path: the source files have changed since they were loaded; run again"
+        )
+    return labels[np.concatenate([[0], ends[:-1]])]
+
+
+def _find_comments_and_strings(source: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts, ends and "is a comment" of all comments and string literals (with their prefixes)."""
+    spans = [match.span() for match in _COMMENT_OR_STRING.finditer(source)]
+    starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    text = np.frombuffer(b"\0\0\0" + source, dtype=np.uint8)  # three bytes before every start
+    is_comment = text[starts + 3] == ord("#")
+    first, second, third = (text[starts + 3 - distance] for distance in (1, 2, 3))
+    one = _IN_PREFIX[first] & ~_IN_NAME[second]
+    two = _IN_PREFIX[first] & _IN_PREFIX[second] & ~_IN_NAME[third]
+    return starts - np.where(is_comment, 0, one + 2 * two), ends, is_comment
+
+
+def _byte_set(members: bytes) -> np.ndarray:
+    return np.isin(np.arange(256), np.frombuffer(members, dtype=np.uint8))
+
+
+_IN_PREFIX = _byte_set(b"rRbBuUfFtT")
+_IN_NAME = _byte_set(b"_" + bytes(c for c in range(256) if chr(c).isalnum() or c >= 0x80))
+
+
+def _paint(length: int, starts: np.ndarray, ends: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """An array that holds `values[i]` on `starts[i]:ends[i]` and 0 elsewhere."""
+    change = np.zeros(length + 1, dtype=np.int16)
+    change[starts] += values.astype(np.int16)  # spans do not overlap: no index occurs twice
+    change[ends] -= values.astype(np.int16)
+    return np.cumsum(change[:-1], dtype=np.int16).astype(np.uint8)
+
+
+def _docstrings(source: bytes, masked: bytes) -> Iterator[tuple[int, int]]:
+    bodies = [3 if source.startswith(b"\xef\xbb\xbf") else 0]
+    headers = [match.end() for match in _DEFINITION.finditer(masked)]
+    limits = [*headers, len(masked)][1:]  # a header ends before the next begins
+    bodies += [_after_header(masked, *span) for span in zip(headers, limits, strict=True)]
+    for body in bodies:
+        strings = _STRINGS_IN_LINE.match(masked, _end(_LAYOUT, masked, body))
+        if strings is None or not _END_OF_STATEMENT.match(masked, strings.end()):
+            continue
+        prefix = source[strings.start() : _end(_LETTERS, source, strings.start())]
+        if set(prefix.lower()) <= set(b"ru"):  # bytes and f-strings are no docstrings
+            yield strings.span()
+
+
+def _after_header(masked: bytes, begin: int, limit: int) -> int:
+    """The position after the colon that ends a `def` or `class` header; the limit without one."""
+    depth = 0
+    for match in _BRACKET_OR_COLON.finditer(masked, begin, limit):
+        char = match.group()
+        if char == b":" and depth == 0:
+            return match.end()
+        depth += (char in b"([{") - (char in b")]}")
+    return limit
+
+
+def _end(pattern: re.Pattern[bytes], text: bytes, begin: int) -> int:
+    """Where a match of `pattern`, which may be empty, ends."""
+    match = pattern.match(text, begin)
+    return begin if match is None else match.end()

@@ -1,0 +1,77 @@
+"""Tokenise once, read many times: text to memory-mapped token shards."""
+
+import os
+import tempfile
+
+from moejax.data.corpus import Origin, open_text
+from moejax.data.shards import (
+    HELDOUT,
+    TRAIN,
+    Index,
+    fingerprint,
+    is_prepared,
+    map_tokens,
+    write_index,
+    write_tokens,
+)
+from moejax.data.tokenizer import encode_documents, token_dtype
+from moejax.errors import UserError
+
+
+def prepare(path: str, tokenizer: str, out_dir: str, eval_fraction: float = 0.05) -> Index:
+    """Tokenises `path` into the new folder `out_dir`, for `data.path`; returns its index.
+
+    Args:
+      path: a file or folder of text; empty for the built-in corpus.
+      tokenizer: a `tokenizers` JSON file; empty for bytes as tokens.
+      out_dir: the folder to make. It may exist if it is empty. It appears complete or not at all.
+      eval_fraction: share of the files to hold out, in (0, 1).
+
+    The text is read document by document; one document at a time is held in memory. The shards give
+    the same corpus, with the same fingerprint, as loading the text with the same arguments.
+    """
+    out_dir = os.path.abspath(os.path.expanduser(out_dir))
+    if path and is_prepared(os.path.expanduser(path)):
+        raise UserError(f"path: {path!r} is already prepared; name the original text")
+    name, origin = open_text(path, tokenizer, eval_fraction)
+    try:
+        if os.path.lexists(out_dir) and (not os.path.isdir(out_dir) or os.listdir(out_dir)):
+            raise UserError(
+                f"out_dir: {out_dir!r} exists and is not an empty folder; choose another"
+            )
+        parent = os.path.dirname(out_dir)
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".prepare-") as temporary:
+            folder = os.path.join(temporary, "shards")
+            os.mkdir(folder)
+            index = _write(folder, name, origin, eval_fraction)
+            os.rename(folder, out_dir)  # replaces an empty folder, fails on any other
+    except OSError as error:
+        raise UserError(f"out_dir: cannot write {out_dir!r}: {error.strerror}") from error
+    return index
+
+
+def _write(folder: str, name: str, origin: Origin, eval_fraction: float) -> Index:
+    tokenizer, dtype = origin.tokenizer, token_dtype(origin.tokenizer.vocab_size)
+    train, heldout = os.path.join(folder, TRAIN), os.path.join(folder, HELDOUT)
+    train_tokens, train_bytes = write_tokens(train, encode_documents(origin.split.train, tokenizer))
+    heldout_tokens, heldout_bytes = write_tokens(
+        heldout, encode_documents(origin.split.heldout, tokenizer)
+    )
+    index = Index(
+        dtype=dtype.name,
+        vocab_size=tokenizer.vocab_size,
+        separator=tokenizer.separator,
+        train_tokens=train_tokens,
+        heldout_tokens=heldout_tokens,
+        train_bytes_per_token=train_bytes / train_tokens,
+        heldout_bytes_per_token=heldout_bytes / heldout_tokens,
+        fingerprint=fingerprint(
+            tokenizer.vocab_size, map_tokens(train, dtype), map_tokens(heldout, dtype)
+        ),
+        source=name,
+        tokenizer=tokenizer.name,
+        eval_fraction=eval_fraction,
+    )
+    write_index(folder, index)
+    return index

@@ -1,0 +1,171 @@
+"""Packing tokens into rows and back: index plans, and the two gathers that follow them.
+
+A plan is a pair of mutually inverse maps between pairs (token, column) and rows of a buffer. With
+both maps at hand every pass is a gather: forward and backward of packing and of combining contain
+no scatter of activations. Everything here is local to a device.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.types import Priority
+
+
+class Plan(NamedTuple):
+    """Where each pair goes. Pair id p = t * K + k; t counts this device's tokens, group by group.
+
+    ``pair_M``: the pair in each row of the buffer, t * K (one past the last) where a row is empty.
+    ``row_tK``: the row of each pair, 0 where the pair has none. ``kept_tK``: whether it has one.
+    """
+
+    pair_M: Int[Array, "M"]
+    row_tK: Int[Array, "t K"]
+    kept_tK: Bool[Array, "t K"]
+
+
+def serving_order(
+    priority: Priority, score_gT: Float[Array, "g T"], columns: int
+) -> Int[Array, "g N"]:
+    """The pairs (t * K + k) of each group in the order in which they ask for room.
+
+    ``position``: token by token, each with all its choices. ``choice``: all first choices by
+    position, then all second choices, ... ``gate``: as choice, but tokens by descending score, ties
+    by position (batch-prioritised routing, Riquelme et al., arXiv 2106.05974). ``random``: token by
+    token, tokens by descending (random) score.
+    """
+    groups, tokens = score_gT.shape
+    token_gT = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
+    if priority in ("gate", "random"):
+        token_gT = jnp.argsort(-score_gT, axis=-1, stable=True)
+    column_K = jnp.arange(columns)
+    if priority in ("position", "random"):
+        pair = token_gT[:, :, None] * columns + column_K
+    else:
+        pair = token_gT[:, None, :] * columns + column_K[:, None]
+    return pair.reshape(groups, tokens * columns)
+
+
+def plan_cells(
+    expert_gTK: Int[Array, "g T K"],
+    weight_gTK: Float[Array, "g T K"],
+    score_gT: Float[Array, "g T"],
+    *,
+    num_experts: int,
+    capacity: int,
+    priority: Priority,
+) -> Plan:
+    """Rows [E, g, C]: each expert has C slots per group, given out in serving order."""
+    groups, tokens, columns = expert_gTK.shape
+    pairs = tokens * columns
+    expert_gN = jnp.where(weight_gTK > 0, expert_gTK, num_experts).reshape(groups, pairs)
+    served_gN = serving_order(priority, score_gT, columns)
+    in_order_gN = jnp.take_along_axis(expert_gN, served_gN, axis=1)
+
+    by_expert_gN = jnp.argsort(in_order_gN, axis=1, stable=True)
+    sorted_expert_gN = jnp.take_along_axis(in_order_gN, by_expert_gN, axis=1)
+    sorted_pair_gN = jnp.take_along_axis(served_gN, by_expert_gN, axis=1)
+    count_gE = jnp.sum(expert_gN[:, None, :] == jnp.arange(num_experts)[:, None], axis=-1)
+    start_gE = jnp.cumsum(count_gE, axis=1) - count_gE
+
+    slot_C = jnp.arange(capacity)
+    index_gEC = jnp.minimum(start_gE[..., None] + slot_C, pairs - 1)
+    pair_gEC = jnp.take_along_axis(sorted_pair_gN[:, None, :], index_gEC, axis=2)
+    group_g11 = jnp.arange(groups)[:, None, None]
+    filled_gEC = slot_C < count_gE[..., None]
+    pair_gEC = jnp.where(filled_gEC, pair_gEC + group_g11 * pairs, groups * pairs)
+
+    start_gE1 = jnp.pad(start_gE, ((0, 0), (0, 1)))
+    rank_sorted_gN = jnp.arange(pairs) - jnp.take_along_axis(start_gE1, sorted_expert_gN, axis=1)
+    rank_gN = jax.vmap(_inverse)(sorted_pair_gN, rank_sorted_gN)
+    kept_gN = (expert_gN < num_experts) & (rank_gN < capacity)
+    row_gN = (expert_gN * groups + jnp.arange(groups)[:, None]) * capacity + rank_gN
+    return Plan(
+        pair_M=jnp.swapaxes(pair_gEC, 0, 1).reshape(-1),
+        row_tK=jnp.where(kept_gN, row_gN, 0).reshape(groups * tokens, columns),
+        kept_tK=kept_gN.reshape(groups * tokens, columns),
+    )
+
+
+def plan_sorted(
+    expert_tK: Int[Array, "t K"], weight_tK: Float[Array, "t K"], *, num_experts: int, rows: int
+) -> tuple[Plan, Int[Array, "E"]]:
+    """Rows sorted by expert, then by pair, inactive pairs nowhere; and how many each expert has.
+
+    Experts outside [0, num_experts) count as inactive. ``rows`` must be at least the number of
+    active pairs; rows past that number are empty.
+    """
+    tokens, columns = expert_tK.shape
+    active_tK = (weight_tK > 0) & (expert_tK >= 0) & (expert_tK < num_experts)
+    expert_N = jnp.where(active_tK, expert_tK, num_experts).reshape(-1)
+    order_N = jnp.argsort(expert_N, stable=True)
+    size_E = jnp.sum(expert_N[None, :] == jnp.arange(num_experts)[:, None], axis=-1)
+    row_N = _inverse(order_N, jnp.arange(expert_N.size))
+    pair_M = jnp.where(jnp.arange(rows) < jnp.sum(size_E), order_N[:rows], expert_N.size)
+    row_tK = jnp.where(active_tK, row_N.reshape(tokens, columns), 0)
+    return Plan(pair_M, row_tK, active_tK), size_E.astype(jnp.int32)
+
+
+def _inverse(index_N: Array, value_N: Array) -> Array:
+    """``out[index[i]] = value[i]`` for a permutation ``index``."""
+    return jnp.zeros_like(value_N).at[index_N].set(value_N, unique_indices=True)
+
+
+@jax.custom_vjp
+def gather_rows(x_tD: Float[Array, "t D"], plan: Plan) -> Float[Array, "M D"]:
+    """The token of each row; zeros where a row is empty."""
+    columns = plan.row_tK.shape[1]
+    # A padding row instead of a select over the result: the copy is of t rows, not of M.
+    padded = jnp.concatenate([x_tD, jnp.zeros_like(x_tD[:1])])
+    return jnp.take(padded, plan.pair_M // columns, axis=0, mode="clip")
+
+
+def _gather_rows_fwd(x_tD: Array, plan: Plan) -> tuple[Array, Plan]:
+    return gather_rows(x_tD, plan), plan
+
+
+def _gather_rows_bwd(plan: Plan, grad_MD: Array) -> tuple[Array, None]:
+    grad_tKD = jnp.take(grad_MD, plan.row_tK, axis=0, mode="clip").astype(jnp.float32)
+    grad_tD = jnp.sum(jnp.where(plan.kept_tK[..., None], grad_tKD, 0.0), axis=1)
+    return grad_tD.astype(grad_MD.dtype), None
+
+
+gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+@jax.custom_vjp
+def combine_rows(
+    rows_MD: Float[Array, "M D"], weight_tK: Float[Array, "t K"], plan: Plan
+) -> Float[Array, "t D"]:
+    """y_t = sum over kept columns of weight_tk rows[row_tk], accumulated in float32."""
+    rows_tKD = jnp.take(rows_MD, plan.row_tK, axis=0, mode="clip").astype(jnp.float32)
+    # A select, not a product with 0: rows that belong to nobody may hold anything.
+    rows_tKD = jnp.where(plan.kept_tK[..., None], rows_tKD, 0.0)
+    return jnp.sum(weight_tK[..., None] * rows_tKD, axis=1).astype(rows_MD.dtype)
+
+
+def _combine_rows_fwd(
+    rows_MD: Array, weight_tK: Array, plan: Plan
+) -> tuple[Array, tuple[Array, Array, Plan]]:
+    return combine_rows(rows_MD, weight_tK, plan), (rows_MD, weight_tK, plan)
+
+
+def _combine_rows_bwd(
+    saved: tuple[Array, Array, Plan], grad_tD: Array
+) -> tuple[Array, Array, None]:
+    rows_MD, weight_tK, plan = saved
+    columns = weight_tK.shape[1]
+    weight_N = jnp.where(plan.kept_tK, weight_tK, 0.0).reshape(-1)
+    weight_N = jnp.concatenate([weight_N, jnp.zeros_like(weight_N[:1])])
+    weight_M = jnp.take(weight_N, plan.pair_M, mode="clip")
+    grad_MD = jnp.take(grad_tD, plan.pair_M // columns, axis=0, mode="clip").astype(jnp.float32)
+    grad_MD = (weight_M[:, None] * grad_MD).astype(rows_MD.dtype)
+
+    rows_tKD = jnp.take(rows_MD, plan.row_tK, axis=0, mode="clip").astype(jnp.float32)
+    dot_tK = jnp.einsum("tkd,td->tk", rows_tKD, grad_tD.astype(jnp.float32))
+    return grad_MD, jnp.where(plan.kept_tK, dot_tK, 0.0), None
+
+
+combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)

@@ -1,0 +1,75 @@
+"""Expert FFNs on stacked weights.
+
+Three layouts of the same computation: rows in fixed cells per expert, rows sorted by expert, and
+one expert on all rows. Under a ``tensor`` split each function sees a slice of F and returns a
+partial sum over F; whoever called it reduces.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.grouped_matmul import grouped_matmul
+from moejax.kernels.vma import match_varying
+from moejax.types import ExpertWeights
+
+ACTIVATIONS: tuple[str, ...] = ("swiglu", "gelu", "relu")
+
+
+def is_gated(activation: str) -> bool:
+    """Whether the activation has a gate branch, hence a third weight matrix."""
+    return activation == "swiglu"
+
+
+def activate(activation: str, gate: Array | None, up: Array) -> Array:
+    """swiglu: silu(gate) * up; gelu (tanh form) and relu: of ``up`` alone."""
+    if activation == "swiglu":
+        assert gate is not None
+        return jax.nn.silu(gate) * up
+    if activation == "gelu":
+        return jax.nn.gelu(up)
+    if activation == "relu":
+        return jax.nn.relu(up)
+    raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+
+
+def cast(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
+    """The weights in the compute dtype."""
+    return jax.tree.map(lambda w: w.astype(dtype), weights)
+
+
+def ffn_cells(
+    weights: ExpertWeights, x_SECD: Float[Array, "S E C D"], activation: str
+) -> Float[Array, "S E C D"]:
+    """Expert e on the rows of its own cells, C from each of S sources."""
+    weights = cast(weights, x_SECD.dtype)
+    up_SECF = jnp.einsum("secd,edf->secf", x_SECD, weights.up_EDF)
+    gate_SECF = None
+    if weights.gate_EDF is not None:
+        gate_SECF = jnp.einsum("secd,edf->secf", x_SECD, weights.gate_EDF)
+    hidden_SECF = activate(activation, gate_SECF, up_SECF)
+    return jnp.einsum("secf,efd->secd", hidden_SECF, weights.down_EFD)
+
+
+def ffn_sorted(
+    weights: ExpertWeights, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"], activation: str
+) -> Float[Array, "N D"]:
+    """Rows sorted by expert, ``sizes_E`` of them for each; later rows are unspecified."""
+    weights = cast(weights, x_ND.dtype)
+    x_ND, sizes_E, *leaves = match_varying(x_ND, sizes_E, *jax.tree.leaves(weights))
+    weights = jax.tree.unflatten(jax.tree.structure(weights), leaves)
+    up_NF = grouped_matmul(x_ND, weights.up_EDF, sizes_E)
+    gate_NF = None
+    if weights.gate_EDF is not None:
+        gate_NF = grouped_matmul(x_ND, weights.gate_EDF, sizes_E)
+    hidden_NF = activate(activation, gate_NF, up_NF)
+    return grouped_matmul(hidden_NF, weights.down_EFD, sizes_E)
+
+
+def ffn_one(
+    weights: ExpertWeights, x_ND: Float[Array, "N D"], activation: str
+) -> Float[Array, "N D"]:
+    """One expert (leaves without their E axis) on all rows."""
+    weights = cast(weights, x_ND.dtype)
+    gate_NF = None if weights.gate_EDF is None else x_ND @ weights.gate_EDF
+    return activate(activation, gate_NF, x_ND @ weights.up_EDF) @ weights.down_EFD

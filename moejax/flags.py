@@ -1,0 +1,43 @@
+"""Command-line flags: argparse with one-line errors and nearest names."""
+
+import argparse
+import difflib
+from typing import NoReturn
+
+from moejax.errors import UserError
+from moejax.overrides import PREFIX
+from moejax.schema import FIELDS
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in full only; a mistake is a UserError, and an unknown flag gets the nearest one."""
+
+    def __init__(self, **options: object) -> None:
+        self.flags: list[str] = []
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+
+    def add_argument(self, *names: str, **options: object) -> argparse.Action:  # pyright: ignore[reportIncompatibleMethodOverride]
+        action = super().add_argument(*names, **options)  # pyright: ignore[reportArgumentType]
+        self.flags += action.option_strings
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def check_flag(word: str, command: Parser) -> None:
+    """Raises UserError, with the nearest flag, unless ``--name[=value]`` is one of the command."""
+    name, equals, value = word.partition("=")
+    if name in command.flags:
+        return
+    if name.removeprefix("--") in FIELDS:
+        hint = f"did you mean {PREFIX}{name.removeprefix('--')}{equals}{value}?"
+    else:
+        flags = [*command.flags, *(PREFIX + field for field in FIELDS)]
+        near = difflib.get_close_matches(name, flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(command.flags)}"
+    raise UserError(f"unknown flag {name}; {hint} (see `{command.prog} --help`)")

@@ -1,0 +1,107 @@
+"""Gating functions: one per file, chosen by value in code and by name in a config.
+
+``make("switch")`` builds a gate from its name; ``GATES`` is the one table of names. A name is
+either a gate or a preset of a published model, which fixes a gate's fields and may also set other
+``moe.*`` fields. A gate of your own is any object with the ``moejax.types.Gate`` protocol, named
+``"my_package.my_module:MyGate"``.
+"""
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.errors import UserError, suggest
+from moejax.gating.dense import Dense
+from moejax.gating.gshard import GShard
+from moejax.gating.noisy_top_k import NoisyTopK, load_probability
+from moejax.gating.ops import top_k_routing
+from moejax.gating.top_k import TopK
+from moejax.types import Gate
+
+__all__ = [
+    "GATES",
+    "Dense",
+    "GShard",
+    "NoisyTopK",
+    "TopK",
+    "fields",
+    "load_probability",
+    "make",
+    "names",
+    "preset_overrides",
+    "top_k_routing",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A name in the table: the gate, the fields it presets, and what else of ``moe`` it sets."""
+
+    gate: type
+    preset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    moe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+GATES: dict[str, Entry] = {
+    "top_k": Entry(TopK),
+    "switch": Entry(TopK, {"k": 1, "renormalize": False, "jitter": 0.01}),
+    "mixtral": Entry(TopK, {"k": 2, "renormalize": True}),
+    "shazeer": Entry(
+        NoisyTopK, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}
+    ),
+    "gshard": Entry(GShard),
+    "dense": Entry(Dense, moe={"transport": "all_experts", "losses.load_balance": 0.0}),
+}
+
+
+def names() -> list[str]:
+    """Every name ``make`` knows, sorted."""
+    return sorted(GATES)
+
+
+def make(name: str, **overrides: Any) -> Gate:
+    """The gate called ``name`` with its preset fields, then ``overrides``.
+
+    Raises:
+      UserError: unknown name or field; the message lists the valid ones.
+    """
+    entry = _entry(name)
+    valid = fields(name)
+    for field in overrides:
+        if field not in valid:
+            raise UserError(f"gate {name!r} has no field {field!r}; {suggest(field, valid)}")
+    return entry.gate(**{**entry.preset, **overrides})
+
+
+def fields(name: str) -> dict[str, tuple[Any, str]]:
+    """The gate's hyper-parameters under this name: field -> (default, comment)."""
+    entry = _entry(name)
+    hints = typing.get_type_hints(entry.gate, include_extras=True)
+    table = {}
+    for field in dataclasses.fields(entry.gate):
+        comment = next(iter(getattr(hints[field.name], "__metadata__", ())), "")
+        default = entry.preset.get(field.name, field.default)
+        table[field.name] = (default, comment)
+    return table
+
+
+def preset_overrides(name: str) -> dict[str, Any]:
+    """Fields outside the gate, relative to ``moe``, that this name's published model sets."""
+    return dict(_entry(name).moe)
+
+
+def _entry(name: str) -> Entry:
+    if name in GATES:
+        return GATES[name]
+    if ":" not in name:
+        raise UserError(f"gate {name!r} is unknown; {suggest(name, GATES)}")
+    module_name, _, attribute = name.partition(":")
+    try:
+        gate = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"gate {name!r} cannot be imported: {error}") from error
+    if not (dataclasses.is_dataclass(gate) and isinstance(gate, type)):
+        raise UserError(f"gate {name!r} must be a dataclass with the moejax.types.Gate protocol")
+    return Entry(gate)

@@ -1,0 +1,62 @@
+"""The dense gate: every expert sees every token, weighted by a softmax."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.gating import ops
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    TrainedBy,
+    Visibility,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(ops.Stateless):
+    r"""A softmax over all experts: the classical mixture, at E times the compute.
+
+    .. math:: y = \sum_{e=1}^{E} \operatorname{softmax}(x W)_e \, f_e(x)
+
+    Nothing is selected, so every transport computes the same; ``all_experts`` does it without
+    packing. Visibility: none beyond the token itself.
+
+    References: Jacobs, Jordan, Nowlan, Hinton, "Adaptive Mixtures of Local Experts" (1991);
+    Eigen, Ranzato, Sutskever, arXiv 1312.4314.
+    """
+
+    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        ops.check_positive("init_scale", self.init_scale)
+
+    def columns(self, num_experts: int) -> int:
+        return num_experts
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
+        stats = ops.softmax_stats(logits_GTE)
+        expert_GTE = jnp.broadcast_to(
+            jnp.arange(logits_GTE.shape[-1], dtype=jnp.int32), logits_GTE.shape
+        )
+        return GateOutput(ops.masked(expert_GTE, stats.probs_GTE, context.valid_GT), stats)
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        return num_tokens
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        return Visibility()

@@ -1,0 +1,172 @@
+"""Arithmetic that token-choice gates share. Pure functions of arrays, float32 inside."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from moejax.mesh import group_local
+from moejax.types import (
+    GateContext,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    MoEStats,
+    RouterStats,
+    Routing,
+    Visibility,
+)
+
+SCORES: tuple[str, ...] = ("softmax", "sigmoid")
+
+
+class Stateless:
+    """The state methods of gates that remember nothing between steps."""
+
+    def init_state(self, spec: GateSpec) -> GateState:
+        return ()
+
+    def update(self, state: GateState, stats: MoEStats) -> GateState:
+        return state
+
+
+def init_router(key: PRNGKeyArray, spec: GateSpec, scale: float) -> Float[Array, "D E"]:
+    """Router matrix: truncated normal with standard deviation sqrt(scale / d_model)."""
+    init = jax.nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+    return init(key, (spec.d_model, spec.num_experts), jnp.float32)
+
+
+def router_logits(x_GTD: Array, weight_DE: Array) -> Float[Array, "G T E"]:
+    """``x @ W`` in float32 at full precision, whatever the activations' dtype.
+
+    Routing decisions are discontinuous in the logits: in bfloat16 nearby experts swap (Switch
+    Transformer, table 2).
+    """
+    return jnp.einsum(
+        "gtd,de->gte",
+        x_GTD.astype(jnp.float32),
+        weight_DE.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def top_k_routing(
+    logits_TE: Float[Array, "*T E"], k: int, *, score: str = "softmax", renormalize: bool = False
+) -> tuple[Int[Array, "*T K"], Float[Array, "*T K"]]:
+    """The k experts with the largest logits, best first, and their combine weights.
+
+    ``score="softmax"``: weights are softmax probabilities over all E; with ``renormalize`` they are
+    divided by their sum, which equals a softmax over the k kept logits (and is computed so).
+    ``score="sigmoid"``: weights are sigmoids of the logits, optionally divided by their sum.
+    Ties go to the lower expert id. Works on any leading axes.
+
+    Raises:
+      ValueError: k not in [1, E], or an unknown score.
+    """
+    num_experts = logits_TE.shape[-1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k} must lie in [1, num_experts={num_experts}]")
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown; use one of {', '.join(SCORES)}")
+    logits_TE = logits_TE.astype(jnp.float32)
+    top_TK, expert_TK = jax.lax.top_k(logits_TE, k)
+    if score == "sigmoid":
+        weight_TK = jax.nn.sigmoid(top_TK)
+        if renormalize:
+            weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
+    elif renormalize:
+        weight_TK = jax.nn.softmax(top_TK, axis=-1)
+    else:
+        weight_TK = jnp.exp(top_TK - jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True))
+    return expert_TK.astype(jnp.int32), weight_TK
+
+
+def masked(expert_GTK: Array, weight_GTK: Array, valid_GT: Array) -> Routing:
+    """A routing in which padding visits nobody (all its weights are 0)."""
+    return Routing(expert_GTK, jnp.where(valid_GT[..., None], weight_GTK, 0.0))
+
+
+def softmax_stats(logits_GTE: Array) -> RouterStats:
+    """Statistics of a softmax router without a load estimate of its own."""
+    probs_GTE = jax.nn.softmax(logits_GTE, axis=-1)
+    return RouterStats(logits_GTE, probs_GTE, probs_GTE)
+
+
+def row_noise(
+    draw: Callable[[PRNGKeyArray, tuple[int, ...]], Array],
+    context: GateContext,
+    shape: tuple[int, ...],
+    tag: int = 0,
+) -> Float[Array, "G T ..."]:
+    """Noise ``[G, T, *shape]`` keyed by (seed, step, layer, global row id) and ``tag``.
+
+    Each sequence draws its own block from its own key, so the noise of a row is the same on every
+    mesh, in every micro-batch split and at every place in the batch.
+
+    Raises:
+      ValueError: the context has no key.
+    """
+    if context.key is None:
+        raise ValueError("this gate draws random numbers: pass a context with a PRNG key")
+    groups, rows = context.row_GR.shape
+    length = context.token_GT.shape[1] // rows
+    key = jax.random.fold_in(context.key, tag)
+
+    def one_row(row: Array) -> Array:
+        return draw(jax.random.fold_in(key, row), (length, *shape))
+
+    noise_GRL = jax.vmap(jax.vmap(one_row))(context.row_GR)
+    return noise_GRL.reshape(groups, rows * length, *shape).astype(jnp.float32)
+
+
+def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Array]:
+    """``top_k_routing`` per group, run where each group's tokens are."""
+
+    def select(logits: Array) -> tuple[Array, Array]:
+        return top_k_routing(logits, k, renormalize=renormalize)
+
+    return group_local(select)(logits_GTE)
+
+
+def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: float) -> int:
+    """C = ceil(T k / E * factor), at least 1 and at most T (a token visits an expert once)."""
+    # The subtraction keeps 1.1 * 10 at 11 although the product is 11.000000000000002.
+    slots = math.ceil(num_tokens * k / num_experts * factor - 1e-9)
+    return max(1, min(slots, num_tokens))
+
+
+def capacity_visibility(k: int, moe: MoEConfig) -> Visibility:
+    """What capacity alone lets a token see, for k choices per token.
+
+    Only ``cells`` has a capacity, and a factor of E/k or more never binds. Then, while slots are
+    contended: ``position`` serves tokens in order (no future); ``choice`` serves all first choices
+    first, so for k > 1 a token's second choice queues behind later tokens; ``gate`` and ``random``
+    rank all tokens of the group against each other. A group of several sequences shares its slots.
+    """
+    several = moe.group != "sequence" and moe.group != "1"
+
+    def phase(transport: str, factor: float) -> tuple[bool, bool]:
+        if transport != "cells" or factor * k >= moe.num_experts:
+            return False, False
+        future = moe.priority in ("gate", "random") or (moe.priority == "choice" and k > 1)
+        return future, several
+
+    train = phase(moe.transport, moe.capacity_factor)
+    evaluation = phase(moe.eval_transport, moe.eval_capacity_factor)
+    return Visibility(*train, *evaluation)
+
+
+def check_k(k: int, num_experts: int) -> None:
+    """Raises ValueError unless 1 <= k <= num_experts."""
+    if not 1 <= k <= num_experts:
+        raise ValueError(
+            f"gate.k={k} must lie between 1 and num_experts={num_experts}; lower k or add experts"
+        )
+
+
+def check_positive(field: str, value: float) -> None:
+    """Raises ValueError unless the gate's field is above 0."""
+    if not value > 0:
+        raise ValueError(f"gate.{field}={value} must be above 0")

@@ -1,0 +1,89 @@
+"""Top-k token choice: softmax router, the k best experts. Switch, Mixtral and OLMoE are presets."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.gating import ops
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    TrainedBy,
+    Visibility,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(ops.Stateless):
+    r"""Each token visits the k experts with the largest router logits.
+
+    .. math::
+       h = x W, \quad S = \operatorname{top}_k(h), \quad
+       g_e = \frac{e^{h_e}}{\sum_{j \in J} e^{h_j}} \; (e \in S), \quad
+       y = \sum_{e \in S} g_e f_e(x)
+
+    with J = S when ``renormalize`` (Mixtral: softmax after top-k), else J = all experts (Switch,
+    OLMoE: softmax before). With k = 1 and ``renormalize`` every weight is the constant 1 and the
+    router would get no gradient from the task: refused in training.
+
+    ``jitter`` e multiplies the router's input by U(1-e, 1+e) per element, in training only. Routers
+    start as a truncated normal with std sqrt(init_scale / d_model) (Switch, table 3: 0.1).
+
+    Visibility: a token sees neither later tokens nor other sequences, except through capacity.
+
+    References: Shazeer et al., arXiv 1701.06538; Fedus, Zoph, Shazeer (Switch), arXiv 2101.03961;
+    Jiang et al. (Mixtral), arXiv 2401.04088.
+    """
+
+    k: Annotated[int, "experts per token"] = 2
+    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
+    jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = 0.0
+    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        ops.check_k(self.k, num_experts)
+        if not 0.0 <= self.jitter < 1.0:
+            raise ValueError(f"gate.jitter={self.jitter} must lie in [0, 1)")
+        ops.check_positive("init_scale", self.init_scale)
+        if train and self.k == 1 and self.renormalize and num_experts > 1:
+            raise ValueError(
+                "gate.k=1 with gate.renormalize=True gives every token the constant weight 1, so "
+                "the router gets no gradient; set gate.renormalize=False (Switch) or gate.k=2"
+            )
+
+    def columns(self, num_experts: int) -> int:
+        return self.k
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        x_GTD = x_GTD.astype(jnp.float32)
+        if self.jitter and context.train:
+            low, high = 1.0 - self.jitter, 1.0 + self.jitter
+
+            def draw(key: Array, shape: tuple[int, ...]) -> Array:
+                return jax.random.uniform(key, shape, minval=low, maxval=high)
+
+            x_GTD = x_GTD * ops.row_noise(draw, context, x_GTD.shape[-1:])
+        logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
+        expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
+        routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
+        return GateOutput(routing, ops.softmax_stats(logits_GTE))
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        return ops.capacity_visibility(self.k, moe)

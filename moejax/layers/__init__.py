@@ -1,0 +1,1 @@
+"""Flax NNX modules: a thin shell of parameters around pure functions."""

@@ -1,0 +1,262 @@
+"""The mixture-of-experts layer: where gate, dispatch, experts and flax meet."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax import losses
+from moejax.dispatch import dispatch
+from moejax.experts import ACTIVATIONS, is_gated
+from moejax.gating.ops import row_noise
+from moejax.layers.basic import FFN
+from moejax.mesh import constrain
+from moejax.types import (
+    SCOPES,
+    Context,
+    ExpertWeights,
+    Gate,
+    GateContext,
+    GateOutput,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    MoEInfo,
+    MoEStats,
+    Priority,
+    Routing,
+    Transport,
+)
+
+expert_init = nnx.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
+)
+
+PRIORITY_NOISE = 2**31 - 1
+"""Keeps the draws of priority "random" apart from a gate's own."""
+
+
+class MoE(nnx.Module):
+    """A sparse feed-forward layer for any Flax NNX model, with or without a mesh.
+
+    ``y, info = layer(x_BLD)``: each token visits the experts its gate picks. Under
+    ``jax.set_mesh`` tokens are split over the axes (data, fsdp, expert), experts over ``expert``
+    and hidden widths over ``tensor``; results do not depend on the split.
+
+    Args:
+      d_model, d_ff: width of the tokens and of one expert's hidden layer.
+      num_experts: experts E, a multiple of the mesh's ``expert`` axis.
+      gate: the gating function, ``moejax.gating.make(...)`` or your own.
+      transport: "cells" (fixed capacity), "dropless", "gather" or "all_experts"; the same four for
+        ``eval_transport``, used when ``train=False``.
+      capacity_factor: slots per expert over the mean number of pairs ("cells" only).
+      priority: who stays when an expert is full: "position", "choice", "gate" or "random".
+      group: tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
+      balance_scope: balance losses per "sequence", "group" or "batch".
+      num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
+
+    Raises:
+      ValueError: a choice that cannot work, naming field, value and remedy.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        gate: Gate,
+        transport: Transport = "cells",
+        capacity_factor: float = 1.25,
+        eval_transport: Transport = "dropless",
+        eval_capacity_factor: float = 1.25,
+        priority: Priority = "position",
+        group: str = "sequence",
+        activation: str = "swiglu",
+        num_shared: int = 0,
+        balance_scope: str = "sequence",
+        vocab_size: int = 0,
+        layer: int | Array = 0,
+        rngs: nnx.Rngs,
+    ):
+        self.config = MoEConfig(
+            num_experts=num_experts,
+            transport=transport,
+            capacity_factor=capacity_factor,
+            eval_transport=eval_transport,
+            eval_capacity_factor=eval_capacity_factor,
+            priority=priority,
+            group=group,
+        )
+        for field, value, valid in (
+            ("activation", activation, ACTIVATIONS),
+            ("balance_scope", balance_scope, SCOPES),
+        ):
+            if value not in valid:
+                raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(valid)}")
+        gate.check(num_experts, train=False)
+        self.gate, self.activation, self.balance_scope = gate, activation, balance_scope
+        self.d_model, self.vocab_size = d_model, vocab_size
+        params = gate.init(rngs.params(), self._spec(layer))
+        self.router = nnx.data(jax.tree.map(nnx.Param, params))
+        wide, narrow = (num_experts, d_model, d_ff), (num_experts, d_ff, d_model)
+        if is_gated(activation):
+            self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
+        self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
+        self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
+        self.shared = FFN(d_model, num_shared * d_ff, activation, rngs=rngs) if num_shared else None
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        context: Context | None = None,
+        gate_state: GateState | None = None,
+        train: bool = True,
+    ) -> tuple[Float[Array, "B L D"], MoEInfo]:
+        """Routes, computes and adds up; ``info`` has losses, statistics and the routing used.
+
+        The output holds no residual: add it to ``x_BLD`` yourself. ``gate_state`` defaults to the
+        initial state; it is read, never written (see ``update_gate_state``).
+        """
+        chex.assert_shape(x_BLD, (None, None, self.d_model))
+        self.gate.check(self.config.num_experts, train)
+        batch, length, _ = x_BLD.shape
+        context = Context.of(batch, length) if context is None else context
+        chex.assert_shape(context.token_BL, (batch, length))
+        state = self.init_gate_state() if gate_state is None else gate_state
+        rows = self.config.rows_per_group(batch)
+        if batch % rows:
+            raise ValueError(
+                f"group={self.config.group!r}: {batch} sequences are not a multiple of {rows}"
+            )
+        gate_context = context.grouped(rows, train)
+        x_GTD = x_BLD.reshape(batch // rows, rows * length, -1)
+        output = self.gate(self._gate_params(), state, x_GTD, gate_context)
+        y_GTD, kept_GTK = self._dispatch(x_BLD, x_GTD, output.routing, gate_context)
+        if output.identity_weight_GT is not None:
+            y_GTD += (output.identity_weight_GT[..., None] * x_GTD).astype(y_GTD.dtype)
+        y_BLD = y_GTD.reshape(x_BLD.shape)
+        if self.shared is not None:
+            y_BLD += self.shared(x_BLD)
+        info = self._info(output, kept_GTK, context)
+        return constrain(y_BLD, ("data", "fsdp", "expert")), info
+
+    def init_gate_state(self, layer: int | Array = 0) -> GateState:
+        """The gate's state before the first step."""
+        return self.gate.init_state(self._spec(layer))
+
+    def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
+        """The state after an optimizer step that saw ``stats`` (summed over micro-batches)."""
+        return self.gate.update(state, stats)
+
+    def expert_weights(self) -> ExpertWeights:
+        """The experts' stacked weights."""
+        gate_EDF = self.gate_EDF[...] if is_gated(self.activation) else None
+        return ExpertWeights(gate_EDF, self.up_EDF[...], self.down_EFD[...])
+
+    def _spec(self, layer: int | Array) -> GateSpec:
+        return GateSpec(self.d_model, self.config.num_experts, self.vocab_size, layer)
+
+    def _gate_params(self) -> Any:
+        return jax.tree.map(
+            lambda p: p[...], self.router, is_leaf=lambda p: isinstance(p, nnx.Variable)
+        )
+
+    def _dispatch(
+        self, x_BLD: Array, x_GTD: Array, routing: Routing, context: GateContext
+    ) -> tuple[Array, Array]:
+        config = self.config
+        transport = config.transport if context.train else config.eval_transport
+        factor = config.capacity_factor if context.train else config.eval_capacity_factor
+        score_GT = self._priority_score(routing, context)
+        tokens, columns = x_GTD.shape[1], routing.expert_GTK.shape[-1]
+        if transport != "cells":
+            # Without capacity groups mean nothing: sequences spread over the mesh more finely.
+            shape = x_BLD.shape[:2]
+            x_GTD, score_GT = x_BLD, score_GT.reshape(shape)
+            routing = jax.tree.map(lambda a: a.reshape(*shape, columns), routing)
+        y, kept = dispatch(
+            x_GTD,
+            routing,
+            score_GT,
+            self.expert_weights(),
+            transport=transport,
+            activation=self.activation,
+            capacity=self.gate.capacity(tokens, config.num_experts, factor),
+            priority=config.priority,
+        )
+        return y.reshape(-1, tokens, x_BLD.shape[-1]), kept.reshape(-1, tokens, columns)
+
+    def _priority_score(self, routing: Routing, context: GateContext) -> Array:
+        """Higher is served earlier; used by priorities "gate" and "random" only."""
+        if self.config.priority == "random":
+            return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
+        return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
+
+    def _info(self, output: GateOutput, kept_GTK: Array, context: Context) -> MoEInfo:
+        batch, length = context.valid_BL.shape
+        groups, tokens, _ = kept_GTK.shape
+        shape = {"sequence": (batch, length), "group": (groups, tokens), "batch": (1, -1)}
+
+        def scoped(x: Array, scope: str) -> Array:
+            return x.reshape(*shape[scope], *x.shape[2:])
+
+        return MoEInfo(
+            losses={**self._losses(output, context, scoped), **output.losses},
+            stats=collect_stats(
+                jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
+                scoped(output.stats.probs_GTE, "sequence"),
+                scoped(kept_GTK, "sequence"),
+                context.valid_BL,
+            ),
+            routing=output.routing,
+            kept_GTK=kept_GTK,
+        )
+
+    def _losses(self, output: GateOutput, context: Context, scoped: Any) -> dict[str, Array]:
+        scope, num_experts = self.balance_scope, self.config.num_experts
+        valid_QU = scoped(context.valid_BL, scope)
+        stats = jax.tree.map(lambda x: scoped(x, scope), output.stats)
+        routing = jax.tree.map(lambda x: scoped(x, scope), output.routing)
+        load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
+        mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
+        expected_QE = jnp.sum(jnp.where(valid_QU[..., None], stats.load_GTE, 0.0), axis=1)
+        return {
+            "load_balance": losses.load_balance(load_QE, stats.probs_GTE, valid_QU),
+            "importance": losses.squared_share(mass_QE, valid_QU),
+            "load": losses.squared_share(expected_QE, valid_QU),
+            "z": losses.z_loss(stats.logits_GTE, valid_QU),
+        }
+
+
+@jax.jit
+def collect_stats(routing: Routing, probs_BLE: Array, kept_BLK: Array, valid_BL: Array) -> MoEStats:
+    """Counts over the whole batch, from arrays laid out as [B, L, ...]."""
+    num_experts = probs_BLE.shape[-1]
+    expert_BLK, weight_BLK = routing.expert_GTK, routing.weight_GTK
+    active_BLK = weight_BLK > 0
+    dropped_BLK = active_BLK & ~kept_BLK
+    ones_BLK = jnp.ones_like(weight_BLK)
+    served_BL = jnp.any(active_BLK & kept_BLK, axis=-1)
+
+    def count(which_BLK: Array) -> Array:
+        return jnp.sum(
+            losses.expert_load(expert_BLK, jnp.where(which_BLK, ones_BLK, 0.0), num_experts), axis=0
+        ).astype(jnp.int32)
+
+    log_BLE = jnp.log(jnp.where(probs_BLE > 0, probs_BLE, 1.0))
+    valid = valid_BL[..., None]
+    return jax.lax.stop_gradient(
+        MoEStats(
+            tokens=jnp.sum(valid_BL, dtype=jnp.int32),
+            load_E=count(active_BLK),
+            dropped_E=count(dropped_BLK),
+            dropped_L=jnp.sum(dropped_BLK, axis=(0, 2), dtype=jnp.int32),
+            unserved_tokens=jnp.sum(valid_BL & ~served_BL, dtype=jnp.int32),
+            prob_E=jnp.sum(jnp.where(valid, probs_BLE, 0.0), axis=(0, 1)),
+            entropy=-jnp.sum(jnp.where(valid, probs_BLE * log_BLE, 0.0)),
+        )
+    )

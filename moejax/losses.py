@@ -1,0 +1,101 @@
+r"""Auxiliary router losses: statistics of the routing that was used in, one scalar out.
+
+Every balance loss is taken per scope (a sequence, a routing group or the whole batch), averaged
+over scopes with the number of valid tokens as weight, and is 1 at perfect balance. So a value means
+the same for every number of experts and every k, and token-weighted averages over micro-batches
+give the value of the whole batch (for scopes that a micro-batch does not cut).
+
+Q scopes of U tokens each; padding is counted nowhere. Arrays are global: on a mesh XLA inserts the
+reductions, so the value cannot depend on it.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+LOSSES: tuple[str, ...] = ("load_balance", "importance", "load", "z")
+
+
+@partial(jax.jit, static_argnames="num_experts")
+def expert_load(
+    expert_QUK: Int[Array, "Q U K"], weight_QUK: Float[Array, "Q U K"], num_experts: int
+) -> Float[Array, "Q E"]:
+    """Active pairs (weight > 0) per scope and expert. A count: it carries no gradient."""
+    expert_QU1K = jnp.where(weight_QUK > 0, expert_QUK, num_experts)[:, :, None, :]
+    hit_QUEK = expert_QU1K == jnp.arange(num_experts)[:, None]
+    return jnp.sum(hit_QUEK, axis=(1, 3), dtype=jnp.int32).astype(jnp.float32)
+
+
+@jax.jit
+def load_balance(
+    load_QE: Float[Array, "Q E"],
+    prob_QUE: Float[Array, "Q U E"],
+    valid_QU: Bool[Array, "Q U"],
+) -> Float[Array, ""]:
+    r"""Share of pairs times mean router probability, summed over experts.
+
+    .. math:: L = E \sum_e f_e P_e, \qquad
+       f_e = \frac{\text{pairs of } e}{\text{pairs}}, \quad P_e = \operatorname{mean}_t p_{t,e}
+
+    1 at perfect balance, E when one expert gets everything with certainty. The gradient flows
+    through P only. f counts all k choices before capacity drops any; with k = 1 this is Switch's
+    loss (Fedus et al., arXiv 2101.03961, eq. 4). docs/losses.md converts coefficients from other
+    libraries, whose value at balance is 1, k or 1/k.
+    """
+    num_experts = load_QE.shape[-1]
+    tokens_Q = jnp.sum(valid_QU, axis=1).astype(jnp.float32)
+    share_QE = jax.lax.stop_gradient(load_QE / _at_least_one(jnp.sum(load_QE, -1, keepdims=True)))
+    mean_QE = jnp.einsum("que,qu->qe", prob_QUE, valid_QU.astype(jnp.float32))
+    mean_QE = mean_QE / _at_least_one(tokens_Q)[:, None]
+    return _over_scopes(num_experts * jnp.sum(share_QE * mean_QE, axis=-1), tokens_Q)
+
+
+@jax.jit
+def squared_share(mass_QE: Float[Array, "Q E"], valid_QU: Bool[Array, "Q U"]) -> Float[Array, ""]:
+    r"""How unevenly a mass is spread over experts: 1 + CV\ :sup:`2`.
+
+    .. math:: L = E \sum_e \left(\frac{m_e}{\sum_j m_j}\right)^2 = 1 + \operatorname{CV}(m)^2
+
+    With m the summed gate weights this is the importance loss, with m the summed probabilities of
+    being selected the load loss of Shazeer et al. (arXiv 1701.06538), whose CV^2 it exceeds by the
+    constant 1 (population variance): equal gradients, equal coefficients.
+    """
+    num_experts = mass_QE.shape[-1]
+    tokens_Q = jnp.sum(valid_QU, axis=1).astype(jnp.float32)
+    total_Q1 = jnp.sum(mass_QE, axis=-1, keepdims=True)
+    share_QE = mass_QE / jnp.where(total_Q1 > 0, total_Q1, 1.0)
+    return _over_scopes(num_experts * jnp.sum(jnp.square(share_QE), axis=-1), tokens_Q)
+
+
+@jax.jit
+def z_loss(logits_QUE: Float[Array, "Q U E"], valid_QU: Bool[Array, "Q U"]) -> Float[Array, ""]:
+    r"""Mean over valid tokens of the squared log-partition function of the router's logits.
+
+    .. math:: L_z = \operatorname{mean}_t \left(\log \sum_e e^{h_{t,e}}\right)^2
+
+    Keeps logits small, where a float32 softmax is exact. Zoph et al. (ST-MoE), arXiv 2202.08906,
+    equation 5.
+    """
+    square_QU = jnp.square(jax.nn.logsumexp(logits_QUE, axis=-1))
+    total = jnp.sum(jnp.where(valid_QU, square_QU, 0.0))
+    return total / _at_least_one(jnp.sum(valid_QU).astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnames="num_experts")
+def expert_mass(
+    expert_QUK: Int[Array, "Q U K"], weight_QUK: Float[Array, "Q U K"], num_experts: int
+) -> Float[Array, "Q E"]:
+    """Summed gate weight per scope and expert; differentiable in the weights."""
+    hit_QUKE = expert_QUK[..., None] == jnp.arange(num_experts)
+    return jnp.sum(jnp.where(hit_QUKE, weight_QUK[..., None], 0.0), axis=(1, 2))
+
+
+def _at_least_one(count: Array) -> Array:
+    return jnp.maximum(count, 1.0)
+
+
+def _over_scopes(value_Q: Array, tokens_Q: Array) -> Array:
+    """Mean over scopes, weighted by their valid tokens; 0 when there are none."""
+    return jnp.sum(value_Q * tokens_Q) / _at_least_one(jnp.sum(tokens_Q))

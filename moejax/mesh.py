@@ -1,0 +1,133 @@
+"""The device mesh: its axes, how tokens lie on it, and how group-local work runs on it.
+
+Axes: ``data`` (replicas), ``fsdp`` (weights sharded), ``expert`` (experts sharded) and ``tensor``
+(heads and hidden widths sharded). Tokens are sharded over the first three jointly, so a batch must
+be a multiple of their product. All axes are ``AxisType.Auto``: outside ``shard_map`` XLA places
+the work, inside it every axis is manual. Nothing in this module communicates.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from moejax.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+
+def resolve_shape(shape: Mapping[str, int], num_devices: int | None = None) -> dict[str, int]:
+    """Fills the one axis that is -1 so that the product equals ``num_devices``.
+
+    Raises:
+      UserError: for sizes below 1 (other than one -1) or a product that does not fit.
+    """
+    sizes = {axis: int(shape.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{axis}={size} must be at least 1 (or -1 on one axis: fill)")
+    if len(free) > 1:
+        raise UserError(f"mesh.{free[0]} and mesh.{free[1]} are both -1; only one axis can fill")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        devices = fixed if num_devices is None else num_devices
+        if devices % fixed:
+            raise UserError(
+                f"mesh.{free[0]}=-1 cannot fill: {devices} devices are not a multiple of the "
+                f"other axes' product {fixed}"
+            )
+        sizes[free[0]] = devices // fixed
+    elif num_devices is not None and fixed != num_devices:
+        named = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"mesh {named} needs {fixed} devices but there are {num_devices}; change the mesh, set "
+            "one axis to -1, or (on CPU) set mesh.cpu_devices"
+        )
+    return sizes
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all four axes, over ``devices`` (default: all of them)."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = resolve_shape(shape, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def ambient() -> AbstractMesh | None:
+    """The mesh entered with ``jax.set_mesh`` if any of its axes is ours, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    ours = {n: t for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if n in AXES}
+    if not ours or AxisType.Manual in ours.values():
+        return None
+    if AxisType.Explicit in ours.values():
+        raise ValueError(
+            "moejax needs Auto mesh axes; make the mesh with moejax.mesh.make_mesh or pass "
+            "axis_types=(jax.sharding.AxisType.Auto,) * n to jax.make_mesh"
+        )
+    return mesh
+
+
+def axes_in(mesh: AbstractMesh | None, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``names`` along which the mesh splits anything, in the order given.
+
+    An axis of size 1 is left out: XLA keeps a sum over it as a copy of the whole operand.
+    """
+    if mesh is None:
+        return ()
+    return tuple(name for name in names if name in mesh.axis_names and mesh.shape[name] > 1)
+
+
+def axis_size(mesh: AbstractMesh | None, *names: str) -> int:
+    """Product of the sizes of the named axes; axes the mesh lacks count 1."""
+    return math.prod(mesh.shape[name] for name in axes_in(mesh, names)) if mesh else 1
+
+
+def batch_spec(mesh: AbstractMesh | None = None) -> PartitionSpec:
+    """How an array that leads with sequences or groups is laid out."""
+    return PartitionSpec(BATCH_AXES if mesh is None else axes_in(mesh, BATCH_AXES))
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+    """``with_sharding_constraint`` on the ambient mesh; the identity when there is none.
+
+    Axis names the mesh lacks are left out of ``spec``.
+    """
+    mesh = ambient()
+    if mesh is None:
+        return x
+
+    def known(entry: Any) -> Any:
+        if entry is None:
+            return None
+        present = axes_in(mesh, (entry,) if isinstance(entry, str) else entry)
+        return present or None
+
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(known, spec)))
+
+
+def group_local(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs ``fn`` where its groups are: per shard, inside a ``shard_map`` without collectives.
+
+    Every argument and every result leads with the axis G of groups. XLA would all-gather the
+    operand of ``top_k`` or ``sort`` on a sharded array; inside ``shard_map`` it cannot. Without a
+    mesh, or when G does not divide over it (one group for the whole batch), ``fn`` is called as
+    it is and XLA decides.
+    """
+
+    def on_groups(*args: Any) -> Any:
+        mesh = ambient()
+        groups = jax.tree.leaves(args)[0].shape[0]
+        if mesh is None or groups % axis_size(mesh, *BATCH_AXES):
+            return fn(*args)
+        spec = batch_spec(mesh)
+        return jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
+
+    return on_groups

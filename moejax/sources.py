@@ -1,0 +1,162 @@
+"""Where a config comes from: a page (a file or module with ``get_config``) or a finished run."""
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+from moejax.errors import UserError, suggest
+from moejax.overrides import check_fields, unknown_field
+from moejax.schema import Config, default, flatten, set_field, set_gate, table_of
+
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_UNKNOWN_KEY = re.compile(r'Key "([^"]+)" does not exist')
+
+
+def read(source: str) -> Config:
+    """The config that ``source`` names, its fields checked.
+
+    ``path.py[:arg]``, ``package.module[:arg]``, a workdir, or its config.json.
+
+    Raises:
+      UserError: nothing there, an error inside the page (with its line), or a field that does not
+        belong to the table or has another type.
+    """
+    path, _, arg = source.partition(":")
+    if os.path.isdir(source) or source.endswith(".json"):
+        return _read_workdir(source)
+    if path.endswith(".py"):
+        module = _run_file(path)
+    elif _MODULE.fullmatch(path):
+        module = _import(path)
+    else:
+        raise UserError(
+            f"config {source!r} is neither a file 'path.py[:arg]', a module 'package.module[:arg]' "
+            "nor the workdir of a run"
+        )
+    return _call_get_config(module, path, arg or None)
+
+
+def _run_file(path: str) -> types.ModuleType:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        folder = os.path.dirname(path)
+        pages = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
+        pages = [os.path.join(folder, page) for page in pages if page.endswith(".py")]
+        hint = f"; {suggest(path, pages)}" if pages else ""
+        raise UserError(f"config file {path!r}: {error.strerror}{hint}") from error
+    module = types.ModuleType(os.path.splitext(os.path.basename(path))[0])
+    module.__file__ = path
+    # Not imported: no stale bytecode, and none written beside the page.
+    _guard(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
+    return module
+
+
+def _import(name: str) -> types.ModuleType:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"config module {name!r}: {error}") from error
+    if spec is None:
+        raise UserError(f"config module {name!r} does not exist")
+    return _guard(spec.origin or name, lambda: importlib.import_module(name))
+
+
+def _call_get_config(module: types.ModuleType, path: str, arg: str | None) -> Config:
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"config {path!r} defines no function get_config(arg=None)")
+    takes_arg = bool(inspect.signature(get_config).parameters)
+    if arg is not None and not takes_arg:
+        raise UserError(f"config {path!r} takes no argument, but {arg!r} follows its name")
+    file = module.__file__ or path
+    config = _guard(file, lambda: get_config(arg) if takes_arg else get_config())
+    if not isinstance(config, Config):
+        raise UserError(
+            f"config {path!r}: get_config returned {type(config).__name__}, not a config; start it "
+            "from moejax.config.default() and return that"
+        )
+    config.lock()
+    check_fields(config, flatten(config), f"config {path!r}", "return moejax.config.default()")
+    return config
+
+
+def _guard(path: str, run: Callable[[], Any]) -> Any:
+    """Runs the user's code; what it raises becomes one line with the file and the line."""
+    try:
+        return run()
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:  # a page is the user's program: it may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == path] or frames
+        raise UserError(f"{own[-1].filename}:{own[-1].lineno}: {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    """The error in one line; for a field that does not exist, with the nearest one."""
+    unknown = _UNKNOWN_KEY.search(str(error))
+    if unknown:
+        config = default()
+        return unknown_field(unknown.group(1), table_of(config), config.moe.gate.name)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _read_workdir(source: str) -> Config:
+    path = source if source.endswith(".json") else os.path.join(source, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            saved = json.load(file)
+    except OSError as error:
+        folder = os.path.dirname(path)
+        raise UserError(f"{path}: {error.strerror}; is {folder!r} the workdir of a run?") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path} has no entry 'config'; it was not written by moejax")
+    return from_dict(saved["config"], path)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain dicts in the table's order; ``from_dict`` is its inverse.
+
+    Survives JSON: an int stays an int, a float a float, and a tuple comes back as a tuple.
+    """
+    flat, tree = flatten(config), {}
+    for name in table_of(config):
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = flat[name]
+    return tree
+
+
+def from_dict(tree: dict[str, Any], origin: str = "config") -> Config:
+    """The config that ``to_dict`` gave ``tree`` for, also after JSON.
+
+    Raises:
+      UserError: naming ``origin`` and the first field that is missing, unknown or of another type.
+    """
+    flat = flatten(tree)
+    config = default()
+    set_gate(config, flat.get("moe.gate.name", config.moe.gate.name))
+    table = table_of(config)
+    for name, value in flat.items():
+        if isinstance(value, list):
+            flat[name] = tuple(value)
+        elif name in table and table[name].type is float and type(value) is int:
+            flat[name] = float(value)
+    check_fields(config, flat, origin, "it was written by another version of moejax")
+    for name, value in flat.items():
+        set_field(config, name, value)
+    return config

@@ -1,0 +1,1 @@
+"""Training: the loop, optimizers, checkpoints, metrics and what makes a run durable."""

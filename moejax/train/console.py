@@ -1,0 +1,249 @@
+"""What a run says: its size before compiling, a line per logged step, a summary at the end."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from moejax.mesh import AXES
+from moejax.train import flops
+from moejax.train.processes import is_first
+from moejax.train.rows import Row
+from moejax.train.setup import Budget, Run
+from moejax.train.summary import write_summary_png
+
+
+class Console:
+    """Prints on the first process only; keeps the rates that go to ``timings.jsonl``."""
+
+    def __init__(self, run: Run, folder: Path):
+        self._run, self._folder = run, folder
+        self._flops_per_step = 0.0
+        self._peak = 0.0
+        self._began = self._logged_at = time.perf_counter()
+        self._logged_step = 0
+        self._last_eval: Row = {}
+        self._last_train: Row = {}
+        self._rate = self._seconds = math.nan
+        self._bar = _ProgressBar(run.config) if _wants_bar(run.config) else None
+
+    def announce(self, budget: Budget) -> None:
+        """Parameters, memory and mesh, before anything is compiled."""
+        config, run = self._run.config, self._run
+        self._flops_per_step = budget.flops_per_step
+        self._peak = flops.peak_flops(list(run.mesh.devices.flat), config.model.dtype)
+        mesh = " x ".join(f"{axis}={run.mesh.shape[axis]}" for axis in AXES)
+        device = run.mesh.devices.flat[0]
+        train = config.train
+        self._say(f"model       {_model_line(config)}")
+        self._say(
+            f"parameters  {_count(budget.parameters)} total, "
+            f"{_count(budget.active_parameters)} active per token"
+        )
+        total = _bytes(budget.state_bytes + budget.activation_bytes)
+        self._say(
+            f"memory      {total} expected per device ({_bytes(budget.state_bytes)} state and "
+            f"gradients, {_bytes(budget.activation_bytes)} activations)"
+        )
+        self._say(f"mesh        {mesh} on {run.mesh.size} {device.device_kind} device(s)")
+        self._say(
+            f"data        {run.corpus.name}: {_count(run.corpus.train_N.size)} training tokens, "
+            f"{_count(run.corpus.heldout_N.size)} held out"
+        )
+        self._say(
+            f"training    {train.steps} steps of {train.batch_size} x {train.seq_len} tokens, "
+            f"{budget.flops_per_step / 1e9:.1f} GFLOP each"
+        )
+        if run.leak:
+            self._say(f"visibility  {run.leak} (a token's output depends on these)")
+
+    def start(self, step: int) -> None:
+        """The loop begins at ``step``."""
+        self._began = self._logged_at = time.perf_counter()
+        self._logged_step = step
+        if step:
+            self._say(f"resuming {self._folder} at step {step}")
+        self._say("compiling the training step ...")
+        if self._bar:
+            self._bar.start(step)
+
+    def compiled(self, step: int) -> None:
+        """The first step is done; its time, mostly compilation, counts towards no rate."""
+        now = time.perf_counter()
+        self._say(f"compiled, first step done after {now - self._logged_at:.0f} s")
+        self._logged_at, self._logged_step = now, step
+
+    def stepped(self, step: int, row: Row, now: float) -> dict[str, Any]:
+        """Shows a logged step; returns its row for ``timings.jsonl``."""
+        train = self._run.config.train
+        steps = step - self._logged_step
+        if steps:
+            self._seconds = (now - self._logged_at) / steps
+            self._rate = train.batch_size * train.seq_len / self._seconds
+        seconds = self._seconds
+        mfu = self._flops_per_step / seconds / self._peak
+        self._logged_at, self._logged_step, self._last_train = now, step, row
+        parts = [
+            f"step {step:>{len(str(train.steps))}}/{train.steps}",
+            f"loss {row['loss']:.4f}",
+        ]
+        if steps:
+            parts += [f"{_count(self._rate)} tokens/s", f"MFU {mfu:.0%}"]
+        if "moe/max_vio" in row:
+            parts.append(f"max load {1 + row['moe/max_vio']:.2f}x")
+            parts.append(f"drops {row['moe/drop_rate']:.2%}")
+        if self._bar:  # which shows step and remaining time itself
+            self._bar.advance(step, "  ".join(parts[1:]))
+        else:
+            eta = [f"ETA {_duration((train.steps - step) * seconds)}"] if steps else []
+            self._say("  ".join(parts + eta))
+        return {
+            "step": step,
+            "seconds_per_step": seconds,
+            "tokens_per_second": self._rate,
+            "mfu": mfu,
+            "elapsed": now - self._began,
+        }
+
+    def evaluated(self, row: Row) -> None:
+        """Shows a held-out evaluation; its time is not charged to the next training step."""
+        self._last_eval = row
+        self._logged_at = time.perf_counter()
+        self._logged_step = row["step"]
+        self._say(
+            f"held out at step {row['step']}: loss {row['loss']:.4f} nats/token, "
+            f"{row['bits_per_byte']:.4f} bits/byte"
+        )
+
+    def already_done(self, step: int) -> None:
+        """The workdir's run has all its steps; a kill may have come before its picture."""
+        if is_first() and not (self._folder / "summary.png").exists():
+            write_summary_png(str(self._folder))
+        self._say(f"{self._folder} is complete at step {step}; raise train.steps to go on")
+
+    def diverged(self, problem: Exception) -> None:
+        """The run stopped at a value that is not finite."""
+        self.close()
+        if is_first():
+            print(
+                f"moejax: diverged at {problem}; lower optim.learning_rate, or raise "
+                "optim.warmup_steps or moe.losses.z; every checkpoint holds finite values",
+                file=sys.stderr,
+            )
+
+    def finish(self, step: int, status: int) -> None:
+        """The summary, or how to go on after a stop."""
+        from moejax.train.loop import DONE, read_config
+
+        self.close()
+        if not is_first():
+            return
+        if status != DONE:
+            self._say(f"stopped and saved at step {step}; the same command resumes")
+            return
+        write_summary_png(str(self._folder))
+        baselines = read_config(self._folder)["baselines"]
+        row, last = self._last_eval, self._last_train
+        nats, bits = row["loss"], row["bits_per_byte"]
+        lines = [("held-out loss", f"{nats:.4f} nats/token  {bits:.4f} bits/byte")]
+        for name, nats in baselines.items():
+            bits = nats / math.log(2) / self._run.corpus.heldout_bytes_per_token
+            lines.append((f"  {name}", f"{nats:.4f} nats/token  {bits:.4f} bits/byte"))
+        if not math.isnan(self._rate):  # a single step, which was the compilation
+            lines.append(("speed", f"{_count(self._rate)} tokens/s at the end"))
+        if "moe/max_vio" in row:
+            busiest, drops = 1 + last["moe/max_vio"], last["moe/drop_rate"]
+            held_out = row["moe/drop_rate"]
+            lines.append(("balance", f"busiest expert at {busiest:.2f}x the mean load"))
+            lines.append(("drops", f"{drops:.2%} of pairs in training, {held_out:.2%} held out"))
+        if self._run.leak:
+            lines.append(("visibility", self._run.leak))
+        lines.append(("files", f"{self._folder}: summary.png, metrics.jsonl, checkpoints/"))
+        lines.append(("next", "another gate: --config=configs/lm.py:gate=switch --workdir=..."))
+        lines.append(("", "every field:  moejax config --config=configs/lm.py"))
+        self._say(f"\nfinished in {_duration(time.perf_counter() - self._began)}")
+        for label, text in lines:
+            self._say(f"{label:<16}{text}")
+
+    def close(self) -> None:
+        """Gives the terminal back, whatever ended the run."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        if self._bar:
+            self._bar.say(line)
+        elif is_first():
+            print(line, flush=True)
+
+
+class _ProgressBar:
+    """One live line on a terminal, in place of a line per logged step."""
+
+    def __init__(self, config: Any):
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[status]}"),
+        )
+        self._task = self._progress.add_task("", total=config.train.steps, status="")
+
+    def start(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+        self._progress.start()
+
+    def advance(self, step: int, status: str) -> None:
+        self._progress.update(self._task, completed=step, status=status)
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def _wants_bar(config: Any) -> bool:
+    return config.report.progress and is_first() and sys.stdout.isatty()
+
+
+def _model_line(config: Any) -> str:
+    model, moe = config.model, config.moe
+    layers = f"{model.num_layers} layers of width {model.d_model}"
+    if not moe.every:
+        return f"{layers}, dense FFN of width {model.d_ff}"
+    where = "every layer" if moe.every == 1 else f"every {moe.every}th layer"
+    return (
+        f"{layers}, {moe.num_experts} experts of width {moe.d_ff} in {where}, "
+        f"gate {moe.gate.name}, transport {moe.transport}"
+    )
+
+
+def _count(number: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if number >= limit:
+            return f"{number / limit:.1f} {unit}"
+    return f"{number / 1024:.1f} KiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

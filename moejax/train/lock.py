@@ -1,0 +1,71 @@
+"""One writer per workdir."""
+
+import fcntl
+import json
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+
+from moejax.errors import UserError
+from moejax.train.processes import is_first, shared_problem
+
+
+class WorkdirLock:
+    """Holds ``<workdir>/.lock`` while a run writes to `workdir`; a context manager.
+
+    The lock is an ``flock``: the kernel drops it when the process ends, however it ends, so there
+    is no stale lock to remove. What the file says (pid, host, start) only serves the message. In a
+    job of several processes the first one holds it and all of them learn the outcome. A child
+    forked without exec shares the lock for as long as it lives.
+
+    Raises (on entering):
+      UserError: if another process holds it.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self._workdir = Path(workdir)
+        self._file: int | None = None
+
+    def __enter__(self) -> "WorkdirLock":
+        problem = shared_problem(self._acquire() if is_first() else "")
+        if problem:
+            self._release()
+            raise UserError(problem)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._release()
+
+    def _acquire(self) -> str:
+        """Takes the lock and returns "", or says who has it."""
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _describe_owner(os.read(file, 1000))
+            os.close(file)
+            return (
+                f"workdir {self._workdir} is in use by {owner}; wait for it, stop it, or choose "
+                "another workdir"
+            )
+        start = datetime.now().astimezone().isoformat(timespec="seconds")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(owner).encode())
+        self._file = file
+        return ""
+
+    def _release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)  # the file stays: removing it would race with the next owner
+            self._file = None
+
+
+def _describe_owner(written: bytes) -> str:
+    try:
+        owner = json.loads(written)
+    except ValueError:  # between the lock and the write
+        return "another process"
+    return f"process {owner['pid']} on {owner['host']} since {owner['start']}"

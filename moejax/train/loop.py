@@ -1,0 +1,282 @@
+"""The training loop."""
+
+import dataclasses
+import json
+import os
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from moejax import __version__
+from moejax.config import Config, config_differences, default, to_dict
+from moejax.data.baselines import ngram_baselines
+from moejax.data.batches import Prefetcher
+from moejax.errors import UserError
+from moejax.train import rows, setup
+from moejax.train.checkpoint import Checkpointer, restore_subtree
+from moejax.train.console import Console
+from moejax.train.lock import WorkdirLock
+from moejax.train.metrics import MetricsLog
+from moejax.train.processes import from_first, is_first
+from moejax.train.setup import Run
+from moejax.train.signals import Stop
+from moejax.train.state import TrainState, count_parameters
+
+DONE, FAILED, PREEMPTED = 0, 1, 75
+
+
+def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ...] = ()) -> int:
+    """Trains until ``train.steps``, from the workdir's last good checkpoint if it has one.
+
+    Returns the exit status: 0 done, 75 stopped by a signal after saving, 1 diverged.
+
+    Raises:
+      UserError: a mistake in the config or the workdir, before anything is written.
+    """
+    this = setup.prepare(config)
+    folder = Path(workdir)
+    check_workdir(folder, config, this.corpus.fingerprint)
+    this.train_batches()  # a text that is too short is refused here,
+    this.eval_batches()  # before anything is written
+    console = Console(this, folder)
+    console.announce(setup.budget(this))
+    with jax.set_mesh(this.mesh), closing(console):
+        warm = _warm_start(this, folder)
+        _make_workdir(folder)
+        with WorkdirLock(folder):
+            return _train(this, folder, warm, console, source, overrides)
+
+
+def _train(
+    this: Run,
+    folder: Path,
+    warm: PyTree | None,
+    console: Console,
+    source: str,
+    overrides: tuple[str, ...],
+) -> int:
+    config = this.config.train
+    with Checkpointer(folder / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore(this.abstract_state)
+        start = restored.step if restored else 0
+        if restored and start >= config.steps:
+            console.already_done(start)
+            return DONE
+        write_config(this, folder, source, overrides)
+        log = MetricsLog(
+            folder,
+            resume_step=start if restored else _fresh(folder),
+            tensorboard=this.config.report.tensorboard,
+        )
+        state = restored.state if restored else _first_state(this, warm)
+        console.start(start)
+        with log, Stop() as stop:
+            try:
+                step, status = _loop(this, state, start, checkpoints, log, stop, console)
+            except rows.Divergence as problem:
+                console.diverged(problem)
+                return FAILED
+    console.finish(step, status)
+    return status
+
+
+def _loop(
+    this: Run,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpointer,
+    log: MetricsLog,
+    stop: Stop,
+    console: Console,
+) -> tuple[int, int]:
+    """Update, then the previous step's metrics while the device works; evaluate, save, stop.
+
+    Returns the steps completed and the exit status.
+    """
+    config = this.config.train
+    source = this.train_batches()
+    held_out = [this.put(batch) for batch in this.eval_batches()]
+    pending: tuple[int, Any] | None = None
+    with Prefetcher(lambda step: this.put(source.batch(step)), start, config.steps) as batches:
+        for step, batch in enumerate(batches, start + 1):
+            state, metrics = this.train_step(state, batch)
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                console.compiled(step)
+            if pending:
+                _record(this, *pending, log, console)
+            pending = (step, metrics)
+            last = step == config.steps
+            evaluate_now = last or step % config.eval_every == 0
+            save_now = last or step % config.checkpoint_every == 0
+            stopping = stop.requested(step) and not last
+            if evaluate_now or save_now or stopping:
+                _record(this, *pending, log, console)
+                pending = None
+            if evaluate_now:
+                totals = [this.eval_step(state, held) for held in held_out]
+                row = rows.eval_row(step, totals, this.corpus.heldout_bytes_per_token, this.leak)
+                log.write(row)
+                console.evaluated(row)
+            if save_now or stopping:
+                rows.check_state(step, state)
+                log.flush()
+                checkpoints.save(step, state, {"fingerprint": this.corpus.fingerprint})
+            if stopping:
+                checkpoints.wait()
+                return step, PREEMPTED
+    checkpoints.wait()
+    return config.steps, DONE
+
+
+def _record(this: Run, step: int, metrics: Any, log: MetricsLog, console: Console) -> None:
+    """Checks a finished step for NaN, and writes and shows it if it is one to log."""
+    row = rows.train_row(step, metrics, this.leak)
+    config = this.config.train
+    if step % config.log_every == 0 or step == config.steps:
+        log.write(row)
+        log.timing(console.stepped(step, row, time.perf_counter()))
+
+
+def _warm_start(this: Run, folder: Path) -> PyTree | None:
+    """The parameters of ``train.init_from``, for a run that has it and no checkpoint yet.
+
+    Raises:
+      UserError: there are none, or they do not fit; before the workdir is made.
+    """
+    source = this.config.train.init_from
+    begun = from_first(bool(Checkpointer(folder / "checkpoints", read_only=True).steps()))
+    if not source or begun:
+        return None
+    try:
+        checkpoints = Path(source).expanduser() / "checkpoints"
+        return restore_subtree(checkpoints, this.abstract_state.params).state
+    except UserError as error:
+        raise UserError(f"train.init_from={source!r}: {error}") from error
+
+
+def _first_state(this: Run, warm: PyTree | None) -> TrainState:
+    state = this.init_state()
+    return state if warm is None else dataclasses.replace(state, params=warm)
+
+
+def _fresh(folder: Path) -> int | None:
+    """A run killed before its first checkpoint left rows behind: start them again."""
+    return 0 if (folder / "metrics.jsonl").exists() else None
+
+
+def _make_workdir(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--workdir={folder} cannot be written to; name another folder")
+
+
+def check_workdir(folder: Path, config: Config, fingerprint: str) -> None:
+    """Refuses a workdir that belongs to something else, or to this run with other data.
+
+    Raises:
+      UserError: naming the field that differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir={folder} is a file; name a folder")
+    path = folder / "config.json"
+    if not path.exists():
+        if folder.is_dir() and any(n for n in os.listdir(folder) if not n.startswith(".")):
+            raise UserError(f"--workdir={folder} is not empty and holds no run; name a new folder")
+        return
+    saved = read_config(folder)
+    for name, old, new in config_differences(saved["config"], to_dict(config)):
+        raise UserError(
+            f"{name}={new} but the run in {folder} has {name}={old}; use another --workdir, or "
+            "the same value to resume"
+        )
+    _check_data(saved, config, fingerprint, "use another --workdir")
+
+
+def _check_data(saved: dict[str, Any], config: Config, fingerprint: str, remedy: str) -> None:
+    """Refuses other tokens than the run's, unless the config names other data."""
+    if to_dict(config)["data"] == saved["config"]["data"] and fingerprint != saved["fingerprint"]:
+        raise UserError(
+            f"the tokens of data.path={config.data.path!r} are not those the run began with; "
+            f"restore the old files or {remedy}"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The workdir's config.json."""
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is {folder} the workdir of a run?") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); restore it or use another --workdir"
+        ) from error
+    if not isinstance(saved, dict) or not {"config", "fingerprint", "baselines"} <= saved.keys():
+        raise UserError(f"{path} was not written by `moejax train`; use another --workdir")
+    return saved
+
+
+def write_config(this: Run, folder: Path, source: str, overrides: tuple[str, ...]) -> None:
+    """Writes config.json, in one rename; keeps what the run's first start measured."""
+    if not is_first():
+        return
+    path = folder / "config.json"
+    known = read_config(folder) if path.exists() else {}
+    corpus = this.corpus
+    baselines = known.get("baselines") or ngram_baselines(
+        corpus.train_N, corpus.heldout_N, corpus.vocab_size
+    )
+    content = {
+        # How these processes found each other is no part of the run: one alone may evaluate it.
+        "config": {**to_dict(this.config), "distributed": to_dict(default())["distributed"]},
+        "source": source,
+        "overrides": list(overrides),
+        "version": __version__,
+        "corpus": corpus.name,
+        "fingerprint": corpus.fingerprint,
+        "heldout_bytes_per_token": corpus.heldout_bytes_per_token,
+        "baselines": baselines,
+        "parameters": {
+            "total": count_parameters(this.abstract_state.params),
+            "active": setup.active_parameters(this),
+        },
+        "visibility": this.leak,
+    }
+    temporary = folder / ".config.json.tmp"  # hidden: alone, it does not make a folder a run's
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def evaluate(config: Config, workdir: str, step: int | None = None) -> dict[str, Any]:
+    """The held-out row of a run's checkpoint (the newest good one, or that of ``step``).
+
+    Raises:
+      UserError: no such checkpoint, or the run's own text has changed.
+      Divergence: the loss is not finite.
+    """
+    this = setup.prepare(config)
+    folder = Path(workdir)
+    remedy = "name the text to evaluate on with --config.data.path"
+    _check_data(read_config(folder), config, this.corpus.fingerprint, remedy)
+    with (
+        jax.set_mesh(this.mesh),
+        Checkpointer(folder / "checkpoints", read_only=True) as checkpoints,
+    ):
+        restored = checkpoints.restore(this.abstract_state, step=step)
+        if restored is None:
+            raise UserError(f"{workdir} has no checkpoint to evaluate; train first")
+        totals = [this.eval_step(restored.state, this.put(b)) for b in this.eval_batches()]
+        bytes_per_token = this.corpus.heldout_bytes_per_token
+        return rows.eval_row(restored.step, totals, bytes_per_token, this.leak)

@@ -1,0 +1,54 @@
+"""Agreement between the processes of one job; the identity in a job of one process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_LONGEST = 1000  # bytes of a message that travel
+
+
+def is_first() -> bool:
+    """Whether this process is the one that lists, prints and moves files."""
+    return jax.process_index() == 0
+
+
+def from_first(value: int) -> int:
+    """The first process's `value` (below 2**31), on every process."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def shared_problem(problem: str) -> str:
+    """The problem of the first process that has one, on every process; "" if none has.
+
+    Call it before anything that only works when all processes go on together: a process that
+    stops alone leaves the others waiting.
+    """
+    if jax.process_count() == 1:
+        return problem
+    encoded = np.zeros(_LONGEST, np.uint8)
+    text = np.frombuffer(problem.encode()[:_LONGEST], np.uint8)
+    encoded[: text.size] = text
+    for row in np.asarray(multihost_utils.process_allgather(encoded)):
+        if row.any():
+            return row.tobytes().rstrip(b"\0").decode(errors="replace")
+    return ""
+
+
+def compiled_together(jitted: Any, *shapes: Any) -> Callable[..., Any]:
+    """The jitted function, in a job of several processes compiled by all of them when one calls it.
+
+    On CPU a process that is ready gives up the first collective between a group of devices after
+    30 seconds ("Gloo context initialization failed"), and a reduce-scatter at any time. Compiling,
+    or what the first process alone does before, may keep another one busy for longer. The barrier
+    waits as long as it takes.
+    """
+    if jax.process_count() == 1:
+        return jitted
+    compiled = jitted.lower(*shapes).compile()
+    multihost_utils.sync_global_devices("moejax compiled")
+    return compiled

@@ -1,0 +1,194 @@
+"""Reading checkpoints: only what passes every check is handed out.
+
+Orbax does not notice a flipped bit in the payload, casts dtypes in silence, returns a description
+where an array is missing and takes an empty folder for the newest step. So a checkpoint counts as
+good when its manifest matches its digest, describes the state that is asked for, and every array
+that was read has the checksum in the manifest.
+
+Layout: ``<directory>/<step>/state`` (arrays) and ``<directory>/<step>/meta`` (manifest).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tensorstore as ts
+
+from moejax.errors import UserError
+from moejax.train import manifest as manifests
+from moejax.train.checksum import checksums
+from moejax.train.manifest import Damaged
+from moejax.train.processes import from_first, shared_problem
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A verified state, the step it belongs to and the `meta` it was saved with."""
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Steps in a checkpoint directory, ascending. A step's folder gets its name when it commits."""
+    if not directory.is_dir():
+        return []
+    folders = [path.name for path in directory.iterdir() if path.is_dir()]
+    return sorted(int(name) for name in folders if name.isdecimal())
+
+
+def newest_good(
+    directory: Path, abstract: Any, prefix: str, reject: Callable[[int, str], None]
+) -> tuple[Restored | None, list[int]]:
+    """Tries steps from the newest on; the first good one, and the steps given to `reject`."""
+    rejected: list[int] = []
+    while True:
+        untried = [step for step in committed_steps(directory) if step not in rejected]
+        step = from_first(max(untried, default=-1))
+        if step < 0:
+            return None, rejected
+        try:
+            return _load(directory, step, abstract, prefix), rejected
+        except Damaged as damage:
+            rejected.append(step)
+            reject(step, str(damage))
+
+
+def exactly(directory: Path, step: int, abstract: Any) -> Restored:
+    """Checkpoint `step`, or a UserError."""
+    steps = committed_steps(directory)
+    if not from_first(step in steps):
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"no checkpoint of step {step} in {directory}; steps there: {there}")
+    try:
+        return _load(directory, step, abstract, "")
+    except Damaged as damage:
+        raise UserError(f"checkpoint {step} in {directory} is damaged: {damage}") from damage
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong at the root, on one line of bearable length; tensorstore writes kilobytes."""
+    error = _root(error)
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _load(directory: Path, step: int, abstract: Any, prefix: str) -> Restored:
+    """Reads and verifies one checkpoint, or its arrays below `prefix`, onto abstract's shardings.
+
+    All processes agree after each stage, because the next one needs all of them.
+
+    Raises:
+      Damaged: on every process, if one of them found damage.
+      UserError: if the checkpoint is intact and describes another tree.
+    """
+    folder = directory / str(step)
+    with _agreement():
+        about = manifests.decode(_read_json(folder / "meta"), step)
+    leaves = {prefix + name: leaf for name, leaf in manifests.named_leaves(abstract).items()}
+    saved = {name: entry for name, entry in about.arrays.items() if name.startswith(prefix)}
+    wanted = manifests.entries(leaves)
+    manifests.check_same_tree(saved, wanted, f"checkpoint {step} in {directory}")
+    with _agreement():
+        arrays = _read_arrays(folder / "state", leaves)
+    sums, diverged = checksums(arrays)
+    for name, found in sums.items():
+        if found != saved[name].checksum or name in diverged:
+            raise Damaged(f"array {name} ({saved[name]}) does not match its checksum")
+    values = [manifests.from_array(arrays[name], leaf) for name, leaf in leaves.items()]
+    state = jax.tree.unflatten(jax.tree.structure(abstract), values)
+    return Restored(step, state, about.meta)
+
+
+@contextmanager
+def _agreement() -> Iterator[None]:
+    """Raises `Damaged` on every process if the body raised it on one."""
+    problem = ""
+    try:
+        yield
+    except Damaged as damage:
+        problem = str(damage)
+    problem = shared_problem(problem)
+    if problem:
+        raise Damaged(problem)
+
+
+def _read_json(folder: Path) -> Any:
+    with _ReadErrors("its manifest"):
+        return json.loads((folder / "metadata").read_bytes())
+
+
+def _read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The stored arrays of described leaves, on the leaves' shardings.
+
+    Every process reads the blocks of its own devices. TensorStore is asked directly: orbax's reader
+    ends with a barrier, at which the other processes would wait for one that found damage, and
+    leaves coroutines behind that print tracebacks.
+    """
+    files = {"driver": "file", "path": f"{folder}/"}
+    context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
+    stored = {name: manifests.stored_as(leaf) for name, leaf in leaves.items()}
+    opening = {}
+    for name in stored:
+        store = {
+            "driver": "ocdbt",
+            "base": files,
+            "path": f"{name}/",
+            "cache_pool": "cache_pool#index",
+        }
+        spec = {"driver": "auto", "kvstore": store}
+        opening[name] = ts.open(spec, open=True, read=True, context=context)
+    arrays = {}
+    for name, x in stored.items():
+        if not x.size:  # nothing is stored
+            arrays[name] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
+            continue
+        with _ReadErrors(f"array {name}"):
+            arrays[name] = _place(opening[name].result(), x)
+    return arrays
+
+
+def _place(source: ts.TensorStore, x: jax.ShapeDtypeStruct) -> jax.Array:
+    if (source.shape, source.dtype.numpy_dtype) != (x.shape, x.dtype):
+        raise Damaged(f"its files hold {source.dtype.numpy_dtype}{list(source.shape)} for {x}")
+    assert x.sharding is not None
+    blocks = {}  # by index, so that a block that several devices hold is read once
+    for index in x.sharding.addressable_devices_indices_map(x.shape).values():
+        blocks.setdefault(repr(index), source[index].read())
+    blocks = {index: block.result() for index, block in blocks.items()}
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: blocks[repr(index)])
+
+
+class _ReadErrors:
+    """Turns what missing, truncated or altered files raise into `Damaged`.
+
+    Trouble of the machine (no memory, too many open files, no permission) says nothing about the
+    checkpoint and propagates, so that a good checkpoint is not condemned for it.
+    """
+
+    _DAMAGE = (ValueError, FileNotFoundError)
+    _MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "CANCELLED")
+
+    def __init__(self, what: str):
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, self._DAMAGE) and not any(
+            code in str(error) for code in self._MACHINE
+        ):
+            raise Damaged(f"{self._what} cannot be read ({one_line(error)})") from error

@@ -1,0 +1,127 @@
+"""From a step's totals to a row of ``metrics.jsonl``."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from moejax.train.state import TrainState
+from moejax.train.step import Metrics
+from moejax.train.task import Totals
+from moejax.types import MoEStats
+
+Row = dict[str, Any]
+
+
+class Divergence(Exception):
+    """A loss, gradient or weight that is not finite; the message says where it began."""
+
+
+def train_row(step: int, metrics: Metrics, leak: str) -> Row:
+    """The row of one training step.
+
+    Raises:
+      Divergence: the loss or the gradient is not finite.
+    """
+    metrics = jax.device_get(metrics)
+    totals: Totals = metrics["totals"]
+    check_finite(step, totals, float(metrics["total_loss"]), float(metrics["grad_norm"]))
+    return {
+        "step": step,
+        "split": "train",
+        **_means(totals),
+        "total_loss": float(metrics["total_loss"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "learning_rate": float(metrics["learning_rate"]),
+        **routing(totals.stats),
+        "leak": leak,
+    }
+
+
+def eval_row(step: int, totals: list[Totals], bytes_per_token: float, leak: str) -> Row:
+    """The row of one evaluation, from the totals of its batches.
+
+    Raises:
+      Divergence: the loss is not finite.
+    """
+    summed: Totals = jax.tree.map(lambda *xs: sum(xs), *jax.device_get(totals))
+    check_finite(step, summed)
+    means = _means(summed)
+    return {
+        "step": step,
+        "split": "eval",
+        **means,
+        "bits_per_byte": means["loss"] / math.log(2) / bytes_per_token,
+        **routing(summed.stats),
+        "leak": leak,
+    }
+
+
+def check_finite(
+    step: int, totals: Totals, total_loss: float = 0.0, grad_norm: float = 0.0
+) -> None:
+    """Raises Divergence, naming step and layer, unless losses and gradient are finite."""
+    losses_finite = math.isfinite(float(totals.cross_entropy)) and math.isfinite(total_loss)
+    if losses_finite and math.isfinite(grad_norm):
+        return
+    bad = np.flatnonzero(~np.isfinite(totals.mean_square))
+    if bad.size:
+        where = f"the output of layer {bad[0]} (counting from 0) is not finite"
+    elif not losses_finite:
+        where = "every layer's output is finite but the loss is not"
+    else:
+        where = "the loss is finite but its gradient is not"
+    raise Divergence(f"step {step}: {where}")
+
+
+def check_state(step: int, state: TrainState) -> None:
+    """Raises Divergence, naming the step and an array, unless every value to save is finite.
+
+    An update can overflow although the loss and the gradient it was made from are finite.
+    """
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree.leaves_with_path(state)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    }
+    finite = jax.device_get(_all_finite(list(named.values())))
+    bad = [name for name, good in zip(named, finite, strict=True) if not good]
+    if bad:
+        more = f" (nor are {len(bad) - 1} more arrays)" if len(bad) > 1 else ""
+        raise Divergence(f"step {step}: after the update {bad[0]} is not finite{more}")
+
+
+@jax.jit
+def _all_finite(arrays: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+
+
+def _means(totals: Totals) -> Row:
+    tokens = max(int(totals.tokens), 1)
+    return {
+        "loss": float(totals.cross_entropy) / tokens,
+        "accuracy": int(totals.correct) / tokens,
+        **{f"aux/{name}": float(value) / tokens for name, value in totals.auxiliary.items()},
+    }
+
+
+def routing(stats: MoEStats | None) -> Row:
+    """Balance and drops of all MoE layers, and the counts behind them."""
+    if stats is None:
+        return {}
+    load, dropped = np.asarray(stats.load_E), np.asarray(stats.dropped_E)
+    tokens, pairs = max(int(stats.tokens.sum()), 1), max(int(load.sum()), 1)
+    mean_load = np.maximum(load.mean(axis=-1, keepdims=True), 1e-9)
+    return {
+        "moe/max_vio": float((load.max(axis=-1, keepdims=True) / mean_load - 1).mean()),
+        "moe/drop_rate": int(dropped.sum()) / pairs,
+        "moe/unserved_rate": int(stats.unserved_tokens.sum()) / tokens,
+        "moe/experts_per_token": int(load.sum()) / tokens,
+        "moe/router_entropy": float(stats.entropy.sum()) / tokens,
+        "moe/load": load.tolist(),
+        "moe/dropped": dropped.tolist(),
+        "moe/dropped_by_position": np.asarray(stats.dropped_L).tolist(),
+    }

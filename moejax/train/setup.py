@@ -1,0 +1,225 @@
+"""From a config to everything the loop needs: devices, data, task, optimizer, compiled steps."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
+
+from moejax import mesh as meshes
+from moejax.config import Config, configure_devices, validate
+from moejax.data import batches as data_batches
+from moejax.data import corpus as corpora
+from moejax.data.corpus import Corpus
+from moejax.errors import UserError
+from moejax.train import flops, memory
+from moejax.train.optim import make_optimizer
+from moejax.train.processes import compiled_together
+from moejax.train.state import TrainState, abstract, count_parameters
+from moejax.train.step import eval_step, train_step
+from moejax.train.task import Batch, LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A validated run, ready to compile. Everything here is a function of the config."""
+
+    config: Config
+    leak: str
+    corpus: Corpus
+    mesh: Mesh
+    task: LanguageModel
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the training state; no array is made."""
+        return abstract(jax.eval_shape(self._init), self.mesh)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """The jitted update; it consumes the state it is given."""
+        step = functools.partial(
+            train_step,
+            task=self.task,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            grad_accum=self.config.train.grad_accum,
+        )
+        state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(state, None))
+        return compiled_together(jitted, self.abstract_state, self._abstract_batch)
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """The jitted evaluation of one batch."""
+        jitted = jax.jit(functools.partial(eval_step, task=self.task))
+        return compiled_together(jitted, self.abstract_state, self._abstract_batch)
+
+    @functools.cached_property
+    def _row_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, meshes.batch_spec())
+
+    @property
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        rows = abstract_batch(self.config, self.config.train.batch_size)
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._row_sharding)
+            for name, x in rows.items()
+        }
+
+    def init_state(self) -> TrainState:
+        """A fresh state, each device making only its own part."""
+        state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(self._init, out_shardings=state)()
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """A global batch of host arrays, on the devices that need its rows."""
+        return {
+            name: jax.make_array_from_callback(x.shape, self._row_sharding, x.__getitem__)
+            for name, x in batch.items()
+        }
+
+    def train_batches(self) -> data_batches.TrainBatches:
+        train = self.config.train
+        return data_batches.TrainBatches(
+            self.corpus.train_N, train.seq_len, train.batch_size, train.seed
+        )
+
+    def eval_batches(self) -> list[dict[str, np.ndarray]]:
+        train = self.config.train
+        return data_batches.eval_batches(
+            self.corpus.heldout_N, train.seq_len, train.batch_size, train.eval_rows
+        )
+
+    def _init(self) -> TrainState:
+        key = jax.random.key(self.config.train.seed)
+        params = self.task.init(jax.random.fold_in(key, 0))
+        return TrainState(
+            step=jax.numpy.int32(0),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            gate_state=self.task.init_gate_state(),
+            key=jax.random.key_data(jax.random.fold_in(key, 1)),
+        )
+
+
+def prepare(config: Config) -> Run:
+    """Validates, starts the devices and loads the data. Writes nothing.
+
+    Raises:
+      UserError: whatever is wrong with the config, the data or the machine for it.
+    """
+    visibility = validate(config)
+    configure_devices(config)
+    devices = _devices(config)
+    validate(config, len(devices))
+    corpus = corpora.load(config.data)
+    if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
+        )
+    task = LanguageModel.from_config(config, corpus.vocab_size)
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    optimizer, schedule = make_optimizer(config.optim, config.train.steps, params)
+    return Run(
+        config=config,
+        leak=visibility.mark if config.moe.every else "",
+        corpus=corpus,
+        mesh=meshes.make_mesh({axis: config.mesh[axis] for axis in meshes.AXES}, devices),
+        task=task,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
+
+
+def _devices(config: Config) -> list[jax.Device]:
+    """All devices; of virtual CPU devices that were started before us, as many as the mesh has."""
+    devices = jax.devices()
+    fixed = [config.mesh[axis] for axis in meshes.AXES]
+    if devices[0].platform == "cpu" and jax.process_count() == 1 and -1 not in fixed:
+        return devices[: int(np.prod(fixed))]
+    return devices
+
+
+def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of ``rows`` sequences."""
+    length = config.train.seq_len
+    return {
+        "tokens": jax.ShapeDtypeStruct((rows, length + 1), np.int32),
+        "valid": jax.ShapeDtypeStruct((rows, length), np.bool_),
+        "row": jax.ShapeDtypeStruct((rows,), np.int32),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a run costs, counted before anything is compiled."""
+
+    parameters: int
+    active_parameters: int
+    flops_per_step: float
+    """Floating-point operations of one step's forward and backward pass, drop- and padding-free."""
+    state_bytes: int
+    activation_bytes: int
+    """Per device: the training state with gradients, and what is kept for the backward pass."""
+
+
+def budget(run: Run) -> Budget:
+    """Counts parameters, FLOPs (on the jaxpr) and bytes per device (from shapes and shardings)."""
+    config, task = run.config, run.task
+    micro = config.train.batch_size // config.train.grad_accum
+    dropless = task.countable()
+    params = run.abstract_state.params
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.abstract_state)
+
+    def loss(params: PyTree, batch: Batch) -> jax.Array:
+        key = jax.random.wrap_key_data(jax.numpy.zeros_like(run.abstract_state.key))
+        totals = dropless.forward(params, plain_gate_state(), batch, plain_step(), key, train=True)
+        return dropless.objective(totals, totals.tokens)
+
+    def plain_gate_state() -> PyTree:
+        return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plain.gate_state)
+
+    def plain_step() -> jax.Array:
+        return jax.numpy.int32(0)
+
+    batch = abstract_batch(config, micro)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(plain.params, batch)
+    kept = memory.residual_bytes(lambda p: loss(p, zeros_like(batch)), plain.params)
+    shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
+    return Budget(
+        parameters=count_parameters(params),
+        active_parameters=active_parameters(run),
+        flops_per_step=flops.count_flops(jaxpr) * config.train.grad_accum,
+        state_bytes=memory.tree_bytes_per_device(run.abstract_state)
+        + memory.tree_bytes_per_device(params),
+        activation_bytes=kept // shards,
+    )
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros of the described shapes."""
+    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), tree)
+
+
+def active_parameters(run: Run) -> int:
+    """Parameters one token uses: of each MoE layer, only the experts it visits."""
+    model = run.task.model
+    params = run.abstract_state.params
+    total = count_parameters(params)
+    if not model.every:
+        return total
+    experts = sum(
+        int(np.prod(x.shape))
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if str(getattr(path[-1], "key", "")) in ("gate_EDF", "up_EDF", "down_EFD")
+    )
+    visited = min(model.gate.columns(model.moe.num_experts), model.moe.num_experts)
+    return total - experts + experts * visited // model.moe.num_experts

@@ -1,0 +1,81 @@
+"""One optimizer update, and one evaluation of a batch. Pure functions of plain pytrees."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from moejax.train.state import TrainState
+from moejax.train.task import Batch, LanguageModel, Totals
+
+Metrics = dict[str, Any]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    task: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    grad_accum: int,
+) -> tuple[TrainState, Metrics]:
+    """Gradient of the whole batch (in ``grad_accum`` parts), update, next gate state, metrics."""
+    key = jax.random.wrap_key_data(state.key)
+    tokens = jnp.sum(batch["valid"])
+
+    def loss(params: PyTree, part: Batch) -> tuple[Array, Totals]:
+        totals = task.forward(params, state.gate_state, part, state.step, key, train=True)
+        return task.objective(totals, tokens), totals
+
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    parts = split_batch(batch, grad_accum, task.model.moe.rows_per_group(1))
+    if grad_accum == 1:
+        (total, totals), grads = grad_fn(state.params, jax.tree.map(lambda x: x[0], parts))
+    else:
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, state.params, first)
+        )
+        (total, totals), grads = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, grad_fn(state.params, part)), None),
+            zeros,
+            parts,
+        )[0]
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        gate_state=task.update_gate_state(state.gate_state, totals),
+        key=state.key,
+    )
+    metrics = {
+        "totals": totals,
+        "total_loss": total,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": schedule(state.step),
+    }
+    return new_state, metrics
+
+
+def eval_step(state: TrainState, batch: Batch, *, task: LanguageModel) -> Totals:
+    """The batch's totals in evaluation: no noise, evaluation transport, state untouched."""
+    key = jax.random.wrap_key_data(state.key)
+    return task.forward(state.params, state.gate_state, batch, state.step, key, train=False)
+
+
+def split_batch(batch: Batch, parts: int, rows: int) -> Batch:
+    """``[B, ...] -> [parts, B / parts, ...]`` in runs of ``rows`` sequences, dealt in turn.
+
+    Dealing in turn gives every device its share of every part without moving rows, and keeping
+    runs whole gives a routing group the same sequences however many parts there are.
+    """
+
+    def split(x: Array) -> Array:
+        dealt = x.reshape(x.shape[0] // (parts * rows), parts, rows, *x.shape[1:])
+        return jnp.swapaxes(dealt, 0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+    return jax.tree.map(split, batch)

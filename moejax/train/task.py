@@ -1,0 +1,137 @@
+"""What is trained: the language-modelling task, as pure functions of plain pytrees."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from moejax.config import Config, make_gate, moe_config
+from moejax.models.lm import LM, LMConfig
+from moejax.train.state import from_tree, to_tree
+from moejax.types import Context, MoEStats
+
+Batch = dict[str, Array]
+"""``tokens`` int32[B, L + 1], ``valid`` bool[B, L], ``row`` int32[B] (global ids)."""
+
+
+class Totals(NamedTuple):
+    """Sums over valid tokens, and statistics of the layers: all add up over micro-batches.
+
+    ``auxiliary`` are token-weighted sums of the layers' mean losses, ``mean_square`` of the layers'
+    mean squares, so dividing by ``tokens`` gives the means over the whole batch.
+    """
+
+    tokens: Int[Array, ""]
+    cross_entropy: Float[Array, ""]
+    correct: Int[Array, ""]
+    log_z_square: Float[Array, ""]
+    auxiliary: dict[str, Float[Array, ""]]
+    mean_square: Float[Array, "layers"]
+    stats: MoEStats | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A decoder LM with its loss: cross-entropy + weighted router losses + output z-loss."""
+
+    model: LMConfig
+    loss_weights: tuple[tuple[str, float], ...]
+    output_z_loss: float
+
+    @classmethod
+    def from_config(cls, config: Config, vocab_size: int) -> "LanguageModel":
+        model, moe = config.model, config.moe
+        return cls(
+            LMConfig(
+                vocab_size=model.vocab_size or vocab_size,
+                d_model=model.d_model,
+                d_ff=model.d_ff,
+                num_layers=model.num_layers,
+                num_heads=model.num_heads,
+                num_kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim or model.d_model // model.num_heads,
+                activation=model.activation,
+                rope_theta=model.rope_theta,
+                norm_eps=model.norm_eps,
+                tie_embeddings=model.tie_embeddings,
+                dtype=model.dtype,
+                remat=model.remat,
+                attention=model.attention,
+                every=moe.every,
+                first_dense=moe.first_dense,
+                moe=moe_config(config),
+                gate=make_gate(config),
+                expert_d_ff=moe.d_ff,
+                expert_activation=moe.activation,
+                shared_experts=moe.shared_experts,
+                balance_scope=moe.balance_scope,
+            ),
+            tuple(sorted(moe.losses.items())),
+            config.optim.output_z_loss,
+        )
+
+    def countable(self) -> "LanguageModel":
+        """The same computation in the form whose FLOPs count as the model's own.
+
+        No capacity padding, no recomputation, and attention as matrix products that can be seen.
+        """
+        moe = dataclasses.replace(self.model.moe, transport="dropless")
+        model = dataclasses.replace(self.model, moe=moe, remat="none", attention="xla")
+        return dataclasses.replace(self, model=model)
+
+    def init(self, key: Array) -> PyTree:
+        """Fresh parameters, a nested dict."""
+        return to_tree(nnx.state(LM(self.model, rngs=nnx.Rngs(params=key))))
+
+    def init_gate_state(self) -> PyTree:
+        graph, template = self._split()
+        return nnx.merge(graph, template).init_gate_state()
+
+    def update_gate_state(self, gate_state: PyTree, totals: Totals) -> PyTree:
+        graph, template = self._split()
+        return nnx.merge(graph, template).update_gate_state(gate_state, totals.stats)
+
+    def forward(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+    ) -> Totals:
+        """Runs the model on a batch and adds up everything anyone wants to know of it."""
+        graph, template = self._split()
+        model = nnx.merge(graph, from_tree(template, params))
+        token_BL, target_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        context = Context.of(
+            *token_BL.shape,
+            token_BL=token_BL,
+            valid_BL=batch["valid"],
+            row_B=batch["row"],
+            step=step,
+            key=jax.random.fold_in(key, step),
+        )
+        out = model(token_BL, context, gate_state, train)
+        log_z_BL = jax.nn.logsumexp(out.logits_BLV, axis=-1)
+        target_logit_BL = jnp.take_along_axis(out.logits_BLV, target_BL[..., None], axis=-1)[..., 0]
+        valid = batch["valid"]
+        tokens = jnp.sum(valid, dtype=jnp.int32)
+        hit_BL = jnp.argmax(out.logits_BLV, axis=-1) == target_BL
+        return Totals(
+            tokens=tokens,
+            cross_entropy=jnp.sum(jnp.where(valid, log_z_BL - target_logit_BL, 0.0)),
+            correct=jnp.sum(valid & hit_BL, dtype=jnp.int32),
+            log_z_square=jnp.sum(jnp.where(valid, jnp.square(log_z_BL), 0.0)),
+            auxiliary=jax.tree.map(lambda loss: loss * tokens, out.losses),
+            mean_square=out.mean_square * tokens,
+            stats=out.stats,
+        )
+
+    def objective(self, totals: Totals, tokens: Array) -> Array:
+        """The share of these totals in the loss of a batch with ``tokens`` valid tokens."""
+        loss = totals.cross_entropy + self.output_z_loss * totals.log_z_square
+        weights = dict(self.loss_weights)
+        for name, value in totals.auxiliary.items():
+            loss += weights.get(name, 1.0) * value
+        return loss / tokens
+
+    def _split(self) -> tuple[nnx.GraphDef, PyTree]:
+        return nnx.split(nnx.eval_shape(lambda: LM(self.model, rngs=nnx.Rngs(0))))

@@ -1,0 +1,312 @@
+"""The types every part of moejax shares. Imports jax only.
+
+Axis legend. Letters after the last ``_`` of a name are its axes; lower case is this device's share.
+
+====  =================================   ====  ==========================================
+B     batch (sequences)                   E     experts
+L     length (positions in a sequence)    K     columns of a routing (choices per token)
+G     routing groups                      C     capacity: slots per expert and group
+T     tokens per group                    S     shards of the ``expert`` mesh axis
+R     sequences (rows) per group          N     rows of a matmul, pairs of a group
+D     model width                         F     hidden width of one expert
+====  =================================   ====  ==========================================
+
+Router mathematics (logits, probabilities, weights, statistics, gate state) is float32 everywhere.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+GateParams = PyTree
+"""Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""
+GateState = PyTree
+"""What a gate remembers between steps: float32/int32 arrays, ``()`` when it remembers nothing."""
+
+TrainedBy = Literal["task", "aux", "policy", "none"]
+Priority = str
+"""Who keeps a slot of a full expert: one of ``PRIORITIES``."""
+Transport = str
+"""How tokens travel to their experts: one of ``TRANSPORTS``."""
+
+TRANSPORTS: tuple[str, ...] = ("cells", "dropless", "gather", "all_experts")
+PRIORITIES: tuple[str, ...] = ("position", "choice", "gate", "random")
+SCOPES: tuple[str, ...] = ("sequence", "group", "batch")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Which experts each token visits and with what weight: one type for every sparse gate.
+
+    A column whose weight is exactly 0 is inactive: it is not sent, not computed and not counted.
+    Expert ids lie in [0, E); among a token's active columns they are distinct.
+    """
+
+    expert_GTK: Int[Array, "G T K"]
+    weight_GTK: Float[Array, "G T K"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStats:
+    """What the router computed on the way to its routing; the losses are functions of it.
+
+    ``probs_GTE`` sums to 1 over E; ``logits_GTE`` are the clean logits, before noise and bias.
+    ``load_GTE`` is a differentiable estimate of P(token visits expert) where the gate has one
+    (noisy top-k), otherwise the probabilities again.
+    """
+
+    logits_GTE: Float[Array, "G T E"]
+    probs_GTE: Float[Array, "G T E"]
+    load_GTE: Float[Array, "G T E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GateOutput:
+    """A gate's answer: the routing, its statistics, and named scalar losses of its own."""
+
+    routing: Routing
+    stats: RouterStats
+    losses: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
+    identity_weight_GT: Float[Array, "G T"] | None = None
+    """Share of the input the output keeps, y = a x + ..., for gates that define one (BASE)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a model knows about its tokens besides their activations, sequence by sequence.
+
+    ``row_B`` are global ids of the sequences: noise is keyed by them, so a sequence draws the same
+    noise wherever it lies. ``key`` may be None when nothing random is asked for.
+    """
+
+    token_BL: Int[Array, "B L"]
+    position_BL: Int[Array, "B L"]
+    segment_BL: Int[Array, "B L"]
+    valid_BL: Bool[Array, "B L"]
+    row_B: Int[Array, "B"]
+    task_B: Int[Array, "B"]
+    step: Int[Array, ""]
+    key: PRNGKeyArray | None
+
+    @classmethod
+    def of(cls, batch: int, length: int, **known: Any) -> "Context":
+        """A context of ``batch`` sequences; what is not ``known`` is taken as all valid, all 0."""
+        zero_BL = jnp.zeros((batch, length), jnp.int32)
+        default: dict[str, Any] = {
+            "token_BL": zero_BL,
+            "position_BL": jnp.broadcast_to(jnp.arange(length), (batch, length)),
+            "segment_BL": zero_BL,
+            "valid_BL": jnp.ones((batch, length), bool),
+            "row_B": jnp.arange(batch),
+            "task_B": jnp.zeros(batch, jnp.int32),
+            "step": jnp.int32(0),
+            "key": None,
+        }
+        return cls(**{**default, **known})
+
+    def grouped(self, rows: int, train: bool) -> "GateContext":
+        """The same, in routing groups of ``rows`` sequences."""
+
+        def tokens(x_BL: Array) -> Array:
+            return x_BL.reshape(-1, rows * x_BL.shape[1])
+
+        return GateContext(
+            token_GT=tokens(self.token_BL),
+            position_GT=tokens(self.position_BL),
+            segment_GT=tokens(self.segment_BL),
+            valid_GT=tokens(self.valid_BL),
+            row_GR=self.row_B.reshape(-1, rows),
+            task_GR=self.task_B.reshape(-1, rows),
+            step=self.step,
+            key=self.key,
+            train=train,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GateContext:
+    """Everything but the activations that a gate may look at, in routing groups.
+
+    ``key`` already depends on (seed, step, layer); gates fold in ``row_GR``, the global ids of the
+    sequences in each group, so that noise never depends on the device that draws it.
+    """
+
+    token_GT: Int[Array, "G T"]
+    position_GT: Int[Array, "G T"]
+    segment_GT: Int[Array, "G T"]
+    valid_GT: Bool[Array, "G T"]
+    row_GR: Int[Array, "G R"]
+    task_GR: Int[Array, "G R"]
+    step: Int[Array, ""]
+    key: PRNGKeyArray | None
+    train: bool = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class GateSpec:
+    """The sizes a gate is built for. ``layer`` may be traced: stacked layers share one program."""
+
+    d_model: int
+    num_experts: int
+    vocab_size: int = 0
+    layer: int | Int[Array, ""] = 0
+    num_tasks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The choices around a gate that decide what a token's output may depend on."""
+
+    num_experts: int
+    transport: Transport = "cells"
+    capacity_factor: float = 1.25
+    eval_transport: Transport = "dropless"
+    eval_capacity_factor: float = 1.25
+    priority: Priority = "position"
+    group: str = "sequence"
+
+    def __post_init__(self) -> None:
+        for field, value, valid in (
+            ("transport", self.transport, TRANSPORTS),
+            ("eval_transport", self.eval_transport, TRANSPORTS),
+            ("priority", self.priority, PRIORITIES),
+        ):
+            if value not in valid:
+                raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(valid)}")
+        if self.group not in ("sequence", "batch") and not (
+            self.group.isdecimal() and int(self.group) > 0
+        ):
+            raise ValueError(
+                f"group={self.group!r} is unknown; use 'sequence', 'batch' or a whole number of "
+                "sequences such as '4'"
+            )
+        for field, value in (
+            ("num_experts", self.num_experts),
+            ("capacity_factor", self.capacity_factor),
+            ("eval_capacity_factor", self.eval_capacity_factor),
+        ):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{field}={value} must be a finite number above 0")
+
+    def rows_per_group(self, batch: int) -> int:
+        """Sequences in one routing group, for a batch of ``batch`` sequences."""
+        if self.group == "batch":
+            return batch
+        return 1 if self.group == "sequence" else int(self.group)
+
+
+class Visibility(NamedTuple):
+    """What a token's output may depend on besides its own sequence up to itself.
+
+    ``future``: later tokens of its own sequence. ``others``: other sequences of the batch.
+    """
+
+    train_future: bool = False
+    train_others: bool = False
+    eval_future: bool = False
+    eval_others: bool = False
+
+    @property
+    def mark(self) -> str:
+        """The mark that metrics, tables and figures carry; empty when nothing leaks."""
+        parts = []
+        for phase in ("train", "eval"):
+            seen = [w for w in ("future", "others") if getattr(self, f"{phase}_{w}")]
+            if seen:
+                parts.append(f"{phase}:{'+'.join(seen)}")
+        return " ".join(parts)
+
+    def union(self, other: "Visibility") -> "Visibility":
+        """Sees whatever either of the two sees."""
+        return Visibility(*(a or b for a, b in zip(self, other, strict=True)))
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """A gating function: a frozen dataclass whose fields are its hyper-parameters.
+
+    Pure in every method. State changes only in ``update``, once per optimizer step.
+    """
+
+    trained_by: ClassVar[TrainedBy]
+    """What moves the gate's parameters: the task loss, only auxiliary losses, a policy gradient."""
+
+    def check(self, num_experts: int, train: bool) -> None:
+        """Raises ValueError, naming field, value and remedy, when the gate cannot work so."""
+        ...
+
+    def columns(self, num_experts: int) -> int:
+        """K: how many columns its routings have."""
+        ...
+
+    def init(self, key: PRNGKeyArray, spec: GateSpec) -> GateParams: ...
+
+    def init_state(self, spec: GateSpec) -> GateState: ...
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput: ...
+
+    def update(self, state: GateState, stats: "MoEStats") -> GateState: ...
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        """Slots per expert in a group of ``num_tokens``."""
+        ...
+
+    def visibility(self, moe: MoEConfig) -> Visibility: ...
+
+
+class ExpertWeights(NamedTuple):
+    """FFN weights of all experts, stacked; every leaf leads with E.
+
+    ``gate_EDF`` is None for experts without a gated activation (GELU, ReLU).
+    """
+
+    gate_EDF: Float[Array, "E D F"] | None
+    up_EDF: Float[Array, "E D F"]
+    down_EFD: Float[Array, "E F D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEStats:
+    """One layer's routing in numbers, summed over the whole (global) batch.
+
+    Pairs are (token, expert) pairs with positive weight on valid tokens; ``load`` counts them
+    before capacity, ``dropped`` those that capacity turned away.
+    """
+
+    tokens: Int[Array, ""]
+    load_E: Int[Array, "E"]
+    dropped_E: Int[Array, "E"]
+    dropped_L: Int[Array, "L"]
+    unserved_tokens: Int[Array, ""]
+    """Tokens all of whose pairs were dropped, or that had none."""
+    prob_E: Float[Array, "E"]
+    """Router probability summed over valid tokens."""
+    entropy: Float[Array, ""]
+    """Entropy of the router's distribution in nats, summed over valid tokens."""
+
+    @property
+    def pairs(self) -> Int[Array, ""]:
+        return jnp.sum(self.load_E)
+
+
+class MoEInfo(NamedTuple):
+    """What ``moejax.MoE`` returns beside its output."""
+
+    losses: dict[str, Float[Array, ""]]
+    """Unweighted auxiliary losses; the balance losses are 1 at perfect balance."""
+    stats: MoEStats
+    routing: Routing
+    kept_GTK: Bool[Array, "G T K"]
+    """Active pairs that found room."""

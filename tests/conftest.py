@@ -1,0 +1,29 @@
+"""Eight virtual CPU devices and checked shapes for every test.
+
+Set before any test module imports moejax: the import hook of jaxtyping checks the annotations of
+public signatures with beartype, under pytest only.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests compile much and run little: LLVM's optimisations cost twice the time of everything else.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+from jaxtyping import install_import_hook
+
+# moejax.types and moejax.train hold pytrees, whose leaves may be shapes, shardings or stacked.
+CHECKED = ("data", "dispatch", "experts", "gating", "kernels", "layers", "losses", "reference")
+install_import_hook([f"moejax.{module}" for module in CHECKED], "beartype.beartype")
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session")
+def eight_devices() -> list[jax.Device]:
+    devices = jax.devices()
+    assert len(devices) == 8, "tests need 8 virtual CPU devices; unset JAX_NUM_CPU_DEVICES"
+    return devices

@@ -1,0 +1,58 @@
+"""The default corpus."""
+
+import pathlib
+import time
+
+import pytest
+
+from moejax.data.builtin import TOPICS, builtin_documents
+from moejax.data.corpus import load_corpus
+from moejax.data.documents import split_documents
+from moejax.errors import UserError
+
+
+def test_it_is_the_library_source_without_tests_and_packages(tmp_path):
+    for name in [
+        "os.py", "json/decoder.py", "doctest.py", "test/test_os.py", "unittest/test/t.py",
+        "idlelib/idle_test/t.py", "lib2to3/tests/t.py", "site-packages/jax/core.py", "LICENSE.txt",
+        "dist-packages/x.py", "json/__pycache__/d.py", "_sysconfigdata__linux_.py", "config-3/c.py",
+    ]:  # fmt: skip
+        path = pathlib.Path(tmp_path, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    names = [document.name for document in builtin_documents(str(tmp_path))]
+    assert names == ["doctest.py", "json/decoder.py", "os.py"]
+
+
+def test_the_running_python_has_several_megabytes_of_it():
+    documents = builtin_documents()
+    assert sum(document.size for document in documents) > 3_000_000
+    names = {document.name for document in documents}
+    assert {"os.py", "json/decoder.py"} <= names
+    assert not any("test" in name.split("/")[:-1] for name in names)
+
+
+def test_it_loads_in_under_a_second():
+    load_corpus()  # the first read may wait for the disk
+    begin = time.process_time()
+    corpus = load_corpus()
+    assert time.process_time() - begin < 1.0
+    assert len(corpus.train_N) > 10 * len(corpus.heldout_N) > 1_000_000
+
+
+def test_the_english_topics_are_trained_on_and_no_file_dominates_the_heldout_text():
+    documents = builtin_documents()
+    split = split_documents(documents, 0.05)
+    if TOPICS in {document.name for document in documents}:
+        assert TOPICS in {document.name for document in split.train}
+    sizes = [document.size for document in split.heldout]
+    assert max(sizes) < 0.5 * sum(sizes)
+
+
+def test_a_python_without_sources_is_told_to_name_a_path(tmp_path):
+    for root in (tmp_path, tmp_path / "python311.zip"):
+        with pytest.raises(UserError, match="data.path"):
+            builtin_documents(str(root))
+    (tmp_path / "only.pyc").write_bytes(b"x")
+    with pytest.raises(UserError, match="no library source .* set data.path to a file or folder"):
+        builtin_documents(str(tmp_path))

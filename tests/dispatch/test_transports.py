@@ -1,0 +1,202 @@
+"""Every transport on every mesh against the dense oracle: outputs, gradients, drops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import reference
+from moejax.dispatch import TRANSPORTS, dispatch, exchange
+from moejax.types import ExpertWeights
+from tests import meshes
+
+GROUPS, TOKENS, WIDTH, HIDDEN, EXPERTS = 8, 6, 5, 6, 8
+
+
+def weights(activation):
+    keys = jax.random.split(jax.random.key(7), 3)
+    wide, narrow = (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
+    gate, up = (jax.random.normal(k, wide) * 0.4 for k in keys[:2])
+    down = jax.random.normal(keys[2], narrow) * 0.4
+    return ExpertWeights(gate if activation == "swiglu" else None, up, down)
+
+
+def loss(x, routing, w, run):
+    """Linear in the output: a curved one would amplify its rounding errors in the gradients."""
+    y, kept = run(x, routing, w)
+    return jnp.sum(jax.random.normal(jax.random.key(2), y.shape) * y), (y, kept)
+
+
+@functools.cache
+def compiled(mesh_name, transport, activation, capacity, priority):
+    """One program per mesh and transport; routings are its inputs."""
+    del (
+        mesh_name
+    )  # part of the cache key: a jitted function belongs to the mesh it was traced under
+
+    def run(x, routing, w):
+        return dispatch(
+            x,
+            routing,
+            routing.weight_GTK.max(-1),
+            w,
+            transport=transport,
+            activation=activation,
+            capacity=capacity,
+            priority=priority,
+        )
+
+    def step(x, routing, w):
+        def of(x, weight_GTK, w):
+            chosen = routing.__class__(routing.expert_GTK, weight_GTK)
+            return loss(x, chosen, w, run)
+
+        return jax.value_and_grad(of, (0, 1, 2), has_aux=True)(x, routing.weight_GTK, w)
+
+    return jax.jit(step)
+
+
+@functools.cache
+def oracle(activation):
+    def step(x, routing, w, kept):
+        def of(x, weight_GTK, w):
+            chosen = routing.__class__(routing.expert_GTK, weight_GTK)
+            return loss(
+                x, chosen, w, lambda x, r, w: (reference.moe(x, r, w, activation, kept), kept)
+            )
+
+        return jax.value_and_grad(of, (0, 1, 2), has_aux=True)(x, routing.weight_GTK, w)
+
+    return jax.jit(step)
+
+
+def check(shape, transport, routing, activation="swiglu", capacity=2, priority="position"):
+    x = jax.random.normal(jax.random.key(1), (GROUPS, TOKENS, WIDTH))
+    w = weights(activation)
+    with meshes.entered(shape):
+        step = compiled(meshes.name(shape), transport, activation, capacity, priority)
+        (value, (y, kept)), grads = jax.device_get(step(x, routing, w))
+    active = np.asarray(routing.weight_GTK) > 0
+    if transport == "cells":
+        alone = compiled("none", transport, activation, capacity, priority)
+        np.testing.assert_array_equal(kept, alone(x, routing, w)[0][1][1])
+    else:
+        np.testing.assert_array_equal(kept, active)
+    (wanted, (wanted_y, _)), wanted_grads = oracle(activation)(x, routing, w, jnp.asarray(kept))
+    # float32 sums of at most 48 rows in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+    close(value, wanted)
+    close(y, wanted_y)
+    jax.tree.map(close, grads, wanted_grads)
+    return kept, active
+
+
+@pytest.mark.parametrize("kind", meshes.KINDS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("shape", [meshes.SMALL, meshes.LARGE], ids=meshes.name)
+def test_equals_the_oracle(shape, transport, kind):
+    kept, active = check(shape, transport, meshes.routing(kind, GROUPS, TOKENS, 2, EXPERTS))
+    if transport == "cells" and kind != "balanced":
+        assert kept.sum() < active.sum(), "capacity 2 must drop something here"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("shape", [meshes.SMALL, meshes.LARGE], ids=meshes.name)
+def test_equals_the_oracle_with_inactive_columns_and_padding(shape, transport):
+    routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
+    kept, active = check(shape, transport, routing)
+    assert active.sum() < active.size and kept.sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*meshes.KINDS, "inactive"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("shape", meshes.ALL, ids=meshes.name)
+def test_equals_the_oracle_on_all_meshes(shape, transport, kind):
+    if kind == "inactive":
+        routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
+    else:
+        routing = meshes.routing(kind, GROUPS, TOKENS, 2, EXPERTS)
+    check(shape, transport, routing)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_equals_the_oracle_for_experts_without_a_gate_branch(transport, activation):
+    shape = {"data": 2, "expert": 2, "tensor": 2}
+    check(shape, transport, meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS), activation)
+
+
+@pytest.mark.parametrize("priority", ["choice", "gate", "random"])
+def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
+    routing = meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS)
+    kept, active = check(meshes.LARGE, "cells", routing, capacity=1, priority=priority)
+    assert 0 < kept.sum() < active.sum()
+
+
+def test_unwritten_buffer_rows_are_never_read(monkeypatch):
+    """Receive buffers start as NaN; on TPU and GPU they hold whatever memory held."""
+    real = exchange.buffer_like
+
+    def poisoned(rows_ND, capacity):
+        return jnp.full_like(real(rows_ND, capacity), jnp.nan)
+
+    monkeypatch.setattr(exchange, "buffer_like", poisoned)
+    compiled.cache_clear()
+    routing = meshes.inactive(meshes.routing("half_empty", GROUPS, TOKENS, 2, EXPERTS))
+    check({"data": 2, "expert": 2}, "dropless", routing)
+    check({"expert": 8}, "dropless", meshes.routing("all_to_one", GROUPS, TOKENS, 2, EXPERTS))
+    compiled.cache_clear()
+
+
+def test_more_than_one_device_receives_tokens():
+    """The meshes above are no formality: on a balanced routing every expert shard has rows."""
+    routing = meshes.routing("balanced", GROUPS, TOKENS, 2, EXPERTS)
+    owner = np.asarray(routing.expert_GTK) // (EXPERTS // 4)
+    assert set(owner.ravel()) == {0, 1, 2, 3}
+
+
+def test_identical_experts_are_one_ffn():
+    one = jax.tree.map(lambda w: w[:1], weights("swiglu"))
+    same = jax.tree.map(lambda w: jnp.repeat(w, EXPERTS, axis=0), one)
+    routing = meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS)
+    unit = routing.weight_GTK / routing.weight_GTK.sum(-1, keepdims=True)
+    x = jax.random.normal(jax.random.key(1), (GROUPS, TOKENS, WIDTH))
+    from moejax.experts import ffn_one
+
+    wanted = ffn_one(jax.tree.map(lambda w: w[0], one), x.reshape(-1, WIDTH), "swiglu")
+    for transport in ("dropless", "gather", "all_experts"):
+        with meshes.entered(meshes.LARGE):
+            y, _ = jax.jit(functools.partial(dispatch, transport=transport, activation="swiglu"))(
+                x, routing.__class__(routing.expert_GTK, unit), unit[..., 0], same
+            )
+        np.testing.assert_allclose(y.reshape(-1, WIDTH), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "experts", "groups", "message"),
+    [
+        ({"expert": 8}, 12, 8, "num_experts=12 is not a multiple of the 'expert' mesh axis"),
+        ({"data": 2, "expert": 4}, 8, 6, "6 groups of tokens do not divide"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_both_numbers(shape, experts, groups, message):
+    w = jax.tree.map(lambda a: jnp.zeros((experts, *a.shape[1:])), weights("swiglu"))
+    routing = meshes.routing("balanced", groups, TOKENS, 2, 8)
+    x = jnp.zeros((groups, TOKENS, WIDTH))
+    with meshes.entered(shape), pytest.raises(ValueError, match=message):
+        dispatch(x, routing, x[..., 0], w, transport="gather", activation="swiglu")
+
+
+def test_unknown_transport_is_refused():
+    with pytest.raises(ValueError, match="transport='teleport' is unknown"):
+        dispatch(
+            jnp.zeros((1, 1, WIDTH)),
+            meshes.routing("balanced", 1, 1, 1, 8),
+            jnp.zeros((1, 1)),
+            weights("swiglu"),
+            transport="teleport",
+            activation="swiglu",
+        )

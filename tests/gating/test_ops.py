@@ -1,0 +1,92 @@
+"""Selection, capacity and visibility shared by token-choice gates."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.gating import ops, top_k_routing
+from moejax.types import MoEConfig
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 2**16), st.data())
+def test_top_k_routing_agrees_with_a_stable_numpy_sort(num_experts, seed, data):
+    k = data.draw(st.integers(1, num_experts))
+    # Small integers make ties common.
+    logits = np.random.default_rng(seed).integers(0, 4, size=(7, num_experts)).astype(np.float32)
+    expert, weight = top_k_routing(jnp.asarray(logits), k)
+    expected = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_array_equal(expert, expected)
+    np.testing.assert_allclose(weight, np.take_along_axis(probs, expected, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_softmax_after_top_k_is_renormalised_softmax(k):
+    """Mixtral's order of operations and OLMoE's with norm_topk_prob give one result."""
+    logits = jax.random.normal(jax.random.key(0), (50, 5)) * 3
+    _, before = top_k_routing(logits, k)
+    _, after = top_k_routing(logits, k, renormalize=True)
+    np.testing.assert_allclose(after, before / before.sum(-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(after.sum(-1), 1.0, rtol=1e-6)
+
+
+def test_sigmoid_scores_are_taken_per_expert():
+    logits = jnp.asarray([[2.0, -1.0, 0.5]])
+    expert, weight = top_k_routing(logits, 2, score="sigmoid")
+    np.testing.assert_array_equal(expert, [[0, 2]])
+    np.testing.assert_allclose(weight, 1 / (1 + np.exp([[-2.0, -0.5]])), rtol=1e-6)
+    _, shared = top_k_routing(logits, 2, score="sigmoid", renormalize=True)
+    np.testing.assert_allclose(shared.sum(), 1.0, rtol=1e-6)
+
+
+def test_top_k_routing_is_float32_for_bfloat16_logits_and_survives_large_ones():
+    logits = jnp.asarray([[300.0, 100.0, -300.0]], jnp.bfloat16)
+    expert, weight = top_k_routing(logits, 2)
+    assert weight.dtype == jnp.float32 and expert.dtype == jnp.int32
+    np.testing.assert_allclose(weight, [[1.0, 0.0]], atol=1e-30)
+
+
+@pytest.mark.parametrize(("k", "score"), [(0, "softmax"), (4, "softmax"), (1, "relu")])
+def test_top_k_routing_refuses_what_it_cannot_do(k, score):
+    with pytest.raises(ValueError, match="must lie in|is unknown"):
+        top_k_routing(jnp.zeros((2, 3)), k, score=score)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 8), st.integers(1, 400))
+def test_capacity_is_the_exact_ceiling_of_its_formula(tokens, num_experts, k, percent):
+    """ceil(T k / E * factor) in rational arithmetic: no float crumb adds a slot."""
+    k = min(k, num_experts)
+    exact = math.ceil(tokens * k * percent / (num_experts * 100))
+    got = ops.token_choice_capacity(tokens, num_experts, k, percent / 100)
+    assert got == max(1, min(exact, tokens))
+
+
+@pytest.mark.parametrize(
+    ("k", "priority", "group", "mark"),
+    [
+        (1, "position", "sequence", ""),
+        (2, "position", "sequence", ""),
+        (1, "choice", "sequence", ""),
+        (2, "choice", "sequence", "train:future"),
+        (1, "gate", "sequence", "train:future"),
+        (2, "random", "1", "train:future"),
+        (1, "position", "4", "train:others"),
+        (2, "gate", "2", "train:future+others"),
+    ],
+)
+def test_capacity_visibility_table(k, priority, group, mark):
+    moe = MoEConfig(8, priority=priority, group=group)
+    assert ops.capacity_visibility(k, moe).mark == mark
+
+
+@pytest.mark.parametrize("change", [{"transport": "dropless"}, {"capacity_factor": 4.0}])
+def test_capacity_that_never_binds_shows_nothing(change):
+    moe = MoEConfig(8, priority="gate", group="2", **change)
+    assert ops.capacity_visibility(2, moe).mark == ""

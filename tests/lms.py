@@ -1,0 +1,108 @@
+"""Tiny language models shared by the tests that run them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax import gating
+from moejax.models.lm import LM, LMConfig
+from moejax.types import Context, MoEConfig
+
+B, L, V, D, E = 4, 8, 32, 16, 4
+KEY = 9
+CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+"""float32 sums of at most 48 products, in another order or program."""
+
+
+def config(gate="mixtral", moe=None, **changes) -> LMConfig:
+    base = LMConfig(
+        vocab_size=V,
+        d_model=D,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=4,
+        activation="swiglu",
+        rope_theta=100.0,
+        norm_eps=1e-6,
+        tie_embeddings=True,
+        dtype="float32",
+        remat="none",
+        attention="xla",
+        every=1,
+        first_dense=0,
+        moe=MoEConfig(**{"num_experts": E, "capacity_factor": 1.0, **(moe or {})}),
+        gate=gating.make(gate),
+        expert_d_ff=12,
+        expert_activation="swiglu",
+        shared_experts=0,
+        balance_scope="sequence",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+MIXED = config("shazeer", num_layers=5, every=2, first_dense=1, shared_experts=2, num_kv_heads=2)
+"""Dense, then (dense, MoE) twice: everything that can differ between layers does."""
+
+
+@functools.cache
+def built(settings: LMConfig):
+    """Graph and parameters; routers are drawn where a gate would start at zero, with all tied."""
+    graph, params = nnx.split(LM(settings, rngs=nnx.Rngs(3)))
+    for path, variable in nnx.to_flat_state(params):
+        if path[-1] in ("router_DE", "noise_DE"):
+            variable[...] = jax.random.normal(jax.random.key(len(path[-1])), variable.shape)
+    return graph, params
+
+
+def model_of(settings: LMConfig, params=None) -> LM:
+    graph, own = built(settings)
+    return nnx.merge(graph, own if params is None else params)
+
+
+def tokens(seed=1):
+    return jax.random.randint(jax.random.key(seed), (B, L), 0, V)
+
+
+def context(token_BL):
+    return Context.of(*token_BL.shape, token_BL=token_BL, key=jax.random.key(KEY))
+
+
+def apply(model: LM, token_BL, train):
+    return model(token_BL, context(token_BL), model.init_gate_state(), train)
+
+
+@functools.cache
+def forward(settings: LMConfig, train: bool):
+    return jax.jit(lambda params, token_BL: apply(model_of(settings, params), token_BL, train))
+
+
+def run(settings: LMConfig, token_BL, train=True, params=None):
+    return forward(settings, train)(built(settings)[1] if params is None else params, token_BL)
+
+
+def objective(out, token_BL):
+    """Cross-entropy of the next token plus router losses: every parameter has a gradient."""
+    log_p_BLV = jax.nn.log_softmax(out.logits_BLV)
+    nats = -jnp.take_along_axis(log_p_BLV[:, :-1], token_BL[:, 1:, None], axis=-1).mean()
+    return nats + 0.1 * sum(out.losses.values())
+
+
+def slow_unless(quick, value):
+    """A pytest parameter, marked slow unless ``quick``."""
+    return pytest.param(value, marks=() if quick else pytest.mark.slow)
+
+
+def label(settings: LMConfig):
+    """A test id."""
+    if not settings.every:
+        return "dense_ffn"
+    moe, name = settings.moe, type(settings.gate).__name__.lower()
+    k = getattr(settings.gate, "k", "")
+    return f"{name}{k}-{moe.transport}-{moe.priority}-every{settings.every}"

@@ -1,0 +1,65 @@
+"""What the README shows works as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+
+from moejax import cli, gating
+from moejax import config as moejax_config
+from moejax.train import loop
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_layer_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    shown = {}
+    exec(code, shown)
+    assert shown["y_BLD"].shape == shown["x_BLD"].shape
+    assert shown["info"].stats.load_E.sum() == 2 * 4 * 16
+    assert not shown["info"].stats.dropped_E.any(), "the example is dropless"
+    assert isinstance(shown["loss"], jax.Array)
+
+
+def commands():
+    """Every `moejax ...` line of the README, continued lines joined, comments cut."""
+    for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words and words[0] == "moejax":
+                yield words[1:]
+
+
+READY = [words for words in commands() if words[0] in ("train", "config", "gates")]
+
+
+@pytest.mark.parametrize("words", READY, ids=lambda words: "-".join(words[:2]))
+def test_the_commands_parse_and_their_configs_are_valid(words, monkeypatch):
+    """Each command up to the point where it would start work, without the user's own files."""
+    words = [word for word in words if "data.path" not in word]
+    started = []
+
+    def run(config, *_, **__):
+        started.append(moejax_config.validate(config))
+        return 0
+
+    monkeypatch.setattr(loop, "run", run)
+    assert cli.main(words) == 0
+    assert started or words[0] != "train"
+
+
+def test_every_command_of_the_command_line_is_shown():
+    shown = {words[0] for words in commands()}
+    assert shown == {"train", "eval", "config", "gates", "doctor", "data"}
+
+
+def test_every_gate_is_named():
+    for name in gating.names():
+        assert f"`{name}`" in README
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) < 200

@@ -1,0 +1,155 @@
+"""Where configs come from: pages, modules and workdirs, and what is said of broken ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moejax.config import default, from_dict, load, to_dict
+from moejax.errors import UserError
+
+PAGE = """\
+from moejax.config import default, parse_arg, set_gate
+
+def get_config(arg=None):
+    options = parse_arg(arg, gate="mixtral", experts=8, wide=False)
+    config = default()
+    set_gate(config, options.gate)
+    config.moe.num_experts = options.experts
+    config.model.d_model = 384 if options.wide else 192
+    return config
+"""
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    path = tmp_path / "page.py"
+    path.write_text(PAGE)
+    return str(path)
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    return str(path)
+
+
+def body(tmp_path: Path, *lines: str) -> str:
+    """A page that starts from the defaults and runs ``lines``; the first of them is line 5."""
+    inner = "".join(f"    {line}\n" for line in lines)
+    return write(
+        tmp_path,
+        "from moejax.config import default, set_gate\n\n"
+        f"def get_config(arg=None):\n    config = default()\n{inner}    return config\n",
+    )
+
+
+def test_page_gets_its_argument(page: str):
+    config = load(f"{page}:gate=switch,experts=16,wide").config
+    assert (config.moe.gate.name, config.moe.gate.k) == ("switch", 1)
+    assert (config.moe.num_experts, config.model.d_model) == (16, 384)
+
+
+def test_page_is_found_as_a_module(page: str, monkeypatch: pytest.MonkeyPatch):
+    folder = Path(page).parent / "pages_of_test_config"
+    folder.mkdir()
+    (folder / "one.py").write_text(PAGE)
+    monkeypatch.syspath_prepend(str(folder.parent))
+    assert load("pages_of_test_config.one:experts=2").config.moe.num_experts == 2
+
+
+def test_workdir_is_a_source_and_gives_the_same_config(page: str, tmp_path: Path):
+    first = load(f"{page}:gate=switch", ["--config.train.steps=7"])
+    (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(first.config)}))
+    for source in (str(tmp_path), str(tmp_path / "config.json")):
+        again = load(source, ["--config.train.seed=3"])
+        assert again.config.train.seed == 3
+        assert again.file_config == first.config
+
+
+def test_page_may_compute_fields_from_others(tmp_path: Path):
+    source = body(tmp_path, "config.train.eval_every = config.train.get_ref('steps') // 2")
+    assert load(source, ["train.steps=10"]).config.train.eval_every == 5
+
+
+def test_loading_writes_no_bytecode_beside_the_page(page: str):
+    load(page)
+    assert [path.name for path in Path(page).parent.iterdir()] == ["page.py"]
+
+
+PAGE_ERRORS = {
+    "no such file": ("{dir}/pag.py", ["pag.py", "did you mean", "page.py"]),
+    "neither file nor module": ("nonsense", ["nonsense", "path.py[:arg]"]),
+    "no such module": ("no_such_package.page", ["no_such_package"]),
+    "no such submodule": ("moejax.no_such_page", ["moejax.no_such_page", "does not exist"]),
+    "no config.json": ("{dir}", ["config.json", "workdir"]),
+    "unknown key": ("{page}:gat=switch", ["'gat'", "did you mean 'gate'"]),
+    "key without value": ("{page}:experts", ["'experts' needs a value"]),
+    "key of wrong type": ("{page}:experts=many", ["experts='many'", "whole number"]),
+    "unknown gate": ("{page}:gate=mixtrall", ["'mixtrall'", "did you mean 'mixtral'"]),
+}
+
+
+@pytest.mark.parametrize("case", PAGE_ERRORS)
+def test_source_mistake_is_one_line(case: str, page: str, tmp_path: Path):
+    source, parts = PAGE_ERRORS[case]
+    with pytest.raises(UserError) as caught:
+        load(source.format(dir=tmp_path, page=page))
+    assert_one_line(caught.value, parts)
+
+
+BAD_PAGES = {
+    "syntax error": ("def get_config(:\n    pass\n", ["own.py:1:", "invalid syntax"]),
+    "no get_config": ("x = 1\n", ["own.py", "get_config"]),
+    "exception": ("def get_config(arg):\n    return 1 / 0\n", ["own.py:2: ZeroDivisionError"]),
+    "exception at import": ("import no_such_module_at_all\n", ["own.py:1: ModuleNotFoundError"]),
+    "not a config": ("def get_config(arg):\n    return {}\n", ["dict", "default()"]),
+    "argument not taken": ("def get_config():\n    return 1\n", ["takes no argument", "'a=1'"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAGES)
+def test_mistake_inside_a_page_names_file_and_line(case: str, tmp_path: Path):
+    text, parts = BAD_PAGES[case]
+    with pytest.raises(UserError) as caught:
+        load(f"{write(tmp_path, text)}:a=1")
+    assert_one_line(caught.value, parts)
+
+
+BAD_LINES = {
+    "unknown field": ("config.moe.num_expert = 4", ["own.py:5:", "did you mean 'moe.num_experts'"]),
+    "unknown section": ("config.mo.d_ff = 4", ["own.py:5:", "AttributeError", "mo"]),
+    "wrong type": ("config.train.steps = 'many'", ["own.py:5:", "TypeError", "steps"]),
+    "bool for an int": ("config.train.steps = True", ["train.steps=True", "whole number"]),
+    "gate by assignment": ("config.moe.gate.name = 'switch'", ["set_gate(config, 'switch')"]),
+    "extra field": (
+        "with config.unlocked(): config.train.stepps = 4",
+        ["train.stepps", "did you mean 'train.steps'"],
+    ),
+    "missing field": (
+        "with config.unlocked(): del config.train.steps",
+        ["train.steps is missing", "default()"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_wrong_field_in_a_page_is_one_line(case: str, tmp_path: Path):
+    line, parts = BAD_LINES[case]
+    with pytest.raises(UserError) as caught:
+        load(body(tmp_path, line))
+    assert_one_line(caught.value, parts)
+
+
+def test_saved_config_of_another_version_is_refused_by_field():
+    tree = to_dict(default())
+    del tree["optim"]["b2"]
+    with pytest.raises(UserError, match="optim.b2 is missing; .* another version"):
+        from_dict(tree)
+
+
+def assert_one_line(error: UserError, parts: list[str]) -> None:
+    text = str(error)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text, text

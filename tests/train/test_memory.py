@@ -1,0 +1,60 @@
+"""Bytes, checked by hand arithmetic and against arrays that exist."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.train.memory import residual_bytes, tree_bytes_per_device
+
+
+def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_a_linear_map_keeps_nothing_beside_its_arguments():
+    assert residual_bytes(jnp.matmul, array(8, 4), array(4, 6)) == 0
+
+
+def test_an_activation_is_kept_in_its_own_dtype():
+    def f(x, w):
+        return jnp.exp(x @ w)  # exp keeps its output, [8, 6]
+
+    assert residual_bytes(f, array(8, 4), array(4, 6)) == 8 * 6 * 4
+    half = partial(array, dtype=jnp.bfloat16)
+    assert residual_bytes(f, half(8, 4), half(4, 6)) == 8 * 6 * 2
+
+
+def layers(checkpointed: bool, x, w):
+    def body(h, w):
+        return jnp.exp(h @ w), None
+
+    return jax.lax.scan(jax.checkpoint(body) if checkpointed else body, x, w)[0]
+
+
+def test_checkpoint_leaves_only_the_layer_boundaries():
+    x, w = array(8, 4), array(3, 4, 4)
+    plain = residual_bytes(partial(layers, False), x, w)
+    checkpointed = residual_bytes(partial(layers, True), x, w)
+    # Each of the 3 layers keeps its input and its exp, or its input alone.
+    assert plain == 3 * 2 * (8 * 4 * 4)
+    assert checkpointed == 3 * (8 * 4 * 4)
+
+
+def test_bytes_per_device_follow_the_sharding(eight_devices):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)
+
+    def sharded(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    tree = {
+        "experts": sharded((8, 16, 32), jnp.float32, "expert", "fsdp"),  # 2 * 8 * 32 each
+        "norm": sharded((16,), jnp.bfloat16),  # replicated
+        "count": array(dtype=jnp.int32),  # no sharding: in full
+    }
+    assert tree_bytes_per_device(tree) == 2 * 8 * 32 * 4 + 16 * 2 + 4
+    real = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), tree)
+    on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(real))
+    assert tree_bytes_per_device(tree) == tree_bytes_per_device(real) == on_device
