@@ -113,21 +113,25 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(known, spec)))
 
 
+def spreads(groups: int) -> bool:
+    """Whether ``groups`` routing groups divide over the ambient mesh, each on one device."""
+    return groups % axis_size(ambient(), *BATCH_AXES) == 0
+
+
 def group_local(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Runs ``fn`` where its groups are: per shard, inside a ``shard_map`` without collectives.
 
     Every argument and every result leads with the axis G of groups. XLA would all-gather the
-    operand of ``top_k`` or ``sort`` on a sharded array; inside ``shard_map`` it cannot. Without a
-    mesh, or when G does not divide over it (one group for the whole batch), ``fn`` is called as
-    it is and XLA decides.
+    operand of ``top_k`` or ``sort`` on a sharded array; inside ``shard_map`` it cannot. When G does
+    not divide over the mesh (one group for the whole batch) the operands are gathered and every
+    device does all of it: the same arithmetic, hence the same result, on every mesh.
     """
 
     def on_groups(*args: Any) -> Any:
         mesh = ambient()
-        groups = jax.tree.leaves(args)[0].shape[0]
-        if mesh is None or groups % axis_size(mesh, *BATCH_AXES):
+        if mesh is None:
             return fn(*args)
-        spec = batch_spec(mesh)
+        spec = batch_spec(mesh) if spreads(len(jax.tree.leaves(args)[0])) else PartitionSpec()
         return jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
 
     return on_groups

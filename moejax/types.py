@@ -69,13 +69,21 @@ class RouterStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GateOutput:
-    """A gate's answer: the routing, its statistics, and named scalar losses of its own."""
+    """A gate's answer: the routing, its statistics, and what only this gate has.
+
+    ``losses``: named scalars of its own, already weighted. ``means``: named values per group, [G,
+    ...]; their means over the batch, weighted by valid tokens, are handed to ``update`` and, where
+    scalar, logged as ``moe/gate/<name>``.
+    """
 
     routing: Routing
     stats: RouterStats
     losses: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
     identity_weight_GT: Float[Array, "G T"] | None = None
     """Share of the input the output keeps, y = a x + ..., for gates that define one (BASE)."""
+    means: dict[str, Float[Array, "G ..."]] = dataclasses.field(default_factory=dict)
+    cut_GTE: Bool[Array, "G T E"] | None = None
+    """Pairs the gate wanted but had no column for: counted as dropped."""
 
 
 @jax.tree_util.register_dataclass
@@ -295,6 +303,8 @@ class MoEStats:
     """Router probability summed over valid tokens."""
     entropy: Float[Array, ""]
     """Entropy of the router's distribution in nats, summed over valid tokens."""
+    gate: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+    """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
 
     @property
     def pairs(self) -> Int[Array, ""]:

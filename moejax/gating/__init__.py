@@ -13,24 +13,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.errors import UserError, suggest
+from moejax.gating.assignment import BalancedAssignment, balanced_assignment
+from moejax.gating.base import Base
 from moejax.gating.dense import Dense
+from moejax.gating.dselect_k import DSelectK
 from moejax.gating.gshard import GShard
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
+from moejax.gating.sbase import SBase
+from moejax.gating.selectors import dselect_k_weights, smooth_step
+from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
 from moejax.gating.top_k import TopK
 from moejax.types import Gate
 
 __all__ = [
     "GATES",
+    "BalancedAssignment",
+    "Base",
+    "DSelectK",
     "Dense",
     "GShard",
     "NoisyTopK",
+    "SBase",
     "TopK",
+    "balanced_assignment",
+    "dselect_k_weights",
     "fields",
     "load_probability",
     "make",
     "names",
     "preset_overrides",
+    "sinkhorn_bias",
+    "sinkhorn_plan",
+    "smooth_step",
     "top_k_routing",
 ]
 
@@ -44,6 +59,9 @@ class Entry:
     moe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+UNBALANCED = {"losses.load_balance": 0.0, "losses.z": 0.0}
+"""For gates that need no loss to balance them, and whose logits need not stay small."""
+
 GATES: dict[str, Entry] = {
     "top_k": Entry(TopK),
     "switch": Entry(TopK, {"k": 1, "renormalize": False, "jitter": 0.01}),
@@ -53,6 +71,9 @@ GATES: dict[str, Entry] = {
     ),
     "gshard": Entry(GShard),
     "dense": Entry(Dense, moe={"transport": "all_experts", "losses.load_balance": 0.0}),
+    "base": Entry(Base, moe=UNBALANCED),
+    "sbase": Entry(SBase, moe=UNBALANCED),
+    "dselect_k": Entry(DSelectK, moe={"transport": "dropless", **UNBALANCED}),
 }
 
 

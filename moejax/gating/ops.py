@@ -1,11 +1,12 @@
 """Arithmetic that token-choice gates share. Pure functions of arrays, float32 inside."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.mesh import group_local
 from moejax.types import (
@@ -137,8 +138,8 @@ def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: flo
     return max(1, min(slots, num_tokens))
 
 
-def capacity_visibility(k: int, moe: MoEConfig) -> Visibility:
-    """What capacity alone lets a token see, for k choices per token.
+def capacity_visibility(k: int, moe: MoEConfig, columns: int | None = None) -> Visibility:
+    """What capacity alone lets a token see, for k choices per token in ``columns`` (k) columns.
 
     Only ``cells`` has a capacity, and a factor of E/k or more never binds. Then, while slots are
     contended: ``position`` serves tokens in order (no future); ``choice`` serves all first choices
@@ -150,12 +151,52 @@ def capacity_visibility(k: int, moe: MoEConfig) -> Visibility:
     def phase(transport: str, factor: float) -> tuple[bool, bool]:
         if transport != "cells" or factor * k >= moe.num_experts:
             return False, False
-        future = moe.priority in ("gate", "random") or (moe.priority == "choice" and k > 1)
+        ranked = moe.priority in ("gate", "random")
+        future = ranked or (moe.priority == "choice" and (columns or k) > 1)
         return future, several
 
     train = phase(moe.transport, moe.capacity_factor)
     evaluation = phase(moe.eval_transport, moe.eval_capacity_factor)
     return Visibility(*train, *evaluation)
+
+
+def balanced_visibility(moe: MoEConfig, eval_factor: float, k: int = 1) -> Visibility:
+    """Of gates that balance a group in training and are greedy in evaluation (BASE, S-BASE)."""
+    several = moe.group not in ("sequence", "1")
+    by_capacity = capacity_visibility(k, dataclasses.replace(moe, eval_capacity_factor=eval_factor))
+    some = moe.num_experts > k
+    return Visibility(some, some and several, by_capacity.eval_future, by_capacity.eval_others)
+
+
+def at_expert(value_GTE: Array, expert_GTK: Array) -> Float[Array, "G T K"]:
+    """The values of the chosen experts."""
+    return jnp.take_along_axis(value_GTE, expert_GTK, axis=-1)
+
+
+def has_pair(routing: Routing, num_experts: int) -> Bool[Array, "G T E"]:
+    """Whether a token visits an expert."""
+    active_GTK1 = (routing.weight_GTK > 0)[..., None]
+    return jnp.any(active_GTK1 & (routing.expert_GTK[..., None] == jnp.arange(num_experts)), axis=2)
+
+
+def imbalance(mass_GTE: Float[Array, "G T E"]) -> Float[Array, "G"]:
+    """max_e m_e / mean - 1 of a group's summed mass: 0 when every expert has the same."""
+    mass_GE = jnp.sum(mass_GTE, axis=1)
+    mean_G = jnp.mean(mass_GE, axis=1)
+    worst_G = jnp.max(mass_GE, axis=1) / jnp.where(mean_G > 0, mean_G, 1.0) - 1.0
+    return jnp.where(mean_G > 0, worst_G, 0.0)
+
+
+def mean(value_GT: Float[Array, "G T"], context: GateContext) -> Float[Array, ""]:
+    """Mean over valid tokens; 0 when there are none."""
+    count = jnp.maximum(jnp.sum(context.valid_GT), 1)
+    return jnp.sum(jnp.where(context.valid_GT, value_GT, 0.0)) / count
+
+
+def check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
+    """Raises ValueError unless the gate's field has one of the ``valid`` values."""
+    if value not in valid:
+        raise ValueError(f"gate.{field}={value!r} is unknown; use one of {', '.join(valid)}")
 
 
 def check_k(k: int, num_experts: int) -> None:
@@ -166,7 +207,7 @@ def check_k(k: int, num_experts: int) -> None:
         )
 
 
-def check_positive(field: str, value: float) -> None:
+def check_positive(field: str, value: int | float) -> None:
     """Raises ValueError unless the gate's field is above 0."""
     if not value > 0:
         raise ValueError(f"gate.{field}={value} must be above 0")

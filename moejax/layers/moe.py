@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: where gate, dispatch, experts and flax meet."""
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -57,6 +58,7 @@ class MoE(nnx.Module):
       group: tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
       balance_scope: balance losses per "sequence", "group" or "batch".
       num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
+      num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
 
     Raises:
       ValueError: a choice that cannot work, naming field, value and remedy.
@@ -79,6 +81,7 @@ class MoE(nnx.Module):
         num_shared: int = 0,
         balance_scope: str = "sequence",
         vocab_size: int = 0,
+        num_tasks: int = 1,
         layer: int | Array = 0,
         rngs: nnx.Rngs,
     ):
@@ -99,7 +102,7 @@ class MoE(nnx.Module):
                 raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(valid)}")
         gate.check(num_experts, train=False)
         self.gate, self.activation, self.balance_scope = gate, activation, balance_scope
-        self.d_model, self.vocab_size = d_model, vocab_size
+        self.d_model, self.vocab_size, self.num_tasks = d_model, vocab_size, num_tasks
         params = gate.init(rngs.params(), self._spec(layer))
         self.router = nnx.data(jax.tree.map(nnx.Param, params))
         wide, narrow = (num_experts, d_model, d_ff), (num_experts, d_ff, d_model)
@@ -158,7 +161,8 @@ class MoE(nnx.Module):
         return ExpertWeights(gate_EDF, self.up_EDF[...], self.down_EFD[...])
 
     def _spec(self, layer: int | Array) -> GateSpec:
-        return GateSpec(self.d_model, self.config.num_experts, self.vocab_size, layer)
+        num_experts = self.config.num_experts
+        return GateSpec(self.d_model, num_experts, self.vocab_size, layer, self.num_tasks)
 
     def _gate_params(self) -> Any:
         return jax.tree.map(
@@ -204,13 +208,18 @@ class MoE(nnx.Module):
         def scoped(x: Array, scope: str) -> Array:
             return x.reshape(*shape[scope], *x.shape[2:])
 
+        stats = collect_stats(
+            jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
+            scoped(output.stats.probs_GTE, "sequence"),
+            scoped(kept_GTK, "sequence"),
+            context.valid_BL,
+        )
+        if output.cut_GTE is not None:
+            stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
         return MoEInfo(
             losses={**self._losses(output, context, scoped), **output.losses},
-            stats=collect_stats(
-                jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
-                scoped(output.stats.probs_GTE, "sequence"),
-                scoped(kept_GTK, "sequence"),
-                context.valid_BL,
+            stats=dataclasses.replace(
+                stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
             ),
             routing=output.routing,
             kept_GTK=kept_GTK,
@@ -230,6 +239,27 @@ class MoE(nnx.Module):
             "load": losses.squared_share(expected_QE, valid_QU),
             "z": losses.z_loss(stats.logits_GTE, valid_QU),
         }
+
+
+@jax.jit
+def with_cuts(stats: MoEStats, cut_BLE: Array) -> MoEStats:
+    """The same, with pairs the gate wanted but had no column for: wanted, and dropped."""
+    cut_E = jnp.sum(cut_BLE, axis=(0, 1), dtype=jnp.int32)
+    return dataclasses.replace(
+        stats,
+        load_E=stats.load_E + cut_E,
+        dropped_E=stats.dropped_E + cut_E,
+        dropped_L=stats.dropped_L + jnp.sum(cut_BLE, axis=(0, 2), dtype=jnp.int32),
+    )
+
+
+def sum_over_groups(means: dict[str, Array], valid_GT: Array) -> dict[str, Array]:
+    """A gate's means per group, weighted by valid tokens and summed."""
+    tokens_G = jnp.sum(valid_GT, axis=1).astype(jnp.float32)
+    return {
+        name: jax.lax.stop_gradient(jnp.tensordot(tokens_G, value_G, axes=1))
+        for name, value_G in means.items()
+    }
 
 
 @jax.jit

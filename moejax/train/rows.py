@@ -121,6 +121,11 @@ def routing(stats: MoEStats | None) -> Row:
         "moe/unserved_rate": int(stats.unserved_tokens.sum()) / tokens,
         "moe/experts_per_token": int(load.sum()) / tokens,
         "moe/router_entropy": float(stats.entropy.sum()) / tokens,
+        **{
+            f"moe/gate/{name}": float(np.sum(value)) / tokens
+            for name, value in stats.gate.items()
+            if np.ndim(value) == 1  # a number per layer; vectors are state, not metrics
+        },
         "moe/load": load.tolist(),
         "moe/dropped": dropped.tolist(),
         "moe/dropped_by_position": np.asarray(stats.dropped_L).tolist(),
