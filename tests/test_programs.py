@@ -61,14 +61,15 @@ def test_the_reader_sees_every_collective_and_its_axes():
 # The router.
 
 
-@pytest.mark.parametrize("gate", ["switch", "mixtral", "shazeer", "gshard", "dense"])
+@pytest.mark.parametrize("gate", gating.names())
 def test_routing_communicates_nothing(gate):
     """In the global view, with groups spread over the mesh: noise, top-k and all statistics."""
     gate = gating.make(gate)
 
     def route(params, x_GTD, row_G):
         context = Context.of(G, T, row_B=row_G, key=jax.random.key(0)).grouped(1, train=True)
-        return gate(params, (), x_GTD, context)
+        out = gate(params, gate.init_state(GateSpec(D, E)), x_GTD, context)
+        return out.routing, out.stats, out.means
 
     params = gate.init(jax.random.key(1), GateSpec(D, E))
     with jax.set_mesh(LARGE):
@@ -76,6 +77,28 @@ def test_routing_communicates_nothing(gate):
             params, laid_out(LARGE, (G, T, D)), laid_out(LARGE, (G,), jnp.int32)
         )
         assert collectives(lowered.compile().as_text(), LARGE) == []
+
+
+@pytest.mark.parametrize(
+    ("gate", "moved"), [("base", T * E * G), ("sbase", E)], ids=["base", "sbase"]
+)
+def test_balancing_the_batch_moves_scores_or_their_column_sums_and_no_tokens(gate, moved):
+    """BASE gathers [T, E] scores once; Sinkhorn sums E columns (and a count) per iteration."""
+    gate = gating.make(gate)
+
+    def route(params, x_BLD):
+        context = Context.of(G, T).grouped(G, train=True)
+        return gate(params, (), x_BLD.reshape(1, G * T, D), context).routing.weight_GTK
+
+    params = gate.init(jax.random.key(1), GateSpec(D, E))
+    with jax.set_mesh(LARGE):
+        text = jax.jit(route).lower(params, laid_out(LARGE, (G, T, D))).compile().as_text()
+    found = collectives(text, LARGE)
+    assert moved in [size for c in found for size in c.sizes]
+    if moved == E:
+        # The last top-k works on gathered scores, as do all batch-scoped selections.
+        assert {c.kind for c in found if T * E * G not in c.sizes} == {"all-reduce"}
+    assert max(size for c in found for size in c.sizes) <= T * E * G
 
 
 # One layer's dispatch.

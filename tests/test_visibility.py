@@ -31,6 +31,11 @@ CASES = [
             ("shazeer", {"k": 2}),
             ("gshard", {}),
             ("dense", {}),
+            ("base", {}),
+            ("sbase", {"k": 2}),
+            ("sbase", {"rounding": "balanced"}),
+            ("dselect_k", {"k": 1}),
+            ("dselect_k", {"k": 2, "max_active": 2}),
         ],
         [
             ("position", "sequence"),
@@ -42,6 +47,11 @@ CASES = [
         ],
     )
 ]
+
+
+def balances(gate, fields):
+    """Whether the gate fills every slot in training, exactly."""
+    return gate == "base" or fields.get("rounding") == "balanced"
 
 
 @functools.cache
@@ -60,7 +70,10 @@ def program(gate, fields, priority, group, train):
         group=group,
         rngs=nnx.Rngs(0),
     )
-    layer.router["router_DE"][...] = jax.random.normal(jax.random.key(9), (D, E))
+    if "router_DE" in layer.router:
+        layer.router["router_DE"][...] = jax.random.normal(jax.random.key(9), (D, E))
+    else:  # DSelect-k with bits decided, or every token would visit every expert
+        layer.router["code_MDZ"][...] = layer.router["code_MDZ"][...] * 200
     visibility = layer.gate.visibility(layer.config)
 
     def once(x, key):
@@ -78,7 +91,7 @@ def test_a_token_sees_what_its_gate_declares(gate, fields, priority, group, trai
     x = jax.random.normal(jax.random.key(1), (SEEDS, B, L, D))
     other = jax.random.normal(jax.random.key(2), x.shape)
     y, dropped = run(x, keys)
-    if gate != "dense":
+    if not (gate == "dense" or (train and balances(gate, fields))):
         assert (dropped > 0).all(), "a capacity that never binds proves nothing"
 
     cut = L // 2
@@ -98,6 +111,29 @@ def test_a_token_sees_what_its_gate_declares(gate, fields, priority, group, trai
     # matmul over other rows may differ by.
     for moved, is_declared in ((moved_by_future, future), (moved_by_others, others)):
         assert (moved > 1e-3) if is_declared else (moved < 1e-6), (moved, is_declared)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("gate", "fields"), [("base", {}), ("sbase", {"k": 1})])
+def test_a_balanced_batch_sees_every_sequence_in_training_and_none_in_evaluation(
+    gate, fields, train
+):
+    """Without capacity: the leak is the assignment's own."""
+    layer = moejax.MoE(D, 8, E, gate=gating.make(gate, **fields), transport="dropless",
+                       group="batch", rngs=nnx.Rngs(0))  # fmt: skip
+    layer.router["router_DE"][...] = jax.random.normal(jax.random.key(9), (D, E))
+    run = jax.jit(jax.vmap(lambda x: layer(x, train=train)[0]))
+    x = jax.random.normal(jax.random.key(1), (SEEDS, B, L, D))
+    other = jax.random.normal(jax.random.key(2), x.shape)
+    y = run(x)
+    seen = layer.gate.visibility(layer.config)
+    later = np.abs(run(x.at[:, 1, 6:].set(other[:, 1, 6:])) - y)[:, 1, :6].max()
+    others = np.abs(run(x.at[:, 1:].set(other[:, 1:])) - y)[:, 0].max()
+    for moved, declared in (
+        (later, seen.train_future if train else seen.eval_future),
+        (others, seen.train_others if train else seen.eval_others),
+    ):
+        assert declared == train and ((moved > 1e-3) if declared else (moved < 1e-6))
 
 
 @pytest.mark.parametrize("priority", ["position", "gate"])

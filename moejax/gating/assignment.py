@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.gating import residual
+from moejax.kernels.vma import varying_like
 
 SCALE = 2**29
 """The largest difference of scores within a row, in integer units. Scores lie in [-SCALE, 0] and
@@ -155,6 +156,7 @@ def starting_prices(
 
     spread = -jnp.min(value_TE, initial=0).astype(jnp.float32)
     start = (jnp.int32(0), jnp.zeros(num_experts, jnp.int32), FIRST_STEP * spread)
+    start = varying_like(start, value_TE)
     # Without any spread there is nothing to price: all experts are alike.
     return lax.while_loop(lambda c: (c[0] < PRICE_ROUNDS) & (c[2] >= 1.0), one_round, start)[1]
 

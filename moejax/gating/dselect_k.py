@@ -171,7 +171,9 @@ class DSelectK(ops.Stateless):
         return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe, columns=self.columns(moe.num_experts))
+        # Without cuts column e is expert e, so that serving column by column favours nobody.
+        cuts = self.columns(moe.num_experts) < moe.num_experts
+        return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)
 
 
 def _per_task(x_GTD: Array, weight_MDX: Array) -> Float[Array, "G T M X"]:

@@ -11,11 +11,14 @@ it is on a shortest path.
 Axes: N = E + 1 nodes, experts and the market. All numbers are int32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from moejax.kernels.vma import varying_like
 
 FAR = 2**31 - 1
 """The cost of an arc that does not exist."""
@@ -59,7 +62,8 @@ def exchange(
         sent_N = _tree_flow(parent_N, surplus_N, room_N)
         return _apply(flow, to_T, parent_N, sent_N), rounds + 1
 
-    return lax.while_loop(unbalanced, one_round, (flow, jnp.int32(0)))
+    start = varying_like((flow, jnp.int32(0)), value_TE)
+    return lax.while_loop(unbalanced, one_round, start)
 
 
 def potentials(
@@ -132,6 +136,7 @@ def _distances(cost_NN: Array, start_N: Array) -> tuple[Array, Array]:
         return jnp.minimum(through_N, distance_N), improved_N, turn + 1, jnp.any(better_N)
 
     start = (start_N, jnp.zeros_like(start_N), jnp.int32(1), jnp.bool_(True))
+    start = varying_like(start, cost_NN)
     return lax.while_loop(lambda carry: carry[3], sweep, start)[:2]
 
 
@@ -147,14 +152,15 @@ def _shortest_path_tree(cost_NN: Array, is_source_N: Array) -> Int[Array, "N"]:
     return jnp.where(improved_N > 0, jnp.argmin(reach_NN, axis=0), -1).astype(jnp.int32)
 
 
-def _fixpoint(step, start_N: Array) -> Array:
+def _fixpoint(step: Callable[[Array], Array], start_N: Array) -> Array:
     """Applies ``step`` until nothing changes: one pass per level of the tree."""
 
     def once(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         new_N = step(carry[0])
         return new_N, jnp.any(new_N != carry[0])
 
-    return lax.while_loop(lambda carry: carry[1], once, (start_N, jnp.bool_(True)))[0]
+    start = (start_N, varying_like(jnp.bool_(True), start_N))
+    return lax.while_loop(lambda carry: carry[1], once, start)[0]
 
 
 def _is_child(parent_N: Array) -> Bool[Array, "N N"]:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from moejax.kernels.vma import varying_like
+
 
 def sinkhorn_plan(
     scores_TE: Float[Array, "T E"],
@@ -85,6 +87,7 @@ def sinkhorn_bias(
         return busy if tol is None else busy & (jnp.max(jnp.abs(jnp.expm1(excess_E))) > tol)
 
     zero_E = jnp.zeros(num_experts, jnp.float32)
-    log_v_E, _, _ = lax.while_loop(go_on, one, (zero_E, log_excess(zero_E), jnp.int32(0)))
+    start = varying_like((zero_E, log_excess(zero_E), jnp.int32(0)), scaled_TE)
+    log_v_E, _, _ = lax.while_loop(go_on, one, start)
     bias_E = epsilon * log_v_E
     return bias_E - jnp.mean(bias_E)

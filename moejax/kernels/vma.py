@@ -1,6 +1,7 @@
 """Helpers for values that vary over the manual axes of a `jax.shard_map`."""
 
 import jax
+from jaxtyping import PyTree
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -28,6 +29,12 @@ def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """
     axes = varying_axes(*arrays)
     return tuple(vary_over(array, axes) for array in arrays)
+
+
+def varying_like(tree: PyTree, *arrays: jax.Array) -> PyTree:
+    """The tree, every leaf declared to vary where the arrays do: how a loop's carry must start."""
+    axes = varying_axes(*arrays)
+    return jax.tree.map(lambda leaf: vary_over(leaf, axes), tree)
 
 
 def _axes_of(array: jax.Array) -> frozenset[str]:
