@@ -57,7 +57,7 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     }
     with jax.set_mesh(this.mesh), closing(console):
         warm = _warm_start(this, folder)
-        _make_workdir(folder)
+        make_workdir(folder)
         with WorkdirLock(folder):
             return _train(this, folder, warm, console, about)
 
@@ -175,7 +175,12 @@ def _fresh(folder: Path) -> int | None:
     return 0 if (folder / "metrics.jsonl").exists() else None
 
 
-def _make_workdir(folder: Path) -> None:
+def make_workdir(folder: Path) -> None:
+    """Makes the folder if it is missing.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
