@@ -99,7 +99,7 @@ def _run(trial: Trial, sweep: Sweep, folder: Path, signals: "_Signals", place: s
         _say(f"{place} ...")
         command = train_command(trial, sweep, folder)
         start = datetime.now().astimezone().isoformat(timespec="seconds")
-        log.write(f"\n# {start}  {shlex.join(command)}\n".encode())
+        log.write(f"# {start}  {shlex.join(command)}\n".encode())
         log.flush()
         began, begin = time.monotonic(), log.tell()
         status = signals.wait_for(_start(command, log))
