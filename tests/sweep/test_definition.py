@@ -1,6 +1,7 @@
 """From an experiment file to trials, and what is wrong with one, before anything starts."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,14 @@ def test_the_smoke_experiments_dense_model_costs_what_its_top_2_costs():
     for trial in sweep.trials:
         model, moe = trial.config["model"], trial.config["moe"]
         assert model["d_ff"] == 2 * moe["d_ff"] and trial.steps == 7
+
+
+def test_the_example_in_the_documentation_expands(tmp_path: Path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
+    (tmp_path / "page.py").write_text(code)
+    sweep = expand(f"{tmp_path}/page.py:steps=9")
+    assert sweep.variants == ["dense_ffn", "switch", "top_4"] and len(sweep.trials) == 9
+    assert all(trial.steps == 9 for trial in sweep.trials)
 
 
 MISTAKES = {
