@@ -95,6 +95,19 @@ def expand(source: str) -> Sweep:
     return Sweep(source, trials)
 
 
+def changed(sweep: Sweep, trial: Trial) -> str:
+    """What is in the way of running a trial as it was expanded; "" if nothing is.
+
+    Its process reads the experiment's file again, perhaps hours later.
+    """
+    try:
+        config = to_dict(load(sweep.source, trial.overrides).config)
+    except UserError as error:
+        return str(error)
+    same = config_id(config) == trial.id
+    return "" if same else f"{sweep.source} has been changed since the sweep began"
+
+
 def _variants(page: Page) -> Sequence[Any]:
     sweep = getattr(page.module, "sweep", None)
     if not callable(sweep):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.errors import UserError
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
 from moejax.train.loop import read_config
@@ -140,8 +141,22 @@ def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
 
 
 def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:
-    """The results of all finished trials, in the sweep's order."""
-    return [read_trial(folder, t) for t in sweep.trials if folders.finished(folder, t)]
+    """The results of all finished trials, in the sweep's order.
+
+    Raises:
+      UserError: a file of a trial cannot be read, or lacks what this version writes.
+    """
+    results = []
+    for trial in sweep.trials:
+        if folders.finished(folder, trial):
+            try:
+                results.append(read_trial(folder, trial))
+            except KeyError as error:
+                raise UserError(
+                    f"{folders.workdir_of(folder, trial)} has no {error}: another version of "
+                    "moejax wrote it; remove that folder and run the sweep again"
+                ) from error
+    return results
 
 
 def write_csv(folder: Path, sweep: Sweep, results: Sequence[Result]) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from moejax.sweep import figure, results, table
 from moejax.sweep import folder as folders
-from moejax.sweep.definition import Sweep, Trial
+from moejax.sweep.definition import Sweep, Trial, changed
 from moejax.train.lock import WorkdirLock
 from moejax.train.loop import make_workdir
 
@@ -96,6 +96,10 @@ def _run(trial: Trial, sweep: Sweep, folder: Path, signals: "_Signals", place: s
         if folders.finished(folder, trial):  # by the process that was waited for
             _say(f"{place} done")
             return DONE
+        problem = changed(sweep, trial)
+        if problem:
+            _say(f"{place} failed: {problem}")
+            return FAILED
         _say(f"{place} ...")
         command = train_command(trial, sweep, folder)
         start = datetime.now().astimezone().isoformat(timespec="seconds")

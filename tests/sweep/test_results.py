@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moejax.errors import UserError
 from moejax.sweep import figure, table
 from moejax.sweep.definition import Sweep, Trial
-from moejax.sweep.results import Result, kept_pairs, step_seconds
+from moejax.sweep.results import Result, kept_pairs, read_sweep, step_seconds
 
 PLAIN = Result(
     variant="switch",
@@ -68,6 +70,20 @@ def test_a_single_interval_is_better_than_none_and_none_is_not_a_number():
 def test_kept_pairs_are_those_not_dropped():
     row = {"moe/load": [[6, 2]], "moe/experts_per_token": 2.0, "moe/drop_rate": 0.25}
     assert kept_pairs(row) == 1.5 and kept_pairs({"loss": 1.0}) is None
+
+
+def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
+    sweep = Sweep("page.py", (Trial("a", 0, (), {"train": {"steps": 3}}),))
+    workdir = tmp_path / "trials/a-seed0"
+    workdir.mkdir(parents=True)
+    assert read_sweep(tmp_path, sweep) == []
+    (workdir / "summary.png").touch()
+    (workdir / "timings.jsonl").touch()
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "split": "eval", "loss": 2.0}\n')
+    saved = {"config": {}, "fingerprint": "", "baselines": {}, "heldout_bytes_per_token": 1.0}
+    (workdir / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="a-seed0 has no 'flops'"):
+        read_sweep(tmp_path, sweep)
 
 
 # The table.

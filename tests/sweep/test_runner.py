@@ -207,6 +207,26 @@ def test_a_trial_killed_with_its_runner_goes_on_where_it_was(tmp_path: Path):
     assert small.steps("slow") == ALL and small.log("slow").count("begins") == 2
 
 
+def test_a_trial_that_the_file_no_longer_gives_is_not_run_as_another(tmp_path: Path):
+    small = Small(tmp_path, "quick_1", "slow", "quick_2")
+    text = small.page.read_text()
+
+    def edit() -> None:
+        wait_until(lambda: small.steps("slow"))
+        small.page.write_text(text.replace("default()", "default(); config.moe.num_experts = 4"))
+
+    thread = threading.Thread(target=edit)
+    thread.start()
+    ended = small.run()
+    thread.join()
+    assert ended.status == 1 and "[2/3] slow-seed0 done" in ended.out
+    assert f"[3/3] quick_2-seed0 failed: {small.page} has been changed since" in ended.out
+    ended = small.run()
+    assert ended.status == 2 and "moe.num_experts=8, the experiment now has" in ended.err
+    small.page.write_text(text)
+    assert small.run().status == 0 and small.steps("quick_2") == ALL
+
+
 def test_two_runners_of_one_folder_are_one_too_many(tmp_path: Path):
     small = Small(tmp_path, "quick")
     assert small.run().status == 0
