@@ -1,7 +1,6 @@
 """The ``moejax`` command. Each subcommand imports what it needs when it runs."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -28,8 +27,8 @@ also brings the gate's own fields, which can be set in the same command.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit status.
 
-    0 done, 1 a check failed (doctor) or the loss is not finite, 2 the user's mistake, 75 preempted
-    after saving (train), 130 interrupted.
+    0 done, 1 a check (doctor) or a trial (sweep) failed or the loss is not finite, 2 the user's
+    mistake, 75 preempted after saving (train, sweep), 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     # A page's or a gate's module beside the user is found, as it is under `python -m`.
@@ -77,6 +76,8 @@ def _run(argv: list[str]) -> int:
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and that of each command."""
     from moejax import __version__
+    from moejax.data import command as data
+    from moejax.sweep import command as sweep
 
     parser = Parser(
         prog="moejax",
@@ -91,7 +92,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _add_eval(commands)
     _add_config(commands)
     _add_gates(commands)
-    _add_data(commands)
+    data.add_command(commands)
+    sweep.add_command(commands)
     _add_doctor(commands)
     return parser, dict(commands.choices)
 
@@ -219,58 +221,6 @@ def _gates(args: argparse.Namespace) -> int:
     from moejax.show import gate_page, gates_table
 
     print(gate_page(args.name) if args.name else gates_table())
-    return 0
-
-
-def _add_data(commands: Any) -> None:
-    parser = commands.add_parser(
-        "data",
-        help="train a tokenizer, tokenise text once",
-        description="Prepares text for data.tokenizer and data.path. Neither is needed: without "
-        "them\ntext is read as bytes, and without data.path the built-in corpus is used.",
-        epilog="Examples:\n"
-        "  moejax data tokenizer --path=books/ --vocab-size=8192 --out=bpe.json\n"
-        "  moejax data prepare --path=books/ --tokenizer=bpe.json --out=shards/\n"
-        "  moejax train --config=configs/lm.py --config.data.path=shards/ --workdir=runs/books",
-    )
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    tokenizer = actions.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
-    tokenizer.add_argument(
-        "--vocab-size", required=True, type=int, metavar="N", help="tokens, at least 257"
-    )
-    tokenizer.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
-    tokenizer.set_defaults(run=_data_tokenizer, takes_overrides=False)
-    prepare = actions.add_parser("prepare", help="tokenise text into shards, once")
-    prepare.add_argument(
-        "--tokenizer", default="", metavar="FILE", help="a tokenizer JSON file (default: bytes)"
-    )
-    prepare.add_argument("--out", required=True, metavar="DIR", help="the new folder of shards")
-    prepare.set_defaults(run=_data_prepare, takes_overrides=False)
-    for action in (tokenizer, prepare):
-        action.add_argument(
-            "--path", default="", metavar="PATH", help="file or folder (default: built-in corpus)"
-        )
-        action.add_argument(
-            "--eval-fraction", default=0.05, type=float, metavar="X", help="held out (default 0.05)"
-        )
-        parser.flags += action.flags
-
-
-def _data_tokenizer(args: argparse.Namespace) -> int:
-    from moejax.data.tokenizer import train_bpe
-
-    size = train_bpe(args.path, args.vocab_size, args.out, eval_fraction=args.eval_fraction)
-    print(f"{args.out}: {size} tokens; use it with --config.data.tokenizer={args.out}")
-    return 0
-
-
-def _data_prepare(args: argparse.Namespace) -> int:
-    from moejax.data.prepare import prepare
-
-    index = prepare(args.path, args.tokenizer, args.out, args.eval_fraction)
-    for field, value in dataclasses.asdict(index).items():
-        print(f"{field:<24} {value}")
-    print(f"use it with --config.data.path={args.out}")
     return 0
 
 

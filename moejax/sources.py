@@ -1,5 +1,6 @@
 """Where a config comes from: a page (a file or module with ``get_config``) or a finished run."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -27,19 +28,54 @@ def read(source: str) -> Config:
       UserError: nothing there, an error inside the page (with its line), or a field that does not
         belong to the table or has another type.
     """
-    path, _, arg = source.partition(":")
     if os.path.isdir(source) or source.endswith(".json"):
         return _read_workdir(source)
-    if path.endswith(".py"):
-        module = _run_file(path)
-    elif _MODULE.fullmatch(path):
-        module = _import(path)
-    else:
+    page = open_page(source)
+    if page is None:
         raise UserError(
             f"config {source!r} is neither a file 'path.py[:arg]', a module 'package.module[:arg]' "
             "nor the workdir of a run"
         )
-    return _call_get_config(module, path, arg or None)
+    return _call_get_config(page)
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A file or module of the user's, and the argument that follows its name."""
+
+    module: types.ModuleType
+    path: str
+    arg: str | None
+
+    def takes_arg(self, function: Callable[..., Any]) -> bool:
+        return bool(inspect.signature(function).parameters)
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """``function(arg)``, or ``function()`` if it takes nothing; a generator is run to its end.
+
+        Raises:
+          UserError: what the page raises, in one line with its file and line.
+        """
+
+        def run() -> Any:
+            result = function(self.arg) if self.takes_arg(function) else function()
+            return list(result) if inspect.isgenerator(result) else result
+
+        return _guard(self.module.__file__ or self.path, run)
+
+
+def open_page(source: str) -> Page | None:
+    """The page that ``path.py[:arg]`` or ``package.module[:arg]`` names; None if it is neither.
+
+    Raises:
+      UserError: nothing there, or an error inside the page (with its line).
+    """
+    path, _, arg = source.partition(":")
+    if path.endswith(".py"):
+        return Page(_run_file(path), path, arg or None)
+    if _MODULE.fullmatch(path):
+        return Page(_import(path), path, arg or None)
+    return None
 
 
 def _run_file(path: str) -> types.ModuleType:
@@ -69,15 +105,14 @@ def _import(name: str) -> types.ModuleType:
     return _guard(spec.origin or name, lambda: importlib.import_module(name))
 
 
-def _call_get_config(module: types.ModuleType, path: str, arg: str | None) -> Config:
-    get_config = getattr(module, "get_config", None)
+def _call_get_config(page: Page) -> Config:
+    path, arg = page.path, page.arg
+    get_config = getattr(page.module, "get_config", None)
     if not callable(get_config):
         raise UserError(f"config {path!r} defines no function get_config(arg=None)")
-    takes_arg = bool(inspect.signature(get_config).parameters)
-    if arg is not None and not takes_arg:
+    if arg is not None and not page.takes_arg(get_config):
         raise UserError(f"config {path!r} takes no argument, but {arg!r} follows its name")
-    file = module.__file__ or path
-    config = _guard(file, lambda: get_config(arg) if takes_arg else get_config())
+    config = page.call(get_config)
     if not isinstance(config, Config):
         raise UserError(
             f"config {path!r}: get_config returned {type(config).__name__}, not a config; start it "

@@ -14,7 +14,7 @@ from moejax.config import default, from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
 LM = f"--config={ROOT}/configs/lm.py"
-COMMANDS = ("train", "eval", "config", "gates", "data", "doctor")
+COMMANDS = ("train", "eval", "config", "gates", "data", "doctor", "sweep")
 
 MISTAKES = {
     # commands and flags
@@ -44,6 +44,13 @@ MISTAKES = {
     "data tokenizer --out={file}x --vocab-size=many": ["--vocab-size", "'many'"],
     "data tokenizer --out={file} --vocab-size=300": ["exists"],
     "doctor --cpu-devices=0": ["--cpu-devices=0"],
+    "sweep {workdir}": ["--experiment", "moejax sweep --help"],
+    "sweep --experiment=x.py": ["--workdir", "moejax sweep --help"],
+    "sweep --experiment={broken} --workdr=x": ["unknown flag --workdr", "--workdir"],
+    "sweep --experiment={broken} {workdir}": ["broken.py' defines no function sweep()"],
+    "sweep --experiment={broken} {workdir} --config.train.steps=1": [
+        "moejax sweep takes no config"
+    ],
     # sources
     "train --config=configs/no_such.py {workdir}": ["configs/no_such.py"],
     "train --config=nonsense {workdir}": ["'nonsense'", "path.py[:arg]"],

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"errors", "overrides", "schema"},
     "doctor": {"moejax", "devices", "mesh"},
     "train": LOWEST | CONFIG | {"moejax", "data", "models"},
-    "cli": {"moejax", "data", "doctor", "errors", "flags", "train"} | CONFIG,
+    "sweep": {"errors", "train"} | CONFIG,
+    "cli": {"moejax", "data", "doctor", "errors", "flags", "sweep", "train"} | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
 """Parts of the package and the parts they may import; a part may always import itself.

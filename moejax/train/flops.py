@@ -7,6 +7,7 @@ it. Here a scan counts length times its body. Only matrix products and convoluti
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 _OPAQUE = frozenset({"pallas_call", "ragged_dot_general"})
 
 
-def count_flops(closed_jaxpr: ClosedJaxpr | Jaxpr) -> float:
+def count_flops(closed_jaxpr: ClosedJaxpr | Jaxpr, *, grouped: bool = True) -> float:
     """FLOPs that one call of a traced program executes, on all devices together.
+
+    With ``grouped=False``, without those of grouped matmuls: the share of a sparse model that does
+    not depend on the routing.
 
     * ``dot_general``: 2 * batch * M * N * K; a convolution likewise.
     * ``scan``: length x body. ``cond``: its most expensive branch. ``shard_map``: the body's shapes
@@ -39,10 +43,10 @@ def count_flops(closed_jaxpr: ClosedJaxpr | Jaxpr) -> float:
         or ``ragged_dot`` lies outside a ``grouped_matmul``.
     """
     jaxpr = closed_jaxpr.jaxpr if isinstance(closed_jaxpr, ClosedJaxpr) else closed_jaxpr
-    return sum((_equation_flops(eqn) for eqn in jaxpr.eqns), start=0.0)
+    return sum((_equation_flops(eqn, grouped) for eqn in jaxpr.eqns), start=0.0)
 
 
-def _equation_flops(eqn: Any) -> float:
+def _equation_flops(eqn: Any, grouped: bool) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         return _dot_flops(eqn)
@@ -57,10 +61,11 @@ def _equation_flops(eqn: Any) -> float:
     ):
         flops = _grouped_matmul_flops(eqn)
         if flops is not None:
-            return flops
+            return flops if grouped else 0.0
+    count = partial(count_flops, grouped=grouped)
     if name == "cond":
-        return max(count_flops(branch) for branch in params["branches"])
-    inner = sum((count_flops(body) for body in jaxprs_in_params(params)), start=0.0)
+        return max(map(count, params["branches"]))
+    inner = sum(map(count, jaxprs_in_params(params)), start=0.0)
     if name == "scan":
         return params["length"] * inner
     if name == "shard_map":

@@ -16,19 +16,23 @@ class WorkdirLock:
 
     The lock is an ``flock``: the kernel drops it when the process ends, however it ends, so there
     is no stale lock to remove. What the file says (pid, host, start) only serves the message. In a
-    job of several processes the first one holds it and all of them learn the outcome. A child
-    forked without exec shares the lock for as long as it lives.
+    job of several processes the first one holds it and all of them learn the outcome; with
+    ``alone`` this process is no part of a job, and JAX, which would start devices, is not asked. A
+    child forked without exec shares the lock for as long as it lives.
 
     Raises (on entering):
       UserError: if another process holds it.
     """
 
-    def __init__(self, workdir: str | Path):
-        self._workdir = Path(workdir)
+    def __init__(self, workdir: str | Path, alone: bool = False):
+        self._workdir, self._alone = Path(workdir), alone
         self._file: int | None = None
 
     def __enter__(self) -> "WorkdirLock":
-        problem = shared_problem(self._acquire() if is_first() else "")
+        if self._alone:
+            problem = self._acquire()
+        else:
+            problem = shared_problem(self._acquire() if is_first() else "")
         if problem:
             self._release()
             raise UserError(problem)

@@ -28,6 +28,9 @@ from moejax.train.state import TrainState, count_parameters
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
 
+OUTPUT = "log.txt"
+"""A file of this name, into which what the run says is sent, may be in the workdir before it."""
+
 
 def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ...] = ()) -> int:
     """Trains until ``train.steps``, from the workdir's last good checkpoint if it has one.
@@ -42,22 +45,25 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     check_workdir(folder, config, this.corpus.fingerprint)
     this.train_batches()  # a text that is too short is refused here,
     this.eval_batches()  # before anything is written
-    console = Console(this, folder)
-    console.announce(setup.budget(this))
+    console, budget = Console(this, folder), setup.budget(this)
+    console.announce(budget)
+    about = {
+        "source": source,
+        "overrides": list(overrides),
+        "flops": {
+            "train": dataclasses.asdict(budget.train_flops),
+            "eval": dataclasses.asdict(budget.eval_flops),
+        },
+    }
     with jax.set_mesh(this.mesh), closing(console):
         warm = _warm_start(this, folder)
-        _make_workdir(folder)
+        make_workdir(folder)
         with WorkdirLock(folder):
-            return _train(this, folder, warm, console, source, overrides)
+            return _train(this, folder, warm, console, about)
 
 
 def _train(
-    this: Run,
-    folder: Path,
-    warm: PyTree | None,
-    console: Console,
-    source: str,
-    overrides: tuple[str, ...],
+    this: Run, folder: Path, warm: PyTree | None, console: Console, about: dict[str, Any]
 ) -> int:
     config = this.config.train
     with Checkpointer(folder / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
@@ -66,7 +72,7 @@ def _train(
         if restored and start >= config.steps:
             console.already_done(start)
             return DONE
-        write_config(this, folder, source, overrides)
+        write_config(this, folder, about)
         log = MetricsLog(
             folder,
             resume_step=start if restored else _fresh(folder),
@@ -169,7 +175,12 @@ def _fresh(folder: Path) -> int | None:
     return 0 if (folder / "metrics.jsonl").exists() else None
 
 
-def _make_workdir(folder: Path) -> None:
+def make_workdir(folder: Path) -> None:
+    """Makes the folder if it is missing.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -188,7 +199,7 @@ def check_workdir(folder: Path, config: Config, fingerprint: str) -> None:
         raise UserError(f"--workdir={folder} is a file; name a folder")
     path = folder / "config.json"
     if not path.exists():
-        if folder.is_dir() and any(n for n in os.listdir(folder) if not n.startswith(".")):
+        if folder.is_dir() and any(n for n in os.listdir(folder) if n[0] != "." and n != OUTPUT):
             raise UserError(f"--workdir={folder} is not empty and holds no run; name a new folder")
         return
     saved = read_config(folder)
@@ -225,8 +236,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def write_config(this: Run, folder: Path, source: str, overrides: tuple[str, ...]) -> None:
-    """Writes config.json, in one rename; keeps what the run's first start measured."""
+def write_config(this: Run, folder: Path, about: dict[str, Any]) -> None:
+    """Writes config.json, in one rename; keeps what the run's first start measured.
+
+    ``about``: where the config is from, and what a token costs.
+    """
     if not is_first():
         return
     path = folder / "config.json"
@@ -238,8 +252,7 @@ def write_config(this: Run, folder: Path, source: str, overrides: tuple[str, ...
     content = {
         # How these processes found each other is no part of the run: one alone may evaluate it.
         "config": {**to_dict(this.config), "distributed": to_dict(default())["distributed"]},
-        "source": source,
-        "overrides": list(overrides),
+        **about,
         "version": __version__,
         "corpus": corpus.name,
         "fingerprint": corpus.fingerprint,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
@@ -159,6 +160,19 @@ def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenFlops:
+    """Floating-point operations per token of a model whose routing decides what it costs.
+
+    ``fixed`` is everything but the routed experts; each (token, expert) pair, in any MoE layer,
+    adds ``per_pair``. The pairs are in ``metrics.jsonl``: a token of a row has
+    layers * experts_per_token * (1 - drop_rate) of them.
+    """
+
+    fixed: float
+    per_pair: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Budget:
     """What a run costs, counted before anything is compiled."""
 
@@ -166,6 +180,10 @@ class Budget:
     active_parameters: int
     flops_per_step: float
     """Floating-point operations of one step's forward and backward pass, drop- and padding-free."""
+    train_flops: TokenFlops
+    """Forward and backward pass, without recomputation."""
+    eval_flops: TokenFlops
+    """Forward pass."""
     state_bytes: int
     activation_bytes: int
     """Per device: the training state with gradients, and what is kept for the backward pass."""
@@ -179,29 +197,41 @@ def budget(run: Run) -> Budget:
     params = run.abstract_state.params
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.abstract_state)
 
-    def loss(params: PyTree, batch: Batch) -> jax.Array:
+    def loss(params: PyTree, batch: Batch, train: bool = True) -> jax.Array:
         key = jax.random.wrap_key_data(jax.numpy.zeros_like(run.abstract_state.key))
-        totals = dropless.forward(params, plain_gate_state(), batch, plain_step(), key, train=True)
+        gate_state, step = zeros_like(plain.gate_state), jax.numpy.int32(0)
+        totals = dropless.forward(params, gate_state, batch, step, key, train=train)
         return dropless.objective(totals, totals.tokens)
 
-    def plain_gate_state() -> PyTree:
-        return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plain.gate_state)
-
-    def plain_step() -> jax.Array:
-        return jax.numpy.int32(0)
-
     batch = abstract_batch(config, micro)
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(plain.params, batch)
+    backward = jax.make_jaxpr(jax.grad(loss))(plain.params, batch)
+    forward = jax.make_jaxpr(functools.partial(loss, train=False))(plain.params, batch)
     kept = memory.residual_bytes(lambda p: loss(p, zeros_like(batch)), plain.params)
     shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
     return Budget(
         parameters=count_parameters(params),
         active_parameters=active_parameters(run),
-        flops_per_step=flops.count_flops(jaxpr) * config.train.grad_accum,
+        flops_per_step=flops.count_flops(backward) * config.train.grad_accum,
+        train_flops=_token_flops(run, backward, micro),
+        eval_flops=_token_flops(run, forward, micro),
         state_bytes=memory.tree_bytes_per_device(run.abstract_state)
         + memory.tree_bytes_per_device(params),
         activation_bytes=kept // shards,
     )
+
+
+def _token_flops(run: Run, jaxpr: ClosedJaxpr, rows: int) -> TokenFlops:
+    """Splits the count of a pass over ``rows`` sequences: only routed experts are grouped matmuls.
+
+    The traced program hands them every column of every token's routing.
+    """
+    model, tokens = run.task.model, rows * run.config.train.seq_len
+    fixed = flops.count_flops(jaxpr, grouped=False)
+    if not model.num_moe_layers:
+        return TokenFlops(fixed / tokens, 0.0)
+    columns = model.gate.columns(model.moe.num_experts)
+    pairs = tokens * model.num_moe_layers * columns
+    return TokenFlops(fixed / tokens, (flops.count_flops(jaxpr) - fixed) / pairs)
 
 
 def zeros_like(tree: PyTree) -> PyTree:

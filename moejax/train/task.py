@@ -78,7 +78,7 @@ class LanguageModel:
 
         No capacity padding, no recomputation, and attention as matrix products that can be seen.
         """
-        moe = dataclasses.replace(self.model.moe, transport="dropless")
+        moe = dataclasses.replace(self.model.moe, transport="dropless", eval_transport="dropless")
         model = dataclasses.replace(self.model, moe=moe, remat="none", attention="xla")
         return dataclasses.replace(self, model=model)
 

@@ -99,6 +99,8 @@ def test_a_folder_that_is_not_a_runs_and_one_that_cannot_be_made_are_refused(
     (tmp_path / "notes/thesis.tex").write_text("")
     refused(command(tmp_path / "notes", text), f"--workdir={tmp_path}/notes is not empty")
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["thesis.tex"]
+    (tmp_path / "notes/log.txt").write_text("")  # which alone would be no hindrance
+    refused(command(tmp_path / "notes", text), f"--workdir={tmp_path}/notes is not empty")
     below_a_file = tmp_path / "notes/thesis.tex/run"
     refused(command(below_a_file, text), f"--workdir={below_a_file}")
 

@@ -1,0 +1,179 @@
+"""From an experiment file to trials: what will run, checked before anything does.
+
+An experiment is a config page with one more function::
+
+    def sweep(arg=None):
+        yield {"name": "switch", "moe.gate.name": "switch", "seeds": 2}
+        yield {"name": "top_4", "moe.gate.name": "top_k", "moe.gate.k": 4, "seeds": 2}
+
+Each variant overrides fields of ``get_config``'s config. ``seeds`` is a number of seeds, from 0 on,
+or a list of them; without it the page's own ``train.seed`` is the only one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from moejax.config import load, to_dict, validate
+from moejax.errors import UserError
+from moejax.overrides import PREFIX
+from moejax.sources import Page, open_page
+
+Variant = dict[str, Any]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_HOW_NOT_WHAT = ("distributed", "report")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of one variant with one seed; ``config`` is resolved, as ``to_dict`` gives it."""
+
+    variant: str
+    seed: int
+    overrides: tuple[str, ...]
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-seed{self.seed}"
+
+    @property
+    def id(self) -> str:
+        return config_id(self.config)
+
+    @property
+    def steps(self) -> int:
+        return self.config["train"]["steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """An experiment's trials, variant by variant in the order of the file."""
+
+    source: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(trial.variant for trial in self.trials))
+
+
+def config_id(config: dict[str, Any]) -> str:
+    """A hash of a resolved config: the same for the same run, whatever file it came from."""
+    text = json.dumps(computed(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def computed(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a resolved config that say what a run computes."""
+    return {name: part for name, part in config.items() if name not in _HOW_NOT_WHAT}
+
+
+def expand(source: str) -> Sweep:
+    """The trials of ``path.py[:arg]`` or ``package.module[:arg]``, every config validated.
+
+    Raises:
+      UserError: no such file, no ``sweep()`` in it, or a variant that cannot run.
+    """
+    page = open_page(source)
+    if page is None:
+        raise UserError(
+            f"experiment {source!r} is neither a file 'path.py[:arg]' nor a module "
+            "'package.module[:arg]'"
+        )
+    trials = tuple(
+        trial
+        for number, variant in enumerate(_variants(page), 1)
+        for trial in _trials(source, number, variant)
+    )
+    _check_distinct(source, trials)
+    return Sweep(source, trials)
+
+
+def changed(sweep: Sweep, trial: Trial) -> str:
+    """What is in the way of running a trial as it was expanded; "" if nothing is.
+
+    Its process reads the experiment's file again, perhaps hours later.
+    """
+    try:
+        config = to_dict(load(sweep.source, trial.overrides).config)
+    except UserError as error:
+        return str(error)
+    same = config_id(config) == trial.id
+    return "" if same else f"{sweep.source} has been changed since the sweep began"
+
+
+def _variants(page: Page) -> Sequence[Any]:
+    sweep = getattr(page.module, "sweep", None)
+    if not callable(sweep):
+        raise UserError(
+            f"experiment {page.path!r} defines no function sweep(): it is a config page; "
+            "yield one dict of overrides per variant from sweep(), or use `moejax train`"
+        )
+    variants = page.call(sweep)
+    if not isinstance(variants, Sequence) or isinstance(variants, str) or not variants:
+        raise UserError(f"experiment {page.path!r}: sweep() gives no variants; yield dicts from it")
+    return variants
+
+
+def _trials(source: str, number: int, variant: Any) -> list[Trial]:
+    where = f"experiment {source!r}, variant {number}"
+    if not isinstance(variant, dict) or not isinstance(variant.get("name"), str):
+        raise UserError(f"{where}: {variant!r} is not a dict with a 'name'")
+    fields = dict(variant)
+    name, seeds = fields.pop("name"), _seeds(where, fields)
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{where}: name={name!r} becomes a folder; use letters, digits and . _ + -")
+    if seeds and "train.seed" in fields:
+        raise UserError(f"{where} ({name}): give train.seed or seeds, not both")
+    overrides = [f"{PREFIX}{field}={_text(value)}" for field, value in fields.items()]
+    trials = []
+    for seed in seeds or [None]:
+        own = overrides if seed is None else [*overrides, f"{PREFIX}train.seed={seed}"]
+        try:
+            config = load(source, own).config
+            validate(config)
+        except UserError as error:
+            raise UserError(f"{where} ({name}): {error}") from error
+        trials.append(Trial(name, config.train.seed, tuple(own), to_dict(config)))
+    return trials
+
+
+def _seeds(where: str, fields: Variant) -> list[int]:
+    """The seeds a variant names, taken out of its fields; none if it names none."""
+    if "seeds" not in fields:
+        return []
+    seeds = fields.pop("seeds")
+    if type(seeds) is int and seeds > 0:
+        return list(range(seeds))
+    if isinstance(seeds, Sequence) and seeds and all(type(seed) is int for seed in seeds):
+        return list(seeds)
+    raise UserError(f"{where}: seeds={seeds!r} must be a number of seeds, or a list of them")
+
+
+def _text(value: Any) -> str:
+    """A value as an override spells it, to be read as the type of the field's default."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _check_distinct(source: str, trials: Sequence[Trial]) -> None:
+    """Refuses two trials of one name, and two names for one run."""
+    for name, count in Counter(trial.name for trial in trials).items():
+        if count > 1:
+            raise UserError(
+                f"experiment {source!r}: {count} trials are called {name!r}; give each variant its "
+                "own name, and each of its seeds once"
+            )
+    names: dict[str, str] = {}
+    for trial in trials:
+        other = names.setdefault(trial.id, trial.name)
+        if other != trial.name:
+            raise UserError(
+                f"experiment {source!r}: trials {other!r} and {trial.name!r} are the same run; "
+                "remove one of them"
+            )

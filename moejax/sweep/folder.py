@@ -1,0 +1,114 @@
+"""The folder of a sweep::
+
+    sweep.json              the trials: name, id, overrides, resolved config
+    trials/NAME-seedN/      the workdir of one run of ``moejax train``; log.txt is what it said
+    results.csv, sweep.png  what came out
+
+Which trials are finished is read off their workdirs, so no record of it can be lost or be wrong.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moejax.config import flatten
+from moejax.errors import UserError
+from moejax.sweep.definition import Sweep, Trial, computed, config_id
+from moejax.train.loop import OUTPUT, read_config
+from moejax.train.metrics import read_rows
+
+INDEX = "sweep.json"
+
+
+def workdir_of(folder: Path, trial: Trial) -> Path:
+    return folder / "trials" / trial.name
+
+
+def log_of(folder: Path, trial: Trial) -> Path:
+    return workdir_of(folder, trial) / OUTPUT
+
+
+def finished(folder: Path, trial: Trial) -> bool:
+    """Whether the trial has its last evaluation and its picture, which a run draws at its end."""
+    workdir = workdir_of(folder, trial)
+    if not (workdir / "summary.png").exists() or not (workdir / "metrics.jsonl").exists():
+        return False
+    rows = read_rows(workdir / "metrics.jsonl")
+    return any(row["split"] == "eval" and row["step"] == trial.steps for row in rows)
+
+
+def check(folder: Path, sweep: Sweep) -> None:
+    """Refuses a folder that holds something else, or another sweep. Writes nothing.
+
+    Trials may be added to a sweep (more seeds, more variants); none may change or go.
+
+    Raises:
+      UserError: naming the trial and the field that differ.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir={folder} is a file; name a folder, new or of this sweep")
+    if not (folder / INDEX).exists():
+        if folder.is_dir() and any(not name.startswith(".") for name in os.listdir(folder)):
+            raise UserError(
+                f"--workdir={folder} is not empty and holds no sweep; name a new folder"
+            )
+        return
+    new = {trial.name: trial for trial in sweep.trials}
+    for name, config in _read_index(folder).items():
+        if name not in new:
+            raise UserError(
+                f"the sweep in {folder} has a trial {name!r}, this one does not; use another "
+                "--workdir, or the experiment it was begun with"
+            )
+        _check_same(f"trial {name!r} of the sweep in {folder}", config, new[name])
+    for trial in sweep.trials:
+        workdir = workdir_of(folder, trial)
+        if (workdir / "config.json").exists():
+            _check_same(f"the run in {workdir}", read_config(workdir)["config"], trial)
+
+
+def _check_same(what: str, old: dict[str, Any], trial: Trial) -> None:
+    if config_id(old) == trial.id:
+        return
+    before, after = flatten(computed(old)), flatten(computed(trial.config))
+    # The gate's name first, since its other fields follow from it.
+    for field in sorted(before | after, key=lambda field: (field != "moe.gate.name", field)):
+        then, now = before.get(field), after.get(field)
+        if json.dumps(then) != json.dumps(now):  # a tuple comes back as a list
+            raise UserError(
+                f"{what} has {field}={then}, the experiment now has {field}={now}; use another "
+                "--workdir, or the experiment it was begun with"
+            )
+
+
+def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """The config of every trial of the sweep in the folder, by the trial's name."""
+    path = folder / INDEX
+    try:
+        trials = json.loads(path.read_text())["trials"]
+        return {trial["name"]: dict(trial["config"]) for trial in trials}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} was not written by `moejax sweep`; restore it or use another --workdir"
+        ) from error
+
+
+def write_index(folder: Path, sweep: Sweep) -> None:
+    """Writes sweep.json, in one rename. The folder exists."""
+    trials = [
+        {"name": trial.name, "id": trial.id, **dataclasses.asdict(trial)} for trial in sweep.trials
+    ]
+    content = json.dumps({"experiment": sweep.source, "trials": trials}, indent=1) + "\n"
+    write_whole(folder / INDEX, content)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Writes a text file that is there as a whole or not at all, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

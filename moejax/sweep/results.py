@@ -1,0 +1,178 @@
+"""What a finished trial's files say: ``config.json``, ``metrics.jsonl``, ``timings.jsonl``.
+
+Training numbers are means over the steps of the run: a logged row stands for the steps since the
+row before it. Held-out numbers are those of the last evaluation.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.errors import UserError
+from moejax.sweep import folder as folders
+from moejax.sweep.definition import Sweep, Trial
+from moejax.train.loop import read_config
+from moejax.train.metrics import read_rows
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One finished trial in numbers. What a dense model does not have is None.
+
+    "Active" FLOPs are those of matrix products (one multiply-add is two) of the attention, the
+    dense layers, the router and the head, counted on the traced program, plus those of one expert
+    on one token times the (token, expert) pairs that were measured: routed and not dropped. Padding
+    of cells and rematerialisation are not in them.
+    """
+
+    variant: str
+    seed: int
+    id: str
+    step: int
+    loss: float
+    """Held-out nats per byte at the last evaluation."""
+    train_flops_per_token: float
+    """Forward and backward, mean over the run."""
+    eval_flops_per_token: float
+    """Forward, at the last evaluation."""
+    train_pairs_per_token: float | None
+    """Experts that computed a token, per MoE layer; likewise held out."""
+    eval_pairs_per_token: float | None
+    seconds_per_step: float
+    """Median over the logged intervals after the first."""
+    train_seconds: float
+    """All steps together, without compilation, evaluation and saving."""
+    train_max_vio: float | None
+    eval_max_vio: float | None
+    train_drop_rate: float | None
+    eval_drop_rate: float | None
+    total_parameters: int
+    leak: str
+    """What a token's output may depend on besides its past; empty when nothing."""
+
+
+def read_trial(folder: Path, trial: Trial) -> Result:
+    """The numbers of a finished trial.
+
+    Raises:
+      UserError: a file of it cannot be read.
+    """
+    workdir = folders.workdir_of(folder, trial)
+    saved = read_config(workdir)
+    rows = read_rows(workdir / "metrics.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    held_out = [row for row in rows if row["split"] == "eval"][-1]
+    weights = [
+        row["step"] - before for row, before in zip(train, [0, *_steps(train)], strict=False)
+    ]
+    seconds, total_seconds = step_seconds(read_rows(workdir / "timings.jsonl"))
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None]
+        return sum(v * w for v, w in pairs) / sum(w for _, w in pairs) if pairs else None
+
+    layers = len(held_out.get("moe/load", ()))
+    train_pairs = mean(kept_pairs(row) for row in train)
+    eval_pairs = kept_pairs(held_out)
+    return Result(
+        variant=trial.variant,
+        seed=trial.seed,
+        id=trial.id,
+        step=held_out["step"],
+        loss=held_out["loss"] / saved["heldout_bytes_per_token"],
+        train_flops_per_token=_flops(saved["flops"]["train"], layers, train_pairs),
+        eval_flops_per_token=_flops(saved["flops"]["eval"], layers, eval_pairs),
+        train_pairs_per_token=train_pairs,
+        eval_pairs_per_token=eval_pairs,
+        seconds_per_step=seconds,
+        train_seconds=total_seconds,
+        train_max_vio=mean(row.get("moe/max_vio") for row in train),
+        eval_max_vio=held_out.get("moe/max_vio"),
+        train_drop_rate=mean(row.get("moe/drop_rate") for row in train),
+        eval_drop_rate=held_out.get("moe/drop_rate"),
+        total_parameters=saved["parameters"]["total"],
+        leak=held_out["leak"],
+    )
+
+
+def _steps(rows: Sequence[Row]) -> list[int]:
+    return [row["step"] for row in rows]
+
+
+def kept_pairs(row: Row) -> float | None:
+    """Pairs per token and MoE layer that were computed; None for a model without experts."""
+    if "moe/load" not in row:
+        return None
+    return row["moe/experts_per_token"] * (1 - row["moe/drop_rate"])
+
+
+def _flops(counted: dict[str, float], layers: int, pairs: float | None) -> float:
+    return counted["fixed"] + counted["per_pair"] * layers * (pairs or 0.0)
+
+
+def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
+    """Seconds of the median step and of all steps, from the rows of ``timings.jsonl``.
+
+    Each time the run was started, its first interval is left out of the median: caches are cold.
+    An interval that was a compilation alone has no time of its own and counts as median steps.
+    """
+    warm, sums, before, elapsed = [], [], 0, math.inf
+    for row in timings:
+        seconds, first = row["seconds_per_step"], row["elapsed"] < elapsed
+        if math.isfinite(seconds):
+            sums.append((seconds, row["step"] - before))
+            if not first:
+                warm.append(seconds)
+        before, elapsed = row["step"], row["elapsed"]
+    measured = warm or [seconds for seconds, _ in sums]
+    if not measured:
+        return math.nan, math.nan
+    median = statistics.median(measured)
+    counted = sum(steps for _, steps in sums)
+    total = sum(seconds * steps for seconds, steps in sums)
+    return median, total + median * (before - counted)
+
+
+def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:
+    """The results of all finished trials, in the sweep's order.
+
+    Raises:
+      UserError: a file of a trial cannot be read, or lacks what this version writes.
+    """
+    results = []
+    for trial in sweep.trials:
+        if folders.finished(folder, trial):
+            try:
+                results.append(read_trial(folder, trial))
+            except KeyError as error:
+                raise UserError(
+                    f"{folders.workdir_of(folder, trial)} has no {error}: another version of "
+                    "moejax wrote it; remove that folder and run the sweep again"
+                ) from error
+    return results
+
+
+def write_csv(folder: Path, sweep: Sweep, results: Sequence[Result]) -> None:
+    """Writes results.csv: a row per trial, floats so that they read back exactly.
+
+    A trial that is not finished has a row without numbers.
+    """
+    by_name = {(result.variant, result.seed): result for result in results}
+    text = io.StringIO()
+    fields = [field.name for field in dataclasses.fields(Result)]
+    writer = csv.DictWriter(text, [*fields[:3], "finished", *fields[3:]], lineterminator="\n")
+    writer.writeheader()
+    for trial in sweep.trials:
+        result = by_name.get((trial.variant, trial.seed))
+        known = {"variant": trial.variant, "seed": trial.seed, "id": trial.id}
+        if result:
+            known = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+        writer.writerow({**known, "finished": int(result is not None)})
+    folders.write_whole(folder / "results.csv", text.getvalue())

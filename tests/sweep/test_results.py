@@ -1,0 +1,202 @@
+"""Numbers to text and to a picture."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moejax.errors import UserError
+from moejax.sweep import figure, table
+from moejax.sweep.definition import Sweep, Trial
+from moejax.sweep.results import Result, kept_pairs, read_sweep, step_seconds
+
+PLAIN = Result(
+    variant="switch",
+    seed=0,
+    id="x",
+    step=150,
+    loss=2.0,
+    train_flops_per_token=1.2e6,
+    eval_flops_per_token=0.4e6,
+    train_pairs_per_token=0.75,
+    eval_pairs_per_token=1.0,
+    seconds_per_step=0.1,
+    train_seconds=15.0,
+    train_max_vio=0.5,
+    eval_max_vio=0.25,
+    train_drop_rate=0.25,
+    eval_drop_rate=0.0,
+    total_parameters=1000,
+    leak="",
+)
+LEAK = "train:future+others"
+
+
+def result(**changes: Any) -> Result:
+    return dataclasses.replace(PLAIN, **changes)
+
+
+def sweep_of(*names: tuple[str, int]) -> Sweep:
+    return Sweep("page.py", tuple(Trial(name, seed, (), {}) for name, seed in names))
+
+
+# Step times.
+
+
+def timings(*rows: tuple[int, float, float]) -> list[dict[str, Any]]:
+    return [{"step": s, "seconds_per_step": t, "elapsed": e} for s, t, e in rows]
+
+
+def test_the_median_step_leaves_out_the_first_interval_of_each_life():
+    rows = timings((10, 9.0, 90), (20, 1.0, 100), (30, 3.0, 130), (40, 8.0, 80), (50, 2.0, 100))
+    assert step_seconds(rows) == (2.0, 10 * (9 + 1 + 3 + 8 + 2))
+
+
+def test_an_interval_that_was_a_compilation_alone_counts_as_median_steps():
+    rows = timings((1, math.nan, 0), (3, 2.0, 4), (6, 4.0, 16))
+    assert step_seconds(rows) == (3.0, 1 * 3.0 + 2 * 2.0 + 3 * 4.0)
+
+
+def test_a_single_interval_is_better_than_none_and_none_is_not_a_number():
+    assert step_seconds(timings((8, 2.0, 16))) == (2.0, 16.0)
+    assert all(map(math.isnan, step_seconds(timings((1, math.nan, 0)))))
+
+
+def test_kept_pairs_are_those_not_dropped():
+    row = {"moe/load": [[6, 2]], "moe/experts_per_token": 2.0, "moe/drop_rate": 0.25}
+    assert kept_pairs(row) == 1.5 and kept_pairs({"loss": 1.0}) is None
+
+
+def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
+    sweep = Sweep("page.py", (Trial("a", 0, (), {"train": {"steps": 3}}),))
+    workdir = tmp_path / "trials/a-seed0"
+    workdir.mkdir(parents=True)
+    assert read_sweep(tmp_path, sweep) == []
+    (workdir / "summary.png").touch()
+    (workdir / "timings.jsonl").touch()
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "split": "eval", "loss": 2.0}\n')
+    saved = {"config": {}, "fingerprint": "", "baselines": {}, "heldout_bytes_per_token": 1.0}
+    (workdir / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="a-seed0 has no 'flops'"):
+        read_sweep(tmp_path, sweep)
+
+
+# The table.
+
+
+def test_means_come_with_their_sample_deviation_unless_it_would_read_as_0():
+    assert table.spread([1.0, 2.0], ".2f") == "1.50 ±0.71"
+    assert table.spread([1.0, 1.001], ".2f") == "1.00"
+    assert table.spread([3.0], ".1f") == "3.0" and table.spread([None, None], ".1f") == "-"
+
+
+def test_variants_keep_their_order_and_say_how_many_seeds_they_have():
+    sweep = sweep_of(("b", 0), ("b", 1), ("a", 0), ("c", 0))
+    found = [result(variant="b"), result(variant="b", seed=1, loss=2.5), result(variant="c")]
+    text = table.render(sweep, found)
+    lines = text.splitlines()
+    assert [line.split()[:2] for line in lines[2:5]] == [["b", "2"], ["a", "0/1"], ["c", "1"]]
+    assert "2.2500 ±0.3536" in lines[2] and "1.200" in lines[2] and "25.0" in lines[2]
+    assert "MFLOP" in lines[0] and "leaks" not in text
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_leak_is_in_the_table_and_explained():
+    text = table.render(sweep_of(("base", 0), ("a", 0)), [result(variant="base", leak=LEAK)])
+    lines = text.splitlines()
+    assert lines[2].endswith(LEAK) and lines[3].split()[0] == "a"
+    assert table.LEAK_NOTE in text
+
+
+def test_units_make_the_largest_number_at_least_1():
+    assert table.unit([2e3, 5e6]) == (1e6, "M") and table.unit([0.5]) == (1.0, "")
+    assert table.unit([3e12]) == (1e12, "T") and table.unit([]) == (1.0, "")
+
+
+# The picture.
+
+
+def crowded(seed: int, dselect_flops: float = 5.2e6) -> list[Result]:
+    """Six variants at four costs, two seeds each; two of them leak."""
+    rng = np.random.default_rng(seed)
+    flops = {
+        "dense_ffn": 1.77e6, "top_2": 1.6e6, "switch": 1.21e6,
+        "base": 1.32e6, "sbase": 1.3e6, "dselect_k": dselect_flops,
+    }  # fmt: skip
+    found = []
+    for name, cost in flops.items():
+        level = rng.normal(2.0, 0.05)
+        for number in range(2):
+            found.append(
+                result(
+                    variant=name,
+                    seed=number,
+                    loss=level + rng.normal(0, 0.02),
+                    train_flops_per_token=cost,
+                    train_seconds=cost / 5e4 + rng.normal(0, 2),
+                    leak=LEAK if "base" in name else "",
+                )
+            )
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_variant_is_named_in_both_panels_and_no_name_hides_another_or_a_point(seed: int):
+    found = crowded(seed)
+    drawn = figure.figure("a title", found)
+    drawn.canvas.draw()
+    renderer = drawn.canvas.get_renderer()
+    names = {r.variant + (" \N{DAGGER}" if r.leak else "") for r in found}
+    labels = [text for text in drawn.texts if text.get_text() in names]
+    assert sorted(text.get_text() for text in labels) == sorted([*names] * 2)
+    boxes = [text.get_window_extent(renderer) for text in labels]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    panels = drawn.axes
+    for axes, value in zip(panels, ("train_flops_per_token", "train_seconds"), strict=True):
+        scale = 1e6 if value == "train_flops_per_token" else 1
+        points = axes.transData.transform([(getattr(r, value) / scale, r.loss) for r in found])
+        inside = axes.get_window_extent(renderer)
+        for point in points:
+            assert inside.contains(*point)
+            assert not any(box.contains(*point) for box in boxes)
+    for text, box in zip(labels, boxes, strict=True):
+        assert any(panel.get_window_extent(renderer).containsx(box.x0) for panel in panels), text
+
+
+def test_points_are_the_results_and_leaks_are_marked_and_explained():
+    found = crowded(0)
+    drawn = figure.figure("page.py in runs/a", found)
+    points = [tuple(p) for c in drawn.axes[0].collections for p in c.get_offsets()]
+    assert points == [(r.train_flops_per_token / 1e6, r.loss) for r in found]
+    points = [tuple(p) for c in drawn.axes[1].collections for p in c.get_offsets()]
+    assert points == [(r.train_seconds, r.loss) for r in found]
+    said = "\n".join(text.get_text() for text in drawn.texts)
+    assert f"base, sbase: a token's output may depend on {LEAK}" in said
+    assert "page.py in runs/a" in said and "MFLOP per token" in drawn.axes[0].get_xlabel()
+
+
+def test_an_axis_is_logarithmic_only_where_values_are_far_apart():
+    assert figure.figure("", crowded(0, 5.2e6)).axes[0].get_xscale() == "log"
+    assert figure.figure("", crowded(0, 3.1e6)).axes[0].get_xscale() == "linear"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [PLAIN],
+        [PLAIN, result(seed=1)],
+        [result(seconds_per_step=math.nan, train_seconds=math.nan)],
+        [result(variant=f"variant_{i}", loss=2 + i / 100) for i in range(16)],
+    ],
+    ids=["one", "coincident", "no-times", "many"],
+)
+def test_odd_results_are_drawn_too(found: list[Result], tmp_path: Path):
+    figure.write_figure(tmp_path, "$title", found)
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]

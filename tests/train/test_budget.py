@@ -1,0 +1,84 @@
+"""What a token costs, counted on the traced model, against products written out by hand."""
+
+import functools
+from typing import Any
+
+import pytest
+
+from moejax.train import setup
+from tests import steps
+
+D, V, L, E, F, LAYERS = 16, steps.VOCAB, steps.LENGTH, 8, steps.F, 2
+PASSES = 3  # forward, gradient of the input, gradient of the weights
+
+
+@functools.cache
+def budget(gate: str = "mixtral", **changes: Any) -> setup.Budget:
+    return setup.budget(steps.make({"expert": 1}, gate, **changes))
+
+
+def outside_the_experts(router: bool = True) -> float:
+    """Forward FLOPs per token: projections, scores and values of attention, router, head."""
+    attention = 4 * 2 * D * D + 2 * 2 * L * D
+    return LAYERS * (attention + (2 * D * E if router else 0)) + 2 * D * V
+
+
+@pytest.mark.parametrize(
+    "activation, matrices", [("swiglu", 3), ("relu", 2)], ids=["swiglu", "relu"]
+)
+def test_a_pair_costs_one_expert_on_one_token(activation: str, matrices: int):
+    counted = budget(moe__activation=activation)
+    assert counted.eval_flops.per_pair == matrices * 2 * D * F
+    assert counted.train_flops.per_pair == PASSES * matrices * 2 * D * F
+
+
+def test_everything_else_is_counted_once_per_token_whatever_the_routing():
+    """But for products of routing alone: the balance loss's, of size E, and the gradient of the
+    routing weights, K products of size D."""
+    by_hand = outside_the_experts()
+    for k in (1, 2, 5):
+        counted = budget("top_k", moe__gate__k=k, moe__gate__renormalize=k > 1)
+        loss, weights = LAYERS * 2 * E, LAYERS * 2 * k * D
+        assert by_hand <= counted.eval_flops.fixed <= by_hand + loss
+        assert PASSES * by_hand <= counted.train_flops.fixed
+        assert counted.train_flops.fixed <= PASSES * (by_hand + loss) + weights
+
+
+def test_a_model_without_experts_has_no_pairs_and_its_ffn_is_fixed():
+    counted = budget(moe__every=0)
+    ffn = LAYERS * 3 * 2 * D * 32
+    assert counted.eval_flops == setup.TokenFlops(outside_the_experts(router=False) + ffn, 0.0)
+    assert counted.train_flops.fixed == PASSES * counted.eval_flops.fixed
+
+
+def test_a_shared_expert_is_fixed_and_a_dense_layer_takes_its_experts_with_it():
+    plain, shared = budget(), budget(moe__shared_experts=1)
+    one_expert = LAYERS * 3 * 2 * D * F
+    assert shared.eval_flops.fixed == plain.eval_flops.fixed + one_expert
+    assert shared.eval_flops.per_pair == plain.eval_flops.per_pair
+    every_other = budget(moe__every=2)
+    assert every_other.train_flops.per_pair == plain.train_flops.per_pair
+
+
+def test_the_cost_of_a_pair_does_not_depend_on_how_many_a_gate_may_send():
+    """Dense has a column for every expert: that many pairs are in the traced program."""
+    plain, dense = budget(), budget("dense")
+    assert dense.train_flops.per_pair == plain.train_flops.per_pair
+    assert dense.eval_flops.per_pair == plain.eval_flops.per_pair
+    for counted, columns in ((plain, 2), (dense, E)):
+        routed = counted.flops_per_step / (steps.BATCH * L) - counted.train_flops.fixed
+        assert routed == LAYERS * columns * counted.train_flops.per_pair
+
+
+@pytest.mark.parametrize("transport", ["cells", "all_experts"])
+def test_the_count_does_not_depend_on_transport_capacity_or_recomputation(transport: str):
+    plain = budget(moe__transport="dropless")
+    other = budget(
+        moe__transport=transport,
+        moe__eval_transport=transport,
+        moe__eval_capacity_factor=8.0,  # enough for every token on one expert: causal
+        moe__capacity_factor=2.0,
+        model__remat="full",
+        train__grad_accum=2,
+    )
+    assert (other.train_flops, other.eval_flops) == (plain.train_flops, plain.eval_flops)
