@@ -140,7 +140,8 @@ class Console:
         if not is_first():
             return
         if status != DONE:
-            self._say(f"stopped and saved at step {step}; the same command resumes")
+            saved = "and saved " if step else ""
+            self._say(f"stopped {saved}at step {step}; the same command resumes")
             return
         write_summary_png(str(self._folder))
         baselines = read_config(self._folder)["baselines"]

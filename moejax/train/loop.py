@@ -44,17 +44,18 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     this.eval_batches()  # before anything is written
     console = Console(this, folder)
     console.announce(setup.budget(this))
-    with jax.set_mesh(this.mesh), closing(console):
+    with jax.set_mesh(this.mesh), closing(console), Stop() as stop:
         warm = _warm_start(this, folder)
         _make_workdir(folder)
         with WorkdirLock(folder):
-            return _train(this, folder, warm, console, source, overrides)
+            return _train(this, folder, warm, stop, console, source, overrides)
 
 
 def _train(
     this: Run,
     folder: Path,
     warm: PyTree | None,
+    stop: Stop,
     console: Console,
     source: str,
     overrides: tuple[str, ...],
@@ -73,8 +74,11 @@ def _train(
             tensorboard=this.config.report.tensorboard,
         )
         state = restored.state if restored else _first_state(this, warm)
-        console.start(start)
-        with log, Stop() as stop:
+        with log:
+            if stop.requested(start):  # before the first step: all there is to save is saved
+                console.finish(start, PREEMPTED)
+                return PREEMPTED
+            console.start(start)
             try:
                 step, status = _loop(this, state, start, checkpoints, log, stop, console)
             except rows.Divergence as problem:
