@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejax.errors import UserError, suggest
-from moejax.flags import Parser, check_flag
+from moejax.flags import Parser, check_flag, workdir
 from moejax.overrides import take_overrides
 
 FAILED = 1
@@ -16,6 +16,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 CONFIG_HELP = "path.py[:arg], package.module[:arg] or a run's workdir; arg is key=value,key=value"
+WORKDIR: dict[str, Any] = {"type": workdir, "metavar": "DIR"}
 OVERRIDES = """\
 Every config field can be overridden, before or after the other flags, with
   --config.SECTION.FIELD=VALUE        such as --config.train.steps=500
@@ -111,7 +112,7 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument("--config", required=True, metavar="SOURCE", help=CONFIG_HELP)
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="where checkpoints and metrics are written"
+        "--workdir", required=True, **WORKDIR, help="where checkpoints and metrics are written"
     )
     parser.set_defaults(run=_train, takes_overrides=True)
 
@@ -121,8 +122,6 @@ def _train(args: argparse.Namespace) -> int:
 
     loaded = load(args.config, args.overrides)
     validate(loaded.config)
-    if os.path.exists(args.workdir) and not os.path.isdir(args.workdir):
-        raise UserError(f"--workdir={args.workdir} is a file; name a folder, new or of a run")
 
     from moejax.train import loop
 
@@ -140,7 +139,7 @@ def _add_eval(commands: Any) -> None:
         "  moejax eval --workdir=runs/switch --step=200 --config.moe.eval_transport=cells\n\n"
         f"{OVERRIDES}",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--workdir", required=True, **WORKDIR, help="the run's folder")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     parser.set_defaults(run=_eval, takes_overrides=True)
 
@@ -178,7 +177,7 @@ def _add_config(commands: Any) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--config", metavar="SOURCE", help=CONFIG_HELP)
-    source.add_argument("--workdir", metavar="DIR", help="the config of a run")
+    source.add_argument("--workdir", **WORKDIR, help="the config of a run")
     parser.add_argument("--diff", action="store_true", help="only what is not at its default")
     parser.flags += ["--config", "--workdir"]
     parser.set_defaults(run=_config, takes_overrides=True)

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import os
+import stat
 from typing import NoReturn
 
 from moejax.errors import UserError
@@ -41,3 +43,22 @@ def check_flag(word: str, command: Parser) -> None:
         near = difflib.get_close_matches(name, flags, n=1)
         hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(command.flags)}"
     raise UserError(f"unknown flag {name}; {hint} (see `{command.prog} --help`)")
+
+
+def workdir(text: str) -> str:
+    """What ``--workdir`` names: a folder, old or new. ``~`` is the home folder.
+
+    Raises:
+      UserError: it is empty, a file or below one, too long, or cannot be looked at.
+    """
+    path, problem = os.path.expanduser(text), "" if text else "is empty"
+    try:
+        if text and not stat.S_ISDIR(os.stat(path).st_mode):
+            problem = "is a file"
+    except FileNotFoundError:
+        pass  # new
+    except OSError as error:
+        problem = f"cannot be a folder ({error.strerror})"
+    if problem:
+        raise UserError(f"--workdir={text} {problem}; name a folder, new or of a run")
+    return path

@@ -47,8 +47,8 @@ def load_balance(
     num_experts = load_QE.shape[-1]
     tokens_Q = jnp.sum(valid_QU, axis=1).astype(jnp.float32)
     share_QE = jax.lax.stop_gradient(load_QE / _at_least_one(jnp.sum(load_QE, -1, keepdims=True)))
-    mean_QE = jnp.einsum("que,qu->qe", prob_QUE, valid_QU.astype(jnp.float32))
-    mean_QE = mean_QE / _at_least_one(tokens_Q)[:, None]
+    sum_QE = jnp.sum(jnp.where(valid_QU[..., None], prob_QUE, 0.0), axis=1)
+    mean_QE = sum_QE / _at_least_one(tokens_Q)[:, None]
     return _over_scopes(num_experts * jnp.sum(share_QE * mean_QE, axis=-1), tokens_Q)
 
 

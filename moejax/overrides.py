@@ -151,14 +151,17 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
     key on its own sets a bool to True: ``page.py:debug,experts=16``.
 
     Raises:
-      UserError: an unknown key, a value of the wrong type, or a key without a value.
+      UserError: an unknown key, one given twice, one without a value, or a value of another type.
     """
-    values = dict(defaults)
+    values, given = dict(defaults), set()
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = (part.strip() for part in item.partition("="))
         if key not in defaults:
             hint = suggest(key, defaults)
             raise UserError(f"config argument {arg!r}: unknown key {key!r}; {hint}")
+        if key in given:
+            raise UserError(f"config argument {arg!r}: {key!r} is given twice; keep one")
+        given.add(key)
         if equals:
             values[key] = parse_value(f"config argument {key}", text, defaults[key])
         elif isinstance(defaults[key], bool):

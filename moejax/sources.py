@@ -28,6 +28,7 @@ def read(source: str) -> Config:
       UserError: nothing there, an error inside the page (with its line), or a field that does not
         belong to the table or has another type.
     """
+    source = os.path.expanduser(source)
     if os.path.isdir(source) or source.endswith(".json"):
         return _read_workdir(source)
     page = open_page(source)
@@ -88,6 +89,8 @@ def _run_file(path: str) -> types.ModuleType:
         pages = [os.path.join(folder, page) for page in pages if page.endswith(".py")]
         hint = f"; {suggest(path, pages)}" if pages else ""
         raise UserError(f"config file {path!r}: {error.strerror}{hint}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path!r} is not UTF-8 text: {error.reason}") from error
     module = types.ModuleType(os.path.splitext(os.path.basename(path))[0])
     module.__file__ = path
     # Not imported: no stale bytecode, and none written beside the page.
@@ -131,6 +134,8 @@ def _guard(path: str, run: Callable[[], Any]) -> Any:
         raise
     except SyntaxError as error:
         raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except SystemExit as error:
+        raise UserError(f"config {path!r} called sys.exit({error.code!r})") from error
     except Exception as error:  # a page is the user's program: it may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if frame.filename == path] or frames

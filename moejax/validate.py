@@ -107,6 +107,11 @@ def _check_model(config: Config, mesh: Mapping[str, int]) -> None:
             f"heads of width {head_dim} (model.head_dim, or model.d_model={model.d_model} / "
             f"model.num_heads={model.num_heads}) cannot be rotated in pairs; use an even width"
         )
+    if model.attention == "cudnn" and (model.dtype != "bfloat16" or head_dim % 8):
+        raise UserError(
+            f"model.attention=cudnn needs bfloat16 and heads whose width is a multiple of 8, but "
+            f"model.dtype={model.dtype} and the width is {head_dim}; use model.attention=auto"
+        )
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads="

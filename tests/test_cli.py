@@ -31,6 +31,10 @@ MISTAKES = {
     "train {lm} --config.train.steps {workdir}": ["--config.train.steps needs a value"],
     "train {lm} --workdir": ["--workdir", "expected one argument"],
     "train {lm} --workdir={file}": ["is a file"],
+    "train {lm} --workdir={file}/run": ["cannot be a folder (Not a directory)"],
+    "train {lm} --workdir=": ["--workdir= is empty"],
+    f"train {{lm}} --workdir=/tmp/{'a' * 300}": ["cannot be a folder (File name too long)"],
+    "eval --workdir=": ["--workdir= is empty"],
     "eval {workdir}": ["config.json", "workdir of a run"],
     "eval {workdir} --step=x": ["--step", "'x'"],
     "eval {workdir} --step=-2": ["--step=-2"],
@@ -60,6 +64,7 @@ MISTAKES = {
     "train {lm}:gate=swich {workdir}": ["'swich'", "did you mean 'switch'"],
     "train {lm}:size=huge {workdir}": ["size='huge'", "tiny"],
     "train {lm}:experts=x {workdir}": ["experts='x'", "whole number"],
+    "train {lm}:gate=switch,gate=mixtral {workdir}": ["'gate' is given twice"],
     # fields and values
     "train {lm} {workdir} --config.moe.num_expert=16": ["did you mean 'moe.num_experts'"],
     "train {lm} {workdir} --config.train.steps=1.5": ["train.steps='1.5'", "whole number"],
@@ -69,6 +74,8 @@ MISTAKES = {
     "train {lm} {workdir} --config.moe=1": ["moe is a section"],
     "train {lm} {workdir} --config.moe.gate.gamma=1": ["no field 'gamma'"],
     "train {lm} {workdir} --config.moe.gate.name=swich": ["did you mean 'switch'"],
+    "train {lm} {workdir} --config.moe.gate.name=:x": ["gate ':x' cannot be imported"],
+    "train {lm} {workdir} --config.model.attention=cudnn": ["model.dtype=float32", "auto"],
     # semantics
     "train {lm} {workdir} --config.mesh.expert=3": ["moe.num_experts=8", "mesh.expert=3"],
     "train {lm}:experts=6 {workdir}": ["moe.num_experts=6", "mesh.expert=4", "4 or 8"],
@@ -174,6 +181,17 @@ def test_train_hands_config_and_origin_to_the_loop_and_returns_its_status(
 
 def test_config_file_may_stand_in_its_own_word(loop: Loop, tmp_path: Path):
     assert cli.main(["train", "--config", LM.removeprefix("--config="), "--workdir", "x"]) == 75
+
+
+def test_a_tilde_is_the_home_folder_in_every_place(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Shells leave it alone behind an equals sign; a folder called ~ is nobody's wish."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "page.py").write_text((ROOT / "configs/lm.py").read_text())
+    assert cli.main(["train", "--config=~/page.py:gate=switch", "--workdir=~/run"]) == 75
+    config, workdir, _, _ = loop.calls[0]
+    assert (config.moe.gate.name, workdir) == ("switch", f"{tmp_path}/run")
 
 
 def test_eval_reads_the_runs_config_and_prints_one_json_row(

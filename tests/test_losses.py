@@ -121,11 +121,12 @@ def test_load_balance_gradient_is_zero_at_balance_and_pushes_away_from_the_busy_
     np.testing.assert_allclose(jax.grad(balanced)(jnp.zeros((1, 4, 2))), 0.0, atol=1e-7)
 
 
-def test_padding_changes_no_loss():
+@pytest.mark.parametrize("poison", [50.0, np.nan])
+def test_padding_changes_no_loss(poison):
     rng = jax.random.key(1)
     logits = jax.random.normal(rng, (2, 6, 4))
     valid = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], bool)
-    poisoned = jnp.where(valid[..., None], logits, 50.0)
+    poisoned = jnp.where(valid[..., None], logits, poison)
 
     def values(logits):
         probs = jax.nn.softmax(logits)

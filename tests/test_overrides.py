@@ -75,6 +75,26 @@ def test_gate_of_ones_own_has_its_fields_in_the_config(
     assert configs.make_gate(config).columns(8) == 2
 
 
+@pytest.mark.parametrize(
+    ("code", "parts"),
+    [
+        ("raise RuntimeError('no\\nluck')", ["RuntimeError: no luck"]),
+        ("class MyGate(:", ["SyntaxError"]),
+        ("import dataclasses\n@dataclasses.dataclass\nclass MyGate:\n    heat: float",
+         ["field 'heat' needs a default", "it has none"]),
+    ],
+)  # fmt: skip
+def test_mistake_in_a_gate_of_ones_own_is_one_line(
+    code: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name = f"gate_with_mistake_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load(PAGE, [f"moe.gate.name={name}:MyGate"])
+    assert_one_line(caught.value, parts)
+
+
 BAD_OVERRIDES = {
     "train.steps=1.5": ["train.steps='1.5'", "whole number", "300"],
     "train.steps=abc": ["train.steps='abc'", "int"],
@@ -106,6 +126,8 @@ def test_arg_is_typed_by_its_defaults():
     options = parse_arg("a=3,b, c=x", a=1.0, b=False, c="", d=(1, 2))
     assert vars(options) == {"a": 3.0, "b": True, "c": "x", "d": (1, 2)}
     assert parse_arg(None, a=1).a == parse_arg("", a=1).a == 1
+    with pytest.raises(UserError, match="'a' is given twice"):
+        parse_arg("a=1,a=2", a=1)
 
 
 def assert_one_line(error: UserError, parts: list[str]) -> None:

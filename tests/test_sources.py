@@ -104,8 +104,16 @@ BAD_PAGES = {
     "exception": ("def get_config(arg):\n    return 1 / 0\n", ["own.py:2: ZeroDivisionError"]),
     "exception at import": ("import no_such_module_at_all\n", ["own.py:1: ModuleNotFoundError"]),
     "not a config": ("def get_config(arg):\n    return {}\n", ["dict", "default()"]),
+    "exit": ("import sys\ndef get_config(arg):\n    sys.exit(3)\n", ["own.py", "sys.exit(3)"]),
     "argument not taken": ("def get_config():\n    return 1\n", ["takes no argument", "'a=1'"]),
 }
+
+
+def test_page_that_is_not_text_is_one_line(tmp_path: Path):
+    (tmp_path / "own.py").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError) as caught:
+        load(f"{tmp_path}/own.py")
+    assert_one_line(caught.value, ["own.py", "not UTF-8 text"])
 
 
 @pytest.mark.parametrize("case", BAD_PAGES)

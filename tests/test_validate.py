@@ -62,6 +62,8 @@ REFUSED = {
     "model.dtype=bf16": ["model.dtype='bf16'", "bfloat16"],
     "model.remat=all": ["model.remat='all'", "full"],
     "model.attention=flash": ["model.attention='flash'", "cudnn"],
+    "model.attention=cudnn": ["model.attention=cudnn", "model.dtype=float32", "attention=auto"],
+    "model.attention=cudnn model.dtype=bfloat16 model.head_dim=4": ["the width is 4"],
     "model.num_layers=0": ["model.num_layers=0", ">= 1"],
     # moe
     "moe.first_dense=4": ["moe.first_dense=4", "model.num_layers=4"],

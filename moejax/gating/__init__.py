@@ -121,8 +121,9 @@ def _entry(name: str) -> Entry:
     module_name, _, attribute = name.partition(":")
     try:
         gate = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"gate {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # the module is the user's program: it may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"gate {name!r} cannot be imported: {reason}") from error
     if not (dataclasses.is_dataclass(gate) and isinstance(gate, type)):
         raise UserError(f"gate {name!r} must be a dataclass with the moejax.types.Gate protocol")
     return Entry(gate)

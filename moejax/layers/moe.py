@@ -129,6 +129,8 @@ class MoE(nnx.Module):
         batch, length, _ = x_BLD.shape
         context = Context.of(batch, length) if context is None else context
         chex.assert_shape(context.token_BL, (batch, length))
+        # Padding may hold anything. A NaN would survive the weight 0 in the losses and backwards.
+        x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         state = self.init_gate_state() if gate_state is None else gate_state
         rows = self.config.rows_per_group(batch)
         if batch % rows:
@@ -175,7 +177,7 @@ class MoE(nnx.Module):
         config = self.config
         transport = config.transport if context.train else config.eval_transport
         factor = config.capacity_factor if context.train else config.eval_capacity_factor
-        score_GT = self._priority_score(routing, context)
+        score_GT = self._priority_score(routing, context, transport)
         tokens, columns = x_GTD.shape[1], routing.expert_GTK.shape[-1]
         if transport != "cells":
             # Without capacity groups mean nothing: sequences spread over the mesh more finely.
@@ -194,9 +196,9 @@ class MoE(nnx.Module):
         )
         return y.reshape(-1, tokens, x_BLD.shape[-1]), kept.reshape(-1, tokens, columns)
 
-    def _priority_score(self, routing: Routing, context: GateContext) -> Array:
-        """Higher is served earlier; used by priorities "gate" and "random" only."""
-        if self.config.priority == "random":
+    def _priority_score(self, routing: Routing, context: GateContext, transport: str) -> Array:
+        """Higher is served earlier; used by "cells" with priorities "gate" and "random" only."""
+        if self.config.priority == "random" and transport == "cells":
             return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
         return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
 

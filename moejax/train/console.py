@@ -140,7 +140,8 @@ class Console:
         if not is_first():
             return
         if status != DONE:
-            self._say(f"stopped and saved at step {step}; the same command resumes")
+            saved = "and saved " if step else ""
+            self._say(f"stopped {saved}at step {step}; the same command resumes")
             return
         write_summary_png(str(self._folder))
         baselines = read_config(self._folder)["baselines"]
@@ -222,7 +223,7 @@ def _model_line(config: Any) -> str:
     layers = f"{model.num_layers} layers of width {model.d_model}"
     if not moe.every:
         return f"{layers}, dense FFN of width {model.d_ff}"
-    where = "every layer" if moe.every == 1 else f"every {moe.every}th layer"
+    where = "every layer" if moe.every == 1 else f"one layer of {moe.every}"
     return (
         f"{layers}, {moe.num_experts} experts of width {moe.d_ff} in {where}, "
         f"gate {moe.gate.name}, transport {moe.transport}"

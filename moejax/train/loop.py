@@ -55,15 +55,20 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
             "eval": dataclasses.asdict(budget.eval_flops),
         },
     }
-    with jax.set_mesh(this.mesh), closing(console):
+    with jax.set_mesh(this.mesh), closing(console), Stop() as stop:
         warm = _warm_start(this, folder)
         make_workdir(folder)
         with WorkdirLock(folder):
-            return _train(this, folder, warm, console, about)
+            return _train(this, folder, warm, stop, console, about)
 
 
 def _train(
-    this: Run, folder: Path, warm: PyTree | None, console: Console, about: dict[str, Any]
+    this: Run,
+    folder: Path,
+    warm: PyTree | None,
+    stop: Stop,
+    console: Console,
+    about: dict[str, Any],
 ) -> int:
     config = this.config.train
     with Checkpointer(folder / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
@@ -79,8 +84,11 @@ def _train(
             tensorboard=this.config.report.tensorboard,
         )
         state = restored.state if restored else _first_state(this, warm)
-        console.start(start)
-        with log, Stop() as stop:
+        with log:
+            if stop.requested(start):  # before the first step: all there is to save is saved
+                console.finish(start, PREEMPTED)
+                return PREEMPTED
+            console.start(start)
             try:
                 step, status = _loop(this, state, start, checkpoints, log, stop, console)
             except rows.Divergence as problem:

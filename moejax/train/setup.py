@@ -120,6 +120,11 @@ def prepare(config: Config) -> Run:
     configure_devices(config)
     devices = _devices(config)
     validate(config, len(devices))
+    if config.model.attention == "cudnn" and devices[0].platform != "gpu":
+        raise UserError(
+            f"model.attention=cudnn runs on NVIDIA GPUs and the devices are {devices[0].platform}; "
+            "use model.attention=auto"
+        )
     corpus = corpora.load(config.data)
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.layers.attention import Attention, rope
+from moejax.layers.attention import Attention, implementation_for, rope
 
 
 def rope_formula(x, position, theta):
@@ -64,3 +64,20 @@ def test_attention_is_the_softmax_formula(kv_heads):
             wanted[:, t] += mixed @ np.asarray(layer.out_HID[head], np.float64)
     got = jax.jit(layer.__call__)(x, jnp.asarray(position))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)  # float32 sums of 12 products
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "size", "wanted"),
+    [
+        ("gpu", "bfloat16", 64, "cudnn"),
+        ("gpu", "float32", 64, "xla"),
+        ("gpu", "bfloat16", 60, "xla"),
+        ("gpu", "bfloat16", 136, "xla"),
+        ("tpu", "bfloat16", 64, "xla"),
+        ("cpu", "bfloat16", 64, "xla"),
+    ],
+)
+def test_auto_is_the_fused_kernel_where_it_can_run(backend, dtype, size, wanted, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert implementation_for("auto", jnp.dtype(dtype), size) == wanted
+    assert implementation_for("xla", jnp.dtype(dtype), size) == "xla"

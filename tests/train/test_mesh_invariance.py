@@ -17,6 +17,16 @@ GATES = {
     "tests.steps:Biased": {"moe__losses__load_balance": 0.1},
     "base": {"moe__group": "batch", "moe__transport": "dropless"},
     "sbase": {"moe__gate__evaluation": "ema"},
+    "switch": {  # dense, then (dense, MoE) twice: whatever can differ between layers
+        "model__num_layers": 5,
+        "moe__every": 2,
+        "moe__first_dense": 1,
+        "moe__shared_experts": 1,
+        "moe__balance_scope": "batch",
+        "model__tie_embeddings": False,
+        "model__remat": "dots",
+        "optim__name": "muon",
+    },
 }
 BALANCED_IN_TRAINING = ("base", "sbase")
 """Whose routing hangs on prices, not on a token's own logits alone; BASE drops nothing."""
@@ -50,7 +60,20 @@ class Trace:
         routed = np.array([t.stats.dropped_L for t in totals])  # see `recording`
         self.expert, self.kept = np.split(routed.astype(int), 2, axis=-1)
         self.margin = np.array([t.stats.entropy for t in totals])  # see `recording`
-        self.gate_state = state.gate_state
+        self.gate_state = jax.device_get(state.gate_state)
+        self.split_copies = split_copies(state)
+
+
+def split_copies(state) -> list[str]:
+    """Arrays of which two devices hold copies that differ in any bit."""
+    found = []
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        copies: dict[str, set[bytes]] = {}
+        for shard in x.addressable_shards:
+            copies.setdefault(str(shard.index), set()).add(np.asarray(shard.data).tobytes())
+        if max(map(len, copies.values())) > 1:
+            found.append(jax.tree_util.keystr(path))
+    return found
 
 
 def recording(collect):
@@ -79,7 +102,7 @@ def trained(mesh: tuple[tuple[str, int], ...], gate: str) -> Trace:
         for step in range(STEPS):
             state, seen = run.train_step(state, run.put(steps.batch(step)))
             metrics.append(jax.device_get(seen))
-        return Trace(metrics, jax.device_get(state))
+        return Trace(metrics, state)
 
 
 def check_equal(shape, gate):
@@ -98,6 +121,7 @@ def check_equal(shape, gate):
     close(got.total_loss, wanted.total_loss)
     close(got.grad_norm, wanted.grad_norm)
     jax.tree.map(close, got.auxiliary, wanted.auxiliary)
+    assert not got.split_copies, "devices that hold one weight must update it alike"
 
 
 def check_it_was_a_test(gate):
@@ -127,8 +151,14 @@ def test_five_steps_are_the_same_on_one_device_and_on_eight(gate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("shape", MESHES, ids=meshes.name)
+@pytest.mark.parametrize(
+    ("shape", "gate"),
+    [
+        pytest.param(shape, gate, id=f"{gate}-{meshes.name(shape)}")
+        for gate in GATES
+        for shape in (MESHES if gate != "switch" else MESHES[1::3])
+    ],
+)
 def test_five_steps_are_the_same_on_every_mesh(shape, gate):
     check_it_was_a_test(gate)
     check_equal(shape, gate)

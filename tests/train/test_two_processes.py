@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -44,6 +45,28 @@ sys.exit(main())
 """The command line, in a process that is late for its first step."""
 
 
+PREEMPTED_AT_2 = """
+import functools, os, signal, sys, time
+from moejax.train import setup
+
+inner = setup.Run.train_step.func
+def slow(self):
+    update = inner(self)
+    def step(state, batch):
+        if int(state.step) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # for the notice to reach the other process before the last step
+        return update(state, batch)
+    return step
+setup.Run.train_step = functools.cached_property(slow)
+setup.Run.train_step.__set_name__(setup.Run, "train_step")
+
+from moejax.cli import main
+sys.exit(main())
+"""
+"""The command line, in a process that gets SIGTERM before its second step."""
+
+
 def flags(**more):
     return [f"--config.{name}={value}" for name, value in {**OVERRIDES, **more}.items()]
 
@@ -62,19 +85,19 @@ def start(*arguments, program=("-m", "moejax")):
     )
 
 
-def finish(*processes):
-    """What they print, once all have ended well; on a failure none is left behind."""
+def finish(*processes, status=0):
+    """What they print, once all have ended so; on a failure none is left behind."""
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+        assert process.returncode == status, output[-3000:]
     return outputs
 
 
-def train_in_two(config, workdir, last_program=("-m", "moejax"), **more):
+def train_in_two(config, workdir, last_program=("-m", "moejax"), status=0, **more):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -87,7 +110,7 @@ def train_in_two(config, workdir, last_program=("-m", "moejax"), **more):
         )
         for rank, program in enumerate([("-m", "moejax"), last_program])
     ]  # fmt: skip
-    return finish(*processes)
+    return finish(*processes, status=status)
 
 
 def rows(workdir):
@@ -146,3 +169,14 @@ def test_a_process_that_compiles_for_longer_is_waited_for(folder):
     late = {"moe.transport": "gather", "mesh.data": 1, "mesh.expert": 8, "train.steps": 2}
     train_in_two(CONFIG, folder / "late", ("-c", LATE), **text(folder), **late)
     assert [row["step"] for row in rows(folder / "late")] == [1, 2, 2]
+
+
+def test_a_notice_to_one_process_stops_both_and_the_same_command_ends_bit_equal(two, folder):
+    workdir = folder / "preempted"
+    program = ("-c", PREEMPTED_AT_2)
+    outputs = train_in_two(CONFIG, workdir, program, status=75, **text(folder))
+    (stopped,) = re.findall(r"stopped and saved at step (\d);", outputs[0])
+    assert 2 <= int(stopped) < 5
+    outputs = train_in_two(CONFIG, workdir, **text(folder))
+    assert f"resuming {workdir} at step {stopped}" in outputs[0]
+    assert (workdir / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,24 @@ def test_a_folder_that_is_not_a_runs_and_one_that_cannot_be_made_are_refused(
     refused(command(tmp_path / "notes", text), f"--workdir={tmp_path}/notes is not empty")
     below_a_file = tmp_path / "notes/thesis.tex/run"
     refused(command(below_a_file, text), f"--workdir={below_a_file}")
+
+
+def test_a_workdir_that_cannot_be_written_to_is_refused_before_anything_is_compiled(
+    shared: Shared, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "run").mkdir(mode=0o555)
+    # The superuser, as whom tests may run, can write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    refused(command(tmp_path / "run", text), f"--workdir={tmp_path}/run cannot be written to")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_cudnn_attention_is_refused_where_there_is_no_gpu(
+    shared: Shared, text: Path, tmp_path: Path
+):
+    changes = {"model.attention": "cudnn", "model.dtype": "bfloat16"}
+    refused(command(tmp_path / "run", text, **changes), "model.attention=cudnn", "cpu", "auto")
+    assert not (tmp_path / "run").exists()
 
 
 def test_text_too_short_for_one_row_is_refused_before_anything_is_written(
