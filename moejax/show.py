@@ -83,7 +83,7 @@ def gates_table() -> str:
         config = default()
         set_gate(config, name)
         seen = gating.make(name).visibility(moe_config(config))
-        rows.append((name, *_phases(seen), _fields(name)))
+        rows.append((name, *phases(seen), _fields(name)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     table = [
         "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3]])
@@ -100,7 +100,9 @@ def gates_table() -> str:
     )
 
 
-def _phases(seen: Visibility) -> tuple[str, str]:
+def phases(seen: Visibility) -> tuple[str, str]:
+    """What a token sees in training and in evaluation, in words."""
+
     def label(future: bool, others: bool) -> str:
         parts = [word for word, is_seen in (("future", future), ("others", others)) if is_seen]
         return "+".join(parts) or "causal"
