@@ -167,6 +167,9 @@ FIELDS: dict[str, Field] = {
     "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1),
     "report.tensorboard": Field(False, "also TensorBoard events (pip install moejax[tensorboard])"),
     "report.progress": Field(True, "progress bar on a terminal"),
+    "report.compile_cache": Field(
+        "auto", "where compiled programs are kept: auto (the user's cache folder), off, or a folder"
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from moejax.config import Config, config_differences, default, to_dict
 from moejax.data.baselines import ngram_baselines
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
-from moejax.train import rows, setup
+from moejax.train import compile_cache, rows, setup
 from moejax.train.checkpoint import Checkpointer, restore_subtree
 from moejax.train.console import Console
 from moejax.train.lock import WorkdirLock
@@ -55,7 +55,8 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
             "eval": dataclasses.asdict(budget.eval_flops),
         },
     }
-    with jax.set_mesh(this.mesh), closing(console), Stop() as stop:
+    cached = compile_cache.kept(config.report.compile_cache)
+    with cached, jax.set_mesh(this.mesh), closing(console), Stop() as stop:
         warm = _warm_start(this, folder)
         make_workdir(folder)
         with WorkdirLock(folder):
@@ -121,6 +122,7 @@ def _loop(
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 console.compiled(step)
+                compile_cache.publish()
             if pending:
                 _record(this, *pending, log, console)
             pending = (step, metrics)
@@ -292,6 +294,7 @@ def evaluate(config: Config, workdir: str, step: int | None = None) -> dict[str,
     remedy = "name the text to evaluate on with --config.data.path"
     _check_data(read_config(folder), config, this.corpus.fingerprint, remedy)
     with (
+        compile_cache.kept(config.report.compile_cache),
         jax.set_mesh(this.mesh),
         Checkpointer(folder / "checkpoints", read_only=True) as checkpoints,
     ):
