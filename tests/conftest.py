@@ -12,6 +12,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile much and run little: LLVM's optimisations cost twice the time of everything else.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+# No test, and no process of one, reads or writes the user's compiled programs.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
 from jaxtyping import install_import_hook
 
 # moejax.types and moejax.train hold pytrees, whose leaves may be shapes, shardings or stacked.

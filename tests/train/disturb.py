@@ -81,13 +81,14 @@ def start(
 ) -> Popen[str]:
     """A process of its own that runs a command and is disturbed; see above.
 
-    With a cache, it keeps what it compiles there, and takes what an earlier one compiled.
+    With a cache, that is the user's cache folder, where it keeps what it compiles and finds what an
+    earlier process compiled.
     """
     words = [sys.executable, "-m", "tests.train.disturb", event, str(step), what, *argv]
     environment = dict(os.environ)
     if cache:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+        environment["XDG_CACHE_HOME"] = str(cache)
     return Popen(words, cwd=ROOT, env=environment, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
 
 

@@ -1,0 +1,212 @@
+"""Compiled programs are kept, shared and repaired, and never change a result or end a run."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.train import compile_cache
+from moejax.train.compile_cache import kept, machine
+from tests.train.runs import ROOT
+
+EXPECTED = np.arange(6.0, dtype=np.float32) * 3 + 1
+
+
+@pytest.fixture
+def keep_everything(monkeypatch) -> Iterator[None]:
+    """The cache that the tests switch off, on, also for what compiles fast."""
+    fast = "jax_persistent_cache_min_compile_time_secs"
+    monkeypatch.setitem(compile_cache._SETTINGS, fast, 0.0)
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+class Hits(logging.Handler):
+    """Programs that were found, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "cache hit for" in record.getMessage():
+            self.found.append(record.getMessage().split("'")[1])
+
+
+@contextmanager
+def hits() -> Iterator[list[str]]:
+    logger, handler = logging.getLogger("jax._src.compiler"), Hits()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield handler.found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def compiled(factor: float = 3.0) -> np.ndarray:
+    """A function of this name compiled as by a new process: jax knows functions by identity."""
+
+    @jax.jit
+    def some_program(x: jax.Array) -> jax.Array:
+        return x * factor + 1
+
+    return np.asarray(some_program(jnp.arange(6.0)))
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted((folder / machine()).glob("jit_some_program-*-cache"))
+
+
+def views(folder: Path) -> list[Path]:
+    return list((folder / machine()).glob(".process-*"))
+
+
+def test_what_one_run_compiled_the_next_one_finds(keep_everything, tmp_path):
+    for expected in (0, 1):
+        with kept(str(tmp_path)), hits() as found:
+            np.testing.assert_array_equal(compiled(), EXPECTED)
+        assert found.count("jit_some_program") == expected
+    assert len(entries(tmp_path)) == 1 and not views(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is None, "jax is left as it was"
+
+
+def test_published_programs_are_there_while_the_run_that_compiled_them_goes_on(
+    keep_everything, tmp_path
+):
+    with kept(str(tmp_path)):
+        compiled()
+        assert not entries(tmp_path), "what may be half written is seen by nobody"
+        compile_cache.publish()
+        (entry,) = entries(tmp_path)
+        assert len(entry.read_bytes()) > 1000 and len(views(tmp_path)) == 1
+
+
+def test_a_damaged_entry_is_one_line_and_replaced(keep_everything, tmp_path, capsys):
+    with kept(str(tmp_path)):
+        compiled()
+    (entry,) = entries(tmp_path)
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[: len(whole) // 2])
+    with warnings.catch_warnings():  # pytest's own showwarning would take the place of the run's
+        warnings.simplefilter("default")
+        with kept(str(tmp_path)), hits() as found:
+            np.testing.assert_array_equal(compiled(), EXPECTED)
+    assert "jit_some_program" not in found
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("moejax: warning: "), said
+    assert "jit_some_program" in said and "damaged" in said
+    (entry,) = entries(tmp_path)
+    assert len(entry.read_bytes()) > len(whole) * 3 // 4
+    with kept(str(tmp_path)), hits() as found:
+        np.testing.assert_array_equal(compiled(), EXPECTED)
+    assert "jit_some_program" in found and not capsys.readouterr().err
+
+
+def test_an_entry_that_a_full_disk_cut_short_is_not_published(keep_everything, tmp_path):
+    with kept(str(tmp_path)):
+        compiled()
+        (view,) = views(tmp_path)
+        (entry,) = view.glob("jit_some_program-*-cache")
+        entry.write_bytes(entry.read_bytes()[:-10])
+    assert not entries(tmp_path)
+
+
+KILLED = """
+import resource, signal, sys
+from moejax.train import compile_cache
+from tests.train.test_compile_cache import compiled
+compile_cache._SETTINGS["jax_persistent_cache_min_compile_time_secs"] = 0.0
+with compile_cache.kept(sys.argv[1]):
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the kernel kills at byte 1001
+    compiled()
+"""
+
+
+def test_killed_in_the_middle_of_an_entry_a_run_leaves_nothing_that_the_next_could_trip_over(
+    keep_everything, tmp_path, capsys
+):
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGXFSZ, ended
+    (view,) = views(tmp_path)
+    assert [entry.stat().st_size for entry in view.glob("*-cache")] == [1000], "a torn entry"
+    assert not list((tmp_path / machine()).glob("*-cache"))
+    with kept(str(tmp_path)):
+        assert not view.exists() and len(views(tmp_path)) == 1
+        np.testing.assert_array_equal(compiled(), EXPECTED)
+    assert len(entries(tmp_path)) == 1 and not capsys.readouterr().err
+
+
+def test_the_view_of_a_run_that_is_alive_is_left_alone(tmp_path):
+    other = compile_cache.Cache(tmp_path)
+    compile_cache.Cache(tmp_path).close()
+    assert views(tmp_path) == [other.view]
+    other.close()
+
+
+def test_a_folder_that_cannot_be_used_is_one_line_and_the_run_goes_on(
+    keep_everything, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    with kept(str(tmp_path / "file" / "cache")):
+        np.testing.assert_array_equal(compiled(), EXPECTED)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "report.compile_cache" in said
+    assert "Not a directory" in said
+
+
+def test_a_folder_that_vanishes_under_a_run_is_one_line(keep_everything, tmp_path, capsys):
+    with kept(str(tmp_path / "cache")):
+        compiled()
+        (tmp_path / "cache").rename(tmp_path / "moved")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_least_recently_used_entries_go_first(keep_everything, tmp_path, monkeypatch):
+    with kept(str(tmp_path)):
+        compiled(3.0)
+        compile_cache.publish()
+        (old,) = entries(tmp_path)
+        os.utime(old, (1e9, 1e9))
+        monkeypatch.setattr(compile_cache, "MAX_BYTES", int(1.5 * old.stat().st_size))
+        compiled(4.0)
+    (left,) = entries(tmp_path)
+    assert left != old
+
+
+def test_where_programs_are_kept(tmp_path, monkeypatch):
+    folder_of = compile_cache.folder_of
+    assert folder_of("auto") is None, "off in tests, by jax's own switch"
+    jax.config.update("jax_enable_compilation_cache", True)
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert folder_of("auto") == tmp_path / "moejax/jax"
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        assert folder_of("auto") == Path.home() / ".cache/moejax/jax"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert folder_of("auto") == Path.home() / ".cache/moejax/jax"
+        assert folder_of("off") is None
+        assert folder_of("~/programs") == Path.home() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))
+        assert folder_of("auto") is None, "a cache that the user has set up stays"
+    finally:
+        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_compilation_cache_dir", None)
