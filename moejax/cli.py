@@ -92,6 +92,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _add_train(commands)
     _add_eval(commands)
     _add_config(commands)
+    _add_profile(commands)
     _add_gates(commands)
     data.add_command(commands)
     sweep.add_command(commands)
@@ -202,6 +203,35 @@ def _config(args: argparse.Namespace) -> int:
     if mark:
         print(f"\nA token may see more than its past: {mark}")
     return 0
+
+
+def _add_profile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="where a training step's time goes",
+        description="Trains a few steps under the profiler. Prints a table of where a step's time "
+        "goes and\nwrites a trace for Perfetto and TensorBoard.",
+        epilog="Example:\n"
+        "  moejax profile --config=configs/lm.py:gate=switch --steps=5 --out=runs/profile\n\n"
+        f"docs/profile.md says how to read the table.\n\n{OVERRIDES}",
+    )
+    parser.add_argument("--config", required=True, metavar="SOURCE", help=CONFIG_HELP)
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="traced (default 5)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the trace")
+    parser.set_defaults(run=_profile, takes_overrides=True)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from moejax.config import load, validate
+
+    if args.steps < 1:
+        raise UserError(f"--steps={args.steps} must be at least 1")
+    loaded = load(args.config, args.overrides)
+    validate(loaded.config)
+
+    from moejax.train import profile
+
+    return profile.run(loaded.config, args.steps, args.out)
 
 
 def _add_gates(commands: Any) -> None:

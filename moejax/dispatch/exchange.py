@@ -24,11 +24,13 @@ class Site:
     tensor_axis: str | None = None
 
 
+@jax.named_scope("exchange")
 def sum_over_tensor(y: Array, site: Site) -> Array:
     """Adds up the partial sums of a split hidden width."""
     return y if site.tensor_axis is None else jax.lax.psum(y, site.tensor_axis)
 
 
+@jax.named_scope("exchange")
 def swap_shards(cells_SXD: Float[Array, "S X D"], site: Site) -> Float[Array, "S X D"]:
     """Sends block s of the leading axis to shard s; block s of the result came from shard s."""
     if site.expert_axis is None:
@@ -36,6 +38,7 @@ def swap_shards(cells_SXD: Float[Array, "S X D"], site: Site) -> Float[Array, "S
     return jax.lax.all_to_all(cells_SXD, site.expert_axis, 0, 0, tiled=True)
 
 
+@jax.named_scope("exchange")
 def gather_tokens(x_t: Array, site: Site) -> Array:
     """All shards' tokens, shard by shard."""
     if site.expert_axis is None:
@@ -43,6 +46,7 @@ def gather_tokens(x_t: Array, site: Site) -> Array:
     return jax.lax.all_gather(x_t, site.expert_axis, axis=0, tiled=True)
 
 
+@jax.named_scope("exchange")
 def scatter_sum(y_T: Array, site: Site) -> Array:
     """Sums over shards and leaves each shard its own tokens: the inverse of ``gather_tokens``."""
     if site.expert_axis is None:
@@ -72,6 +76,7 @@ class Traffic(NamedTuple):
     size_e: Int[Array, "e"]
 
 
+@jax.named_scope("exchange")
 def plan_traffic(size_E: Int[Array, "E"], site: Site) -> Traffic:
     """Exchanges the counts (S x E integers) and derives every offset from them."""
     assert site.expert_axis is not None
@@ -94,6 +99,7 @@ def plan_traffic(size_E: Int[Array, "E"], site: Site) -> Traffic:
     )
 
 
+@jax.named_scope("exchange")
 def send_rows(rows_ND: Array, traffic: Traffic, capacity: int, site: Site) -> Array:
     """Rows to the owners of their experts; ``capacity`` bounds what one owner can receive."""
     assert site.expert_axis is not None
@@ -108,6 +114,7 @@ def send_rows(rows_ND: Array, traffic: Traffic, capacity: int, site: Site) -> Ar
     )
 
 
+@jax.named_scope("exchange")
 def return_rows(rows_MD: Array, traffic: Traffic, capacity: int, site: Site) -> Array:
     """The way back of ``send_rows``."""
     assert site.expert_axis is not None

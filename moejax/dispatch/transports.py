@@ -1,5 +1,7 @@
 """The four transports: pack, exchange, experts, exchange, unpack.
 
+The named scopes are the parts that ``moejax profile`` tells apart.
+
 Each takes this device's tokens and experts and runs inside ``shard_map`` (or on its own, without a
 mesh). Weights are float32 and already carry 0 for inactive columns.
 """
@@ -50,20 +52,22 @@ def cells(tokens: Tokens, weights: ExpertWeights, job: Job) -> Result:
 
     Static shapes, plain batched matmuls, and a send of k * capacity_factor copies per token.
     """
-    plan = pack.plan_cells(
-        tokens.expert_gTK,
-        tokens.weight_gTK,
-        tokens.score_gT,
-        num_experts=job.num_experts,
-        capacity=job.capacity,
-        priority=job.priority,
-    )
     x_tD, _, weight_tK = tokens.flat()
     shards, width = job.site.shards, x_tD.shape[1]
-    rows_SXD = pack.gather_rows(x_tD, plan).reshape(shards, -1, width)
+    with jax.named_scope("pack"):
+        plan = pack.plan_cells(
+            tokens.expert_gTK,
+            tokens.weight_gTK,
+            tokens.score_gT,
+            num_experts=job.num_experts,
+            capacity=job.capacity,
+            priority=job.priority,
+        )
+        rows_SXD = pack.gather_rows(x_tD, plan).reshape(shards, -1, width)
     rows_SXD = exchange.swap_shards(rows_SXD, job.site)
     rows_SeXD = rows_SXD.reshape(shards, job.num_experts // shards, -1, width)
-    out_SeXD = experts.ffn_cells(weights, rows_SeXD, job.activation)
+    with jax.named_scope("experts"):
+        out_SeXD = experts.ffn_cells(weights, rows_SeXD, job.activation)
     out_SXD = exchange.swap_shards(out_SeXD.reshape(rows_SXD.shape), job.site)
     y_tD = _combine(out_SXD.reshape(-1, width), weight_tK, plan)
     return _finish(exchange.sum_over_tensor(y_tD, job.site), plan.kept_tK, tokens)
@@ -77,14 +81,19 @@ def dropless(tokens: Tokens, weights: ExpertWeights, job: Job) -> Result:
     """
     x_tD, expert_tK, weight_tK = tokens.flat()
     rows = expert_tK.size
-    plan, size_E = pack.plan_sorted(expert_tK, weight_tK, num_experts=job.num_experts, rows=rows)
-    rows_ND = pack.gather_rows(x_tD, plan)
+    with jax.named_scope("pack"):
+        plan, size_E = pack.plan_sorted(
+            expert_tK, weight_tK, num_experts=job.num_experts, rows=rows
+        )
+        rows_ND = pack.gather_rows(x_tD, plan)
     if job.site.expert_axis is None:
-        out_ND = experts.ffn_sorted(weights, rows_ND, size_E, job.activation)
+        with jax.named_scope("experts"):
+            out_ND = experts.ffn_sorted(weights, rows_ND, size_E, job.activation)
     else:
         traffic = exchange.plan_traffic(size_E, job.site)
         received_MD = exchange.send_rows(rows_ND, traffic, _worst_case(expert_tK, job), job.site)
-        out_MD = experts.ffn_sorted(weights, received_MD, traffic.size_e, job.activation)
+        with jax.named_scope("experts"):
+            out_MD = experts.ffn_sorted(weights, received_MD, traffic.size_e, job.activation)
         out_ND = exchange.return_rows(out_MD, traffic, rows, job.site)
     y_tD = _combine(out_ND, weight_tK, plan)
     return _finish(exchange.sum_over_tensor(y_tD, job.site), plan.kept_tK, tokens)
@@ -102,10 +111,13 @@ def gather(tokens: Tokens, weights: ExpertWeights, job: Job) -> Result:
     weight_TK = exchange.gather_tokens(weight_tK, job.site)
     first = exchange.shard_index(job.site) * own
     expert_TK = exchange.gather_tokens(expert_tK, job.site) - first
-    plan, size_e = pack.plan_sorted(
-        expert_TK, weight_TK, num_experts=own, rows=_worst_case(expert_tK, job)
-    )
-    out_MD = experts.ffn_sorted(weights, pack.gather_rows(x_TD, plan), size_e, job.activation)
+    with jax.named_scope("pack"):
+        plan, size_e = pack.plan_sorted(
+            expert_TK, weight_TK, num_experts=own, rows=_worst_case(expert_tK, job)
+        )
+        rows_MD = pack.gather_rows(x_TD, plan)
+    with jax.named_scope("experts"):
+        out_MD = experts.ffn_sorted(weights, rows_MD, size_e, job.activation)
     y_tD = exchange.scatter_sum(_combine(out_MD, weight_TK, plan), job.site)
     return _finish(exchange.sum_over_tensor(y_tD, job.site), weight_tK > 0, tokens)
 
@@ -122,6 +134,7 @@ def all_experts(tokens: Tokens, weights: ExpertWeights, job: Job) -> Result:
 
     # Without the checkpoint the hidden layers of all experts would live until the backward pass.
     @jax.checkpoint
+    @jax.named_scope("experts")
     def one_expert(
         y_TD: Array, local: tuple[Array, ExpertWeights], x_TD: Array
     ) -> tuple[Array, None]:
@@ -144,6 +157,7 @@ def _worst_case(expert_tK: Array, job: Job) -> int:
     return job.site.shards * tokens * min(columns, job.num_experts // job.site.shards)
 
 
+@jax.named_scope("unpack")
 def _combine(rows_MD: Array, weight_tK: Array, plan: pack.Plan) -> Array:
     rows_MD, weight_tK = match_varying(rows_MD, weight_tK)
     return pack.combine_rows(rows_MD, weight_tK, plan)

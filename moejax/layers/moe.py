@@ -139,14 +139,17 @@ class MoE(nnx.Module):
             )
         gate_context = context.grouped(rows, train)
         x_GTD = x_BLD.reshape(batch // rows, rows * length, -1)
-        output = self.gate(self._gate_params(), state, x_GTD, gate_context)
+        with jax.named_scope("router"):
+            output = self.gate(self._gate_params(), state, x_GTD, gate_context)
         y_GTD, kept_GTK = self._dispatch(x_BLD, x_GTD, output.routing, gate_context)
         if output.identity_weight_GT is not None:
             y_GTD += (output.identity_weight_GT[..., None] * x_GTD).astype(y_GTD.dtype)
         y_BLD = y_GTD.reshape(x_BLD.shape)
         if self.shared is not None:
-            y_BLD += self.shared(x_BLD)
-        info = self._info(output, kept_GTK, context)
+            with jax.named_scope("ffn"):
+                y_BLD += self.shared(x_BLD)
+        with jax.named_scope("router"):
+            info = self._info(output, kept_GTK, context)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 
     def init_gate_state(self, layer: int | Array = 0) -> GateState:

@@ -113,12 +113,15 @@ class Block(nnx.Module):
     def __call__(
         self, x_BLD: Array, context: Context, state: GateState, train: bool
     ) -> tuple[Array, MoEInfo | None]:
-        x_BLD += self.attention(self.attention_norm(x_BLD), context.position_BL)
+        with jax.named_scope("attention"):
+            mixed_BLD = self.attention(self.attention_norm(x_BLD), context.position_BL)
+        x_BLD += mixed_BLD
         normed_BLD = self.ffn_norm(x_BLD)
         if isinstance(self.ffn, MoE):
             y_BLD, info = self.ffn(normed_BLD, context, state, train)
         else:
-            y_BLD, info = self.ffn(normed_BLD), None
+            with jax.named_scope("ffn"):
+                y_BLD, info = self.ffn(normed_BLD), None
         return constrain(x_BLD + y_BLD, BATCH), info
 
 
@@ -187,17 +190,20 @@ class LM(nnx.Module):
             x_BLD, _ = block(x_BLD, context, (), train)
             first.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
         x_BLD, (squares, losses, stats) = self._scan(x_BLD, context, gate_state, train)
-        x_BLD = self.final_norm(x_BLD)
-        head_DV = self.embed_VD[...].T if config.tie_embeddings else self.head_DV[...]
-        logits_BLV = (x_BLD.reshape(-1, config.d_model) @ head_DV.astype(dtype)).reshape(
-            *token_BL.shape, -1
-        )
+        with jax.named_scope("loss"):
+            logits_BLV = self._logits(self.final_norm(x_BLD), dtype)
         return LMOutput(
             logits_BLV.astype(jnp.float32),
             jax.tree.map(jnp.mean, losses),
             stats,
             jnp.concatenate([jnp.asarray(first, jnp.float32), squares.reshape(-1)]),
         )
+
+    def _logits(self, x_BLD: Array, dtype: jnp.dtype) -> Array:
+        config = self.config
+        head_DV = self.embed_VD[...].T if config.tie_embeddings else self.head_DV[...]
+        logits = x_BLD.reshape(-1, config.d_model) @ head_DV.astype(dtype)
+        return logits.reshape(*x_BLD.shape[:-1], -1)
 
     def init_gate_state(self) -> PyTree:
         """Initial gate states, stacked over MoE layers."""

@@ -96,12 +96,13 @@ class Cache:
 
 
 @contextlib.contextmanager
-def kept(choice: str) -> Iterator[None]:
+def kept(choice: str, names_matter: bool = False) -> Iterator[None]:
     """Inside, what is compiled is looked up in and added to the user's cache.
 
     ``choice`` is ``report.compile_cache``: "auto", "off" or a folder. With "auto" a cache that is
     set up or switched off by JAX's own means is left as it is. A folder that cannot be used is one
-    line on stderr, and everything is compiled.
+    line on stderr, and everything is compiled. Programs that differ only in the names of scopes are
+    one, unless ``names_matter``.
     """
     global _active
     folder = folder_of(choice)
@@ -117,7 +118,7 @@ def kept(choice: str) -> Iterator[None]:
         )
         yield
         return
-    with _jax_uses(cache), _one_line_warnings(cache):
+    with _jax_uses(cache, names_matter), _one_line_warnings(cache):
         _active = cache
         try:
             yield
@@ -160,11 +161,15 @@ def machine() -> str:
 
 
 @contextlib.contextmanager
-def _jax_uses(cache: Cache) -> Iterator[None]:
-    before = {name: getattr(jax.config, name) for name in _SETTINGS}
-    before["jax_compilation_cache_dir"] = jax.config.jax_compilation_cache_dir
+def _jax_uses(cache: Cache, names_matter: bool) -> Iterator[None]:
+    settings = {
+        **_SETTINGS,
+        "jax_compilation_cache_dir": str(cache.view),
+        "jax_compilation_cache_include_metadata_in_key": names_matter,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
-        for name, value in {**_SETTINGS, "jax_compilation_cache_dir": str(cache.view)}.items():
+        for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         yield

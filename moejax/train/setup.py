@@ -54,13 +54,13 @@ class Run:
         )
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(state, None))
-        return compiled_together(jitted, self.abstract_state, self._abstract_batch)
+        return compiled_together(jitted, self.abstract_state, self.abstract_batch)
 
     @functools.cached_property
     def eval_step(self) -> Any:
         """The jitted evaluation of one batch."""
         jitted = jax.jit(functools.partial(eval_step, task=self.task))
-        return compiled_together(jitted, self.abstract_state, self._abstract_batch)
+        return compiled_together(jitted, self.abstract_state, self.abstract_batch)
 
     @property
     def _on_cpu(self) -> bool:
@@ -71,7 +71,7 @@ class Run:
         return NamedSharding(self.mesh, meshes.batch_spec())
 
     @property
-    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         rows = abstract_batch(self.config, self.config.train.batch_size)
         return {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._row_sharding)

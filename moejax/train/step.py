@@ -44,10 +44,12 @@ def train_step(
             zeros,
             parts,
         )[0]
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     new_state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         opt_state=opt_state,
         gate_state=task.update_gate_state(state.gate_state, totals),
         key=state.key,

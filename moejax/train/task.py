@@ -110,14 +110,15 @@ class LanguageModel:
             key=jax.random.fold_in(key, step),
         )
         out = model(token_BL, context, gate_state, train)
-        log_z_BL = jax.nn.logsumexp(out.logits_BLV, axis=-1)
-        target_logit_BL = jnp.take_along_axis(out.logits_BLV, target_BL[..., None], axis=-1)[..., 0]
         valid = batch["valid"]
         tokens = jnp.sum(valid, dtype=jnp.int32)
-        hit_BL = jnp.argmax(out.logits_BLV, axis=-1) == target_BL
+        with jax.named_scope("loss"):
+            log_z_BL = jax.nn.logsumexp(out.logits_BLV, axis=-1)
+            target_logit_BL = jnp.take_along_axis(out.logits_BLV, target_BL[..., None], axis=-1)
+            hit_BL = jnp.argmax(out.logits_BLV, axis=-1) == target_BL
         return Totals(
             tokens=tokens,
-            cross_entropy=jnp.sum(jnp.where(valid, log_z_BL - target_logit_BL, 0.0)),
+            cross_entropy=jnp.sum(jnp.where(valid, log_z_BL - target_logit_BL[..., 0], 0.0)),
             correct=jnp.sum(valid & hit_BL, dtype=jnp.int32),
             log_z_square=jnp.sum(jnp.where(valid, jnp.square(log_z_BL), 0.0)),
             auxiliary=jax.tree.map(lambda loss: loss * tokens, out.losses),
