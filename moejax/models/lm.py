@@ -1,7 +1,8 @@
 """Decoder-only language model: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward.
 
 Layers repeat in periods (for ``every=2``: dense, MoE). The parameters of all periods are stacked
-and run with ``lax.scan``, so compile time and program size do not grow with depth.
+and run with ``lax.scan``, so compile time and program size do not grow with depth beyond
+``MOST_UNROLLED`` periods.
 """
 
 import dataclasses
@@ -24,6 +25,11 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+MOST_UNROLLED = 8
+"""Up to so many periods are laid out one after the other. A loop fills a stack of zeros with what
+the backward pass needs and takes it out again: with 4 layers on CPU 12% of a dense step, 19% of one
+with experts, and a longer compilation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +239,11 @@ class LM(nnx.Module):
             own_context = dataclasses.replace(context, key=own_key)
             return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train)
 
+        periods = self.config.num_periods
+        unroll = train and periods <= MOST_UNROLLED
         if self.config.remat != "none":
+            # Outside a loop XLA would merge what is recomputed with what it recomputes.
+            unroll = False
             body = jax.checkpoint(body, policy=REMAT[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(body, x_BLD, (params, gate_state, jnp.arange(self.config.num_periods)))
+        layers = (params, gate_state, jnp.arange(periods))
+        return jax.lax.scan(body, x_BLD, layers, unroll=unroll)
