@@ -1,4 +1,4 @@
-"""What a training step costs: python scripts/bench_step.py --out FILE [--sizes tiny,small] [--quick]
+"""What a training step costs: python scripts/bench_step.py --out FILE [--sizes A,B] [--quick]
 
 Ratios are of pairs measured in turn, A B, B A, A B, in one process: the median over pairs and its
 quartiles. Beside the ratio of times stands that of processor time, to which other work on the
@@ -260,7 +260,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--sizes", default="tiny,small", metavar="A,B", help="of configs/lm.py")
     parser.add_argument("--pairs", type=int, default=21, metavar="N")
-    parser.add_argument("--starts", type=int, default=3, metavar="N", help="cached; 0: no processes")
+    parser.add_argument(
+        "--starts", type=int, default=3, metavar="N", help="cached; 0: no processes"
+    )
     parser.add_argument("--quick", action="store_true", help="size debug, 2 pairs, no processes")
     args = parser.parse_args(argv)
     sizes = ["debug"] if args.quick else args.sizes.split(",")

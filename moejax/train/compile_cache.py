@@ -1,4 +1,4 @@
-"""Compiled programs that outlive the process: JAX's persistent compilation cache, made safe to kill.
+"""Compiled programs that outlive the process: JAX's persistent compilation cache, safe to kill.
 
 JAX writes an entry where readers look for it, so a process killed while it writes, or a full disk,
 leaves a torn one there, which every later run trips over and none repairs. Here JAX gets a folder

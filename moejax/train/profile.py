@@ -30,7 +30,10 @@ def run(config: Config, steps: int, out: str) -> int:
         raise UserError("moejax profile runs in one process; use distributed.mode=off")
     this.train_batches()
     make_folder(folder)
-    with compile_cache.kept(config.report.compile_cache, names_matter=True), jax.set_mesh(this.mesh):
+    with (
+        compile_cache.kept(config.report.compile_cache, names_matter=True),
+        jax.set_mesh(this.mesh),
+    ):
         print(f"compiling, {WARM_UP} steps to warm up, {steps} steps traced ...", flush=True)
         program = _trace(this, steps, folder)
     traced = read_trace(folder, program, MODULE, STEP)
