@@ -9,6 +9,7 @@ nothing. `grouped_matmul_cpu` says what the form of the loops rests on; the back
   are narrower than the hidden layer, and turned once per group.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -102,8 +103,9 @@ def backward(x_ND, dy_ND, before, weights: Weights, group_sizes_G, *, activate: 
             x, dy = rows_of(x_ND), rows_of(dy_ND)
             hidden, activation_vjp = jax.vjp(activate, *map(rows_of, before))
             d_before = activation_vjp(dot(dy, w[-1], 1, 1, x.dtype))
-            dx = sum(dot(d, w_in, 1, 1, jnp.float32) for d, w_in in zip(d_before, w, strict=False))
-            dx = jnp.where(keep, dx.astype(x.dtype), lax.dynamic_slice_in_dim(dx_ND, top, height))
+            parts = (dot(d, m, 1, 1, jnp.float32) for d, m in zip(d_before, w[:-1], strict=True))
+            dx = functools.reduce(jnp.add, parts).astype(x.dtype)
+            dx = jnp.where(keep, dx, lax.dynamic_slice_in_dim(dx_ND, top, height))
             dx_ND = lax.dynamic_update_slice_in_dim(dx_ND, dx, top, 0)
             x_T = lax.optimization_barrier(x.T)
             new = [dot(x_T, d, 1, 0, jnp.float32) for d in d_before]

@@ -29,8 +29,8 @@ def operands(sizes, dtype=jnp.float32, unowned=np.nan):
     x[sum(sizes) :] = dy[sum(sizes) :] = unowned
     gate, up = rng.normal(size=(2, len(sizes), WIDTH, HIDDEN)) / 2
     down = rng.normal(size=(len(sizes), HIDDEN, WIDTH)) / 2
-    rows, *rest = (jnp.asarray(a, dtype) for a in (x, gate, up, down, dy))
-    return rows, *rest[:3], jnp.asarray(sizes, jnp.int32), rest[3]
+    x, gate, up, down, dy = (jnp.asarray(a, dtype) for a in (x, gate, up, down, dy))
+    return x, gate, up, down, jnp.asarray(sizes, jnp.int32), dy
 
 
 def numpy_oracle(x, gate, up, down, sizes, dy):
