@@ -177,32 +177,30 @@ class Budget:
 
 
 def budget(run: Run) -> Budget:
-    """Counts parameters, FLOPs (on the jaxpr) and bytes per device (from shapes and shardings)."""
-    config, task = run.config, run.task
-    micro = config.train.batch_size // config.train.grad_accum
-    dropless = task.countable()
-    params = run.abstract_state.params
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.abstract_state)
+    """Counts parameters, FLOPs (on the jaxpr) and bytes per device (from shapes and shardings).
 
-    def loss(params: PyTree, batch: Batch) -> jax.Array:
-        key = jax.random.wrap_key_data(jax.numpy.zeros_like(run.abstract_state.key))
-        totals = dropless.forward(params, plain_gate_state(), batch, plain_step(), key, train=True)
-        return dropless.objective(totals, totals.tokens)
+    FLOPs are those of the model, memory is that of the program: on the run's mesh, with its
+    transport's buffers, and after recomputation has given up what it computes again.
+    """
+    config, params = run.config, run.abstract_state.params
+    batch = abstract_batch(config, config.train.batch_size // config.train.grad_accum)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
-    def plain_gate_state() -> PyTree:
-        return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), plain.gate_state)
+    def loss(task: LanguageModel, params: PyTree, batch: Batch) -> jax.Array:
+        gate_state, key = zeros_like(run.abstract_state.gate_state), jax.random.key(0)
+        step = jax.numpy.int32(0)
+        totals = task.forward(params, gate_state, batch, step, key, train=True)
+        return task.objective(totals, totals.tokens)
 
-    def plain_step() -> jax.Array:
-        return jax.numpy.int32(0)
-
-    batch = abstract_batch(config, micro)
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(plain.params, batch)
-    kept = memory.residual_bytes(lambda p: loss(p, zeros_like(batch)), plain.params)
+    countable = functools.partial(loss, run.task.countable())
+    flops_per_part = flops.count_flops(jax.make_jaxpr(jax.grad(countable))(plain, batch))
+    with jax.set_mesh(run.mesh):
+        kept = memory.residual_bytes(lambda p: loss(run.task, p, zeros_like(batch)), plain)
     shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
     return Budget(
         parameters=count_parameters(params),
         active_parameters=active_parameters(run),
-        flops_per_step=flops.count_flops(jaxpr) * config.train.grad_accum,
+        flops_per_step=flops_per_part * config.train.grad_accum,
         state_bytes=memory.tree_bytes_per_device(run.abstract_state)
         + memory.tree_bytes_per_device(params),
         activation_bytes=kept // shards,
