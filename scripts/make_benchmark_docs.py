@@ -53,16 +53,17 @@ k (D + 2 F) + D floats.
 """
 
 WHY = """\
-* The machine was shared: the load is stated above, and ratios are paired for that reason. Many small
-  steps on two threads presumably suffer more from it than one large product; torch's rows are far
-  above those of an idle machine.
+* The machine was shared: the load is stated above, and ratios are paired for that reason. Many
+  small steps on two threads presumably suffer more from it than one large product; torch's rows are
+  far above those of an idle machine.
 * `kept` counts the layer's input twice (as it comes and as its sequences) and is above
   k (D + 2 F) + D also because the experts' outputs are kept, k D floats per token: the gradient of
   a router weight is their product with the output's gradient. `cells` keeps its empty slots too.
 * At a capacity of 1.25 `cells` computes 1.25 times the FLOPs, so on A, where experts are large,
   little is left for anything else.
-* With the number of experts grow their weights and the gradients of these: at E = 256 and the widths
-  of that table 200 MB each, where the dense FFN has 2 MB. That this is the cause was not isolated.
+* With the number of experts grow their weights and the gradients of these: at E = 256 and the
+  widths of that table 200 MB each, where the dense FFN has 2 MB. That this is the cause was not
+  isolated.
 * Bytes of `dropless` are the send sizes of its ragged exchange. On CPU, which has no such
   collective, every device gathers all rows instead. A de-duplicated send (one copy of a token per
   destination device) is not implemented; the column says what it would send.
