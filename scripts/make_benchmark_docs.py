@@ -36,8 +36,9 @@ the mean of the dense runs just before and after it; shown are the median of the
 brackets, their quartiles. One device, float32, router included, batch in sequences of 512 tokens.
 The blocks of transformers are over torch's own dense FFN. The row `dense` is the dense FFN over
 itself: how far it is from 1 is the noise. Every layer's output and gradients (tokens, router and
-experts) were checked in the same process against the dense oracle in float64, on the first tokens;
-the column `error` is the largest difference over the largest entry of an array.
+experts) were checked in the same process against the dense oracle in float64, on a smaller number
+of tokens ({tokens}; 0: all); the column `error` is the largest difference over the largest entry
+of an array.
 
 Shapes: A 4096 tokens, D 256, F 1024, E 8, k 2; B 8192, 256, 512, 64, 2; C 4096, 512, 1024, 16, 4.
 """
@@ -52,13 +53,21 @@ k (D + 2 F) + D floats.
 """
 
 WHY = """\
-* Sizes of time are those of a machine that others used at the same time, so quartiles are wide; the
-  ratios are paired for that reason.
-* `kept` is above k (D + 2 F) + D because the experts' outputs are kept too, k D floats per token:
-  the gradient of a router weight is their product with the output's gradient.
-* Counts of what dropless sends are of the ragged exchange's send sizes. On CPU, which has no such
+* The machine was shared: the load is stated above, and ratios are paired for that reason. Many
+  small steps on two threads presumably suffer more from it than one large product; torch's rows are
+  far above those of an idle machine.
+* `kept` counts the layer's input twice (as it comes and as its sequences) and is above
+  k (D + 2 F) + D also because the experts' outputs are kept, k D floats per token: the gradient of
+  a router weight is their product with the output's gradient. `cells` keeps its empty slots too.
+* At a capacity of 1.25 `cells` computes 1.25 times the FLOPs, so on A, where experts are large,
+  little is left for anything else.
+* With the number of experts grow their weights and the gradients of these: at E = 256 and the
+  widths of that table 200 MB each, where the dense FFN has 2 MB. That this is the cause was not
+  isolated.
+* Bytes of `dropless` are the send sizes of its ragged exchange. On CPU, which has no such
   collective, every device gathers all rows instead. A de-duplicated send (one copy of a token per
   destination device) is not implemented; the column says what it would send.
+* Layers that are absent from a table were left out of that run.
 """
 
 
@@ -67,7 +76,8 @@ def render(results: list[dict]) -> str:
     rows = [row for result in results for row in result["rows"]]
     kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in
              ("layer", "experts", "tokens", "traffic")}  # fmt: skip
-    parts = [INTRODUCTION, setting(results[0]), layer_tables(kinds["layer"])]
+    introduction = INTRODUCTION.format(tokens=results[0]["settings"]["check_tokens"])
+    parts = [introduction, setting(results[0]), layer_tables(kinds["layer"])]
     parts.append(memory_table(kinds["layer"]))
     if kinds["experts"]:
         parts.append(experts_table(kinds["experts"]))
