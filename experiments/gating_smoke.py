@@ -9,12 +9,13 @@ variants differ in it: every sparse one has the same experts, hence the same num
 but for the router; top-2 costs what the dense feed-forward layer costs, the top-1 gates (Switch,
 BASE, S-BASE) half as much in that layer, DSelect-k between two experts and all eight while it
 decides. With slots per sequence of 128 bytes, many of them equal, Switch and top-2 drop 20 to 30 %
-of their pairs in training, which is the price of that default and not of the gate.
+of their pairs in training and S-BASE an eighth, which is the price of that default and not of the
+gate.
 
     moejax sweep --experiment=experiments/gating_smoke.py --workdir=runs/gating_smoke
 
-Cost: 12 trials of about half a minute each on two idle cores, half of it start-up and compilation;
-twice that or more beside other work, when the times say nothing about the gates.
+Cost: 12 trials of half a minute to a minute each on two idle cores, half of it start-up and
+compilation. Beside other work it takes longer, and the times say nothing about the gates.
 
 Argument, as key=value,key=value:
 
