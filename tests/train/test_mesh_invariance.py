@@ -94,6 +94,7 @@ def recording(collect):
 
 @functools.cache
 def trained(mesh: tuple[tuple[str, int], ...], gate: str) -> Trace:
+    jax.clear_caches()  # programs of other meshes are of no more use, and a process holds so many
     # With this seed no token comes near a tie: see `check_it_was_a_test`.
     run = steps.make(dict(mesh), gate, moe__d_ff=24, train__seed=1, **GATES[gate])
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(run.mesh):
