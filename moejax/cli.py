@@ -85,7 +85,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         description="Mixture-of-Experts transformers in JAX, for research on gating functions.",
         epilog="A first run:\n  moejax train --config=configs/lm.py --workdir=runs/first\n\n"
         "`moejax COMMAND --help` explains a command.\n"
-        "Exit status: 0 done, 2 a mistake in the command or config, 75 preempted after saving.",
+        "Exit status: 0 done, 1 a value or check failed, 2 a mistake in the command or config,\n"
+        "75 preempted after saving.",
     )
     parser.add_argument("--version", action="version", version=f"moejax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul import grouped_matmul
-from moejax.kernels.vma import match_varying
+from moejax.kernels import grouped_ffn
+from moejax.kernels.platform import resolve_platform
 from moejax.types import ExpertWeights
 
 ACTIVATIONS: tuple[str, ...] = ("swiglu", "gelu", "relu")
@@ -33,6 +33,14 @@ def activate(activation: str, gate: Array | None, up: Array) -> Array:
     raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
 
 
+# One function object per activation, so that programs that use it are found compiled.
+_ACTIVATE = {
+    "swiglu": lambda gate, up: activate("swiglu", gate, up),
+    "gelu": lambda up: activate("gelu", None, up),
+    "relu": lambda up: activate("relu", None, up),
+}
+
+
 def cast(weights: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
     """The weights in the compute dtype."""
     return jax.tree.map(lambda w: w.astype(dtype), weights)
@@ -42,6 +50,8 @@ def ffn_cells(
     weights: ExpertWeights, x_SECD: Float[Array, "S E C D"], activation: str
 ) -> Float[Array, "S E C D"]:
     """Expert e on the rows of its own cells, C from each of S sources."""
+    if resolve_platform(None) == "cpu":
+        return _ffn_cells_cpu(weights, x_SECD, activation)
     weights = cast(weights, x_SECD.dtype)
     up_SECF = jnp.einsum("secd,edf->secf", x_SECD, weights.up_EDF)
     gate_SECF = None
@@ -51,19 +61,24 @@ def ffn_cells(
     return jnp.einsum("secf,efd->secd", hidden_SECF, weights.down_EFD)
 
 
+def _ffn_cells_cpu(weights: ExpertWeights, x_SECD: Array, activation: str) -> Array:
+    """The same rows as groups of equal size: XLA:CPU is 1.1 to 2 times slower with the einsums."""
+    sources, experts, slots, width = x_SECD.shape
+    rows_ND = jnp.swapaxes(x_SECD, 0, 1).reshape(-1, width)
+    sizes_E = jnp.full(experts, sources * slots, jnp.int32)
+    out_ND = ffn_sorted(weights, rows_ND, sizes_E, activation)
+    return jnp.swapaxes(out_ND.reshape(experts, sources, slots, width), 0, 1)
+
+
 def ffn_sorted(
     weights: ExpertWeights, x_ND: Float[Array, "N D"], sizes_E: Int[Array, "E"], activation: str
 ) -> Float[Array, "N D"]:
     """Rows sorted by expert, ``sizes_E`` of them for each; later rows are unspecified."""
     weights = cast(weights, x_ND.dtype)
-    x_ND, sizes_E, *leaves = match_varying(x_ND, sizes_E, *jax.tree.leaves(weights))
-    weights = jax.tree.unflatten(jax.tree.structure(weights), leaves)
-    up_NF = grouped_matmul(x_ND, weights.up_EDF, sizes_E)
-    gate_NF = None
+    inputs = (weights.up_EDF,)
     if weights.gate_EDF is not None:
-        gate_NF = grouped_matmul(x_ND, weights.gate_EDF, sizes_E)
-    hidden_NF = activate(activation, gate_NF, up_NF)
-    return grouped_matmul(hidden_NF, weights.down_EFD, sizes_E)
+        inputs = (weights.gate_EDF, weights.up_EDF)
+    return grouped_ffn(x_ND, inputs, weights.down_EFD, sizes_E, _ACTIVATE[activation])
 
 
 def ffn_one(

@@ -48,7 +48,9 @@ def _start(size: str, folder: Path, number: int, flags: tuple[str, ...]) -> tupl
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_NUM_CPU_DEVICES"):
         environment.pop(name, None)
     began = time.perf_counter()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    # In ROOT, for `python -m` looks there before anywhere else.
+    options: Any = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("compiled, first step done"):

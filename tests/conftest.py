@@ -21,8 +21,22 @@ from jaxtyping import install_import_hook
 CHECKED = ("data", "dispatch", "experts", "gating", "kernels", "layers", "losses", "reference")
 install_import_hook([f"moejax.{module}" for module in CHECKED], "beartype.beartype")
 
+import gc
+
 import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Frees a module's programs when it is done.
+
+    Every program of XLA:CPU maps memory, and a process may have 65530 mappings (vm.max_map_count):
+    the slow suite alone would compile more than fit, and XLA then dies with a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -144,6 +144,13 @@ def test_padding_changes_no_loss(poison):
     np.testing.assert_array_equal(values(logits), values(poisoned))
 
 
+def test_z_loss_is_the_value_published_with_flaxformer():
+    with jax.threefry_partitionable(False):  # the random bits of the time of its publication
+        logits = jax.random.uniform(jax.random.PRNGKey(0), (2, 6, 4), minval=-5, maxval=5)
+    value = losses.z_loss(logits, jnp.ones((2, 6), bool))
+    np.testing.assert_allclose(value, 13.786719, rtol=1e-6)  # its last digit is float32's
+
+
 def test_z_loss_is_the_mean_square_log_partition():
     logits = np.random.default_rng(2).normal(size=(2, 5, 3)).astype(np.float32)
     expected = np.mean(np.log(np.exp(logits).sum(-1)) ** 2)

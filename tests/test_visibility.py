@@ -55,7 +55,7 @@ def balances(gate, fields):
 
 
 @functools.cache
-def program(gate, fields, priority, group, train):
+def program(gate, fields, priority, group, train, factor=0.6):
     """[SEEDS] runs at once: output with the given tokens, drops on the way."""
     layer = moejax.MoE(
         D,
@@ -64,8 +64,8 @@ def program(gate, fields, priority, group, train):
         gate=gating.make(gate, **dict(fields)),
         transport="cells",
         eval_transport="cells",
-        capacity_factor=0.6,
-        eval_capacity_factor=0.6,
+        capacity_factor=factor,
+        eval_capacity_factor=factor,
         priority=priority,
         group=group,
         rngs=nnx.Rngs(0),
@@ -87,12 +87,28 @@ def program(gate, fields, priority, group, train):
 @pytest.mark.parametrize(("gate", "fields", "priority", "group"), CASES)
 def test_a_token_sees_what_its_gate_declares(gate, fields, priority, group, train):
     run, declared = program(gate, tuple(fields.items()), priority, group, train)
+    dropped = check(run, declared, train)
+    if not (gate == "dense" or (train and balances(gate, fields))):
+        assert (dropped > 0).all(), "a capacity that never binds proves nothing"
+
+
+@pytest.mark.parametrize("priority", ["choice", "gate", "random"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_capacity_shows_tokens_to_each_other_below_e_over_k_and_not_from_there_on(k, priority):
+    """At the factor of perfect balance, and at the least that never binds."""
+    fields = (("k", k), ("renormalize", False))
+    for factor, binds in ((1.0, True), (E / k, False)):
+        run, declared = program("top_k", fields, priority, "2", True, factor)
+        assert (check(run, declared, train=True) > 0).any() == binds
+        assert any(declared) == binds
+
+
+def check(run, declared, train):
+    """Perturbs and compares with what is declared; pairs dropped on the way, by seed."""
     keys = jax.random.split(jax.random.key(0), SEEDS)
     x = jax.random.normal(jax.random.key(1), (SEEDS, B, L, D))
     other = jax.random.normal(jax.random.key(2), x.shape)
     y, dropped = run(x, keys)
-    if not (gate == "dense" or (train and balances(gate, fields))):
-        assert (dropped > 0).all(), "a capacity that never binds proves nothing"
 
     cut = L // 2
     later = x.at[:, 1, cut:].set(other[:, 1, cut:])
@@ -111,6 +127,7 @@ def test_a_token_sees_what_its_gate_declares(gate, fields, priority, group, trai
     # matmul over other rows may differ by.
     for moved, is_declared in ((moved_by_future, future), (moved_by_others, others)):
         assert (moved > 1e-3) if is_declared else (moved < 1e-6), (moved, is_declared)
+    return dropped
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
@@ -50,6 +51,8 @@ def dispatch(
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport={transport!r} is unknown; use one of {', '.join(TRANSPORTS)}")
+    chex.assert_equal_shape([routing.expert_GTK, routing.weight_GTK])
+    chex.assert_equal_shape_prefix([x_GTD, routing.expert_GTK], 2)
     mesh = meshes.ambient()
     num_experts, groups = weights.up_EDF.shape[0], x_GTD.shape[0]
     shards = meshes.axis_size(mesh, "expert")

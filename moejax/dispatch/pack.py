@@ -5,6 +5,7 @@ both maps at hand every pass is a gather: forward and backward of packing and of
 no scatter of activations. Everything here is local to a device.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.types import Priority
+
+_UNROLLED_COLUMNS = 8
 
 
 class Plan(NamedTuple):
@@ -61,12 +64,13 @@ def plan_cells(
     groups, tokens, columns = expert_gTK.shape
     pairs = tokens * columns
     expert_gN = jnp.where(weight_gTK > 0, expert_gTK, num_experts).reshape(groups, pairs)
-    served_gN = serving_order(priority, score_gT, columns)
-    in_order_gN = jnp.take_along_axis(expert_gN, served_gN, axis=1)
-
-    by_expert_gN = jnp.argsort(in_order_gN, axis=1, stable=True)
-    sorted_expert_gN = jnp.take_along_axis(in_order_gN, by_expert_gN, axis=1)
-    sorted_pair_gN = jnp.take_along_axis(served_gN, by_expert_gN, axis=1)
+    if priority == "position":  # pairs are served as they are numbered
+        sorted_expert_gN, sorted_pair_gN = _stable_sort(expert_gN, num_experts)
+    else:
+        served_gN = serving_order(priority, score_gT, columns)
+        in_order_gN = jnp.take_along_axis(expert_gN, served_gN, axis=1)
+        sorted_expert_gN, by_expert_gN = _stable_sort(in_order_gN, num_experts)
+        sorted_pair_gN = jnp.take_along_axis(served_gN, by_expert_gN, axis=1)
     count_gE = jnp.sum(expert_gN[:, None, :] == jnp.arange(num_experts)[:, None], axis=-1)
     start_gE = jnp.cumsum(count_gE, axis=1) - count_gE
 
@@ -100,12 +104,25 @@ def plan_sorted(
     tokens, columns = expert_tK.shape
     active_tK = (weight_tK > 0) & (expert_tK >= 0) & (expert_tK < num_experts)
     expert_N = jnp.where(active_tK, expert_tK, num_experts).reshape(-1)
-    order_N = jnp.argsort(expert_N, stable=True)
+    _, order_N = _stable_sort(expert_N, num_experts)
     size_E = jnp.sum(expert_N[None, :] == jnp.arange(num_experts)[:, None], axis=-1)
     row_N = _inverse(order_N, jnp.arange(expert_N.size))
     pair_M = jnp.where(jnp.arange(rows) < jnp.sum(size_E), order_N[:rows], expert_N.size)
     row_tK = jnp.where(active_tK, row_N.reshape(tokens, columns), 0)
     return Plan(pair_M, row_tK, active_tK), size_E.astype(jnp.int32)
+
+
+def _stable_sort(expert_N: Array, num_experts: int) -> tuple[Array, Array]:
+    """Sorted experts (at most ``num_experts``) and where each was before, along the last axis.
+
+    As one key, expert and place sort five times faster on CPU than an argsort.
+    """
+    pairs = expert_N.shape[-1]
+    if (num_experts + 1) * pairs > jnp.iinfo(jnp.int32).max:
+        order_N = jnp.argsort(expert_N, axis=-1, stable=True)
+        return jnp.take_along_axis(expert_N, order_N, axis=-1), order_N
+    key_N = jnp.sort(expert_N.astype(jnp.int32) * pairs + jnp.arange(pairs, dtype=jnp.int32))
+    return key_N // pairs, key_N % pairs
 
 
 def _inverse(index_N: Array, value_N: Array) -> Array:
@@ -127,9 +144,10 @@ def _gather_rows_fwd(x_tD: Array, plan: Plan) -> tuple[Array, Plan]:
 
 
 def _gather_rows_bwd(plan: Plan, grad_MD: Array) -> tuple[Array, None]:
-    grad_tKD = jnp.take(grad_MD, plan.row_tK, axis=0, mode="clip").astype(jnp.float32)
-    grad_tD = jnp.sum(jnp.where(plan.kept_tK[..., None], grad_tKD, 0.0), axis=1)
-    return grad_tD.astype(grad_MD.dtype), None
+    def grad_of(column: Array | int) -> Array:
+        return _rows_of_column(grad_MD, plan, column)
+
+    return _sum_over_columns(grad_of, plan).astype(grad_MD.dtype), None
 
 
 gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
@@ -140,10 +158,33 @@ def combine_rows(
     rows_MD: Float[Array, "M D"], weight_tK: Float[Array, "t K"], plan: Plan
 ) -> Float[Array, "t D"]:
     """y_t = sum over kept columns of weight_tk rows[row_tk], accumulated in float32."""
-    rows_tKD = jnp.take(rows_MD, plan.row_tK, axis=0, mode="clip").astype(jnp.float32)
+
+    def weighted(column: Array | int) -> Array:
+        return weight_tK[:, column, None] * _rows_of_column(rows_MD, plan, column)
+
+    return _sum_over_columns(weighted, plan).astype(rows_MD.dtype)
+
+
+def _rows_of_column(rows_MD: Array, plan: Plan, column: Array | int) -> Float[Array, "t D"]:
+    """The row of each token's pair in one column, in float32; zeros where it has none."""
+    rows_tD = jnp.take(rows_MD, plan.row_tK[:, column], axis=0, mode="clip").astype(jnp.float32)
     # A select, not a product with 0: rows that belong to nobody may hold anything.
-    rows_tKD = jnp.where(plan.kept_tK[..., None], rows_tKD, 0.0)
-    return jnp.sum(weight_tK[..., None] * rows_tKD, axis=1).astype(rows_MD.dtype)
+    return jnp.where(plan.kept_tK[:, column, None], rows_tD, 0.0)
+
+
+def _sum_over_columns(of_column: Callable[[Array | int], Array], plan: Plan) -> Array:
+    """Sums [t, D] arrays column by column.
+
+    XLA:CPU takes ten times as long to reduce one gathered [t, K, D] array.
+    """
+    columns = plan.row_tK.shape[1]
+    return jax.lax.fori_loop(
+        1,
+        columns,
+        lambda column, total: total + of_column(column),
+        of_column(0),
+        unroll=columns <= _UNROLLED_COLUMNS,
+    )
 
 
 def _combine_rows_fwd(

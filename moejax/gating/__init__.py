@@ -93,7 +93,12 @@ def make(name: str, **overrides: Any) -> Gate:
     for field in overrides:
         if field not in valid:
             raise UserError(f"gate {name!r} has no field {field!r}; {suggest(field, valid)}")
-    return entry.gate(**{**entry.preset, **overrides})
+    gate = entry.gate(**{**entry.preset, **overrides})
+    if not isinstance(gate, Gate):
+        methods = [m for m in vars(Gate) if callable(getattr(Gate, m)) and not m.startswith("_")]
+        missing = [m for m in (*methods, "trained_by", "__call__") if not hasattr(gate, m)]
+        raise UserError(f"gate {name!r} lacks {', '.join(missing)} of moejax.types.Gate")
+    return gate
 
 
 def fields(name: str) -> dict[str, tuple[Any, str]]:

@@ -127,7 +127,6 @@ def starting_prices(
     """Prices in [0, SCALE] at which about ``target`` tokens prefer each expert."""
     tokens, num_experts = value_TE.shape
     offset_TE = (residual.scatter_hash(tokens, num_experts, 0) >> 16).astype(jnp.float32) / 2**16
-    column_E = jnp.arange(num_experts)
     # A bar below every price, so that invalid tokens count nowhere.
     nobody = -2 * SCALE
 
@@ -136,9 +135,10 @@ def starting_prices(
         moved_TE = value_TE - (offset_TE * (OFFSET_OVER_STEP * step)).astype(jnp.int32)
         reduced_TE = moved_TE - price_E
         best_T1 = jnp.max(reduced_TE, axis=1, keepdims=True)
-        is_best_TE = column_E == jnp.argmax(reduced_TE, axis=1, keepdims=True)
+        is_best_TE = reduced_TE == best_T1  # an argmax is many times slower on CPU
         others_TE = jnp.where(is_best_TE, -3 * SCALE, reduced_TE)
-        second_T1 = jnp.max(others_TE, axis=1, keepdims=True)
+        tied_T1 = jnp.sum(is_best_TE, axis=1, keepdims=True) > 1
+        second_T1 = jnp.where(tied_T1, best_T1, jnp.max(others_TE, axis=1, keepdims=True))
         # The price up to which a token would come to an expert, at the others' prices.
         margin_TE = moved_TE - jnp.where(is_best_TE, second_T1, best_T1)
         margin_TE = jnp.where(valid_T[:, None], margin_TE, nobody)

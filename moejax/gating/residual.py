@@ -187,10 +187,12 @@ def _candidates(
     cost_E = cost_NN[jnp.maximum(parent_E, 0), jnp.arange(num_experts)]
     fits_TE = (parent_E == flow.expert_T[:, None]) & needy_N[:num_experts]
     fits_TE &= (flow.expert_T >= 0)[:, None] & (_loss_TE(value_TE, flow.expert_T) == cost_E)
-    lot_TE = (scatter_hash(tokens, num_experts, seed + 1) >> 2).astype(jnp.int32)
-    lot_TE = jnp.where(fits_TE, lot_TE, -1)
-    any_T = jnp.any(fits_TE, axis=1)
-    return jnp.where(any_T, jnp.argmax(lot_TE, axis=1), -1).astype(jnp.int32)
+    # A lot's low bits name its column, so that the largest lot is found by a plain maximum.
+    bits = max(num_experts - 1, 1).bit_length()
+    lot_TE = (scatter_hash(tokens, num_experts, seed + 1) >> (bits + 1)).astype(jnp.int32)
+    lot_TE = (lot_TE << bits) | jnp.arange(num_experts)
+    winner_T = jnp.max(jnp.where(fits_TE, lot_TE, -1), axis=1)
+    return jnp.where(winner_T >= 0, winner_T & (2**bits - 1), -1)
 
 
 def _tree_flow(parent_N: Array, surplus_N: Array, room_N: Array) -> Int[Array, "N"]:

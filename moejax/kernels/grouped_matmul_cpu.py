@@ -28,7 +28,7 @@ _FEW_ROWS = 2048
 _HEIGHTS_OVER_MEAN_OF_FEW_ROWS = (1 / 2, 1, 2)
 _LARGE_GROUP = 512
 _LARGE_GROUP_HEIGHTS = (128, 256, 384, 512)
-_EDGE_HEIGHT = 128
+EDGE_HEIGHT = 128
 
 
 def tile_heights(num_rows: int, num_groups: int) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ def dx(dy_NF: jax.Array, w_GDF: jax.Array, group_sizes_G: jax.Array) -> jax.Arra
 def _rows_times_matrix(rows, w_GDF, group_sizes_G, *, contract_w: int) -> jax.Array:
     num_rows = rows.shape[0]
     heights = tile_heights(num_rows, w_GDF.shape[0])
-    edge = min(_EDGE_HEIGHT, heights[-1])
+    edge = min(EDGE_HEIGHT, heights[-1])
     end_G = jnp.cumsum(group_sizes_G)
     out = jnp.zeros((num_rows, w_GDF.shape[2 - contract_w]), rows.dtype)
     out = vary_over(out, varying_axes(rows, w_GDF, group_sizes_G))
@@ -75,11 +75,11 @@ def _rows_times_matrix(rows, w_GDF, group_sizes_G, *, contract_w: int) -> jax.Ar
             # Where the greatest tile would leave the buffer, masked tiles take over.
             at_edge = row > num_rows - heights[-1]
             write = partial(_write_masked_tile, rows, w, contract_w, edge, row, end)
-            out = _run_if(at_edge, write, out)
-            wanted = _least_height(heights, end - row)
+            out = run_if(at_edge, write, out)
+            wanted = least_height(heights, end - row)
             for i, height in enumerate(heights):
                 write = partial(_write_tile, rows, w, contract_w, height, row)
-                out = _run_if((wanted == i) & ~at_edge, write, out)
+                out = run_if((wanted == i) & ~at_edge, write, out)
             return row + jnp.where(at_edge, edge, heights[-1]), out
 
         return lax.while_loop(lambda carry: carry[0] < end, visit_tile, (start, out))[1], None
@@ -87,12 +87,12 @@ def _rows_times_matrix(rows, w_GDF, group_sizes_G, *, contract_w: int) -> jax.Ar
     return lax.scan(visit_group, out, (end_G - group_sizes_G, end_G, w_GDF))[0]
 
 
-def _least_height(heights: tuple[int, ...], num_rows):
+def least_height(heights: tuple[int, ...], num_rows):
     """The index of the least height that holds `num_rows`, or of the greatest."""
     return sum((num_rows > height).astype(jnp.int32) for height in heights[:-1])
 
 
-def _run_if(condition, update, buffer):
+def run_if(condition, update, buffer):
     """update(buffer) or buffer, in place."""
     return lax.while_loop(
         lambda carry: carry[0],
@@ -103,15 +103,15 @@ def _run_if(condition, update, buffer):
 
 def _write_tile(rows, w, contract_w, height, row, out):
     tile = lax.dynamic_slice_in_dim(rows, row, height)
-    return lax.dynamic_update_slice_in_dim(out, _dot(tile, w, 1, contract_w, rows.dtype), row, 0)
+    return lax.dynamic_update_slice_in_dim(out, dot(tile, w, 1, contract_w, rows.dtype), row, 0)
 
 
 def _write_masked_tile(rows, w, contract_w, height, row, end, out):
     """Writes only the rows of [row, row + height) before `end`, in a tile moved up to fit."""
     top = jnp.minimum(row, rows.shape[0] - height)
     tile = lax.dynamic_slice_in_dim(rows, top, height)
-    product = _dot(tile, w, 1, contract_w, rows.dtype)
-    keep = _in_range(top, height, row, end)[:, None]
+    product = dot(tile, w, 1, contract_w, rows.dtype)
+    keep = in_range(top, height, row, end)[:, None]
     product = jnp.where(keep, product, lax.dynamic_slice_in_dim(out, top, height))
     return lax.dynamic_update_slice_in_dim(out, product, top, 0)
 
@@ -126,16 +126,16 @@ def dw(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_G: jax.Array) -> jax.Array
         def product(height):
             # Both operands are masked: a row of another group may hold NaN in either.
             top = jnp.minimum(row, num_rows - height)
-            keep = _in_range(top, height, row, end)[:, None]
+            keep = in_range(top, height, row, end)[:, None]
             x = jnp.where(keep, lax.dynamic_slice_in_dim(x_ND, top, height), 0)
             dy = jnp.where(keep, lax.dynamic_slice_in_dim(dy_NF, top, height), 0)
             # The mask copies the tile anyway. Copied transposed, and the transpose kept out of the
             # matmul, it is a product that XLA:CPU gives to its faster kernel.
             x = lax.optimization_barrier(x.T)
-            return _dot(x, dy, 1, 0, jnp.float32)
+            return dot(x, dy, 1, 0, jnp.float32)
 
         branches = [partial(product, height) for height in heights]
-        return lax.switch(_least_height(heights, end - row), branches)
+        return lax.switch(least_height(heights, end - row), branches)
 
     def visit_group(_, group):
         start, end = group
@@ -150,13 +150,13 @@ def dw(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_G: jax.Array) -> jax.Array
     return lax.scan(visit_group, None, (end_G - group_sizes_G, end_G))[1]
 
 
-def _in_range(top, height, start, end):
+def in_range(top, height, start, end):
     """Which of the rows top, top + 1, ... lie in [start, end)."""
     row = top + jnp.arange(height)
     return (row >= start) & (row < end)
 
 
-def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
+def dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
     """A matmul over one axis of each, accumulated in float32."""
     dimensions = (((contract_a,), (contract_b,)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(dtype)

@@ -8,6 +8,7 @@ and run with ``lax.scan``, so compile time and program size do not grow with dep
 import dataclasses
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -187,6 +188,8 @@ class LM(nnx.Module):
         train: bool,
     ) -> LMOutput:
         config = self.config
+        chex.assert_rank(token_BL, 2)
+        chex.assert_equal_shape([token_BL, context.position_BL, context.valid_BL])
         dtype = jnp.dtype(config.dtype)
         # Scaled so that a tied embedding can serve as head with logits of unit scale.
         x_BLD = jnp.take(self.embed_VD[...], token_BL, axis=0) * config.d_model**0.5

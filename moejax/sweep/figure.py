@@ -1,6 +1,7 @@
 """Results as a picture: loss against what a token costs and against the time it took."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ SHAPES = "osD^vP"
 LOG_FROM = 3.0
 """An axis whose largest value is this many times its smallest is logarithmic."""
 LEAKS = "\N{DAGGER}"
+
+Pixel = tuple[float, float]
 
 
 def write_figure(folder: Path, title: str, results: Sequence[Result]) -> None:
@@ -114,22 +117,22 @@ class _Panel:
             )
 
     def label(self, results: Sequence[Result]) -> None:
-        """A name beside each variant's mean, where it hides no point and no other name."""
+        """A name beside each variant's mean or a point of it, hiding no point and no other name."""
         from matplotlib.lines import Line2D
 
         figure = self.axes.figure
         renderer = figure.canvas.get_renderer()
         inside = _Box(*self.axes.get_window_extent(renderer).extents)
-        means, taken = self._middles_and_marks(results)
+        anchors, taken = self._anchors_and_marks(results)
         for variant, (colour, _) in _styles(results).items():
-            if variant not in means:
+            if variant not in anchors:
                 continue
-            (x, y), own = means[variant], [r for r in results if r.variant == variant]
-            name = f"{variant} {LEAKS}" if own[0].leak else variant
+            leaks = any(r.leak for r in results if r.variant == variant)
+            name = f"{variant} {LEAKS}" if leaks else variant
             style = {"color": colour, "fontweight": "bold", "va": "bottom", "zorder": 4}
             text = figure.text(0, 0, name, transform=None, **style)
             extent = text.get_window_extent(renderer)
-            box = _place(x, y, extent.width, extent.height, taken, inside)
+            box, (x, y) = _place(anchors[variant], extent.width, extent.height, taken, inside)
             taken.append(box)
             # Relative to the figure, so that it may be saved with another resolution.
             to_figure = figure.transFigure.inverted().transform
@@ -140,24 +143,24 @@ class _Panel:
                 line = Line2D(*ends, transform=figure.transFigure, color=colour, linewidth=0.8)
                 figure.add_artist(line)
 
-    def _middles_and_marks(
+    def _anchors_and_marks(
         self, results: Sequence[Result]
-    ) -> tuple[dict[str, tuple[float, float]], list["_Box"]]:
-        """The mean of each variant in pixels, and what no name may cover: points and spokes."""
+    ) -> tuple[dict[str, list[Pixel]], list["_Box"]]:
+        """Where a name may stand: mean and points; what it may not cover: points and spokes."""
         to_pixels = self.axes.transData.transform
-        middles, marks = {}, []
+        anchors, marks = {}, []
         for variant in _styles(results):
             own = [(self.value(r), r.loss) for r in results if r.variant == variant]
             if not all(math.isfinite(x) for x, _ in own):
                 continue
-            x, y = middles[variant] = to_pixels(
-                [statistics.fmean(a) for a in zip(*own, strict=True)]
-            )
-            for px, py in map(to_pixels, own):
+            x, y = mean = to_pixels([statistics.fmean(a) for a in zip(*own, strict=True)])
+            points = [to_pixels(point) for point in own]
+            anchors[variant] = [mean, *points]
+            for px, py in points:
                 marks.append(_around(px, py, 6))
                 spoke = ((px + (x - px) * i / 8, py + (y - py) * i / 8) for i in range(8))
                 marks += [_around(*place, 2) for place in spoke]
-        return middles, marks
+        return anchors, marks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,23 +188,22 @@ def _around(x: float, y: float, reach: float) -> _Box:
 
 
 def _place(
-    x: float, y: float, width: float, height: float, taken: Sequence[_Box], inside: _Box
-) -> _Box:
-    """The nearest free place for a name around the middle of its points."""
+    anchors: Sequence[Pixel], width: float, height: float, taken: Sequence[_Box], inside: _Box
+) -> tuple[_Box, Pixel]:
+    """The free place for a name that is nearest to one of its anchors, and that anchor."""
     best, least = None, math.inf
-    for radius in range(12, 132, 6):
-        for angle in range(0, 360, 15):
-            dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            # The edge of the name, not its middle, lies on the circle.
-            left = x + radius * dx - width * (1 - dx) / 2
-            low = y + radius * dy - height * (1 - dy) / 2
-            box = _Box(left, low, left + width, low + height)
-            outside = width * height - box.overlap(inside)
-            cost = sum(map(box.overlap, taken)) + 100 * max(outside, 0.0)
-            if cost < least:
-                best, least = box, cost
-            if cost < 1e-6:
-                return box
+    for radius, (x, y), angle in itertools.product(range(12, 132, 6), anchors, range(0, 360, 15)):
+        dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        # The edge of the name, not its middle, lies on the circle.
+        left = x + radius * dx - width * (1 - dx) / 2
+        low = y + radius * dy - height * (1 - dy) / 2
+        box = _Box(left, low, left + width, low + height)
+        outside = width * height - box.overlap(inside)
+        cost = sum(map(box.overlap, taken)) + 100 * max(outside, 0.0)
+        if cost < least:
+            best, least = (box, (x, y)), cost
+        if cost < 1e-6:
+            break
     assert best is not None
     return best
 

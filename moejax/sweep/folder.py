@@ -31,9 +31,15 @@ def log_of(folder: Path, trial: Trial) -> Path:
 
 
 def finished(folder: Path, trial: Trial) -> bool:
-    """Whether the trial has its last evaluation and its picture, which a run draws at its end."""
+    """Whether the trial has its last evaluation and its picture, which a run draws at its end.
+
+    A run with another config is not the trial's.
+    """
     workdir = workdir_of(folder, trial)
-    if not (workdir / "summary.png").exists() or not (workdir / "metrics.jsonl").exists():
+    names = ("config.json", "metrics.jsonl", "summary.png")
+    if not all((workdir / name).exists() for name in names):
+        return False
+    if config_id(read_config(workdir)["config"]) != trial.id:
         return False
     rows = read_rows(workdir / "metrics.jsonl")
     return any(row["split"] == "eval" and row["step"] == trial.steps for row in rows)

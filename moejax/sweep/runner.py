@@ -113,7 +113,8 @@ def _run(trial: Trial, sweep: Sweep, folder: Path, signals: "_Signals", place: s
         return DONE
     if status == STOPPED or (signals.asked and status < 0):
         return STOPPED
-    _say(f"{place} failed with status {status} after {took}; the end of {path}:")
+    how = f"failed with status {status}" if status else "left no finished run of this trial"
+    _say(f"{place} {how} after {took}; the end of {path}:")
     for line in tail(path, begin):
         _say(f"    | {line}")
     return FAILED

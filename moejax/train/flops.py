@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
+_KERNELS = ("grouped_matmul", "grouped_ffn")
 # Work hidden in a kernel: its FLOPs cannot be read from operand shapes.
 _OPAQUE = frozenset({"pallas_call", "ragged_dot_general"})
 
@@ -33,6 +34,7 @@ def count_flops(closed_jaxpr: ClosedJaxpr | Jaxpr, *, grouped: bool = True) -> f
     * a jitted function whose name starts with ``grouped_matmul``: 2 * N * D * F from the shapes of
       its operands, whatever kernel or loop is inside. N is the number of rows handed to it,
       padding rows included.
+    * one named ``grouped_ffn``: 2 * N * D * F for each matrix; ``grouped_ffn_bwd`` twice that.
     * rematerialisation counts again, because it runs again. For model-FLOPs utilisation trace the
       step with ``model.remat="none"``.
 
@@ -56,10 +58,9 @@ def _equation_flops(eqn: Any, grouped: bool) -> float:
         raise ValueError(
             f"cannot count the FLOPs of {name}: wrap it in a jitted function named grouped_matmul*"
         )
-    if _is_grouped_matmul(eqn) and not any(
-        _has_grouped_matmul(body) for body in jaxprs_in_params(params)
-    ):
-        flops = _grouped_matmul_flops(eqn)
+    if _is_kernel(eqn) and not any(_has_kernel(body) for body in jaxprs_in_params(params)):
+        is_ffn = str(params["name"]).startswith("grouped_ffn")
+        flops = _grouped_ffn_flops(eqn) if is_ffn else _grouped_matmul_flops(eqn)
         if flops is not None:
             return flops if grouped else 0.0
     count = partial(count_flops, grouped=grouped)
@@ -91,16 +92,13 @@ def _conv_flops(eqn: Any) -> float:
     return 2.0 * eqn.outvars[0].aval.size * kernel.size / out_features
 
 
-def _is_grouped_matmul(eqn: Any) -> bool:
-    return eqn.primitive.name in ("jit", "pjit") and str(eqn.params["name"]).startswith(
-        "grouped_matmul"
-    )
+def _is_kernel(eqn: Any) -> bool:
+    return eqn.primitive.name in ("jit", "pjit") and str(eqn.params["name"]).startswith(_KERNELS)
 
 
-def _has_grouped_matmul(jaxpr: Jaxpr) -> bool:
+def _has_kernel(jaxpr: Jaxpr) -> bool:
     return any(
-        _is_grouped_matmul(eqn)
-        or any(_has_grouped_matmul(body) for body in jaxprs_in_params(eqn.params))
+        _is_kernel(eqn) or any(_has_kernel(body) for body in jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns
     )
 
@@ -124,6 +122,22 @@ def _grouped_matmul_flops(eqn: Any) -> float | None:
                 f"{eqn.params['name']} must take (rows, weights_GDF, sizes) or (rows, rows, "
                 f"sizes); it was called with floating-point operands of shapes {shapes}"
             )
+
+
+def _grouped_ffn_flops(eqn: Any) -> float | None:
+    """From (x_ND, [dy_ND and what was kept,] one or more w_GDF, w_GFD); None as above."""
+    shapes = [var.aval.shape for var in eqn.invars if jnp.issubdtype(var.aval.dtype, jnp.floating)]
+    rows = [shape[0] for shape in shapes if len(shape) == 2]
+    matrices = [shape[1] * shape[2] for shape in shapes if len(shape) == 3]
+    if not shapes:
+        return None
+    if len(matrices) < 2 or not rows:
+        raise ValueError(
+            f"{eqn.params['name']} must take rows and at least two stacks of matrices; it was "
+            f"called with floating-point operands of shapes {shapes}"
+        )
+    products = 2 if str(eqn.params["name"]).endswith("_bwd") else 1
+    return products * 2.0 * rows[0] * sum(matrices)
 
 
 def _num_shards(params: dict[str, Any]) -> int:

@@ -201,23 +201,27 @@ class Budget:
 
 
 def budget(run: Run) -> Budget:
-    """Counts parameters, FLOPs (on the jaxpr) and bytes per device (from shapes and shardings)."""
-    config, task = run.config, run.task
+    """Counts parameters, FLOPs (on the jaxpr) and bytes per device (from shapes and shardings).
+
+    FLOPs are those of the model, memory is that of the program: on the run's mesh, with its
+    transport's buffers, and after recomputation has given up what it computes again.
+    """
+    config, params = run.config, run.abstract_state.params
     micro = config.train.batch_size // config.train.grad_accum
-    dropless = task.countable()
-    params = run.abstract_state.params
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.abstract_state)
-
-    def loss(params: PyTree, batch: Batch, train: bool = True) -> jax.Array:
-        key = jax.random.wrap_key_data(jax.numpy.zeros_like(run.abstract_state.key))
-        gate_state, step = zeros_like(plain.gate_state), jax.numpy.int32(0)
-        totals = dropless.forward(params, gate_state, batch, step, key, train=train)
-        return dropless.objective(totals, totals.tokens)
-
     batch = abstract_batch(config, micro)
-    backward = jax.make_jaxpr(jax.grad(loss))(plain.params, batch)
-    forward = jax.make_jaxpr(functools.partial(loss, train=False))(plain.params, batch)
-    kept = memory.residual_bytes(lambda p: loss(p, zeros_like(batch)), plain.params)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+    def loss(task: LanguageModel, params: PyTree, batch: Batch, train: bool = True) -> jax.Array:
+        gate_state, key = zeros_like(run.abstract_state.gate_state), jax.random.key(0)
+        step = jax.numpy.int32(0)
+        totals = task.forward(params, gate_state, batch, step, key, train=train)
+        return task.objective(totals, totals.tokens)
+
+    countable = functools.partial(loss, run.task.countable())
+    backward = jax.make_jaxpr(jax.grad(countable))(plain, batch)
+    forward = jax.make_jaxpr(functools.partial(countable, train=False))(plain, batch)
+    with jax.set_mesh(run.mesh):
+        kept = memory.residual_bytes(lambda p: loss(run.task, p, zeros_like(batch)), plain)
     shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
     return Budget(
         parameters=count_parameters(params),

@@ -1,5 +1,6 @@
 """One optimizer update, and one evaluation of a batch. Pure functions of plain pytrees."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,18 +33,7 @@ def train_step(
 
     grad_fn = jax.value_and_grad(loss, has_aux=True)
     parts = split_batch(batch, grad_accum, task.model.moe.rows_per_group(1))
-    if grad_accum == 1:
-        (total, totals), grads = grad_fn(state.params, jax.tree.map(lambda x: x[0], parts))
-    else:
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, state.params, first)
-        )
-        (total, totals), grads = jax.lax.scan(
-            lambda sums, part: (jax.tree.map(jnp.add, sums, grad_fn(state.params, part)), None),
-            zeros,
-            parts,
-        )[0]
+    (total, totals), grads = add_up(lambda part: grad_fn(state.params, part), parts)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -67,6 +57,17 @@ def eval_step(state: TrainState, batch: Batch, *, task: LanguageModel) -> Totals
     """The batch's totals in evaluation: no noise, evaluation transport, state untouched."""
     key = jax.random.wrap_key_data(state.key)
     return task.forward(state.params, state.gate_state, batch, state.step, key, train=False)
+
+
+def add_up(fn: Callable[[Batch], PyTree], parts: Batch) -> PyTree:
+    """The sum of ``fn`` over ``[parts, ...]``, one part at a time."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    if len(parts["valid"]) == 1:
+        return fn(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, first))
+    return jax.lax.scan(
+        lambda sums, part: (jax.tree.map(jnp.add, sums, fn(part)), None), zeros, parts
+    )[0]
 
 
 def split_batch(batch: Batch, parts: int, rows: int) -> Batch:

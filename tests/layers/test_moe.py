@@ -27,6 +27,14 @@ def test_a_mesh_changes_nothing(shape, gate):
         assert wanted[0][1][1].stats.dropped_E.sum() > 0
 
 
+@pytest.mark.parametrize(("gate", "group"), [("mixtral", "4"), ("shazeer", "batch")])
+def test_groups_that_do_not_divide_over_the_mesh_change_nothing(gate, group):
+    """Two groups, or one, on eight devices: selection works on gathered logits."""
+    x, ctx = tokens(), context()
+    choices = {"transport": "dropless", "group": group}
+    same(run(meshes.LARGE, gate, x, ctx, **choices), run(None, gate, x, ctx, **choices))
+
+
 PRIORITIES = ["position", "choice", "gate", "random"]
 PAIRWISE = [
     pytest.param(

@@ -11,7 +11,6 @@ import pytest
 from moejax import cli
 from moejax.config import load, to_dict
 from moejax.errors import UserError
-from moejax.gating import names
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, config_id, expand
 
@@ -104,9 +103,6 @@ def test_an_id_survives_json(write: Write):
     assert config_id(json.loads(json.dumps(trial.config))) == trial.id
 
 
-@pytest.mark.skipif(
-    not set(VARIANTS[3:]) <= set(names()), reason="gates base, sbase and dselect_k are not here yet"
-)
 def test_the_smoke_experiment_has_its_six_variants_and_two_seeds():
     sweep = expand(SMOKE)
     assert sweep.variants == VARIANTS and len(sweep.trials) == 12

@@ -73,14 +73,15 @@ def test_kept_pairs_are_those_not_dropped():
 
 
 def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
-    sweep = Sweep("page.py", (Trial("a", 0, (), {"train": {"steps": 3}}),))
+    config = {"train": {"steps": 3}}
+    sweep = Sweep("page.py", (Trial("a", 0, (), config),))
     workdir = tmp_path / "trials/a-seed0"
     workdir.mkdir(parents=True)
     assert read_sweep(tmp_path, sweep) == []
     (workdir / "summary.png").touch()
     (workdir / "timings.jsonl").touch()
     (workdir / "metrics.jsonl").write_text('{"step": 3, "split": "eval", "loss": 2.0}\n')
-    saved = {"config": {}, "fingerprint": "", "baselines": {}, "heldout_bytes_per_token": 1.0}
+    saved = {"config": config, "fingerprint": "", "baselines": {}, "heldout_bytes_per_token": 1.0}
     (workdir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match="a-seed0 has no 'flops'"):
         read_sweep(tmp_path, sweep)

@@ -1,5 +1,6 @@
 """Trials as processes: failures, signals, kills and going on. What runs in them is trial.py."""
 
+import json
 import os
 import signal
 import subprocess
@@ -40,6 +41,9 @@ def sweep():
 
 def small_command(trial: Any, sweep: Any, folder: Path) -> list[str]:
     workdir = folders.workdir_of(folder, trial)
+    config = {**trial.config, "moe": {}} if trial.variant == "other" else trial.config
+    saved = {"config": config, "fingerprint": "", "baselines": {}}
+    (workdir / "config.json").write_text(json.dumps(saved))
     return [sys.executable, f"{ROOT}/tests/sweep/trial.py", str(workdir), trial.variant]
 
 
@@ -225,6 +229,16 @@ def test_a_trial_that_the_file_no_longer_gives_is_not_run_as_another(tmp_path: P
     assert ended.status == 2 and "moe.num_experts=8, the experiment now has" in ended.err
     small.page.write_text(text)
     assert small.run().status == 0 and small.steps("quick_2") == ALL
+
+
+def test_a_run_with_another_config_is_not_the_trial(tmp_path: Path):
+    """As when the file was edited just after it was looked at."""
+    small = Small(tmp_path, "other", "quick")
+    ended = small.run()
+    assert ended.status == 1 and "other-seed0 left no finished run of this trial" in ended.out
+    assert small.steps("quick") == ALL
+    ended = small.run()
+    assert ended.status == 2 and "the run in" in ended.err and "other-seed0 has moe" in ended.err
 
 
 def test_two_runners_of_one_folder_are_one_too_many(tmp_path: Path):

@@ -2,10 +2,12 @@
 
 Its name says what it does:
 
-    quick*  five steps, each a line of the file `steps`, then what a finished run leaves
-    slow*   the same in two seconds
+    slow*   takes two seconds for five steps, each a line of the file `steps`; then leaves what a
+            finished run does
     rude*   slow, and saves only at the second signal
     bad*    says thirty lines and fails; `bad_then_good` only the first time
+
+and all others do the same as slow ones, quickly.
 """
 
 import json
@@ -33,7 +35,7 @@ def main(workdir: Path, name: str) -> int:
     steps = workdir / "steps"
     steps.touch()
     while (done := len(steps.read_text().split())) < STEPS:
-        time.sleep(0.01 if name.startswith("quick") else 0.4)
+        time.sleep(0.4 if name.startswith(("slow", "rude")) else 0.01)
         if len(asked) > name.startswith("rude"):
             print("saved", flush=True)
             return 75

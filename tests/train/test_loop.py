@@ -85,12 +85,14 @@ def test_no_step_moves_anything_between_host_and_device(whole: Whole):
 
 
 def accumulated(text: Path, accum: int, group: str, batch_size: int) -> dict[str, Any]:
-    """The metrics of one update of the first batch, in ``accum`` parts."""
+    """The metrics of one update of the first batch, in ``accum`` parts, and the gradient as Adam's
+    first moment has it."""
     changes = {"moe.group": group, "train.grad_accum": accum, "train.batch_size": batch_size}
     run = prepared(text, **changes)
     with jax.set_mesh(run.mesh):
-        _, metrics = run.train_step(run.init_state(), run.put(run.train_batches().batch(0)))
-    return jax.device_get(metrics)
+        state, metrics = run.train_step(run.init_state(), run.put(run.train_batches().batch(0)))
+    moments = {name: x for name, x in runs.named(state).items() if "/mu/" in name}
+    return {**jax.device_get(metrics), "gradient": moments}
 
 
 def same_in_parts(text: Path, group: str, batch_size: int, *accums: int) -> None:
@@ -101,6 +103,11 @@ def same_in_parts(text: Path, group: str, batch_size: int, *accums: int) -> None
         # Sums of the same float32 numbers in another order.
         assert parts["total_loss"] == pytest.approx(whole["total_loss"], rel=1e-6)
         assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+        assert parts["gradient"].keys() == whole["gradient"].keys() and len(parts["gradient"]) > 10
+        for name, x in parts["gradient"].items():
+            largest = np.abs(whole["gradient"][name]).max()
+            assert largest > 0
+            np.testing.assert_allclose(x, whole["gradient"][name], rtol=0, atol=1e-5 * largest)
         for name in ("cross_entropy", "auxiliary", "mean_square"):
             a, b = getattr(parts["totals"], name), getattr(whole["totals"], name)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)

@@ -4,10 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.train import setup
 from moejax.train.memory import residual_bytes, tree_bytes_per_device
+from tests import steps
 
 
 def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -58,3 +61,35 @@ def test_bytes_per_device_follow_the_sharding(eight_devices):
     real = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), tree)
     on_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(real))
     assert tree_bytes_per_device(tree) == tree_bytes_per_device(real) == on_device
+
+
+def activations(**changes) -> int:
+    return setup.budget(steps.make({"data": 2, "expert": 4}, **changes)).activation_bytes
+
+
+def test_expected_memory_knows_recomputation_and_the_transports_buffers(eight_devices):
+    plain = activations()
+    full, dots = activations(model__remat="full"), activations(model__remat="dots")
+    assert 0 < full < dots < 0.5 * plain
+    # Of two layers, full recomputation keeps the inputs: 16 floats of each of 16 tokens a device.
+    assert full >= 2 * 16 * 16 * 4
+    # Its receive buffers have room for the 32 pairs of each of the four expert shards, cells for
+    # one shard's; of every row the input and two hidden layers are kept, in both layers.
+    more_rows = 4 * 32 - 32
+    more = 2 * more_rows * (16 + 2 * steps.F) * 4
+    assert activations(moe__transport="dropless") >= plain + more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"model__remat": "full"}, {"moe__transport": "dropless"}])
+def test_expected_memory_differs_as_that_of_the_compiled_program_does(changes, eight_devices):
+    def measured(**changes) -> tuple[int, int]:
+        sizes = {"model__d_model": 64, "model__num_layers": 4, "moe__d_ff": 64, **changes}
+        run = steps.make({"data": 2, "expert": 4}, **sizes)
+        with jax.set_mesh(run.mesh):
+            compiled = run.train_step.lower(*steps.shapes(run)).compile()
+        return setup.budget(run).activation_bytes, compiled.memory_analysis().temp_size_in_bytes
+
+    (expected, real), (other_expected, other_real) = measured(), measured(**changes)
+    # XLA keeps some values twice and computes some again.
+    assert (other_expected - expected) / (other_real - real) == pytest.approx(1, abs=0.5)
