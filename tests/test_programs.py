@@ -15,6 +15,7 @@ from moejax import dispatch as dispatch_module
 from moejax import gating
 from moejax.dispatch import dispatch
 from moejax.mesh import batch_spec, make_mesh
+from moejax.models import lm
 from moejax.types import Context, ExpertWeights, GateSpec, Routing
 from tests import meshes, steps
 from tests.hlo import collectives
@@ -188,9 +189,12 @@ def holds_expert_weights(size):
 
 
 @functools.cache
-def step_collectives(shape, **changes):
-    run = steps.make(dict(shape), **changes)
-    return collectives(steps.compiled_text(run), run.mesh)
+def step_collectives(shape, unrolled=0, **changes):
+    """Those in the program's text; with layers in a loop, unless ``unrolled`` are laid out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "MOST_UNROLLED", unrolled)
+        run = steps.make(dict(shape), **changes)
+        return collectives(steps.compiled_text(run), run.mesh)
 
 
 def moves_expert_weights(found):
@@ -225,6 +229,17 @@ def test_the_number_of_collectives_does_not_grow_with_depth():
     shallow = step_collectives(tuple(meshes.LARGE.items()))
     deep = step_collectives(tuple(meshes.LARGE.items()), model__num_layers=6)
     assert counted(shallow) == counted(deep)
+
+
+def test_layers_that_are_laid_out_exchange_what_they_do_in_a_loop():
+    """Four exchanges a layer of the same size, and no collective of another kind."""
+    shape = tuple(meshes.LARGE.items())
+    loop, flat = step_collectives(shape), step_collectives(shape, unrolled=8)
+    exchanges = [[c for c in found if c.kind == "all-to-all"] for found in (loop, flat)]
+    layers = steps.make(dict(shape)).config.model.num_layers
+    assert len(exchanges[1]) == 4 * layers == layers * len(exchanges[0])
+    assert {c.sizes for c in exchanges[0]} == {c.sizes for c in exchanges[1]}
+    assert set(counted(loop)) == set(counted(flat))
 
 
 # As on TPU and GPU.

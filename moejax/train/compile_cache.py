@@ -44,6 +44,7 @@ _SETTINGS = {
     # Its path would be that of this process, and a part of the entries' keys.
     "jax_persistent_cache_enable_xla_caches": "none",
 }
+_FOLDER, _SWITCH = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
 _TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(\w+)")
 
 _active: "Cache | None" = None
@@ -141,7 +142,7 @@ def folder_of(choice: str) -> Path | None:
         return None
     if choice != AUTO:
         return Path(choice).expanduser().absolute()
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if getattr(jax.config, _FOLDER) or not getattr(jax.config, _SWITCH):
         return None
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The standard has relative values ignored.
@@ -164,7 +165,7 @@ def machine() -> str:
 def _jax_uses(cache: Cache, names_matter: bool) -> Iterator[None]:
     settings = {
         **_SETTINGS,
-        "jax_compilation_cache_dir": str(cache.view),
+        _FOLDER: str(cache.view),
         "jax_compilation_cache_include_metadata_in_key": names_matter,
     }
     before = {name: getattr(jax.config, name) for name in settings}

@@ -62,10 +62,6 @@ class Run:
         jitted = jax.jit(functools.partial(eval_step, task=self.task))
         return compiled_together(jitted, self.abstract_state, self.abstract_batch)
 
-    @property
-    def _on_cpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform == "cpu"
-
     @functools.cached_property
     def _row_sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, meshes.batch_spec())
@@ -81,9 +77,7 @@ class Run:
     def init_state(self) -> TrainState:
         """A fresh state, each device making only its own part."""
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        # Runs once: on CPU the time to optimise its code is two thirds of that to compile it.
-        options = {"xla_backend_optimization_level": 1} if self._on_cpu else None
-        return jax.jit(self._init, out_shardings=state, compiler_options=options)()
+        return jax.jit(self._init, out_shardings=state)()
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """A global batch of host arrays, on the devices that need its rows."""

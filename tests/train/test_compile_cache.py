@@ -83,7 +83,7 @@ def test_what_one_run_compiled_the_next_one_finds(keep_everything, tmp_path):
             np.testing.assert_array_equal(compiled(), EXPECTED)
         assert found.count("jit_some_program") == expected
     assert len(entries(tmp_path)) == 1 and not views(tmp_path)
-    assert jax.config.jax_compilation_cache_dir is None, "jax is left as it was"
+    assert getattr(jax.config, compile_cache._FOLDER) is None, "jax is left as it was"
 
 
 def test_published_programs_are_there_while_the_run_that_compiled_them_goes_on(
