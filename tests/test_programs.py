@@ -225,6 +225,14 @@ def test_fsdp_gathers_weights_over_fsdp_only():
     assert {c.kind for c in found} <= {"all-gather", "all-reduce", "all-to-all"}
 
 
+def test_the_embedding_is_looked_up_where_the_tokens_are():
+    """Not by every device for the whole batch, in its own columns of a split table."""
+    found = step_collectives((("fsdp", 8),))
+    assert {c.kind for c in found} == {"all-gather", "all-reduce"}
+    table = steps.VOCAB * 16
+    assert table in [size for c in found if c.kind == "all-gather" for size in c.sizes]
+
+
 def test_the_number_of_collectives_does_not_grow_with_depth():
     shallow = step_collectives(tuple(meshes.LARGE.items()))
     deep = step_collectives(tuple(meshes.LARGE.items()), model__num_layers=6)

@@ -192,7 +192,9 @@ class LM(nnx.Module):
         chex.assert_equal_shape([token_BL, context.position_BL, context.valid_BL])
         dtype = jnp.dtype(config.dtype)
         # Scaled so that a tied embedding can serve as head with logits of unit scale.
-        x_BLD = jnp.take(self.embed_VD[...], token_BL, axis=0) * config.d_model**0.5
+        # Whole on every device first: otherwise each looks up its columns for the whole batch.
+        embed_VD = constrain(self.embed_VD[...])
+        x_BLD = jnp.take(embed_VD, token_BL, axis=0) * config.d_model**0.5
         x_BLD = constrain(x_BLD.astype(dtype), BATCH)
         first = []
         for block in self.first:
