@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.types import Policy
+
 LOSSES: tuple[str, ...] = ("load_balance", "importance", "load", "z")
+"""Of every layer. Those of a policy, which need the reward, are ``POLICY_LOSSES``."""
+POLICY_LOSSES: tuple[str, ...] = ("policy", "baseline")
 
 
 @partial(jax.jit, static_argnames="num_experts")
@@ -99,3 +103,25 @@ def _at_least_one(count: Array) -> Array:
 def _over_scopes(value_Q: Array, tokens_Q: Array) -> Array:
     """Mean over scopes, weighted by their valid tokens; 0 when there are none."""
     return jnp.sum(value_Q * tokens_Q) / _at_least_one(jnp.sum(tokens_Q))
+
+
+def policy_gradient(
+    policy: Policy, reward_BL: Float[Array, "B L"], valid_BL: Bool[Array, "B L"]
+) -> dict[str, Float[Array, ""]]:
+    r"""REINFORCE with a learned baseline, for sampled routing; ``policy`` leads with the layers.
+
+    .. math:: L_{policy} = -\operatorname{mean}_{l,t} (r_t - b_{lt}) \log \pi(a_{lt}), \qquad
+       L_{baseline} = \operatorname{mean}_{l,t} (r_t - b_{lt})^2
+
+    Reward and, in the first, baseline are constants. One sample estimates the gradient of the
+    expected reward without bias (Williams 1992; as RL-R in Clark et al., arXiv 2202.01169).
+    """
+    reward_BL = jax.lax.stop_gradient(reward_BL)
+    advantage = reward_BL - policy.baseline_GT
+    gain = jax.lax.stop_gradient(advantage) * policy.log_prob_GT
+    count = _at_least_one(jnp.sum(valid_BL)) * policy.log_prob_GT.shape[0]
+
+    def mean(value: Array) -> Array:
+        return jnp.sum(jnp.where(valid_BL, value, 0.0)) / count
+
+    return {"policy": -mean(gain), "baseline": mean(jnp.square(advantage))}

@@ -105,6 +105,7 @@ FIELDS: dict[str, Field] = {
     "moe.every": Field(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0),
     "moe.first_dense": Field(0, "layers at the bottom that stay dense", low=0),
     "moe.shared_experts": Field(0, "experts of width moe.d_ff that every token visits", low=0),
+    "moe.shared_gate": Field(False, "weigh the shared experts by a sigmoid of the token"),
     "moe.activation": Field("swiglu", "of an expert", choices=ACTIVATIONS),
     "moe.transport": Field("cells", "how tokens travel in training", choices=TRANSPORTS),
     "moe.capacity_factor": Field(
@@ -130,6 +131,8 @@ FIELDS: dict[str, Field] = {
     "moe.losses.z": Field(0.001, "router z-loss: mean squared logsumexp of the logits", low=0.0),
     "moe.losses.importance": Field(0.0, "Shazeer's importance loss", low=0.0),
     "moe.losses.load": Field(0.0, "Shazeer's load loss", low=0.0),
+    "moe.losses.policy": Field(0.0, "REINFORCE, of gates trained by policy", low=0.0),
+    "moe.losses.baseline": Field(0.0, "squared error of the expected reward", low=0.0),
     "moe.gate.name": Field(DEFAULT_GATE, "a name from `moejax gates`, or my_package.module:MyGate"),
     "train.steps": Field(300, "optimizer updates", low=1),
     "train.batch_size": Field(16, "sequences per step, over all devices", low=1),

@@ -16,10 +16,12 @@ Router mathematics (logits, probabilities, weights, statistics, gate state) is f
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 GateParams = PyTree
@@ -68,6 +70,19 @@ class RouterStats:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Policy:
+    """Of gates whose routing is sampled: what REINFORCE needs of each token's choice.
+
+    ``log_prob`` is the differentiable log-probability of the experts it got, ``baseline`` the
+    reward that was expected. The reward is the log-likelihood of the token's target.
+    """
+
+    log_prob_GT: Float[Array, "*G T"]
+    baseline_GT: Float[Array, "*G T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class GateOutput:
     """A gate's answer: the routing, its statistics, and what only this gate has.
 
@@ -84,6 +99,8 @@ class GateOutput:
     means: dict[str, Float[Array, "G ..."]] = dataclasses.field(default_factory=dict)
     cut_GTE: Bool[Array, "G T E"] | None = None
     """Pairs the gate wanted but had no column for: counted as dropped."""
+    policy: Policy | None = None
+    """Of gates with ``trained_by = "policy"``; the trainer turns it into losses."""
 
 
 @jax.tree_util.register_dataclass
@@ -161,13 +178,18 @@ class GateContext:
 
 @dataclasses.dataclass(frozen=True)
 class GateSpec:
-    """The sizes a gate is built for. ``layer`` may be traced: stacked layers share one program."""
+    """The sizes a gate is built for. ``layer`` may be traced: stacked layers share one program.
+
+    ``token_counts``: counts how often each token occurs in the training text, int64[V]; None where
+    there is no text.
+    """
 
     d_model: int
     num_experts: int
     vocab_size: int = 0
     layer: int | Int[Array, ""] = 0
     num_tasks: int = 1
+    token_counts: Callable[[], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +319,8 @@ class MoEStats:
     load_E: Int[Array, "E"]
     dropped_E: Int[Array, "E"]
     dropped_L: Int[Array, "L"]
+    dropped_K: Int[Array, "K"]
+    """By column: for top-k gates the rank of the choice."""
     unserved_tokens: Int[Array, ""]
     """Tokens all of whose pairs were dropped, or that had none."""
     prob_E: Float[Array, "E"]
@@ -320,3 +344,4 @@ class MoEInfo(NamedTuple):
     routing: Routing
     kept_GTK: Bool[Array, "G T K"]
     """Active pairs that found room."""
+    policy: Policy | None = None

@@ -42,6 +42,7 @@ def config(gate="mixtral", moe=None, **changes) -> LMConfig:
         expert_d_ff=12,
         expert_activation="swiglu",
         shared_experts=0,
+        shared_gate=False,
         balance_scope="sequence",
     )
     return dataclasses.replace(base, **changes)

@@ -13,6 +13,9 @@ from moejax.data.shards import fingerprint, is_prepared, read_shards
 from moejax.data.tokenizer import Tokenizer, encode_documents, load_tokenizer
 from moejax.errors import UserError
 
+COUNTED = 2**25
+"""Tokens that ``Corpus.token_counts`` looks at."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
@@ -45,6 +48,12 @@ class Corpus:
     name: str
     separator: int
     origin: Origin | None = None
+
+    def token_counts(self, vocab_size: int = 0) -> np.ndarray:
+        """Occurrences of each token in (the first 2^25 tokens of) the training text, int64[V]."""
+        size, chunk = max(vocab_size, self.vocab_size), 2**20
+        parts = (self.train_N[start : start + chunk] for start in range(0, COUNTED, chunk))
+        return sum((np.bincount(part, minlength=size) for part in parts), np.zeros(size, np.int64))
 
 
 def load(data_cfg: Any) -> Corpus:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from moejax.gating import ops
 from moejax.gating.selectors import TINY, code_bits, entropy, mix, selectors
-from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
     GateOutput,
@@ -18,7 +17,6 @@ from moejax.types import (
     GateState,
     MoEConfig,
     RouterStats,
-    Routing,
     TrainedBy,
     Visibility,
 )
@@ -66,11 +64,7 @@ class DSelectK(ops.Stateless):
         for field in ("entropy_weight", "entropy_steps", "penalty_weight"):
             if getattr(self, field) < 0:
                 raise ValueError(f"gate.{field}={getattr(self, field)} must be 0 or more")
-        if not 0 <= self.max_active <= num_experts:
-            raise ValueError(
-                f"gate.max_active={self.max_active} must lie between 1 and num_experts="
-                f"{num_experts}, or be 0 for all"
-            )
+        ops.check_max_active(self.max_active, num_experts)
 
     def columns(self, num_experts: int) -> int:
         return self.max_active or num_experts
@@ -102,7 +96,7 @@ class DSelectK(ops.Stateless):
         z_GTSM, w_GTS = self._codes(params, x_GTD, context)
         chosen_GTSE = selectors(z_GTSM, state["code_E"], self.gamma)
         weight_GTE = mix(w_GTS, chosen_GTSE)
-        routing, cut_GTE = self._heaviest(weight_GTE, context.valid_GT)
+        routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         total_GT1 = jnp.sum(weight_GTE, axis=-1, keepdims=True)
         probs_GTE = weight_GTE / jnp.maximum(total_GT1, TINY)
         # Any logits with these probabilities do: the gate has none of its own.
@@ -113,7 +107,7 @@ class DSelectK(ops.Stateless):
             routing,
             RouterStats(logits_GTE, probs_GTE, probs_GTE),
             losses,
-            means={"selector_entropy": _group_mean(entropy_GT, context.valid_GT)},
+            means={"selector_entropy": ops.group_mean(entropy_GT, context.valid_GT)},
             cut_GTE=cut_GTE,
         )
 
@@ -135,24 +129,6 @@ class DSelectK(ops.Stateless):
 
         z_GTZ = of_task(z_GTMZ)
         return z_GTZ.reshape(groups, tokens, self.k, z_GTZ.shape[-1] // self.k), of_task(w_GTMS)
-
-    def _heaviest(self, weight_GTE: Array, valid_GT: Array) -> tuple[Routing, Array | None]:
-        """All experts as columns, or the heaviest ``max_active`` and a mask of the others."""
-        num_experts = weight_GTE.shape[-1]
-        if self.columns(num_experts) == num_experts:
-            expert_GTK = jnp.broadcast_to(
-                jnp.arange(num_experts, dtype=jnp.int32), weight_GTE.shape
-            )
-            return ops.masked(expert_GTK, weight_GTE, valid_GT), None
-
-        def select(weight: Array) -> tuple[Array, Array]:
-            heaviest, expert = jax.lax.top_k(weight, self.max_active)
-            return heaviest, expert
-
-        weight_GTK, expert_GTK = group_local(select)(weight_GTE)
-        routing = ops.masked(expert_GTK.astype(jnp.int32), weight_GTK, valid_GT)
-        wanted_GTE = (weight_GTE > 0) & valid_GT[..., None]
-        return routing, wanted_GTE & ~ops.has_pair(routing, num_experts)
 
     def _losses(self, chosen_GTSE: Array, context: GateContext) -> dict[str, Array]:
         progress = 1.0
@@ -180,8 +156,3 @@ def _per_task(x_GTD: Array, weight_MDX: Array) -> Float[Array, "G T M X"]:
     tasks, width, size = weight_MDX.shape
     flat_DY = jnp.swapaxes(weight_MDX, 0, 1).reshape(width, tasks * size)
     return ops.router_logits(x_GTD, flat_DY).reshape(*x_GTD.shape[:2], tasks, size)
-
-
-def _group_mean(value_GT: Array, valid_GT: Array) -> Float[Array, "G"]:
-    total_G = jnp.sum(jnp.where(valid_GT, value_GT, 0.0), axis=1)
-    return total_G / jnp.maximum(jnp.sum(valid_GT, axis=1), 1)

@@ -131,6 +131,29 @@ def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Ar
     return group_local(select)(logits_GTE)
 
 
+def heaviest(
+    weight_GTE: Float[Array, "G T E"], max_active: int, valid_GT: Bool[Array, "G T"]
+) -> tuple[Routing, Bool[Array, "G T E"] | None]:
+    """The routing of gates that visit every expert with positive weight.
+
+    Columns are all experts, or the ``max_active`` heaviest (0: all); then also a mask of the pairs
+    that were cut.
+    """
+    num_experts = weight_GTE.shape[-1]
+    if max_active in (0, num_experts):
+        expert_GTK = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), weight_GTE.shape)
+        return masked(expert_GTK, weight_GTE, valid_GT), None
+
+    def select(weight: Array) -> tuple[Array, Array]:
+        heaviest, expert = jax.lax.top_k(weight, max_active)
+        return heaviest, expert.astype(jnp.int32)
+
+    weight_GTK, expert_GTK = group_local(select)(weight_GTE)
+    routing = masked(expert_GTK, weight_GTK, valid_GT)
+    wanted_GTE = (weight_GTE > 0) & valid_GT[..., None]
+    return routing, wanted_GTE & ~has_pair(routing, num_experts)
+
+
 def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: float) -> int:
     """C = ceil(T k / E * factor), at least 1 and at most T (a token visits an expert once)."""
     # The subtraction keeps 1.1 * 10 at 11 although the product is 11.000000000000002.
@@ -187,6 +210,12 @@ def imbalance(mass_GTE: Float[Array, "G T E"]) -> Float[Array, "G"]:
     return jnp.where(mean_G > 0, worst_G, 0.0)
 
 
+def group_mean(value_GT: Float[Array, "G T"], valid_GT: Bool[Array, "G T"]) -> Float[Array, "G"]:
+    """Mean over the valid tokens of each group; 0 where there are none."""
+    total_G = jnp.sum(jnp.where(valid_GT, value_GT, 0.0), axis=1)
+    return total_G / jnp.maximum(jnp.sum(valid_GT, axis=1), 1)
+
+
 def mean(value_GT: Float[Array, "G T"], context: GateContext) -> Float[Array, ""]:
     """Mean over valid tokens; 0 when there are none."""
     count = jnp.maximum(jnp.sum(context.valid_GT), 1)
@@ -204,6 +233,15 @@ def check_k(k: int, num_experts: int) -> None:
     if not 1 <= k <= num_experts:
         raise ValueError(
             f"gate.k={k} must lie between 1 and num_experts={num_experts}; lower k or add experts"
+        )
+
+
+def check_max_active(max_active: int, num_experts: int) -> None:
+    """Raises ValueError unless ``max_active`` is a number of experts, or 0 for all."""
+    if not 0 <= max_active <= num_experts:
+        raise ValueError(
+            f"gate.max_active={max_active} must lie between 1 and num_experts={num_experts}, or be "
+            "0 for all"
         )
 
 

@@ -1,19 +1,22 @@
 """The mixture-of-experts layer: where gate, dispatch, experts and flax meet."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax import losses
 from moejax.dispatch import dispatch
 from moejax.experts import ACTIVATIONS, is_gated
-from moejax.gating.ops import row_noise
+from moejax.gating.ops import router_logits, row_noise
 from moejax.layers.basic import FFN
+from moejax.layers.routing_stats import collect_stats, sum_over_groups, with_cuts
 from moejax.mesh import constrain
 from moejax.types import (
     SCOPES,
@@ -58,6 +61,7 @@ class MoE(nnx.Module):
       group: tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
       balance_scope: balance losses per "sequence", "group" or "batch".
       num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
+      shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
       num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
 
     Raises:
@@ -79,6 +83,7 @@ class MoE(nnx.Module):
         group: str = "sequence",
         activation: str = "swiglu",
         num_shared: int = 0,
+        shared_gate: bool = False,
         balance_scope: str = "sequence",
         vocab_size: int = 0,
         num_tasks: int = 1,
@@ -111,6 +116,11 @@ class MoE(nnx.Module):
         self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
         self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
         self.shared = FFN(d_model, num_shared * d_ff, activation, rngs=rngs) if num_shared else None
+        if shared_gate and not num_shared:
+            raise ValueError("shared_gate=True weighs shared experts; set num_shared, or False")
+        self.shared_gate = shared_gate
+        if shared_gate:
+            self.shared_gate_D = nnx.Param(nnx.initializers.zeros(rngs.params(), (d_model,)))
 
     def __call__(
         self,
@@ -147,14 +157,17 @@ class MoE(nnx.Module):
         y_BLD = y_GTD.reshape(x_BLD.shape)
         if self.shared is not None:
             with jax.named_scope("ffn"):
-                y_BLD += self.shared(x_BLD)
+                y_BLD += self._shared_output(x_BLD)
         with jax.named_scope("router"):
             info = self._info(output, kept_GTK, context)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 
-    def init_gate_state(self, layer: int | Array = 0) -> GateState:
-        """The gate's state before the first step."""
-        return self.gate.init_state(self._spec(layer))
+    def init_gate_state(
+        self, layer: int | Array = 0, token_counts: Callable[[], np.ndarray] | None = None
+    ) -> GateState:
+        """The gate's state before the first step; some hash gates need the tokens' counts [V]."""
+        spec = dataclasses.replace(self._spec(layer), token_counts=token_counts)
+        return self.gate.init_state(spec)
 
     def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
         """The state after an optimizer step that saw ``stats`` (summed over micro-batches)."""
@@ -173,6 +186,14 @@ class MoE(nnx.Module):
         return jax.tree.map(
             lambda p: p[...], self.router, is_leaf=lambda p: isinstance(p, nnx.Variable)
         )
+
+    def _shared_output(self, x_BLD: Array) -> Array:
+        assert self.shared is not None
+        y_BLD = self.shared(x_BLD)
+        if not self.shared_gate:
+            return y_BLD
+        score_BL1 = router_logits(x_BLD, self.shared_gate_D[..., None])
+        return (jax.nn.sigmoid(score_BL1) * y_BLD).astype(y_BLD.dtype)
 
     def _dispatch(
         self, x_BLD: Array, x_GTD: Array, routing: Routing, context: GateContext
@@ -228,6 +249,7 @@ class MoE(nnx.Module):
             ),
             routing=output.routing,
             kept_GTK=kept_GTK,
+            policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
         )
 
     def _losses(self, output: GateOutput, context: Context, scoped: Any) -> dict[str, Array]:
@@ -244,54 +266,3 @@ class MoE(nnx.Module):
             "load": losses.squared_share(expected_QE, valid_QU),
             "z": losses.z_loss(stats.logits_GTE, valid_QU),
         }
-
-
-@jax.jit
-def with_cuts(stats: MoEStats, cut_BLE: Array) -> MoEStats:
-    """The same, with pairs the gate wanted but had no column for: wanted, and dropped."""
-    cut_E = jnp.sum(cut_BLE, axis=(0, 1), dtype=jnp.int32)
-    return dataclasses.replace(
-        stats,
-        load_E=stats.load_E + cut_E,
-        dropped_E=stats.dropped_E + cut_E,
-        dropped_L=stats.dropped_L + jnp.sum(cut_BLE, axis=(0, 2), dtype=jnp.int32),
-    )
-
-
-def sum_over_groups(means: dict[str, Array], valid_GT: Array) -> dict[str, Array]:
-    """A gate's means per group, weighted by valid tokens and summed."""
-    tokens_G = jnp.sum(valid_GT, axis=1).astype(jnp.float32)
-    return {
-        name: jax.lax.stop_gradient(jnp.tensordot(tokens_G, value_G, axes=1))
-        for name, value_G in means.items()
-    }
-
-
-@jax.jit
-def collect_stats(routing: Routing, probs_BLE: Array, kept_BLK: Array, valid_BL: Array) -> MoEStats:
-    """Counts over the whole batch, from arrays laid out as [B, L, ...]."""
-    num_experts = probs_BLE.shape[-1]
-    expert_BLK, weight_BLK = routing.expert_GTK, routing.weight_GTK
-    active_BLK = weight_BLK > 0
-    dropped_BLK = active_BLK & ~kept_BLK
-    ones_BLK = jnp.ones_like(weight_BLK)
-    served_BL = jnp.any(active_BLK & kept_BLK, axis=-1)
-
-    def count(which_BLK: Array) -> Array:
-        return jnp.sum(
-            losses.expert_load(expert_BLK, jnp.where(which_BLK, ones_BLK, 0.0), num_experts), axis=0
-        ).astype(jnp.int32)
-
-    log_BLE = jnp.log(jnp.where(probs_BLE > 0, probs_BLE, 1.0))
-    valid = valid_BL[..., None]
-    return jax.lax.stop_gradient(
-        MoEStats(
-            tokens=jnp.sum(valid_BL, dtype=jnp.int32),
-            load_E=count(active_BLK),
-            dropped_E=count(dropped_BLK),
-            dropped_L=jnp.sum(dropped_BLK, axis=(0, 2), dtype=jnp.int32),
-            unserved_tokens=jnp.sum(valid_BL & ~served_BL, dtype=jnp.int32),
-            prob_E=jnp.sum(jnp.where(valid, probs_BLE, 0.0), axis=(0, 1)),
-            entropy=-jnp.sum(jnp.where(valid, probs_BLE * log_BLE, 0.0)),
-        )
-    )

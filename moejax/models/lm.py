@@ -6,11 +6,14 @@ and run with ``lax.scan``, so compile time and program size do not grow with dep
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -18,7 +21,7 @@ from moejax.layers.attention import Attention
 from moejax.layers.basic import FFN, RMSNorm
 from moejax.layers.moe import MoE
 from moejax.mesh import constrain
-from moejax.types import Context, Gate, GateState, MoEConfig, MoEInfo, MoEStats
+from moejax.types import Context, Gate, GateState, MoEConfig, MoEInfo, MoEStats, Policy
 
 BATCH = ("data", "fsdp", "expert")
 REMAT = {
@@ -58,6 +61,7 @@ class LMConfig:
     expert_d_ff: int
     expert_activation: str
     shared_experts: int
+    shared_gate: bool
     balance_scope: str
 
     @property
@@ -82,6 +86,8 @@ class LMOutput(NamedTuple):
     stats: MoEStats | None
     mean_square: Float[Array, "layers"]
     """Mean square of each layer's output: the first one that is not finite is where a NaN began."""
+    policy: Policy | None
+    """Leads with the MoE layers; of gates trained by policy."""
 
 
 class Block(nnx.Module):
@@ -108,6 +114,7 @@ class Block(nnx.Module):
                 gate=config.gate,
                 activation=config.expert_activation,
                 num_shared=config.shared_experts,
+                shared_gate=config.shared_gate,
                 balance_scope=config.balance_scope,
                 vocab_size=config.vocab_size,
                 layer=layer,
@@ -146,14 +153,14 @@ class Period(nnx.Module):
 
     def __call__(
         self, x_BLD: Array, context: Context, state: GateState, train: bool
-    ) -> tuple[Array, tuple[Array, dict[str, Array], MoEStats | None]]:
-        squares, losses, stats = [], {}, None
+    ) -> tuple[Array, tuple[Array, dict[str, Array], MoEStats | None, Policy | None]]:
+        squares, losses, stats, policy = [], {}, None, None
         for block in self.blocks:
             x_BLD, info = block(x_BLD, context, state, train)
             squares.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
             if info is not None:
-                losses, stats = info.losses, info.stats
-        return x_BLD, (jnp.stack(squares), losses, stats)
+                losses, stats, policy = info.losses, info.stats, info.policy
+        return x_BLD, (jnp.stack(squares), losses, stats, policy)
 
 
 class LM(nnx.Module):
@@ -200,7 +207,7 @@ class LM(nnx.Module):
         for block in self.first:
             x_BLD, _ = block(x_BLD, context, (), train)
             first.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
-        x_BLD, (squares, losses, stats) = self._scan(x_BLD, context, gate_state, train)
+        x_BLD, (squares, losses, stats, policy) = self._scan(x_BLD, context, gate_state, train)
         with jax.named_scope("loss"):
             logits_BLV = self._logits(self.final_norm(x_BLD), dtype)
         return LMOutput(
@@ -208,6 +215,7 @@ class LM(nnx.Module):
             jax.tree.map(jnp.mean, losses),
             stats,
             jnp.concatenate([jnp.asarray(first, jnp.float32), squares.reshape(-1)]),
+            policy,
         )
 
     def _logits(self, x_BLD: Array, dtype: jnp.dtype) -> Array:
@@ -216,12 +224,13 @@ class LM(nnx.Module):
         logits = x_BLD.reshape(-1, config.d_model) @ head_DV.astype(dtype)
         return logits.reshape(*x_BLD.shape[:-1], -1)
 
-    def init_gate_state(self) -> PyTree:
+    def init_gate_state(self, token_counts: Callable[[], np.ndarray] | None = None) -> PyTree:
         """Initial gate states, stacked over MoE layers."""
         if not self.config.every:
             return ()
         moe = self._moe_layer()
-        return jax.vmap(moe.init_gate_state)(jnp.arange(self.config.num_moe_layers))
+        init = functools.partial(moe.init_gate_state, token_counts=token_counts)
+        return jax.vmap(init)(jnp.arange(self.config.num_moe_layers))
 
     def update_gate_state(self, state: PyTree, stats: MoEStats | None) -> PyTree:
         """Every layer's state after an optimizer step."""

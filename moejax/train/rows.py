@@ -129,4 +129,5 @@ def routing(stats: MoEStats | None) -> Row:
         "moe/load": load.tolist(),
         "moe/dropped": dropped.tolist(),
         "moe/dropped_by_position": np.asarray(stats.dropped_L).tolist(),
+        "moe/dropped_by_choice": np.asarray(stats.dropped_K).tolist(),
     }

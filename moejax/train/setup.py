@@ -98,6 +98,9 @@ class Run:
             self.corpus.heldout_N, train.seq_len, train.batch_size, train.eval_rows
         )
 
+    def _token_counts(self) -> np.ndarray:
+        return self.corpus.token_counts(self.task.model.vocab_size)
+
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
         params = self.task.init(jax.random.fold_in(key, 0))
@@ -105,7 +108,7 @@ class Run:
             step=jax.numpy.int32(0),
             params=params,
             opt_state=self.optimizer.init(params),
-            gate_state=self.task.init_gate_state(),
+            gate_state=self.task.init_gate_state(self._token_counts),
             key=jax.random.key_data(jax.random.fold_in(key, 1)),
         )
 

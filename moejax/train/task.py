@@ -1,14 +1,17 @@
 """What is trained: the language-modelling task, as pure functions of plain pytrees."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config, make_gate, moe_config
+from moejax.losses import policy_gradient
 from moejax.models.lm import LM, LMConfig
 from moejax.train.state import from_tree, to_tree
 from moejax.types import Context, MoEStats
@@ -67,6 +70,7 @@ class LanguageModel:
                 expert_d_ff=moe.d_ff,
                 expert_activation=moe.activation,
                 shared_experts=moe.shared_experts,
+                shared_gate=moe.shared_gate,
                 balance_scope=moe.balance_scope,
             ),
             tuple(sorted(moe.losses.items())),
@@ -86,9 +90,10 @@ class LanguageModel:
         """Fresh parameters, a nested dict."""
         return to_tree(nnx.state(LM(self.model, rngs=nnx.Rngs(params=key))))
 
-    def init_gate_state(self) -> PyTree:
+    def init_gate_state(self, token_counts: Callable[[], np.ndarray] | None = None) -> PyTree:
+        """Before the first step; ``token_counts`` of the training text, for gates that ask."""
         graph, template = self._split()
-        return nnx.merge(graph, template).init_gate_state()
+        return nnx.merge(graph, template).init_gate_state(token_counts)
 
     def update_gate_state(self, gate_state: PyTree, totals: Totals) -> PyTree:
         graph, template = self._split()
@@ -116,12 +121,16 @@ class LanguageModel:
             log_z_BL = jax.nn.logsumexp(out.logits_BLV, axis=-1)
             target_logit_BL = jnp.take_along_axis(out.logits_BLV, target_BL[..., None], axis=-1)
             hit_BL = jnp.argmax(out.logits_BLV, axis=-1) == target_BL
+            nats_BL = log_z_BL - target_logit_BL[..., 0]
+        losses = dict(out.losses)
+        if out.policy is not None:
+            losses |= policy_gradient(out.policy, -nats_BL, valid)
         return Totals(
             tokens=tokens,
-            cross_entropy=jnp.sum(jnp.where(valid, log_z_BL - target_logit_BL[..., 0], 0.0)),
+            cross_entropy=jnp.sum(jnp.where(valid, nats_BL, 0.0)),
             correct=jnp.sum(valid & hit_BL, dtype=jnp.int32),
             log_z_square=jnp.sum(jnp.where(valid, jnp.square(log_z_BL), 0.0)),
-            auxiliary=jax.tree.map(lambda loss: loss * tokens, out.losses),
+            auxiliary=jax.tree.map(lambda loss: loss * tokens, losses),
             mean_square=out.mean_square * tokens,
             stats=out.stats,
         )

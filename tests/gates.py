@@ -1,0 +1,132 @@
+"""The gates that every exam examines, one row each, and how to call one.
+
+A row of a gate of your own goes in ``ROWS`` like any other; what its file must promise is read off
+the gate itself (``trained_by``, ``visibility``, ``columns``) and off the claims of its row.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import gating
+from moejax.types import Context, Gate, GateContext, GateOutput, GateSpec, MoEStats
+
+G, T, D, E, V, TASKS = 4, 16, 16, 8, 32, 3
+"""Groups (one sequence each), tokens per group, width, experts, vocabulary, tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A gate with fields, and what it claims beyond the contract.
+
+    Attributes:
+      exact_load: in training every expert gets the same number of a group's tokens.
+      equivariant: without noise, reordering a group's tokens reorders their routing.
+      step: the step to examine it at, for gates with stages or schedules.
+      untrained: parameters that nothing moves at this step, by name.
+      noisy_eval: draws random numbers in evaluation too.
+    """
+
+    gate: str
+    fields: tuple[tuple[str, Any], ...] = ()
+    _: dataclasses.KW_ONLY
+    exact_load: bool = False
+    equivariant: bool = True
+    step: int = 0
+    untrained: tuple[str, ...] = ()
+    noisy_eval: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.gate, *(f"{field}={value}" for field, value in self.fields)])
+
+    def make(self) -> Gate:
+        return gating.make(self.gate, **dict(self.fields))
+
+
+def row(gate: str, *, fields: dict[str, Any] | None = None, **claims: Any) -> Row:
+    return Row(gate, tuple((fields or {}).items()), **claims)
+
+
+ROWS = [
+    row("top_k"),
+    row("top_k", fields={"k": 3, "renormalize": False}),
+    row("switch"),
+    row("mixtral"),
+    row("shazeer"),
+    row("gshard"),
+    row("dense"),
+    row("base", exact_load=True),
+    row("sbase"),
+    row("sbase", fields={"rounding": "balanced"}, exact_load=True),
+    row("dselect_k"),
+    row("dselect_k", fields={"max_active": 3}),
+]
+
+
+def token_counts() -> np.ndarray:
+    """A Zipf-like count of each token."""
+    return (1000 / np.arange(1, V + 1)).astype(np.int64)
+
+
+def spec(experts: int = E) -> GateSpec:
+    return GateSpec(D, experts, V, 0, TASKS, token_counts)
+
+
+def drawn(gate: Gate, experts: int = E, seed: int = 0, scale: float = 1.0) -> Any:
+    """Parameters at random, so that a gate that starts at zero decides something."""
+    params = gate.init(jax.random.key(seed), spec(experts))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), max(len(leaves), 1))
+    normal = [scale * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(tree, normal)
+
+
+def tokens(seed: int = 0, groups: int = G) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (groups, T, D))
+
+
+def context(
+    train: bool, *, step: int = 0, groups: int = G, keyed: bool = True, rows: int = 1, **known: Any
+) -> GateContext:
+    """Random token ids and tasks; a key only where the gate may ask for one."""
+    rng = np.random.default_rng(7)
+    drawn_known = {
+        "token_BL": jnp.asarray(rng.integers(0, V, (groups, T)), jnp.int32),
+        "task_B": jnp.asarray(rng.integers(0, TASKS, groups), jnp.int32),
+        "step": jnp.int32(step),
+        "key": jax.random.key(3) if keyed else None,
+    }
+    return Context.of(groups, T, **{**drawn_known, **known}).grouped(rows, train)
+
+
+@functools.cache
+def program(row: Row, experts: int = E):
+    """The gate, jitted: (params, state, x, context) -> output."""
+    gate = row.make()
+
+    def call(params: Any, state: Any, x_GTD: jax.Array, given: GateContext) -> GateOutput:
+        return gate(params, state, x_GTD, given)
+
+    return jax.jit(call)
+
+
+@functools.cache
+def example(row: Row, train: bool) -> GateOutput:
+    """The gate's output on the usual tokens."""
+    gate = row.make()
+    given = context(train, step=row.step, keyed=train or row.noisy_eval)
+    return program(row)(drawn(gate), gate.init_state(spec()), tokens(), given)
+
+
+def stats_of(output: GateOutput, valid_GT: jax.Array) -> MoEStats:
+    """The statistics that a layer without capacity would hand to the gate's update."""
+    from moejax.layers.routing_stats import collect_stats, sum_over_groups
+
+    kept_GTK = jnp.ones(output.routing.expert_GTK.shape, bool)
+    stats = collect_stats(output.routing, output.stats.probs_GTE, kept_GTK, valid_GT)
+    return dataclasses.replace(stats, gate=sum_over_groups(output.means, valid_GT))

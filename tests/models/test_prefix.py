@@ -1,0 +1,62 @@
+"""Evaluated whole, a sequence gets the logits that decoding it token by token would give."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.models.lm import LM
+from moejax.types import Context, MoEConfig
+from tests import gates, lms
+from tests.gates import ROWS
+
+B, L = 2, 8
+
+
+@functools.cache
+def program(row):
+    """A model whose routers decide, as a function of tokens and of how many of them count."""
+    moe = MoEConfig(num_experts=gates.E)
+    settings = dataclasses.replace(
+        lms.config(), gate=row.make(), moe=moe, vocab_size=gates.V, d_model=gates.D
+    )
+    model = LM(settings, rngs=nnx.Rngs(3))
+    layers = settings.num_moe_layers
+    drawn = jax.vmap(lambda seed: gates.drawn(settings.gate, seed=seed))(jnp.arange(layers))
+    model.periods.blocks[-1].ffn.router = nnx.data(jax.tree.map(nnx.Param, drawn))
+    state = model.init_gate_state(gates.token_counts)
+
+    def logits(token_BL, count):
+        valid_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]) < count, token_BL.shape)
+        given = Context.of(
+            *token_BL.shape,
+            token_BL=token_BL,
+            valid_BL=valid_BL,
+            step=jnp.int32(row.step),
+            key=jax.random.key(5) if row.noisy_eval else None,
+        )
+        return model(token_BL, given, state, False).logits_BLV
+
+    return jax.jit(logits), settings
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_teacher_forced_logits_equal_those_of_every_prefix(row):
+    run, settings = program(row)
+    token = jax.random.randint(jax.random.key(1), (B, L), 0, gates.V)
+    other = jax.random.randint(jax.random.key(2), (B, L), 0, gates.V)
+    whole = run(token, L)
+    # What comes later is padding, with other tokens in it; and once it is not there at all.
+    prefixes = [run(jnp.where(jnp.arange(L) < n, token, other), n)[:, n - 1] for n in range(1, L)]
+    short = run(token[:, : L // 2], L // 2)
+    # The same float32 sums in programs of other shapes.
+    close = functools.partial(np.allclose, rtol=1e-4, atol=1e-4)
+    same = [close(got, whole[:, n]) for n, got in enumerate(prefixes)]
+    leaks = row.make().visibility(settings.moe).eval_future
+    assert not all(same) if leaks else all(same)
+    if not leaks:
+        assert close(short, whole[:, : L // 2])
