@@ -20,6 +20,8 @@ from moejax.types import Policy
 LOSSES: tuple[str, ...] = ("load_balance", "importance", "load", "z")
 """Of every layer. Those of a policy, which need the reward, are ``POLICY_LOSSES``."""
 POLICY_LOSSES: tuple[str, ...] = ("policy", "baseline")
+CONSISTENCY = "consistency"
+"""Of two passes with different noise; the task runs the second only where this has a weight."""
 
 
 @partial(jax.jit, static_argnames="num_experts")
@@ -125,3 +127,24 @@ def policy_gradient(
         return jnp.sum(jnp.where(valid_BL, value, 0.0)) / count
 
     return {"policy": -mean(gain), "baseline": mean(jnp.square(advantage))}
+
+
+@jax.jit
+def symmetric_kl(
+    logits_BLV: Float[Array, "B L V"],
+    other_BLV: Float[Array, "B L V"],
+    valid_BL: Bool[Array, "B L"],
+) -> Float[Array, ""]:
+    r"""How far apart two predictions are: mean over valid tokens of the symmetric divergence.
+
+    .. math::
+       L = \operatorname{mean}_t \tfrac12 \sum_v (p_{tv} - q_{tv}) (\log p_{tv} - \log q_{tv})
+         = \operatorname{mean}_t \tfrac12 (KL(p \| q) + KL(q \| p))
+
+    Zuo et al. (THOR), arXiv 2110.04260, whose code adds it up over tokens. Both sides learn.
+    """
+    log_p_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
+    log_q_BLV = jax.nn.log_softmax(other_BLV.astype(jnp.float32), axis=-1)
+    gap_BLV = (jnp.exp(log_p_BLV) - jnp.exp(log_q_BLV)) * (log_p_BLV - log_q_BLV)
+    total = jnp.sum(jnp.where(valid_BL, 0.5 * jnp.sum(gap_BLV, axis=-1), 0.0))
+    return total / _at_least_one(jnp.sum(valid_BL).astype(jnp.float32))

@@ -133,6 +133,11 @@ FIELDS: dict[str, Field] = {
     "moe.losses.load": Field(0.0, "Shazeer's load loss", low=0.0),
     "moe.losses.policy": Field(0.0, "REINFORCE, of gates trained by policy", low=0.0),
     "moe.losses.baseline": Field(0.0, "squared error of the expected reward", low=0.0),
+    "moe.losses.consistency": Field(
+        0.0,
+        "symmetric KL of two passes with different noise (above 0: training runs twice)",
+        low=0.0,
+    ),
     "moe.gate.name": Field(DEFAULT_GATE, "a name from `moejax gates`, or my_package.module:MyGate"),
     "train.steps": Field(300, "optimizer updates", low=1),
     "train.batch_size": Field(16, "sequences per step, over all devices", low=1),

@@ -265,6 +265,9 @@ class Gate(Protocol):
     """A gating function: a frozen dataclass whose fields are its hyper-parameters.
 
     Pure in every method. State changes only in ``update``, once per optimizer step.
+
+    A gate may also have ``frozen(step) -> {parameter's name: bool}``: what the trainer leaves
+    exactly as it is in the update after ``step`` completed ones.
     """
 
     trained_by: ClassVar[TrainedBy]

@@ -65,6 +65,26 @@ ROWS = [
     row("sbase", fields={"rounding": "balanced"}, exact_load=True),
     row("dselect_k"),
     row("dselect_k", fields={"max_active": 3}),
+    # Routers of the literature, and controls without one.
+    row("hierarchical"),
+    row("hierarchical", fields={"groups": 2, "k": 3, "noisy": False}),
+    row("xmoe"),
+    row("xmoe", fields={"k": 2, "bias": True}),
+    row("stablemoe"),
+    row("stablemoe", fields={"stage_steps": 5}, step=5, untrained=("embed_VR", "distill_RE")),
+    row("remoe"),
+    row("remoe", fields={"max_active": 3}),
+    row("evomoe"),
+    row("evomoe", fields={"max_active": 3, "weights": "gumbel"}),
+    row("evomoe", fields={"hard_step": 5}, step=5),
+    row("rl"),
+    row("random", equivariant=False, noisy_eval=True),
+    row("thor", equivariant=False, noisy_eval=True),
+    row("thor", fields={"evaluation": "sequence"}, noisy_eval=True),
+    row("thor", fields={"evaluation": "mean"}),
+    row("forced", equivariant=False, exact_load=True),
+    row("forced", fields={"pattern": "skewed"}, equivariant=False),
+    row("forced", fields={"pattern": "one"}),
 ]
 
 

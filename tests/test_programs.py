@@ -65,14 +65,14 @@ def test_the_reader_sees_every_collective_and_its_axes():
 @pytest.mark.parametrize("gate", gating.names())
 def test_routing_communicates_nothing(gate):
     """In the global view, with groups spread over the mesh: noise, top-k and all statistics."""
-    gate = gating.make(gate)
+    gate, spec = gating.make(gate), GateSpec(D, E, vocab_size=16)
 
     def route(params, x_GTD, row_G):
         context = Context.of(G, T, row_B=row_G, key=jax.random.key(0)).grouped(1, train=True)
-        out = gate(params, gate.init_state(GateSpec(D, E)), x_GTD, context)
+        out = gate(params, gate.init_state(spec), x_GTD, context)
         return out.routing, out.stats, out.means
 
-    params = gate.init(jax.random.key(1), GateSpec(D, E))
+    params = gate.init(jax.random.key(1), spec)
     with jax.set_mesh(LARGE):
         lowered = jax.jit(route).lower(
             params, laid_out(LARGE, (G, T, D)), laid_out(LARGE, (G,), jnp.int32)

@@ -17,25 +17,43 @@ from moejax.gating.assignment import BalancedAssignment, balanced_assignment
 from moejax.gating.base import Base
 from moejax.gating.dense import Dense
 from moejax.gating.dselect_k import DSelectK
+from moejax.gating.evomoe import EvoMoE
+from moejax.gating.forced import Forced
 from moejax.gating.gshard import GShard
+from moejax.gating.hierarchical import Hierarchical
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
+from moejax.gating.random import Random
+from moejax.gating.remoe import ReMoE
+from moejax.gating.rl import RL
 from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
+from moejax.gating.stablemoe import StableMoE
+from moejax.gating.thor import Thor
 from moejax.gating.top_k import TopK
+from moejax.gating.xmoe import XMoE
 from moejax.types import Gate
 
 __all__ = [
     "GATES",
+    "RL",
     "BalancedAssignment",
     "Base",
     "DSelectK",
     "Dense",
+    "EvoMoE",
+    "Forced",
     "GShard",
+    "Hierarchical",
     "NoisyTopK",
+    "Random",
+    "ReMoE",
     "SBase",
+    "StableMoE",
+    "Thor",
     "TopK",
+    "XMoE",
     "balanced_assignment",
     "dselect_k_weights",
     "fields",
@@ -74,6 +92,18 @@ GATES: dict[str, Entry] = {
     "base": Entry(Base, moe=UNBALANCED),
     "sbase": Entry(SBase, moe=UNBALANCED),
     "dselect_k": Entry(DSelectK, moe={"transport": "dropless", **UNBALANCED}),
+    # Routers of the literature, and controls without one.
+    "hierarchical": Entry(
+        Hierarchical, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}
+    ),
+    "xmoe": Entry(XMoE, moe={"losses.z": 0.0}),
+    "stablemoe": Entry(StableMoE, moe={"capacity_factor": 2.0, **UNBALANCED}),
+    "remoe": Entry(ReMoE, moe={"transport": "dropless", **UNBALANCED}),
+    "evomoe": Entry(EvoMoE, moe={"transport": "dropless"}),
+    "rl": Entry(RL, moe={"losses.policy": 0.1, "losses.baseline": 0.01}),
+    "random": Entry(Random, moe=UNBALANCED),
+    "thor": Entry(Thor, moe={"transport": "dropless", "losses.consistency": 0.5, **UNBALANCED}),
+    "forced": Entry(Forced, moe=UNBALANCED),
 }
 
 

@@ -36,7 +36,7 @@ def train_step(
     (total, totals), grads = add_up(lambda part: grad_fn(state.params, part), parts)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, task.hold(updates, state.step))
     new_state = TrainState(
         step=state.step + 1,
         params=params,

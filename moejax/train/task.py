@@ -1,8 +1,9 @@
 """What is trained: the language-modelling task, as pure functions of plain pytrees."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config, make_gate, moe_config
-from moejax.losses import policy_gradient
+from moejax.losses import CONSISTENCY, policy_gradient, symmetric_kl
 from moejax.models.lm import LM, LMConfig
 from moejax.train.state import from_tree, to_tree
 from moejax.types import Context, MoEStats
@@ -19,12 +20,18 @@ from moejax.types import Context, MoEStats
 Batch = dict[str, Array]
 """``tokens`` int32[B, L + 1], ``valid`` bool[B, L], ``row`` int32[B] (global ids)."""
 
+SECOND_PASS = 2**31 - 1
+"""Makes the key of the second pass from that of the first."""
+
 
 class Totals(NamedTuple):
     """Sums over valid tokens, and statistics of the layers: all add up over micro-batches.
 
     ``auxiliary`` are token-weighted sums of the layers' mean losses, ``mean_square`` of the layers'
     mean squares, so dividing by ``tokens`` gives the means over the whole batch.
+
+    Where a consistency loss runs the batch twice, tokens count once, ``correct`` and ``stats`` are
+    those of the first pass, and everything else is the mean of the two.
     """
 
     tokens: Int[Array, ""]
@@ -102,7 +109,22 @@ class LanguageModel:
     def forward(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
-        """Runs the model on a batch and adds up everything anyone wants to know of it."""
+        """Runs the model on a batch and adds up everything anyone wants to know of it.
+
+        Once; in training twice, with different noise, where ``consistency`` has a weight.
+        """
+        once = functools.partial(self._once, params, gate_state, batch, step, train=train)
+        totals, logits_BLV = once(key)
+        if not (train and dict(self.loss_weights).get(CONSISTENCY)):
+            return totals
+        other, other_BLV = once(jax.random.fold_in(key, SECOND_PASS))
+        with jax.named_scope("loss"):
+            divergence = symmetric_kl(logits_BLV, other_BLV, batch["valid"])
+        return _mean_of_passes(totals, other, divergence)
+
+    def _once(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+    ) -> tuple[Totals, Float[Array, "B L V"]]:
         graph, template = self._split()
         model = nnx.merge(graph, from_tree(template, params))
         token_BL, target_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
@@ -125,7 +147,7 @@ class LanguageModel:
         losses = dict(out.losses)
         if out.policy is not None:
             losses |= policy_gradient(out.policy, -nats_BL, valid)
-        return Totals(
+        totals = Totals(
             tokens=tokens,
             cross_entropy=jnp.sum(jnp.where(valid, nats_BL, 0.0)),
             correct=jnp.sum(valid & hit_BL, dtype=jnp.int32),
@@ -134,6 +156,7 @@ class LanguageModel:
             mean_square=out.mean_square * tokens,
             stats=out.stats,
         )
+        return totals, out.logits_BLV
 
     def objective(self, totals: Totals, tokens: Array) -> Array:
         """The share of these totals in the loss of a batch with ``tokens`` valid tokens."""
@@ -143,5 +166,33 @@ class LanguageModel:
             loss += weights.get(name, 1.0) * value
         return loss / tokens
 
+    def hold(self, updates: PyTree, step: Array) -> PyTree:
+        """The updates, with zeros for what the gate says is frozen at this step.
+
+        No gradient is not enough: momentum goes on, and a sign of it at full speed.
+        """
+        frozen = getattr(self.model.gate, "frozen", None)
+        if frozen is None or not self.model.num_moe_layers:
+            return updates
+        still = frozen(step)
+
+        def held(path: tuple[Any, ...], update: Array) -> Array:
+            *nodes, name = (str(getattr(key, "key", key)) for key in path)
+            if "router" in nodes and name in still:
+                return jnp.where(still[name], jnp.zeros_like(update), update)
+            return update
+
+        return jax.tree_util.tree_map_with_path(held, updates)
+
     def _split(self) -> tuple[nnx.GraphDef, PyTree]:
         return nnx.split(nnx.eval_shape(lambda: LM(self.model, rngs=nnx.Rngs(0))))
+
+
+def _mean_of_passes(first: Totals, second: Totals, divergence: Array) -> Totals:
+    """One batch seen twice, and how far the two predictions are apart."""
+    means = {
+        name: jax.tree.map(lambda a, b: (a + b) / 2, getattr(first, name), getattr(second, name))
+        for name in ("cross_entropy", "log_z_square", "auxiliary", "mean_square")
+    }
+    means["auxiliary"] |= {CONSISTENCY: divergence * first.tokens}
+    return first._replace(**means)

@@ -1,0 +1,126 @@
+"""ReMoE: routing by ReLU, kept sparse by an L1 loss whose weight regulates itself."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.gating import ops
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    MoEStats,
+    RouterStats,
+    TrainedBy,
+    Visibility,
+)
+
+SMALLEST, LARGEST = 1e-20, 1e20
+"""Bounds of lambda: at 0 it could never rise again."""
+TINY = 1e-6
+"""Tokens whose weights add up to less have no distribution to speak of; it is taken as uniform."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReMoE:
+    r"""Every expert with a positive router output, and that output is its weight.
+
+    .. math::
+       g = \operatorname{ReLU}(x W), \qquad y = \sum_{e: g_e > 0} g_e f_e(x)
+
+    Continuous: an expert enters and leaves with weight 0, where top-k jumps. How many experts a
+    token visits is up to training (none is possible); an L1 loss that counts busy experts more
+    drives it to k on average:
+
+    .. math::
+       L = \lambda \frac{E}{k T^2} \sum_e \Big(\sum_t g_{te}\Big) \cdot |\{t : g_{te} > 0\}|,
+       \qquad \lambda \leftarrow \begin{cases}
+         1.2 \, \lambda & \text{if tokens visit more than } k \text{ experts} \\
+         \lambda / 1.2 & \text{otherwise} \end{cases}
+
+    the Switch loss with P = mean g and f = count / (k T), times lambda. lambda is float32 state,
+    changed once per optimizer step by the pairs of the whole batch (those ``max_active`` cut
+    count). It starts at 1e-8, so the first hundred steps or so visit about half of all experts:
+    use ``dropless`` (the preset), and ``max_active`` where memory must be bounded. Logged:
+    ``moe/gate/lambda`` and ``moe/experts_per_token``.
+
+    Visibility: a token sees neither later tokens nor other sequences, except through capacity.
+
+    Reference: Wang, Chen, Zhu, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
+    arXiv 2412.14711. Deviations: lambda per layer, regulated by the layer's own sparsity, where
+    theirs is one number for the mean over layers; the loss is taken per routing group
+    (``moe.group``), theirs per micro-batch; lambda stays within [1e-20, 1e20].
+    """
+
+    k: Annotated[int, "experts per token that lambda aims at, on average"] = 2
+    max_active: Annotated[int, "most experts per token, the heaviest ones (0: all E)"] = 0
+    lambda_init: Annotated[float, "lambda before the first step"] = 1e-8
+    lambda_factor: Annotated[float, "lambda is multiplied or divided by it after each step"] = 1.2
+    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        ops.check_k(self.k, num_experts)
+        ops.check_max_active(self.max_active, num_experts)
+        if not SMALLEST <= self.lambda_init <= LARGEST:
+            raise ValueError(
+                f"gate.lambda_init={self.lambda_init} must lie in [{SMALLEST:g}, {LARGEST:g}]"
+            )
+        if not self.lambda_factor > 1:
+            raise ValueError(f"gate.lambda_factor={self.lambda_factor} must be above 1")
+        ops.check_positive("init_scale", self.init_scale)
+
+    def columns(self, num_experts: int) -> int:
+        return self.max_active or num_experts
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
+
+    def init_state(self, spec: GateSpec) -> GateState:
+        return {"lambda": jnp.float32(self.lambda_init)}
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
+        weight_GTE = jax.nn.relu(logits_GTE)
+        routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
+        total_GT1 = jnp.sum(weight_GTE, axis=-1, keepdims=True)
+        share_GTE = weight_GTE / jnp.maximum(total_GT1, TINY)
+        probs_GTE = jnp.where(total_GT1 > TINY, share_GTE, 1.0 / logits_GTE.shape[-1])
+        losses, means = {}, {}
+        if context.train:
+            losses["remoe_l1"] = state["lambda"] * self._l1(weight_GTE, context.valid_GT)
+            means["lambda"] = jnp.broadcast_to(state["lambda"], len(x_GTD))
+        stats = RouterStats(logits_GTE, probs_GTE, probs_GTE)
+        return GateOutput(routing, stats, losses, means=means, cut_GTE=cut_GTE)
+
+    def _l1(self, weight_GTE: Array, valid_GT: Array) -> Array:
+        """E / (k T^2) sum_e (sum_t g)(count), per group; averaged with valid tokens as weights."""
+        weight_GTE = jnp.where(valid_GT[..., None], weight_GTE, 0.0)
+        mass_GE = jnp.sum(weight_GTE, axis=1)
+        count_GE = jnp.sum(weight_GTE > 0, axis=1).astype(jnp.float32)
+        tokens_G = jnp.sum(valid_GT, axis=1).astype(jnp.float32)
+        product_G = weight_GTE.shape[-1] / self.k * jnp.sum(mass_GE * count_GE, axis=1)
+        per_token = jnp.sum(product_G / jnp.maximum(tokens_G, 1.0))
+        return per_token / jnp.maximum(jnp.sum(tokens_G), 1.0)
+
+    def update(self, state: GateState, stats: MoEStats) -> GateState:
+        too_many = stats.pairs > self.k * stats.tokens
+        factor = jnp.where(too_many, self.lambda_factor, 1.0 / self.lambda_factor)
+        return {"lambda": jnp.clip(state["lambda"] * factor, SMALLEST, LARGEST)}
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        # Without cuts column e is expert e, so that serving column by column favours nobody.
+        cuts = self.columns(moe.num_experts) < moe.num_experts
+        return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)

@@ -1,0 +1,140 @@
+"""StableMoE: learn a routing together with its distillation into token ids, then freeze it."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from moejax.gating import ops
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    TrainedBy,
+    Visibility,
+)
+
+DISTILLED = ("embed_VR", "distill_RE")
+"""Parameters of the distilled router."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StableMoE(ops.Stateless):
+    r"""Stage 1 routes by the token and teaches a router of token ids, which stage 2 obeys.
+
+    .. math::
+       s_e = x \cdot c_e, \quad d_e = D[\text{token}] \cdot \hat{c}_e, \quad
+       a = \begin{cases} \operatorname{argmax} s & \text{stage 1} \\
+                         \operatorname{argmax} d & \text{stage 2, evaluation} \end{cases}, \quad
+       \alpha = \sigma(s_a), \quad y = \alpha f_a(x) + (1 - \alpha) x
+
+    Stage 1, the first ``stage_steps`` steps, adds two losses, means over valid tokens:
+
+    .. math::
+       L_{balance} = \operatorname{mean}_t \frac{n_{a_t} - \bar{n}}{\bar{n}} \alpha_t, \qquad
+       L_{distill} = -\operatorname{mean}_t \log \operatorname{softmax}(d_t)_{\operatorname{argmax}
+       s_t}
+
+    with n the tokens per expert of a routing group (``moe.group``). In stage 2 the assignment is a
+    table over the vocabulary that nothing changes any more: the distilled router gets no gradient,
+    and the trainer holds it still (momentum or Lion's sign would move it on). alpha goes on being
+    learned. Evaluation goes by the distilled router in both stages.
+
+    Visibility: a token sees neither later tokens nor other sequences, except through capacity.
+
+    Reference: Dai et al., "StableMoE: Stable Routing Strategy for Mixture of Experts", arXiv
+    2204.08396; sizes and weights from the authors' code (6000 of 60000 steps in stage 1, losses
+    0.3, a table of width 50). Deviations: experts start at random, not at the identity, and hold no
+    residual of their own; losses are means (their sums are divided by the number of tokens too),
+    balance per group instead of per device; of the routers to distil into only the table of words.
+    """
+
+    stage_steps: Annotated[int, "steps of stage 1: a tenth of the run in the paper"] = 6000
+    distill_dim: Annotated[int, "width of the distilled router's embedding"] = 50
+    balance_weight: Annotated[float, "of the balance loss in stage 1"] = 0.3
+    distill_weight: Annotated[float, "of the distillation loss in stage 1"] = 0.3
+    residual: Annotated[bool, "keep a share 1 - alpha of the input in the output"] = True
+    init_scale: Annotated[float, "length of the centroids at the start (orthogonal)"] = 0.1
+
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        for field in ("distill_dim", "init_scale"):
+            ops.check_positive(field, getattr(self, field))
+        for field in ("stage_steps", "balance_weight", "distill_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"gate.{field}={getattr(self, field)} must be 0 or more")
+
+    def columns(self, num_experts: int) -> int:
+        return 1
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        if spec.vocab_size < 1:
+            raise ValueError(
+                "vocab_size=0: gate stablemoe looks up token ids; tell the layer vocab_size"
+            )
+        keys = jax.random.split(key, 3)
+        orthogonal = jax.nn.initializers.orthogonal(self.init_scale)
+        table = (spec.vocab_size, self.distill_dim)
+        return {
+            "router_DE": orthogonal(keys[0], (spec.d_model, spec.num_experts), jnp.float32),
+            "embed_VR": self.distill_dim**-0.5 * jax.random.normal(keys[1], table),
+            "distill_RE": orthogonal(keys[2], (self.distill_dim, spec.num_experts), jnp.float32),
+        }
+
+    def frozen(self, step: Int[Array, ""]) -> dict[str, Bool[Array, ""]]:
+        """In stage 2 the distilled router stays as it is."""
+        return dict.fromkeys(DISTILLED, step >= self.stage_steps)
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        score_GTE = ops.router_logits(x_GTD, params["router_DE"])
+        embed_GTR = jnp.take(params["embed_VR"], context.token_GT, axis=0, mode="clip")
+        distilled_GTE = ops.router_logits(embed_GTR, params["distill_RE"])
+        greedy_GT = jnp.argmax(score_GTE, axis=-1).astype(jnp.int32)
+        learned_GT = jnp.argmax(distilled_GTE, axis=-1).astype(jnp.int32)
+        learning = context.step < self.stage_steps if context.train else jnp.bool_(False)
+        expert_GT = jnp.where(learning, greedy_GT, learned_GT)
+        alpha_GT = jax.nn.sigmoid(ops.at_expert(score_GTE, expert_GT[..., None])[..., 0])
+        losses = {}
+        if context.train:
+            log_GTE = jax.nn.log_softmax(distilled_GTE, axis=-1)
+            surprise_GT = -ops.at_expert(log_GTE, greedy_GT[..., None])[..., 0]
+            excess_GT = self._excess(expert_GT, score_GTE.shape[-1], context.valid_GT)
+            losses = {
+                "stable_balance": self.balance_weight * ops.mean(excess_GT * alpha_GT, context),
+                "stable_distill": self.distill_weight * ops.mean(surprise_GT, context),
+            }
+            losses = {name: jnp.where(learning, loss, 0.0) for name, loss in losses.items()}
+        identity_GT = jnp.where(context.valid_GT, 1.0 - alpha_GT, 0.0) if self.residual else None
+        # An alpha that underflows to 0 would mean: not sent.
+        weight_GTK = jnp.maximum(alpha_GT, jnp.finfo(jnp.float32).tiny)[..., None]
+        agreed_GT = (greedy_GT == learned_GT).astype(jnp.float32)
+        used_GTE = jnp.where(learning, score_GTE, jax.lax.stop_gradient(distilled_GTE))
+        return GateOutput(
+            ops.masked(expert_GT[..., None], weight_GTK, context.valid_GT),
+            ops.softmax_stats(used_GTE),
+            losses,
+            identity_weight_GT=identity_GT,
+            means={"agreement": ops.group_mean(agreed_GT, context.valid_GT)},
+        )
+
+    def _excess(self, expert_GT: Array, num_experts: int, valid_GT: Array) -> Array:
+        """n_e / mean - 1 of each token's expert, counted over its group."""
+        hit_GTE = (expert_GT[..., None] == jnp.arange(num_experts)) & valid_GT[..., None]
+        load_GE = jnp.sum(hit_GTE, axis=1).astype(jnp.float32)
+        mean_G1 = jnp.mean(load_GE, axis=1, keepdims=True)
+        excess_GE = load_GE / jnp.where(mean_G1 > 0, mean_G1, 1.0) - 1.0
+        return jnp.take_along_axis(excess_GE, expert_GT, axis=1)
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        return ops.capacity_visibility(1, moe)

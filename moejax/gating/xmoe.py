@@ -1,0 +1,124 @@
+"""X-MoE: cosine routing in a low-dimensional space with a learned temperature."""
+
+import dataclasses
+import math
+from typing import Annotated, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.gating import ops
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    TrainedBy,
+    Visibility,
+)
+
+SMALLEST_NORM = 1e-6
+"""Vectors shorter than this are divided by it instead of by their length: 0 stays 0."""
+
+
+def cosine_scores(
+    token_GTR: Float[Array, "G T R"], centroid_RE: Float[Array, "R E"]
+) -> Float[Array, "G T E"]:
+    """Cosine of the angle between each token and each centroid; 0 for a vector of zeros."""
+
+    def unit(x: Array, axis: int) -> Array:
+        square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.maximum(square, SMALLEST_NORM**2))
+
+    return ops.router_logits(unit(token_GTR, -1), unit(centroid_RE, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class XMoE(ops.Stateless):
+    r"""Top-k of cosines between a projected token and the experts' centroids.
+
+    .. math::
+       s_e = \frac{(P x) \cdot c_e}{\lVert P x \rVert \, \lVert c_e \rVert}, \quad
+       h = s / \tau, \quad p = \operatorname{softmax}(h), \quad
+       y = \sum_{e \in \operatorname{top}_k(h)} p_e f_e(x)
+
+    Neither the length of a token nor that of a centroid matters, so a router cannot win by pulling
+    representations towards its centroids (representation collapse, the paper's subject). tau is
+    learned as its logarithm and never falls below ``min_temperature``; without it, bounded cosines
+    would make p nearly uniform. The usual losses apply; the z-loss has nothing to hold down.
+
+    Visibility: a token sees neither later tokens nor other sequences, except through capacity.
+
+    Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts", arXiv
+    2204.09179. The formula with its temperature and clamp are Tutel's cosine router (its bias of P:
+    ``bias=True``, which gives up the invariance to a token's length). rank = E / 2 is recalled from
+    the paper, not checked. Deviations: lengths are floored at 1e-6, Tutel's at 1e-12.
+    """
+
+    k: Annotated[int, "experts per token"] = 1
+    rank: Annotated[int, "width of the projection (0: half the experts, at least 2)"] = 0
+    bias: Annotated[bool, "add a bias to the projection"] = False
+    renormalize: Annotated[bool, "divide weights by the sum of the k kept"] = False
+    temperature: Annotated[float, "tau at the start"] = 0.5
+    min_temperature: Annotated[float, "lower bound of tau"] = 0.01
+
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        ops.check_k(self.k, num_experts)
+        if self.rank != 0 and self.rank < 2:
+            raise ValueError(
+                f"gate.rank={self.rank} must be at least 2 (cosines of numbers are signs), or 0 "
+                "for half the experts"
+            )
+        ops.check_positive("min_temperature", self.min_temperature)
+        if self.temperature < self.min_temperature:
+            raise ValueError(
+                f"gate.temperature={self.temperature} must be at least gate.min_temperature="
+                f"{self.min_temperature}"
+            )
+        if train and self.k == 1 and self.renormalize and num_experts > 1:
+            raise ValueError(
+                "gate.k=1 with gate.renormalize=True gives every token the constant weight 1, so "
+                "the router gets no gradient; set gate.renormalize=False or gate.k=2"
+            )
+
+    def columns(self, num_experts: int) -> int:
+        return self.k
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        rank = self.rank or max(spec.num_experts // 2, 2)
+        wide = dataclasses.replace(spec, num_experts=rank)
+        centroid_key = jax.random.fold_in(key, 1)
+        params = {
+            "project_DR": ops.init_router(key, wide, 1.0),
+            "centroid_RE": 0.01 * jax.random.normal(centroid_key, (rank, spec.num_experts)),
+            "log_scale": jnp.float32(-math.log(self.temperature)),
+        }
+        return params | ({"bias_R": jnp.zeros(rank, jnp.float32)} if self.bias else {})
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        token_GTR = ops.router_logits(x_GTD, params["project_DR"])
+        if self.bias:
+            token_GTR = token_GTR + params["bias_R"]
+        log_scale = jnp.minimum(params["log_scale"], -math.log(self.min_temperature))
+        logits_GTE = jnp.exp(log_scale) * cosine_scores(token_GTR, params["centroid_RE"])
+        expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
+        weight_GTK = jnp.maximum(weight_GTK, jnp.finfo(jnp.float32).tiny)
+        means = {"temperature": jnp.broadcast_to(jnp.exp(-log_scale), len(x_GTD))}
+        return GateOutput(
+            ops.masked(expert_GTK, weight_GTK, context.valid_GT),
+            ops.softmax_stats(logits_GTE),
+            means=means,
+        )
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        return ops.capacity_visibility(self.k, moe)
