@@ -44,13 +44,13 @@ def by_level(params, groups):
     return softmax(x @ np.asarray(params["outer_DA"])), softmax(inner)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("groups", [1, 4])
 def test_dense_on_both_levels_it_is_the_flat_mixture_of_the_product(groups):
     gate = gating.make("hierarchical", groups=groups, k_groups=groups, k=E // groups, noisy=False)
     layer = moejax.MoE(D, 8, E, gate=gate, transport="dropless", rngs=nnx.Rngs(0))
     params = drawn(gate)
     layer.router = nnx.data(jax.tree.map(nnx.Param, params))
-    y, info = layer(tokens())
+    y, info = jax.jit(lambda x: layer(x))(tokens())
     outer, inner = by_level(params, groups)
     flat = (outer[..., None] * inner).reshape(G, T, E)
     everyone = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), (G, T, E))
