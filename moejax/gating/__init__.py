@@ -20,6 +20,7 @@ from moejax.gating.dselect_k import DSelectK
 from moejax.gating.gshard import GShard
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
+from moejax.gating.replay import Replay
 from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
@@ -34,6 +35,7 @@ __all__ = [
     "Dense",
     "GShard",
     "NoisyTopK",
+    "Replay",
     "SBase",
     "TopK",
     "balanced_assignment",
@@ -74,6 +76,7 @@ GATES: dict[str, Entry] = {
     "base": Entry(Base, moe=UNBALANCED),
     "sbase": Entry(SBase, moe=UNBALANCED),
     "dselect_k": Entry(DSelectK, moe={"transport": "dropless", **UNBALANCED}),
+    "replay": Entry(Replay, moe={"transport": "dropless", **UNBALANCED}),
 }
 
 
