@@ -75,7 +75,7 @@ def reroute(
 
     carry = (expert_GTK, weight_GTK, active_GTK & ~kept_GTK, visited_GTE, load_GE)
 
-    def one_round(_: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def one_round(_: Array | int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         for column in range(columns):
             carry = move(carry, column)
         return carry

@@ -33,8 +33,8 @@ class Replay(ops.Stateless):
     file; rows of the training data are in it with ``--record-steps``. Shorter sequences take the
     beginning of each row. Nothing is learned; a recorded weight is a constant.
 
-    Visibility: what the recorded router saw is in the file already. Here a token sees itself and
-    its past, except through capacity.
+    Visibility: what the recorded router saw is in the file already. Here a token sees itself alone:
+    who competes with it for a slot, and who wins, is recorded too.
     """
 
     path: Annotated[str, "a file that `moejax eval --record-routing` wrote"] = ""
@@ -121,7 +121,7 @@ class Replay(ops.Stateless):
         return ops.token_choice_capacity(num_tokens, num_experts, k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.columns(moe.num_experts), moe)
+        return Visibility()
 
     def _recording(self) -> recording.Recording:
         try:

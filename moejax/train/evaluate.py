@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from moejax import recording
 from moejax.config import Config
@@ -19,7 +18,7 @@ from moejax.recording import Recording, Routed
 from moejax.train import compile_cache, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
 from moejax.train.loop import check_text, read_config
-from moejax.train.processes import is_first
+from moejax.train.processes import is_first, on_host
 from moejax.train.reading import Part
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
@@ -150,10 +149,8 @@ def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Rou
     ]
     for batch in batches:
         sent = route(state, this.put(batch))
-        if jax.process_count() > 1:
-            sent = multihost_utils.process_allgather(sent, tiled=True)
         real = batch["valid"].any(axis=1)
-        expert, weight, kept = (np.asarray(x)[:, real] for x in sent)
+        expert, weight, kept = (x[:, real] for x in on_host(sent))
         parts.append(Routed(expert, weight, kept, batch["tokens"][real, :-1]))
     rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0}
     return Routed(
