@@ -4,15 +4,22 @@ A row of a gate of your own goes in ``ROWS`` like any other; what its file must 
 the gate itself (``trained_by``, ``visibility``, ``columns``) and off the claims of its row.
 """
 
+import ast
+import atexit
 import dataclasses
 import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import gating
+from moejax import gating, recording
+from moejax.recording import Recording, Routed
 from moejax.types import Context, Gate, GateContext, GateOutput, GateSpec, MoEStats
 
 G, T, D, E, V, TASKS = 4, 16, 16, 8, 32, 3
@@ -29,6 +36,7 @@ class Row:
       step: the step to examine it at, for gates with stages or schedules.
       untrained: parameters that nothing moves at this step, by name.
       noisy_eval: draws random numbers in evaluation too.
+      label: its name in test ids (default: made of gate and fields).
     """
 
     gate: str
@@ -39,10 +47,12 @@ class Row:
     step: int = 0
     untrained: tuple[str, ...] = ()
     noisy_eval: bool = False
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return "-".join([self.gate, *(f"{field}={value}" for field, value in self.fields)])
+        fields = (f"{field}={value}" for field, value in self.fields)
+        return self.label or "-".join([self.gate, *fields])
 
     def make(self) -> Gate:
         return gating.make(self.gate, **dict(self.fields))
@@ -50,6 +60,20 @@ class Row:
 
 def row(gate: str, *, fields: dict[str, Any] | None = None, **claims: Any) -> Row:
     return Row(gate, tuple((fields or {}).items()), **claims)
+
+
+@functools.cache
+def recorded(layers: int = 2, rows: int = 8) -> str:
+    """A file with a random routing of rows of ``T`` tokens, two distinct experts each."""
+    rng = np.random.default_rng(4)
+    shape = (layers, rows, T)
+    expert = np.argsort(rng.random((*shape, E)), axis=-1)[..., :2].astype(np.int32)
+    weight = rng.random((*shape, 2)).astype(np.float32)
+    routed = Routed(expert, weight, weight > 0, rng.integers(0, V, shape[1:]).astype(np.int32))
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    recording.save(folder / "routing.npz", Recording(routed, routed, {"num_experts": E}))
+    return str(folder / "routing.npz")
 
 
 ROWS = [
@@ -65,6 +89,7 @@ ROWS = [
     row("sbase", fields={"rounding": "balanced"}, exact_load=True),
     row("dselect_k"),
     row("dselect_k", fields={"max_active": 3}),
+    row("replay", fields={"path": recorded()}, equivariant=False, label="replay"),
     # Routers of the literature, and controls without one.
     row("hierarchical"),
     row("hierarchical", fields={"groups": 2, "k": 3, "noisy": False}),
@@ -86,6 +111,30 @@ ROWS = [
     row("forced", fields={"pattern": "skewed"}, equivariant=False),
     row("forced", fields={"pattern": "one"}),
 ]
+
+
+OWN = os.environ.get("MOEJAX_EXAM", "")
+"""A gate from elsewhere to examine instead: "module:Gate field=value claim:name=value"."""
+
+
+def own_row(text: str) -> Row:
+    """The row that ``OWN`` describes."""
+    gate, *pairs = text.split()
+    given = dict(pair.split("=", 1) for pair in pairs)
+    claims = {k.removeprefix("claim:"): v for k, v in given.items() if k.startswith("claim:")}
+    fields = {k: _typed(v) for k, v in given.items() if not k.startswith("claim:")}
+    return row(gate, fields=fields, **{k: _typed(v) for k, v in claims.items()})
+
+
+def _typed(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if OWN:
+    ROWS = [own_row(OWN)]
 
 
 def token_counts() -> np.ndarray:

@@ -25,6 +25,7 @@ from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
 from moejax.gating.random import Random
 from moejax.gating.remoe import ReMoE
+from moejax.gating.replay import Replay
 from moejax.gating.rl import RL
 from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
@@ -49,6 +50,7 @@ __all__ = [
     "NoisyTopK",
     "Random",
     "ReMoE",
+    "Replay",
     "SBase",
     "StableMoE",
     "Thor",
@@ -92,6 +94,7 @@ GATES: dict[str, Entry] = {
     "base": Entry(Base, moe=UNBALANCED),
     "sbase": Entry(SBase, moe=UNBALANCED),
     "dselect_k": Entry(DSelectK, moe={"transport": "dropless", **UNBALANCED}),
+    "replay": Entry(Replay, moe={"transport": "dropless", **UNBALANCED}),
     # Routers of the literature, and controls without one.
     "hierarchical": Entry(
         Hierarchical, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}

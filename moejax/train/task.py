@@ -1,7 +1,6 @@
 """What is trained: the language-modelling task, as pure functions of plain pytrees."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config, make_gate, moe_config
 from moejax.losses import CONSISTENCY, policy_gradient, symmetric_kl
-from moejax.models.lm import LM, LMConfig
+from moejax.models.lm import LM, LMConfig, LMOutput
 from moejax.train.state import from_tree, to_tree
 from moejax.types import Context, MoEStats
 
@@ -113,30 +112,18 @@ class LanguageModel:
 
         Once; in training twice, with different noise, where ``consistency`` has a weight.
         """
-        once = functools.partial(self._once, params, gate_state, batch, step, train=train)
-        totals, logits_BLV = once(key)
+        out = self.apply(params, gate_state, batch, step, key, train)
+        totals = self._totals(out, batch)
         if not (train and dict(self.loss_weights).get(CONSISTENCY)):
             return totals
-        other, other_BLV = once(jax.random.fold_in(key, SECOND_PASS))
+        key = jax.random.fold_in(key, SECOND_PASS)
+        other = self.apply(params, gate_state, batch, step, key, train)
         with jax.named_scope("loss"):
-            divergence = symmetric_kl(logits_BLV, other_BLV, batch["valid"])
-        return _mean_of_passes(totals, other, divergence)
+            divergence = symmetric_kl(out.logits_BLV, other.logits_BLV, batch["valid"])
+        return _mean_of_passes(totals, self._totals(other, batch), divergence)
 
-    def _once(
-        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
-    ) -> tuple[Totals, Float[Array, "B L V"]]:
-        graph, template = self._split()
-        model = nnx.merge(graph, from_tree(template, params))
-        token_BL, target_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        context = Context.of(
-            *token_BL.shape,
-            token_BL=token_BL,
-            valid_BL=batch["valid"],
-            row_B=batch["row"],
-            step=step,
-            key=jax.random.fold_in(key, step),
-        )
-        out = model(token_BL, context, gate_state, train)
+    def _totals(self, out: LMOutput, batch: Batch) -> Totals:
+        target_BL = batch["tokens"][:, 1:]
         valid = batch["valid"]
         tokens = jnp.sum(valid, dtype=jnp.int32)
         with jax.named_scope("loss"):
@@ -147,7 +134,7 @@ class LanguageModel:
         losses = dict(out.losses)
         if out.policy is not None:
             losses |= policy_gradient(out.policy, -nats_BL, valid)
-        totals = Totals(
+        return Totals(
             tokens=tokens,
             cross_entropy=jnp.sum(jnp.where(valid, nats_BL, 0.0)),
             correct=jnp.sum(valid & hit_BL, dtype=jnp.int32),
@@ -156,7 +143,23 @@ class LanguageModel:
             mean_square=out.mean_square * tokens,
             stats=out.stats,
         )
-        return totals, out.logits_BLV
+
+    def apply(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+    ) -> LMOutput:
+        """The model on a batch's inputs."""
+        graph, template = self._split()
+        model = nnx.merge(graph, from_tree(template, params))
+        token_BL = batch["tokens"][:, :-1]
+        context = Context.of(
+            *token_BL.shape,
+            token_BL=token_BL,
+            valid_BL=batch["valid"],
+            row_B=batch["row"],
+            step=step,
+            key=jax.random.fold_in(key, step),
+        )
+        return model(token_BL, context, gate_state, train)
 
     def objective(self, totals: Totals, tokens: Array) -> Array:
         """The share of these totals in the loss of a batch with ``tokens`` valid tokens."""

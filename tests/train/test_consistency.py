@@ -34,6 +34,12 @@ def forward(gate, weight, *, train=True, jit=True):
     return jax.jit(call) if jit else call
 
 
+def one_pass(run, state, batch, key):
+    """Totals and logits of a single pass, whatever the weights."""
+    out = run.task.apply(state.params, state.gate_state, batch, jnp.int32(0), key, train=True)
+    return run.task._totals(out, batch), out.logits_BLV
+
+
 def symmetric(p_logits, q_logits, valid):
     """(KL(p | q) + KL(q | p)) / 2 by scipy, one token at a time."""
     total = 0.0
@@ -57,12 +63,7 @@ def test_two_passes_are_averaged_and_compared():
     run, state = made("thor", WEIGHT)
     key, batch = jax.random.key(4), jax.tree.map(jnp.asarray, steps.batch(0))
     keys = [key, jax.random.fold_in(key, SECOND_PASS)]
-    once = jax.jit(
-        lambda key: run.task._once(
-            state.params, state.gate_state, batch, jnp.int32(0), key, train=True
-        )
-    )
-    (first, p), (second, q) = map(once, keys)
+    (first, p), (second, q) = map(jax.jit(functools.partial(one_pass, run, state, batch)), keys)
     both = forward("thor", WEIGHT)(key)
     assert first.stats is not None and second.stats is not None and both.stats is not None
     busy = [np.asarray(t.stats.load_E).argmax(-1) for t in (first, second)]
@@ -90,11 +91,7 @@ def test_without_a_weight_and_in_evaluation_there_is_one_pass():
     }
     run, state = made("mixtral", 0.0)
     batch = jax.tree.map(jnp.asarray, steps.batch(0))
-    alone = jax.make_jaxpr(
-        lambda key: run.task._once(
-            state.params, state.gate_state, batch, jnp.int32(0), key, train=True
-        )[0]
-    )(key)
+    alone = jax.make_jaxpr(lambda key: one_pass(run, state, batch, key)[0])(key)
     assert str(traced[0.0, True]) == str(alone)
     assert str(traced[0.0, False]) == str(traced[WEIGHT, False])
     one, two = (flops.count_flops(traced[weight, True]) for weight in (0.0, WEIGHT))
