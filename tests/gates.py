@@ -99,7 +99,7 @@ ROWS = [
     row("stablemoe", fields={"stage_steps": 5}, step=5, untrained=("embed_VR", "distill_RE")),
     row("remoe"),
     row("remoe", fields={"max_active": 3}),
-    row("evomoe"),
+    row("evomoe", fields={"temperature": 0.2, "min_temperature": 0.1}),
     row("evomoe", fields={"max_active": 3, "weights": "gumbel"}),
     row("evomoe", fields={"hard_step": 5}, step=5),
     row("rl"),

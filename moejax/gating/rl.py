@@ -1,6 +1,7 @@
 """RL-R: routing as a policy, trained by REINFORCE with a learned baseline."""
 
 import dataclasses
+import math
 from typing import Annotated, ClassVar
 
 import jax
@@ -59,10 +60,12 @@ class RL(ops.Stateless):
         return 1
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
+        # What a model that knows nothing can expect: every choice would look bad next to 0.
+        expected = -math.log(max(spec.vocab_size, 1))
         return {
             "router_DE": ops.init_router(key, spec, self.init_scale),
             "baseline_D": jnp.zeros(spec.d_model, jnp.float32),
-            "baseline": jnp.float32(0.0),
+            "baseline": jnp.float32(expected),
         }
 
     def __call__(
