@@ -39,10 +39,13 @@ def test_a_step_with_cells_has_two_exchanges_each_way_in_bfloat16(shape, chips, 
     assert moved == ({("all-reduce", "data")} if "data" in shape else set())
 
 
-def test_a_dropless_step_runs_the_tpu_kernels(chips, monkeypatch):
-    """megablox for the nine products of an expert layer, ragged all-to-all for its tokens."""
-    text, found = compiled({"expert": 4}, chips, "dropless", monkeypatch)
+@pytest.mark.parametrize(("transport", "exchanges"), [("dropless", 4), ("dropless_once", 6)])
+def test_a_dropless_step_runs_the_tpu_kernels(transport, exchanges, chips, monkeypatch):
+    """megablox for the nine products of an expert layer, ragged all-to-all for its tokens (and for
+    their experts and weights, there and back in float32, where each token is sent once)."""
+    text, found = compiled({"expert": 4}, chips, transport, monkeypatch)
     assert text.count('"tpu_custom_call"') == 9
     ragged = [c for c in found if c.kind == "ragged-all-to-all"]
-    assert len(ragged) == 4 and all(c.axes == {"expert"} for c in ragged)
+    assert len(ragged) == exchanges and all(c.axes == {"expert"} for c in ragged)
+    assert [c.dtypes for c in ragged].count(("f32",)) == exchanges - 4
     assert not [c for c in found for size in c.sizes if size and size % 11 == 0]
