@@ -19,11 +19,11 @@ from scripts.layer_bench import gate_table, timing
 from scripts.layer_bench.problems import Problem, Shape, make_problem
 
 DECIDED = 1e4
-"""Multiplies DSelect-k's first parameters, so that nearly all bits of its codes are decided."""
+"""Multiplies the first parameters of DSelect-k's codes, so that nearly all bits of its codes are decided."""
 
 
 class Variant(NamedTuple):
-    """A gate to be timed: its name in the table of gates, fields, and a factor of its parameters.
+    """A gate to be timed: its name in the table of gates, fields, and a factor of its codes.
 
     The visits of a DSelect-k gate fall from E per token at the start to at most k, so it is timed
     at both ends.
@@ -61,7 +61,11 @@ class GateCall:
         gate = gating.make(variant.name, **variant.fields)
         gate.check(shape.E, train=True)
         spec = GateSpec(shape.D, shape.E)
-        params = jax.tree.map(lambda p: p * variant.scale, gate.init(jax.random.key(1), spec))
+        params = gate.init(jax.random.key(1), spec)
+        if variant.scale != 1.0:
+            params = {
+                n: p * variant.scale if n.startswith("code") else p for n, p in params.items()
+            }
         state, context = gate.init_state(spec), train_context(shape)
         x_GTD = problem.x_TD.reshape(-1, shape.group, shape.D)
         args = (params, state, x_GTD, context)

@@ -13,8 +13,8 @@ the tokens from gradients of its weights. Experts: the SwiGLU that `dropless` ca
 as many as this gate has active pairs, with its loads. Packing, losses and statistics are in
 neither. Gates with a k have that of the shape; `switch` and `sbase`, whose own k is 1, that too.
 `dense` visits all experts, and so does a fresh `dselect_k`: as their loads are equal, 2 k experts
-are timed on all tokens and the time multiplied by E / (2 k). `(decided)`: first parameters times
-10^4, so that the codes' bits are decided, as training leaves them. The target is at most
+are timed on all tokens and the time multiplied by E / (2 k). `(decided)`: parameters of its codes
+times 10^4, so that their bits are decided, as training leaves them. The target is at most
 {TARGET:.2f} forward+backward, for `base` and `sbase` {BALANCED_TARGET:.2f}.
 """
 

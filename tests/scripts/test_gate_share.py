@@ -46,7 +46,7 @@ def test_every_gate_is_timed_at_the_k_of_the_shape_and_at_its_own_if_that_is_1()
 def test_experts_get_as_many_pairs_as_the_gate_has(trial):
     pairs = {row["impl"]: row["pairs_per_token"] for row in trial["rows"]}
     assert pairs["dense"] == TINY.E
-    assert 1 <= pairs["dselect_k (decided)"] <= 2
+    assert 1 < pairs["dselect_k (decided)"] <= 2  # fewer where two selectors agree
     assert 1 < pairs["gshard"] < 2  # the second expert is skipped at times
 
 
