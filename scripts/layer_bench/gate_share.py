@@ -19,7 +19,7 @@ from scripts.layer_bench import gate_table, timing
 from scripts.layer_bench.problems import Problem, Shape, make_problem
 
 DECIDED = 1e4
-"""Multiplies the first parameters of DSelect-k's codes, so that nearly all bits of its codes are decided."""
+"""Multiplies the first parameters of DSelect-k's codes, so that nearly all bits are decided."""
 
 
 class Variant(NamedTuple):
