@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from moejax.kernels.platform import resolve_platform
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -120,6 +121,17 @@ def row_noise(
 
     noise_GRL = jax.vmap(jax.vmap(one_row))(context.row_GR)
     return noise_GRL.reshape(groups, rows * length, *shape).astype(jnp.float32)
+
+
+def each_group(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """``fn`` of one group as a function of arrays that lead with G.
+
+    Where ``fn`` loops until it is done, a batch goes on until its slowest member is. On CPU groups
+    run one after the other instead: none waits, and the arrays of one stay in the cache.
+    """
+    if resolve_platform(None) != "cpu":
+        return jax.vmap(fn)
+    return lambda *args: jax.lax.map(lambda group: fn(*group), args)
 
 
 def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Array]:

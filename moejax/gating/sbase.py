@@ -114,7 +114,7 @@ class SBase:
             bias_GE = jnp.zeros(logits_GTE.shape[-1], jnp.float32)
         biased_GTE = jax.lax.stop_gradient(logits_GTE) + jnp.expand_dims(bias_GE, -2)
         if context.train and self.rounding == "balanced":
-            best = group_local(jax.vmap(balanced_assignment))(biased_GTE, context.valid_GT)
+            best = group_local(ops.each_group(balanced_assignment))(biased_GTE, context.valid_GT)
             best = checkpoint_name(best, "routing")
             expert_GTK = jnp.maximum(best.expert_T, 0)[..., None]
         else:

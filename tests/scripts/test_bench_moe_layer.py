@@ -139,7 +139,7 @@ def test_missed_targets_are_listed_and_met_ones_are_not():
         return {"kind": "layer", "shape": "A", "impl": impl, "fwdbwd_ratio": fwdbwd, **timed}
 
     layer = [row("dropless", 1.0), row("dropless-zipf", 1.3), row("cells-1.0", 1.2)]
-    kinds = {"experts": [], "tokens": [], "traffic": [], "layer": layer}
+    kinds = {"gates": [], "experts": [], "tokens": [], "traffic": [], "layer": layer}
     zipf, cells = sorted(make_benchmark_docs.shortfalls(kinds))
     assert "1.30 times" in zipf and "`cells-1.0`, A, forward+backward: 1.20" in cells
 
