@@ -65,6 +65,17 @@ ROWS = [
     row("sbase", fields={"rounding": "balanced"}, exact_load=True),
     row("dselect_k"),
     row("dselect_k", fields={"max_active": 3}),
+    # choice: presets of published models, prototypes, biases from past batches, local steps
+    row("deepseek_moe"),
+    row("qwen_moe"),
+    row("olmoe"),
+    row("openmoe"),
+    row("prototypes"),
+    row("loss_free", fields={"bias_rate": 0.1}),
+    row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
+    row("deepseek_v3", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
+    row("quantile"),
+    row("gating_dropout", fields={"local_share": 1.0, "local_rows": 1}),
 ]
 
 
