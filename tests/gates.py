@@ -75,7 +75,7 @@ ROWS = [
     row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
     row("deepseek_v3", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
     row("quantile"),
-    row("gating_dropout", fields={"local_share": 1.0, "local_rows": 1}),
+    row("gating_dropout", fields={"local_share": 0.5, "local_rows": 1}),
 ]
 
 

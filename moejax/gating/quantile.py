@@ -113,6 +113,8 @@ class Quantile:
         return GateOutput(routing, ops.softmax_stats(logits_GTE), means=means)
 
     def update(self, state: GateState, stats: MoEStats) -> GateState:
+        if "price" not in stats.gate:  # of an evaluation
+            return state
         mean_E = stats.gate["price"] / jnp.maximum(stats.tokens, 1)
         return {"price_E": jnp.where(stats.tokens > 0, mean_E, state["price_E"])}
 

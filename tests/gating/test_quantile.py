@@ -120,7 +120,7 @@ def test_repeated_on_one_batch_its_prices_separate_a_balanced_assignment():
         0, 200, lambda _, price: gating.quantile_prices(h, price, valid, 1), jnp.zeros(E)
     )
     load = np.bincount(np.asarray(jnp.argmax(h - price, axis=1)), minlength=E)
-    best = gating.balanced_assignment(h)
+    best = jax.jit(gating.balanced_assignment)(h)
     exact = np.asarray(best.price_E - best.price_E.mean())
     assert load.max() / load.mean() - 1 < 0.1
     # Prices of a finite problem are intervals: 20 tokens an expert leave gaps of about 0.1.
