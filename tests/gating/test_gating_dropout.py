@@ -58,7 +58,7 @@ def test_other_steps_are_top_k(fields, train):
 
 def test_the_coin_is_one_per_key_and_falls_with_the_given_probability():
     """Whole steps are local or not; 400 draws at 0.3 have a standard deviation of 0.023."""
-    gate = gating.make("gating_dropout", local_share=0.3)
+    gate = gating.GatingDropout(local_share=0.3)
     local = []
     for key in range(400):
         context = Context.of(2, 1, key=jax.random.key(key)).grouped(1, True)

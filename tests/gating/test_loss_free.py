@@ -160,7 +160,7 @@ def simulate(gate, offset_E, steps):
 
 
 def test_skewed_logits_are_balanced_within_gap_over_rate_steps():
-    gate = gating.make("loss_free", k=2, bias_rate=0.005)
+    gate = gating.LossFree(k=2, bias_rate=0.005)
     offset = jnp.linspace(0.0, 2.0, 8)
     steps = int(float(offset[-1] - offset[0]) / gate.bias_rate)
     _, before = simulate(gate, offset, 1)

@@ -18,8 +18,10 @@ def call(layer, x, context):
 
 def test_it_is_the_sum_of_k_switch_layers_of_a_kth_of_the_experts():
     """Outputs, drops and balance loss; the Switch layers hold slices of its weights."""
-    k, choices = 3, dict(transport="cells", capacity_factor=0.75)
-    whole = moejax.MoE(D, F, E, gate=gating.make("prototypes", k=k), rngs=nnx.Rngs(0), **choices)
+    k, factor = 3, 0.75
+    whole = moejax.MoE(
+        D, F, E, gate=gating.make("prototypes", k=k), rngs=nnx.Rngs(0), capacity_factor=factor
+    )
     whole.router["router_DE"][...] = jax.random.normal(jax.random.key(4), (D, E))
     x = jax.random.normal(jax.random.key(1), (B, L, D))
     valid = jnp.arange(L) < jnp.asarray([L, L - 5, 0])[:, None]
@@ -30,7 +32,7 @@ def test_it_is_the_sum_of_k_switch_layers_of_a_kth_of_the_experts():
     for first in range(0, E, size):
         own = slice(first, first + size)
         gate = gating.make("switch", jitter=0.0)
-        part = moejax.MoE(D, F, size, gate=gate, rngs=nnx.Rngs(0), **choices)
+        part = moejax.MoE(D, F, size, gate=gate, rngs=nnx.Rngs(0), capacity_factor=factor)
         part.router["router_DE"][...] = whole.router["router_DE"][:, own]
         for name in ("gate_EDF", "up_EDF", "down_EFD"):
             getattr(part, name)[...] = getattr(whole, name)[own]
