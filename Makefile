@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-input --disable
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup train test test-slow check format clean
+.PHONY: help setup train test exam test-slow check format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -41,6 +41,11 @@ train: $(READY)  ## train the default language model in runs/default (options: A
 
 test: $(READY)  ## run the CPU tests, on 8 virtual devices
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+
+exam: $(READY)  ## examine a gate from elsewhere: GATE="module:Gate field=value" (docs/add-a-gate.md)
+	MOEJAX_EXAM="$(GATE)" $(BIN)/python -m pytest -m "not slow" -q \
+	  tests/test_gates.py tests/test_visibility.py tests/models/test_prefix.py \
+	  -k "not capacity_shows and not overflow and not balanced_batch and not dropless_evaluation" $(ARGS)
 
 test-slow: $(READY_SLOW)  ## run the slow suites (installs PyTorch, transformers and the TPU compiler first)
 	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m slow $(ARGS)

@@ -143,6 +143,16 @@ def _add_eval(commands: Any) -> None:
     )
     parser.add_argument("--workdir", required=True, **WORKDIR, help="the run's folder")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    parser.add_argument(
+        "--record-routing", metavar="FILE", help="also write which experts every token visited"
+    )
+    parser.add_argument(
+        "--record-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --record-routing: the training batches of the first N steps too",
+    )
     parser.set_defaults(run=_eval, takes_overrides=True)
 
 
@@ -151,13 +161,19 @@ def _eval(args: argparse.Namespace) -> int:
 
     if args.step is not None and args.step < 0:
         raise UserError(f"--step={args.step} must be the number of a checkpoint, 0 or more")
+    if args.record_steps < 0 or (args.record_steps and not args.record_routing):
+        raise UserError(
+            f"--record-steps={args.record_steps} must be 0 or more, and needs --record-routing"
+        )
     loaded = load(os.path.join(args.workdir, "config.json"), args.overrides)
     validate(loaded.config)
 
-    from moejax.train import loop, rows
+    from moejax.train import evaluate, rows
 
     try:
-        row = loop.evaluate(loaded.config, args.workdir, args.step)
+        row = evaluate.evaluate(
+            loaded.config, args.workdir, args.step, args.record_routing or "", args.record_steps
+        )
     except rows.Divergence as problem:
         print(f"moejax: the held-out loss is not finite at {problem}", file=sys.stderr)
         return FAILED

@@ -118,6 +118,9 @@ FIELDS: dict[str, Field] = {
     "moe.priority": Field(
         "position", "who keeps a slot when an expert is full", choices=PRIORITIES
     ),
+    "moe.reroute": Field(
+        0, "cells: times an overflowing pair tries its next-best expert (0: dropped)", low=0
+    ),
     "moe.group": Field(
         "sequence", "tokens routed together: sequence, a number of sequences (as '4'), or batch"
     ),

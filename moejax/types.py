@@ -203,6 +203,7 @@ class MoEConfig:
     eval_capacity_factor: float = 1.25
     priority: Priority = "position"
     group: str = "sequence"
+    reroute: int = 0
 
     def __post_init__(self) -> None:
         for field, value, valid in (
@@ -219,6 +220,8 @@ class MoEConfig:
                 f"group={self.group!r} is unknown; use 'sequence', 'batch' or a whole number of "
                 "sequences such as '4'"
             )
+        if self.reroute < 0:
+            raise ValueError(f"reroute={self.reroute} must be 0 (off) or a number of rounds")
         for field, value in (
             ("num_experts", self.num_experts),
             ("capacity_factor", self.capacity_factor),
@@ -293,6 +296,16 @@ class Gate(Protocol):
         ...
 
     def visibility(self, moe: MoEConfig) -> Visibility: ...
+
+
+@runtime_checkable
+class NeedsData(Protocol):
+    """A gate that works with certain rows of the data only."""
+
+    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
+        """Raises ValueError unless it can route rows 0 .. n-1 of both kinds, of ``length`` tokens,
+        in each of the MoE layers."""
+        ...
 
 
 class ExpertWeights(NamedTuple):

@@ -4,15 +4,23 @@ A row of a gate of your own goes in ``ROWS`` like any other; what its file must 
 the gate itself (``trained_by``, ``visibility``, ``columns``) and off the claims of its row.
 """
 
+import ast
+import atexit
 import dataclasses
 import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from moejax import gating
+from moejax import gating, recording
+from moejax.recording import Recording, Routed
 from moejax.types import Context, Gate, GateContext, GateOutput, GateSpec, MoEStats
 
 G, T, D, E, V, TASKS = 4, 16, 16, 8, 32, 3
@@ -29,6 +37,8 @@ class Row:
       step: the step to examine it at, for gates with stages or schedules.
       untrained: parameters that nothing moves at this step, by name.
       noisy_eval: draws random numbers in evaluation too.
+      label: its name in test ids (default: made of gate and fields).
+      slow: another row has the same code with other numbers; this one is for the slow suite.
     """
 
     gate: str
@@ -39,10 +49,13 @@ class Row:
     step: int = 0
     untrained: tuple[str, ...] = ()
     noisy_eval: bool = False
+    label: str = ""
+    slow: bool = False
 
     @property
     def name(self) -> str:
-        return "-".join([self.gate, *(f"{field}={value}" for field, value in self.fields)])
+        fields = (f"{field}={value}" for field, value in self.fields)
+        return self.label or "-".join([self.gate, *fields])
 
     def make(self) -> Gate:
         return gating.make(self.gate, **dict(self.fields))
@@ -50,6 +63,20 @@ class Row:
 
 def row(gate: str, *, fields: dict[str, Any] | None = None, **claims: Any) -> Row:
     return Row(gate, tuple((fields or {}).items()), **claims)
+
+
+@functools.cache
+def recorded(layers: int = 2, rows: int = 8) -> str:
+    """A file with a random routing of rows of ``T`` tokens, two distinct experts each."""
+    rng = np.random.default_rng(4)
+    shape = (layers, rows, T)
+    expert = np.argsort(rng.random((*shape, E)), axis=-1)[..., :2].astype(np.int32)
+    weight = rng.random((*shape, 2)).astype(np.float32)
+    routed = Routed(expert, weight, weight > 0, rng.integers(0, V, shape[1:]).astype(np.int32))
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    recording.save(folder / "routing.npz", Recording(routed, routed, {"num_experts": E}))
+    return str(folder / "routing.npz")
 
 
 ROWS = [
@@ -65,18 +92,45 @@ ROWS = [
     row("sbase", fields={"rounding": "balanced"}, exact_load=True),
     row("dselect_k"),
     row("dselect_k", fields={"max_active": 3}),
+    row("replay", fields={"path": recorded()}, equivariant=False, label="replay"),
     # choice: presets of published models, prototypes, biases from past batches, local steps
-    row("deepseek_moe"),
-    row("qwen_moe"),
-    row("olmoe"),
-    row("openmoe"),
+    row("deepseek_moe", slow=True),
+    row("qwen_moe", slow=True),
+    row("olmoe", slow=True),
+    row("openmoe", slow=True),
     row("prototypes"),
-    row("loss_free", fields={"bias_rate": 0.1}),
+    row("loss_free", fields={"bias_rate": 0.1}, slow=True),
     row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
     row("deepseek_v3", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
     row("quantile"),
     row("gating_dropout", fields={"local_share": 0.5, "local_rows": 1}),
 ]
+
+
+OWN = os.environ.get("MOEJAX_EXAM", "")
+"""A gate from elsewhere to examine instead: "module:Gate field=value claim:name=value"."""
+
+
+def own_row(text: str) -> Row:
+    """The row that ``OWN`` describes."""
+    gate, *pairs = text.split()
+    given = dict(pair.split("=", 1) for pair in pairs)
+    claims = {k.removeprefix("claim:"): v for k, v in given.items() if k.startswith("claim:")}
+    fields = {k: _typed(v) for k, v in given.items() if not k.startswith("claim:")}
+    return row(gate, fields=fields, **{k: _typed(v) for k, v in claims.items()})
+
+
+def _typed(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if OWN:
+    ROWS = [own_row(OWN)]
+
+PARAMS = [pytest.param(r, id=r.name, marks=[pytest.mark.slow] * r.slow) for r in ROWS]
 
 
 def token_counts() -> np.ndarray:

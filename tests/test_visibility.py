@@ -27,7 +27,7 @@ CASES = [
         row,
         *choices,
         id=f"{row.name}-{'-'.join(choices)}",
-        marks=() if choices in QUICK else pytest.mark.slow,
+        marks=() if choices in QUICK and not row.slow else pytest.mark.slow,
     )
     for row in ROWS
     for choices in QUICK + SLOW
@@ -35,7 +35,7 @@ CASES = [
 
 
 @functools.cache
-def program(row, priority, group, train, factor=0.6):
+def program(row, priority, group, train, factor=0.6, reroute=0):
     """[SEEDS] runs at once: output with the given tokens, drops on the way."""
     layer = moejax.MoE(
         D,
@@ -48,6 +48,7 @@ def program(row, priority, group, train, factor=0.6):
         eval_capacity_factor=factor,
         priority=priority,
         group=group,
+        reroute=reroute,
         vocab_size=V,
         num_tasks=TASKS,
         rngs=nnx.Rngs(0),
@@ -72,6 +73,15 @@ def test_a_token_sees_what_its_gate_declares(row, priority, group, train):
     full = layer.gate.capacity(rows * L, E, 0.6) >= rows * L
     if not (full or (train and row.exact_load)):
         assert (dropped > 0).any(), "a capacity that never binds proves nothing"
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_overflow_that_finds_another_expert_has_seen_later_tokens(train):
+    row = gates.row("switch")
+    run, layer = program(row, "position", "sequence", train, reroute=2)
+    seen = layer.gate.visibility(layer.config)
+    assert seen.train_future and seen.eval_future and not seen.train_others
+    check(run, seen, train)
 
 
 @pytest.mark.parametrize("priority", ["choice", "gate", "random"])

@@ -25,6 +25,7 @@ from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
 from moejax.gating.prototypes import Prototypes
 from moejax.gating.quantile import Quantile, quantile_prices
+from moejax.gating.replay import Replay
 from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
@@ -43,6 +44,7 @@ __all__ = [
     "NoisyTopK",
     "Prototypes",
     "Quantile",
+    "Replay",
     "SBase",
     "TopK",
     "balanced_assignment",
@@ -162,6 +164,7 @@ GATES: dict[str, Entry] = {
     "base": Entry(Base, moe=UNBALANCED),
     "sbase": Entry(SBase, moe=UNBALANCED),
     "dselect_k": Entry(DSelectK, moe={"transport": "dropless", **UNBALANCED}),
+    "replay": Entry(Replay, moe={"transport": "dropless", **UNBALANCED}),
 }
 
 

@@ -184,14 +184,16 @@ def capacity_visibility(k: int, moe: MoEConfig, columns: int | None = None) -> V
     Only ``cells`` has a capacity, and a factor of E/k or more never binds. Then, while slots are
     contended: ``position`` serves tokens in order (no future); ``choice`` serves all first choices
     first, so for k > 1 a token's second choice queues behind later tokens; ``gate`` and ``random``
-    rank all tokens of the group against each other. A group of several sequences shares its slots.
+    rank all tokens of the group against each other, and so does ``reroute``. A group of several
+    sequences shares its slots.
     """
     several = moe.group != "sequence" and moe.group != "1"
 
     def phase(transport: str, factor: float) -> tuple[bool, bool]:
         if transport != "cells" or factor * k >= moe.num_experts:
             return False, False
-        ranked = moe.priority in ("gate", "random")
+        # Who has room for overflow is known when all tokens have been served.
+        ranked = moe.priority in ("gate", "random") or moe.reroute > 0
         future = ranked or (moe.priority == "choice" and (columns or k) > 1)
         return future, several
 

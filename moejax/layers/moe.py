@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: where gate, dispatch, experts and flax meet."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from jaxtyping import Array, Float
 
 from moejax import losses
 from moejax.dispatch import dispatch
+from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
-from moejax.gating.ops import router_logits, row_noise
+from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.basic import FFN
 from moejax.layers.routing_stats import collect_stats, sum_over_groups, with_cuts
-from moejax.mesh import constrain
+from moejax.mesh import constrain, group_local
 from moejax.types import (
     SCOPES,
     Context,
@@ -58,6 +60,7 @@ class MoE(nnx.Module):
         ``eval_transport``, used when ``train=False``.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
       priority: who stays when an expert is full: "position", "choice", "gate" or "random".
+      reroute: how often a pair that finds an expert full tries its token's next-best ("cells").
       group: tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
       balance_scope: balance losses per "sequence", "group" or "batch".
       num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
@@ -81,6 +84,7 @@ class MoE(nnx.Module):
         eval_capacity_factor: float = 1.25,
         priority: Priority = "position",
         group: str = "sequence",
+        reroute: int = 0,
         activation: str = "swiglu",
         num_shared: int = 0,
         shared_gate: bool = False,
@@ -98,6 +102,7 @@ class MoE(nnx.Module):
             eval_capacity_factor=eval_capacity_factor,
             priority=priority,
             group=group,
+            reroute=reroute,
         )
         for field, value, valid in (
             ("activation", activation, ACTIVATIONS),
@@ -151,7 +156,7 @@ class MoE(nnx.Module):
         x_GTD = x_BLD.reshape(batch // rows, rows * length, -1)
         with jax.named_scope("router"):
             output = self.gate(self._gate_params(), state, x_GTD, gate_context)
-        y_GTD, kept_GTK = self._dispatch(x_BLD, x_GTD, output.routing, gate_context)
+        y_GTD, kept_GTK, sent = self._dispatch(x_BLD, x_GTD, output, gate_context)
         if output.identity_weight_GT is not None:
             y_GTD += (output.identity_weight_GT[..., None] * x_GTD).astype(y_GTD.dtype)
         y_BLD = y_GTD.reshape(x_BLD.shape)
@@ -159,7 +164,9 @@ class MoE(nnx.Module):
             with jax.named_scope("ffn"):
                 y_BLD += self._shared_output(x_BLD)
         with jax.named_scope("router"):
-            info = self._info(output, kept_GTK, context)
+            # Losses and counts are of what the gate chose: rerouting must not hide an imbalance.
+            chosen = dataclasses.replace(sent, routing=output.routing)
+            info = self._info(chosen, kept_GTK, context)._replace(routing=sent.routing)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 
     def init_gate_state(
@@ -196,13 +203,18 @@ class MoE(nnx.Module):
         return (jax.nn.sigmoid(score_BL1) * y_BLD).astype(y_BLD.dtype)
 
     def _dispatch(
-        self, x_BLD: Array, x_GTD: Array, routing: Routing, context: GateContext
-    ) -> tuple[Array, Array]:
+        self, x_BLD: Array, x_GTD: Array, output: GateOutput, context: GateContext
+    ) -> tuple[Array, Array, GateOutput]:
+        """Output, pairs that found room, and the gate's output with the routing that was sent."""
         config = self.config
         transport = config.transport if context.train else config.eval_transport
         factor = config.capacity_factor if context.train else config.eval_capacity_factor
-        score_GT = self._priority_score(routing, context, transport)
-        tokens, columns = x_GTD.shape[1], routing.expert_GTK.shape[-1]
+        score_GT = self._priority_score(output.routing, context, transport)
+        tokens, columns = x_GTD.shape[1], output.routing.expert_GTK.shape[-1]
+        capacity = self.gate.capacity(tokens, config.num_experts, factor)
+        if transport == "cells" and config.reroute:
+            output = self._reroute(output, score_GT, capacity, context.valid_GT)
+        routing = output.routing
         if transport != "cells":
             # Without capacity groups mean nothing: sequences spread over the mesh more finely.
             shape = x_BLD.shape[:2]
@@ -215,10 +227,27 @@ class MoE(nnx.Module):
             self.expert_weights(),
             transport=transport,
             activation=self.activation,
-            capacity=self.gate.capacity(tokens, config.num_experts, factor),
+            capacity=capacity,
             priority=config.priority,
         )
-        return y.reshape(-1, tokens, x_BLD.shape[-1]), kept.reshape(-1, tokens, columns)
+        y_GTD = y.reshape(-1, tokens, x_BLD.shape[-1])
+        return y_GTD, kept.reshape(-1, tokens, columns), output
+
+    def _reroute(
+        self, output: GateOutput, score_GT: Array, capacity: int, valid_GT: Array
+    ) -> GateOutput:
+        before, choices = output.routing, self.config
+        move = functools.partial(
+            reroute, capacity=capacity, priority=choices.priority, rounds=choices.reroute
+        )
+        after = Routing(
+            *group_local(move)(
+                before.expert_GTK, before.weight_GTK, output.stats.probs_GTE, score_GT
+            )
+        )
+        moved_GT = jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1).astype(jnp.float32)
+        means = {**output.means, "rerouted": group_mean(moved_GT, valid_GT)}
+        return dataclasses.replace(output, routing=after, means=means)
 
     def _priority_score(self, routing: Routing, context: GateContext, transport: str) -> Array:
         """Higher is served earlier; used by "cells" with priorities "gate" and "random" only."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moejax.layers.attention import Attention
 from moejax.layers.basic import FFN, RMSNorm
@@ -78,6 +78,14 @@ class LMConfig:
         return self.num_periods if self.every else 0
 
 
+class Sent(NamedTuple):
+    """The routing that a layer followed, and which of its pairs found room."""
+
+    expert_BLK: Int[Array, "*M B L K"]
+    weight_BLK: Float[Array, "*M B L K"]
+    kept_BLK: Bool[Array, "*M B L K"]
+
+
 class LMOutput(NamedTuple):
     """``losses`` are means over MoE layers; ``stats`` lead with the MoE layers (None if dense)."""
 
@@ -88,6 +96,8 @@ class LMOutput(NamedTuple):
     """Mean square of each layer's output: the first one that is not finite is where a NaN began."""
     policy: Policy | None
     """Leads with the MoE layers; of gates trained by policy."""
+    routing: Sent | None
+    """Leads with the MoE layers; None if dense."""
 
 
 class Block(nnx.Module):
@@ -153,14 +163,17 @@ class Period(nnx.Module):
 
     def __call__(
         self, x_BLD: Array, context: Context, state: GateState, train: bool
-    ) -> tuple[Array, tuple[Array, dict[str, Array], MoEStats | None, Policy | None]]:
-        squares, losses, stats, policy = [], {}, None, None
+    ) -> tuple[Array, Any]:
+        """Output, and of all layers or the sparse one what ``LMOutput`` tells, in its order."""
+        squares, losses, stats, policy, sent = [], {}, None, None, None
         for block in self.blocks:
             x_BLD, info = block(x_BLD, context, state, train)
             squares.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
             if info is not None:
                 losses, stats, policy = info.losses, info.stats, info.policy
-        return x_BLD, (jnp.stack(squares), losses, stats, policy)
+                routed = (info.routing.expert_GTK, info.routing.weight_GTK, info.kept_GTK)
+                sent = Sent(*(x.reshape(*x_BLD.shape[:2], -1) for x in routed))
+        return x_BLD, (jnp.stack(squares), losses, stats, policy, sent)
 
 
 class LM(nnx.Module):
@@ -207,7 +220,8 @@ class LM(nnx.Module):
         for block in self.first:
             x_BLD, _ = block(x_BLD, context, (), train)
             first.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
-        x_BLD, (squares, losses, stats, policy) = self._scan(x_BLD, context, gate_state, train)
+        x_BLD, found = self._scan(x_BLD, context, gate_state, train)
+        squares, losses, stats, policy, sent = found
         with jax.named_scope("loss"):
             logits_BLV = self._logits(self.final_norm(x_BLD), dtype)
         return LMOutput(
@@ -216,6 +230,7 @@ class LM(nnx.Module):
             stats,
             jnp.concatenate([jnp.asarray(first, jnp.float32), squares.reshape(-1)]),
             policy,
+            sent,
         )
 
     def _logits(self, x_BLD: Array, dtype: jnp.dtype) -> Array:

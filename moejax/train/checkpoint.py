@@ -23,7 +23,7 @@ from moejax.train import reading
 from moejax.train.checksum import checksums
 from moejax.train.manifest import Manifest
 from moejax.train.processes import from_first, is_first
-from moejax.train.reading import Restored
+from moejax.train.reading import WHOLE, Part, Restored
 
 
 class Checkpointer:
@@ -108,7 +108,9 @@ class Checkpointer:
             self._manager.close()
             self._manager = None
 
-    def restore(self, abstract_state: Any, *, step: int | None = None) -> Restored | None:
+    def restore(
+        self, abstract_state: Any, *, step: int | None = None, part: Part = WHOLE
+    ) -> Restored | None:
         """The newest checkpoint that passes every check, or None if there has never been one.
 
         A damaged one is moved aside with a line on stderr and the one before it is tried.
@@ -117,6 +119,7 @@ class Checkpointer:
           abstract_state: the state or its description: leaves with `shape`, `dtype` and the
             `sharding` to restore onto, over any mesh.
           step: restore this one, or fail and move nothing.
+          part: of the checkpoint, which `abstract_state` then describes.
 
         Raises:
           UserError: if all are damaged, if `step` is missing or damaged, or if an intact checkpoint
@@ -124,8 +127,10 @@ class Checkpointer:
         """
         self.wait()
         if step is not None:
-            return reading.exactly(self._directory, step, abstract_state)
-        restored, rejected = reading.newest_good(self._directory, abstract_state, "", self._reject)
+            return reading.exactly(self._directory, step, abstract_state, part)
+        restored, rejected = reading.newest_good(
+            self._directory, abstract_state, part, self._reject
+        )
         bad = self._bad_folder()
         if restored is None and (rejected or from_first(bad.is_dir() and any(bad.iterdir()))):
             raise UserError(
@@ -213,7 +218,7 @@ def restore_subtree(directory: str | Path, abstract_subtree: Any, key: str = "pa
         if is_first():
             _report(directory, step, problem, "skipped")
 
-    restored, rejected = reading.newest_good(directory, abstract_subtree, f"{key}/", skip)
+    restored, rejected = reading.newest_good(directory, abstract_subtree, Part(f"{key}/"), skip)
     if restored is None:
         found = "only damaged ones" if rejected else "none"
         raise UserError(f"no checkpoint to start from in {directory}: found {found}")

@@ -45,6 +45,7 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     check_workdir(folder, config, this.corpus.fingerprint)
     this.train_batches()  # a text that is too short is refused here,
     this.eval_batches()  # before anything is written
+    this.check_gate_data(config.train.steps)
     console, budget = Console(this, folder), setup.budget(this)
     console.announce(budget)
     about = {
@@ -218,10 +219,10 @@ def check_workdir(folder: Path, config: Config, fingerprint: str) -> None:
             f"{name}={new} but the run in {folder} has {name}={old}; use another --workdir, or "
             "the same value to resume"
         )
-    _check_data(saved, config, fingerprint, "use another --workdir")
+    check_text(saved, config, fingerprint, "use another --workdir")
 
 
-def _check_data(saved: dict[str, Any], config: Config, fingerprint: str, remedy: str) -> None:
+def check_text(saved: dict[str, Any], config: Config, fingerprint: str, remedy: str) -> None:
     """Refuses other tokens than the run's, unless the config names other data."""
     if to_dict(config)["data"] == saved["config"]["data"] and fingerprint != saved["fingerprint"]:
         raise UserError(
@@ -280,27 +281,3 @@ def write_config(this: Run, folder: Path, about: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def evaluate(config: Config, workdir: str, step: int | None = None) -> dict[str, Any]:
-    """The held-out row of a run's checkpoint (the newest good one, or that of ``step``).
-
-    Raises:
-      UserError: no such checkpoint, or the run's own text has changed.
-      Divergence: the loss is not finite.
-    """
-    this = setup.prepare(config)
-    folder = Path(workdir)
-    remedy = "name the text to evaluate on with --config.data.path"
-    _check_data(read_config(folder), config, this.corpus.fingerprint, remedy)
-    with (
-        compile_cache.kept(config.report.compile_cache),
-        jax.set_mesh(this.mesh),
-        Checkpointer(folder / "checkpoints", read_only=True) as checkpoints,
-    ):
-        restored = checkpoints.restore(this.abstract_state, step=step)
-        if restored is None:
-            raise UserError(f"{workdir} has no checkpoint to evaluate; train first")
-        totals = [this.eval_step(restored.state, this.put(b)) for b in this.eval_batches()]
-        bytes_per_token = this.corpus.heldout_bytes_per_token
-        return rows.eval_row(restored.step, totals, bytes_per_token, this.leak)

@@ -52,3 +52,10 @@ def compiled_together(jitted: Any, *shapes: Any) -> Callable[..., Any]:
     compiled = jitted.lower(*shapes).compile()
     multihost_utils.sync_global_devices("moejax compiled")
     return compiled
+
+
+def on_host(tree: Any) -> Any:
+    """Whole copies of a tree's arrays on every process, wherever their parts are."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)

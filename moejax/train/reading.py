@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,21 @@ def committed_steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in folders if name.isdecimal())
 
 
+class Part(NamedTuple):
+    """What of a checkpoint is asked for: names that start so and have no such folder in them."""
+
+    prefix: str = ""
+    without: str = ""
+
+    def has(self, name: str) -> bool:
+        return name.startswith(self.prefix) and not (self.without and f"/{self.without}/" in name)
+
+
+WHOLE = Part()
+
+
 def newest_good(
-    directory: Path, abstract: Any, prefix: str, reject: Callable[[int, str], None]
+    directory: Path, abstract: Any, part: Part, reject: Callable[[int, str], None]
 ) -> tuple[Restored | None, list[int]]:
     """Tries steps from the newest on; the first good one, and the steps given to `reject`."""
     rejected: list[int] = []
@@ -54,20 +67,20 @@ def newest_good(
         if step < 0:
             return None, rejected
         try:
-            return _load(directory, step, abstract, prefix), rejected
+            return _load(directory, step, abstract, part), rejected
         except Damaged as damage:
             rejected.append(step)
             reject(step, str(damage))
 
 
-def exactly(directory: Path, step: int, abstract: Any) -> Restored:
+def exactly(directory: Path, step: int, abstract: Any, part: Part = WHOLE) -> Restored:
     """Checkpoint `step`, or a UserError."""
     steps = committed_steps(directory)
     if not from_first(step in steps):
         there = ", ".join(map(str, steps)) or "none"
         raise UserError(f"no checkpoint of step {step} in {directory}; steps there: {there}")
     try:
-        return _load(directory, step, abstract, "")
+        return _load(directory, step, abstract, part)
     except Damaged as damage:
         raise UserError(f"checkpoint {step} in {directory} is damaged: {damage}") from damage
 
@@ -85,8 +98,8 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _load(directory: Path, step: int, abstract: Any, prefix: str) -> Restored:
-    """Reads and verifies one checkpoint, or its arrays below `prefix`, onto abstract's shardings.
+def _load(directory: Path, step: int, abstract: Any, part: Part) -> Restored:
+    """Reads and verifies one checkpoint, or a part of it, onto abstract's shardings.
 
     All processes agree after each stage, because the next one needs all of them.
 
@@ -97,8 +110,8 @@ def _load(directory: Path, step: int, abstract: Any, prefix: str) -> Restored:
     folder = directory / str(step)
     with _agreement():
         about = manifests.decode(_read_json(folder / "meta"), step)
-    leaves = {prefix + name: leaf for name, leaf in manifests.named_leaves(abstract).items()}
-    saved = {name: entry for name, entry in about.arrays.items() if name.startswith(prefix)}
+    leaves = {part.prefix + name: leaf for name, leaf in manifests.named_leaves(abstract).items()}
+    saved = {name: entry for name, entry in about.arrays.items() if part.has(name)}
     wanted = manifests.entries(leaves)
     manifests.check_same_tree(saved, wanted, f"checkpoint {step} in {directory}")
     with _agreement():

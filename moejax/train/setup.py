@@ -23,6 +23,7 @@ from moejax.train.processes import compiled_together
 from moejax.train.state import TrainState, abstract, count_parameters
 from moejax.train.step import eval_step, train_step
 from moejax.train.task import Batch, LanguageModel
+from moejax.types import NeedsData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,23 @@ class Run:
             name: jax.make_array_from_callback(x.shape, self._row_sharding, x.__getitem__)
             for name, x in batch.items()
         }
+
+    def check_gate_data(self, train_steps: int) -> None:
+        """Asks a gate that depends on the data whether it has what it needs.
+
+        Raises:
+          UserError: it has not.
+        """
+        model, train = self.task.model, self.config.train
+        if not (model.every and isinstance(model.gate, NeedsData)):
+            return
+        rows = int(sum(batch["valid"].any(axis=1).sum() for batch in self.eval_batches()))
+        try:
+            model.gate.check_data(
+                model.num_moe_layers, train.seq_len, train_steps * train.batch_size, rows
+            )
+        except ValueError as error:
+            raise UserError(f"moe.{error}") from error
 
     def train_batches(self) -> data_batches.TrainBatches:
         train = self.config.train

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config, make_gate, moe_config
 from moejax.losses import policy_gradient
-from moejax.models.lm import LM, LMConfig
+from moejax.models.lm import LM, LMConfig, LMOutput
 from moejax.train.state import from_tree, to_tree
 from moejax.types import Context, MoEStats
 
@@ -103,18 +103,8 @@ class LanguageModel:
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
         """Runs the model on a batch and adds up everything anyone wants to know of it."""
-        graph, template = self._split()
-        model = nnx.merge(graph, from_tree(template, params))
-        token_BL, target_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        context = Context.of(
-            *token_BL.shape,
-            token_BL=token_BL,
-            valid_BL=batch["valid"],
-            row_B=batch["row"],
-            step=step,
-            key=jax.random.fold_in(key, step),
-        )
-        out = model(token_BL, context, gate_state, train)
+        out = self.apply(params, gate_state, batch, step, key, train)
+        target_BL = batch["tokens"][:, 1:]
         valid = batch["valid"]
         tokens = jnp.sum(valid, dtype=jnp.int32)
         with jax.named_scope("loss"):
@@ -134,6 +124,23 @@ class LanguageModel:
             mean_square=out.mean_square * tokens,
             stats=out.stats,
         )
+
+    def apply(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+    ) -> LMOutput:
+        """The model on a batch's inputs."""
+        graph, template = self._split()
+        model = nnx.merge(graph, from_tree(template, params))
+        token_BL = batch["tokens"][:, :-1]
+        context = Context.of(
+            *token_BL.shape,
+            token_BL=token_BL,
+            valid_BL=batch["valid"],
+            row_B=batch["row"],
+            step=step,
+            key=jax.random.fold_in(key, step),
+        )
+        return model(token_BL, context, gate_state, train)
 
     def objective(self, totals: Totals, tokens: Array) -> Array:
         """The share of these totals in the loss of a batch with ``tokens`` valid tokens."""

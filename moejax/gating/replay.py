@@ -1,0 +1,130 @@
+"""Replay: the routing of another run or checkpoint, from a file."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax import recording
+from moejax.gating import ops
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    RouterStats,
+    TrainedBy,
+    Visibility,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay(ops.Stateless):
+    r"""Every token visits the experts that were recorded for its row and position.
+
+    .. math:: y_{rl} = \sum_k w_{rlk} f_{e_{rlk}}(x_{rl}), \qquad
+       (e, w) \text{ as in the file, by layer, global row id and position}
+
+    For studies of router drift: the experts of one checkpoint under the routing of another, or a
+    run trained on a routing that never moves. ``moejax eval --record-routing=FILE`` writes the
+    file; rows of the training data are in it with ``--record-steps``. Shorter sequences take the
+    beginning of each row. Nothing is learned; a recorded weight is a constant.
+
+    Visibility: what the recorded router saw is in the file already. Here a token sees itself alone:
+    who competes with it for a slot, and who wins, is recorded too.
+    """
+
+    path: Annotated[str, "a file that `moejax eval --record-routing` wrote"] = ""
+
+    trained_by: ClassVar[TrainedBy] = "none"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        if not self.path:
+            raise ValueError(
+                "gate.path='' must name a recorded routing; `moejax eval --record-routing=FILE` "
+                "writes one"
+            )
+        found = self._recording().num_experts
+        if found != num_experts:
+            raise ValueError(
+                f"gate.path={self.path!r} was recorded with {found} experts, but num_experts="
+                f"{num_experts}; use num_experts={found}"
+            )
+
+    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
+        """Raises ValueError unless the file has these layers, positions and rows."""
+        for split, rows, remedy in (
+            ("train", train_rows, "record training rows with --record-steps"),
+            ("eval", eval_rows, "lower train.eval_rows, or record more"),
+        ):
+            found = getattr(self._recording(), split).expert.shape[:3]
+            short = found[1] < rows
+            if rows and (short or found[0] != layers or found[2] < length):
+                raise ValueError(
+                    f"gate.path={self.path!r} has {found[0]} layers x {found[1]} {split} rows x "
+                    f"{found[2]} positions, but {layers} x {rows} x {length} are needed; "
+                    f"{remedy if short else 'record with the same model and train.seq_len'}"
+                )
+
+    def columns(self, num_experts: int) -> int:
+        return self._recording().eval.expert.shape[-1] if self.path else 1
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        return {}
+
+    def init_state(self, spec: GateSpec) -> GateState:
+        """This layer's tables."""
+        found = self._recording()
+        return {
+            split: {
+                "expert_NLK": jnp.asarray(routed.expert, jnp.int32)[spec.layer],
+                "weight_NLK": jnp.asarray(routed.weight, jnp.float32)[spec.layer],
+            }
+            for split, routed in (("eval", found.eval), ("train", found.train))
+            if routed.expert.shape[1]
+        }
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        split = "train" if context.train else "eval"
+        if split not in state:
+            raise ValueError(
+                f"gate.path={self.path!r} has no rows of the training data; record them with "
+                "`moejax eval --record-routing=FILE --record-steps=N`"
+            )
+        table = state[split]
+        groups, rows = context.row_GR.shape
+        length = context.valid_GT.shape[1] // rows
+
+        def recorded(table_NLK: Array) -> Array:
+            found_GRLK = table_NLK[:, :length][context.row_GR]
+            return found_GRLK.reshape(groups, rows * length, -1)
+
+        expert_GTK, weight_GTK = recorded(table["expert_NLK"]), recorded(table["weight_NLK"])
+        num_experts = self._recording().num_experts
+        hit_GTKE = expert_GTK[..., None] == jnp.arange(num_experts)
+        mass_GTE = jnp.sum(jnp.where(hit_GTKE, weight_GTK[..., None], 0.0), axis=2)
+        mass_GTE = jnp.where(jnp.any(mass_GTE > 0, axis=-1, keepdims=True), mass_GTE, 1.0)
+        probs_GTE = mass_GTE / jnp.sum(mass_GTE, axis=-1, keepdims=True)
+        logits_GTE = jnp.log(jnp.maximum(probs_GTE, jnp.finfo(jnp.float32).tiny))
+        return GateOutput(
+            ops.masked(expert_GTK, weight_GTK, context.valid_GT),
+            RouterStats(logits_GTE, probs_GTE, probs_GTE),
+        )
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        k = self.columns(num_experts)
+        return ops.token_choice_capacity(num_tokens, num_experts, k, factor)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        return Visibility()
+
+    def _recording(self) -> recording.Recording:
+        try:
+            return recording.load(self.path)
+        except ValueError as error:
+            raise ValueError(f"gate.path={self.path!r} {error}") from error

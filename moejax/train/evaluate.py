@@ -1,0 +1,181 @@
+"""Evaluating the checkpoint of a run, and recording how it routes."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moejax import recording
+from moejax.config import Config
+from moejax.errors import UserError
+from moejax.models.lm import Sent
+from moejax.recording import Recording, Routed
+from moejax.train import compile_cache, rows, setup
+from moejax.train.checkpoint import Checkpointer, Restored
+from moejax.train.loop import check_text, read_config
+from moejax.train.processes import is_first, on_host
+from moejax.train.reading import Part
+from moejax.train.setup import Run
+from moejax.train.state import TrainState
+from moejax.train.task import Batch, LanguageModel
+
+ROUTER = "router"
+"""The key below which a layer keeps its gate's parameters."""
+
+
+class Opened(NamedTuple):
+    """A run with the state of one of its checkpoints."""
+
+    run: Run
+    state: TrainState
+    step: int
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, workdir: str, step: int | None, train_steps: int = 0
+) -> Iterator[Opened]:
+    """The run's newest good checkpoint, or that of ``step``, on the config's mesh.
+
+    ``train_steps``: batches of training data that will be asked for as well.
+
+    Raises:
+      UserError: no such checkpoint, or the run's own text has changed.
+    """
+    this = setup.prepare(config)
+    this.check_gate_data(train_steps)
+    folder = Path(workdir)
+    saved = read_config(folder)
+    remedy = "name the text to evaluate on with --config.data.path"
+    check_text(saved, config, this.corpus.fingerprint, remedy)
+    with (
+        compile_cache.kept(config.report.compile_cache),
+        jax.set_mesh(this.mesh),
+        Checkpointer(folder / "checkpoints", read_only=True) as checkpoints,
+    ):
+        own_gate = config.moe.gate.name == saved["config"]["moe"]["gate"]["name"]
+        restore = _own if own_gate or _has_router(this) else _without_router
+        restored = restore(this, checkpoints, step)
+        if restored is None:
+            raise UserError(f"{workdir} has no checkpoint to evaluate; train first")
+        yield Opened(this, restored.state, restored.step)
+
+
+def evaluate(
+    config: Config,
+    workdir: str,
+    step: int | None = None,
+    record_routing: str = "",
+    record_steps: int = 0,
+) -> dict[str, Any]:
+    """The held-out row of a run's checkpoint.
+
+    With ``record_routing`` a file is written with the routing of these rows, and of the training
+    batches of the first ``record_steps`` steps.
+
+    Raises:
+      UserError: see ``opened``; a routing that cannot be recorded.
+      Divergence: the loss is not finite.
+    """
+    if record_routing:
+        _check_target(config, record_routing)
+    with opened(config, workdir, step, record_steps) as found:
+        this, state, at = found
+        totals = [this.eval_step(state, this.put(b)) for b in this.eval_batches()]
+        row = rows.eval_row(at, totals, this.corpus.heldout_bytes_per_token, this.leak)
+        if record_routing:
+            _write(_record(found, record_steps), record_routing)
+        return row
+
+
+def _check_target(config: Config, path: str) -> None:
+    if not config.moe.every:
+        raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
+    folder = Path(path).expanduser().absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"--record-routing={path}: the folder {folder} does not exist")
+
+
+def _write(found: Recording, path: str) -> None:
+    if not is_first():
+        return
+    try:
+        recording.save(Path(path).expanduser(), found)
+    except OSError as error:
+        raise UserError(f"--record-routing={path} cannot be written: {error.strerror}") from error
+
+
+def _record(found: Opened, train_steps: int) -> Recording:
+    this, state, at = found
+    route = jax.jit(functools.partial(_route, task=this.task))
+    source = this.train_batches()
+    about = {
+        "num_experts": this.config.moe.num_experts,
+        "gate": this.config.moe.gate.name,
+        "step": at,
+        "fingerprint": this.corpus.fingerprint,
+    }
+    return Recording(
+        _routed(this, state, route, this.eval_batches()),
+        _routed(this, state, route, [source.batch(i) for i in range(train_steps)]),
+        about,
+    )
+
+
+def _route(state: TrainState, batch: Batch, *, task: LanguageModel) -> Sent:
+    key = jax.random.wrap_key_data(state.key)
+    out = task.apply(state.params, state.gate_state, batch, state.step, key, train=False)
+    assert out.routing is not None
+    return out.routing
+
+
+def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:
+    """The batches' rows that hold tokens, one after the other."""
+    model, length = this.task.model, this.config.train.seq_len
+    columns = model.gate.columns(model.moe.num_experts)
+    shape = (model.num_moe_layers, 0, length, columns)
+    parts = [
+        Routed(
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, bool),
+            np.zeros((0, length), np.int32),
+        )
+    ]
+    for batch in batches:
+        sent = route(state, this.put(batch))
+        real = batch["valid"].any(axis=1)
+        expert, weight, kept = (x[:, real] for x in on_host(sent))
+        parts.append(Routed(expert, weight, kept, batch["tokens"][real, :-1]))
+    rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0}
+    return Routed(
+        **{
+            field: np.concatenate([getattr(part, field) for part in parts], axis)
+            for field, axis in rows_axis.items()
+        }
+    )
+
+
+def _own(this: Run, checkpoints: Checkpointer, step: int | None) -> Restored | None:
+    return checkpoints.restore(this.abstract_state, step=step)
+
+
+def _without_router(this: Run, checkpoints: Checkpointer, step: int | None) -> Restored | None:
+    """The model's parameters for a gate without any, which starts from its initial state."""
+    state = this.init_state()
+    restored = checkpoints.restore(state.params, step=step, part=Part("params/", without=ROUTER))
+    if restored is None:
+        return None
+    at = jax.numpy.int32(restored.step)
+    whole = dataclasses.replace(state, params=restored.state, step=at)
+    return dataclasses.replace(restored, state=whole)
+
+
+def _has_router(this: Run) -> bool:
+    paths = jax.tree_util.tree_leaves_with_path(this.abstract_state.params)
+    return any(f"'{ROUTER}'" in jax.tree_util.keystr(path) for path, _ in paths)

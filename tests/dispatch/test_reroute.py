@@ -1,0 +1,108 @@
+"""Overflow finds another expert: against a plain loop, and through the layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.dispatch.pack import plan_cells, serving_order
+from moejax.dispatch.reroute import reroute
+from moejax.gating import top_k_routing
+from tests import meshes, moes
+
+G, T, E = 3, 12, 4
+CASES = [(k, p, r) for k in (1, 2) for p in ("position", "choice", "gate") for r in (1, 3)]
+
+
+def loop(expert, weight, prob, score, *, capacity, priority, rounds):
+    """One group with lists and dicts."""
+    tokens, columns = expert.shape
+    order = np.asarray(serving_order(priority, jnp.asarray(score[None]), columns))[0]
+    room, lost = [capacity] * prob.shape[1], set()
+    expert, weight = expert.copy(), weight.copy()
+    visits = [set(row) for row in expert]
+    for pair in order:
+        t, k = divmod(int(pair), columns)
+        if room[expert[t, k]]:
+            room[expert[t, k]] -= 1
+        else:
+            lost.add((t, k))
+    by_score = range(tokens)
+    if priority == "gate":
+        by_score = sorted(by_score, key=lambda t: -score[t])
+    for _ in range(rounds):
+        for k in range(columns):
+            before = list(room)
+            for t in by_score:
+                free = [e for e in range(prob.shape[1]) if before[e] and e not in visits[t]]
+                if (t, k) not in lost or not free:
+                    continue
+                best = max(free, key=lambda e: prob[t, e])
+                if room[best]:
+                    room[best] -= 1
+                    weight[t, k] *= prob[t, best] / prob[t, expert[t, k]]
+                    expert[t, k] = best
+                    visits[t].add(best)
+                    lost.remove((t, k))
+    return expert, weight, len(lost)
+
+
+@functools.cache
+def example(k):
+    skew = jnp.asarray([2.0, 1.0, 0.0, 0.0])
+    logits = jax.random.normal(jax.random.key(k), (G, T, E)) + skew
+    expert, weight = top_k_routing(logits, k, renormalize=False)
+    return expert, weight, jax.nn.softmax(logits), jax.random.uniform(jax.random.key(9), (G, T))
+
+
+@pytest.mark.parametrize(("k", "priority", "rounds"), CASES)
+def test_overflow_moves_as_in_a_plain_loop_and_nobody_else_is_displaced(k, priority, rounds):
+    expert, weight, prob, score = example(k)
+    capacity = T * k // E
+    keywords = {"capacity": capacity, "priority": priority}
+    got, got_weight = reroute(expert, weight, prob, score, rounds=rounds, **keywords)
+    planned = {"num_experts": E, **keywords}
+    before = plan_cells(expert, weight, score, **planned).kept_tK.reshape(expert.shape)
+    after = plan_cells(got, got_weight, score, **planned).kept_tK.reshape(expert.shape)
+    assert after[before].all() and after.sum() > before.sum()
+    lost = 0
+    for g in range(G):
+        given = [np.asarray(a[g]) for a in (expert, weight, prob, score)]
+        want = loop(*given, capacity=capacity, priority=priority, rounds=rounds)
+        np.testing.assert_array_equal(got[g], want[0])
+        np.testing.assert_allclose(got_weight[g], want[1], rtol=1e-6)  # a float32 product
+        lost += want[2]
+    assert lost == (~after).sum()
+
+
+def test_moved_top_1_tokens_weigh_the_probability_of_where_they_go():
+    expert, weight, prob, score = example(1)
+    got, got_weight = reroute(
+        expert, weight, prob, score, capacity=3, priority="position", rounds=3
+    )
+    assert (got != expert).any()
+    wanted = jnp.take_along_axis(prob, got, axis=-1)
+    np.testing.assert_allclose(got_weight, wanted, rtol=1e-6)  # float32: w p_j / p_e
+
+
+def test_nothing_moves_where_everything_has_room():
+    expert, weight, prob, score = example(2)
+    got = reroute(expert, weight, prob, score, capacity=T, priority="choice", rounds=2)
+    np.testing.assert_array_equal(got[0], expert)
+    np.testing.assert_array_equal(got[1], weight)
+
+
+def test_a_layer_that_reroutes_drops_less_counts_it_and_is_the_same_on_a_mesh():
+    choices = {"transport": "cells", "capacity_factor": 1.0}
+    wanted = {
+        rounds: moes.run(None, "switch", moes.tokens(), moes.context(), reroute=rounds, **choices)
+        for rounds in (0, 7)
+    }
+    dropped = [int(result[0][1][1].stats.dropped_E.sum()) for result in wanted.values()]
+    assert dropped[0] > dropped[1] == 0  # seven other experts, and as many slots as tokens
+    moved = wanted[7][0][1][1].stats.gate["rerouted"]
+    assert float(moved) == dropped[0]
+    on_mesh = moes.run(meshes.LARGE, "switch", moes.tokens(), moes.context(), reroute=7, **choices)
+    moes.same(on_mesh, wanted[7])
