@@ -35,7 +35,7 @@ Priority = str
 Transport = str
 """How tokens travel to their experts: one of ``TRANSPORTS``."""
 
-TRANSPORTS: tuple[str, ...] = ("cells", "dropless", "gather", "all_experts")
+TRANSPORTS: tuple[str, ...] = ("cells", "dropless", "dropless_once", "gather", "all_experts")
 PRIORITIES: tuple[str, ...] = ("position", "choice", "gate", "random")
 SCOPES: tuple[str, ...] = ("sequence", "group", "batch")
 

@@ -64,9 +64,9 @@ WHY = """\
 * With the number of experts grow their weights and the gradients of these: at E = 256 and the
   widths of that table 200 MB each, where the dense FFN has 2 MB. That this is the cause was not
   isolated.
-* Bytes of `dropless` are the send sizes of its ragged exchange. On CPU, which has no such
-  collective, every device gathers all rows instead. A de-duplicated send (one copy of a token per
-  destination device) is not implemented; the column says what it would send.
+* Bytes of `dropless` and `dropless_once` are the send sizes of their ragged exchanges. On CPU,
+  which has none, every device gathers all rows instead. `dropless_once` sends 2 k floats of routing
+  beside each row, which are counted; on the way back it has none.
 * Layers that are absent from a table were left out of that run.
 """
 
@@ -174,12 +174,10 @@ def traffic_table(rows: list[dict]) -> str:
         [
             r["shape"], f"`{r['impl']}`", f"{r['bytes_one_way'] / 2**20:.1f}",
             f"{r['bytes_over_minimum']:.3f}", f"{100 * r['dropped']:.1f} %",
-            f"{r['deduplicated_over_minimum']:.2f}" if "deduplicated_over_minimum" in r else "",
         ]
         for r in rows
     ]  # fmt: skip
-    head = ["shape", "transport", "MiB one way", "over k copies per remote token", "dropped",
-            "one copy per device would be"]  # fmt: skip
+    head = ["shape", "transport", "MiB to experts", "over k copies per remote token", "dropped"]
     text = f"## Exchange on {rows[0]['devices']} devices\n\n"
     return text + "Sent to other devices, all devices together.\n\n" + table(head, body)
 
