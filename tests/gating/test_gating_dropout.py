@@ -1,5 +1,7 @@
 """Gating dropout: one coin per step, tokens at home on local steps, and the bytes that saves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +17,16 @@ B, L, D, F, E, K = 16, 6, 8, 12, 8, 2
 ALWAYS = dict(local_share=1.0, local_shards=4, local_rows=4)
 
 
+@functools.partial(jax.jit, static_argnames="gate")
+def run(gate, params, x, context):
+    return gate(params, (), x, context)
+
+
 def route(gate, key=0, train=True, batch=B, **known):
     x = jax.random.normal(jax.random.key(1), (B, L, D))[:batch]
     params = {"router_DE": jax.random.normal(jax.random.key(2), (D, E))}
     context = Context.of(batch, L, key=jax.random.key(key), **known).grouped(1, train)
-    return gate(params, (), x, context), x @ params["router_DE"]
+    return run(gate, params, x, context), x @ params["router_DE"]
 
 
 def test_a_local_step_is_top_k_among_the_experts_at_home():
@@ -59,10 +66,10 @@ def test_other_steps_are_top_k(fields, train):
 def test_the_coin_is_one_per_key_and_falls_with_the_given_probability():
     """Whole steps are local or not; 400 draws at 0.3 have a standard deviation of 0.023."""
     gate = gating.GatingDropout(local_share=0.3)
-    local = []
-    for key in range(400):
-        context = Context.of(2, 1, key=jax.random.key(key)).grouped(1, True)
-        local.append(bool(gate.is_local(context)))
+    contexts = jax.vmap(lambda seed: Context.of(2, 1, key=jax.random.key(seed)).grouped(1, True))(
+        jnp.arange(400)
+    )
+    local = np.asarray(jax.vmap(gate.is_local)(contexts))
     assert abs(np.mean(local) - 0.3) < 4 * 0.023
     for key in range(6):
         out, _ = route(gate, key)
@@ -107,7 +114,7 @@ def test_a_local_step_sends_nothing_and_another_step_most_of_its_pairs(shape, sh
     gate = gating.make("gating_dropout", local_share=share, local_shards=4, local_rows=B // shards)
     plain, _ = route(gate)
     with meshes.entered(shape):
-        out, _ = jax.jit(lambda: route(gate))()
+        out, _ = route(gate)
         sent = rows_sent(shape, out.routing)
     np.testing.assert_array_equal(out.routing.expert_GTK, plain.routing.expert_GTK)
     assert sent.sum() == B * L * K, "dropless sends every pair"

@@ -46,13 +46,19 @@ def logits(seed=0, scale=2.0):
     return scale * np.random.default_rng(seed).normal(size=(GROUPS, T, E)).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames="gate")
+def run(gate, params, state, x, context):
+    return gate(params, state, x, context)
+
+
 def call(gate, h, bias, valid=None, rows=1):
     """The gate on tokens whose logits are ``h`` (the router is the identity)."""
     groups, tokens, experts = h.shape
     known = {} if valid is None else {"valid_BL": jnp.asarray(valid)}
     context = Context.of(groups, tokens, **known).grouped(rows, True)
     x = jnp.asarray(h).reshape(groups // rows, rows * tokens, experts)
-    return gate({"router_DE": jnp.eye(experts)}, {"bias_E": jnp.asarray(bias)}, x, context)
+    params, state = {"router_DE": jnp.eye(experts)}, {"bias_E": jnp.asarray(bias)}
+    return run(gate, params, state, x, context)
 
 
 CASES = {

@@ -1,5 +1,7 @@
 """Quantile balancing against loops, and against the assignment whose prices it looks for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from moejax.types import Context, GateSpec
 from tests.gates import stats_of
 
 E = 6
+
+quantile_prices = jax.jit(gating.quantile_prices, static_argnames="k")
 
 
 def by_loops(h, price, k):
@@ -31,7 +35,7 @@ def test_prices_are_the_quantiles_of_the_loops(tokens, k):
     padded = np.concatenate([h, np.full((9, E), 50.0)])
     valid = np.arange(tokens + 9) < tokens
     order = rng.permutation(tokens + 9)  # padding may lie anywhere
-    got = gating.quantile_prices(
+    got = quantile_prices(
         jnp.asarray(padded[order], jnp.float32),
         jnp.asarray(price, jnp.float32),
         jnp.asarray(valid[order]),
@@ -44,9 +48,7 @@ def test_with_everyones_threshold_fixed_no_expert_is_wanted_by_more_than_its_sha
     """T k / E tokens pass an expert's price, or fewer and some that are just at it."""
     tokens, k = 60, 2
     h = np.random.default_rng(0).normal(size=(tokens, E)) + np.linspace(0, 3, E)
-    price = gating.quantile_prices(
-        jnp.asarray(h, jnp.float32), jnp.zeros(E), jnp.ones(tokens, bool), k
-    )
+    price = quantile_prices(jnp.asarray(h, jnp.float32), jnp.zeros(E), jnp.ones(tokens, bool), k)
     margin = h - np.sort(h, axis=1)[:, -k - 1, None] - np.asarray(price)
     above, at_or_above = ((margin > bound).sum(0) for bound in (1e-6, -1e-6))  # float32
     assert (above <= tokens * k // E).all() and (at_or_above > tokens * k // E).all()
@@ -56,7 +58,13 @@ def test_with_everyones_threshold_fixed_no_expert_is_wanted_by_more_than_its_sha
 def test_all_experts_or_no_tokens_leave_nothing_to_balance():
     h = jnp.ones((4, E))
     for k, valid in ((E, jnp.ones(4, bool)), (2, jnp.zeros(4, bool))):
-        np.testing.assert_array_equal(gating.quantile_prices(h, jnp.ones(E), valid, k), 0)
+        np.testing.assert_array_equal(quantile_prices(h, jnp.ones(E), valid, k), 0)
+
+
+@functools.partial(jax.jit, static_argnames="gate")
+def run(gate, state, x, context):
+    out = gate({"router_DE": jnp.eye(x.shape[-1])}, state, x, context)
+    return gate.update(state, stats_of(out, context.valid_GT)), out
 
 
 def step(gate, state, h, valid=None, rows=1):
@@ -64,8 +72,7 @@ def step(gate, state, h, valid=None, rows=1):
     known = {} if valid is None else {"valid_BL": jnp.asarray(valid)}
     context = Context.of(groups, tokens, **known).grouped(rows, True)
     x = jnp.asarray(h, jnp.float32).reshape(groups // rows, rows * tokens, experts)
-    out = gate({"router_DE": jnp.eye(experts)}, state, x, context)
-    return gate.update(state, stats_of(out, context.valid_GT)), out
+    return run(gate, state, x, context)
 
 
 def test_the_next_prices_are_the_token_weighted_mean_over_groups():
@@ -100,11 +107,10 @@ def test_skewed_logits_are_balanced_within_a_few_steps_on_fresh_tokens():
     gate = gating.make("quantile")
     rng = np.random.default_rng(4)
     state = gate.init_state(GateSpec(E, E))
-    run = jax.jit(lambda state, h: step(gate, state, h))
     violation = []
     for _ in range(12):
         h = rng.normal(size=(1, 6000, E)) + np.linspace(0, 3, E)
-        state, out = run(state, h)
+        state, out = step(gate, state, h)
         load = np.bincount(np.asarray(out.routing.expert_GTK).ravel(), minlength=E)
         violation.append(load.max() / load.mean() - 1)
     assert violation[0] > 1
