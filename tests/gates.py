@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax import gating, recording
 from moejax.recording import Recording, Routed
@@ -37,6 +38,7 @@ class Row:
       untrained: parameters that nothing moves at this step, by name.
       noisy_eval: draws random numbers in evaluation too.
       label: its name in test ids (default: made of gate and fields).
+      slow: another row has the same code with other numbers; this one is for the slow suite.
     """
 
     gate: str
@@ -48,6 +50,7 @@ class Row:
     untrained: tuple[str, ...] = ()
     noisy_eval: bool = False
     label: str = ""
+    slow: bool = False
 
     @property
     def name(self) -> str:
@@ -90,6 +93,17 @@ ROWS = [
     row("dselect_k"),
     row("dselect_k", fields={"max_active": 3}),
     row("replay", fields={"path": recorded()}, equivariant=False, label="replay"),
+    # choice: presets of published models, prototypes, biases from past batches, local steps
+    row("deepseek_moe", slow=True),
+    row("qwen_moe", slow=True),
+    row("olmoe", slow=True),
+    row("openmoe", slow=True),
+    row("prototypes"),
+    row("loss_free", fields={"bias_rate": 0.1}, slow=True),
+    row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
+    row("deepseek_v3", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
+    row("quantile"),
+    row("gating_dropout", fields={"local_share": 0.5, "local_rows": 1}),
 ]
 
 
@@ -115,6 +129,8 @@ def _typed(text: str) -> Any:
 
 if OWN:
     ROWS = [own_row(OWN)]
+
+PARAMS = [pytest.param(r, id=r.name, marks=[pytest.mark.slow] * r.slow) for r in ROWS]
 
 
 def token_counts() -> np.ndarray:

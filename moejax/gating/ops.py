@@ -143,6 +143,23 @@ def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Ar
     return group_local(select)(logits_GTE)
 
 
+def local_best(score_GTE: Array, k: int) -> Int[Array, "G T K"]:
+    """The k experts with the largest scores, best first, found where each group's tokens are."""
+
+    def select(score: Array) -> Array:
+        return jax.lax.top_k(score, k)[1].astype(jnp.int32)
+
+    return group_local(select)(score_GTE)
+
+
+def softmax_weights(logits_GTE: Array, expert_GTK: Array, renormalize: bool) -> Array:
+    """Softmax weights of experts chosen by other scores, as ``top_k_routing`` weighs its own."""
+    chosen_GTK = at_expert(logits_GTE, expert_GTK)
+    if renormalize:
+        return jax.nn.softmax(chosen_GTK, axis=-1)
+    return jnp.exp(chosen_GTK - jax.nn.logsumexp(logits_GTE, axis=-1, keepdims=True))
+
+
 def heaviest(
     weight_GTE: Float[Array, "G T E"], max_active: int, valid_GT: Bool[Array, "G T"]
 ) -> tuple[Routing, Bool[Array, "G T E"] | None]:
@@ -263,3 +280,18 @@ def check_positive(field: str, value: int | float) -> None:
     """Raises ValueError unless the gate's field is above 0."""
     if not value > 0:
         raise ValueError(f"gate.{field}={value} must be above 0")
+
+
+def check_not_negative(field: str, value: int | float) -> None:
+    """Raises ValueError unless the gate's field is 0 or above."""
+    if not value >= 0:
+        raise ValueError(f"gate.{field}={value} must be 0 or above")
+
+
+def check_trains(k: int, renormalize: bool, num_experts: int, train: bool) -> None:
+    """Raises ValueError if the weights would be constant in training."""
+    if train and k == 1 and renormalize and num_experts > 1:
+        raise ValueError(
+            "gate.k=1 with gate.renormalize=True gives every token the same constant weight, so "
+            "the router gets no gradient; set gate.renormalize=False (Switch) or gate.k=2"
+        )
