@@ -7,6 +7,7 @@ partial sum over F; whoever called it reduces.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import grouped_ffn
@@ -57,8 +58,9 @@ def ffn_cells(
     gate_SECF = None
     if weights.gate_EDF is not None:
         gate_SECF = jnp.einsum("secd,edf->secf", x_SECD, weights.gate_EDF)
+    gate_SECF, up_SECF = checkpoint_name((gate_SECF, up_SECF), "experts")
     hidden_SECF = activate(activation, gate_SECF, up_SECF)
-    return jnp.einsum("secf,efd->secd", hidden_SECF, weights.down_EFD)
+    return checkpoint_name(jnp.einsum("secf,efd->secd", hidden_SECF, weights.down_EFD), "experts")
 
 
 def _ffn_cells_cpu(weights: ExpertWeights, x_SECD: Array, activation: str) -> Array:

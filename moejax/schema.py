@@ -96,8 +96,8 @@ FIELDS: dict[str, Field] = {
     ),
     "model.remat": Field(
         "none",
-        "what backward recomputes: nothing, all but matmuls, everything",
-        choices=("none", "dots", "full"),
+        "what backward recomputes: nothing, the cheap, experts too, exchanges too, everything",
+        choices=("none", "experts", "exchange", "dots", "full"),
     ),
     "model.attention": Field("auto", "implementation", choices=("auto", "xla", "cudnn")),
     "moe.num_experts": Field(8, "experts per MoE layer", low=1),

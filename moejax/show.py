@@ -121,7 +121,10 @@ def gate_page(name: str) -> str:
     """One gate: its equation and paper, its fields, and what else its preset sets."""
     fields, preset = gating.fields(name), gating.preset_overrides(name)
     width = max((len(field) for field in fields), default=0)
-    lines = [f"{name}: {inspect.getdoc(type(gating.make(name)))}", "", "config.moe.gate:"]
+    lines = [f"{name}: {inspect.getdoc(type(gating.make(name)))}"]
+    if gating.source(name):
+        lines += ["", f"preset: {gating.source(name)}"]
+    lines += ["", "config.moe.gate:"]
     lines += [
         f"  {field:<{width}}  {value!r:<10}  {comment}"
         for field, (value, comment) in fields.items()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PARTS = ("layer", "experts", "tokens", "traffic")
+PARTS = ("layer", "gates", "experts", "tokens", "traffic")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def chosen(flag: str, text: str, valid: tuple[str, ...]) -> list[str]:
 def measure(
     args: argparse.Namespace, shapes: list[str], impls: list[str], parts: list[str]
 ) -> Iterator[dict]:
-    from scripts.layer_bench import scaling, shapes_run, traffic
+    from scripts.layer_bench import gate_share, scaling, shapes_run, traffic
     from scripts.layer_bench.problems import SHAPES
 
     limits = {"rounds": args.rounds, "limit_gb": args.limit_gb, "check_tokens": args.check_tokens}
@@ -76,6 +76,9 @@ def measure(
     if "layer" in parts:
         for name in shapes:
             yield from shapes_run.rows(SHAPES[name], impls, **limits)
+    if "gates" in parts:
+        for name in shapes:
+            yield from gate_share.rows(SHAPES[name], args.rounds)
     scaled = [name for name in ("dropless", "cells-1.0") if name in impls]
     if "experts" in parts:
         yield from scaling.over_experts(scaled, args.rounds, args.quick)
@@ -96,7 +99,7 @@ def machine() -> dict:
 
 def versions() -> dict:
     found = {"python": platform.python_version()}
-    for package in ("moejax", "jax", "jaxlib", "flax", "torch", "transformers"):
+    for package in ("moejax", "jax", "jaxlib", "flax", "tokamax", "torch", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -106,11 +109,10 @@ def versions() -> dict:
 
 def settings(args: argparse.Namespace) -> dict:
     now = datetime.datetime.now(datetime.UTC)
+    fields = ("rounds", "check_tokens", "limit_gb")
     return {
         "date": now.strftime("%Y-%m-%d"),
-        "rounds": args.rounds,
-        "check_tokens": args.check_tokens,
-        "limit_gb": args.limit_gb,
+        **{name: getattr(args, name) for name in fields if hasattr(args, name)},
     }
 
 
@@ -126,6 +128,8 @@ def line(row: dict) -> str:
         if f"{field}_ratio" in row:
             low, high = row[f"{field}_spread"]
             parts.append(f"{label} {row[f'{field}_ratio']:.2f} [{low:.2f}, {high:.2f}]")
+    if "target" in row:
+        parts.append(f"target {row['target']:.2f} {'met' if row['met'] else 'missed'}")
     if "bytes_over_minimum" in row:
         parts.append(f"bytes over minimum {row['bytes_over_minimum']:.3f}")
     return f"{head} {'  '.join(parts)}"

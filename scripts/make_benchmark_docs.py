@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from results of bench_moe_layer.py:
+"""Writes docs/benchmarks.md from results of bench_moe_layer.py and, if there is one, bench_gpu.py:
 
 python scripts/make_benchmark_docs.py FILE [FILE ...]
 """
@@ -6,6 +6,11 @@ python scripts/make_benchmark_docs.py FILE [FILE ...]
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.layer_bench import gate_table, gpu_table
+from scripts.layer_bench.markdown import ratio, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
@@ -28,7 +33,7 @@ INTRODUCTION = """\
 <!-- Written by scripts/make_benchmark_docs.py from the output of scripts/bench_moe_layer.py. -->
 
     python scripts/bench_moe_layer.py --out bench.json
-    python scripts/make_benchmark_docs.py bench.json
+    python scripts/make_benchmark_docs.py bench.json [gpu.json]
 
 A ratio is time over that of the fastest dense SwiGLU of equal active FLOPs (hidden size k F; the
 faster of its forms on [tokens, D] and [sequences, tokens, D]). Each run of a layer is divided by
@@ -64,27 +69,32 @@ WHY = """\
 * With the number of experts grow their weights and the gradients of these: at E = 256 and the
   widths of that table 200 MB each, where the dense FFN has 2 MB. That this is the cause was not
   isolated.
-* Bytes of `dropless` are the send sizes of its ragged exchange. On CPU, which has no such
-  collective, every device gathers all rows instead. A de-duplicated send (one copy of a token per
-  destination device) is not implemented; the column says what it would send.
+* Bytes of `dropless` and `dropless_once` are the send sizes of their ragged exchanges. On CPU,
+  which has none, every device gathers all rows instead. `dropless_once` sends 2 k floats of routing
+  beside each row, which are counted; on the way back it has none.
 * Layers that are absent from a table were left out of that run.
 """
 
 
 def render(results: list[dict]) -> str:
     """The page for the rows of all results; machine and versions are the first one's."""
+    of_gpu = [r for r in results if any(row["kind"] in gpu_table.KINDS for row in r["rows"])]
+    results = [r for r in results if r not in of_gpu]
     rows = [row for result in results for row in result["rows"]]
     kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in
-             ("layer", "experts", "tokens", "traffic")}  # fmt: skip
+             ("layer", "gates", "experts", "tokens", "traffic")}  # fmt: skip
     introduction = INTRODUCTION.format(tokens=results[0]["settings"]["check_tokens"])
-    parts = [introduction, setting(results[0]), layer_tables(kinds["layer"])]
-    parts.append(memory_table(kinds["layer"]))
-    if kinds["experts"]:
-        parts.append(experts_table(kinds["experts"]))
-    if kinds["tokens"]:
-        parts.append(tokens_table(kinds["tokens"]))
-    if kinds["traffic"]:
-        parts.append(traffic_table(kinds["traffic"]))
+    parts = [introduction, setting(results[0])]
+    if kinds["layer"]:
+        parts += [layer_tables(kinds["layer"]), memory_table(kinds["layer"])]
+    if kinds["gates"]:
+        parts.append(gates_section(results))
+    for kind, section in (
+        ("experts", experts_table), ("tokens", tokens_table), ("traffic", traffic_table),
+    ):  # fmt: skip
+        if kinds[kind]:
+            parts.append(section(kinds[kind]))
+    parts.append(gpu_section(of_gpu))
     missed = shortfalls(kinds)
     parts.append("## What falls short, and notes\n\n" + "".join(f"* {m}\n" for m in missed) + WHY)
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
@@ -98,16 +108,6 @@ def setting(result: dict) -> str:
         f"at the start. Versions: {named}. {result['settings']['date']}, "
         f"{result['settings']['rounds']} rounds.\n"
     )
-
-
-def table(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def ratio(row: dict, field: str) -> str:
-    low, high = row[f"{field}_spread"]
-    return f"{row[f'{field}_ratio']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def layer_tables(rows: list[dict]) -> str:
@@ -155,6 +155,25 @@ def temp_limit(row: dict, rows: list[dict]) -> float:
     return TEMP_TARGET * dense + row["exchange_bytes"]
 
 
+def gates_section(results: list[dict]) -> str:
+    """Rows of one result; it says where and when, unless that is the page's first result."""
+    for result in results:
+        rows = [row for row in result["rows"] if row["kind"] == "gates"]
+        if rows:
+            return gate_table.render(rows, "" if result is results[0] else setting(result))
+    return ""
+
+
+def gpu_section(results: list[dict]) -> str:
+    if not results:
+        return f"{gpu_table.TEXT}\nNot measured: this page was made without a result from a GPU.\n"
+    parts = [
+        f"Device: {r['machine']['device']}. {setting(r)}\n{gpu_table.render(r['rows'])}"
+        for r in results
+    ]
+    return "\n".join([gpu_table.TEXT, *parts])
+
+
 def experts_table(rows: list[dict]) -> str:
     body = [[f"`{r['impl']}`", r["shape"], ratio(r, "fwdbwd"), f"{r['over_least_E']:.2f}"]
             for r in rows]  # fmt: skip
@@ -174,12 +193,10 @@ def traffic_table(rows: list[dict]) -> str:
         [
             r["shape"], f"`{r['impl']}`", f"{r['bytes_one_way'] / 2**20:.1f}",
             f"{r['bytes_over_minimum']:.3f}", f"{100 * r['dropped']:.1f} %",
-            f"{r['deduplicated_over_minimum']:.2f}" if "deduplicated_over_minimum" in r else "",
         ]
         for r in rows
     ]  # fmt: skip
-    head = ["shape", "transport", "MiB one way", "over k copies per remote token", "dropped",
-            "one copy per device would be"]  # fmt: skip
+    head = ["shape", "transport", "MiB to experts", "over k copies per remote token", "dropped"]
     text = f"## Exchange on {rows[0]['devices']} devices\n\n"
     return text + "Sent to other devices, all devices together.\n\n" + table(head, body)
 
@@ -214,6 +231,7 @@ def shortfalls(kinds: dict[str, list[dict]]) -> list[str]:
         if change > EXPERTS_TARGET:
             found.append(f"`{impl}`: time changes {change:.2f}x with the number of experts, "
                          f"target {EXPERTS_TARGET}.")  # fmt: skip
+    found += gate_table.shortfalls(kinds["gates"])
     for row in kinds["traffic"]:
         if row["impl"] in ("cells-1.0", "dropless") and row["bytes_over_minimum"] > TRAFFIC_TARGET:
             found.append(f"`{row['impl']}`, {row['shape']}: sends {row['bytes_over_minimum']:.2f} "
@@ -226,6 +244,10 @@ if __name__ == "__main__":
     if not files:
         print(__doc__, file=sys.stderr)
         sys.exit(2)
-    page = render([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not any("limit_gb" in result["settings"] for result in results):
+        print("none of the files is a result of bench_moe_layer.py; name one", file=sys.stderr)
+        sys.exit(2)
+    page = render(results)
     PAGE.write_text(page, encoding="utf-8")
     print(PAGE)

@@ -20,7 +20,8 @@ def table() -> str:
         gate, config = gating.make(name), default()
         set_gate(config, name)
         training, evaluation = phases(gate.visibility(moe_config(config)))
-        papers = re.findall(r"arXiv (\d{4}\.\d{4,5})", inspect.getdoc(type(gate)) or "")
+        text = gating.source(name) or inspect.getdoc(type(gate)) or ""
+        papers = re.findall(r"arXiv\s+(\d{4}\.\d{4,5})", text)
         few, more = gate.columns(8), gate.columns(16)
         many = str(few) if few == more else "up to all"
         lines.append(

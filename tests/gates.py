@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax import gating, recording
 from moejax.recording import Recording, Routed
@@ -37,6 +38,7 @@ class Row:
       untrained: parameters that nothing moves at this step, by name.
       noisy_eval: draws random numbers in evaluation too.
       label: its name in test ids (default: made of gate and fields).
+      slow: another row has the same code with other numbers; this one is for the slow suite.
     """
 
     gate: str
@@ -48,6 +50,7 @@ class Row:
     untrained: tuple[str, ...] = ()
     noisy_eval: bool = False
     label: str = ""
+    slow: bool = False
 
     @property
     def name(self) -> str:
@@ -92,24 +95,35 @@ ROWS = [
     row("replay", fields={"path": recorded()}, equivariant=False, label="replay"),
     # Routers of the literature, and controls without one.
     row("hierarchical"),
-    row("hierarchical", fields={"groups": 2, "k": 3, "noisy": False}),
+    row("hierarchical", fields={"groups": 2, "k": 3, "noisy": False}, slow=True),
     row("xmoe"),
-    row("xmoe", fields={"k": 2, "bias": True}),
+    row("xmoe", fields={"k": 2, "bias": True}, slow=True),
     row("stablemoe"),
     row("stablemoe", fields={"stage_steps": 5}, step=5, untrained=("embed_VR", "distill_RE")),
     row("remoe"),
-    row("remoe", fields={"max_active": 3}),
+    row("remoe", fields={"max_active": 3}, slow=True),
     row("evomoe", fields={"temperature": 0.2, "min_temperature": 0.1}),
-    row("evomoe", fields={"max_active": 3, "weights": "gumbel"}),
+    row("evomoe", fields={"max_active": 3, "weights": "gumbel"}, slow=True),
     row("evomoe", fields={"hard_step": 5}, step=5),
     row("rl"),
     row("random", equivariant=False, noisy_eval=True),
     row("thor", equivariant=False, noisy_eval=True),
-    row("thor", fields={"evaluation": "sequence"}, noisy_eval=True),
+    row("thor", fields={"evaluation": "sequence"}, noisy_eval=True, slow=True),
     row("thor", fields={"evaluation": "mean"}),
     row("forced", equivariant=False, exact_load=True),
     row("forced", fields={"pattern": "skewed"}, equivariant=False),
-    row("forced", fields={"pattern": "one"}),
+    row("forced", fields={"pattern": "one"}, slow=True),
+    # choice: presets of published models, prototypes, biases from past batches, local steps
+    row("deepseek_moe", slow=True),
+    row("qwen_moe", slow=True),
+    row("olmoe", slow=True),
+    row("openmoe", slow=True),
+    row("prototypes"),
+    row("loss_free", fields={"bias_rate": 0.1}, slow=True),
+    row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
+    row("deepseek_v3", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
+    row("quantile"),
+    row("gating_dropout", fields={"local_share": 0.5, "local_rows": 1}),
 ]
 
 
@@ -135,6 +149,8 @@ def _typed(text: str) -> Any:
 
 if OWN:
     ROWS = [own_row(OWN)]
+
+PARAMS = [pytest.param(r, id=r.name, marks=[pytest.mark.slow] * r.slow) for r in ROWS]
 
 
 def token_counts() -> np.ndarray:

@@ -14,7 +14,7 @@ from moejax.types import Gate
 from tests import gates, meshes
 from tests.gates import ROWS, D, E, G, T
 
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_row = pytest.mark.parametrize("row", gates.PARAMS)
 both_phases = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 
 

@@ -17,7 +17,8 @@ CONFIG = {"config", "devices", "overrides", "schema", "show", "sources", "valida
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "types": set(),
+    "choices": set(),
+    "types": {"choices"},
     "mesh": {"errors"},
     "kernels": {"errors"},
     "losses": {"types"},

@@ -17,8 +17,7 @@ from moejax.dispatch import dispatch
 from moejax.mesh import batch_spec, make_mesh
 from moejax.models import lm
 from moejax.types import Context, ExpertWeights, GateSpec, Routing
-from tests import meshes, steps
-from tests.gates import ROWS
+from tests import gates, meshes, steps
 from tests.hlo import collectives
 
 G, T, D, E, K = 8, 16, 8, 8, 2
@@ -63,7 +62,7 @@ def test_the_reader_sees_every_collective_and_its_axes():
 # The router.
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", gates.PARAMS)
 def test_routing_communicates_nothing(row):
     """In the global view, with groups spread over the mesh: noise, top-k and all statistics."""
     gate, spec = row.make(), GateSpec(D, E, vocab_size=16, token_counts=lambda: np.ones(16, int))
@@ -254,7 +253,7 @@ def test_layers_that_are_laid_out_exchange_what_they_do_in_a_loop():
 # As on TPU and GPU.
 
 
-@pytest.mark.parametrize("transport", ["dropless", "gather"])
+@pytest.mark.parametrize("transport", ["dropless", "dropless_once", "gather"])
 def test_without_the_vma_check_outputs_and_gradients_are_the_same(transport, monkeypatch):
     """TPU and GPU kernels run under check_vma=False, where other code sums the gradients."""
     shape = {"data": 2, "expert": 2, "tensor": 2}

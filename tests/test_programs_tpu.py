@@ -6,6 +6,7 @@ Needs the compiler, no TPU: `pip install libtpu`.
 import jax
 import pytest
 
+from moejax.models import lm
 from tests import steps
 from tests.hlo import collectives
 
@@ -20,10 +21,13 @@ def chips():
     return topologies.get_topology_desc("v5e:2x2", "tpu").devices
 
 
-def compiled(shape, chips, transport, monkeypatch):
+def compiled(shape, chips, transport, monkeypatch, **changes):
+    """Of a step with its layers in a loop, so that each operation is there once."""
     # What is traced asks for the default backend to choose its kernels; here that is the CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    run = steps.make(shape, devices=chips, moe__transport=transport, model__dtype="bfloat16")
+    monkeypatch.setattr(lm, "MOST_UNROLLED", 0)
+    choices = {"moe__transport": transport, "model__dtype": "bfloat16", **changes}
+    run = steps.make(shape, devices=chips, **choices)
     text = steps.compiled_text(run)
     return text or "", collectives(text, run.mesh)
 
@@ -39,10 +43,22 @@ def test_a_step_with_cells_has_two_exchanges_each_way_in_bfloat16(shape, chips, 
     assert moved == ({("all-reduce", "data")} if "data" in shape else set())
 
 
-def test_a_dropless_step_runs_the_tpu_kernels(chips, monkeypatch):
-    """megablox for the nine products of an expert layer, ragged all-to-all for its tokens."""
-    text, found = compiled({"expert": 4}, chips, "dropless", monkeypatch)
+@pytest.mark.parametrize(("transport", "exchanges"), [("dropless", 4), ("dropless_once", 6)])
+def test_a_dropless_step_runs_the_tpu_kernels(transport, exchanges, chips, monkeypatch):
+    """megablox for the nine products of an expert layer, ragged all-to-all for its tokens (and for
+    their experts and weights, there and back in float32, where each token is sent once)."""
+    text, found = compiled({"expert": 4}, chips, transport, monkeypatch)
     assert text.count('"tpu_custom_call"') == 9
     ragged = [c for c in found if c.kind == "ragged-all-to-all"]
-    assert len(ragged) == 4 and all(c.axes == {"expert"} for c in ragged)
+    assert len(ragged) == exchanges and all(c.axes == {"expert"} for c in ragged)
+    assert [c.dtypes[0] for c in ragged].count("f32") == exchanges - 4
     assert not [c for c in found for size in c.sizes if size and size % 11 == 0]
+
+
+@pytest.mark.parametrize(("remat", "products"), [("experts", 9), ("exchange", 11), ("full", 12)])
+def test_what_a_policy_keeps_is_not_computed_or_sent_again(remat, products, chips, monkeypatch):
+    """Two of the three forward products of an expert layer make its hidden layers."""
+    text, found = compiled({"expert": 4}, chips, "dropless", monkeypatch, model__remat=remat)
+    assert text.count('"tpu_custom_call"') == products
+    ragged = [c for c in found if c.kind == "ragged-all-to-all"]
+    assert len(ragged) == (6 if remat == "full" else 4)

@@ -27,7 +27,7 @@ CASES = [
         row,
         *choices,
         id=f"{row.name}-{'-'.join(choices)}",
-        marks=() if choices in QUICK else pytest.mark.slow,
+        marks=() if choices in QUICK and not row.slow else pytest.mark.slow,
     )
     for row in ROWS
     for choices in QUICK + SLOW

@@ -20,11 +20,12 @@ from moejax.types import ExpertWeights, Priority, Routing, Transport
 TRANSPORTS = {
     "cells": transports.cells,
     "dropless": transports.dropless,
+    "dropless_once": transports.dropless_once,
     "gather": transports.gather,
     "all_experts": transports.all_experts,
 }
 
-GROUPED = ("dropless", "gather")
+GROUPED = ("dropless", "dropless_once", "gather")
 """Transports that call ``grouped_matmul``, whose TPU and GPU kernels the vma check refuses."""
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.ragged_exchange import ragged_exchange
@@ -35,7 +36,7 @@ def swap_shards(cells_SXD: Float[Array, "S X D"], site: Site) -> Float[Array, "S
     """Sends block s of the leading axis to shard s; block s of the result came from shard s."""
     if site.expert_axis is None:
         return cells_SXD
-    return jax.lax.all_to_all(cells_SXD, site.expert_axis, 0, 0, tiled=True)
+    return _received(jax.lax.all_to_all(cells_SXD, site.expert_axis, 0, 0, tiled=True))
 
 
 @jax.named_scope("exchange")
@@ -43,7 +44,7 @@ def gather_tokens(x_t: Array, site: Site) -> Array:
     """All shards' tokens, shard by shard."""
     if site.expert_axis is None:
         return x_t
-    return jax.lax.all_gather(x_t, site.expert_axis, axis=0, tiled=True)
+    return _received(jax.lax.all_gather(x_t, site.expert_axis, axis=0, tiled=True))
 
 
 @jax.named_scope("exchange")
@@ -52,6 +53,11 @@ def scatter_sum(y_T: Array, site: Site) -> Array:
     if site.expert_axis is None:
         return y_T
     return jax.lax.psum_scatter(y_T, site.expert_axis, scatter_dimension=0, tiled=True)
+
+
+def _received(rows: Array) -> Array:
+    """Named, so that a recomputation policy can keep it instead of sending it once more."""
+    return checkpoint_name(rows, "exchange")
 
 
 def shard_index(site: Site) -> Array | int:
@@ -88,7 +94,7 @@ def plan_traffic(size_E: Int[Array, "E"], site: Site) -> Traffic:
     base_Se = jnp.cumsum(total_Se, axis=1) - total_Se
     offset_SSe = base_Se + jnp.cumsum(size_SSe, axis=0) - size_SSe
     start_SSe = start_SE.reshape(size_SSe.shape)
-    return Traffic(
+    traffic = Traffic(
         there_input=start_SE[me],
         there_send=size_E,
         there_output=offset_SSe[me].reshape(-1),
@@ -97,13 +103,14 @@ def plan_traffic(size_E: Int[Array, "E"], site: Site) -> Traffic:
         back_output=start_SSe[:, me].reshape(-1),
         size_e=total_Se[me],
     )
+    return checkpoint_name(traffic, "routing")
 
 
 @jax.named_scope("exchange")
 def send_rows(rows_ND: Array, traffic: Traffic, capacity: int, site: Site) -> Array:
     """Rows to the owners of their experts; ``capacity`` bounds what one owner can receive."""
     assert site.expert_axis is not None
-    return ragged_exchange(
+    received = ragged_exchange(
         rows_ND,
         buffer_like(rows_ND, capacity),
         traffic.there_input,
@@ -112,13 +119,14 @@ def send_rows(rows_ND: Array, traffic: Traffic, capacity: int, site: Site) -> Ar
         traffic.there_receive,
         axis_name=site.expert_axis,
     )
+    return _received(received)
 
 
 @jax.named_scope("exchange")
 def return_rows(rows_MD: Array, traffic: Traffic, capacity: int, site: Site) -> Array:
     """The way back of ``send_rows``."""
     assert site.expert_axis is not None
-    return ragged_exchange(
+    received = ragged_exchange(
         rows_MD,
         buffer_like(rows_MD, capacity),
         traffic.back_input,
@@ -127,6 +135,7 @@ def return_rows(rows_MD: Array, traffic: Traffic, capacity: int, site: Site) -> 
         traffic.there_send,
         axis_name=site.expert_axis,
     )
+    return _received(received)
 
 
 def buffer_like(rows_ND: Array, capacity: int) -> Array:

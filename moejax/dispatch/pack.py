@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.types import Priority
@@ -86,11 +87,12 @@ def plan_cells(
     rank_gN = jax.vmap(_inverse)(sorted_pair_gN, rank_sorted_gN)
     kept_gN = (expert_gN < num_experts) & (rank_gN < capacity)
     row_gN = (expert_gN * groups + jnp.arange(groups)[:, None]) * capacity + rank_gN
-    return Plan(
+    plan = Plan(
         pair_M=jnp.swapaxes(pair_gEC, 0, 1).reshape(-1),
         row_tK=jnp.where(kept_gN, row_gN, 0).reshape(groups * tokens, columns),
         kept_tK=kept_gN.reshape(groups * tokens, columns),
     )
+    return checkpoint_name(plan, "routing")
 
 
 def plan_sorted(
@@ -109,7 +111,24 @@ def plan_sorted(
     row_N = _inverse(order_N, jnp.arange(expert_N.size))
     pair_M = jnp.where(jnp.arange(rows) < jnp.sum(size_E), order_N[:rows], expert_N.size)
     row_tK = jnp.where(active_tK, row_N.reshape(tokens, columns), 0)
-    return Plan(pair_M, row_tK, active_tK), size_E.astype(jnp.int32)
+    plan = Plan(pair_M, row_tK, active_tK), size_E.astype(jnp.int32)
+    return checkpoint_name(plan, "routing")
+
+
+def plan_visits(
+    expert_tK: Int[Array, "t K"], weight_tK: Float[Array, "t K"], *, shards: int, own: int
+) -> tuple[Plan, Int[Array, "S"]]:
+    """Rows sorted by shard, one for each shard on which a token has active pairs; and their counts.
+
+    A shard has ``own`` experts. Of a token's pairs on a shard the first one stands for all.
+    """
+    tokens, columns = expert_tK.shape
+    shard_tK = jnp.where(weight_tK > 0, expert_tK // own, shards)
+    same_tKK = shard_tK[:, :, None] == shard_tK[:, None, :]
+    again_tK = jnp.any(same_tKK & jnp.tri(columns, k=-1, dtype=bool), axis=-1)
+    first_tK = jnp.where(again_tK, 0.0, jax.lax.stop_gradient(weight_tK))
+    rows = tokens * min(columns, shards)
+    return plan_sorted(shard_tK, first_tK, num_experts=shards, rows=rows)
 
 
 def _stable_sort(expert_N: Array, num_experts: int) -> tuple[Array, Array]:
@@ -144,13 +163,31 @@ def _gather_rows_fwd(x_tD: Array, plan: Plan) -> tuple[Array, Plan]:
 
 
 def _gather_rows_bwd(plan: Plan, grad_MD: Array) -> tuple[Array, None]:
-    def grad_of(column: Array | int) -> Array:
-        return _rows_of_column(grad_MD, plan, column)
-
-    return _sum_over_columns(grad_of, plan).astype(grad_MD.dtype), None
+    return sum_rows(grad_MD, plan), None
 
 
 gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+@jax.custom_vjp
+def sum_rows(rows_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "t D"]:
+    """The sum of each token's rows, accumulated in float32: the transpose of ``gather_rows``."""
+
+    def row_of(column: Array | int) -> Array:
+        return _rows_of_column(rows_MD, plan, column)
+
+    return _sum_over_columns(row_of, plan).astype(rows_MD.dtype)
+
+
+def _sum_rows_fwd(rows_MD: Array, plan: Plan) -> tuple[Array, Plan]:
+    return sum_rows(rows_MD, plan), plan
+
+
+def _sum_rows_bwd(plan: Plan, grad_tD: Array) -> tuple[Array, None]:
+    return gather_rows(grad_tD, plan), None
+
+
+sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""The four transports: pack, exchange, experts, exchange, unpack.
+"""The transports: pack, exchange, experts, exchange, unpack.
 
 The named scopes are the parts that ``moejax profile`` tells apart.
 
@@ -97,6 +97,44 @@ def dropless(tokens: Tokens, weights: ExpertWeights, job: Job) -> Result:
         out_ND = exchange.return_rows(out_MD, traffic, rows, job.site)
     y_tD = _combine(out_ND, weight_tK, plan)
     return _finish(exchange.sum_over_tensor(y_tD, job.site), plan.kept_tK, tokens)
+
+
+def dropless_once(tokens: Tokens, weights: ExpertWeights, job: Job) -> Result:
+    """As dropless, but a token goes once to each shard that has experts of it, and one row returns.
+
+    With it go its experts and weights, 2 K floats, by which the shard finds the token's experts and
+    adds up their outputs. Fewer bytes than dropless where tokens have several experts on one shard.
+    """
+    site = job.site
+    if site.expert_axis is None:
+        return dropless(tokens, weights, job)
+    x_tD, expert_tK, weight_tK = tokens.flat()
+    own, room = job.num_experts // site.shards, site.shards * len(x_tD)
+    with jax.named_scope("pack"):
+        visits, size_S = pack.plan_visits(expert_tK, weight_tK, shards=site.shards, own=own)
+        rows_ND = pack.gather_rows(x_tD, visits)
+        # In float32 ids up to 2^24 are exact, and weights keep their gradient.
+        about_tJ = jnp.concatenate([expert_tK.astype(jnp.float32), weight_tK], axis=1)
+        about_NJ = pack.gather_rows(about_tJ, visits)
+    traffic = exchange.plan_traffic(size_S, site)
+    received_MD = exchange.send_rows(rows_ND, traffic, room, site)
+    about_MJ = exchange.send_rows(about_NJ, traffic, room, site)
+    with jax.named_scope("pack"):
+        # Rows that nobody sent may look like a token with experts.
+        about_MJ = jnp.where(jnp.arange(room)[:, None] < traffic.size_e, about_MJ, 0.0)
+        sent_MK, weight_MK = jnp.split(about_MJ, 2, axis=1)
+        expert_MK = sent_MK.astype(jnp.int32) - exchange.shard_index(site) * own
+        plan, size_e = pack.plan_sorted(
+            expert_MK, weight_MK, num_experts=own, rows=_worst_case(expert_tK, job)
+        )
+        rows_PD = pack.gather_rows(received_MD, plan)
+    with jax.named_scope("experts"):
+        out_PD = experts.ffn_sorted(weights, rows_PD, size_e, job.activation)
+    partial_MD = _combine(out_PD, weight_MK, plan)
+    returned_ND = exchange.return_rows(partial_MD, traffic, len(rows_ND), site)
+    with jax.named_scope("unpack"):
+        y_tD = pack.sum_rows(returned_ND, visits)
+    return _finish(exchange.sum_over_tensor(y_tD, site), weight_tK > 0, tokens)
 
 
 def gather(tokens: Tokens, weights: ExpertWeights, job: Job) -> Result:

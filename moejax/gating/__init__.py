@@ -18,11 +18,16 @@ from moejax.gating.base import Base
 from moejax.gating.dense import Dense
 from moejax.gating.dselect_k import DSelectK
 from moejax.gating.evomoe import EvoMoE
+from moejax.gating.expert_groups import limit_groups
 from moejax.gating.forced import Forced
+from moejax.gating.gating_dropout import GatingDropout
 from moejax.gating.gshard import GShard
 from moejax.gating.hierarchical import Hierarchical
+from moejax.gating.loss_free import LossFree
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
+from moejax.gating.prototypes import Prototypes
+from moejax.gating.quantile import Quantile, quantile_prices
 from moejax.gating.random import Random
 from moejax.gating.remoe import ReMoE
 from moejax.gating.replay import Replay
@@ -50,6 +55,11 @@ __all__ = [
     "NoisyTopK",
     "Random",
     "ReMoE",
+    "GatingDropout",
+    "LossFree",
+    "NoisyTopK",
+    "Prototypes",
+    "Quantile",
     "Replay",
     "SBase",
     "StableMoE",
@@ -59,24 +69,31 @@ __all__ = [
     "balanced_assignment",
     "dselect_k_weights",
     "fields",
+    "limit_groups",
     "load_probability",
     "make",
     "names",
     "preset_overrides",
+    "quantile_prices",
     "sinkhorn_bias",
     "sinkhorn_plan",
     "smooth_step",
+    "source",
     "top_k_routing",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A name in the table: the gate, the fields it presets, and what else of ``moe`` it sets."""
+    """A name in the table: the gate, the fields it presets, and what else of ``moe`` it sets.
+
+    ``source``: whose published model that is, where the gate's own page does not say.
+    """
 
     gate: type
     preset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     moe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = ""
 
 
 UNBALANCED = {"losses.load_balance": 0.0, "losses.z": 0.0}
@@ -86,6 +103,78 @@ GATES: dict[str, Entry] = {
     "top_k": Entry(TopK),
     "switch": Entry(TopK, {"k": 1, "renormalize": False, "jitter": 0.01}),
     "mixtral": Entry(TopK, {"k": 2, "renormalize": True}),
+    # Coefficients of losses are converted to losses that are 1 at balance, not for the number of
+    # layers (docs/losses.md).
+    "deepseek_moe": Entry(
+        TopK,
+        {"k": 6, "renormalize": False},
+        moe={
+            "shared_experts": 2,
+            "transport": "dropless",
+            "losses.load_balance": 0.001,
+            "losses.z": 0.0,
+        },
+        source="Dai et al. (DeepSeekMoE 16B: 6 of 64), arXiv 2401.06066; loss weight recalled",
+    ),
+    "qwen_moe": Entry(
+        TopK,
+        {"k": 4, "renormalize": False},
+        moe={
+            "shared_experts": 4,
+            "shared_gate": True,
+            "transport": "dropless",
+            "losses.load_balance": 0.004,
+            "losses.z": 0.0,
+        },
+        source="Qwen Team (Qwen1.5-MoE-A2.7B: 4 of 60; 0.001 of a loss that is k at balance); "
+        "Yang et al. (Qwen2), arXiv 2407.10671",
+    ),
+    "olmoe": Entry(
+        TopK,
+        {"k": 8, "renormalize": False},
+        moe={"transport": "dropless", "losses.load_balance": 0.01, "losses.z": 0.001},
+        source="Muennighoff et al. (OLMoE 1B-7B: 8 of 64), arXiv 2409.02060",
+    ),
+    "openmoe": Entry(
+        TopK,
+        {"k": 2, "renormalize": False},
+        moe={"shared_experts": 1, "losses.load_balance": 0.02, "losses.z": 0.0001},
+        source="Xue et al. (OpenMoE: 2 of 32; 0.01 of a loss that is k at balance), "
+        "arXiv 2402.01739",
+    ),
+    "prototypes": Entry(Prototypes),
+    "gating_dropout": Entry(GatingDropout, moe={"transport": "dropless", "balance_scope": "batch"}),
+    "loss_free": Entry(LossFree, moe=UNBALANCED),
+    "deepseek_v2": Entry(
+        LossFree,
+        {
+            "k": 6,
+            "score": "softmax",
+            "renormalize": False,
+            "route_scale": 16.0,
+            "bias_rate": 0.0,
+            "num_groups": 8,
+            "top_groups": 3,
+            "group_score": "max",
+            "sequence_loss": 0.0,
+            "device_loss": 0.05,
+        },
+        moe={
+            "shared_experts": 2,
+            "transport": "dropless",
+            "losses.load_balance": 0.003,
+            "losses.z": 0.0,
+        },
+        source="DeepSeek-AI (DeepSeek-V2: 6 of 160 on 3 of 8 devices), arXiv 2405.04434; numbers "
+        "recalled",
+    ),
+    "deepseek_v3": Entry(
+        LossFree,
+        {"k": 8, "route_scale": 2.5, "num_groups": 8, "top_groups": 4},
+        moe={"shared_experts": 1, "transport": "dropless", **UNBALANCED},
+        source="DeepSeek-AI (DeepSeek-V3: 8 of 256 on 4 of 8 nodes), arXiv 2412.19437",
+    ),
+    "quantile": Entry(Quantile, moe={"losses.load_balance": 0.0}),
     "shazeer": Entry(
         NoisyTopK, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}
     ),
@@ -149,6 +238,11 @@ def fields(name: str) -> dict[str, tuple[Any, str]]:
 def preset_overrides(name: str) -> dict[str, Any]:
     """Fields outside the gate, relative to ``moe``, that this name's published model sets."""
     return dict(_entry(name).moe)
+
+
+def source(name: str) -> str:
+    """Whose published model this name presets; empty for a gate under its own name."""
+    return _entry(name).source
 
 
 def _entry(name: str) -> Entry:

@@ -126,27 +126,30 @@ def starting_prices(
 ) -> Int[Array, "E"]:
     """Prices in [0, SCALE] at which about ``target`` tokens prefer each expert."""
     tokens, num_experts = value_TE.shape
-    offset_TE = (residual.scatter_hash(tokens, num_experts, 0) >> 16).astype(jnp.float32) / 2**16
+    # Experts lead: maxima over them, most of the work, then run over whole vectors of tokens.
+    value_ET = value_TE.T
+    hash_TE = residual.scatter_hash(tokens, num_experts, 0)
+    offset_ET = ((hash_TE >> 16).astype(jnp.float32) / 2**16).T
     # A bar below every price, so that invalid tokens count nowhere.
     nobody = -2 * SCALE
 
     def one_round(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         turn, price_E, step = carry
-        moved_TE = value_TE - (offset_TE * (OFFSET_OVER_STEP * step)).astype(jnp.int32)
-        reduced_TE = moved_TE - price_E
-        best_T1 = jnp.max(reduced_TE, axis=1, keepdims=True)
-        is_best_TE = reduced_TE == best_T1  # an argmax is many times slower on CPU
-        others_TE = jnp.where(is_best_TE, -3 * SCALE, reduced_TE)
-        tied_T1 = jnp.sum(is_best_TE, axis=1, keepdims=True) > 1
-        second_T1 = jnp.where(tied_T1, best_T1, jnp.max(others_TE, axis=1, keepdims=True))
+        moved_ET = value_ET - (offset_ET * (OFFSET_OVER_STEP * step)).astype(jnp.int32)
+        reduced_ET = moved_ET - price_E[:, None]
+        best_T = jnp.max(reduced_ET, axis=0)
+        is_best_ET = reduced_ET == best_T  # an argmax is many times slower on CPU
+        others_ET = jnp.where(is_best_ET, -3 * SCALE, reduced_ET)
+        tied_T = jnp.sum(is_best_ET, axis=0) > 1
+        second_T = jnp.where(tied_T, best_T, jnp.max(others_ET, axis=0))
         # The price up to which a token would come to an expert, at the others' prices.
-        margin_TE = moved_TE - jnp.where(is_best_TE, second_T1, best_T1)
-        margin_TE = jnp.where(valid_T[:, None], margin_TE, nobody)
+        margin_ET = moved_ET - jnp.where(is_best_ET, second_T, best_T)
+        margin_ET = jnp.where(valid_T, margin_ET, nobody)
 
         def bisect(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low_E, high_E = bounds
             middle_E = (low_E + high_E) // 2
-            too_many_E = jnp.sum(margin_TE >= middle_E, axis=0) > target
+            too_many_E = jnp.sum(margin_ET >= middle_E[:, None], axis=1) > target
             return jnp.where(too_many_E, middle_E, low_E), jnp.where(too_many_E, high_E, middle_E)
 
         whole_step = step.astype(jnp.int32)

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from moejax.gating import ops
@@ -76,7 +77,8 @@ class Base(ops.Stateless):
         score_GTE = ops.router_logits(x_GTD, params["router_DE"])
         means = {}
         if context.train:
-            best = group_local(jax.vmap(balanced_assignment))(score_GTE, context.valid_GT)
+            best = group_local(ops.each_group(balanced_assignment))(score_GTE, context.valid_GT)
+            best = checkpoint_name(best, "routing")
             expert_GT = jnp.maximum(best.expert_T, 0)
             tokens_G = jnp.sum(context.valid_GT, axis=1)
             means["assignment_gap"] = best.gap / jnp.maximum(tokens_G, 1)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from moejax.kernels.platform import resolve_platform
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -122,6 +123,17 @@ def row_noise(
     return noise_GRL.reshape(groups, rows * length, *shape).astype(jnp.float32)
 
 
+def each_group(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """``fn`` of one group as a function of arrays that lead with G.
+
+    Where ``fn`` loops until it is done, a batch goes on until its slowest member is. On CPU groups
+    run one after the other instead: none waits, and the arrays of one stay in the cache.
+    """
+    if resolve_platform(None) != "cpu":
+        return jax.vmap(fn)
+    return lambda *args: jax.lax.map(lambda group: fn(*group), args)
+
+
 def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Array]:
     """``top_k_routing`` per group, run where each group's tokens are."""
 
@@ -129,6 +141,23 @@ def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Ar
         return top_k_routing(logits, k, renormalize=renormalize)
 
     return group_local(select)(logits_GTE)
+
+
+def local_best(score_GTE: Array, k: int) -> Int[Array, "G T K"]:
+    """The k experts with the largest scores, best first, found where each group's tokens are."""
+
+    def select(score: Array) -> Array:
+        return jax.lax.top_k(score, k)[1].astype(jnp.int32)
+
+    return group_local(select)(score_GTE)
+
+
+def softmax_weights(logits_GTE: Array, expert_GTK: Array, renormalize: bool) -> Array:
+    """Softmax weights of experts chosen by other scores, as ``top_k_routing`` weighs its own."""
+    chosen_GTK = at_expert(logits_GTE, expert_GTK)
+    if renormalize:
+        return jax.nn.softmax(chosen_GTK, axis=-1)
+    return jnp.exp(chosen_GTK - jax.nn.logsumexp(logits_GTE, axis=-1, keepdims=True))
 
 
 def heaviest(
@@ -251,3 +280,18 @@ def check_positive(field: str, value: int | float) -> None:
     """Raises ValueError unless the gate's field is above 0."""
     if not value > 0:
         raise ValueError(f"gate.{field}={value} must be above 0")
+
+
+def check_not_negative(field: str, value: int | float) -> None:
+    """Raises ValueError unless the gate's field is 0 or above."""
+    if not value >= 0:
+        raise ValueError(f"gate.{field}={value} must be 0 or above")
+
+
+def check_trains(k: int, renormalize: bool, num_experts: int, train: bool) -> None:
+    """Raises ValueError if the weights would be constant in training."""
+    if train and k == 1 and renormalize and num_experts > 1:
+        raise ValueError(
+            "gate.k=1 with gate.renormalize=True gives every token the same constant weight, so "
+            "the router gets no gradient; set gate.renormalize=False (Switch) or gate.k=2"
+        )

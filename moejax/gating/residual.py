@@ -41,6 +41,8 @@ def exchange(
     number of rounds; each round moves at least one token nearer, so T + E rounds suffice.
     """
     tokens, num_experts = value_TE.shape
+    if not tokens:
+        return flow, jnp.int32(0)
 
     def surplus(flow: Flow) -> Array:
         return _count(flow.expert_T, num_experts) - share - flow.extra_E
@@ -227,12 +229,13 @@ def _apply(flow: Flow, to_T: Array, parent_N: Array, sent_N: Array) -> Flow:
     by_market_E = parent_N[:num_experts] == num_experts
     sent_E = jnp.where(by_market_E, 0, sent_N[:num_experts])
     size_E = _count(to_T, num_experts)
-    # Candidates sorted by arc, those without one first: rank = place minus the arc's start.
-    order_T = jnp.argsort(to_T, stable=True)
+    # Candidates sorted by arc and then by token, those without an arc first: those that go are the
+    # ones up to the last that may. Numbers are below T E, the size of the scores.
+    key_T = to_T * tokens + jnp.arange(tokens, dtype=to_T.dtype)
     start_E = jnp.cumsum(size_E) - size_E + (tokens - jnp.sum(size_E))
+    last_E = jnp.sort(key_T)[jnp.maximum(start_E + jnp.minimum(sent_E, size_E) - 1, 0)]
     at_E = jnp.maximum(to_T, 0)
-    place_T = jnp.zeros_like(to_T).at[order_T].set(jnp.arange(tokens, dtype=to_T.dtype))
-    goes_T = (to_T >= 0) & (place_T - start_E[at_E] < sent_E[at_E])
+    goes_T = (to_T >= 0) & (sent_E[at_E] > 0) & (key_T <= last_E[at_E])
     gives_up_E = by_market_E & (sent_N[:num_experts] > 0)
     gains_E = (jnp.arange(num_experts) == parent_N[num_experts]) & (sent_N[num_experts] > 0)
     return Flow(jnp.where(goes_T, to_T, flow.expert_T), (flow.extra_E & ~gives_up_E) | gains_E)

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from moejax.gating import ops
@@ -113,7 +114,8 @@ class SBase:
             bias_GE = jnp.zeros(logits_GTE.shape[-1], jnp.float32)
         biased_GTE = jax.lax.stop_gradient(logits_GTE) + jnp.expand_dims(bias_GE, -2)
         if context.train and self.rounding == "balanced":
-            best = group_local(jax.vmap(balanced_assignment))(biased_GTE, context.valid_GT)
+            best = group_local(ops.each_group(balanced_assignment))(biased_GTE, context.valid_GT)
+            best = checkpoint_name(best, "routing")
             expert_GTK = jnp.maximum(best.expert_T, 0)[..., None]
         else:
             expert_GTK, _ = ops.local_top_k(biased_GTE, self.k, False)
@@ -145,7 +147,8 @@ class SBase:
 
         # A group that lies on one device is its own business; the sums of others cross the mesh.
         run = jax.vmap(one)
-        return (group_local(run) if spreads(len(valid_GT)) else run)(logits_GTE, valid_GT)
+        bias_GE = (group_local(run) if spreads(len(valid_GT)) else run)(logits_GTE, valid_GT)
+        return checkpoint_name(bias_GE, "routing")
 
     def update(self, state: GateState, stats: MoEStats) -> GateState:
         if self.evaluation == "greedy":

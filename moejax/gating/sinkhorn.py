@@ -1,11 +1,18 @@
 r"""Entropic optimal transport between tokens and experts, in the log domain (S-BASE)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from moejax.kernels.vma import varying_like
+
+MOST_DRIFT, LEAST_COLUMN = 20.0, 1e-8
+"""How far log v may go from where exponentials were last taken, and the least sum of a column, for
+iterations without exponentials. In a row whose largest exponential is 1, those below float32's
+range (1e-38) then lack less than T e^40 1e-38 of a column: 1e-8 of it up to 10^5 tokens."""
 
 
 def sinkhorn_plan(
@@ -67,27 +74,73 @@ def sinkhorn_bias(
     valid_T = jnp.ones(tokens, bool) if valid_T is None else valid_T
     scaled_TE = lax.stop_gradient(scores_TE).astype(jnp.float32) / epsilon
     scaled_TE -= jnp.max(scaled_TE, axis=1, keepdims=True)
-    log_count = jnp.log(jnp.maximum(jnp.sum(valid_T), 1).astype(jnp.float32))
+    scaled_TE = jnp.where(valid_T[:, None], scaled_TE, 0.0)
 
-    def log_excess(log_v_E: Array) -> Array:
-        """log(E * column sum): 0 where a column has its share."""
-        log_row_TE = jax.nn.log_softmax(scaled_TE + log_v_E, axis=1)
-        log_row_TE = jnp.where(valid_T[:, None], log_row_TE, -jnp.inf)
-        log_column_E = jax.nn.logsumexp(log_row_TE, axis=0) - log_count + jnp.log(num_experts)
-        return jnp.where(jnp.any(valid_T), log_column_E, 0.0)
+    def busy(excess_E: Array, turn: Array) -> Array:
+        more = turn < num_iters
+        return more if tol is None else more & (jnp.max(jnp.abs(jnp.expm1(excess_E))) > tol)
 
     def one(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         log_v_E, excess_E, turn = carry
         log_v_E = log_v_E - excess_E
-        return log_v_E, log_excess(log_v_E), turn + 1
-
-    def go_on(carry: tuple[Array, Array, Array]) -> Array:
-        _, excess_E, turn = carry
-        busy = turn < num_iters
-        return busy if tol is None else busy & (jnp.max(jnp.abs(jnp.expm1(excess_E))) > tol)
+        excess_E = _log_excess(scaled_TE, valid_T, log_v_E)
+        return _without_exponentials(scaled_TE, valid_T, (log_v_E, excess_E, turn + 1), busy)
 
     zero_E = jnp.zeros(num_experts, jnp.float32)
-    start = varying_like((zero_E, log_excess(zero_E), jnp.int32(0)), scaled_TE)
-    log_v_E, _, _ = lax.while_loop(go_on, one, start)
+    start = (zero_E, _log_excess(scaled_TE, valid_T, zero_E), jnp.int32(0))
+    start = varying_like(start, scaled_TE)
+    log_v_E, _, _ = lax.while_loop(lambda carry: busy(*carry[1:]), one, start)
     bias_E = epsilon * log_v_E
     return bias_E - jnp.mean(bias_E)
+
+
+def _log_excess(scaled_TE: Array, valid_T: Array, log_v_E: Array) -> Array:
+    """log(E * column sum): 0 where a column has its share. In the log domain: of any size."""
+    log_row_TE = jax.nn.log_softmax(scaled_TE + log_v_E, axis=1)
+    log_row_TE = jnp.where(valid_T[:, None], log_row_TE, -jnp.inf)
+    log_column_E = jax.nn.logsumexp(log_row_TE, axis=0) - _log_share(valid_T, log_v_E.size)
+    return jnp.where(jnp.any(valid_T), log_column_E, 0.0)
+
+
+def _log_share(valid_T: Array, num_experts: int) -> Array:
+    """Of what a column has when all have the same, tokens counted as 1."""
+    return jnp.log(jnp.maximum(jnp.sum(valid_T), 1).astype(jnp.float32) / num_experts)
+
+
+def _without_exponentials(
+    scaled_TE: Array,
+    valid_T: Array,
+    carry: tuple[Array, Array, Array],
+    busy: Callable[[Array, Array], Array],
+) -> tuple[Array, Array, Array]:
+    """As many iterations as can do without the log domain: two sums of products each.
+
+    ``exp(s + log v)`` is taken once; from there v changes by factors. The loop ends where numbers
+    could leave float32's range, and leaves the next iteration to the log domain.
+    """
+    log_v_E, excess_E, turn = carry
+    logit_TE = scaled_TE + log_v_E
+    kernel_TE = jnp.exp(logit_TE - jnp.max(logit_TE, axis=1, keepdims=True))
+    # A sum over the leading axis is vectorised, one over the last is not: hence both layouts.
+    kernel_ET = kernel_TE.T
+    log_share = _log_share(valid_T, log_v_E.size)
+
+    def go_on(carry: tuple[Array, Array, Array, Array]) -> Array:
+        drift_E, excess_E, turn, in_range = carry
+        near = jnp.max(jnp.abs(drift_E - excess_E)) <= MOST_DRIFT
+        return busy(excess_E, turn) & in_range & near
+
+    def one(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        drift_E, excess_E, turn, _ = carry
+        new_E = drift_E - excess_E
+        factor_E = jnp.exp(new_E)
+        row_T = jnp.sum(kernel_ET * factor_E[:, None], axis=0)
+        share_T = jnp.where(valid_T, 1.0 / row_T, 0.0)
+        column_E = factor_E * jnp.sum(kernel_TE * share_T[:, None], axis=0)
+        in_range = jnp.all(column_E >= LEAST_COLUMN)
+        excess = jnp.where(in_range, jnp.log(column_E) - log_share, excess_E)
+        return jnp.where(in_range, new_E, drift_E), excess, turn + in_range, in_range
+
+    start = (jnp.zeros_like(log_v_E), excess_E, turn, jnp.bool_(True))
+    drift_E, excess_E, turn, _ = lax.while_loop(go_on, one, varying_like(start, scaled_TE))
+    return log_v_E + drift_E, excess_E, turn

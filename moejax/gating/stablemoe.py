@@ -47,11 +47,12 @@ class StableMoE(ops.Stateless):
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
-    Reference: Dai et al., "StableMoE: Stable Routing Strategy for Mixture of Experts", arXiv
-    2204.08396; sizes and weights from the authors' code (6000 of 60000 steps in stage 1, losses
-    0.3, a table of width 50). Deviations: experts start at random, not at the identity, and hold no
-    residual of their own; losses are means (their sums are divided by the number of tokens too),
-    balance per group instead of per device; of the routers to distil into only the table of words.
+    Reference: Dai et al., "StableMoE: Stable Routing Strategy for Mixture of Experts",
+    arXiv 2204.08396; sizes and weights from the authors' code (6000 of 60000 steps in stage 1,
+    losses 0.3, a table of width 50). Deviations: experts start at random, not at the identity, and
+    hold no residual of their own; losses are means (their sums are divided by the number of tokens
+    too), balance per group instead of per device; of the routers to distil into only the table of
+    words.
     """
 
     stage_steps: Annotated[int, "steps of stage 1: a tenth of the run in the paper"] = 6000

@@ -36,11 +36,12 @@ class Thor(Unlearned):
 
     Visibility: experts do not depend on any token.
 
-    Reference: Zuo et al., "Taming Sparsely Activated Transformer with Stochastic Experts", arXiv
-    2110.04260. Deviations: the consistency loss is a mean over tokens and comes beside the mean of
-    the two cross-entropies; the authors' code sums all three. Halving their weight (1 in the code;
-    5 in the paper, recalled, not checked) gives the same gradient up to that common factor; the
-    preset's 0.5 is the code's. "sequence" is per sequence; their code for it draws per position.
+    Reference: Zuo et al., "Taming Sparsely Activated Transformer with Stochastic Experts",
+    arXiv 2110.04260. Deviations: the consistency loss is a mean over tokens and comes beside the
+    mean of the two cross-entropies; the authors' code sums all three. Halving their weight (1 in
+    the code; 5 in the paper, recalled, not checked) gives the same gradient up to that common
+    factor; the preset's 0.5 is the code's. "sequence" is per sequence; their code for it draws per
+    position.
     """
 
     evaluation: Annotated[str, "'token' or 'sequence': a random expert each; 'mean': all"] = "token"

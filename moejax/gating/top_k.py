@@ -54,11 +54,7 @@ class TopK(ops.Stateless):
         if not 0.0 <= self.jitter < 1.0:
             raise ValueError(f"gate.jitter={self.jitter} must lie in [0, 1)")
         ops.check_positive("init_scale", self.init_scale)
-        if train and self.k == 1 and self.renormalize and num_experts > 1:
-            raise ValueError(
-                "gate.k=1 with gate.renormalize=True gives every token the constant weight 1, so "
-                "the router gets no gradient; set gate.renormalize=False (Switch) or gate.k=2"
-            )
+        ops.check_trains(self.k, self.renormalize, num_experts, train)
 
     def columns(self, num_experts: int) -> int:
         return self.k
@@ -69,6 +65,13 @@ class TopK(ops.Stateless):
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
+        logits_GTE = self.logits(params, x_GTD, context)
+        expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
+        routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
+        return GateOutput(routing, ops.softmax_stats(logits_GTE))
+
+    def logits(self, params: GateParams, x_GTD: Array, context: GateContext) -> Array:
+        """The router's logits [G, T, E], of jittered tokens where that is asked for."""
         x_GTD = x_GTD.astype(jnp.float32)
         if self.jitter and context.train:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
@@ -77,10 +80,7 @@ class TopK(ops.Stateless):
                 return jax.random.uniform(key, shape, minval=low, maxval=high)
 
             x_GTD = x_GTD * ops.row_noise(draw, context, x_GTD.shape[-1:])
-        logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
-        expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
-        routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
-        return GateOutput(routing, ops.softmax_stats(logits_GTE))
+        return ops.router_logits(x_GTD, params["router_DE"])
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
         return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)

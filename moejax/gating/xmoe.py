@@ -52,10 +52,10 @@ class XMoE(ops.Stateless):
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
-    Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts", arXiv
-    2204.09179. The formula with its temperature and clamp are Tutel's cosine router (its bias of P:
-    ``bias=True``, which gives up the invariance to a token's length). rank = E / 2 is recalled from
-    the paper, not checked. Deviations: lengths are floored at 1e-6, Tutel's at 1e-12.
+    Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts",
+    arXiv 2204.09179. The formula with its temperature and clamp are Tutel's cosine router (its bias
+    of P: ``bias=True``, which gives up the invariance to a token's length). rank = E / 2 is
+    recalled from the paper, not checked. Deviations: lengths are floored at 1e-6, Tutel's at 1e-12.
     """
 
     k: Annotated[int, "experts per token"] = 1

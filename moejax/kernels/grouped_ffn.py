@@ -19,6 +19,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import grouped_ffn_cpu
@@ -50,7 +51,7 @@ def grouped_ffn(
     Returns:
       y_ND in the dtype of `x_ND`. For rows past sum(group_sizes_G) and inside `jax.shard_map` the
       rules are those of `grouped_matmul`. The backward pass keeps `x_ND` and the arguments of
-      `activate`.
+      `activate`; these and y_ND have the name "experts" for policies of `jax.checkpoint`.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -63,7 +64,9 @@ def grouped_ffn(
     if platform == "cpu" and x_ND.shape[0]:
         return _ffn(activate, x_ND, weights, sizes_G)
     before = [grouped_matmul(x_ND, w, sizes_G, platform=platform) for w in weights[:-1]]
-    return grouped_matmul(activate(*before), weights[-1], sizes_G, platform=platform)
+    before = checkpoint_name(before, "experts")
+    y_ND = grouped_matmul(activate(*before), weights[-1], sizes_G, platform=platform)
+    return checkpoint_name(y_ND, "experts")
 
 
 def _check_operands(x_ND, input_GDF, output_GFD, group_sizes_G) -> None:
@@ -85,11 +88,13 @@ def _check_operands(x_ND, input_GDF, output_GFD, group_sizes_G) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ffn(activate, x_ND, weights, group_sizes_G):
-    return _forward_jit(x_ND, weights, group_sizes_G, activate=activate, save=False)[0]
+    y_ND, _ = _forward_jit(x_ND, weights, group_sizes_G, activate=activate, save=False)
+    return checkpoint_name(y_ND, "experts")
 
 
 def _ffn_fwd(activate, x_ND, weights, group_sizes_G):
     y_ND, before = _forward_jit(x_ND, weights, group_sizes_G, activate=activate, save=True)
+    y_ND, before = checkpoint_name((y_ND, before), "experts")
     return y_ND, (x_ND, before, weights, group_sizes_G)
 
 

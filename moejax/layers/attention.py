@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.layers.basic import fan_in, project
@@ -80,4 +81,5 @@ class Attention(nnx.Module):
         mixed_BLHI = jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation=implementation
         )
+        mixed_BLHI = checkpoint_name(mixed_BLHI, "attention")
         return project(mixed_BLHI, self.out_HID[...], contract=2)

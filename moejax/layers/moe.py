@@ -56,7 +56,8 @@ class MoE(nnx.Module):
       d_model, d_ff: width of the tokens and of one expert's hidden layer.
       num_experts: experts E, a multiple of the mesh's ``expert`` axis.
       gate: the gating function, ``moejax.gating.make(...)`` or your own.
-      transport: "cells" (fixed capacity), "dropless", "gather" or "all_experts"; the same four for
+      transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token goes once to each
+        device that has experts of it), "gather" or "all_experts"; the same five for
         ``eval_transport``, used when ``train=False``.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
       priority: who stays when an expert is full: "position", "choice", "gate" or "random".

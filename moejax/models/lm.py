@@ -24,11 +24,28 @@ from moejax.mesh import constrain
 from moejax.types import Context, Gate, GateState, MoEConfig, MoEInfo, MoEStats, Policy
 
 BATCH = ("data", "fsdp", "expert")
+
+
+def _matmuls_and(*names: str) -> Any:
+    """Keeps matmuls without batch dimensions (projections, dense FFNs) and what has these names."""
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*names)
+    )
+
+
 REMAT = {
     "none": None,
+    "experts": _matmuls_and("routing", "attention", "exchange", "experts"),
+    "exchange": _matmuls_and("routing", "attention", "exchange"),
+    "dots": _matmuls_and(),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+"""What is kept for the backward pass, less and less. The names, given with ``checkpoint_name``:
+
+``routing``: who goes where; ``attention``: the mixed values; ``exchange``: what other devices sent;
+``experts``: outputs, and hidden layers before the activation.
+"""
 
 MOST_UNROLLED = 8
 """Up to so many periods are laid out one after the other. A loop fills a stack of zeros with what

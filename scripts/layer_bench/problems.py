@@ -34,6 +34,14 @@ SHAPES = {
     )
 }
 
+GPU_SHAPES = {
+    s.name: s
+    for s in (
+        Shape("fine", 16384, 2048, 1408, 64, 6),
+        Shape("mixtral", 16384, 4096, 14336, 8, 2),
+    )
+}
+
 Params = dict[str, jax.Array]
 """``router_DE``, ``gate_EDF``, ``up_EDF``, ``down_EFD``: what every MoE layer here is made of."""
 

@@ -1,9 +1,11 @@
 """Bytes that tokens cause on the wire, on eight virtual devices: python traffic.py prints JSON.
 
 A process of its own, because the number of devices is fixed when JAX starts. Of each send, what a
-device keeps for itself is left out, and so is it in the minimum: k copies per remote token.
+device keeps for itself is left out, and so is it in the minimum: k copies per remote token. Sends
+are those to the experts; what comes back is as much, without the routing that dropless_once sends.
 """
 
+import functools
 import json
 import math
 import os
@@ -51,7 +53,6 @@ def rows(names: list[str]) -> list[dict]:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from moejax.dispatch import exchange
     from moejax.mesh import batch_spec, make_mesh
     from scripts.layer_bench.layers import IMPLS, kept_pairs, route
     from scripts.layer_bench.problems import SHAPES, make_problem
@@ -79,23 +80,38 @@ def rows(names: list[str]) -> list[dict]:
             minimum = shape.T * shape.k * shape.D * (DEVICES - 1) / DEVICES
             kept = kept_pairs(expert_TK, shape, IMPLS[name].capacity_factor)
             found.append(_row(shape, name, sent, minimum, 1 - float(kept.mean())))
+        found += _dropless_rows(shape, expert_TK, mesh, int(remote_TK.sum()))
+    return found
 
-        def sizes(expert_tK, shape=shape):
-            size_E = jax.numpy.bincount(expert_tK.reshape(-1), length=shape.E)
-            site = exchange.Site(shards=DEVICES, expert_axis="expert")
-            return exchange.plan_traffic(size_E.astype("int32"), site).there_send
 
+def _dropless_rows(shape, expert_TK, mesh, remote_pairs: int) -> list[dict]:
+    """Those of both dropless transports, from the sizes of their slices to each device."""
+    import jax
+    import numpy as np
+    from jax.sharding import PartitionSpec as P
+
+    from moejax.dispatch import exchange, pack
+
+    def send_sizes(expert_tK, *, once: bool):
+        weight_tK = jax.numpy.ones(expert_tK.shape)
+        if once:
+            own = shape.E // DEVICES
+            _, size = pack.plan_visits(expert_tK, weight_tK, shards=DEVICES, own=own)
+        else:
+            rows = expert_tK.size
+            _, size = pack.plan_sorted(expert_tK, weight_tK, num_experts=shape.E, rows=rows)
+        site = exchange.Site(shards=DEVICES, expert_axis="expert")
+        return exchange.plan_traffic(size, site).there_send
+
+    found = []
+    # Beside a row dropless_once sends k experts and k weights.
+    for name, width in (("dropless", shape.D), ("dropless_once", shape.D + 2 * shape.k)):
+        plan = functools.partial(send_sizes, once=name == "dropless_once")
         with jax.set_mesh(mesh):
-            run = jax.shard_map(sizes, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+            run = jax.shard_map(plan, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
             send_SSe = np.asarray(jax.jit(run)(expert_TK)).reshape(DEVICES, DEVICES, -1)
         to_others = send_SSe.sum() - np.trace(send_SSe.sum(axis=-1))
-        row = _row(shape, "dropless", int(to_others) * shape.D, remote_TK.sum() * shape.D, 0.0)
-        # One copy for each device that has at least one of a token's experts.
-        owner_TK = np.asarray(expert_TK) // (shape.E // DEVICES)
-        reached_TS = (owner_TK[:, :, None] == np.arange(DEVICES)).any(axis=1)
-        reached_TS[np.arange(shape.T), home_T1[:, 0]] = False
-        row["deduplicated_over_minimum"] = float(reached_TS.sum() / remote_TK.sum())
-        found.append(row)
+        found.append(_row(shape, name, int(to_others) * width, remote_pairs * shape.D, 0.0))
     return found
 
 

@@ -103,6 +103,20 @@ def test_sorted_plan_lists_pairs_by_expert_then_position():
     check_inverse(plan, 2)
 
 
+def test_one_row_stands_for_all_pairs_of_a_token_on_a_shard():
+    expert = jnp.asarray([[0, 1, 3], [2, 3, 0], [1, 0, 2]])
+    weight = jnp.asarray([[0.1, 0.8, 0.1], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    visits, size = pack.plan_visits(expert, weight, shards=2, own=2)
+    np.testing.assert_array_equal(size, [2, 3])
+    np.testing.assert_array_equal(visits.pair_M, [0, 7, 2, 3, 8, 9])  # by shard, then by pair
+    check_inverse(visits, 3)
+    rows, x = jnp.arange(6.0)[:, None], jnp.asarray([[1.0], [10.0], [100.0]])
+    np.testing.assert_array_equal(pack.gather_rows(x, visits)[:, 0], [1, 100, 1, 10, 100, 0])
+    np.testing.assert_array_equal(pack.sum_rows(rows, visits)[:, 0], [0 + 2, 3, 1 + 4])
+    gradient = jax.grad(lambda r: jnp.vdot(pack.sum_rows(r, visits), x))(rows)
+    np.testing.assert_array_equal(gradient, pack.gather_rows(x, visits))
+
+
 def test_gather_and_combine_have_the_gradients_of_their_definitions():
     """Against plain indexing differentiated by JAX, in float32: sums of at most 6 terms."""
     rng = np.random.default_rng(0)

@@ -136,19 +136,32 @@ def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
     assert 0 < kept.sum() < active.sum()
 
 
-def test_unwritten_buffer_rows_are_never_read(monkeypatch):
-    """Receive buffers start as NaN; on TPU and GPU they hold whatever memory held."""
-    real = exchange.buffer_like
+@pytest.mark.parametrize(
+    ("transport", "routing_content"),
+    [("dropless", np.nan), ("dropless_once", np.nan), ("dropless_once", 1.0)],
+)
+def test_unwritten_buffer_rows_are_never_read(transport, routing_content, monkeypatch):
+    """Receive buffers start as NaN; on TPU and GPU they hold whatever memory held. In a buffer of
+    experts and weights that may read as expert 1 with weight 1."""
+    real, filled = exchange.buffer_like, []
 
     def poisoned(rows_ND, capacity):
-        return jnp.full_like(real(rows_ND, capacity), jnp.nan)
+        filled.append(capacity)
+        content = np.nan if rows_ND.shape[1] == WIDTH else routing_content
+        return jnp.full_like(real(rows_ND, capacity), content)
 
     monkeypatch.setattr(exchange, "buffer_like", poisoned)
-    compiled.cache_clear()
+    forget_programs()  # those that were traced without the poison
     routing = meshes.inactive(meshes.routing("half_empty", GROUPS, TOKENS, 2, EXPERTS))
-    check({"data": 2, "expert": 2}, "dropless", routing)
-    check({"expert": 8}, "dropless", meshes.routing("all_to_one", GROUPS, TOKENS, 2, EXPERTS))
+    check({"data": 2, "expert": 2}, transport, routing)
+    check({"expert": 8}, transport, meshes.routing("all_to_one", GROUPS, TOKENS, 2, EXPERTS))
+    assert filled
+    forget_programs()
+
+
+def forget_programs():
     compiled.cache_clear()
+    jax.clear_caches()
 
 
 def test_more_than_one_device_receives_tokens():

@@ -65,6 +65,95 @@ def test_mixtral_block(k):
     np.testing.assert_allclose(y, wanted.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
+def shared_weights(layer, name):
+    """transformers stores matrices as [out, in]."""
+    shared = layer.shared
+    return {
+        f"{name}.gate_proj.weight": shared.gate_DF[...].T,
+        f"{name}.up_proj.weight": shared.up_DF[...].T,
+        f"{name}.down_proj.weight": shared.down_FD[...].T,
+    }
+
+
+def routed_weights(layer):
+    gate_up, down = stacked(layer)
+    return {
+        "gate.weight": layer.router["router_DE"][...].T,
+        "experts.gate_up_proj": gate_up,
+        "experts.down_proj": down,
+    }
+
+
+def compare(block, layer, x, state=None):
+    wanted = block(tensor(x))
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    y, _ = layer(x, gate_state=state, train=False)
+    # Both float32, sums of at most 96 products in another order.
+    np.testing.assert_allclose(y, wanted.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_qwen_moe_block():
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    preset = gating.preset_overrides("qwen_moe")
+    num_shared = preset["shared_experts"]
+    layer, x = layer_and_tokens(
+        gating.make("qwen_moe"), num_shared=num_shared, shared_gate=preset["shared_gate"]
+    )
+    layer.shared_gate_D[...] = jax.random.normal(jax.random.key(3), (D,))
+    config = transformers.Qwen2MoeConfig(
+        hidden_size=D,
+        moe_intermediate_size=F,
+        shared_expert_intermediate_size=num_shared * F,
+        num_experts=E,
+        num_experts_per_tok=4,
+    )
+    config._experts_implementation = "eager"
+    block = Qwen2MoeSparseMoeBlock(config)
+    shared = {"shared_expert_gate.weight": layer.shared_gate_D[...][None]}
+    shared |= shared_weights(layer, "shared_expert")
+    load(block, routed_weights(layer) | shared)
+    compare(block, layer, x)
+
+
+def test_olmoe_block():
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+    layer, x = layer_and_tokens(gating.make("olmoe", k=3))
+    config = transformers.OlmoeConfig(
+        hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=3
+    )
+    config._experts_implementation = "eager"
+    block = OlmoeSparseMoeBlock(config)
+    load(block, routed_weights(layer))
+    compare(block, layer, x)
+
+
+def test_deepseek_v3_block():
+    """With biases that leave every biased score positive: transformers masks groups with 0."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    gate = gating.make("deepseek_v3", k=3, num_groups=4, top_groups=2)
+    layer, x = layer_and_tokens(gate, num_shared=1)
+    bias = jax.random.uniform(jax.random.key(4), (E,))
+    config = transformers.DeepseekV3Config(
+        hidden_size=D,
+        moe_intermediate_size=F,
+        n_routed_experts=E,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
+    config._experts_implementation = "eager"
+    block = DeepseekV3MoE(config)
+    load(block, routed_weights(layer) | shared_weights(layer, "shared_experts"))
+    block.gate.e_score_correction_bias.copy_(tensor(bias))
+    compare(block, layer, x, {"bias_E": bias})
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_load_balancing_loss_is_k_times_ours(k):
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -67,6 +67,21 @@ def test_logits_far_beyond_the_range_of_exp_are_no_problem():
     np.testing.assert_allclose(plan.sum(0), 1 / 4, rtol=1e-2)
 
 
+@pytest.mark.parametrize("scale", [0.3, 3.0, 30.0, 300.0])
+@pytest.mark.parametrize("num_iters", [1, 2, 7, 40])
+def test_iterations_are_those_of_the_formula_at_every_scale_of_scores(scale, num_iters):
+    """With and without exponentials: at 300 most leave float32's range, at 0.3 none does."""
+    score = normal(64, 8, scale=scale)
+    bias = np.zeros(8)
+    for _ in range(num_iters):
+        logit = np.asarray(score, np.float64) + bias
+        log_row = logit - np.logaddexp.reduce(logit, axis=1, keepdims=True)
+        bias += np.log(1 / 8) - (np.logaddexp.reduce(log_row, axis=0) - np.log(64))
+    got = sinkhorn_bias(score, num_iters=num_iters)
+    # float32 rounds scores of this size by 1e-7 of them, and biases grow as large.
+    np.testing.assert_allclose(got, bias - bias.mean(), atol=1e-5 * max(scale, 1.0))
+
+
 def test_the_plan_routes_as_top_1_with_the_bias():
     """A row's factor changes no comparison within the row."""
     score = normal(200, 8)

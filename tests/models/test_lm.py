@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.models.lm import LM, LMConfig
+from moejax.models.lm import LM, REMAT, LMConfig
 from moejax.train.state import to_tree
 from tests.lms import (
     CLOSE,
@@ -160,7 +160,9 @@ def graded(settings: LMConfig):
     return value, to_tree(grads)
 
 
-@pytest.mark.parametrize("remat", ["full", slow_unless(False, "dots")])
+@pytest.mark.parametrize(
+    "remat", [slow_unless(r in ("full", "experts"), r) for r in REMAT if r != "none"]
+)
 def test_recomputation_changes_neither_loss_nor_gradients_nor_counts(remat):
     (loss, stats), grads = graded(dataclasses.replace(NOISY, remat=remat))
     (wanted, wanted_stats), wanted_grads = graded(NOISY)

@@ -12,7 +12,6 @@ from flax import nnx
 from moejax.models.lm import LM
 from moejax.types import Context, MoEConfig
 from tests import gates, lms
-from tests.gates import ROWS
 
 B, L = 2, 8
 
@@ -44,7 +43,7 @@ def program(row):
     return jax.jit(logits), settings
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", gates.PARAMS)
 def test_teacher_forced_logits_equal_those_of_every_prefix(row):
     run, settings = program(row)
     token = jax.random.randint(jax.random.key(1), (B, L), 0, gates.V)

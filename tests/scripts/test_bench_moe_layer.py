@@ -103,7 +103,8 @@ def test_traffic_at_capacity_one_is_k_copies_per_remote_token(eight_devices):
     assert rows["cells-1.0"]["bytes_over_minimum"] == 1.0 and rows["cells-1.0"]["dropped"] > 0
     assert rows["cells-1.25"]["bytes_over_minimum"] == 1.5  # 3 slots for a mean of 2 pairs
     assert rows["dropless"]["bytes_over_minimum"] == 1.0 and rows["dropless"]["dropped"] == 0
-    assert rows["dropless"]["deduplicated_over_minimum"] == 1.0  # one expert per device
+    # One expert per device: as many rows, each with 2 k floats of routing beside its 8.
+    assert rows["dropless_once"]["bytes_over_minimum"] == (8 + 2 * TINY.k) / 8
 
 
 def test_a_trial_run_writes_rows_and_the_page_shows_them(tmp_path, monkeypatch, capsys):
@@ -138,7 +139,7 @@ def test_missed_targets_are_listed_and_met_ones_are_not():
         return {"kind": "layer", "shape": "A", "impl": impl, "fwdbwd_ratio": fwdbwd, **timed}
 
     layer = [row("dropless", 1.0), row("dropless-zipf", 1.3), row("cells-1.0", 1.2)]
-    kinds = {"experts": [], "tokens": [], "traffic": [], "layer": layer}
+    kinds = {"gates": [], "experts": [], "tokens": [], "traffic": [], "layer": layer}
     zipf, cells = sorted(make_benchmark_docs.shortfalls(kinds))
     assert "1.30 times" in zipf and "`cells-1.0`, A, forward+backward: 1.20" in cells
 

@@ -69,8 +69,10 @@ def activations(**changes) -> int:
 
 def test_expected_memory_knows_recomputation_and_the_transports_buffers(eight_devices):
     plain = activations()
-    full, dots = activations(model__remat="full"), activations(model__remat="dots")
-    assert 0 < full < dots < 0.5 * plain
+    full, dots, exchange, experts = (
+        activations(model__remat=remat) for remat in ("full", "dots", "exchange", "experts")
+    )
+    assert 0 < full < dots < exchange < experts < plain and dots < 0.5 * plain
     # Of two layers, full recomputation keeps the inputs: 16 floats of each of 16 tokens a device.
     assert full >= 2 * 16 * 16 * 4
     # Its receive buffers have room for the 32 pairs of each of the four expert shards, cells for
@@ -78,6 +80,7 @@ def test_expected_memory_knows_recomputation_and_the_transports_buffers(eight_de
     more_rows = 4 * 32 - 32
     more = 2 * more_rows * (16 + 2 * steps.F) * 4
     assert activations(moe__transport="dropless") >= plain + more
+    assert activations(moe__transport="dropless_once") >= plain + more
 
 
 @pytest.mark.slow

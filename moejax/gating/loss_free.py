@@ -1,0 +1,135 @@
+"""Loss-free balancing: a bias per expert steers the selection. DeepSeek-V3 and V2 are presets."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.gating import ops
+from moejax.gating.expert_groups import GROUP_SCORES, check_groups, group_balance, limit_groups
+from moejax.mesh import group_local
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    GateState,
+    MoEConfig,
+    MoEStats,
+    RouterStats,
+    TrainedBy,
+    Visibility,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossFree:
+    r"""Experts are selected with a bias that grows while they have too few tokens.
+
+    .. math::
+       s = \operatorname{sigmoid}(x W), \quad S = \operatorname{top}_k(s + b), \quad
+       g_e = \lambda \, \frac{s_e}{\sum_{j \in S} s_j} \; (e \in S), \qquad
+       b_e \leftarrow b_e + u \operatorname{sign}(\bar n - n_e)
+
+    lambda is ``route_scale``, u ``bias_rate``; n_e are the pairs of e in the whole batch before
+    capacity, without padding, and the update happens once per training step, so that a batch is
+    routed by what earlier batches were like. The bias is in units of the scores, carries no
+    gradient and never enters the weights. ``score="softmax"`` replaces the sigmoid by a softmax
+    over all experts; ``renormalize=False`` leaves the division out.
+
+    Group-limited routing: experts lie in ``num_groups`` groups (nodes, devices) and a token may
+    only use the ``top_groups`` of them with the largest sum of two best biased scores ("top2",
+    V3) or largest score ("max", V2's device-limited routing).
+
+    Losses of its own, 1 at balance and weighted here: ``sequence_balance``, E sum_e f_e P_e per
+    sequence, with P the mean of the scores divided by their sum and f counted on the k best
+    scores without bias and groups; ``device_balance``, the same of whole groups, with f counted
+    on the routing that was used.
+
+    Visibility: a token sees neither later tokens nor other sequences (of its own batch), except
+    through capacity.
+
+    References: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
+    arXiv 2408.15664; DeepSeek-AI, "DeepSeek-V3", arXiv 2412.19437, and "DeepSeek-V2", arXiv
+    2405.04434. Deviations: V2's communication loss and its token dropping by device are left out.
+    """
+
+    k: Annotated[int, "experts per token"] = 2
+    score: Annotated[str, "'sigmoid', or 'softmax' over all experts"] = "sigmoid"
+    renormalize: Annotated[bool, "divide the weights by their sum over the k"] = True
+    route_scale: Annotated[float, "factor on the weights"] = 1.0
+    bias_rate: Annotated[float, "how far the bias moves per step (0: stays 0)"] = 0.001
+    num_groups: Annotated[int, "groups of experts for limited routing (1: no limit)"] = 1
+    top_groups: Annotated[int, "groups that a token may use"] = 1
+    group_score: Annotated[str, "a group's worth: 'top2' (sum of two best) or 'max'"] = "top2"
+    sequence_loss: Annotated[float, "weight of the sequence-wise balance loss"] = 0.0001
+    device_loss: Annotated[float, "weight of the balance loss over groups"] = 0.0
+    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        ops.check_k(self.k, num_experts)
+        ops.check_choice("score", self.score, ops.SCORES)
+        ops.check_choice("group_score", self.group_score, GROUP_SCORES)
+        ops.check_positive("route_scale", self.route_scale)
+        ops.check_positive("init_scale", self.init_scale)
+        for field in ("bias_rate", "sequence_loss", "device_loss"):
+            ops.check_not_negative(field, getattr(self, field))
+        check_groups(self.k, num_experts, self.num_groups, self.top_groups)
+        ops.check_trains(self.k, self.renormalize, num_experts, train)
+
+    def columns(self, num_experts: int) -> int:
+        return self.k
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
+
+    def init_state(self, spec: GateSpec) -> GateState:
+        return {"bias_E": jnp.zeros(spec.num_experts, jnp.float32)}
+
+    def __call__(
+        self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
+        # In logarithms, because scores that all underflow still have a share of their sum.
+        if self.score == "sigmoid":
+            log_GTE = jax.nn.log_sigmoid(logits_GTE)
+        else:
+            log_GTE = jax.nn.log_softmax(logits_GTE)
+        score_GTE, probs_GTE = jnp.exp(log_GTE), jax.nn.softmax(log_GTE)
+
+        expert_GTK = group_local(self._select)(score_GTE + state["bias_E"])
+        log_GTK = ops.at_expert(log_GTE, expert_GTK)
+        weight_GTK = jax.nn.softmax(log_GTK) if self.renormalize else jnp.exp(log_GTK)
+        # A weight of 0 would mean that the pair does not exist.
+        weight_GTK = jnp.maximum(self.route_scale * weight_GTK, jnp.finfo(jnp.float32).tiny)
+        routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
+        own = {}
+        if self.sequence_loss:
+            best = ops.masked(ops.local_best(score_GTE, self.k), weight_GTK, context.valid_GT)
+            own["sequence_balance"] = self.sequence_loss * group_balance(
+                best, probs_GTE, context, probs_GTE.shape[-1]
+            )
+        if self.device_loss:
+            own["device_balance"] = self.device_loss * group_balance(
+                routing, probs_GTE, context, self.num_groups
+            )
+        return GateOutput(routing, RouterStats(logits_GTE, probs_GTE, probs_GTE), losses=own)
+
+    def _select(self, biased_GTE: Array) -> Array:
+        limited = limit_groups(biased_GTE, self.num_groups, self.top_groups, self.group_score)
+        return jax.lax.top_k(limited, self.k)[1].astype(jnp.int32)
+
+    def update(self, state: GateState, stats: MoEStats) -> GateState:
+        load_E = stats.load_E.astype(jnp.float32)
+        step_E = jnp.sign(jnp.mean(load_E) - load_E)
+        return {"bias_E": state["bias_E"] + self.bias_rate * step_E}
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        return ops.capacity_visibility(self.k, moe)

@@ -1,0 +1,49 @@
+"""The rows of gate_share.py as a section of the page, and the target they are held to."""
+
+from scripts.layer_bench.markdown import ratio, table
+
+TARGET, BALANCED_TARGET, BALANCED = 0.15, 0.25, ("base", "sbase")
+
+TEXT = f"""\
+## Gates
+
+A gate's time over that of its layer's experts, paired as above. Gate: its call in training, groups
+of one sequence, fresh parameters, with all it returns; backward, gradients of its parameters and of
+the tokens from gradients of its weights. Experts: the SwiGLU that `dropless` calls, on packed rows,
+as many as this gate has active pairs, with its loads. Packing, losses and statistics are in
+neither. Gates with a k have that of the shape; `switch` and `sbase`, whose own k is 1, that too.
+`dense` visits all experts, and so does a fresh `dselect_k`: as their loads are equal, 2 k experts
+are timed on all tokens and the time multiplied by E / (2 k). `(decided)`: parameters of its codes
+times 10^4, so that their bits are decided, as training leaves them. The target is at most
+{TARGET:.2f} forward+backward, for `base` and `sbase` {BALANCED_TARGET:.2f}.
+"""
+
+
+def target(gate: str) -> float:
+    return BALANCED_TARGET if gate in BALANCED else TARGET
+
+
+def render(rows: list[dict], setting: str) -> str:
+    body = []
+    for row in rows:
+        body.append([
+            row["shape"], f"`{row['gate']}`{row['impl'].removeprefix(row['gate'])}",
+            "" if row["k"] is None else str(row["k"]), f"{row['pairs_per_token']:.2f}",
+            f"{row['fwdbwd_ms']:.1f}", f"{row['experts_fwdbwd_ms']:.0f}", ratio(row, "fwd"),
+            ratio(row, "fwdbwd"), f"{row['target']:.2f} {'met' if row['met'] else 'missed'}",
+        ])  # fmt: skip
+    head = ["shape", "gate", "k", "pairs per token", "gate, ms", "experts, ms",
+            "forward", "forward+backward", "target"]  # fmt: skip
+    return "\n".join([TEXT, *([setting] if setting else []), table(head, body)])
+
+
+def shortfalls(rows: list[dict]) -> list[str]:
+    found = []
+    for row in rows:
+        if not row["met"]:
+            k = "" if row["k"] is None else f", k = {row['k']}"
+            found.append(
+                f"Gate `{row['impl']}`, {row['shape']}{k}: {ratio(row, 'fwdbwd')} of its experts' "
+                f"time, target {row['target']:.2f}."
+            )
+    return found

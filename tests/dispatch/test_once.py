@@ -1,0 +1,126 @@
+"""Sending each token once per shard: what is sent, and that the answer is that of dropless."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.dispatch import TRANSPORTS, dispatch, exchange
+from moejax.dispatch.exchange import Site
+from moejax.dispatch.transports import Job, Tokens
+from moejax.mesh import batch_spec
+from tests import meshes
+from tests.dispatch.test_transports import EXPERTS, GROUPS, TOKENS, WIDTH, weights
+
+P = jax.sharding.PartitionSpec
+TENSOR = {"data": 2, "expert": 2, "tensor": 2}
+
+
+def inputs():
+    return jax.random.normal(jax.random.key(1), (GROUPS, TOKENS, WIDTH))
+
+
+def sends(transport, shape, routing, monkeypatch):
+    """What the transport hands to its exchange: rows from each device to each shard, their widths
+    and the room in the receive buffer, for each of its sends."""
+    shards, found = shape["expert"], []
+
+    def run(x_gTD, routing, w):
+        sizes = []
+        real = exchange.send_rows
+
+        def spy(rows_ND, traffic, capacity, site):
+            sizes.append(traffic.there_send.reshape(1, shards, -1).sum(-1))
+            found.append((rows_ND.shape[1], capacity))
+            return real(rows_ND, traffic, capacity, site)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(exchange, "send_rows", spy)
+            tokens = Tokens(x_gTD, routing.expert_GTK, routing.weight_GTK, x_gTD[..., 0])
+            job = Job(EXPERTS, "swiglu", Site(shards, "expert"))
+            y_gTD, _ = TRANSPORTS[transport](tokens, w, job)
+        return y_gTD, sizes
+
+    with meshes.entered(shape):
+        mesh = jax.sharding.get_abstract_mesh()
+        tokens = batch_spec(mesh)
+        program = jax.shard_map(run, in_specs=(tokens, tokens, P("expert")), out_specs=tokens)
+        _, sizes = jax.jit(program)(inputs(), routing, weights("swiglu"))
+    return [(np.asarray(size), *rest) for size, rest in zip(sizes, found, strict=True)]
+
+
+def visits(routing, shape):
+    """By a loop: (tokens with an expert on a shard, their pairs there), per device and shard."""
+    devices, shards = shape.get("data", 1) * shape["expert"], shape["expert"]
+    active = np.asarray(routing.weight_GTK) > 0
+    tokens, pairs = np.zeros((2, devices, shards), int)
+    for group, token in np.ndindex(GROUPS, TOKENS):
+        device = group * devices // GROUPS
+        visited = np.asarray(routing.expert_GTK)[group, token][active[group, token]]
+        owners = [int(expert) // (EXPERTS // shards) for expert in visited]
+        for shard in set(owners):
+            tokens[device, shard] += 1
+        for shard in owners:
+            pairs[device, shard] += 1
+    return tokens, pairs
+
+
+CASES = [(meshes.LARGE, 3), ({"expert": 2}, 5), ({"expert": 8}, 2)]
+
+
+@pytest.mark.parametrize(("shape", "columns"), CASES, ids=str)
+def test_a_token_is_sent_once_to_each_shard_with_active_experts_of_it(shape, columns, monkeypatch):
+    routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, columns, EXPERTS))
+    tokens, pairs = visits(routing, shape)
+    (rows, about) = sends("dropless_once", shape, routing, monkeypatch)
+    np.testing.assert_array_equal(rows[0], tokens)
+    np.testing.assert_array_equal(about[0], tokens)
+    assert rows[1] == WIDTH and about[1] == 2 * columns
+    every_token = GROUPS * TOKENS // shape.get("data", 1)
+    assert rows[2] == about[2] == every_token, "no room for copies in the receive buffer"
+    ((copies, *_),) = sends("dropless", shape, routing, monkeypatch)
+    np.testing.assert_array_equal(copies, pairs)
+
+    remote = ~np.tile(np.eye(shape["expert"], dtype=bool), (shape.get("data", 1), 1))
+    assert 0 < tokens[remote].sum() <= pairs[remote].sum()
+    if shape["expert"] < EXPERTS:  # else a shard has one expert, and a token one pair there
+        assert tokens[remote].sum() < pairs[remote].sum()
+
+
+@functools.cache
+def stepped(transport, mesh_name):
+    del mesh_name
+
+    def objective(x, weight_GTK, w, expert_GTK):
+        routing = meshes.Routing(expert_GTK, weight_GTK)
+        score = weight_GTK.max(-1)
+        y, kept = dispatch(x, routing, score, w, transport=transport, activation="swiglu")
+        return jnp.sum(jax.random.normal(jax.random.key(2), y.shape) * y), (y, kept)
+
+    return jax.jit(jax.value_and_grad(objective, (0, 1, 2), has_aux=True))
+
+
+def both(shape, routing):
+    with meshes.entered(shape):
+        args = (inputs(), routing.weight_GTK, weights("swiglu"), routing.expert_GTK)
+        name = meshes.name(shape)
+        return [jax.device_get(stepped(t, name)(*args)) for t in ("dropless_once", "dropless")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns"), [(meshes.LARGE, 3), ({"expert": 2}, 5), (TENSOR, 3)], ids=str
+)
+def test_outputs_and_gradients_are_those_of_dropless(shape, columns):
+    routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, columns, EXPERTS))
+    got, wanted = both(shape, routing)
+    # float32 sums of a token's pairs and of an expert's 48 rows at most, in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, wanted)
+    inactive = np.asarray(routing.weight_GTK) == 0
+    assert inactive.any() and not got[1][1][inactive].any(), "a gradient without a pair"
+
+
+def test_without_an_expert_axis_it_is_dropless():
+    routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
+    jax.tree.map(np.testing.assert_array_equal, *both({"data": 2}, routing))
