@@ -12,9 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "add-a-gate.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.S | re.M)
 COMMANDS = [
     shlex.split(line)
-    for block in re.findall(r"```\n(.*?)```", PAGE, re.S)
+    for language, block in BLOCKS
+    if not language
     for line in block.replace("\\\n", " ").splitlines()
     if line
 ]

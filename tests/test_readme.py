@@ -26,7 +26,8 @@ def test_the_layer_example_runs():
 
 def commands():
     """Every `moejax ...` line of the README, continued lines joined, comments cut."""
-    for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    for block in (text for language, text in blocks if not language):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words and words[0] == "moejax":
