@@ -33,12 +33,14 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plain_lm
 from first_step import PAGE, Row, first_step, spread
 
 from moejax.config import Config, load
 from moejax.schema import set_field
 from moejax.train import loop, setup
+from scripts.layer_bench.step_table import TARGETS
 
 CUT = {
     "small": {  # as wide as it is, but short: ten of its own steps take an hour on two cores
@@ -47,14 +49,6 @@ CUT = {
         "train.batch_size": 4,
         "train.seq_len": 256,
     }
-}
-TARGETS = {
-    "moe_over_dense": ">= 0.85",
-    "ours_over_plain": "<= 1.05",
-    "host_ms": "<= 2",
-    "loader": ">= 20",
-    "first_step cold": "<= 20",
-    "first_step cached": "<= 8",
 }
 
 

@@ -1,6 +1,8 @@
-"""Writes docs/benchmarks.md from results of bench_moe_layer.py and, if there is one, bench_gpu.py:
+"""Writes docs/benchmarks.md from results of bench_moe_layer.py, bench_step.py and bench_gpu.py:
 
 python scripts/make_benchmark_docs.py FILE [FILE ...]
+
+A row of a later file takes the place of the same one of an earlier file.
 """
 
 import json
@@ -9,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.layer_bench import gate_table, gpu_table
+from scripts.layer_bench import gate_table, gpu_table, step_table
 from scripts.layer_bench.markdown import ratio, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
@@ -33,7 +35,7 @@ INTRODUCTION = """\
 <!-- Written by scripts/make_benchmark_docs.py from the output of scripts/bench_moe_layer.py. -->
 
     python scripts/bench_moe_layer.py --out bench.json
-    python scripts/make_benchmark_docs.py bench.json [gpu.json]
+    python scripts/make_benchmark_docs.py bench.json [step.json] [gpu.json]
 
 A ratio is time over that of the fastest dense SwiGLU of equal active FLOPs (hidden size k F; the
 faster of its forms on [tokens, D] and [sequences, tokens, D]). Each run of a layer is divided by
@@ -78,24 +80,28 @@ WHY = """\
 
 def render(results: list[dict]) -> str:
     """The page for the rows of all results; machine and versions are the first one's."""
-    of_gpu = [r for r in results if any(row["kind"] in gpu_table.KINDS for row in r["rows"])]
-    results = [r for r in results if r not in of_gpu]
-    rows = [row for result in results for row in result["rows"]]
+    of_gpu = [r for r in results if any(row.get("kind") in gpu_table.KINDS for row in r["rows"])]
+    of_steps = [r for r in results if step_table.of_a_step(r)]
+    results = [r for r in results if r not in of_gpu + of_steps]
+    named = {(row["kind"], row["shape"], row["impl"], row.get("k")): row
+             for result in results for row in result["rows"]}  # fmt: skip
+    rows = list(named.values())
     kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in
              ("layer", "gates", "experts", "tokens", "traffic")}  # fmt: skip
     introduction = INTRODUCTION.format(tokens=results[0]["settings"]["check_tokens"])
-    parts = [introduction, setting(results[0])]
+    parts = [introduction, *map(setting, results)]
     if kinds["layer"]:
         parts += [layer_tables(kinds["layer"]), memory_table(kinds["layer"])]
     if kinds["gates"]:
-        parts.append(gates_section(results))
+        parts.append(gate_table.render(kinds["gates"]))
     for kind, section in (
         ("experts", experts_table), ("tokens", tokens_table), ("traffic", traffic_table),
     ):  # fmt: skip
         if kinds[kind]:
             parts.append(section(kinds[kind]))
+    parts += [step_table.render(result) for result in of_steps]
     parts.append(gpu_section(of_gpu))
-    missed = shortfalls(kinds)
+    missed = shortfalls(kinds) + [m for result in of_steps for m in step_table.shortfalls(result)]
     parts.append("## What falls short, and notes\n\n" + "".join(f"* {m}\n" for m in missed) + WHY)
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
@@ -153,15 +159,6 @@ def temp_limit(row: dict, rows: list[dict]) -> float:
         r["temp_bytes"] for r in rows if r["shape"] == row["shape"] and r["impl"] == "dense"
     )
     return TEMP_TARGET * dense + row["exchange_bytes"]
-
-
-def gates_section(results: list[dict]) -> str:
-    """Rows of one result; it says where and when, unless that is the page's first result."""
-    for result in results:
-        rows = [row for row in result["rows"] if row["kind"] == "gates"]
-        if rows:
-            return gate_table.render(rows, "" if result is results[0] else setting(result))
-    return ""
 
 
 def gpu_section(results: list[dict]) -> str:

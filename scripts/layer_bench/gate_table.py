@@ -23,9 +23,9 @@ def target(gate: str) -> float:
     return BALANCED_TARGET if gate in BALANCED else TARGET
 
 
-def render(rows: list[dict], setting: str) -> str:
+def render(rows: list[dict]) -> str:
     body = []
-    for row in rows:
+    for row in (r for r in rows if "not_run" not in r):
         body.append([
             row["shape"], f"`{row['gate']}`{row['impl'].removeprefix(row['gate'])}",
             "" if row["k"] is None else str(row["k"]), f"{row['pairs_per_token']:.2f}",
@@ -34,13 +34,19 @@ def render(rows: list[dict], setting: str) -> str:
         ])  # fmt: skip
     head = ["shape", "gate", "k", "pairs per token", "gate, ms", "experts, ms",
             "forward", "forward+backward", "target"]  # fmt: skip
-    return "\n".join([TEXT, *([setting] if setting else []), table(head, body)])
+    left_out = [
+        f"Not run: `{row['gate']}` at {row['shape']}, {row['not_run']}."
+        for row in rows
+        if "not_run" in row
+    ]
+    parts = [TEXT, table(head, body)]
+    return "\n".join([*parts, *(["", "\n".join(left_out)] if left_out else [])])
 
 
 def shortfalls(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
-        if not row["met"]:
+        if not row.get("met", True):
             k = "" if row["k"] is None else f", k = {row['k']}"
             found.append(
                 f"Gate `{row['impl']}`, {row['shape']}{k}: {ratio(row, 'fwdbwd')} of its experts' "

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from scripts.layer_bench import step_table
 from tests.scripts.test_gate_scripts import ROOT, script
 
 
@@ -90,3 +91,23 @@ def test_a_start_is_timed_up_to_its_first_step(bench, tmp_path, monkeypatch):
     environment = json.loads((tmp_path / "run0.json").read_text())
     assert environment["XDG_CACHE_HOME"] == f"{tmp_path}/cache" and 0 < seconds and 0 <= cpu
     assert environment["JAX_ENABLE_COMPILATION_CACHE"] == "true"
+
+
+def test_the_page_shows_the_rows_and_names_what_misses_its_target():
+    spread = {"median": 0.8, "low": 0.7, "high": 0.9}
+    result = {
+        "machine": {"cpu": "x", "cores": 2, "jax": "0", "load": [0.5, 1, 1]},
+        "rows": [
+            {"row": "moe_over_dense", "what": "tiny, cells", "ratio": spread, "cpu_ratio": spread},
+            {"row": "host_ms", "what": "tiny", "value": spread, "cpu_mean": 1.5},
+            {"row": "first_step cold", "what": "tiny", "value": {**spread, "median": 21.0}},
+        ],
+    }
+    page = step_table.render(result)
+    assert (
+        "| `moe_over_dense` | tiny, cells | 0.80 [0.70, 0.90] | 0.80 [0.70, 0.90] | >= 0.85 |"
+        in page
+    )
+    assert "| `host_ms` | tiny | 0.80 [0.70, 0.90] ms | 1.50 ms | <= 2 |" in page
+    missed = step_table.shortfalls(result)
+    assert [line.split(",")[0] for line in missed] == ["`moe_over_dense`", "`first_step cold`"]

@@ -76,7 +76,19 @@ def test_a_part_of_equal_experts_is_timed_and_multiplied(monkeypatch):
     assert row["experts_fwdbwd_ms"] == 100 and row["fwdbwd_ms"] == 10
 
 
-@pytest.mark.parametrize("name", gating.names())
+def test_a_gate_that_needs_more_than_the_shape_has_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(gate_share, "variants", lambda shape: [gate_share.Variant("replay", {})])
+    (row,) = gate_share.rows(TINY, rounds=1)
+    assert "gate.path=''" in row["not_run"] and "met" not in row
+    page = gate_table.render([row])
+    assert "Not run: `replay` at tiny, gate.path=''" in page
+    assert not gate_table.shortfalls([row])
+
+
+LEARNED = ("base", "dense", "dselect_k", "gshard", "mixtral", "sbase", "shazeer", "switch", "top_k")
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_the_gradients_timed_are_those_of_parameters_and_tokens(name):
     variant = next(v for v in gate_share.variants(TINY) if v.name == name and v.scale == 1.0)
     call = gate_share.GateCall(variant, TINY, make_problem(TINY))
