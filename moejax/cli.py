@@ -1,14 +1,13 @@
 """The ``moejax`` command. Each subcommand imports what it needs when it runs."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from moejax.errors import UserError, suggest
-from moejax.flags import Parser, check_flag, workdir
+from moejax.flags import OVERRIDES, WORKDIR, Parser, check_flag
 from moejax.overrides import take_overrides
 
 FAILED = 1
@@ -16,13 +15,6 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 CONFIG_HELP = "path.py[:arg], package.module[:arg] or a run's workdir; arg is key=value,key=value"
-WORKDIR: dict[str, Any] = {"type": workdir, "metavar": "DIR"}
-OVERRIDES = """\
-Every config field can be overridden, before or after the other flags, with
-  --config.SECTION.FIELD=VALUE        such as --config.train.steps=500
-The value is read as the type of the field's default. --config.moe.gate.name=NAME
-also brings the gate's own fields, which can be set in the same command.
-`moejax config` lists all fields."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +71,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     from moejax import __version__
     from moejax.data import command as data
     from moejax.sweep import command as sweep
+    from moejax.train import command as evaluation
 
     parser = Parser(
         prog="moejax",
@@ -91,7 +84,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"moejax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
-    _add_eval(commands)
+    evaluation.add_command(commands)
     _add_config(commands)
     _add_profile(commands)
     _add_gates(commands)
@@ -128,57 +121,6 @@ def _train(args: argparse.Namespace) -> int:
     from moejax.train import loop
 
     return loop.run(loaded.config, args.workdir, source=loaded.source, overrides=loaded.overrides)
-
-
-def _add_eval(commands: Any) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="evaluate a checkpoint",
-        description="Evaluates a checkpoint of a run on its held-out text and prints the result as "
-        "one\nJSON object. Writes nothing.",
-        epilog="Examples:\n"
-        "  moejax eval --workdir=runs/switch\n"
-        "  moejax eval --workdir=runs/switch --step=200 --config.moe.eval_transport=cells\n\n"
-        f"{OVERRIDES}",
-    )
-    parser.add_argument("--workdir", required=True, **WORKDIR, help="the run's folder")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
-    parser.add_argument(
-        "--record-routing", metavar="FILE", help="also write which experts every token visited"
-    )
-    parser.add_argument(
-        "--record-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --record-routing: the training batches of the first N steps too",
-    )
-    parser.set_defaults(run=_eval, takes_overrides=True)
-
-
-def _eval(args: argparse.Namespace) -> int:
-    from moejax.config import load, validate
-
-    if args.step is not None and args.step < 0:
-        raise UserError(f"--step={args.step} must be the number of a checkpoint, 0 or more")
-    if args.record_steps < 0 or (args.record_steps and not args.record_routing):
-        raise UserError(
-            f"--record-steps={args.record_steps} must be 0 or more, and needs --record-routing"
-        )
-    loaded = load(os.path.join(args.workdir, "config.json"), args.overrides)
-    validate(loaded.config)
-
-    from moejax.train import evaluate, rows
-
-    try:
-        row = evaluate.evaluate(
-            loaded.config, args.workdir, args.step, args.record_routing or "", args.record_steps
-        )
-    except rows.Divergence as problem:
-        print(f"moejax: the held-out loss is not finite at {problem}", file=sys.stderr)
-        return FAILED
-    print(json.dumps(row))
-    return 0
 
 
 def _add_config(commands: Any) -> None:
@@ -255,8 +197,8 @@ def _add_gates(commands: Any) -> None:
     parser = commands.add_parser(
         "gates",
         help="list the gating functions",
-        description="Lists every gate: what a token's output may depend on, and the fields below\n"
-        "moe.gate with their defaults. With a name: its equation, paper and fields.",
+        description="Lists every gate: what a token's output may depend on, what routing costs and "
+        "the\npaper. With a name: its equation, the fields below moe.gate and their defaults.",
         epilog="Examples:\n  moejax gates\n  moejax gates switch",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="explain this gate")

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import stat
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moejax.errors import UserError
 from moejax.overrides import PREFIX
@@ -62,3 +62,12 @@ def workdir(text: str) -> str:
     if problem:
         raise UserError(f"--workdir={text} {problem}; name a folder, new or of a run")
     return path
+
+
+WORKDIR: dict[str, Any] = {"type": workdir, "metavar": "DIR"}
+OVERRIDES = """\
+Every config field can be overridden, before or after the other flags, with
+  --config.SECTION.FIELD=VALUE        such as --config.train.steps=500
+The value is read as the type of the field's default. --config.moe.gate.name=NAME
+also brings the gate's own fields, which can be set in the same command.
+`moejax config` lists all fields."""

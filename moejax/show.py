@@ -2,12 +2,16 @@
 
 import dataclasses
 import inspect
+import re
 from typing import Any
+
+import jax
+import numpy as np
 
 from moejax import gating
 from moejax.config import Loaded, default, flatten, moe_config, set_gate, table_of
 from moejax.schema import SECTIONS, Field
-from moejax.types import Visibility
+from moejax.types import Context, Gate, GateSpec, Visibility
 
 LEGEND = "* set on the command line    ~ set by the config page    (others: defaults)"
 
@@ -76,28 +80,87 @@ def _rows(loaded: Loaded) -> list[Row]:
     return rows
 
 
+REFERENCE = GateSpec(
+    d_model=1024, num_experts=64, vocab_size=256, token_counts=lambda: np.ones(256, np.int64)
+)
+REFERENCE_TOKENS = 256
+
+
 def gates_table() -> str:
-    """Every gate name: what its tokens may see with default capacities, and its fields."""
-    rows = [("name", "in training", "in evaluation", "fields and defaults")]
-    for name in gating.names():
-        config = default()
-        set_gate(config, name)
-        seen = gating.make(name).visibility(moe_config(config))
-        rows.append((name, *phases(seen), _fields(name)))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = [
-        "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3]])
-        for row in rows
-    ]
+    """Every gate name: what its tokens may see with default capacities, cost and papers."""
+    rows = [("name", *COLUMNS)]
+    rows += [(name, *gate_row(name)) for name in gating.names()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         [
-            *table,
+            *("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+              for row in rows),
             "",
             "A token's output may depend on: causal = itself and earlier tokens of its sequence;",
             "future = later tokens too; others = other sequences too. Capacity factor 1.25 in",
-            "training, dropless evaluation. `moejax gates NAME` explains one gate.",
+            "training, dropless evaluation.",
+            COST,
+            "`moejax gates NAME` explains one gate.",
         ]
+    )  # fmt: skip
+
+
+COLUMNS = ("in training", "in evaluation", "experts", "router", "paper (arXiv)")
+
+COST = (
+    "experts = visited per token; router = FLOPs of its matrix products per token in training,\n"
+    f"with d_model={REFERENCE.d_model}, {REFERENCE.num_experts} experts and sequences of "
+    f"{REFERENCE_TOKENS} tokens."
+)
+
+
+def gate_row(name: str) -> tuple[str, ...]:
+    """What is known of a gate under its name, in words: ``COLUMNS``."""
+    config = default()
+    set_gate(config, name)
+    gate = gating.make(name)
+    few, more = gate.columns(8), gate.columns(16)
+    return (
+        *phases(gate.visibility(moe_config(config))),
+        str(few) if few == more else "up to all",
+        router_cost(gate),
+        ", ".join(papers(name)),
     )
+
+
+def router_cost(gate: Gate) -> str:
+    """``router_flops`` in thousands; "-" where the gate refuses the sizes or cannot be counted."""
+    try:
+        gate.check(REFERENCE.num_experts, train=True)
+        flops = router_flops(gate)
+    except ValueError:
+        return "-"
+    return f"{flops / 1000:.1f}k" if flops else "0"
+
+
+def router_flops(gate: Gate) -> float:
+    """Matrix-product FLOPs per token of routing in training, at the reference sizes."""
+    from moejax.train.flops import count_flops
+
+    def shapes(fn: Any, *args: Any) -> Any:
+        return jax.eval_shape(lambda: fn(*args))
+
+    params = shapes(gate.init, jax.random.key(0), REFERENCE)
+    state = shapes(gate.init_state, REFERENCE)
+    context = Context.of(1, REFERENCE_TOKENS, key=jax.random.key(0)).grouped(1, train=True)
+    x_GTD = jax.ShapeDtypeStruct((1, REFERENCE_TOKENS, REFERENCE.d_model), np.float32)
+
+    def route(params: Any, state: Any, x_GTD: jax.Array) -> Any:
+        return gate(params, state, x_GTD, context).routing
+
+    jaxpr = jax.make_jaxpr(route)(params, state, x_GTD)
+    return count_flops(jaxpr) / REFERENCE_TOKENS
+
+
+def papers(name: str) -> list[str]:
+    """The arXiv numbers in a preset's source or else in its gate's description, in their order."""
+    text = gating.source(name) or inspect.getdoc(type(gating.make(name))) or ""
+    return list(dict.fromkeys(re.findall(r"arXiv\s+(\d{4}\.\d{4,5})", text)))
 
 
 def phases(seen: Visibility) -> tuple[str, str]:
@@ -113,18 +176,15 @@ def phases(seen: Visibility) -> tuple[str, str]:
     )
 
 
-def _fields(name: str) -> str:
-    return " ".join(f"{field}={value}" for field, (value, _) in gating.fields(name).items())
-
-
 def gate_page(name: str) -> str:
-    """One gate: its equation and paper, its fields, and what else its preset sets."""
+    """One gate: equation, paper and cost, its fields, and what else its preset sets."""
     fields, preset = gating.fields(name), gating.preset_overrides(name)
     width = max((len(field) for field in fields), default=0)
+    facts = [f"{column}: {cell}" for column, cell in zip(COLUMNS, gate_row(name), strict=True)]
     lines = [f"{name}: {inspect.getdoc(type(gating.make(name)))}"]
     if gating.source(name):
         lines += ["", f"preset: {gating.source(name)}"]
-    lines += ["", "config.moe.gate:"]
+    lines += ["", "; ".join(facts[:-1]), COST, "", "config.moe.gate:"]
     lines += [
         f"  {field:<{width}}  {value!r:<10}  {comment}"
         for field, (value, comment) in fields.items()

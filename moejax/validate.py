@@ -7,12 +7,27 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from moejax import gating
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.schema import Config, get_field, table_of
 from moejax.types import Gate, MoEConfig, Visibility
+
+
+@runtime_checkable
+class NeedsRows(Protocol):
+    """A gate for groups of several sequences: ``least_rows`` or more."""
+
+    def least_rows(self, num_experts: int) -> int: ...
+
+
+@runtime_checkable
+class HasCausalFields(Protocol):
+    """A gate whose evaluation is causal with other values of its fields: these."""
+
+    causal: ClassVar[Mapping[str, Any]]
 
 
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
@@ -51,8 +66,8 @@ def moe_config(config: Config) -> MoEConfig:
         raise UserError(f"moe.{error}") from error
 
 
-def make_gate(config: Config) -> Gate:
-    """The gate that the config names, with the config's hyper-parameters.
+def make_gate(config: Config, **changes: Any) -> Gate:
+    """The gate that the config names, with the config's hyper-parameters, then ``changes``.
 
     Raises:
       UserError: unknown, or refuses its hyper-parameters.
@@ -60,7 +75,7 @@ def make_gate(config: Config) -> Gate:
     fields = config.moe.gate.to_dict()
     name = fields.pop("name")
     try:
-        return gating.make(name, **fields)
+        return gating.make(name, **{**fields, **changes})
     except ValueError as error:
         raise UserError(_gate_message(name, error)) from error
 
@@ -163,7 +178,7 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
         gate.check(moe.num_experts, train=True)
     except ValueError as error:
         raise UserError(_gate_message(moe.gate.name, error)) from error
-    _check_groups(config, choices, mesh)
+    _check_groups(config, choices, mesh, gate)
     for field in ("group", "balance_scope"):
         if moe[field] == "batch" and config.train.grad_accum > 1:
             raise UserError(
@@ -173,7 +188,7 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
             )
 
 
-def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int]) -> None:
+def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], gate: Gate) -> None:
     cells = [field for field in ("transport", "eval_transport") if config.moe[field] == "cells"]
     if choices.group == "batch" and cells:
         raise UserError(
@@ -187,6 +202,13 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int]) -
             f"train.batch_size / train.grad_accum = {micro} sequences are not a multiple of "
             f"moe.group={choices.group}; use train.batch_size="
             f"{math.ceil(micro / rows) * rows * config.train.grad_accum}"
+        )
+    least = gate.least_rows(choices.num_experts) if isinstance(gate, NeedsRows) else 1
+    if rows < least:
+        raise UserError(
+            f"moe.gate.name={config.moe.gate.name} chooses among the sequences of a group, with "
+            f"these fields at least {least}, but moe.group={choices.group} has {rows}; use "
+            f"moe.group={least} or more"
         )
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
     if cells and (micro // rows) % shards:
@@ -204,20 +226,27 @@ def _check_visibility(config: Config) -> Visibility:
     seen = gate.visibility(moe)
     if not seen.eval_future or config.moe.allow_future_leak:
         return seen
-    remedies = {
+    around = {
         "moe.priority=position": dataclasses.replace(moe, priority="position"),
         "moe.eval_transport=dropless": dataclasses.replace(moe, eval_transport="dropless"),
         f"moe.eval_capacity_factor={moe.num_experts}": dataclasses.replace(
             moe, eval_capacity_factor=float(moe.num_experts)
         ),
     }
-    cures = [text for text, other in remedies.items() if not gate.visibility(other).eval_future]
+    cures = [text for text, other in around.items() if not gate.visibility(other).eval_future]
     cause = (
         f" with moe.priority={moe.priority}, moe.eval_transport={moe.eval_transport} and "
         f"moe.eval_capacity_factor={moe.eval_capacity_factor:g}"
     )
+    cause = cause if cures else ""
+    others = gate.causal if isinstance(gate, HasCausalFields) else {}
+    cures += [
+        f"moe.gate.{field}={value}"
+        for field, value in others.items()
+        if not make_gate(config, **{field: value}).visibility(moe).eval_future
+    ]
     raise UserError(
-        f"moe.gate.name={config.moe.gate.name}{cause if cures else ''} lets a token see later "
+        f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "
         f"use {', '.join(cures or ['a causal gate'])}, or moe.allow_future_leak=True to run it "
         "with its results marked"

@@ -1,33 +1,21 @@
 """Writes the table of gates into docs/gates.md: python scripts/make_gates_docs.py"""
 
-import inspect
-import re
 from pathlib import Path
 
 from moejax import gating
-from moejax.config import default, moe_config, set_gate
-from moejax.show import phases
+from moejax.show import COLUMNS, gate_row
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "gates.md"
 BEGIN, END = "<!-- table: scripts/make_gates_docs.py -->", "<!-- end of table -->"
 
 
 def table() -> str:
-    """A row per name: experts per token, what trains it, what a token sees, where it is from."""
-    lines = ["| name | experts per token | trained by | training | evaluation | paper (arXiv) |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    """A row per name: what a token sees, what trains the gate, its cost, where it is from."""
+    names = ("name", "trained by", *COLUMNS)
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for name in gating.names():
-        gate, config = gating.make(name), default()
-        set_gate(config, name)
-        training, evaluation = phases(gate.visibility(moe_config(config)))
-        text = gating.source(name) or inspect.getdoc(type(gate)) or ""
-        papers = re.findall(r"arXiv\s+(\d{4}\.\d{4,5})", text)
-        few, more = gate.columns(8), gate.columns(16)
-        many = str(few) if few == more else "up to all"
-        lines.append(
-            f"| `{name}` | {many} | {gate.trained_by} | {training} | {evaluation} | "
-            f"{', '.join(dict.fromkeys(papers))} |"
-        )
+        cells = (f"`{name}`", gating.make(name).trained_by, *gate_row(name))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -32,11 +32,13 @@ class Row:
     """A gate with fields, and what it claims beyond the contract.
 
     Attributes:
-      exact_load: in training every expert gets the same number of a group's tokens.
+      exact_load: in training every expert gets the same number of a group's tokens: this many, or
+        with True those of ``columns`` experts per token.
       equivariant: without noise, reordering a group's tokens reorders their routing.
       step: the step to examine it at, for gates with stages or schedules.
       untrained: parameters that nothing moves at this step, by name.
       noisy_eval: draws random numbers in evaluation too.
+      never_drops: its capacity is what it routes, in evaluation too.
       label: its name in test ids (default: made of gate and fields).
       slow: another row has the same code with other numbers; this one is for the slow suite.
     """
@@ -44,11 +46,12 @@ class Row:
     gate: str
     fields: tuple[tuple[str, Any], ...] = ()
     _: dataclasses.KW_ONLY
-    exact_load: bool = False
+    exact_load: bool | int = False
     equivariant: bool = True
     step: int = 0
     untrained: tuple[str, ...] = ()
     noisy_eval: bool = False
+    never_drops: bool = False
     label: str = ""
     slow: bool = False
 
@@ -92,6 +95,18 @@ ROWS = [
     row("sbase", fields={"rounding": "balanced"}, exact_load=True),
     row("dselect_k"),
     row("dselect_k", fields={"max_active": 3}),
+    # Independent of the token, and experts that choose.
+    row("hash"),
+    row("hash", fields={"table": "balanced", "k": 2}, slow=True),
+    row("hash", fields={"table": "bigram", "k": 2}, equivariant=False),
+    row("task"),
+    row("sentence"),
+    row("sentence", fields={"pool": "running"}, equivariant=False, slow=True),
+    row("sentence", fields={"pool": "previous", "segment": 4}, equivariant=False),
+    row("expert_choice", exact_load=4, never_drops=True),
+    row("expert_choice", fields={"policy": "position", "eval_policy": "position"}, slow=True),
+    row("expert_choice_causal", exact_load=4),
+    row("expert_choice_causal", fields={"policy": "threshold", "max_active": 3}),
     row("replay", fields={"path": recorded()}, equivariant=False, label="replay"),
     # Routers of the literature, and controls without one.
     row("hierarchical"),

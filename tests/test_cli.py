@@ -38,6 +38,8 @@ MISTAKES = {
     "eval {workdir}": ["config.json", "workdir of a run"],
     "eval {workdir} --step=x": ["--step", "'x'"],
     "eval {workdir} --step=-2": ["--step=-2"],
+    "eval {workdir} --measure-leak=0": ["--measure-leak=0"],
+    "eval {workdir} --measure-leaks": ["unknown flag --measure-leaks", "--measure-leak"],
     "config {lm} {workdir}": ["--workdir", "not allowed with"],
     "gates nonsense": ["gate 'nonsense' is unknown", "mixtral"],
     "gates --config.moe.every=2": ["moejax gates takes no config"],
@@ -142,7 +144,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]):
 
 
 class Loop(types.ModuleType):
-    """Stands for ``moejax.train.loop``: records what the command hands over."""
+    """Stands for the modules that train and evaluate: records what a command hands over."""
 
     def __init__(self) -> None:
         super().__init__("moejax.train.loop")
@@ -152,8 +154,8 @@ class Loop(types.ModuleType):
         self.calls.append((config, workdir, source, overrides))
         return 75
 
-    def evaluate(self, config: Any, workdir: str, step: int | None) -> dict[str, Any]:
-        self.calls.append((config, workdir, step))
+    def evaluate(self, config: Any, *rest: Any) -> dict[str, Any]:
+        self.calls.append((config, *rest))
         return {"step": 5, "split": "eval", "loss": 1.5}
 
 
@@ -162,8 +164,9 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
     import moejax.train
 
     fake = Loop()
-    monkeypatch.setitem(sys.modules, "moejax.train.loop", fake)
-    monkeypatch.setattr(moejax.train, "loop", fake, raising=False)
+    for module in ("loop", "evaluate"):
+        monkeypatch.setitem(sys.modules, f"moejax.train.{module}", fake)
+        monkeypatch.setattr(moejax.train, module, fake, raising=False)
     return fake
 
 
@@ -203,9 +206,16 @@ def test_eval_reads_the_runs_config_and_prints_one_json_row(
     words = [f"--workdir={tmp_path}", "--step=5", "--config.moe.eval_transport=cells"]
     assert cli.main(["eval", *words]) == 0
     assert json.loads(capsys.readouterr().out) == {"step": 5, "split": "eval", "loss": 1.5}
-    config, workdir, step = loop.calls[0]
+    config, *rest = loop.calls[0]
     assert (config.train.seed, config.moe.eval_transport) == (3, "cells")
-    assert (workdir, step) == (str(tmp_path), 5)
+    assert rest == [str(tmp_path), 5, "", 0, 0]
+
+
+@pytest.mark.parametrize(("flag", "rows"), [("--measure-leak", 8), ("--measure-leak=3", 3)])
+def test_eval_measures_the_leak_on_request(loop: Loop, tmp_path: Path, flag: str, rows: int):
+    (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(default())}))
+    assert cli.main(["eval", flag, f"--workdir={tmp_path}"]) == 0
+    assert loop.calls[0][1:] == (str(tmp_path), None, "", 0, rows)
 
 
 def test_interrupt_outside_training_exits_130(
@@ -276,6 +286,19 @@ def test_gates_lists_every_gate(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["gates"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : 1 + len(gating.names())]] == gating.names()
+
+
+def test_gates_prints_paper_and_cost_of_every_gate(capsys: pytest.CaptureFixture[str]):
+    from moejax import gating
+
+    assert cli.main(["gates"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines[1 : 1 + len(gating.names())]}
+    # A product with a [1024, 64] matrix, in multiplications and additions.
+    assert rows["switch"].split()[3:5] == ["1", "131.1k"] and "2101.03961" in rows["switch"]
+    assert rows["shazeer"].split()[4] == "262.1k", "noise has a matrix of its own"
+    assert rows["hash"].split()[4] == "0"
+    assert any("d_model=1024, 64 experts" in line for line in lines)
 
 
 def test_gates_explains_one_gate(capsys: pytest.CaptureFixture[str]):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "moejax"
 
 LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
-CONFIG = {"config", "devices", "overrides", "schema", "show", "sources", "validate"}
+CONFIG = {"config", "devices", "overrides", "schema", "sources", "validate"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -33,9 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "overrides", "schema"},
     "doctor": {"moejax", "devices", "mesh"},
-    "train": LOWEST | CONFIG | {"moejax", "data", "losses", "models", "recording"},
+    "show": CONFIG | {"errors", "types", "gating", "train"},
+    "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "recording"},
     "sweep": {"errors", "train"} | CONFIG,
-    "cli": {"moejax", "data", "doctor", "errors", "flags", "sweep", "train"} | CONFIG,
+    "cli": {"moejax", "data", "doctor", "errors", "flags", "show", "sweep", "train"} | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
 """Parts of the package and the parts they may import; a part may always import itself.

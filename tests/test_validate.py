@@ -128,6 +128,20 @@ REFUSED = {
         "moe.allow_future_leak=True",
     ],
     f"moe.gate.name={__name__}:Acausal": ["later tokens", "use a causal gate, or"],
+    "moe.gate.name=expert_choice": [
+        "moe.gate.name=expert_choice lets a token see later tokens",
+        "use moe.gate.eval_policy=threshold, or moe.allow_future_leak=True",
+    ],
+    "moe.gate.name=sentence": ["use moe.gate.pool=running, or moe.allow_future_leak=True"],
+    # A capacity that leaks as well: the gate's remedy alone would not do.
+    "moe.gate.name=sentence moe.eval_transport=cells moe.priority=choice": ["a causal gate, or"],
+    "moe.gate.name=expert_choice_causal moe.gate.eval_policy=position": [
+        "moe.gate.name=expert_choice_causal chooses among the sequences",
+        "at least 4",
+        "moe.group=sequence has 1",
+        "moe.group=4 or more",
+    ],
+    "moe.gate.name=hash moe.gate.k=3": ["moe.gate.k=3", "num_experts=8"],
 }
 
 
@@ -163,6 +177,9 @@ ACCEPTED = [
     "moe.priority=choice",
     "moe.eval_transport=cells",
     "moe.eval_transport=cells moe.priority=gate moe.eval_capacity_factor=4",
+    "moe.gate.name=expert_choice moe.gate.eval_policy=threshold",
+    "moe.gate.name=expert_choice_causal moe.gate.eval_policy=position moe.group=4 mesh.data=4",
+    "moe.gate.name=sentence moe.gate.pool=running",
     "distributed.mode=explicit distributed.coordinator=localhost:1234 "
     "distributed.num_processes=2 distributed.process_id=1",
 ]

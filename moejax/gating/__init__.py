@@ -15,13 +15,16 @@ from typing import Any
 from moejax.errors import UserError, suggest
 from moejax.gating.assignment import BalancedAssignment, balanced_assignment
 from moejax.gating.base import Base
+from moejax.gating.column_choice import choose_tokens
 from moejax.gating.dense import Dense
 from moejax.gating.dselect_k import DSelectK
 from moejax.gating.evomoe import EvoMoE
+from moejax.gating.expert_choice import ExpertChoice
 from moejax.gating.expert_groups import limit_groups
 from moejax.gating.forced import Forced
 from moejax.gating.gating_dropout import GatingDropout
 from moejax.gating.gshard import GShard
+from moejax.gating.hash import Hash
 from moejax.gating.hierarchical import Hierarchical
 from moejax.gating.loss_free import LossFree
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
@@ -34,8 +37,11 @@ from moejax.gating.replay import Replay
 from moejax.gating.rl import RL
 from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
+from moejax.gating.sentence import Sentence
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
 from moejax.gating.stablemoe import StableMoE
+from moejax.gating.tables import balanced_table
+from moejax.gating.task import Task
 from moejax.gating.thor import Thor
 from moejax.gating.top_k import TopK
 from moejax.gating.xmoe import XMoE
@@ -50,12 +56,14 @@ __all__ = [
     "Dense",
     "EvoMoE",
     "Forced",
+    "ExpertChoice",
     "GShard",
     "Hierarchical",
     "NoisyTopK",
     "Random",
     "ReMoE",
     "GatingDropout",
+    "Hash",
     "LossFree",
     "NoisyTopK",
     "Prototypes",
@@ -64,9 +72,13 @@ __all__ = [
     "SBase",
     "StableMoE",
     "Thor",
+    "Sentence",
+    "Task",
     "TopK",
     "XMoE",
     "balanced_assignment",
+    "balanced_table",
+    "choose_tokens",
     "dselect_k_weights",
     "fields",
     "limit_groups",
@@ -98,6 +110,9 @@ class Entry:
 
 UNBALANCED = {"losses.load_balance": 0.0, "losses.z": 0.0}
 """For gates that need no loss to balance them, and whose logits need not stay small."""
+
+OF_SEQUENCES = {"transport": "dropless", "balance_scope": "batch"}
+"""For gates that route whole sequences: one of them loads few experts, and cannot be balanced."""
 
 GATES: dict[str, Entry] = {
     "top_k": Entry(TopK),
@@ -183,6 +198,11 @@ GATES: dict[str, Entry] = {
     "base": Entry(Base, moe=UNBALANCED),
     "sbase": Entry(SBase, moe=UNBALANCED),
     "dselect_k": Entry(DSelectK, moe={"transport": "dropless", **UNBALANCED}),
+    "hash": Entry(Hash, moe=UNBALANCED),
+    "task": Entry(Task, moe=OF_SEQUENCES),
+    "sentence": Entry(Sentence, moe=OF_SEQUENCES),
+    "expert_choice": Entry(ExpertChoice, moe=UNBALANCED),
+    "expert_choice_causal": Entry(ExpertChoice, {"eval_policy": "threshold"}, moe=UNBALANCED),
     "replay": Entry(Replay, moe={"transport": "dropless", **UNBALANCED}),
     # Routers of the literature, and controls without one.
     "hierarchical": Entry(

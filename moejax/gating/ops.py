@@ -190,7 +190,7 @@ def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: flo
     return max(1, min(slots, num_tokens))
 
 
-def capacity_visibility(k: int, moe: MoEConfig, columns: int | None = None) -> Visibility:
+def capacity_visibility(k: int | float, moe: MoEConfig, columns: int | None = None) -> Visibility:
     """What capacity alone lets a token see, for k choices per token in ``columns`` (k) columns.
 
     Only ``cells`` has a capacity, and a factor of E/k or more never binds. Then, while slots are

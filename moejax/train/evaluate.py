@@ -15,7 +15,7 @@ from moejax.config import Config
 from moejax.errors import UserError
 from moejax.models.lm import Sent
 from moejax.recording import Recording, Routed
-from moejax.train import compile_cache, rows, setup
+from moejax.train import compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
 from moejax.train.loop import check_text, read_config
 from moejax.train.processes import is_first, on_host
@@ -72,11 +72,13 @@ def evaluate(
     step: int | None = None,
     record_routing: str = "",
     record_steps: int = 0,
+    leak_rows: int = 0,
 ) -> dict[str, Any]:
     """The held-out row of a run's checkpoint.
 
     With ``record_routing`` a file is written with the routing of these rows, and of the training
-    batches of the first ``record_steps`` steps.
+    batches of the first ``record_steps`` steps. With ``leak_rows`` the row also has the leak
+    measured on that many sequences (see ``leak.measure``).
 
     Raises:
       UserError: see ``opened``; a routing that cannot be recorded.
@@ -90,7 +92,7 @@ def evaluate(
         row = rows.eval_row(at, totals, this.corpus.heldout_bytes_per_token, this.leak)
         if record_routing:
             _write(_record(found, record_steps), record_routing)
-        return row
+        return row | leak.measure(this, state, leak_rows) if leak_rows else row
 
 
 def _check_target(config: Config, path: str) -> None:

@@ -127,10 +127,8 @@ class LanguageModel:
         valid = batch["valid"]
         tokens = jnp.sum(valid, dtype=jnp.int32)
         with jax.named_scope("loss"):
-            log_z_BL = jax.nn.logsumexp(out.logits_BLV, axis=-1)
-            target_logit_BL = jnp.take_along_axis(out.logits_BLV, target_BL[..., None], axis=-1)
+            log_z_BL, nats_BL = cross_entropy(out.logits_BLV, target_BL)
             hit_BL = jnp.argmax(out.logits_BLV, axis=-1) == target_BL
-            nats_BL = log_z_BL - target_logit_BL[..., 0]
         losses = dict(out.losses)
         if out.policy is not None:
             losses |= policy_gradient(out.policy, -nats_BL, valid)
@@ -143,6 +141,16 @@ class LanguageModel:
             mean_square=out.mean_square * tokens,
             stats=out.stats,
         )
+
+    def nats(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array
+    ) -> Float[Array, "B L"]:
+        """Cross-entropy of each target in evaluation, from the valid tokens and nothing else."""
+        inputs_BL = jnp.where(batch["valid"], batch["tokens"][:, :-1], 0)
+        targets_BL = batch["tokens"][:, 1:]
+        masked = {**batch, "tokens": jnp.pad(inputs_BL, ((0, 0), (0, 1)))}
+        out = self.apply(params, gate_state, masked, step, key, train=False)
+        return cross_entropy(out.logits_BLV, targets_BL)[1]
 
     def apply(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
@@ -199,3 +207,12 @@ def _mean_of_passes(first: Totals, second: Totals, divergence: Array) -> Totals:
     }
     means["auxiliary"] |= {CONSISTENCY: divergence * first.tokens}
     return first._replace(**means)
+
+
+def cross_entropy(
+    logits_BLV: Float[Array, "B L V"], target_BL: Int[Array, "B L"]
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """log Z and the nats of each target."""
+    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    target_logit_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)
+    return log_z_BL, log_z_BL - target_logit_BL[..., 0]

@@ -1,0 +1,56 @@
+"""Functions of token ids: frequency-balanced tables and hashes of pairs (hash layers)."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+
+from moejax.types import GateContext
+
+
+def balanced_table(
+    counts_V: Int[Array, "V"], num_experts: int, key: PRNGKeyArray | None = None
+) -> Int[Array, "V"]:
+    """Deals token ids to experts, the most frequent first, each to the least loaded expert.
+
+    With a key, ids whose counts are within a factor of 2 may change places in the order. Whatever
+    the order, no expert is loaded by more than the mean plus the largest count. Ids that do not
+    occur go to the expert with the fewest ids. Ties go to the lower expert and the lower id.
+    """
+    rank_V = counts_V.astype(jnp.float32)
+    if key is not None:
+        rank_V *= jax.random.uniform(key, counts_V.shape, minval=1.0, maxval=2.0)
+    order_V = jnp.argsort(-rank_V, stable=True)
+
+    def deal(carry: tuple[Array, Array], count: Array) -> tuple[tuple[Array, Array], Array]:
+        load_E, ids_E = carry
+        expert = jnp.argmin(jnp.where(count > 0, load_E, ids_E)).astype(jnp.int32)
+        return (load_E.at[expert].add(count), ids_E.at[expert].add(1)), expert
+
+    zero_E = jnp.zeros(num_experts, jnp.int32)
+    _, expert_V = lax.scan(deal, (zero_E, zero_E), counts_V[order_V])
+    return jnp.zeros_like(expert_V).at[order_V].set(expert_V, unique_indices=True)
+
+
+def bigram_hash(context: GateContext, salt_K: Int[Array, "K"]) -> UInt32[Array, "G T K"]:
+    """32 bits that look random for each pair of a token and the one before, for each salt."""
+    groups, rows = context.row_GR.shape
+
+    def by_row(x_GT: Array) -> Array:
+        return x_GT.reshape(groups, rows, -1)
+
+    token_GRL, segment_GRL = by_row(context.token_GT), by_row(context.segment_GT)
+    valid_GRL = by_row(context.valid_GT)
+    follows_GRL = (segment_GRL[..., 1:] == segment_GRL[..., :-1]) & valid_GRL[..., :-1]
+    previous_GRL = jnp.where(follows_GRL, token_GRL[..., :-1], -1)
+    previous_GRL = jnp.pad(previous_GRL, ((0, 0), (0, 0), (1, 0)), constant_values=-1)
+    token_GT1 = context.token_GT.astype(jnp.uint32)[..., None]
+    previous_GT1 = previous_GRL.reshape(context.token_GT.shape).astype(jnp.uint32)[..., None]
+    return _scramble(_scramble(token_GT1 ^ salt_K.astype(jnp.uint32)) + previous_GT1)
+
+
+def _scramble(bits: Array) -> Array:
+    """A bijection of 32-bit words in which every bit depends on every other (xor, shift, odd)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)

@@ -1,0 +1,83 @@
+"""Task-level gating: a sequence's experts depend on its task alone."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moejax.gating import ops
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    MoEConfig,
+    TrainedBy,
+    Visibility,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(ops.Stateless):
+    r"""Every token of a sequence visits the experts of the sequence's task.
+
+    .. math::
+       h = W^\top u_{task}, \quad S = \operatorname{top}_k(h), \quad
+       y = \sum_{e \in S} \operatorname{softmax}(h)_e f_e(x)
+
+    u is a learned embedding of the task; the softmax is over the k kept logits (``renormalize``) or
+    over all. Tasks are told apart by ``Context.task_B``, their number is ``num_tasks`` of the
+    layer; with one task (a language model on one corpus) all tokens visit the same experts. At
+    inference only the experts of the tasks at hand are needed.
+
+    A sequence loads k experts with all its tokens, and slots for a balanced sequence would turn
+    most of it away: its preset takes ``dropless``, and balance losses over the batch.
+
+    Visibility: a token's experts depend on no token at all; through capacity it sees the tasks of
+    other sequences in its group, never their tokens and never the future.
+
+    Reference: Kudugunta et al., "Beyond Distillation: Task-level Mixture-of-Experts for Efficient
+    Inference", arXiv 2110.03742.
+    """
+
+    k: Annotated[int, "experts per task"] = 2
+    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
+    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    def check(self, num_experts: int, train: bool) -> None:
+        ops.check_k(self.k, num_experts)
+        ops.check_positive("init_scale", self.init_scale)
+        ops.check_trains(self.k, self.renormalize, num_experts, train)
+
+    def columns(self, num_experts: int) -> int:
+        return self.k
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        router_key, task_key = jax.random.split(key)
+        return {
+            "router_DE": ops.init_router(router_key, spec, self.init_scale),
+            "task_MD": jax.random.normal(task_key, (spec.num_tasks, spec.d_model), jnp.float32),
+        }
+
+    def __call__(
+        self, params: GateParams, state: tuple, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        task_GRD = jnp.take(params["task_MD"], context.task_GR, axis=0, mode="clip")
+        logits_GRE = ops.router_logits(task_GRD, params["router_DE"])
+        length = context.valid_GT.shape[1] // context.row_GR.shape[1]
+        logits_GTE = jnp.repeat(logits_GRE, length, axis=1)
+        expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
+        routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
+        return GateOutput(routing, ops.softmax_stats(logits_GTE))
+
+    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
+        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        # Who is turned away depends on tasks and noise only, whatever the priority.
+        seen = ops.capacity_visibility(self.k, moe)
+        return seen._replace(train_future=False, eval_future=False)

@@ -1,0 +1,76 @@
+"""The measured leak: what an evaluation gains by seeing the future, in nats per token."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from moejax.data.batches import eval_batches
+from moejax.mesh import BATCH_AXES, axis_size
+from moejax.train.processes import compiled_together
+from moejax.train.rows import Divergence
+from moejax.train.setup import Run
+from moejax.train.state import TrainState
+from moejax.train.task import Batch, LanguageModel
+
+
+def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
+    """Loss of held-out sequences evaluated whole, and token by token without what comes later.
+
+    For the second, the model runs once for every prefix length, with everything after the prefix
+    masked as padding in all sequences, and only its last prediction counts: what decoding would
+    give. The two agree up to rounding for whatever is causal; the second is larger by what the
+    first learns from later tokens.
+
+    Costs seq_len forward passes. ``sequences`` is rounded up to fill the mesh and the groups.
+
+    Raises:
+      Divergence: a loss is not finite.
+    """
+    train = run.config.train
+    rows, batches = _batches(run, sequences)
+    placed = [run.put(batch) for batch in batches]
+    jitted = jax.jit(functools.partial(_sums, task=run.task))
+    program = compiled_together(jitted, state, placed[0], np.int32(0))
+    tokens = sum(int(batch["valid"].sum()) for batch in batches)
+    whole, causal = 0.0, 0.0
+    for batch in placed:
+        lengths = range(train.seq_len, 0, -1)
+        sums = jax.device_get([program(state, batch, np.int32(n)) for n in lengths])
+        whole += float(sums[0][0])
+        causal += float(np.sum([last for _, last in sums], dtype=np.float64))
+    if not math.isfinite(whole + causal):
+        raise Divergence(f"step {int(state.step)}: the loss of the measured leak is not finite")
+    return {
+        "leak/with_future": whole / tokens,
+        "leak/without_future": causal / tokens,
+        "leak/nats_per_token": (causal - whole) / tokens,
+        "leak/tokens": tokens,
+        "leak/sequences": rows,
+    }
+
+
+def _batches(run: Run, sequences: int) -> tuple[int, list[dict[str, np.ndarray]]]:
+    """Batches as small as mesh and groups allow, and how many sequences they hold together."""
+    train, moe = run.config.train, run.task.model.moe
+    unit = axis_size(run.mesh.abstract_mesh, *BATCH_AXES) * moe.rows_per_group(1)
+    if moe.group == "batch" or train.batch_size % unit:
+        unit = train.batch_size
+    size = min(math.ceil(sequences / unit) * unit, train.batch_size)
+    wanted = math.ceil(sequences / size) * size
+    batches = eval_batches(run.corpus.heldout_N, train.seq_len, size, wanted)
+    return sum(int(batch["valid"].any(axis=1).sum()) for batch in batches), batches
+
+
+def _sums(state: TrainState, batch: Batch, length: Array, *, task: LanguageModel) -> Any:
+    """Nats of the first ``length`` tokens, which see no others, and of the last one of them."""
+    key = jax.random.wrap_key_data(state.key)
+    position_L = jnp.arange(batch["valid"].shape[1])
+    seen = {**batch, "valid": batch["valid"] & (position_L < length)}
+    nats_BL = task.nats(state.params, state.gate_state, seen, state.step, key)
+    nats_BL = jnp.where(seen["valid"], nats_BL, 0.0)
+    return jnp.sum(nats_BL), jnp.sum(jnp.where(position_L == length - 1, nats_BL, 0.0))
