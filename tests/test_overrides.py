@@ -110,7 +110,7 @@ BAD_OVERRIDES = {
     "moe.gate=switch": ["moe.gate is a section", "--config.moe.gate.name=mixtral"],
     "moe.gate.name=swich": ["'swich'", "did you mean 'switch'"],
     "moe.gate.kk=1": ["gate 'mixtral' has no field 'kk'", "did you mean 'k'"],
-    "moe.gate.min_std=1": ["'mixtral'", "a field of gate shazeer"],
+    "moe.gate.min_std=1": ["'mixtral'", "a field of gate hierarchical, shazeer"],
     "train.steps": ["train.steps", "needs a value"],
 }
 

@@ -93,7 +93,8 @@ def test_the_gradients_timed_are_those_of_parameters_and_tokens(name):
     variant = next(v for v in gate_share.variants(TINY) if v.name == name and v.scale == 1.0)
     call = gate_share.GateCall(variant, TINY, make_problem(TINY))
     d_params, d_x = call.gradients
-    assert d_x.shape == (8, 8, TINY.D) and np.abs(d_x).max() > 0
+    assert d_x.shape == (8, 8, TINY.D)
+    assert (np.abs(d_x).max() > 0) == (name != "shazeer"), "its matrices start at zero"
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(d_params))
     pairs = gate_share.loads(call.output, TINY.E).sum() / TINY.T
     visits = {"base": 1, "dense": TINY.E, "dselect_k": TINY.E}  # fresh codes decide nothing

@@ -32,6 +32,7 @@ MOE_KEYS = {
     "moe/load",
     "moe/dropped",
     "moe/dropped_by_position",
+    "moe/dropped_by_choice",
     "leak",
 }
 AUX_KEYS = {"aux/load_balance", "aux/z", "aux/importance", "aux/load"}
