@@ -8,9 +8,11 @@ import ast
 import atexit
 import dataclasses
 import functools
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,21 @@ if OWN:
     ROWS = [own_row(OWN)]
 
 PARAMS = [pytest.param(r, id=r.name, marks=[pytest.mark.slow] * r.slow) for r in ROWS]
+
+
+def forgetting(every: int = 150) -> Any:
+    """A fixture that frees compiled programs after so many tests (see tests/conftest.py)."""
+    done = iter(range(1, 10**9))
+
+    @pytest.fixture(autouse=True)
+    def forget() -> Iterator[None]:
+        yield
+        if next(done) % every == 0:
+            jax.clear_caches()
+            program.cache_clear()
+            gc.collect()
+
+    return forget
 
 
 def token_counts() -> np.ndarray:

@@ -15,6 +15,7 @@ from tests import gates, meshes
 from tests.gates import ROWS, D, E, G, T
 
 every_row = pytest.mark.parametrize("row", gates.PARAMS)
+forget = gates.forgetting()
 both_phases = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 
 
@@ -292,15 +293,25 @@ def test_small_numbers_of_experts_and_tokens(row, case):
     assert gate.capacity(length, experts, 1.0) >= 1
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param(shape, id=meshes.name(shape), marks=() if i == 0 else pytest.mark.slow)
-        for i, shape in enumerate([{"data": 4, "expert": 2}, *meshes.ALL])
-    ],
-)
-@both_phases
-@every_row
+def mesh_cases():
+    """Every row on one mesh of eight; slow: on half of all meshes, each mesh for half of the rows,
+    in evaluation on one."""
+    for i, row in enumerate(ROWS):
+        for train in (True, False):
+            more = [meshes.ALL[(i + 2 * j) % len(meshes.ALL)] for j in range(5 if train else 1)]
+            quick = {"data": 4, "expert": 2}
+            for j, shape in enumerate([quick, *(shape for shape in more if shape != quick)]):
+                phase = "train" if train else "eval"
+                yield pytest.param(
+                    row,
+                    train,
+                    shape,
+                    id=f"{row.name}-{phase}-{meshes.name(shape)}",
+                    marks=pytest.mark.slow if j or row.slow else (),
+                )
+
+
+@pytest.mark.parametrize(("row", "train", "shape"), list(mesh_cases()))
 def test_every_mesh_routes_alike(row, train, shape):
     """Routing, losses, means and the next state, against those without a mesh."""
     gate = row.make()
