@@ -30,7 +30,7 @@ TARGETS: dict[tuple[str, str], dict[str, float]] = {
 ZIPF_TARGET, EXPERTS_TARGET, TEMP_TARGET, TRAFFIC_TARGET = 1.15, 1.30, 1.20, 1.05
 
 INTRODUCTION = """\
-# Benchmarks of the MoE layer
+# Benchmarks
 
 <!-- Written by scripts/make_benchmark_docs.py from the output of scripts/bench_moe_layer.py. -->
 
@@ -60,9 +60,10 @@ k (D + 2 F) + D floats.
 """
 
 WHY = """\
-* The machine was shared: the load is stated above, and ratios are paired for that reason. Many
-  small steps on two threads presumably suffer more from it than one large product; torch's rows are
-  far above those of an idle machine.
+* The machine is shared; loads at the start are stated above, and ratios are paired for that reason.
+* The whole step: the optimizer updates all experts, E/k times the parameters of the dense FFN they
+  are compared with, and on CPU an update is bound by memory. How much of the gap that is was not
+  isolated (`moejax profile` shows a step's parts).
 * `kept` counts the layer's input twice (as it comes and as its sequences) and is above
   k (D + 2 F) + D also because the experts' outputs are kept, k D floats per token: the gradient of
   a router weight is their product with the output's gradient. `cells` keeps its empty slots too.

@@ -170,7 +170,7 @@ def test_gradients_are_finite_and_reach_every_parameter_from_where_the_gate_says
         assert not moved["task"]
 
 
-@both_phases
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_row
 def test_jit_changes_nothing(row, train):
     gate = row.make()
@@ -307,7 +307,7 @@ def mesh_cases():
                     train,
                     shape,
                     id=f"{row.name}-{phase}-{meshes.name(shape)}",
-                    marks=pytest.mark.slow if j or row.slow else (),
+                    marks=pytest.mark.slow if j or row.slow or not train else (),
                 )
 
 

@@ -13,6 +13,7 @@ from scripts import bench_gpu, make_benchmark_docs
 from scripts.layer_bench import gpu_layers, gpu_products, gpu_table, layers
 from scripts.layer_bench.problems import GPU_SHAPES, SHAPES
 
+pytestmark = pytest.mark.slow
 TINY = SHAPES["tiny"]
 LAYER_RESULT = {
     "machine": {"cpu": "some CPU", "cores": 2, "load_at_start": 0.0},

@@ -33,6 +33,7 @@ def test_steps_that_are_not_the_same_are_not_compared(bench, monkeypatch):
         bench.ours_over_plain("debug", pairs=1)
 
 
+@pytest.mark.slow
 def test_moe_and_dense_are_compared_at_equal_active_flops(bench):
     row = bench.moe_over_dense("debug", "cells", 2, pairs=1)
     # Equal but for the router: 2 * 3 * D * E of 12.7 kFLOP a token and layer at this width.
@@ -40,6 +41,7 @@ def test_moe_and_dense_are_compared_at_equal_active_flops(bench):
     assert row["what"] == "debug, cells, 2 devices" and row["ms"] > 0
 
 
+@pytest.mark.slow
 def test_the_loop_is_run_around_a_step_that_does_nothing(bench):
     own = bench.setup.Run.train_step
     row = bench.host_ms("debug", steps=12)

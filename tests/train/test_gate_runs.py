@@ -14,7 +14,13 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "base",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sbase", "dselect_k")),
+    ],
+)
 def finished(request, tmp_path_factory):
     """A run of four steps, stopped after two and resumed."""
     folder = tmp_path_factory.mktemp("gates")
