@@ -14,13 +14,10 @@ RUNS = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "base",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sbase", "dselect_k")),
-    ],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sbase", "dselect_k")]
+
+
+@pytest.fixture(scope="module", params=["base", *SLOW])
 def finished(request, tmp_path_factory):
     """A run of four steps, stopped after two and resumed."""
     folder = tmp_path_factory.mktemp("gates")
