@@ -84,7 +84,7 @@ def test_it_passes_the_exam(folder):
     words = [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "not slow", "-k", skipped[1]]
     ended = run([*words, *(str(ROOT / f) for f in files)], folder, MOEJAX_EXAM=own)
     assert ended.returncode == 0, ended.stdout[-3000:]
-    assert re.search(r"\b(3|4)\d passed", ended.stdout), ended.stdout[-300:]
+    assert re.search(r"\b[23]\d passed", ended.stdout), ended.stdout[-300:]
 
 
 @pytest.mark.slow
