@@ -17,9 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.types import Policy
 
-LOSSES: tuple[str, ...] = ("load_balance", "importance", "load", "z")
-"""Of every layer. Those of a policy, which need the reward, are ``POLICY_LOSSES``."""
-POLICY_LOSSES: tuple[str, ...] = ("policy", "baseline")
 CONSISTENCY = "consistency"
 """Of two passes with different noise; the task runs the second only where this has a weight."""
 

@@ -76,7 +76,7 @@ CANDIDATES: dict[str, Candidate] = {
 def without_tokamax() -> str | None:
     """Why the kernels of tokamax cannot be measured, or None."""
     try:
-        import tokamax  # noqa: F401
+        import tokamax  # noqa: F401  # only whether it is there
     except ImportError as error:
         if error.name == "tokamax":
             return "tokamax is not installed"

@@ -15,8 +15,8 @@ KINDS = ("eager", "grouped_mm")
 def missing() -> str | None:
     """Why the block cannot run here, or None."""
     try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        import torch  # noqa: F401  # only whether it is there
+        import transformers  # noqa: F401  # the same
     except ImportError as error:
         return f"{error.name} is not installed"
     return None
