@@ -39,8 +39,9 @@ def forget_compiled_programs():
     gc.collect()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> list[jax.Device]:
+    """Started before any test: a run in this process would start as many as its own mesh has."""
     devices = jax.devices()
     assert len(devices) == 8, "tests need 8 virtual CPU devices; unset JAX_NUM_CPU_DEVICES"
     return devices

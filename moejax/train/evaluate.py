@@ -88,7 +88,7 @@ def evaluate(
         _check_target(config, record_routing)
     with opened(config, workdir, step, record_steps) as found:
         this, state, at = found
-        totals = [this.eval_step(state, this.put(b)) for b in this.eval_batches()]
+        totals = this.evaluate(state, map(this.put, this.eval_batches()))
         row = rows.eval_row(at, totals, this.corpus.heldout_bytes_per_token, this.leak)
         if record_routing:
             _write(_record(found, record_steps), record_routing)
@@ -169,7 +169,7 @@ def _own(this: Run, checkpoints: Checkpointer, step: int | None) -> Restored | N
 
 def _without_router(this: Run, checkpoints: Checkpointer, step: int | None) -> Restored | None:
     """The model's parameters for a gate without any, which starts from its initial state."""
-    state = this.init_state()
+    state = jax.block_until_ready(this.init_state())  # see Run.evaluate
     restored = checkpoints.restore(state.params, step=step, part=Part("params/", without=ROUTER))
     if restored is None:
         return None

@@ -135,7 +135,7 @@ def _loop(
                 _record(this, *pending, log, console)
                 pending = None
             if evaluate_now:
-                totals = [this.eval_step(state, held) for held in held_out]
+                totals = this.evaluate(state, held_out)
                 row = rows.eval_row(step, totals, this.corpus.heldout_bytes_per_token, this.leak)
                 log.write(row)
                 console.evaluated(row)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from moejax.train.optim import make_optimizer
 from moejax.train.processes import compiled_together
 from moejax.train.state import TrainState, abstract, count_parameters
 from moejax.train.step import eval_step, train_step
-from moejax.train.task import Batch, LanguageModel
+from moejax.train.task import Batch, LanguageModel, Totals
 from moejax.types import NeedsData
 
 
@@ -79,6 +80,20 @@ class Run:
         """A fresh state, each device making only its own part."""
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         return jax.jit(self._init, out_shardings=state)()
+
+    def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> list[Totals]:
+        """The totals of every batch, on the devices.
+
+        Virtual CPU devices share threads: with collectives of many programs in flight, each may
+        hold what another one waits for, and XLA gives up after 40 seconds. There one at a time.
+        """
+        one_by_one = self.mesh.devices.flat[0].platform == "cpu" and self.mesh.size > 1
+        totals = []
+        for batch in batches:
+            totals.append(self.eval_step(state, batch))
+            if one_by_one:
+                jax.block_until_ready(totals[-1])
+        return totals
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """A global batch of host arrays, on the devices that need its rows."""
