@@ -18,10 +18,12 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from moejax.errors import UserError
-from moejax.sweep.definition import Trial
+
+if TYPE_CHECKING:  # the command line reads LAUNCHERS; it needs no more
+    from moejax.sweep.definition import Trial
 
 LAUNCHERS = {"local": "moejax.sweep.launch:LocalLauncher"}
 """By the name that ``--launcher`` takes: "module:Class", imported when it is chosen."""
@@ -77,7 +79,7 @@ class Launcher(Protocol):
         """How many trials at once, unless ``--jobs`` says it."""
         ...
 
-    def start(self, trial: Trial, command: list[str], log: Path) -> Job:
+    def start(self, trial: "Trial", command: list[str], log: Path) -> Job:
         """Starts a command that no job is running now. Its output is appended to the log, a file.
 
         Raises:
@@ -85,7 +87,7 @@ class Launcher(Protocol):
         """
         ...
 
-    def attach(self, trial: Trial, handle: str, log: Path) -> Job | None:
+    def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
         """The job of a trial that outlived its runner; None if there is none that has not ended.
 
         ``handle`` is "" when the runner was killed before it could note the job, or the journal was
@@ -122,7 +124,7 @@ class LocalLauncher:
                 "options; remove it, or name another --launcher"
             )
 
-    def start(self, trial: Trial, command: list[str], log: Path) -> Job:
+    def start(self, trial: "Trial", command: list[str], log: Path) -> Job:
         try:
             with open(log, "ab") as output:
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,11 +139,25 @@ class LocalLauncher:
             raise LaunchError(f"its process cannot be started: {error}") from error
         return _Child(process)
 
-    def attach(self, trial: Trial, handle: str, log: Path) -> Job | None:
+    def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
         if not log.exists():
             return None
-        job = _Outlived(open(log, "rb"), handle)
+        job = _Outlived(open(log, "ab"), handle)
         return job if job.poll() is None else None
+
+
+def may_live(handle: str) -> bool:
+    """Whether a local job may run still, as far as this machine can tell. Disturbs nobody."""
+    host, _, number = handle.rpartition(":")
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
