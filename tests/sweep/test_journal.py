@@ -14,7 +14,7 @@ from moejax.errors import UserError
 from moejax.sweep import journal
 from moejax.sweep.definition import Sweep, expand
 from moejax.sweep.journal import Journal
-from tests.sweep.small import ALL, Small, wait_until
+from tests.sweep.small import ALL, Small
 
 TORN = """
 import os, signal, sqlite3, sys
@@ -200,24 +200,3 @@ def test_a_trial_whose_workdir_was_removed_is_not_done(tmp_path: Path):
     assert small.run().status == 0
     assert small.steps("quick_2") == ALL and small.log("quick_1").count("begins") == 1
     assert [entry.attempts for entry in small.entries().values()] == [1, 2]
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-@pytest.mark.usefixtures("small_trials")
-@pytest.mark.parametrize("moment", ["reconcile", "begin", "place", "end"])
-def test_a_runner_killed_just_before_it_writes_loses_nothing(moment: str, tmp_path: Path):
-    """`place`: the process is there, and nothing says which it is."""
-    small = Small(tmp_path, "slow", "quick")
-    process = small.start(die=moment)
-    assert process.wait(60) == -signal.SIGKILL
-    if moment == "place":
-        wait_until(lambda: small.steps("slow"))
-        assert (small.entries()["slow-seed0"].state, small.entries()["slow-seed0"].handle) == (
-            "running", "",
-        )  # fmt: skip
-    ended = small.run()
-    assert ended.status == 0 and set(small.states().values()) == {"done"}
-    assert small.steps("slow") == small.steps("quick") == ALL
-    assert small.log("slow").count("begins") == 1
-    assert ("still running" in ended.out) == (moment == "place")
