@@ -57,7 +57,8 @@ def test_a_job_is_found_as_long_as_it_runs_and_can_be_stopped(local: Launcher, t
     job = local.start(TRIAL, SLEEP, log)
     found = local.attach(TRIAL, job.handle, log)
     assert found is not None and (found.handle, found.host) == (job.handle, job.host)
-    assert found.poll() is None
+    number = int(job.handle.rpartition(":")[2])
+    assert found.poll() is None and os.getsid(number) == number
     with pytest.raises(LaunchError, match="cannot be started"):
         local.start(TRIAL, SLEEP, log)
     found.terminate()
@@ -83,6 +84,7 @@ def test_a_job_that_is_not_known_to_be_of_this_machine_is_seen_and_not_signalled
     assert end(job) == -signal.SIGTERM and end(found) == GONE
 
 
+@pytest.mark.slow
 def test_a_job_lives_on_without_its_runner_in_a_session_of_its_own(local: Launcher, tmp_path: Path):
     log = tmp_path / "log.txt"
     ended = subprocess.run([sys.executable, "-c", ORPHAN, log], capture_output=True, check=True)
