@@ -16,14 +16,17 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
 from moejax.errors import UserError
 from moejax.sweep.definition import Trial
 
-LAUNCHERS = {"local": "moejax.sweep.launch:LocalLauncher"}
+LAUNCHERS = {
+    "local": "moejax.sweep.launch:LocalLauncher",
+    "slurm": "moejax.sweep.slurm:SlurmLauncher",
+}
 """By the name that ``--launcher`` takes: "module:Class", imported when it is chosen."""
 
 GONE = 256
@@ -65,6 +68,15 @@ class Job(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What `Launcher.start` takes: a trial, its command, and the file its output is appended to."""
+
+    trial: Trial
+    command: list[str]
+    log: Path
+
+
 class Launcher(Protocol):
     """Made of the sweep's folder and the ``--launcher-option key=value`` pairs.
 
@@ -77,11 +89,26 @@ class Launcher(Protocol):
         """How many trials at once, unless ``--jobs`` says it."""
         ...
 
+    @property
+    def queues(self) -> bool:
+        """Whether it has a queue of its own, for trials beyond those that may run at once.
+
+        Then the runner hands over all that are missing together, and counts none of them.
+        """
+        ...
+
     def start(self, trial: Trial, command: list[str], log: Path) -> Job:
         """Starts a command that no job is running now. Its output is appended to the log, a file.
 
         Raises:
           LaunchError: it cannot be started.
+        """
+        ...
+
+    def start_all(self, starts: Sequence[Start], at_once: int) -> list["Job | LaunchError"]:
+        """`start` for trials that begin together: a job for each, or why it has none.
+
+        ``at_once`` is how many of them a launcher that `queues` lets run at a time.
         """
         ...
 
@@ -114,6 +141,7 @@ class LocalLauncher:
     """
 
     jobs = 1
+    queues = False
 
     def __init__(self, folder: Path, options: Mapping[str, str]):
         if options:
@@ -136,6 +164,15 @@ class LocalLauncher:
         except OSError as error:
             raise LaunchError(f"its process cannot be started: {error}") from error
         return _Child(process)
+
+    def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
+        return [self._start_or_say(start) for start in starts]
+
+    def _start_or_say(self, start: Start) -> Job | LaunchError:
+        try:
+            return self.start(start.trial, start.command, start.log)
+        except LaunchError as error:
+            return error
 
     def attach(self, trial: Trial, handle: str, log: Path) -> Job | None:
         if not log.exists():
