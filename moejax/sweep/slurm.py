@@ -1,0 +1,169 @@
+"""Trials as jobs of a SLURM cluster, through submitit: ``moejax sweep --launcher=slurm``.
+
+    slurm_options.py  the options, checked against the cluster before anything is written
+    slurm.py          the launcher: submits, finds and stops jobs, from the runner's machine
+    slurm_queue.py    what SLURM and the jobs say about how they are
+    slurm_job.py      what runs in the job
+
+Trials that begin together are one job array, and SLURM has the queue. The handle of a job is its
+number, such as 1234_7.
+"""
+
+import contextlib
+import io
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moejax.sweep import slurm_job
+from moejax.sweep.definition import Trial
+from moejax.sweep.launch import Job, LaunchError, Start
+from moejax.sweep.slurm_options import Options, check_cluster, complaint, parse
+from moejax.sweep.slurm_queue import COMMAND_SECONDS, JOB_NAME, Queue, ended_without_result
+
+FOLDER = "slurm"
+"""In the sweep's folder: submitit's scripts, pickles and logs."""
+
+
+class SlurmLauncher:
+    """Submits trials, one job each. See `moejax.sweep.launch.Launcher`."""
+
+    jobs = 1000
+    """In practice no limit: the cluster decides how many of them run."""
+    queues = True
+
+    def __init__(self, folder: Path, options: Mapping[str, str]):
+        self._options = parse(options)
+        check_cluster(self._options)
+        self._folder = (folder / FOLDER).absolute()
+        self._queue = Queue(self._folder, self._options.poll_seconds)
+
+    def start(self, trial: Trial, command: list[str], log: Path) -> Job:
+        (job,) = self.start_all([Start(trial, command, log)], at_once=1)
+        if isinstance(job, LaunchError):
+            raise job
+        return job
+
+    def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
+        tasks = [
+            slurm_job.TrialTask(start.command, str(start.log.absolute()), self._options.restarts)
+            for start in starts
+        ]
+        try:
+            numbers = _submit(self._folder, self._options, tasks, at_once)
+        except LaunchError as error:
+            return [error for _ in starts]
+        self._queue.forget()
+        return [
+            SlurmTrial(number, start.log, self._queue)
+            for number, start in zip(numbers, starts, strict=True)
+        ]
+
+    def attach(self, trial: Trial, handle: str, log: Path) -> Job | None:
+        number = handle or self._find(log)
+        if not number:
+            return None
+        job = SlurmTrial(number, log, self._queue)
+        return job if job.poll() is None else None
+
+    def _find(self, log: Path) -> str:
+        """The number of the job in the queue that writes to a log; "" if there is none."""
+        import submitit
+
+        for number in self._queue.look().hosts:
+            job = submitit.SlurmJob[int](self._folder, number)
+            if job.paths.submitted_pickle.exists():
+                task = job.submission().function
+                # Not isinstance: the pickle brings its own copy of the class.
+                if getattr(task, "log", "") == str(log.absolute()):
+                    return number
+        return ""
+
+
+class SlurmTrial:
+    """A job in SLURM's queue, or one that has left it. See `moejax.sweep.launch.Job`."""
+
+    host = ""
+
+    def __init__(self, number: str, log: Path, queue: Queue):
+        self.handle, self._log, self._queue = number, log, queue
+        self._status: int | None = None
+        self._missed_at: float | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None:
+            self._status = self._ask()
+        return self._status
+
+    def _ask(self) -> int | None:
+        result = self._queue.result(self.handle)
+        if result is not None:
+            return result
+        look = self._queue.look()
+        if look.at is None or self.handle in look.hosts:
+            self.host = look.hosts.get(self.handle, self.host)
+            self._missed_at = None
+        elif self._missed_at is None:
+            self._missed_at = look.at
+        elif look.at > self._missed_at:  # twice: a result may be seen late on a shared disk
+            return ended_without_result(self.handle, self._log, self._queue.folder)
+        return None
+
+    def terminate(self) -> None:
+        if self.poll() is not None:
+            return
+        # It may begin between the two; what comes too late does nothing.
+        for how in (["--state=PENDING"], ["--batch", f"--signal={slurm_job.STOP.name[3:]}"]):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    ["scancel", *how, self.handle], capture_output=True, timeout=COMMAND_SECONDS
+                )
+        self._queue.forget()
+
+
+def _submit(
+    folder: Path, options: Options, tasks: Sequence[slurm_job.TrialTask], at_once: int
+) -> list[str]:
+    """The numbers of the jobs that do the tasks; several tasks are one array.
+
+    Raises:
+      LaunchError: SLURM does not take them.
+    """
+    import cloudpickle
+    import submitit
+    from submitit.core.utils import (
+        FailedSubmissionError,
+        UncompletedJobError,
+        environment_variables,
+    )
+
+    # The job's Python takes the place of the batch script's shell: SLURM's signals reach it.
+    executor = submitit.SlurmExecutor(folder, python=f"exec {shlex.quote(sys.executable)}")
+    executor.update_parameters(
+        job_name=JOB_NAME,
+        array_parallelism=at_once,
+        use_srun=False,
+        stderr_to_stdout=True,
+        setup=[options.setup] if options.setup else None,
+        # submitit's own defaults for these are not every cluster's.
+        time=None,
+        wckey=None,
+        additional_parameters=options.sbatch(),
+    )
+    cloudpickle.register_pickle_by_value(slurm_job)
+    # A runner that is in a job itself has that job's variables, which are no business of these.
+    cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    try:
+        with (
+            submitit.helpers.clean_env(),
+            environment_variables(**cluster),
+            contextlib.redirect_stderr(io.StringIO()),  # submitit prints what sbatch complains of
+        ):
+            return [job.job_id for job in executor.submit_array(tasks)]
+    except (UncompletedJobError, FailedSubmissionError, OSError) as error:
+        raise LaunchError(f"sbatch: {complaint(str(error))}") from error
+    finally:
+        cloudpickle.unregister_pickle_by_value(slurm_job)
