@@ -166,7 +166,9 @@ def _wait_until_idle(cluster: Cluster) -> None:
         else:
             said = "no node is idle"
         if time.monotonic() > end:
-            logs = [path.read_text(errors="replace")[-2000:] for path in cluster.folder.glob("*.out")]
+            logs = [
+                path.read_text(errors="replace")[-2000:] for path in cluster.folder.glob("*.out")
+            ]
             raise TimeoutError("\n".join(["SLURM did not start", said, *logs]))
         time.sleep(0.1)
 

@@ -18,10 +18,12 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from moejax.errors import UserError
-from moejax.sweep.definition import Trial
+
+if TYPE_CHECKING:  # the command line reads LAUNCHERS; it needs no more
+    from moejax.sweep.definition import Trial
 
 LAUNCHERS = {
     "local": "moejax.sweep.launch:LocalLauncher",
@@ -70,9 +72,9 @@ class Job(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What `Launcher.start` takes: a trial, its command, and the file its output is appended to."""
+    """A trial to start, its command, and the file, which exists, to append its output to."""
 
-    trial: Trial
+    trial: "Trial"
     command: list[str]
     log: Path
 
@@ -97,22 +99,14 @@ class Launcher(Protocol):
         """
         ...
 
-    def start(self, trial: Trial, command: list[str], log: Path) -> Job:
-        """Starts a command that no job is running now. Its output is appended to the log, a file.
-
-        Raises:
-          LaunchError: it cannot be started.
-        """
-        ...
-
     def start_all(self, starts: Sequence[Start], at_once: int) -> list["Job | LaunchError"]:
-        """`start` for trials that begin together: a job for each, or why it has none.
+        """Starts commands that no job is running now: a job for each, or why it has none.
 
         ``at_once`` is how many of them a launcher that `queues` lets run at a time.
         """
         ...
 
-    def attach(self, trial: Trial, handle: str, log: Path) -> Job | None:
+    def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
         """The job of a trial that outlived its runner; None if there is none that has not ended.
 
         ``handle`` is "" when the runner was killed before it could note the job, or the journal was
@@ -150,35 +144,43 @@ class LocalLauncher:
                 "options; remove it, or name another --launcher"
             )
 
-    def start(self, trial: Trial, command: list[str], log: Path) -> Job:
+    def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
+        return [self._start(start) for start in starts]
+
+    def _start(self, start: Start) -> Job | LaunchError:
         try:
-            with open(log, "ab") as output:
+            with open(start.log, "ab") as output:
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 process = subprocess.Popen(
-                    command,
+                    start.command,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
         except OSError as error:
-            raise LaunchError(f"its process cannot be started: {error}") from error
+            return LaunchError(f"its process cannot be started: {error}")
         return _Child(process)
 
-    def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
-        return [self._start_or_say(start) for start in starts]
-
-    def _start_or_say(self, start: Start) -> Job | LaunchError:
-        try:
-            return self.start(start.trial, start.command, start.log)
-        except LaunchError as error:
-            return error
-
-    def attach(self, trial: Trial, handle: str, log: Path) -> Job | None:
+    def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
         if not log.exists():
             return None
-        job = _Outlived(open(log, "rb"), handle)
+        job = _Outlived(open(log, "ab"), handle)
         return job if job.poll() is None else None
+
+
+def may_live(handle: str) -> bool:
+    """Whether a local job may run still, as far as this machine can tell. Disturbs nobody."""
+    host, _, number = handle.rpartition(":")
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ number, such as 1234_7.
 """
 
 import contextlib
+import functools
 import io
 import os
 import shlex
@@ -17,12 +18,16 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moejax.errors import UserError
 from moejax.sweep import slurm_job
-from moejax.sweep.definition import Trial
 from moejax.sweep.launch import Job, LaunchError, Start
 from moejax.sweep.slurm_options import Options, check_cluster, complaint, parse
 from moejax.sweep.slurm_queue import COMMAND_SECONDS, JOB_NAME, Queue, ended_without_result
+
+if TYPE_CHECKING:
+    from moejax.sweep.definition import Trial
 
 FOLDER = "slurm"
 """In the sweep's folder: submitit's scripts, pickles and logs."""
@@ -41,12 +46,6 @@ class SlurmLauncher:
         self._folder = (folder / FOLDER).absolute()
         self._queue = Queue(self._folder, self._options.poll_seconds)
 
-    def start(self, trial: Trial, command: list[str], log: Path) -> Job:
-        (job,) = self.start_all([Start(trial, command, log)], at_once=1)
-        if isinstance(job, LaunchError):
-            raise job
-        return job
-
     def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
         tasks = [
             slurm_job.TrialTask(start.command, str(start.log.absolute()), self._options.restarts)
@@ -62,25 +61,34 @@ class SlurmLauncher:
             for number, start in zip(numbers, starts, strict=True)
         ]
 
-    def attach(self, trial: Trial, handle: str, log: Path) -> Job | None:
-        number = handle or self._find(log)
-        if not number:
-            return None
+    def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
+        number = (
+            handle
+            if handle in self._writers.values()
+            else self._writers.get(str(log.absolute()), "")
+        )
         job = SlurmTrial(number, log, self._queue)
-        return job if job.poll() is None else None
+        return job if number and job.poll() is None else None
 
-    def _find(self, log: Path) -> str:
-        """The number of the job in the queue that writes to a log; "" if there is none."""
+    @functools.cached_property
+    def _writers(self) -> dict[str, str]:
+        """The numbers of this sweep's jobs that were in the queue at first, by their trial's log.
+
+        Raises:
+          UserError: SLURM does not say what is in the queue, so a trial could be started twice.
+        """
         import submitit
 
-        for number in self._queue.look().hosts:
-            job = submitit.SlurmJob[int](self._folder, number)
-            if job.paths.submitted_pickle.exists():
-                task = job.submission().function
-                # Not isinstance: the pickle brings its own copy of the class.
-                if getattr(task, "log", "") == str(log.absolute()):
-                    return number
-        return ""
+        look = self._queue.look()
+        if look.at is None:
+            raise UserError("--launcher=slurm: squeue does not answer; try again later")
+        jobs = [submitit.SlurmJob[int](self._folder, number) for number in look.hosts]
+        tasks = {
+            job.job_id: job.submission().function
+            for job in jobs
+            if job.paths.submitted_pickle.exists()
+        }
+        return {task.log: number for number, task in tasks.items()}
 
 
 class SlurmTrial:

@@ -15,7 +15,7 @@ import pytest
 
 from moejax import cli
 from moejax.sweep import folder as folders
-from moejax.sweep import runner
+from moejax.sweep import pool, runner, signals
 from moejax.sweep.definition import expand
 from moejax.train.lock import WorkdirLock
 from tests.sweep.trial import STEPS
@@ -41,6 +41,7 @@ def sweep():
 
 def small_command(trial: Any, sweep: Any, folder: Path) -> list[str]:
     workdir = folders.workdir_of(folder, trial)
+    workdir.mkdir(parents=True, exist_ok=True)
     config = {**trial.config, "moe": {}} if trial.variant == "other" else trial.config
     saved = {"config": config, "fingerprint": "", "baselines": {}}
     (workdir / "config.json").write_text(json.dumps(saved))
@@ -143,7 +144,7 @@ def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
     ended = small.run()
     thread.join()
     assert ended.status == 75 and "[1/2] slow-seed0 stopped; the same command" in ended.out
-    assert "stopping the trial" in capfd.readouterr().err and "the table" not in ended.out
+    assert "stopping the trials" in capfd.readouterr().err and "the table" not in ended.out
     assert small.log("slow").endswith("saved\n")
     assert 1 <= len(small.steps("slow")) < STEPS and not small.workdir("quick").exists()
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
@@ -153,13 +154,17 @@ def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
     assert small.log("slow").count("begins") == 2
 
 
-def test_a_second_signal_reaches_the_trial_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_second_signal_reaches_the_trial_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(signals, "TOGETHER", 0.01)
+    monkeypatch.setattr(signals, "BETWEEN", 0.02)
     small = Small(tmp_path, "rude")
     threads = [at(lambda n=n: len(small.steps("rude")) >= n, signal.SIGTERM) for n in (1, 2)]
     assert small.run().status == 75
     for thread in threads:
         thread.join()
-    assert capfd.readouterr().err.count("stopping the trial") == 2
+    assert capfd.readouterr().err.count("stopping the trials") == 2
     assert small.log("rude").endswith("saved\n")
 
 
@@ -262,10 +267,10 @@ def test_a_trials_command_is_the_one_a_user_would_type(tmp_path: Path):
 def test_the_tail_of_a_log_is_short_and_of_one_life(tmp_path: Path):
     log = tmp_path / "log.txt"
     log.write_bytes(b"old\n" * 3 + b"\xff new\n\n" + b"x" * 30_000 + b"\nlast\n")
-    assert runner.tail(log, begin=12)[-1] == "last" and "old" not in runner.tail(log, begin=12)
+    assert pool.tail(log, begin=12)[-1] == "last" and "old" not in pool.tail(log, begin=12)
     log.write_bytes(b"old\n" * 3 + b"\xff new\n")
-    assert runner.tail(log, begin=12) == ["\N{REPLACEMENT CHARACTER} new"]
-    assert runner.tail(log, begin=log.stat().st_size) == []
+    assert pool.tail(log, begin=12) == ["\N{REPLACEMENT CHARACTER} new"]
+    assert pool.tail(log, begin=log.stat().st_size) == []
 
 
 if __name__ == "__main__":
