@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -84,12 +85,16 @@ class Cluster:
         ]
 
     def hurry(self) -> None:
-        """Lets requeued jobs begin at once. SLURM makes them wait two minutes."""
-        for line in self.jobs("%i %r", "--states=PENDING"):
-            number, _, reason = line.partition(" ")
-            if reason == "BeginTime":
-                with contextlib.suppress(subprocess.CalledProcessError):  # it has just begun
-                    self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+        """Lets requeued jobs begin in two seconds. SLURM makes them wait two minutes.
+
+        Not at once: slurmd may still be clearing away the job's last life, and its new script.
+        """
+        for line in self.jobs("%i|%r|%S", "--states=PENDING"):
+            number, reason, begin = line.split("|")
+            soon = datetime.now() + timedelta(seconds=10)
+            if reason == "BeginTime" and datetime.fromisoformat(begin) > soon:
+                with contextlib.suppress(subprocess.CalledProcessError):  # it has been cancelled
+                    self.ask("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
 
 @contextlib.contextmanager

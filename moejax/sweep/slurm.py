@@ -14,7 +14,6 @@ import functools
 import io
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from moejax.errors import UserError
 from moejax.sweep import slurm_job
 from moejax.sweep.launch import Job, LaunchError, Start
 from moejax.sweep.slurm_options import Options, check_cluster, complaint, parse
-from moejax.sweep.slurm_queue import COMMAND_SECONDS, JOB_NAME, Queue, ended_without_result
+from moejax.sweep.slurm_queue import JOB_NAME, Queue, ended_without_result, scancel
 
 if TYPE_CHECKING:
     from moejax.sweep.definition import Trial
@@ -82,7 +81,7 @@ class SlurmLauncher:
         look = self._queue.look()
         if look.at is None:
             raise UserError("--launcher=slurm: squeue does not answer; try again later")
-        jobs = [submitit.SlurmJob[int](self._folder, number) for number in look.hosts]
+        jobs = [submitit.SlurmJob[int](self._folder, number) for number in look.jobs]
         tasks = {
             job.job_id: job.submission().function
             for job in jobs
@@ -98,6 +97,7 @@ class SlurmTrial:
 
     def __init__(self, number: str, log: Path, queue: Queue):
         self.handle, self._log, self._queue = number, log, queue
+        self._stopping = False
         self._status: int | None = None
         self._missed_at: float | None = None
 
@@ -111,24 +111,36 @@ class SlurmTrial:
         if result is not None:
             return result
         look = self._queue.look()
-        if look.at is None or self.handle in look.hosts:
-            self.host = look.hosts.get(self.handle, self.host)
-            self._missed_at = None
+        state, host = look.jobs.get(self.handle, ("", ""))
+        if state:
+            self.host, self._missed_at = host or self.host, None
+            if self._stopping and state == "PENDING":  # SLURM was quicker to requeue it
+                self._cancel()
         elif self._missed_at is None:
             self._missed_at = look.at
-        elif look.at > self._missed_at:  # twice: a result may be seen late on a shared disk
-            return ended_without_result(self.handle, self._log, self._queue.folder)
+        elif look.at is not None and look.at > self._missed_at:
+            # Twice, for a result may be seen late on a shared disk.
+            result = self._queue.result(self.handle, seconds=0.0)
+            if result is None:
+                result = ended_without_result(self.handle, self._log, self._queue.folder)
+            if self._stopping and result == -slurm_job.STOP:
+                return slurm_job.SAVED  # it came before the job could take it, or begin its trial
+            return result
         return None
 
     def terminate(self) -> None:
         if self.poll() is not None:
             return
-        # It may begin between the two; what comes too late does nothing.
-        for how in (["--state=PENDING"], ["--batch", f"--signal={slurm_job.STOP.name[3:]}"]):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(
-                    ["scancel", *how, self.handle], capture_output=True, timeout=COMMAND_SECONDS
-                )
+        self._stopping = True
+        state, _ = self._queue.look(seconds=1.0).jobs.get(self.handle, ("PENDING", ""))
+        if state == "PENDING":
+            self._cancel()
+        else:
+            scancel("--batch", f"--signal={slurm_job.STOP.name[3:]}", self.handle)
+
+    def _cancel(self) -> None:
+        """Out of the queue; if it has just begun, the trial gets a SIGTERM from SLURM."""
+        scancel(self.handle)
         self._queue.forget()
 
 

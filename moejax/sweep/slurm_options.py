@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ def parse(words: Mapping[str, str]) -> Options:
                 f"{suggest(name, fields)}, and {EXTRA}NAME for any other option of sbatch"
             )
         else:
-            values[name] = _value(name, text, str(fields[name].type))
+            values[name] = _value(name, text, fields[name].type)
     options = Options(**values, extra=extra)
     if options.time is not None and options.save_seconds >= 60 * options.time:
         raise UserError(
@@ -100,13 +101,14 @@ def _extra(name: str) -> str:
     return own
 
 
-def _value(name: str, text: str, kind: str) -> Any:
-    """A value as its field's type; every number is positive."""
-    if kind.startswith("str"):
+def _value(name: str, text: str, kind: Any) -> Any:
+    """A value as its field's type, which may also be None; numbers are not negative."""
+    kinds = typing.get_args(kind) or (kind,)
+    if str in kinds:
         if text:
             return text
         raise UserError(f"--launcher-option {name}= is empty; give it a value or remove it")
-    whole = kind.startswith("int")
+    whole = int in kinds
     least = 0 if name in ("restarts", "gpus") else 1 if whole else 0.001
     try:
         number = int(text) if whole else float(text)

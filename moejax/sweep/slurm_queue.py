@@ -5,6 +5,7 @@ the file that submitit leaves in the sweep's folder, which the cluster's machine
 that could not leave one, SLURM knows for some minutes.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -28,11 +29,14 @@ _TAIL_LINES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """The queue at a time: the host of each job, by its number; "" for one that waits."""
+    """The queue at a time: the state and the host of each job, by its number.
+
+    The host is "" for a job that waits; the state is SLURM's word, as PENDING.
+    """
 
     at: float | None
     """None: SLURM has not answered since the last submission."""
-    hosts: Mapping[str, str]
+    jobs: Mapping[str, tuple[str, str]]
 
 
 class Queue:
@@ -53,20 +57,20 @@ class Queue:
         """The jobs have just been changed: no older answer counts."""
         self._look, self._asked = Look(None, {}), float("-inf")
 
-    def look(self) -> Look:
-        """While SLURM does not answer, what it said last."""
+    def look(self, seconds: float | None = None) -> Look:
+        """Not older than so many seconds, if SLURM answers; else what it said last."""
         now = time.monotonic()
-        if now - self._asked >= self._seconds:
+        if now - self._asked >= (self._seconds if seconds is None else seconds):
             self._asked = now
-            hosts = _squeue()
-            if hosts is not None:
-                self._look = Look(now, hosts)
+            jobs = _squeue()
+            if jobs is not None:
+                self._look = Look(now, jobs)
         return self._look
 
-    def result(self, number: str) -> int | None:
-        """The exit status that a job has left; None while there is none."""
+    def result(self, number: str, seconds: float = _LIST_SECONDS) -> int | None:
+        """The exit status that a job left at least so many seconds ago; None if it did not."""
         now = time.monotonic()
-        if now - self._listed >= _LIST_SECONDS:
+        if now - self._listed >= seconds:
             # Listing also brings a network file system's view of the folder up to date.
             self._listed = now
             self._names = set(os.listdir(self.folder)) if self.folder.exists() else set()
@@ -79,11 +83,11 @@ class Queue:
         return result if outcome == "success" else None
 
 
-def _squeue() -> dict[str, str] | None:
-    """The hosts of this user's jobs of sweeps by their numbers; None if SLURM does not answer."""
+def _squeue() -> dict[str, tuple[str, str]] | None:
+    """This user's jobs of sweeps, as in `Look`; None if SLURM does not answer."""
     command = [
         "squeue", "--noheader", "--array", f"--user={os.getuid()}", f"--name={JOB_NAME}",
-        "--format=%i|%N",
+        "--format=%i|%T|%N",
     ]  # fmt: skip
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
@@ -91,8 +95,14 @@ def _squeue() -> dict[str, str] | None:
         return None
     if said.returncode != 0:
         return None
-    pairs = (line.strip().partition("|") for line in said.stdout.splitlines())
-    return {number: host for number, _, host in pairs}
+    rows = (line.strip().split("|") for line in said.stdout.splitlines())
+    return {number: (state, host) for number, state, host in rows}
+
+
+def scancel(*words: str) -> None:
+    """Does nothing to a job that has ended; whether it did anything, the queue says."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(["scancel", *words], capture_output=True, timeout=COMMAND_SECONDS)
 
 
 def ended_without_result(number: str, log: Path, folder: Path) -> int:
@@ -102,13 +112,14 @@ def ended_without_result(number: str, log: Path, folder: Path) -> int:
     never came to run the trial; then what SLURM and the job itself said is noted too.
     """
     state, status = _show(number)
+    own = folder / f"{number}_0_log.out"
     lines = [f"SLURM job {number} ended: {state}"]
-    if state.split(",")[0] not in _STOPPED:
-        own = folder / f"{number}_0_log.out"
-        if own.exists():
-            lines += own.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-    else:
+    if state.split(",")[0] in _STOPPED:
         status = slurm_job.SAVED
+    elif own.exists():
+        lines += own.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+    elif status == GONE:  # SLURM forgets tasks of an array that are cancelled while they wait
+        lines, status = [f"SLURM job {number} left the queue before it began"], slurm_job.SAVED
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     with open(log, "a") as file:
         file.write("".join(f"# {now}  {line}\n" for line in lines))
