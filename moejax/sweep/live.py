@@ -91,8 +91,8 @@ def render(found: Sequence[status.Line], height: int) -> "Table":
     room = max(1, height - 5)  # head, rule, caption and the cursor's line
     shown, hidden = list(found), ""
     if len(found) > room:
-        order = sorted(found, key=lambda line: _FIRST.index(line.entry.state))[:room]
-        shown = [line for line in found if line in order]
+        order = sorted(range(len(found)), key=lambda i: _FIRST.index(found[i].entry.state))
+        shown = [found[i] for i in sorted(order[:room])]
         hidden = f" ({len(found) - room} not shown)"
     table = Table(box=None, caption=status.summary(found) + hidden, caption_justify="left")
     for name, side in zip(status.HEAD, status.SIDES, strict=True):
