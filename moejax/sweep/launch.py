@@ -72,7 +72,7 @@ class Job(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A trial to start, its command, and the file, which exists, to append its output to."""
+    """What `Launcher.start` takes."""
 
     trial: "Trial"
     command: list[str]
@@ -99,8 +99,16 @@ class Launcher(Protocol):
         """
         ...
 
+    def start(self, trial: "Trial", command: list[str], log: Path) -> Job:
+        """Starts a command that no job is running now. Its output is appended to the log, a file.
+
+        Raises:
+          LaunchError: it cannot be started.
+        """
+        ...
+
     def start_all(self, starts: Sequence[Start], at_once: int) -> list["Job | LaunchError"]:
-        """Starts commands that no job is running now: a job for each, or why it has none.
+        """`start` for trials that begin together: a job for each, or why it has none.
 
         ``at_once`` is how many of them a launcher that `queues` lets run at a time.
         """
@@ -144,23 +152,29 @@ class LocalLauncher:
                 "options; remove it, or name another --launcher"
             )
 
-    def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
-        return [self._start(start) for start in starts]
-
-    def _start(self, start: Start) -> Job | LaunchError:
+    def start(self, trial: "Trial", command: list[str], log: Path) -> Job:
         try:
-            with open(start.log, "ab") as output:
+            with open(log, "ab") as output:
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 process = subprocess.Popen(
-                    start.command,
+                    command,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
         except OSError as error:
-            return LaunchError(f"its process cannot be started: {error}")
+            raise LaunchError(f"its process cannot be started: {error}") from error
         return _Child(process)
+
+    def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
+        jobs: list[Job | LaunchError] = []
+        for start in starts:
+            try:
+                jobs.append(self.start(start.trial, start.command, start.log))
+            except LaunchError as error:
+                jobs.append(error)
+        return jobs
 
     def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
         if not log.exists():

@@ -45,6 +45,12 @@ class SlurmLauncher:
         self._folder = (folder / FOLDER).absolute()
         self._queue = Queue(self._folder, self._options.poll_seconds)
 
+    def start(self, trial: "Trial", command: list[str], log: Path) -> Job:
+        (job,) = self.start_all([Start(trial, command, log)], at_once=1)
+        if isinstance(job, LaunchError):
+            raise job
+        return job
+
     def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
         tasks = [
             slurm_job.TrialTask(start.command, str(start.log.absolute()), self._options.restarts)
