@@ -93,8 +93,8 @@ class Small:
         return int((self.workdir(name) / "pid").read_text())
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

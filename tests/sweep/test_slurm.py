@@ -94,7 +94,7 @@ class Sweep:
             time.sleep(0.05)
 
 
-def wait(jobs: Sequence[Job], seconds: float = 90) -> list[int | None]:
+def wait(jobs: Sequence[Job], seconds: float = 150) -> list[int | None]:
     end = time.monotonic() + seconds
     while any(job.poll() is None for job in jobs):
         assert time.monotonic() < end, "a job does not end"
