@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "recording"},
-    "sweep": {"errors", "train"} | CONFIG,
+    "sweep": {"errors", "flags", "train"} | CONFIG,
     "cli": {"moejax", "data", "doctor", "errors", "flags", "show", "sweep", "train"} | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
