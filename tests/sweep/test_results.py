@@ -27,6 +27,7 @@ PLAIN = Result(
     eval_pairs_per_token=1.0,
     seconds_per_step=0.1,
     train_seconds=15.0,
+    elapsed_seconds=20.0,
     train_max_vio=0.5,
     eval_max_vio=0.25,
     train_drop_rate=0.25,
