@@ -1,12 +1,13 @@
 """What a sweep will cost, and what its seeds can find, said before it runs."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from moejax.sweep.count import count
 from moejax.sweep.definition import Sweep, Trial
-from moejax.sweep.noise import detectable_difference, noise
+from moejax.sweep.noise import Pilot, detectable_difference, noise, read_pilot
 from moejax.sweep.results import Result, read_sweep
 from moejax.sweep.table import detectable_note, unit
 
@@ -35,7 +36,7 @@ def lines(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> 
     ]
     said = [_solved(sweep)] if sweep.solved else []
     if waiting:
-        said += [_work(waiting), _time(waiting, found)]
+        said += [_work(waiting), _time(sweep, waiting, found)]
     return [*said, _detectable(sweep, found)]
 
 
@@ -52,8 +53,8 @@ def _work(trials: Sequence[Trial]) -> str:
     costs = count([trial.config for trial in trials])
     flops = sum(n * cost.active_flops for n, cost in zip(tokens, costs, strict=True))
     return (
-        f"to run: {len(trials)} trials, {steps} steps, {_short(sum(tokens))}tokens, "
-        f"{flops:.2g} FLOP (counted, nothing dropped)"
+        f"to run: {len(trials)} trials, {steps} steps, {_short(sum(tokens))} tokens, "
+        f"{_short(flops)}FLOP (counted, nothing dropped)"
     )
 
 
@@ -64,26 +65,31 @@ def _tokens_per_step(trial: Trial) -> int:
 
 def _short(number: float) -> str:
     scale, prefix = unit([number])
-    return f"{number / scale:.3g} {prefix}"
+    return f"{number / scale:.4g} {prefix}"
 
 
-def _time(trials: Sequence[Trial], finished: Sequence[Result]) -> str:
-    """From the variant's own finished trials, or else from those of all."""
-    if not finished:
+def _time(sweep: Sweep, waiting: Sequence[Trial], finished: Sequence[Result]) -> str:
+    """From the variant's own finished trials, or else from those of all; or from the pilot's."""
+    trials: Sequence[Result | Pilot] = finished
+    pilot, where = sweep.comparison.pilot, "finished"
+    if not finished and isinstance(pilot, str):
+        trials, where = read_pilot(pilot), "pilot's"
+    timed = [trial for trial in trials if math.isfinite(trial.seconds_per_step)]
+    if not timed:
         return "time: not known before a trial has finished"
     total = 0.0
-    for trial in trials:
-        own = [result for result in finished if result.variant == trial.variant] or finished
-        total += statistics.fmean(_seconds(result, trial.steps) for result in own)
+    for trial in waiting:
+        own = [each for each in timed if each.variant == trial.variant] or timed
+        total += statistics.fmean(_seconds(each, trial.steps) for each in own)
     return (
-        f"time: about {_duration(total)} one after the other, as the {len(finished)} finished "
-        "trials took, without starting their processes"
+        f"time: about {_duration(total)} one after the other, as the {len(timed)} {where} trials "
+        "took, without starting their processes"
     )
 
 
-def _seconds(result: Result, steps: int) -> float:
+def _seconds(trial: Result | Pilot, steps: int) -> float:
     """Compilation and evaluations as in a finished trial, and so many of its steps."""
-    return result.elapsed_seconds + (steps - result.step) * result.seconds_per_step
+    return trial.elapsed_seconds + (steps - trial.step) * trial.seconds_per_step
 
 
 def _duration(seconds: float) -> str:
@@ -93,10 +99,7 @@ def _duration(seconds: float) -> str:
 
 
 def _detectable(sweep: Sweep, finished: Sequence[Result]) -> str:
-    losses: dict[str, dict[int, float]] = {}
-    for result in finished:
-        losses.setdefault(result.variant, {})[result.seed] = result.loss
-    known = noise(sweep, losses)
+    known = noise(sweep, finished)
     found = detectable_difference(sweep, known)
     if found:
         return detectable_note(found)
@@ -104,6 +107,6 @@ def _detectable(sweep: Sweep, finished: Sequence[Result]) -> str:
         first = sweep.comparison.baseline or sweep.variants[0]
         return (
             "what these seeds can tell apart is not known without a pilot: run "
-            f"--filter='{first}*' first, or set PILOT to a standard deviation over seeds"
+            f"--filter='{first}-seed*' first, or set PILOT to a standard deviation over seeds"
         )
-    return "one seed per variant tells nothing apart: no verdict will be given"
+    return "one seed or one variant: there is nothing to tell apart"

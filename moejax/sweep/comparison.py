@@ -102,7 +102,7 @@ def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, in
         baseline=baseline,
         match=sweep.comparison.match,
         cost=cost,
-        detectable=detectable_difference(sweep, noise(sweep, losses)),
+        detectable=detectable_difference(sweep, noise(sweep, results)),
         variants=tuple(variants),
     )
 

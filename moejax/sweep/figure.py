@@ -28,6 +28,7 @@ BEYOND = 1.0
 """Intervals show up to this many heights of all points above and below them."""
 NOTE_WIDTH = 190
 
+
 def write_figure(folder: Path, title: str, results: Sequence[Result], summary: Summary) -> None:
     """Draws ``<folder>/sweep.png`` in place of an older one."""
     import matplotlib
@@ -165,18 +166,18 @@ class _Panel:
 
     def _draw(self, own: Sequence[Result], variant: str, colour: str, shape: str) -> None:
         compared = self.summary.of(variant)
+        own = [r for r in own if math.isfinite(self.value(r))]
+        if not own:
+            return
         x, y = [self.value(r) for r in own], [r.loss for r in own]
-        if all(map(math.isfinite, x)):
-            # Spokes to the mean, beside which the name stands.
-            mean = statistics.fmean(x), statistics.fmean(y)
-            for point in zip(x, y, strict=True):
-                ends = zip(mean, point, strict=True)
-                self.axes.plot(*ends, color=colour, linewidth=1, alpha=0.6, zorder=2)
-            if compared.half_width:
-                self.axes.errorbar(
-                    *mean, yerr=compared.half_width, color=colour, linewidth=1.2, capsize=4,
-                    alpha=0.8, zorder=2,
-                )  # fmt: skip
+        # Spokes to the mean, beside which the name stands.
+        mean = statistics.fmean(x), statistics.fmean(y)
+        for point in zip(x, y, strict=True):
+            ends = zip(mean, point, strict=True)
+            self.axes.plot(*ends, color=colour, linewidth=1, alpha=0.6, zorder=2)
+        if compared.half_width:
+            bar = {"color": colour, "linewidth": 1.2, "capsize": 4, "alpha": 0.8, "zorder": 2}
+            self.axes.errorbar(*mean, yerr=compared.half_width, **bar)
         missed = {point.seed for point in compared.trials if point.missed_match}
         self.axes.scatter(
             x,
@@ -184,9 +185,7 @@ class _Panel:
             facecolors=["white" if r.seed in missed else colour for r in own],
             marker=shape,
             s=64,
-            edgecolors=[
-                ALERT if r.leak else colour if r.seed in missed else "white" for r in own
-            ],
+            edgecolors=[ALERT if r.leak else colour if r.seed in missed else "white" for r in own],
             linewidths=[1.4 if r.leak or r.seed in missed else 0.8 for r in own],
             zorder=3,
         )
@@ -227,7 +226,8 @@ class _Panel:
         anchors, marks = {}, []
         for variant in _styles(results):
             own = [(self.value(r), r.loss) for r in results if r.variant == variant]
-            if not all(math.isfinite(x) for x, _ in own):
+            own = [point for point in own if math.isfinite(point[0])]
+            if not own:
                 continue
             x, y = mean = to_pixels([statistics.fmean(a) for a in zip(*own, strict=True)])
             points = [to_pixels(point) for point in own]
@@ -238,9 +238,8 @@ class _Panel:
                 marks += [around(*spot, 2) for spot in spoke]
             half_width = self.summary.of(variant).half_width
             if half_width:
-                level = statistics.fmean(r.loss for r in results if r.variant == variant)
-                heights = [level + half_width * i / 24 for i in range(-24, 25)]
-                at = statistics.fmean(a for a, _ in own)
+                at, level = (statistics.fmean(a) for a in zip(*own, strict=True))
+                heights = (level + half_width * i / 24 for i in range(-24, 25))
                 marks += [around(*to_pixels((at, height)), 3) for height in heights]
         return anchors, marks
 

@@ -4,15 +4,28 @@ import csv
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from moejax.errors import UserError
 from moejax.sweep.definition import Sweep
+from moejax.sweep.results import Result
 from moejax.sweep.statistics import LEVEL, detectable
 
 Losses = Mapping[str, Mapping[int, float]]
 """Held-out losses by variant and seed."""
+
+
+class Pilot(NamedTuple):
+    """A finished trial of an earlier sweep, from its results.csv."""
+
+    variant: str
+    seed: int
+    step: int
+    loss: float
+    seconds_per_step: float
+    elapsed_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Detectable:
     source: str
 
 
-def noise(sweep: Sweep, own: Losses) -> Noise | None:
+def noise(sweep: Sweep, finished: Sequence[Result]) -> Noise | None:
     """The best of what the sweep's own trials and its PILOT tell; None if they tell nothing.
 
     Paired differences are better than the deviation over seeds, and many better than few.
@@ -50,9 +63,9 @@ def noise(sweep: Sweep, own: Losses) -> Noise | None:
       UserError: the pilot's file cannot be read.
     """
     baseline, pilot = sweep.comparison.baseline, sweep.comparison.pilot
-    found = [noise_of(own, baseline, "this sweep")]
+    found = [noise_of(losses_of(finished), baseline, "this sweep")]
     if isinstance(pilot, str):
-        found.append(noise_of(read_losses(Path(pilot).expanduser()), baseline, pilot))
+        found.append(noise_of(losses_of(read_pilot(pilot)), baseline, pilot))
     elif pilot is not None:
         text = f"PILOT = {pilot:g}, the deviation over seeds, times \N{SQUARE ROOT}2"
         found.append(Noise(math.sqrt(2) * pilot, False, 0, text))
@@ -65,7 +78,6 @@ def noise_of(losses: Losses, baseline: str | None, where: str) -> Noise | None:
 
     Without a baseline among them the first variant is in its place.
     """
-    losses = {variant: own for variant, own in losses.items() if own}
     reference = baseline if baseline in losses else next(iter(losses), None)
     if reference is None:
         return None
@@ -94,20 +106,33 @@ def _pooled(groups: Iterable[list[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
-def read_losses(folder: Path) -> dict[str, dict[int, float]]:
-    """The losses of a sweep's finished trials, from its results.csv."""
+def losses_of(trials: Sequence[Result | Pilot]) -> Losses:
     losses: dict[str, dict[int, float]] = {}
+    for trial in trials:
+        losses.setdefault(trial.variant, {})[trial.seed] = trial.loss
+    return losses
+
+
+def read_pilot(folder: str) -> list[Pilot]:
+    """The finished trials of a sweep, from its results.csv.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = Path(folder).expanduser() / "results.csv"
+    kinds = Pilot.__annotations__
     try:
-        with open(folder / "results.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                if row["finished"] == "1":
-                    losses.setdefault(row["variant"], {})[int(row["seed"])] = float(row["loss"])
+        with open(path, newline="") as file:
+            return [
+                Pilot(**{name: kind(row[name]) for name, kind in kinds.items()})
+                for row in csv.DictReader(file)
+                if row["finished"] == "1"
+            ]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{folder / 'results.csv'} was not written by `moejax sweep` ({error}); name another "
-            "PILOT"
+            f"{path} is not what this version of `moejax sweep` writes ({error}); name another "
+            "PILOT, or run that sweep's command again"
         ) from error
-    return losses
 
 
 def detectable_difference(sweep: Sweep, found: Noise | None) -> Detectable | None:

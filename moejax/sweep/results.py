@@ -150,8 +150,8 @@ def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
 def elapsed_seconds(timings: Sequence[Row]) -> float:
     """The last ``elapsed`` of each time the run was started, together."""
     elapsed = [row["elapsed"] for row in timings]
-    lasts = (now for now, after in zip(elapsed, [*elapsed[1:], -math.inf]) if after < now)
-    return sum(lasts, start=0.0)
+    pairs = zip(elapsed, [*elapsed[1:], -math.inf], strict=False)
+    return sum((now for now, after in pairs if after < now), start=0.0)
 
 
 def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:

@@ -17,8 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from moejax.sweep import budget, summary
 from moejax.sweep import folder as folders
-from moejax.sweep import summary
 from moejax.sweep.definition import Sweep, Trial, changed
 from moejax.train.lock import WorkdirLock
 from moejax.train.loop import make_workdir
@@ -44,6 +44,7 @@ def run(sweep: Sweep, folder: Path) -> int:
         folders.write_index(folder, sweep)
         variants, trials = len(sweep.variants), len(sweep.trials)
         _say(f"{sweep.source}: {variants} variants, {trials} trials in {folder}")
+        budget.announce(sweep, folder)
         status = run_trials(sweep, folder)
         if status != STOPPED:
             report(sweep, folder)

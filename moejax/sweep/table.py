@@ -18,7 +18,7 @@ forward (the last one). step: median. imbalance: max load / mean load - 1, in tr
 the run) and in the last evaluation. drops: pairs dropped in training (mean over the run).
 results.csv has every trial's numbers."""
 
-_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NOTE_WIDTH = 100
 _LEFT = ("variant", "verdict", "marks")
 
