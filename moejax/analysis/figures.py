@@ -25,7 +25,7 @@ def line(name: str, x: Any, y: Any, **style: Any) -> Spec:
 def level(name: str, steps: Any, value: float) -> Spec:
     """A dotted horizontal line over the range of ``steps``, such as a baseline."""
     ends = [min(steps), max(steps)]
-    style = {"color": "#808890", "dash": "dot", "width": 1.5}
+    style = {"color": "quiet", "dash": "dot", "width": 1.5}
     return line(name, ends, [value, value], mode="lines", line=style)
 
 

@@ -150,20 +150,23 @@ def _measure(
 ) -> Figure:
     traces = []
     for name, (steps, load_NME) in loads.items():
-        style = {"line": {"dash": "dot"}} if name == "held out" else {}
-        traces += by_layer(name, steps, function(load_NME), **style)
+        dash = "dot" if name == "held out" else "solid"
+        traces += by_layer(name, steps, function(load_NME), dash)
     spec = figures.chart(traces, "step", measure)
     slug = measure.replace(" ", "-")
     return Figure(spec, f"{meaning} Dotted: held out.", height=340, name=f"balance-{slug}")
 
 
-def by_layer(name: str, steps: np.ndarray, values_NM: np.ndarray, **style: object) -> list:
+def by_layer(
+    name: str, steps: np.ndarray, values_NM: np.ndarray, dash: str = "solid"
+) -> list[figures.Spec]:
     """A line per layer of values [N, layers]; of many layers their mean and extremes."""
-    layers, start = values_NM.shape[1], f"{name}, " if name else ""
-    if layers > LINES:
-        found = {"mean": values_NM.mean(1), "lowest": values_NM.min(1), "highest": values_NM.max(1)}
-        return [figures.line(f"{start}{n} layer", steps, v, **style) for n, v in found.items()]
+    lines = {f"layer {layer}": values_NM[:, layer] for layer in range(values_NM.shape[1])}
+    if len(lines) > LINES:
+        ends = {"lowest": values_NM.min(axis=1), "highest": values_NM.max(axis=1)}
+        lines = {"mean of layers": values_NM.mean(axis=1), **ends}
+    start = f"{name}, " if name else ""
     return [
-        figures.line(f"{start}layer {layer}", steps, values_NM[:, layer], **style)
-        for layer in range(layers)
+        figures.line(f"{start}{which}", steps, values, line={"color": f"C{i}", "dash": dash})
+        for i, (which, values) in enumerate(lines.items())
     ]
