@@ -10,7 +10,7 @@ from moejax.analysis.statistics.spread import spread
 
 
 def test_quantiles_are_interpolated_and_float16_does_not_round_the_mean():
-    value = spread(np.array([1, 2, 3, 10], np.float16), (0, 0.5, 1))
+    value = spread(np.array([1, 2, 3, 10], np.float16), (0.0, 0.5, 1.0))
     assert (value.mean, value.quantiles) == (4.0, (1.0, 2.5, 10.0))
     assert spread(np.full(5000, 3, np.float16), ()).mean == 3.0
 
