@@ -92,7 +92,7 @@ def _moves(probe: Probe) -> list[Block]:
 
 def _saturation(probe: Probe, first: bool) -> Figure:
     steps, share_SM, blind = saturations(probe, first)
-    traces = [*by_layer("", steps, share_SM), figures.level("by chance", steps, blind)]
+    traces = [*by_layer("", steps, share_SM), figures.level("by chance", probe.steps, blind)]
     axis = {"tickformat": ".0%", "range": [0, 1.02]}
     spec = figures.chart(traces, "step", "same as at the last recording", yaxis=axis)
     which = "first choices" if first else "chosen experts"
