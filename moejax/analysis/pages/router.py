@@ -6,7 +6,7 @@ from moejax.analysis import figures
 from moejax.analysis.html import plain
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import fan, panels
+from moejax.analysis.panels import Panel, fan, panels
 from moejax.analysis.probed import at_tokens, over_steps
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics.spread import histogram, spread
@@ -70,7 +70,7 @@ def _means(probe: Probe, steps: np.ndarray, spread_SQMX: np.ndarray) -> Figure:
         if name == "entropy":
             largest = float(np.log(int(probe.at(probe.steps[-1])["num_experts"])))
             traces.append(figures.level("log E", probe.steps, largest))
-        found.append(("step", axis, traces))
+        found.append(Panel("step", axis, traces))
     caption = "Means over the probe's tokens at each recording. Dotted: entropy of even odds."
     return Figure(panels(found), caption, height=560, name="router-means")
 
@@ -80,7 +80,7 @@ def _fan(steps: np.ndarray, spread_SQMX: np.ndarray, layer: int) -> Figure:
     for index, axis in enumerate(QUANTITIES.values()):
         _, low, quarter, middle, three, high = spread_SQMX[:, index, layer].T
         bands = {"5% to 95% of tokens": (low, high), "25% to 75%": (quarter, three)}
-        found.append(("step", axis, fan(steps, bands, ("median", middle))))
+        found.append(Panel("step", axis, fan(steps, bands, ("median", middle))))
     caption = f"How the tokens of layer {layer} spread around their median, by step."
     return Figure(panels(found), caption, height=560, name=f"router-spread-{layer}")
 
@@ -98,7 +98,7 @@ def _histograms(probe: Probe, layer: int) -> Figure:
             "width": float(edges[1] - edges[0]),
             "marker": {"color": "C0"},
         }
-        found.append((axis, "share of tokens", [bars]))
+        found.append(Panel(axis, "share of tokens", [bars], {"tickformat": ".0%"}))
     caption = f"Layer {layer} at step {step}: the share of tokens in each of {BINS} intervals."
     return Figure(panels(found), caption, height=560, name=f"router-distribution-{layer}")
 
@@ -121,7 +121,7 @@ def _gate(run: RunData) -> list[Block]:
     keys = sorted({k for row in run.train for k in row if k.startswith(start)})
     lines = {key.removeprefix(start): run.series("train", key) for key in keys}
     found = [
-        ("step", plain(name), [figures.line(name, steps, values)])
+        Panel("step", plain(name), [figures.line(name, steps, values)])
         for name, (steps, values) in lines.items()
         if len(steps)
     ]
