@@ -48,8 +48,7 @@ def _times(run: RunData) -> dict[str, list[Block]]:
         "MFU": ("mfu", 1, "share of peak"),
     }
     captions = {
-        "step time": "Mean over the steps since the row before; the first one includes compilation "
-        "when it is the only step of its row.",
+        "step time": "Mean over the steps since the row before, without compilation.",
         "tokens per second": "Training tokens of all devices together.",
         "MFU": "FLOPs of the model's forward and backward pass per second over the devices' peak, "
         "measured by a matrix product where no peak is published.",
