@@ -91,11 +91,17 @@ def test_drops_above_a_tenth_are_a_warning(tmp_path: Path):
 @pytest.mark.parametrize(
     ("mark", "said"),
     [
-        ("train:future+others", "later tokens of its sequence and other sequences of the batch in training."),
-        ("train:others eval:future", "other sequences of the batch in training and on later tokens of its "
-         "sequence in evaluation."),
+        (
+            "train:future+others",
+            "later tokens of its sequence and other sequences of the batch in training.",
+        ),
+        (
+            "train:others eval:future",
+            "other sequences of the batch in training and on later tokens of its sequence in "
+            "evaluation.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_leak_is_explained(mark: str, said: str):
     assert health.explain(mark) == f"a token's output may depend on {said}"
 

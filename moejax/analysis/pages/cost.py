@@ -103,7 +103,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _padding(run: RunData) -> list[Block]:
-    counted = [(row["step"], traffic.of_row(run, row)) for row in run.train if row.get("moe/load")]
+    rows = [row for row in run.train if row.get("moe/load") and row.get("moe/dropped")]
+    counted = [(row["step"], traffic.of_row(run, row)) for row in rows]
     counted = [(step, found) for step, found in counted if found]
     if not counted:
         return [Text("What the transport computes and sends cannot be derived from this config.")]
