@@ -38,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models"},
     "sweep": {"errors", "flags", "train"} | CONFIG,
-    "cli": {"moejax", "data", "doctor", "errors", "flags", "show", "sweep", "train"} | CONFIG,
+    "analysis": {"errors", "flags", "gating", "probe", "sweep", "train"} | CONFIG,
+    "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
+    | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
 """Parts of the package and the parts they may import; a part may always import itself.
