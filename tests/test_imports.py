@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mesh": {"errors"},
     "kernels": {"errors"},
     "losses": {"types"},
+    "probe": {"errors"},
     "recording": {"errors"},
     "gating": LOWEST | {"recording"},
     "experts": LOWEST,
@@ -34,9 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"errors", "overrides", "schema"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
-    "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "recording"},
+    "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "probe", "recording"},
     "sweep": {"errors", "train"} | CONFIG,
-    "cli": {"moejax", "data", "doctor", "errors", "flags", "show", "sweep", "train"} | CONFIG,
+    "analysis": {"errors", "flags", "sweep", "train"} | CONFIG,
+    "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
+    | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
 """Parts of the package and the parts they may import; a part may always import itself.
