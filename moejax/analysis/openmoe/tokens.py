@@ -38,7 +38,7 @@ class Spread:
     """Standard deviation over experts of r(kind), for the kinds that occur often.
 
     ``chance`` and ``chance_high`` are mean and 97.5% quantile, over shuffles, of the mean over
-    kinds. ``values`` has a number per kind, ``shuffled`` per kind and shuffle.
+    kinds. ``values`` has a number per kind, ``shuffled`` those of one shuffle.
     """
 
     kinds: int
@@ -116,7 +116,7 @@ def spread_of(
         chance_high=float(np.quantile(chance_S, 0.975)),
         largest=largest_spread(num_experts, choice_TK.shape[1]),
         values=value_C.tolist(),
-        shuffled=chance_SC.reshape(-1).tolist(),
+        shuffled=chance_SC[0].tolist(),
     )
 
 
