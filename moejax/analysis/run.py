@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.probe import Probe
 from moejax.train.metrics import revive
 
 Row = dict[str, Any]
 
 SAVED = (
     "flops", "version", "corpus", "fingerprint", "heldout_bytes_per_token", "baselines",
-    "parameters", "visibility",
+    "parameters", "visibility", "memory", "devices",
 )  # fmt: skip
 """What this version writes to config.json beside the config."""
+
+LEAK = "leak/nats_per_token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,8 @@ class RunData:
 
     ``config`` is nested as ``to_dict`` gives it; ``saved`` is all of config.json. ``train`` and
     ``held_out`` are the rows of metrics.jsonl by split, in the order of their steps. ``problems``
-    says in sentences what could not be read.
+    says in sentences what could not be read. ``leak`` holds the numbers of `moejax eval
+    --measure-leak`, where they are known.
     """
 
     name: str
@@ -36,8 +40,9 @@ class RunData:
     train: list[Row]
     held_out: list[Row]
     timings: list[Row]
-    probe: Any = None
+    probe: Probe | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
+    leak: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, workdir: str | Path) -> "RunData":
@@ -56,6 +61,7 @@ class RunData:
                 "out."
             )
         rows = _read_rows(folder / "metrics.jsonl", problems)
+        measured = [row for row in rows if LEAK in row]
         return cls(
             name=folder.resolve().name,
             workdir=folder,
@@ -64,7 +70,9 @@ class RunData:
             train=[row for row in rows if row.get("split") == "train"],
             held_out=[row for row in rows if row.get("split") == "eval"],
             timings=_read_rows(folder / "timings.jsonl", problems),
+            probe=_read_probe(folder, problems),
             problems=problems,
+            leak=measured[-1] if measured else {},
         )
 
     def field(self, name: str, otherwise: Any = None) -> Any:
@@ -123,6 +131,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise UserError(f"{path} was not written by `moejax train`: it has no config")
     return saved
+
+
+def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
+    try:
+        probe = Probe.read(folder)
+    except UserError as error:
+        problems.append(f"{error}.")
+        return None
+    problems += [f"{problem}." for problem in probe.problems] if probe else []
+    return probe
 
 
 def _read_rows(path: Path, problems: list[str]) -> list[Row]:

@@ -55,6 +55,8 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
             "train": dataclasses.asdict(budget.train_flops),
             "eval": dataclasses.asdict(budget.eval_flops),
         },
+        "memory": {"state": budget.state_bytes, "activations": budget.activation_bytes},
+        "devices": {"kind": this.mesh.devices.flat[0].device_kind, "count": this.mesh.size},
     }
     cached = compile_cache.kept(config.report.compile_cache)
     with cached, jax.set_mesh(this.mesh), closing(console), Stop() as stop:

@@ -47,6 +47,8 @@ def saved(of: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
         "baselines": {"unigram": 3.0, "bigram": 2.5},
         "parameters": {"total": 9552, "active": 8016},
         "visibility": "",
+        "memory": {"state": 2**20, "activations": 2**21},
+        "devices": {"kind": "cpu", "count": 1},
     } | changes
 
 
