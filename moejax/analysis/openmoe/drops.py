@@ -93,7 +93,8 @@ def drops(text: str, arm: Arm, routed: Routed) -> Drops:
         by_layer=ratio(dropped.sum(axis=(1, 2, 3)), active.sum(axis=(1, 2, 3))).tolist(),
         rate=of(slice(None)),
         rise=over_rows(
-            routed.rows, lambda row_n: rise(lost_NL[row_n].sum(axis=0), wanted_NL[row_n].sum(axis=0))
+            routed.rows,
+            lambda row_n: rise(lost_NL[row_n].sum(axis=0), wanted_NL[row_n].sum(axis=0)),
         ),
         early=of(slice(quarter)),
         late=of(slice(-quarter, None)),

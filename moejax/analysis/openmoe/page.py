@@ -109,9 +109,7 @@ def _spreads(layer: Layer, number: int) -> Figure:
         f"of MoE layer {number}: one value per kind with more than {LEAST} occurrences. 0 is even, "
         f"{ids.largest:.3f} one expert only."
     )
-    return Figure(
-        {"data": traces, "layout": layout}, caption, name=f"openmoe-spread-{number}"
-    )
+    return Figure({"data": traces, "layout": layout}, caption, name=f"openmoe-spread-{number}")
 
 
 def _spread_table(found: Specialisation) -> Table:
@@ -186,7 +184,17 @@ def _curves(found: list[Drops], number: int) -> Figure:
 
 
 def _drop_table(found: list[Drops]) -> Table:
-    header = ["text", "slots", "k", "rows", "choices", "any", "all", "first quarter", "last quarter"]
+    header = [
+        "text",
+        "slots",
+        "k",
+        "rows",
+        "choices",
+        "any",
+        "all",
+        "first quarter",
+        "last quarter",
+    ]
     rows = []
     for drops in found:
         tokens = (float(np.mean(drops.any)), float(np.mean(drops.all)))

@@ -64,7 +64,9 @@ def early_verdict(found: Early) -> Verdict:
     name = "early routing learning"
     then = at_early(found)
     if then is None:
-        because = f"No recording of the first {EARLY:.0%} of {found.last} steps, from {found.source}."
+        because = (
+            f"No recording of the first {EARLY:.0%} of {found.last} steps, from {found.source}."
+        )
         return Verdict(name, UNKNOWN, because)
     if not found.kinds:
         because = f"No token id occurs more than 128 times in {found.source}."
