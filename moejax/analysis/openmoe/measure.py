@@ -105,8 +105,8 @@ def _check(workdir: str, config: Config, options: Options) -> None:
     gate = make_gate(config)
     if isinstance(gate, NeedsRows) and gate.least_rows(config.moe.num_experts) > 1:
         raise UserError(
-            f"{workdir}: moe.gate.name={config.moe.gate.name} routes whole sequences, and OpenMoE's "
-            "findings are about tokens"
+            f"{workdir}: moe.gate.name={config.moe.gate.name} routes whole sequences, and the "
+            "three findings are about tokens"
         )
 
 

@@ -25,8 +25,8 @@ def page(found: Measured, verdicts: Sequence[Verdict]) -> Page:
     """Verdicts, then figures and tables of each finding."""
     names = [f"{i}. {verdict}" for i, verdict in enumerate(verdicts, 1)]
     about = (
-        f"The three findings of Xue et al. (OpenMoE, arXiv 2402.01739) at step {found.step} of this "
-        f"run. docs/openmoe.md has procedure and criteria; openmoe.json has the numbers."
+        f"The three findings of Xue et al. (OpenMoE, arXiv 2402.01739) at step {found.step} of "
+        "this run. docs/openmoe.md has procedure and criteria; openmoe.json has the numbers."
     )
     return Page(
         "OpenMoE's findings",
@@ -148,9 +148,9 @@ def _early(found: Early) -> list[Block]:
         "yaxis": {"title": {"text": "against the last"}, "range": [0, 1.02]},
     }
     caption = (
-        f"Routing of {found.tokens} tokens ({found.source}) at each step against step {found.last}, "
-        f"means over layers. Cosines are of the {found.kinds} ids with more than {LEAST} "
-        "occurrences."
+        f"Routing of {found.tokens} tokens ({found.source}) at each step against step "
+        f"{found.last}, means over layers. Cosines are of the {found.kinds} ids with more than "
+        f"{LEAST} occurrences."
     )
     return [Figure({"data": traces, "layout": layout}, caption, name="openmoe-early")]
 
@@ -203,9 +203,9 @@ def _drop_table(found: list[Drops]) -> Table:
         start = [drops.text, drops.arm.name, str(drops.k), str(drops.rows)]
         rows.append([*start, *(f"{x:.1%}" for x in shares), rise])
     caption = (
-        "Share of choices dropped; of tokens that lost any choice, and all; of choices in the first "
-        "and the last quarter of positions; and the rise of a straight line from the first position "
-        "to the last, with its 95% interval over rows."
+        "Share of choices dropped; of tokens that lost any choice, and all; of choices in the "
+        "first and the last quarter of positions; and the rise of a straight line from the first "
+        "position to the last, with its 95% interval over rows."
     )
     return Table([*header, "rise"], rows, caption)
 

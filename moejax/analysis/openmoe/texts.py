@@ -111,8 +111,8 @@ def _tokens(this: Run, path: str) -> np.ndarray:
         return _same_vocabulary(this.corpus, load_corpus(path), path).heldout_N
     if this.corpus.origin is None:
         raise UserError(
-            f"--data={path}: the run was trained on prepared tokens, so its tokenizer is not known; "
-            "prepare this text with the same one (moejax data prepare) and name the result"
+            f"--data={path}: the run was trained on prepared tokens, so its tokenizer is not "
+            "known; prepare this text with it (moejax data prepare) and name the result"
         )
     documents = find_documents(path)
     parts = [tokens for tokens, _ in encode_documents(documents, this.corpus.origin.tokenizer)]

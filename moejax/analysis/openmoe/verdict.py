@@ -74,9 +74,9 @@ def early_verdict(found: Early) -> Verdict:
     cosine, others = float(np.mean(then.cosine)), float(np.mean(found.others))
     because = (
         f"At step {then.step} of {found.last}, token ids' shares of experts have cosine "
-        f"{cosine:.3f} with their last ({_untrained(found)}those of other ids {others:.3f}); router "
-        f"saturation is {np.mean(then.saturation):.1%} (chance {np.mean(found.chance):.1%}), of "
-        f"first choices {np.mean(then.first_saturation):.1%}."
+        f"{cosine:.3f} with their last ({_untrained(found)}those of other ids {others:.3f}); "
+        f"router saturation is {np.mean(then.saturation):.1%} (chance "
+        f"{np.mean(found.chance):.1%}), of first choices {np.mean(then.first_saturation):.1%}."
     )
     alike = cosine >= ALIKE and 1 - cosine <= (1 - others) / 2
     return Verdict(name, APPEARS if alike else ABSENT, because)
