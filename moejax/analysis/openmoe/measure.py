@@ -31,7 +31,7 @@ DROPLESS = Arm(0.0)
 FACTORS = (1.0, 1.25, 2.0)
 TYPICAL = 1.25
 """The capacity factor of the arms that differ in something else: OpenMoE's in training."""
-EARLY_ROWS = 64
+EARLY_ROWS = 128
 """Rows on which checkpoints are compared, where the run has no probe."""
 
 Route = Callable[[TrainState, Text], Routed]
