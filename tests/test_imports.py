@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "probe", "recording"},
     "sweep": {"errors", "train"} | CONFIG,
-    "analysis": {"data", "errors", "flags", "probe", "sweep", "train"} | CONFIG,
+    "analysis": {"data", "errors", "flags", "gating", "probe", "sweep", "train"} | CONFIG,
     "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
     | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},

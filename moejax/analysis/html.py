@@ -15,8 +15,7 @@ from typing import Any
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
 
 POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
 TABS = 6
 """More alternatives than this are a list to choose from instead of buttons."""
@@ -90,7 +89,9 @@ class _Writer:
             raise ValueError(f"two figures are called {name!r}")
         kinds = [trace.get("type", "scatter") for trace in figure.spec["data"]]
         if any(kind.endswith("gl") or "map" in kind.replace("heatmap", "") for kind in kinds):
-            raise ValueError(f"figure {name!r}: {kinds} have a trace that needs eval or the network")
+            raise ValueError(
+                f"figure {name!r}: {kinds} have a trace that needs eval or the network"
+            )
         self.specs[name] = figure.spec
         return (
             f'<figure class="plot" data-name="{name}" data-height="{figure.height}">'

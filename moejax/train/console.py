@@ -48,8 +48,8 @@ class Console:
         )
         self._say(f"mesh        {mesh} on {run.mesh.size} {device.device_kind} device(s)")
         self._say(
-            f"data        {run.corpus.name}: {units.count(run.corpus.train_N.size)} training tokens, "
-            f"{units.count(run.corpus.heldout_N.size)} held out"
+            f"data        {run.corpus.name}: {units.count(run.corpus.train_N.size)} training "
+            f"tokens, {units.count(run.corpus.heldout_N.size)} held out"
         )
         self._say(
             f"training    {train.steps} steps of {train.batch_size} x {train.seq_len} tokens, "

@@ -40,9 +40,7 @@
     return printing ? "light" : chosen || (prefersDark.matches ? "dark" : "light");
   }
 
-  function template(name) {
-    const t = THEMES[name];
-    const scale = { diverging: t.diverging, sequential: t.sequential, sequentialminus: t.sequential };
+  function template(t) {
     const axis = {
       automargin: true, gridcolor: t.grid, zerolinecolor: t.grid, linecolor: t.line,
       tickcolor: t.line, ticks: "outside", ticklen: 4, title: { standoff: 10 },
@@ -51,7 +49,8 @@
       layout: {
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { family: "system-ui, 'Segoe UI', 'Liberation Sans', sans-serif", size: 12.5, color: t.ink },
-        colorway: t.colorway, colorscale: scale, hovermode: "closest",
+        colorway: t.colorway, hovermode: "closest",
+        modebar: { bgcolor: "rgba(0,0,0,0)", color: t.line, activecolor: t.ink },
         hoverlabel: { bgcolor: t.hover, bordercolor: t.line, font: { color: t.ink }, align: "left" },
         legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" },
         title: { x: 0, xanchor: "left", xref: "paper", font: { size: 14.5 }, y: 0.99, yanchor: "top", yref: "container" },
@@ -66,6 +65,16 @@
     };
   }
 
+  // Pages name colours "C0" to "C7", "ink" and "quiet"; each theme has its own.
+  function recolour(node, t) {
+    for (const [key, value] of Object.entries(node)) {
+      if (key === "color" && typeof value === "string") {
+        if (/^C[0-9]$/.test(value)) node[key] = t.colorway[value[1] % t.colorway.length];
+        else if (value === "ink" || value === "quiet") node[key] = t[value];
+      } else if (value && typeof value === "object" && !Array.isArray(value)) recolour(value, t);
+    }
+  }
+
   function visible(figure) {
     return !figure.closest("[hidden]") && (printing || figure.closest(".page").classList.contains("shown"));
   }
@@ -75,7 +84,12 @@
     if (figure.dataset.drawn === form) return;
     const spec = JSON.parse(document.getElementById("spec-" + figure.dataset.name).textContent);
     const layout = spec.layout || {};
-    layout.template = template(theme());
+    const t = THEMES[theme()];
+    for (const trace of spec.data) recolour(trace, t);
+    recolour(layout, t);
+    layout.template = template(t);
+    // A template's scales are not taken.
+    layout.colorscale = { diverging: t.diverging, sequential: t.sequential, sequentialminus: t.sequential };
     layout.height = Number(figure.dataset.height);
     layout.margin = Object.assign({ l: 60, r: 20, t: layout.title ? 62 : 36, b: 48 }, layout.margin);
     if (printing) layout.width = PRINT_WIDTH;

@@ -1,12 +1,9 @@
 """``moejax report RUN --openmoe``: evaluates, says what appears, writes the numbers."""
 
 import argparse
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from moejax.analysis.page import Page
 from moejax.errors import UserError
@@ -20,10 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--openmoe",
         action="store_true",
-        help="also evaluate the run's checkpoint for OpenMoE's three findings (minutes)",
+        help="of a run: also evaluate a checkpoint for OpenMoE's three findings (takes minutes)",
     )
     parser.add_argument(
-        "--rows", type=int, metavar="N", help="with --openmoe: sequences of each text (default 256)"
+        "--rows",
+        type=int,
+        metavar="N",
+        help="with --openmoe: sequences of each text (default 256)",
     )
     parser.add_argument(
         "--data",
@@ -44,55 +44,30 @@ def check_arguments(args: argparse.Namespace) -> None:
       UserError: one of them without ``--openmoe``.
     """
     for flag in ("rows", "data", "step"):
-        value = getattr(args, flag)
-        if value not in (None, []) and not args.openmoe:
+        if getattr(args, flag) not in (None, []) and not args.openmoe:
             raise UserError(f"--{flag} has no effect without --openmoe")
 
 
-def pages(
-    workdir: str, args: argparse.Namespace, folder: Path, say: Callable[[str], None]
-) -> list[Page]:
-    """The page of the findings; prints their verdicts and writes `NUMBERS` into ``folder``.
+def page(workdir: Path, args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> Page:
+    """The page of the findings; says their verdicts and writes `NUMBERS` into ``folder``.
 
     Raises:
       UserError: what cannot be evaluated (see ``measure.measure``), or written.
     """
-    from moejax.analysis.openmoe import measure, verdict  # JAX, only where it is needed
-    from moejax.analysis.openmoe.page import page
+    # They import JAX, which a report of what was recorded does without.
+    from moejax.analysis.openmoe import findings, measure
+    from moejax.analysis.openmoe import page as pages
 
-    options = measure.Options(data=tuple(args.data), step=args.step)
-    if args.rows is not None:
-        options = dataclasses.replace(options, rows=args.rows)
+    rows = measure.ROWS if args.rows is None else args.rows
+    options = measure.Options(rows, tuple(args.data), args.step)
     found = measure.measure(workdir, options, say)
-    verdicts = [
-        verdict.specialisation_verdict(found.specialisation),
-        verdict.early_verdict(found.early),
-        verdict.drops_verdict(found.drops),
-    ]
+    judged = findings.verdicts(found)
     path = folder / NUMBERS
     try:
-        path.write_text(json.dumps(numbers(found, verdicts), indent=1, allow_nan=False) + "\n")
+        content = json.dumps(findings.numbers(found, judged), indent=1, allow_nan=False)
+        path.write_text(content + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    for line in verdicts:
-        print(line)
-    return [page(found, verdicts)]
-
-
-def numbers(found: Any, verdicts: Sequence[Any]) -> dict[str, Any]:
-    """What is measured, as JSON's types; what is undefined is null."""
-    about = {name: getattr(found, name) for name in ("run", "step", "steps", "num_experts")}
-    findings = {
-        name: dataclasses.asdict(getattr(found, name)) for name in ("specialisation", "early")
-    }
-    drops = [dataclasses.asdict(item) | {"arm": item.arm.name} for item in found.drops]
-    said = [line._asdict() for line in verdicts]
-    return _plain({**about, "verdicts": said, **findings, "drops": drops})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    for verdict in judged:
+        say(str(verdict))
+    return pages.page(found, judged)

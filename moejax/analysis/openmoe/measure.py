@@ -5,17 +5,18 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from moejax.analysis.openmoe.drops import Arm, Drops, drops
-from moejax.analysis.openmoe.early import Early, early
+from moejax.analysis.openmoe.early import early
+from moejax.analysis.openmoe.findings import Measured
 from moejax.analysis.openmoe.interval import GROUPS
 from moejax.analysis.openmoe.routed import Routed
 from moejax.analysis.openmoe.texts import Text, all_texts, domains
-from moejax.analysis.openmoe.tokens import Specialisation, specialisation
+from moejax.analysis.openmoe.tokens import specialisation
 from moejax.config import Config, load, make_gate
 from moejax.errors import UserError
 from moejax.probe import Probe
@@ -31,6 +32,8 @@ DROPLESS = Arm(0.0)
 FACTORS = (1.0, 1.25, 2.0)
 TYPICAL = 1.25
 """The capacity factor of the arms that differ in something else: OpenMoE's in training."""
+ROWS = 256
+"""Rows of each text, unless told otherwise."""
 EARLY_ROWS = 128
 """Rows on which checkpoints are compared, where the run has no probe."""
 
@@ -41,37 +44,21 @@ Route = Callable[[TrainState, Text], Routed]
 class Options:
     """Rows of each text, other texts by path, and the checkpoint (None: the newest)."""
 
-    rows: int = 256
+    rows: int
     data: tuple[str, ...] = ()
     step: int | None = None
 
 
-class Measured(NamedTuple):
-    """The numbers of the findings. The first text is the run's own held-out one."""
-
-    run: str
-    step: int
-    steps: int
-    """Of the whole run, by its config."""
-    num_experts: int
-    specialisation: Specialisation
-    early: Early
-    drops: list[Drops]
-    routed: Routed
-    """The run's own text, dropless."""
-    token_text: list[str]
-
-
-def measure(workdir: str, options: Options, say: Callable[[str], None]) -> Measured:
+def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Measured:
     """Evaluates a run's checkpoint; ``say`` is told what goes on.
 
     Raises:
       UserError: no run or checkpoint; a dense model; a gate that routes whole sequences; texts that
         cannot be read or are too short.
     """
-    config = load(str(Path(workdir) / "config.json")).config
+    config = load(str(workdir / "config.json")).config
     _check(workdir, config, options)
-    with evaluate.opened(config, workdir, options.step) as found:
+    with evaluate.opened(config, str(workdir), options.step) as found:
         this, state, at = found
         texts = all_texts(this, options.data, options.rows)
         for text in texts:
@@ -82,10 +69,10 @@ def measure(workdir: str, options: Options, say: Callable[[str], None]) -> Measu
                 )
         routed, counted = _all_arms(this, state, texts, say)
         say("comparing checkpoints")
-        earlier = early(*_recordings(this, Path(workdir), at, texts[0]))
+        earlier = early(*_recordings(this, workdir, at, texts[0]))
     origin = this.corpus.origin
     return Measured(
-        run=Path(workdir).resolve().name,
+        run=workdir.resolve().name,
         step=at,
         steps=config.train.steps,
         num_experts=config.moe.num_experts,
@@ -97,7 +84,7 @@ def measure(workdir: str, options: Options, say: Callable[[str], None]) -> Measu
     )
 
 
-def _check(workdir: str, config: Config, options: Options) -> None:
+def _check(workdir: Path, config: Config, options: Options) -> None:
     if options.rows < GROUPS:
         raise UserError(f"--rows={options.rows} must be at least {GROUPS}, for intervals")
     if not config.moe.every:

@@ -1,14 +1,14 @@
 """The three findings as a page of the report."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from moejax.analysis import figures
 from moejax.analysis.html import plain
 from moejax.analysis.openmoe.drops import Drops
 from moejax.analysis.openmoe.early import Early
-from moejax.analysis.openmoe.measure import Measured
+from moejax.analysis.openmoe.findings import Measured
 from moejax.analysis.openmoe.routed import counts
 from moejax.analysis.openmoe.tokens import LEAST, POSITION, TOKEN, Layer, Specialisation
 from moejax.analysis.openmoe.verdict import Verdict
@@ -58,20 +58,15 @@ def _shares(found: Measured, layer: int) -> Figure:
     choice_TK = routed.choices(layer)[routed.valid_NL]
     table_CE = counts(choice_TK, token_T, len(seen_V), routed.num_experts)[often]
     share_CE = ratio(table_CE, table_CE.sum(axis=1, keepdims=True))
-    heatmap = {
-        "type": "heatmap",
-        "z": share_CE.tolist(),
-        "x": list(range(routed.num_experts)),
-        "y": [_token(found.token_text, int(v)) for v in often],
-        "colorbar": {"title": {"text": "share"}},
-    }
-    layout = {"xaxis": {"title": {"text": "expert"}}, "yaxis": {"type": "category"}}
+    names = [_token(found.token_text, int(v)) for v in often]
+    cells = figures.heatmap(share_CE, range(routed.num_experts), names, "share")
     caption = (
         f"r(token id): of the choices of a token id's occurrences, the share that each expert of "
         f"MoE layer {layer} gets, for the {len(often)} most frequent ids. 1 / experts = "
         f"{1 / routed.num_experts:.3f} everywhere would be no specialisation."
     )
-    return Figure({"data": [heatmap], "layout": layout}, caption, 480, f"openmoe-shares-{layer}")
+    spec = figures.chart([cells], "expert", "token id", yaxis={"type": "category"})
+    return Figure(spec, caption, 480, f"openmoe-shares-{layer}")
 
 
 def _token(texts: list[str], token: int) -> str:
@@ -99,17 +94,14 @@ def _spreads(layer: Layer, number: int) -> Figure:
         }
         for name, values in series.items()
     ]
-    layout = {
-        "barmode": "overlay",
-        "xaxis": {"title": {"text": "standard deviation of r over experts"}},
-        "yaxis": {"title": {"text": "share"}},
-    }
     caption = (
         f"How unevenly the first choices of a token id, or of a position, spread over the experts "
         f"of MoE layer {number}: one value per kind with more than {LEAST} occurrences. 0 is even, "
         f"{ids.largest:.3f} one expert only."
     )
-    return Figure({"data": traces, "layout": layout}, caption, name=f"openmoe-spread-{number}")
+    x = "standard deviation of r over experts"
+    spec = figures.chart(traces, x, "share", barmode="overlay")
+    return Figure(spec, caption, name=f"openmoe-spread-{number}")
 
 
 def _spread_table(found: Specialisation) -> Table:
@@ -120,7 +112,8 @@ def _spread_table(found: Specialisation) -> Table:
             all_k = layer.shares[kind]
             numbers = (first.mean, first.chance, all_k.mean, all_k.chance, all_k.largest)
             told = f"{layer.information[kind]:.3f}"
-            rows.append([str(i), kind, str(first.kinds), *(f"{x:.4f}" for x in numbers), told])
+            spreads = [f"{x:.4f}" if first.kinds else "-" for x in numbers]
+            rows.append([str(i), kind, str(first.kinds), *spreads, told])
     caption = (
         f"Mean standard deviation over experts of r(kind), for kinds with more than {LEAST} "
         "occurrences: of first choices (at most sqrt(1/E - 1/E^2)) and of all k choices (at most "
@@ -137,22 +130,16 @@ def _early(found: Early) -> list[Block]:
         "of first choices": [float(np.mean(then.first_saturation)) for then in found.steps],
         "cosine of r(token id)": [float(np.mean(then.cosine)) for then in found.steps],
     }
-    traces = [_line(steps, values, name) for name, values in series.items()]
+    traces = [figures.line(name, steps, values) for name, values in series.items()]
     chance = {"saturation by chance": found.chance, "cosine of other ids": found.others}
-    traces += [
-        _line(steps[:: max(len(steps) - 1, 1)], [float(np.mean(x))] * 2, name, "dot")
-        for name, x in chance.items()
-    ]
-    layout = {
-        "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": "against the last"}, "range": [0, 1.02]},
-    }
+    traces += [figures.level(name, steps, float(np.mean(x))) for name, x in chance.items()]
     caption = (
         f"Routing of {found.tokens} tokens ({found.source}) at each step against step "
         f"{found.last}, means over layers. Cosines are of the {found.kinds} ids with more than "
         f"{LEAST} occurrences."
     )
-    return [Figure({"data": traces, "layout": layout}, caption, name="openmoe-early")]
+    spec = figures.chart(traces, "step", "against the last", yaxis={"range": [0, 1.02]})
+    return [Figure(spec, caption, name="openmoe-early")]
 
 
 def _drops(found: list[Drops]) -> list[Block]:
@@ -168,39 +155,28 @@ def _curves(found: list[Drops], number: int) -> Figure:
     length = len(found[0].choices)
     bins = np.array_split(np.arange(length), min(BINS, length))
     middle = [float(part.mean()) for part in bins]
-    traces = [
-        _line(middle, [float(np.mean(np.array(drops.choices)[b])) for b in bins], drops.arm.name)
-        for drops in found
-    ]
-    layout = {
-        "xaxis": {"title": {"text": "position"}},
-        "yaxis": {"title": {"text": "choices dropped"}, "tickformat": ".0%", "rangemode": "tozero"},
-    }
+    traces = []
+    for drops in found:
+        rate_L = np.array(drops.choices)
+        traces.append(figures.line(drops.arm.name, middle, [float(rate_L[b].mean()) for b in bins]))
+    axis = {"tickformat": ".0%", "rangemode": "tozero"}
     caption = (
         f"Share of choices dropped by position, all MoE layers, {found[0].rows} rows of "
         f"{found[0].text}; means of {len(bins)} stretches of positions."
     )
-    return Figure({"data": traces, "layout": layout}, caption, name=f"openmoe-drops-{number}")
+    spec = figures.chart(traces, "position", "choices dropped", yaxis=axis)
+    return Figure(spec, caption, name=f"openmoe-drops-{number}")
 
 
 def _drop_table(found: list[Drops]) -> Table:
-    header = [
-        "text",
-        "slots",
-        "k",
-        "rows",
-        "choices",
-        "any",
-        "all",
-        "first quarter",
-        "last quarter",
-    ]
+    header = ["text", "slots", "rows", "choices", "any", "all", "first quarter", "last"]
     rows = []
     for drops in found:
-        tokens = (float(np.mean(drops.any)), float(np.mean(drops.all)))
+        tokens = (float(np.nanmean(drops.any)), float(np.nanmean(drops.all)))
         shares = (drops.rate.value, *tokens, drops.early.value, drops.late.value)
-        rise = f"{drops.rise.value:+.1%} [{drops.rise.low:+.1%}, {drops.rise.high:+.1%}]"
-        start = [drops.text, drops.arm.name, str(drops.k), str(drops.rows)]
+        low, high = 100 * drops.rise.low, 100 * drops.rise.high
+        rise = f"{drops.rise.value:+.1%} [{low:+.1f}, {high:+.1f}]"
+        start = [drops.text, drops.arm.name, str(drops.rows)]
         rows.append([*start, *(f"{x:.1%}" for x in shares), rise])
     caption = (
         "Share of choices dropped; of tokens that lost any choice, and all; of choices in the "
@@ -208,8 +184,3 @@ def _drop_table(found: list[Drops]) -> Table:
         "position to the last, with its 95% interval over rows."
     )
     return Table([*header, "rise"], rows, caption)
-
-
-def _line(x: Sequence[float], y: list[float], name: str, dash: str = "solid") -> dict[str, Any]:
-    trace = {"type": "scatter", "mode": "lines", "x": list(x), "y": y, "name": plain(name)}
-    return trace | {"line": {"dash": dash}}

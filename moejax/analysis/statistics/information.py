@@ -15,9 +15,7 @@ def mutual_information(counts_CE: Int[np.ndarray, "C E"]) -> float:
     return float(np.maximum(of_kind + of_expert - entropy(counts_CE.reshape(-1)), 0.0))
 
 
-def explained(
-    selected_TE: Bool[np.ndarray, "T E"], kind_T: Int[np.ndarray, " T"]
-) -> float:
+def explained(selected_TE: Bool[np.ndarray, "T E"], kind_T: Int[np.ndarray, " T"]) -> float:
     """I(expert; kind) / H(expert), in [0, 1]: 1 when a token's kind decides which expert it gets.
 
     NaN when all pairs go to one expert. With k > 1 choices a token has k pairs, so a kind that

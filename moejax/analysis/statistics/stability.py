@@ -14,9 +14,7 @@ def churn(before_T: Int[np.ndarray, " T"], after_T: Int[np.ndarray, " T"]) -> fl
     return float(ratio(np.sum(before_T != after_T), np.asarray(before_T.size)))
 
 
-def saturation(
-    selected_TE: Bool[np.ndarray, "T E"], last_TE: Bool[np.ndarray, "T E"]
-) -> float:
+def saturation(selected_TE: Bool[np.ndarray, "T E"], last_TE: Bool[np.ndarray, "T E"]) -> float:
     r"""Router saturation: mean over tokens of |chosen then and at last| / |chosen at last|.
 
     .. math:: RS(t) = \frac{1}{N} \sum_{i=1}^{N} \frac{|E_i^{(t)} \cap E_i^{(T)}|}{k}
