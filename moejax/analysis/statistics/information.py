@@ -24,7 +24,7 @@ def explained(selected_TE: Bool[np.ndarray, "T E"], kind_T: Int[np.ndarray, " T"
     """
     _, kind_T = np.unique(kind_T, return_inverse=True)
     counts_CE = pair_counts(selected_TE, kind_T, int(kind_T.max(initial=-1)) + 1)
-    return float(ratio(np.asarray(mutual_information(counts_CE)), entropy(counts_CE.sum(axis=0))))
+    return float(ratio(mutual_information(counts_CE), entropy(counts_CE.sum(axis=0))))
 
 
 def null(

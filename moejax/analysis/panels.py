@@ -1,0 +1,53 @@
+"""Small multiples: several charts in one figure, with one legend."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from moejax.analysis import figures
+from moejax.analysis.figures import Spec
+
+Panel = tuple[str, str, Sequence[Spec]]
+"""The titles of a panel's axes, x and y, and its traces."""
+
+
+def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
+    """Panels in rows of ``columns``; a name is in the legend once."""
+    layout: dict[str, Any] = {
+        "grid": {
+            "rows": -(-len(found) // columns),
+            "columns": columns,
+            "pattern": "independent",
+            "xgap": 0.16,
+            "ygap": 0.28,
+        }
+    }
+    data, named = [], set()
+    for number, (x, y, traces) in enumerate(found, start=1):
+        suffix = "" if number == 1 else str(number)
+        layout[f"xaxis{suffix}"] = {"title": {"text": x}}
+        layout[f"yaxis{suffix}"] = {"title": {"text": y}}
+        for trace in traces:
+            name = trace.get("name", "")
+            data.append(
+                {
+                    "legendgroup": name,
+                    "showlegend": name not in named,
+                    **trace,
+                    "xaxis": f"x{suffix}",
+                    "yaxis": f"y{suffix}",
+                }
+            )
+            named.add(name)
+    return {"data": data, "layout": {**layout, "showlegend": len(named) > 1}}
+
+
+def fan(steps: Any, bands: dict[str, tuple[Any, Any]], middle: tuple[str, Any]) -> list[Spec]:
+    """A line within bands: each band is its lower and upper values by name, the widest first."""
+    traces = []
+    for name, (low, high) in bands.items():
+        edge = {"mode": "lines", "line": {"width": 0, "color": "C0"}, "hoverinfo": "skip"}
+        same = {"legendgroup": name, "opacity": 0.5}
+        traces.append(figures.line(name, steps, low, **edge, **same, showlegend=False))
+        traces.append(figures.line(name, steps, high, **edge, **same, fill="tonexty"))
+    name, values = middle
+    return [*traces, figures.line(name, steps, values, line={"color": "C0"})]
