@@ -1,5 +1,6 @@
 """OpenMoE's three findings about a run (Xue et al. 2024, arXiv 2402.01739, section 4).
 
+    texts.py        the rows of the texts that are routed
     routed.py       how a checkpoint routed the rows of a text
     interval.py     an interval over rows, for any statistic of them
     tokens.py       1. context-independent specialisation
@@ -7,6 +8,7 @@
     drops.py        3. drop towards the end
     verdict.py      which findings appear, by stated criteria
     measure.py      what has to be evaluated for them
+    findings.py     the numbers together, and as JSON
     page.py         the page of the report
     command.py      ``moejax report RUN --openmoe``
 

@@ -90,7 +90,7 @@ def _spreads(layer: Layer, number: int) -> Figure:
             "name": name,
             "histnorm": "probability",
             "opacity": 0.6,
-            "xbins": {"start": 0.0, "end": top, "size": top / 40},
+            "xbins": {"start": 0.0, "end": top * 1.025, "size": top / 40},
         }
         for name, values in series.items()
     ]
