@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,12 +20,19 @@ RISEN = 0.01
 """A held-out loss this share above its lowest has risen."""
 
 
-def warnings(run: RunData) -> list[str]:
+class Finding(NamedTuple):
+    """A warning: its kind in a word or two, and a sentence with the numbers."""
+
+    kind: str
+    text: str
+
+
+def findings(run: RunData) -> list[Finding]:
     """All warnings of a run, the gravest first."""
-    checks: list[Callable[[RunData], list[str]]] = [
+    checks: list[Callable[[RunData], list[Finding]]] = [
         _unfinished, _not_finite, _leak, _rose, _baseline, _falling, _dead, _collapse, _drops,
     ]  # fmt: skip
-    return [text for check in checks for text in check(run)]
+    return [finding for check in checks for finding in check(run)]
 
 
 def recent(values: np.ndarray) -> np.ndarray:
@@ -32,7 +40,7 @@ def recent(values: np.ndarray) -> np.ndarray:
     return values[-max(1, len(values) // 4) :]
 
 
-def _unfinished(run: RunData) -> list[str]:
+def _unfinished(run: RunData) -> list[Finding]:
     if run.finished:
         return []
     steps = run.field("train.steps", "?")
@@ -40,24 +48,27 @@ def _unfinished(run: RunData) -> list[str]:
     said = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
     why = next((line for line in reversed(said) if "diverged at" in line), "")
     if why:
-        return [f"The run diverged after step {run.last_step} of {steps}. It said: {why.strip()}"]
-    return [
+        text = f"The run diverged after step {run.last_step} of {steps}. It said: {why.strip()}"
+        return [Finding("diverged", text)]
+    text = (
         f"The run is not finished: it has logged step {run.last_step} of {steps}. It goes on, was "
         "stopped, or ended with an error; every number here is of the part that was logged."
-    ]
+    )
+    return [Finding("unfinished", text)]
 
 
-def _not_finite(run: RunData) -> list[str]:
+def _not_finite(run: RunData) -> list[Finding]:
     found = []
     for split, key in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):
         steps, values = run.series(split, key)
         bad = steps[~np.isfinite(values)]
         if bad.size:
-            found.append(f"{split} {key} is not finite at step {bad[0]} ({bad.size} rows).")
+            text = f"{split} {key} is not finite at step {bad[0]} ({bad.size} rows)."
+            found.append(Finding("not finite", text))
     return found
 
 
-def _leak(run: RunData) -> list[str]:
+def _leak(run: RunData) -> list[Finding]:
     marks = [row["leak"] for row in [*run.train, *run.held_out] if row.get("leak")]
     if not marks and not run.leak:
         return []
@@ -73,7 +84,7 @@ def _leak(run: RunData) -> list[str]:
             return []
     elif "eval:" in marks[-1] and "future" in marks[-1]:
         text += " How much that gains is not measured; `moejax report --measure-leak` does."
-    return [text.strip()]
+    return [Finding("leak", text.strip())]
 
 
 def explain(mark: str) -> str:
@@ -88,20 +99,21 @@ def explain(mark: str) -> str:
     return f"a token's output may depend {' and '.join(parts)}."
 
 
-def _rose(run: RunData) -> list[str]:
+def _rose(run: RunData) -> list[Finding]:
     steps, loss = run.series("eval", "loss")
     if not len(loss) or not np.isfinite(loss).any():
         return []
     best = int(np.nanargmin(loss))
     if loss[-1] <= loss[best] * (1 + RISEN):
         return []
-    return [
+    text = (
         f"The held-out loss ended at {loss[-1]:.4f}, above its lowest, {loss[best]:.4f} at step "
         f"{steps[best]}: it diverges or overfits."
-    ]
+    )
+    return [Finding("loss rose", text)]
 
 
-def _baseline(run: RunData) -> list[str]:
+def _baseline(run: RunData) -> list[Finding]:
     _, loss = run.series("eval", "loss")
     above = [
         f"{name} ({value:.4f})"
@@ -110,10 +122,11 @@ def _baseline(run: RunData) -> list[str]:
     ]
     if not above or len(above) < len(run.saved["baselines"]):
         return []
-    return [f"The held-out loss, {loss[-1]:.4f}, has beaten no baseline: {', '.join(above)}."]
+    text = f"The held-out loss, {loss[-1]:.4f}, has beaten no baseline: {', '.join(above)}."
+    return [Finding("above baselines", text)]
 
 
-def _falling(run: RunData) -> list[str]:
+def _falling(run: RunData) -> list[Finding]:
     """Compares the held-out loss at the end with that at three quarters of the run."""
     steps, loss = run.series("eval", "loss")
     if len(loss) < 2 or not math.isfinite(loss[-1]):
@@ -121,13 +134,14 @@ def _falling(run: RunData) -> list[str]:
     earlier = loss[np.flatnonzero(steps <= max(0.75 * steps[-1], steps[0]))[-1]]
     if earlier - loss[-1] <= FALLING * earlier:
         return []
-    return [
+    text = (
         f"Not converged: the held-out loss fell by {1 - loss[-1] / earlier:.1%} over the last "
         "quarter of the run, so that comparisons may come out differently after more steps."
-    ]
+    )
+    return [Finding("not converged", text)]
 
 
-def _dead(run: RunData) -> list[str]:
+def _dead(run: RunData) -> list[Finding]:
     _, load = run.arrays("train", "moe/load")
     if not len(load):
         return []
@@ -140,13 +154,14 @@ def _dead(run: RunData) -> list[str]:
     if not layers:
         return []
     window = len(recent(load))
-    return [
+    text = (
         f"Dead experts: {int(dead.sum())} of {dead.size} got no token in the last {window} logged "
         f"training steps ({'; '.join(layers)})."
-    ]
+    )
+    return [Finding("dead experts", text)]
 
 
-def _collapse(run: RunData) -> list[str]:
+def _collapse(run: RunData) -> list[Finding]:
     _, load = run.arrays("train", "moe/load")
     if not len(load):
         return []
@@ -159,21 +174,23 @@ def _collapse(run: RunData) -> list[str]:
     ]
     if not layers:
         return []
-    return [
+    text = (
         f"Collapse: of {num_experts} experts, {', '.join(layers)} equally used ones (exp of the "
         "load's entropy, last quarter of training)."
-    ]
+    )
+    return [Finding("collapse", text)]
 
 
-def _drops(run: RunData) -> list[str]:
+def _drops(run: RunData) -> list[Finding]:
     found = []
     for split, when in (("train", "in training"), ("eval", "in evaluation")):
-        for key, limit, what in (
-            ("moe/drop_rate", DROPS, "of (token, expert) pairs are dropped"),
-            ("moe/unserved_rate", UNSERVED, "of tokens get no expert in a MoE layer"),
+        for key, limit, kind, what in (
+            ("moe/drop_rate", DROPS, "drops", "of (token, expert) pairs are dropped"),
+            ("moe/unserved_rate", UNSERVED, "unserved", "of tokens get no expert in a MoE layer"),
         ):
             _, values = run.series(split, key)
             share = float(recent(values).mean()) if len(values) else 0.0
             if share > limit:
-                found.append(f"{share:.1%} {what} {when} (mean of the last quarter of rows).")
+                text = f"{share:.1%} {what} {when} (mean of the last quarter of rows)."
+                found.append(Finding(kind, text))
     return found

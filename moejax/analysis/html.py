@@ -166,4 +166,4 @@ def _finite(value: Any) -> Any:
 
 
 def _asset(name: str) -> str:
-    return resources.files("moejax.analysis").joinpath("assets", name).read_text()
+    return resources.files("moejax.analysis").joinpath("assets", name).read_text("utf-8")

@@ -6,6 +6,7 @@
   const CONFIG = {
     responsive: true,
     displaylogo: false,
+    displayModeBar: "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
   };
   const THEMES = {
@@ -68,7 +69,7 @@
   // Pages name colours "C0" to "C7", "ink" and "quiet"; each theme has its own.
   function recolour(node, t) {
     for (const [key, value] of Object.entries(node)) {
-      if (key === "color" && typeof value === "string") {
+      if ((key === "color" || key === "fillcolor") && typeof value === "string") {
         if (/^C[0-9]$/.test(value)) node[key] = t.colorway[value[1] % t.colorway.length];
         else if (value === "ink" || value === "quiet") node[key] = t[value];
       } else if (value && typeof value === "object" && !Array.isArray(value)) recolour(value, t);
@@ -88,8 +89,12 @@
     for (const trace of spec.data) recolour(trace, t);
     recolour(layout, t);
     layout.template = template(t);
-    // A template's scales are not taken.
-    layout.colorscale = { diverging: t.diverging, sequential: t.sequential, sequentialminus: t.sequential };
+    for (const trace of spec.data) {
+      if (trace.type === "heatmap" && !trace.colorscale) {
+        const lowest = trace.zmin ?? trace.z.flat().reduce((low, z) => Math.min(low, z), 0);
+        trace.colorscale = lowest < 0 ? t.diverging : t.sequential;
+      }
+    }
     layout.height = Number(figure.dataset.height);
     layout.margin = Object.assign({ l: 60, r: 20, t: layout.title ? 62 : 36, b: 48 }, layout.margin);
     if (printing) layout.width = PRINT_WIDTH;

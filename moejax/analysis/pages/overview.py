@@ -14,7 +14,7 @@ from moejax.train import units
 
 def page(run: RunData) -> Page:
     blocks: list[Block] = [Text(verdict(run))]
-    blocks += [Warning(text) for text in health.warnings(run)]
+    blocks += [Warning(finding.text) for finding in health.findings(run)]
     if run.problems:
         blocks.append(Warning("Not everything could be read. " + " ".join(run.problems)))
     blocks += [
