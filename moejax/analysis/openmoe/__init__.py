@@ -10,7 +10,8 @@
     measure.py      what has to be evaluated for them
     findings.py     the numbers together, and as JSON
     page.py         the page of the report
-    command.py      ``moejax report RUN --openmoe``
+    flags.py        the flags of ``moejax report RUN --openmoe``
+    report.py       what the command does
 
 docs/openmoe.md has the procedure, the criteria and where they deviate from the paper.
 """
