@@ -132,8 +132,11 @@ def router(this: Run, arm: Arm) -> Route:
         for batch in text.batches:
             real_B = batch["valid"].any(axis=1)
             sent = on_host(route(state, this.put(batch)))
-            parts.append([np.asarray(x)[:, real_B] for x in sent])
-        expert, weight, kept = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+            parts.append({name: x[:, real_B] for name, x in sent.items()})
+        expert, weight, kept = (
+            np.concatenate([part[name] for part in parts], axis=1)
+            for name in ("expert", "weight", "kept")
+        )
         return Routed(
             expert, weight, kept, text.token_NL, text.valid_NL, task.model.moe.num_experts,
             text.label_NL, text.names,
