@@ -1,5 +1,7 @@
 """Heatmaps of a lift: a share over what it would be by chance."""
 
+from typing import Any
+
 import numpy as np
 
 from moejax.analysis.figures import Spec, listed
@@ -10,7 +12,7 @@ WRITTEN = 16
 """Shares are written into the cells of maps of at most so many columns."""
 
 
-def lift_cells(lift: np.ndarray, share: np.ndarray, **style: object) -> Spec:
+def lift_cells(lift: np.ndarray, share: np.ndarray, **style: Any) -> Spec:
     """A heatmap of ``lift`` [rows, columns], coloured by its logarithm to base 2: 1 is neutral.
 
     ``share``, of the same shape, is written into the cells; hover texts find the lift as
@@ -29,7 +31,7 @@ def lift_cells(lift: np.ndarray, share: np.ndarray, **style: object) -> Spec:
         "zmax": edge,
         "zmid": 0,
         "colorbar": {
-            "title": {"text": "lift", "side": "right"},
+            "title": {"text": "lift", "side": "top"},
             "tickvals": list(ticks),
             "ticktext": [f"{2.0**tick:g}" for tick in ticks],
         },
@@ -38,6 +40,19 @@ def lift_cells(lift: np.ndarray, share: np.ndarray, **style: object) -> Spec:
     if share.shape[1] <= WRITTEN:
         cells |= {"text": [[_percent(x) for x in row] for row in share], "texttemplate": "%{text}"}
     return cells | style
+
+
+def cell_axes(rows: int, columns: int) -> dict[str, dict[str, Any]]:
+    """Axes of numbered or named cells, the first row on top; not every number where many are."""
+    return {
+        "xaxis": {"dtick": max(1, columns // 16), "showgrid": False, "zeroline": False},
+        "yaxis": {
+            "dtick": max(1, rows // 16),
+            "showgrid": False,
+            "zeroline": False,
+            "autorange": "reversed",
+        },
+    }
 
 
 def _percent(share: float) -> str:

@@ -1,13 +1,21 @@
 """Small multiples: several charts in one figure, with one legend."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.analysis import figures
 from moejax.analysis.figures import Spec
 
-Panel = tuple[str, str, Sequence[Spec]]
-"""The titles of a panel's axes, x and y, and its traces."""
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One chart: the titles of its axes, its traces, and what else is said of the y axis."""
+
+    x: str
+    y: str
+    traces: Sequence[Spec]
+    axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
@@ -22,11 +30,11 @@ def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
         }
     }
     data, named = [], set()
-    for number, (x, y, traces) in enumerate(found, start=1):
+    for number, panel in enumerate(found, start=1):
         suffix = "" if number == 1 else str(number)
-        layout[f"xaxis{suffix}"] = {"title": {"text": x}}
-        layout[f"yaxis{suffix}"] = {"title": {"text": y}}
-        for trace in traces:
+        layout[f"xaxis{suffix}"] = {"title": {"text": panel.x}}
+        layout[f"yaxis{suffix}"] = {"title": {"text": panel.y}, **panel.axis}
+        for trace in panel.traces:
             name = trace.get("name", "")
             data.append(
                 {
@@ -37,7 +45,8 @@ def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
                     "yaxis": f"y{suffix}",
                 }
             )
-            named.add(name)
+            if data[-1]["showlegend"]:
+                named.add(name)
     return {"data": data, "layout": {**layout, "showlegend": len(named) > 1}}
 
 

@@ -20,6 +20,10 @@ SAVED = (
 )  # fmt: skip
 """What this version writes to config.json beside the config."""
 
+OF_ROW = ("split", "loss")
+OF_TIMING = ("seconds_per_step", "elapsed", "tokens_per_second")
+"""Without these a row is of no use."""
+
 LEAK = "leak/nats_per_token"
 
 
@@ -60,7 +64,7 @@ class RunData:
                 f"{saved.get('version', 'of another version')} wrote it. What needs them is left "
                 "out."
             )
-        rows = _read_rows(folder / "metrics.jsonl", problems)
+        rows = _read_rows(folder / "metrics.jsonl", OF_ROW, problems)
         measured = [row for row in rows if LEAK in row]
         return cls(
             name=folder.resolve().name,
@@ -69,7 +73,7 @@ class RunData:
             saved=saved,
             train=[row for row in rows if row.get("split") == "train"],
             held_out=[row for row in rows if row.get("split") == "eval"],
-            timings=_read_rows(folder / "timings.jsonl", problems),
+            timings=_read_rows(folder / "timings.jsonl", OF_TIMING, problems),
             probe=_read_probe(folder, problems),
             problems=problems,
             leak=measured[-1] if measured else {},
@@ -143,8 +147,10 @@ def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
     return probe
 
 
-def _read_rows(path: Path, problems: list[str]) -> list[Row]:
+def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[Row]:
     """The rows of a file of JSON lines; lines that are none are counted among the problems.
+
+    So are rows without what they ``needs``.
 
     The torn last line of a killed run is no problem: the run writes it again when it resumes.
     """
@@ -160,7 +166,7 @@ def _read_rows(path: Path, problems: list[str]) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row.keys() >= {*needs}:
             rows.append({key: revive(value) for key, value in row.items()})
         elif number <= len(whole):
             bad.append(number)

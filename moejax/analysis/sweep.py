@@ -138,9 +138,11 @@ def _results(folder: Path, trials: list[TrialData], problems: list[str]) -> list
     found = []
     for trial in trials:
         if trial.finished:
+            about = Trial(trial.variant, trial.seed, tuple(trial.overrides), trial.config)
             try:
-                about = Trial(trial.variant, trial.seed, tuple(trial.overrides), trial.config)
                 found.append(read_trial(folder, about))
-            except (UserError, KeyError) as error:
-                problems.append(f"{trial.name} is left out of the comparison: no {error}.")
+            except UserError as error:
+                problems.append(f"{trial.name} is not in the comparison: {error}.")
+            except KeyError as error:
+                problems.append(f"{trial.name} is not in the comparison: it has no {error}.")
     return found

@@ -3,7 +3,7 @@
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.lifts import WRITTEN, lift_cells
+from moejax.analysis.lifts import WRITTEN, cell_axes, lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.probed import Routed, routed
 from moejax.analysis.run import RunData
@@ -56,6 +56,7 @@ def _matrix(together_EE: np.ndarray, blind: float, layer: int, step: int) -> Fig
         experts,
         "share of i's tokens",
         zmin=0,
+        zmax=float(np.nanmax(together_EE)),
         hoverongaps=False,
         hovertemplate="of the tokens of expert %{y}, %{z:.1%} chose expert %{x} too<extra></extra>",
     )
@@ -67,22 +68,23 @@ def _matrix(together_EE: np.ndarray, blind: float, layer: int, step: int) -> Fig
         f"of them that chose j too. Without preferences every cell is {blind:.1%}. The diagonal is "
         "left out, as are rows of experts that nobody chose."
     )
-    spec = figures.chart([trace], "expert j", "expert i", **_square(len(experts)))
+    spec = figures.chart([trace], "expert j", "expert i", **cell_axes(len(experts), len(experts)))
     return Figure(spec, caption, height=_height(len(experts)), name=f"coactivation-{layer}")
 
 
 def _pairs(together_EE: np.ndarray) -> Table:
-    """The strongest cells."""
-    known_EE = np.where(np.isnan(together_EE), -1.0, together_EE)
-    order = np.argsort(-known_EE, axis=None, kind="stable")[:PAIRS]
-    cells = [divmod(int(cell), len(together_EE)) for cell in order]
+    """The strongest pairs, each once: the expert of the larger share first."""
+    known_EE = np.nan_to_num(together_EE)
+    first_EE = (known_EE > known_EE.T) | np.triu(known_EE == known_EE.T)
+    strength_EE = np.where(first_EE, known_EE, 0.0)
+    order = np.argsort(-strength_EE, axis=None, kind="stable")[:PAIRS]
     rows = [
         (str(i), str(j), f"{together_EE[i, j]:.1%}", f"{together_EE[j, i]:.1%}")
-        for i, j in cells
-        if known_EE[i, j] > 0
+        for i, j in (divmod(int(cell), len(known_EE)) for cell in order)
+        if strength_EE[i, j] > 0
     ]
     header = ("i", "j", "of i's tokens, chose j", "of j's tokens, chose i")
-    return Table(header, rows, "The pairs with the largest shares.")
+    return Table(header, rows, f"The pairs with the largest shares, at most {PAIRS}.")
 
 
 def _following(last: Routed) -> list[Block]:
@@ -121,13 +123,8 @@ def _transitions(share_EE: np.ndarray, first: int, second: int, step: int) -> Fi
         "share of all tokens. A gap: nobody took the path."
     )
     axes = (f"first choice in layer {second}", f"first choice in layer {first}")
-    spec = figures.chart([trace], *axes, **_square(len(experts)))
+    spec = figures.chart([trace], *axes, **cell_axes(len(experts), len(experts)))
     return Figure(spec, caption, height=_height(len(experts)), name=f"transitions-{first}")
-
-
-def _square(experts: int) -> dict[str, dict]:
-    tick = max(1, experts // 16)
-    return {"xaxis": {"dtick": tick}, "yaxis": {"dtick": tick, "autorange": "reversed"}}
 
 
 def _height(experts: int) -> int:

@@ -1,14 +1,11 @@
-"""Variants side by side: loss against cost with intervals, differences, balance, drops."""
+"""Variants side by side: loss against cost with intervals, and differences to the baseline."""
 
 import math
-import statistics
-from typing import Any
 
 from moejax.analysis import figures
+from moejax.analysis.outcomes import Outcome, interval, outcomes
 from moejax.analysis.page import Block, Figure, Page, Table, Text
-from moejax.analysis.pages.sweep_overview import interval
 from moejax.analysis.sweep import SweepData
-from moejax.sweep.statistics import estimate
 from moejax.train import units
 
 LOG_FROM = 3.0
@@ -19,11 +16,9 @@ MARKS = (
     f"not that of a causal model. {MISSED}: the cost misses what the sweep matches."
 )
 
-Variant = dict[str, Any]
-
 
 def page(sweep: SweepData) -> Page:
-    variants = _variants(sweep)
+    variants = outcomes(sweep)
     measured = [v for v in variants if v["mean"] is not None]
     if not measured:
         return Page("Comparison", [Text("No trial has finished: there is nothing to compare yet.")])
@@ -38,40 +33,16 @@ def page(sweep: SweepData) -> Page:
     return Page("Comparison", blocks)
 
 
-def _variants(sweep: SweepData) -> list[Variant]:
-    """Those of summary.json; without it, means and intervals of the trials that are there."""
-    if sweep.summary:
-        return sweep.summary["variants"]
-    found = []
-    for variant in sweep.variants:
-        results = [result for result in sweep.results if result.variant == variant]
-        about = estimate([result.loss for result in results]) if results else None
-        costs = [result.train_flops_per_token for result in results]
-        found.append(
-            {
-                "variant": variant,
-                "seeds": [result.seed for result in results],
-                "wanted": sum(trial.variant == variant for trial in sweep.trials),
-                "mean": about and about.mean,
-                "half_width": about and about.half_width,
-                "cost": statistics.fmean(costs) if costs else None,
-                "leak": results[0].leak if results else "",
-                "trials": [
-                    {"seed": r.seed, "loss": r.loss, "cost": r.train_flops_per_token}
-                    for r in results
-                ],
-            }
-        )
-    return found
-
-
-def _name(variant: Variant) -> str:
+def _name(variant: Outcome) -> str:
     marks = (LEAKS if variant.get("leak") else "") + (MISSED if variant.get("missed_match") else "")
     return f"{variant['variant']} {marks}".strip()
 
 
-def _table(variants: list[Variant], cost: dict[str, str]) -> Table:
-    header = ("variant", "seeds", "loss, nats/byte", "difference", "p (Holm)", cost["name"])
+def _table(variants: list[Outcome], cost: dict[str, str]) -> Table:
+    header = (
+        "variant", "seeds", "loss, nats/byte", "difference", "p (Holm)", cost["name"], "verdict",
+        "leak",
+    )  # fmt: skip
     rows = []
     for v in variants:
         difference = v.get("difference") or {}
@@ -94,10 +65,11 @@ def _table(variants: list[Variant], cost: dict[str, str]) -> Table:
         f"t). difference: to the baseline at equal seeds. {cost['name']}: {cost['unit']}, in "
         f"brackets over the baseline's. {MARKS}"
     )
-    return Table((*header, "verdict", "leak"), rows, caption)
+    said = [c for c in range(len(header)) if any(row[c] != "-" for row in rows)]
+    return Table([header[c] for c in said], [[row[c] for c in said] for row in rows], caption)
 
 
-def _scatter(measured: list[Variant], cost: dict[str, str]) -> Figure:
+def _scatter(measured: list[Outcome], cost: dict[str, str]) -> Figure:
     """Every variant's mean with its interval, and every seed."""
     traces = []
     for index, v in enumerate(measured):
@@ -149,13 +121,13 @@ def _scatter(measured: list[Variant], cost: dict[str, str]) -> Figure:
     return Figure(spec, caption, height=500, name="loss-against-cost")
 
 
-def _symbol(v: Variant) -> str:
+def _symbol(v: Outcome) -> str:
     if v.get("leak"):
         return "diamond-open"
     return "square-open" if v.get("missed_match") else "circle"
 
 
-def _range(measured: list[Variant]) -> list[float]:
+def _range(measured: list[Outcome]) -> list[float]:
     """Of the seeds, and of intervals that are not far wider."""
     losses = [t["loss"] for v in measured for t in v["trials"] if t["loss"] is not None]
     losses = [loss for loss in losses if math.isfinite(loss)]
@@ -169,7 +141,7 @@ def _range(measured: list[Variant]) -> list[float]:
     return [min(ends) - 0.12 * reach, max(ends) + 0.12 * reach]
 
 
-def _forest(compared: list[Variant], summary: Variant) -> Figure:
+def _forest(compared: list[Outcome], summary: Outcome) -> Figure:
     """Differences to the baseline with their intervals, one under the other."""
     traces: list[figures.Spec] = []
     for index, v in enumerate(compared):

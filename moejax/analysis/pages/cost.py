@@ -48,8 +48,7 @@ def _times(run: RunData) -> dict[str, list[Block]]:
         "MFU": ("mfu", 1, "share of peak"),
     }
     captions = {
-        "step time": "Mean over the steps since the row before; the first one includes compilation "
-        "when it is the only step of its row.",
+        "step time": "Mean over the steps since the row before, without compilation.",
         "tokens per second": "Training tokens of all devices together.",
         "MFU": "FLOPs of the model's forward and backward pass per second over the devices' peak, "
         "measured by a matrix product where no peak is published.",
@@ -104,7 +103,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _padding(run: RunData) -> list[Block]:
-    counted = [(row["step"], traffic.of_row(run, row)) for row in run.train if row.get("moe/load")]
+    rows = [row for row in run.train if row.get("moe/load") and row.get("moe/dropped")]
+    counted = [(row["step"], traffic.of_row(run, row)) for row in rows]
     counted = [(step, found) for step, found in counted if found]
     if not counted:
         return [Text("What the transport computes and sends cannot be derived from this config.")]

@@ -11,6 +11,8 @@ from moejax.config import default, flatten, set_gate, to_dict
 from moejax.sweep.results import kept_pairs, step_seconds
 from moejax.train import units
 
+PAIRS = {"moe/experts_per_token", "moe/drop_rate"}
+
 
 def page(run: RunData) -> Page:
     blocks: list[Block] = [Text(verdict(run))]
@@ -43,7 +45,7 @@ def verdict(run: RunData) -> str:
         for name, value in run.saved.get("baselines", {}).items()
     ]
     text += f", {' and '.join(beside)}." if beside else "."
-    if "moe/max_vio" in row:
+    if row.keys() >= {"moe/max_vio", "moe/drop_rate"}:
         text += (
             f" In that evaluation the busiest expert had {1 + row['moe/max_vio']:.2f} times the "
             f"mean load (mean over layers) and {row['moe/drop_rate']:.2%} of pairs were dropped."
@@ -126,7 +128,7 @@ def flops_per_token(run: RunData, split: str, phase: str) -> float | None:
     """fixed + per_pair x layers x kept pairs (docs/sweeps.md), mean over the rows of a split."""
     counted = run.saved.get("flops", {}).get(phase)
     rows = run.rows(split) if split == "train" else run.held_out[-1:]
-    if not counted or not rows:
+    if not counted or not rows or not all(row.keys() >= PAIRS for row in rows if "moe/load" in row):
         return None
     pairs = [len(row.get("moe/load", ())) * (kept_pairs(row) or 0.0) for row in rows]
     return counted["fixed"] + counted["per_pair"] * sum(pairs) / len(pairs)

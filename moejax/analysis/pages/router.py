@@ -1,14 +1,12 @@
 """What the router computed: probabilities, logits, and how sure it is of its first choice."""
 
-import dataclasses
-
 import numpy as np
 
 from moejax.analysis import figures
 from moejax.analysis.html import plain
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import fan, panels
+from moejax.analysis.panels import Panel, fan, panels
 from moejax.analysis.probed import at_tokens, over_steps
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics.spread import histogram, spread
@@ -18,20 +16,13 @@ LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 40
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantity:
-    """A number of each token."""
-
-    name: str
-    axis: str
-
-
-QUANTITIES = (
-    Quantity("entropy", "entropy of p, nats"),
-    Quantity("margin", "margin, p first - second"),
-    Quantity("log_z", "log z"),
-    Quantity("max_logit", "largest |logit|"),
-)
+QUANTITIES = {
+    "entropy": "entropy of p, nats",
+    "margin": "margin, p first - second",
+    "log_z": "log z",
+    "max_logit": "largest |logit|",
+}
+"""Numbers that the probe has of each token, with the titles of their axes."""
 
 MEANING = (
     "Each token of the probe gives four numbers per layer. Entropy of the router's probabilities: "
@@ -67,37 +58,37 @@ def summaries(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     """Steps [S] and spreads [S, Q, M, 1 + levels] of the quantities: mean, then quantiles."""
 
     def at(step: int) -> np.ndarray:
-        return np.stack([spread(at_tokens(probe, step, q.name), LEVELS) for q in QUANTITIES])
+        return np.stack([spread(at_tokens(probe, step, name), LEVELS) for name in QUANTITIES])
 
     return over_steps(probe, at)
 
 
 def _means(probe: Probe, steps: np.ndarray, spread_SQMX: np.ndarray) -> Figure:
     found = []
-    for index, quantity in enumerate(QUANTITIES):
+    for index, (name, axis) in enumerate(QUANTITIES.items()):
         traces = by_layer("", steps, spread_SQMX[:, index, :, 0])
-        if quantity.name == "entropy":
+        if name == "entropy":
             largest = float(np.log(int(probe.at(probe.steps[-1])["num_experts"])))
-            traces.append(figures.level("log E", steps, largest))
-        found.append(("step", quantity.axis, traces))
+            traces.append(figures.level("log E", probe.steps, largest))
+        found.append(Panel("step", axis, traces))
     caption = "Means over the probe's tokens at each recording. Dotted: entropy of even odds."
     return Figure(panels(found), caption, height=560, name="router-means")
 
 
 def _fan(steps: np.ndarray, spread_SQMX: np.ndarray, layer: int) -> Figure:
     found = []
-    for index, quantity in enumerate(QUANTITIES):
+    for index, axis in enumerate(QUANTITIES.values()):
         _, low, quarter, middle, three, high = spread_SQMX[:, index, layer].T
         bands = {"5% to 95% of tokens": (low, high), "25% to 75%": (quarter, three)}
-        found.append(("step", quantity.axis, fan(steps, bands, ("median", middle))))
+        found.append(Panel("step", axis, fan(steps, bands, ("median", middle))))
     caption = f"How the tokens of layer {layer} spread around their median, by step."
     return Figure(panels(found), caption, height=560, name=f"router-spread-{layer}")
 
 
 def _histograms(probe: Probe, layer: int) -> Figure:
     step, found = probe.steps[-1], []
-    for quantity in QUANTITIES:
-        value_T = at_tokens(probe, step, quantity.name)[layer].astype(np.float64)
+    for name, axis in QUANTITIES.items():
+        value_T = at_tokens(probe, step, name)[layer].astype(np.float64)
         value_T = value_T[np.isfinite(value_T)]
         edges = np.histogram_bin_edges(value_T, BINS)
         bars = {
@@ -107,7 +98,7 @@ def _histograms(probe: Probe, layer: int) -> Figure:
             "width": float(edges[1] - edges[0]),
             "marker": {"color": "C0"},
         }
-        found.append((quantity.axis, "share of tokens", [bars]))
+        found.append(Panel(axis, "share of tokens", [bars], {"tickformat": ".0%"}))
     caption = f"Layer {layer} at step {step}: the share of tokens in each of {BINS} intervals."
     return Figure(panels(found), caption, height=560, name=f"router-distribution-{layer}")
 
@@ -130,7 +121,7 @@ def _gate(run: RunData) -> list[Block]:
     keys = sorted({k for row in run.train for k in row if k.startswith(start)})
     lines = {key.removeprefix(start): run.series("train", key) for key in keys}
     found = [
-        ("step", plain(name), [figures.line(name, steps, values)])
+        Panel("step", plain(name), [figures.line(name, steps, values)])
         for name, (steps, values) in lines.items()
         if len(steps)
     ]

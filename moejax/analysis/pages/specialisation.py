@@ -7,10 +7,10 @@ import numpy as np
 
 from moejax.analysis import figures
 from moejax.analysis.html import plain
-from moejax.analysis.lifts import lift_cells
+from moejax.analysis.lifts import cell_axes, lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import panels
+from moejax.analysis.panels import Panel, panels
 from moejax.analysis.probed import Routed, of_tokens, over_steps, routed
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics.information import explained, null
@@ -98,8 +98,7 @@ def _domains(last: Routed, domain: Kinds, layer: int) -> Figure:
             "lift %{customdata[0]:.2f}<extra></extra>"
         ),
     )
-    axes = {"xaxis": {"dtick": max(1, last.experts // 16)}, "yaxis": {"autorange": "reversed"}}
-    spec = figures.chart([trace], "expert", "", **axes)
+    spec = figures.chart([trace], "expert", "", **cell_axes(1, last.experts))
     caption = (
         f"Layer {layer}. A row is a domain with its number of tokens. Written: the share of the "
         "domain's (token, expert) pairs that each expert gets, which sum to 100%. Colour: lift "
@@ -115,21 +114,24 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
     by_lift = favourites(counts_CE, tokens_C, LEAST, FAVOURITES)
 
     def said(of: Favourite) -> str:
-        return f"{tokens.names[of.kind]} {of.lift:.1f}"
+        return f"{quoted(tokens.names[of.kind])} {of.lift:.1f}"
 
     rows = []
     for expert, found in enumerate(by_lift):
         often = np.argsort(-counts_CE[:, expert], kind="stable")[:FAVOURITES]
-        frequent = [tokens.names[c] for c in often if counts_CE[c, expert]]
+        frequent = [quoted(tokens.names[c]) for c in often if counts_CE[c, expert]]
         share = load_E[expert] / max(load_E.sum(), 1)
-        rows.append(
-            (str(expert), f"{share:.1%}", "   ".join(map(said, found)), "   ".join(frequent))
-        )
+        rows.append((str(expert), f"{share:.1%}", ",  ".join(map(said, found)), " ".join(frequent)))
     caption = (
         f"Layer {layer}. Tokens by lift: what the expert is chosen for more than for other tokens, "
         f"with the lift, of tokens seen {LEAST} times or more. Most frequent: what it mostly sees."
     )
     return Table(("expert", "share of pairs", "tokens by lift", "most frequent"), rows, caption)
+
+
+def quoted(token: str) -> str:
+    """So that a token that is a space can be seen."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{token}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Block]:
@@ -146,14 +148,19 @@ def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Blo
             for of in kinds
         ]
     )
-    found = [
-        ("step", f"I(expert; {of.name}) / H(expert)", by_layer("", steps, share_SCM[:, index]))
-        for index, of in enumerate(kinds)
-    ]
+    found = []
+    for index, of in enumerate(kinds):
+        by_chance = figures.level(
+            "by chance, last step", probe.steps, float(null_CMR[index].mean())
+        )
+        traces = [*by_layer("", steps, share_SCM[:, index]), by_chance]
+        axis = f"I(expert; {of.name}) / H(expert)"
+        found.append(Panel("step", axis, traces, {"rangemode": "tozero"}))
     caption = (
         "The share of what there is to know about a pair's expert that the token's kind tells, at "
         "each recording: 0 if it tells nothing, 1 if it decides (with k choices per token at most "
-        "1 - log k / H(expert)). Compare with the table: rare kinds tell something by chance."
+        "1 - log k / H(expert)). Dotted: what kinds shuffled over tokens tell, mean over layers; "
+        "many rare kinds tell something by chance."
     )
     height = 90 + 250 * -(-len(found) // 2)
     return [

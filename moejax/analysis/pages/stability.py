@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 
 from moejax.analysis import figures
+from moejax.analysis.lifts import cell_axes
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import panels
+from moejax.analysis.panels import Panel, panels
 from moejax.analysis.probed import over_steps, routed
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics.selection import NONE
@@ -92,7 +93,7 @@ def _moves(probe: Probe) -> list[Block]:
 
 def _saturation(probe: Probe, first: bool) -> Figure:
     steps, share_SM, blind = saturations(probe, first)
-    traces = [*by_layer("", steps, share_SM), figures.level("by chance", steps, blind)]
+    traces = [*by_layer("", steps, share_SM), figures.level("by chance", probe.steps, blind)]
     axis = {"tickformat": ".0%", "range": [0, 1.02]}
     spec = figures.chart(traces, "step", "same as at the last recording", yaxis=axis)
     which = "first choices" if first else "chosen experts"
@@ -115,7 +116,7 @@ def _similar(probe: Probe) -> list[Block]:
             )
             continue
         steps, mean_SM = over_steps(probe, _between(probe, name))
-        found.append(("step", f"mean cosine of {title}", by_layer("", steps, mean_SM)))
+        found.append(Panel("step", f"mean cosine of {title}", by_layer("", steps, mean_SM)))
         maps = {str(m): [_map(name, cosine_EE, m)] for m, cosine_EE in enumerate(last[name])}
         blocks.append(Choice(f"similarity of {title}, layer", maps))
     caption = (
@@ -146,13 +147,11 @@ def _map(name: str, cosine_EE: np.ndarray, layer: int) -> Figure:
         hoverongaps=False,
         hovertemplate="experts %{y} and %{x}: cosine %{z:.3f}<extra></extra>",
     )
-    tick = max(1, experts // 16)
-    axes = {"xaxis": {"dtick": tick}, "yaxis": {"dtick": tick, "autorange": "reversed"}}
     caption = (
         f"Layer {layer}, last recording: cosine between {SIMILARITIES[name][1]}. Red: alike, blue: "
         "opposed. The diagonal, 1, is left out. Blocks of red are groups of near copies."
     )
-    spec = figures.chart([trace], "expert", "expert", **axes)
+    spec = figures.chart([trace], "expert", "expert", **cell_axes(experts, experts))
     height = 150 + max(180, min(30 * experts, 460))
     return Figure(spec, caption, height=height, name=f"{name.replace('_', '-')}-{layer}")
 
@@ -164,7 +163,7 @@ def _representation(probe: Probe) -> list[Block]:
         ("participation", "participation ratio"),
     ):
         steps, value_SM = over_steps(probe, lambda step, name=name: probe.at(step)[name])
-        found.append(("step", axis, by_layer("", steps, value_SM.astype(np.float64))))
+        found.append(Panel("step", axis, by_layer("", steps, value_SM.astype(np.float64))))
     caption = (
         "Of the inputs of each MoE layer. Left: variation within the tokens of one expert over "
         "that between experts (X-MoE, arXiv 2204.09179); falling towards 0, the tokens of an "

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from moejax.analysis import health
+from moejax.analysis.outcomes import interval, outcomes
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import step_seconds
@@ -33,7 +34,7 @@ def _verdict(sweep: SweepData) -> str:
     done = sum(trial.finished for trial in sweep.trials)
     text = f"{done} of {len(sweep.trials)} trials of {len(sweep.variants)} variants are finished."
     summary = sweep.summary or {}
-    measured = [v for v in summary.get("variants", []) if v["mean"] is not None]
+    measured = [v for v in outcomes(sweep) if v["mean"] is not None]
     if not measured:
         return text
     best = min(measured, key=lambda v: v["mean"])
@@ -48,12 +49,6 @@ def _verdict(sweep: SweepData) -> str:
         said = "; ".join(f"{v['variant']}: {v['verdict']}" for v in clear)
         text += f" Against the baseline {summary['baseline']}: {said}."
     return text
-
-
-def interval(value: dict) -> str:
-    """mean ± half width of the 95 % interval, of a dict with both."""
-    half = value.get("half_width")
-    return f"{value['mean']:.4f}" + (f" ± {half:.4f}" if half is not None else " (one seed)")
 
 
 def _problems(sweep: SweepData) -> list[str]:

@@ -6,13 +6,13 @@ A kind is a domain or a token id, 0 <= kind < C. A pair is a (token, expert) cho
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from moejax.analysis.statistics.ratios import ratio
 
 
 def pair_counts(
-    selected_TE: Bool[np.ndarray, "T E"], kind_T: Int[np.ndarray, " T"], num_kinds: int
+    selected_TE: Bool[np.ndarray, "T E"], kind_T: Integer[np.ndarray, " T"], num_kinds: int
 ) -> Int[np.ndarray, "C E"]:
     """Pairs of each kind and expert."""
     num_experts = selected_TE.shape[1]

@@ -10,8 +10,8 @@ from moejax.analysis.statistics.ratios import ratio
 
 def spread(
     value_T: Float[np.ndarray, "... T"], levels: Sequence[float]
-) -> Float[np.ndarray, "... 1+Q"]:
-    """The mean over tokens and the quantiles at Q ``levels``, in float64, interpolated linearly.
+) -> Float[np.ndarray, "... X"]:
+    """X: the mean over tokens, then their quantiles at ``levels`` (float64, interpolated).
 
     NaN throughout where a token's value is not finite or there are no tokens.
     """
