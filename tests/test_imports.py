@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "recording"},
     "sweep": {"errors", "train"} | CONFIG,
-    "cli": {"moejax", "data", "doctor", "errors", "flags", "show", "sweep", "train"} | CONFIG,
+    "analysis": {"errors", "flags", "sweep", "train"} | CONFIG,
+    "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
+    | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
 """Parts of the package and the parts they may import; a part may always import itself.

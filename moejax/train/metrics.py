@@ -121,7 +121,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append((line, {key: _revive(value) for key, value in row.items()}))
+            found.append((line, {key: revive(value) for key, value in row.items()}))
         elif number <= len(whole):
             raise UserError(f"{path}: line {number} is not a row with a step; remove or mend it")
     return found
@@ -168,14 +168,14 @@ def _plain(value: Any) -> Any:
     return _plain(array.tolist())
 
 
-def _revive(value: Any) -> Any:
-    """The inverse of what `_plain` does to floats that JSON cannot write."""
+def revive(value: Any) -> Any:
+    """A value read from a row, with the floats that JSON cannot write as floats again."""
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     if isinstance(value, list):
-        return [_revive(item) for item in value]
+        return [revive(item) for item in value]
     if isinstance(value, dict):
-        return {key: _revive(item) for key, item in value.items()}
+        return {key: revive(item) for key, item in value.items()}
     return value
 
 
