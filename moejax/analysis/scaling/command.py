@@ -14,8 +14,8 @@ def add_command(commands: Any) -> None:
         "scaling",
         help="fit the routed scaling law to a sweep or to published curves",
         description="Fits the law of Clark et al. (2022) for the loss of routed models to the runs "
-        "of each\nrouter. Prints coefficients with intervals, errors on held-out runs, and the order "
-        "in which\nthe routers come out.",
+        "of each\nrouter. Prints coefficients with intervals, errors on held-out runs, and the "
+        "order in which\nthe routers come out.",
         epilog="Examples:\n"
         "  moejax scaling runs/experts --out=scaling.json\n"
         "  moejax scaling curves.csv.gz --router=S-Base+Hash --figure=law.png\n"

@@ -195,8 +195,9 @@ def _descend(problem: _Problem, inner: Float[np.ndarray, "2"]) -> _Point:
         )
         gradient = np.where(held, 0.0, gradient)
         normal = here.jacobian_R2.T @ here.jacobian_R2 * np.outer(~held, ~held)
-        scale = np.maximum(np.diag(normal), 1e-12 * max(np.trace(normal), 1e-300))
-        step = np.linalg.solve(normal + np.diag(damping * scale), -gradient)
+        damped = normal + damping * np.diag(np.diag(normal))
+        # A pseudo-inverse: a held variable, or one the losses do not depend on, has a row of zeros.
+        step = np.linalg.lstsq(damped, -gradient, rcond=None)[0]
         there = problem.at(np.clip(here.inner + np.clip(step, -1.0, 1.0), LOWEST, HIGHEST))
         gain = here.cost - there.cost
         if gain > 0:

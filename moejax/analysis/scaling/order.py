@@ -42,6 +42,10 @@ class Comparison:
         """-1: the first is lower; 1: higher; 0: the interval contains 0."""
         return 0 if abs(self.mean) <= self.half_width else int(math.copysign(1, self.mean))
 
+    def __neg__(self) -> "Comparison":
+        """The second router against the first."""
+        return dataclasses.replace(self, mean=-self.mean)
+
 
 def rankings(runs: Sequence[Run], routers: Sequence[str]) -> list[Ranking]:
     """The order in each cell that has a run of every router; by size, then experts."""

@@ -1,6 +1,8 @@
 """A study as text: coefficients, errors, order, and what they amount to."""
 
+import itertools
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,6 +13,7 @@ from moejax.analysis.scaling.study import CUTOFF, TOLERANCE, RouterStudy, Study,
 FULL_LAW = "log10 L = a log10 N + b log10 Eh + c log10 N log10 Eh + d"
 REDUCED_LAW = "log10 L = b log10 Eh + d"
 HAT = "1/Eh = 1/(E - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max"
+_WIDTH = 100
 ERROR_NOTE = """\
 Errors are |predicted / measured - 1| of the loss. Held out: every (size, experts) cell, every size,
 every number of experts in turn, predicted by the law fitted to the rest."""
@@ -18,25 +21,28 @@ every number of experts in turn, predicted by the law fitted to the rest."""
 
 def render(study: Study) -> str:
     """The whole report."""
-    parts = [f"{study.source.name}: {'; '.join(study.source.notes)}. Loss in {study.source.unit}."]
-    parts += [_law(each) for each in study.routers]
-    parts += [f"{_errors(study.routers)}\n\n{ERROR_NOTE}"]
+    source = study.source
+    laws = [REDUCED_LAW] * any(each.law.reduced for each in study.routers)
+    laws += [FULL_LAW] * any(not each.law.reduced for each in study.routers)
+    head = [f"{source.name}, loss in {source.unit}", *source.notes, *laws, HAT]
+    parts = ["\n".join(head), *(_coefficients(each) for each in study.routers)]
+    parts.append(f"{_errors(study.routers)}\n\n{ERROR_NOTE}")
     if any(each.effective for each in study.routers):
         parts.append(_effective(study.routers))
     if study.pairs:
         parts.append(_order(study))
-    return "\n\n".join([*parts, "\n".join(verdicts(study))])
+    said = (textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in verdicts(study))
+    return "\n\n".join([*parts, "\n".join(said)])
 
 
-def _law(study: RouterStudy) -> str:
-    """A router's coefficients with their intervals, beside the paper's."""
-    law = REDUCED_LAW if study.law.reduced else FULL_LAW
+def _coefficients(study: RouterStudy) -> str:
+    """With their intervals, beside the paper's."""
     published = {**coefficients(study.paper), CUTOFF: study.paper_cutoff} if study.paper else {}
-    lines = [["", "fitted", "95 % interval", *(["paper"] if study.paper else [])]]
+    lines = [[study.router, "fitted", "95 % interval", *["paper"] * bool(published)]]
     for name, value in study.coefficients.items():
         own = [name, _coefficient(name, value), _interval(name, study.intervals[name])]
         lines.append(own + [_coefficient(name, value) for value in [published.get(name)] if value])
-    return f"{study.router}, {len(study.runs)} runs: {law}, {HAT}\n{columns(lines)}"
+    return f"{columns(lines)}\n{len(study.runs)} runs"
 
 
 def _coefficient(name: str, value: float) -> str:
@@ -137,16 +143,31 @@ def _order(study: Study) -> str:
 def verdicts(study: Study) -> list[str]:
     """What the numbers amount to, a sentence or two per router, and the order."""
     sentences = [sentence for each in study.routers for sentence in _verdict(each)]
-    orders = Counter(ranking.order for ranking in study.rankings)
-    if orders:
-        order, count = orders.most_common(1)[0]
-        others = [r for r in study.rankings if r.order != order]
-        where = ", ".join(f"{number(r.cell[0])} E={r.cell[1]}" for r in others)
-        sentences.append(
-            f"Order, lowest loss first: {', '.join(order)} in {count} of {len(study.rankings)} "
-            + (f"cells; not at {where}." if others else "cells.")
-        )
+    if study.rankings:
+        sentences.append(_common_order(study))
     return sentences
+
+
+def _common_order(study: Study) -> str:
+    """The order found most often, where it is another, and how much of it is certain."""
+    order, count = Counter(ranking.order for ranking in study.rankings).most_common(1)[0]
+    others = [r.cell for r in study.rankings if r.order != order]
+    where = ", ".join(f"{number(size)} E={experts}" for size, experts in others)
+    signs = {
+        (first, second, c.cell): c.sign
+        for pair, compared in study.pairs.items()
+        for c in compared
+        for (first, second), c in ((pair, c), (pair[::-1], -c))
+    }
+    certain = sum(
+        all(signs.get((*step, ranking.cell)) == -1 for step in itertools.pairwise(order))
+        for ranking in study.rankings
+    )
+    return (
+        f"Order, lowest loss first: {', '.join(order)} in {count} of {len(study.rankings)} cells"
+        + (f"; not at {where}" if others else "")
+        + f". In {certain} of them every step of it exceeds the seeds' scatter."
+    )
 
 
 def _verdict(study: RouterStudy) -> list[str]:
