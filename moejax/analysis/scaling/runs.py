@@ -116,11 +116,12 @@ def _read_curves(path: Path) -> Source:
                 f"{path}: run hyper_id={row['hyper_id']} ends at step {row['step']}, others at "
                 f"{longest:.0f}; remove its rows or add its last ones"
             )
-        size, experts, loss = (
-            _positive(path, row, name)
-            for name in ("dense_parameter_count", "num_experts", "loss_validation")
-        )
-        seed, name = int(values["seed"]), f"hyper_id={row['hyper_id']}"
+        size = _positive(path, row, "dense_parameter_count")
+        loss = _positive(path, row, "loss_validation")
+        experts, seed = _positive(path, row, "num_experts"), int(values["seed"])
+        name = f"hyper_id={row['hyper_id']}"
+        if experts != int(experts):
+            raise UserError(f"{path}: num_experts={experts} of {name} must be a whole number")
         runs.append(Run(row["router_type"], size, int(experts), seed, loss, name))
     note = (
         f"{len(runs)} of {len(last)} runs count: one expert per token, every other block routed; "

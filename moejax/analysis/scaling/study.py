@@ -12,7 +12,7 @@ from moejax.analysis.scaling import checks
 from moejax.analysis.scaling.checks import Errors, Interval, Prediction
 from moejax.analysis.scaling.law import PUBLISHED, PUBLISHED_CUTOFF, Law
 from moejax.analysis.scaling.order import Comparison, Ranking, comparisons, rankings, seed_noise
-from moejax.analysis.scaling.runs import Run, Source
+from moejax.analysis.scaling.runs import DENSE, Run, Source
 from moejax.errors import UserError, suggest
 
 CUTOFF = "N_cutoff"
@@ -92,8 +92,7 @@ def make_study(source: Source, routers: Sequence[str] = (), resamples: int = 100
     for name in chosen:
         checks.check_enough(name, source.of(name))
     studies = tuple(_study(source, name, resamples) for name in chosen)
-    # Dense runs belong to every router; counted more than once they would be more seeds.
-    runs = list(dict.fromkeys(run for router in chosen for run in source.of(router)))
+    runs = [run for run in source.runs if run.router in (*chosen, DENSE)]
     found = rankings(runs, chosen) if len(chosen) > 1 else []
     compared = {pair: comparisons(runs, *pair) for pair in itertools.combinations(chosen, 2)}
     return Study(source, studies, tuple(found), compared, seed_noise(runs))
@@ -107,7 +106,7 @@ def _study(source: Source, router: str, resamples: int) -> RouterStudy:
     cell, size, experts = (
         checks.held_out(runs, law, group) for group in (checks.CELL, checks.SIZE, checks.EXPERTS)
     )
-    paper = PUBLISHED.get(router) if source.published else None
+    paper = PUBLISHED.get(router) if source.published and not law.reduced else None
     sizes = [] if law.reduced else sorted({run.size for run in runs if run.experts > 1})
     most = {n: max(run.experts for run in runs if run.size == n) for n in sizes}
     return RouterStudy(

@@ -22,7 +22,7 @@ LAW = Law(-0.08, -0.12, 0.01, 1.1, 2.0, 300.0)
 SIZES = (15e6, 55e6, 370e6, 1.3e9)
 EXPERTS = (1, 2, 8, 32, 128, 512)
 
-Loss = Callable[[float, int], float]
+Loss = Callable[[int, int], float]
 
 
 def runs_of(

@@ -27,9 +27,8 @@ def test_a_held_out_run_is_predicted_by_a_fit_that_saw_none_of_its_group(group: 
     assert len(found) == len(runs)
     for prediction in found[::7]:
         seen = [run for run in runs if group(run) != group(prediction.run)]
-        law = fit_law(
-            *(np.array([getattr(r, n) for r in seen]) for n in ("size", "experts", "loss"))
-        )
+        data = np.array([[r.size, r.experts, r.loss] for r in seen])
+        law = fit_law(data[:, 0], data[:, 1], data[:, 2])
         expected = float(law.loss(prediction.run.size, prediction.run.experts))
         assert prediction.loss == pytest.approx(expected, rel=1e-6)
         assert prediction.error == pytest.approx(expected / prediction.run.loss - 1, abs=1e-6)

@@ -89,6 +89,13 @@ def test_a_sweep_of_one_size_gets_the_reduced_law_and_is_told_so(
     assert {c["half_width"] for c in numbers["pairs"][0]["cells"]} == {0.0}
 
 
+def test_the_papers_full_law_is_not_set_beside_a_reduced_one(tmp_path: Path):
+    runs = [dataclasses.replace(run, router="Hash") for run in runs_of(LAW, sizes=SIZES[:1])]
+    path = write_curves(tmp_path / "c.csv", [curve(n, run) for n, run in enumerate(runs)])
+    (found,) = make_study(read_source(str(path)), resamples=40).routers
+    assert found.law.reduced and found.paper is None and found.effective == ()
+
+
 def test_seeds_give_every_cell_an_interval(tmp_path: Path):
     """sbase is lower by 0.1 at 4 experts, and by nothing but scatter elsewhere."""
     rng = np.random.default_rng(0)

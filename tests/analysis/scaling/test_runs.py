@@ -54,6 +54,7 @@ MISTAKES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], list[str]]] = {
     ),
     "nan": (lambda rows: rows[1].update(num_experts="nan"), ["num_experts='nan'", "run 1"]),
     "negative": (lambda rows: rows[0].update(loss_validation=-1.0), ["above 0", "run 0"]),
+    "half": (lambda rows: rows[1].update(num_experts=2.5), ["num_experts=2.5", "whole number"]),
     "zero": (lambda rows: rows[0].update(dense_parameter_count=0), ["dense_parameter_count=0"]),
     "short": (lambda rows: rows[1].update(step=50), ["hyper_id=1 ends at step 50", "100"]),
 }
