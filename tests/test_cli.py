@@ -14,7 +14,7 @@ from moejax.config import default, from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
 LM = f"--config={ROOT}/configs/lm.py"
-COMMANDS = ("train", "eval", "config", "gates", "data", "doctor", "sweep")
+COMMANDS = ("train", "eval", "config", "gates", "data", "doctor", "sweep", "scaling")
 
 MISTAKES = {
     # commands and flags
