@@ -42,7 +42,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the sweep's folder, new or to go on with"
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="trials at once (default: 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="trials at once (default: 1; on a cluster, what it has room for)",
+    )
     parser.add_argument(
         "--filter",
         metavar="GLOB[,GLOB]",

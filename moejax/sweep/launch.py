@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
@@ -25,7 +25,10 @@ from moejax.errors import UserError
 if TYPE_CHECKING:  # the command line reads LAUNCHERS; it needs no more
     from moejax.sweep.definition import Trial
 
-LAUNCHERS = {"local": "moejax.sweep.launch:LocalLauncher"}
+LAUNCHERS = {
+    "local": "moejax.sweep.launch:LocalLauncher",
+    "slurm": "moejax.sweep.slurm:SlurmLauncher",
+}
 """By the name that ``--launcher`` takes: "module:Class", imported when it is chosen."""
 
 GONE = 256
@@ -67,6 +70,15 @@ class Job(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What `Launcher.start` takes."""
+
+    trial: "Trial"
+    command: list[str]
+    log: Path
+
+
 class Launcher(Protocol):
     """Made of the sweep's folder and the ``--launcher-option key=value`` pairs.
 
@@ -79,11 +91,26 @@ class Launcher(Protocol):
         """How many trials at once, unless ``--jobs`` says it."""
         ...
 
+    @property
+    def queues(self) -> bool:
+        """Whether it has a queue of its own, for trials beyond those that may run at once.
+
+        Then the runner hands over all that are missing together, and counts none of them.
+        """
+        ...
+
     def start(self, trial: "Trial", command: list[str], log: Path) -> Job:
         """Starts a command that no job is running now. Its output is appended to the log, a file.
 
         Raises:
           LaunchError: it cannot be started.
+        """
+        ...
+
+    def start_all(self, starts: Sequence[Start], at_once: int) -> list["Job | LaunchError"]:
+        """`start` for trials that begin together: a job for each, or why it has none.
+
+        ``at_once`` is how many of them a launcher that `queues` lets run at a time.
         """
         ...
 
@@ -116,6 +143,7 @@ class LocalLauncher:
     """
 
     jobs = 1
+    queues = False
 
     def __init__(self, folder: Path, options: Mapping[str, str]):
         if options:
@@ -138,6 +166,15 @@ class LocalLauncher:
         except OSError as error:
             raise LaunchError(f"its process cannot be started: {error}") from error
         return _Child(process)
+
+    def start_all(self, starts: Sequence[Start], at_once: int) -> list[Job | LaunchError]:
+        jobs: list[Job | LaunchError] = []
+        for start in starts:
+            try:
+                jobs.append(self.start(start.trial, start.command, start.log))
+            except LaunchError as error:
+                jobs.append(error)
+        return jobs
 
     def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
         if not log.exists():

@@ -14,7 +14,7 @@ from moejax.sweep import folder as folders
 from moejax.sweep import journal, launch, live
 from moejax.sweep.definition import Sweep, Trial, changed
 from moejax.sweep.journal import Entry, Journal
-from moejax.sweep.launch import GONE, Job, Launcher
+from moejax.sweep.launch import GONE, Job, Launcher, LaunchError, Start
 from moejax.sweep.signals import Signals
 
 DONE, FAILED, STOPPED = 0, 1, 75
@@ -85,8 +85,9 @@ class Pool:
         """
         waiting = [trial for trial in waiting if not self._attach(trial)]
         while self._running or (waiting and not self._signals.asked):
-            while waiting and len(self._running) < self._jobs and not self._signals.asked:
-                self._begin(waiting.pop(0))
+            while (room := self._room(len(waiting))) and not self._signals.asked:
+                self._begin(waiting[:room])
+                del waiting[:room]
             if self._signals.to_pass_on():
                 self._pass_on()
             for attempt in list(self._running):
@@ -101,6 +102,12 @@ class Pool:
         if waiting or self._stopped:
             return STOPPED
         return FAILED if self._failed else DONE
+
+    def _room(self, waiting: int) -> int:
+        """How many of the trials that wait can be handed to the launcher."""
+        if self._place.launcher.queues:
+            return waiting
+        return min(waiting, max(0, self._jobs - len(self._running)))
 
     def _say(self, trial: Trial, what: str) -> None:
         self._screen.say(f"{self._numbers[trial.name]} {what}")
@@ -137,26 +144,37 @@ class Pool:
                 f"run; use that launcher again ({error})"
             ) from error
 
-    def _begin(self, trial: Trial) -> None:
-        """Starts a trial. The journal knows of the attempt before there is a process of it."""
-        problem = changed(self._place.sweep, trial)
-        if problem:
-            self._record.mark(trial, journal.FAILED)
-            self._not_begun(trial, problem)
+    def _begin(self, trials: list[Trial]) -> None:
+        """Starts trials together. The journal knows of an attempt before there is a job of it."""
+        starts, begins = [], []
+        for trial in trials:
+            problem = changed(self._place.sweep, trial)
+            if problem:
+                self._record.mark(trial, journal.FAILED)
+                self._not_begun(trial, problem)
+                continue
+            self._say(trial, "...")
+            self._record.begin(trial, self._place.launcher_name)
+            start = Start(trial, self._place.command(trial), self._place.log_of(trial))
+            try:
+                begins.append(_head(start.log, start.command))
+            except OSError as error:
+                self._record.end(trial, journal.FAILED, None, 0.0)
+                self._not_begun(trial, str(error))
+                continue
+            starts.append(start)
+        if not starts:
             return
-        self._say(trial, "...")
-        command, log = self._place.command(trial), self._place.log_of(trial)
-        self._record.begin(trial, self._place.launcher_name)
-        try:
-            begin = _head(log, command)
-            job = self._place.launcher.start(trial, command, log)
-        except (launch.LaunchError, OSError) as error:
-            self._record.end(trial, journal.FAILED, None, 0.0)
-            self._not_begun(trial, str(error))
-            return
-        self._record.place(trial, job.handle, job.host)
-        attempt = _Attempt(trial, job, job.host, time.monotonic(), begin, own=True)
-        self._running.append(attempt)
+        jobs = self._place.launcher.start_all(starts, self._jobs)
+        for start, job, begin in zip(starts, jobs, begins, strict=True):
+            trial = start.trial
+            if isinstance(job, LaunchError):
+                self._record.end(trial, journal.FAILED, None, 0.0)
+                self._not_begun(trial, str(job))
+                continue
+            self._record.place(trial, job.handle, job.host)
+            attempt = _Attempt(trial, job, job.host, time.monotonic(), begin, own=True)
+            self._running.append(attempt)
 
     def _not_begun(self, trial: Trial, problem: str) -> None:
         self._failed = True
