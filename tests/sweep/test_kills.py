@@ -66,7 +66,7 @@ def test_killed_again_and_again_every_trial_does_every_step_once(tmp_path: Path)
     small = Small(tmp_path, *names)
     for life in range(6):
         process = small.start("--jobs=2", stdout=subprocess.PIPE)
-        assert b"6 variants, 6 trials" in process.stdout.readline()
+        assert process.stdout and b"6 trials" in process.stdout.readline()
         time.sleep(0.1 * life)
         process.kill()
         process.communicate()
