@@ -133,7 +133,7 @@ def _similar(probe: Probe) -> list[Block]:
 
 
 def _between(probe: Probe, name: str) -> Callable[[int], np.ndarray]:
-    return lambda step: np.asarray(between(probe.at(step)[name]))
+    return lambda step: between(probe.at(step)[name])
 
 
 def _map(name: str, cosine_EE: np.ndarray, layer: int) -> Figure:
@@ -173,8 +173,9 @@ def _representation(probe: Probe) -> list[Block]:
         found.append(Panel("step", axis, lines, scale))
     caption = (
         "Of the inputs of each MoE layer. Left: variation within the tokens of one expert over "
-        "that between experts (X-MoE, arXiv 2204.09179), logarithmic; falling towards 0, the tokens of an "
-        "expert collapse to a point. Right: along how many directions tokens vary, at most d_model."
+        "that between experts (X-MoE, arXiv 2204.09179), on a logarithmic axis; falling towards 0, "
+        "the tokens of an expert collapse to a point. Right: along how many directions tokens "
+        "vary, at most d_model."
     )
     return [
         Text(
