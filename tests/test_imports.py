@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "moejax"
 
 LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
+RECORDED = {"probe", "recording"}
 CONFIG = {"config", "devices", "overrides", "schema", "sources", "validate"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"errors", "overrides", "schema"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
-    "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "probe", "recording"},
+    "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models"},
     "sweep": {"errors", "train"} | CONFIG,
     "analysis": {"errors", "flags", "gating", "probe", "sweep", "train"} | CONFIG,
     "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}

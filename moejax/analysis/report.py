@@ -8,12 +8,16 @@ from moejax import __version__
 from moejax.analysis.html import render
 from moejax.analysis.page import Page
 from moejax.analysis.pages import (
+    coactivation,
     comparison,
     cost,
     curves,
     drops,
     load,
     overview,
+    router,
+    specialisation,
+    stability,
     sweep_curves,
     sweep_load,
     sweep_overview,
@@ -30,6 +34,10 @@ PAGES: tuple[Callable[[RunData], Page], ...] = (
     curves.page,
     load.page,
     drops.page,
+    router.page,
+    specialisation.page,
+    coactivation.page,
+    stability.page,
     cost.page,
 )
 

@@ -7,7 +7,7 @@
     specialisation.py  which kinds of tokens an expert gets, against what all experts get
     information.py     how much a token's kind says about its expert, and chance's share of that
     stability.py       how routing moves between two recordings
-    spread.py          means and quantiles over tokens
+    spread.py          means, quantiles and histograms over tokens
     similarity.py      how alike experts, or rows of a router, are
 
 Axes: T tokens (valid ones: padding is taken out before), E experts, K columns of a routing, C kinds

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 from moejax.analysis.statistics.ratios import ratio
 
 Load = Shaped[np.ndarray, "... E"]
-PerLoad = Float[np.ndarray, "..."]
+PerLoad = Float[np.ndarray | np.floating, "..."]
 
 
 def share(load_E: Load) -> Float[np.ndarray, "... E"]:
@@ -27,7 +27,7 @@ def entropy(load_E: Load) -> PerLoad:
 
 def relative_entropy(load_E: Load) -> PerLoad:
     """H(f) / log E, in [0, 1]: 1 at perfect balance. NaN for a single expert."""
-    return ratio(entropy(load_E), np.asarray(np.log(load_E.shape[-1])))
+    return ratio(entropy(load_E), np.log(load_E.shape[-1]))
 
 
 def effective_experts(load_E: Load) -> PerLoad:

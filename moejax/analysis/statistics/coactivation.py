@@ -28,4 +28,4 @@ def chance(selected_TE: Bool[np.ndarray, "T E"]) -> float:
     """
     chosen_T = selected_TE.sum(axis=1)
     others = ratio(np.sum(chosen_T * (chosen_T - 1)), np.sum(chosen_T))
-    return float(ratio(others, np.asarray(selected_TE.shape[1] - 1)))
+    return float(ratio(others, selected_TE.shape[1] - 1))

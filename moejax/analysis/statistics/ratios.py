@@ -2,9 +2,10 @@
 
 import numpy as np
 
+Numbers = np.ndarray | np.number | float | int
 
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+
+def ratio(above: Numbers, below: Numbers) -> np.ndarray:
     """``above / below`` in float64, NaN where `below` is 0."""
-    above, below = np.broadcast_arrays(above, below)
-    out = np.full(below.shape, np.nan)
-    return np.divide(above, below, out=out, where=below != 0)
+    top, bottom = np.broadcast_arrays(above, below)
+    return np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom != 0)

@@ -12,7 +12,7 @@ def selected(
 ) -> Bool[np.ndarray, "T E"]:
     """Whether token t chose expert e: a column of weight 0 is inactive."""
     chosen_TE = np.zeros((len(expert_TK), num_experts), dtype=bool)
-    token_P, column_P = np.nonzero(weight_TK)
+    token_P, column_P = np.nonzero(weight_TK > 0)
     chosen_TE[token_P, expert_TK[token_P, column_P]] = True
     return chosen_TE
 
@@ -21,7 +21,6 @@ def first_choice(
     expert_TK: Int[np.ndarray, "T K"], weight_TK: Float[np.ndarray, "T K"]
 ) -> Int[np.ndarray, " T"]:
     """The expert of largest weight, of equal ones the first column's; `NONE` without any."""
-    size_TK = np.abs(weight_TK)
-    column_T1 = np.argmax(size_TK, axis=1, keepdims=True)
+    column_T1 = np.argmax(weight_TK, axis=1, keepdims=True)
     expert_T = np.take_along_axis(expert_TK, column_T1, axis=1)[:, 0].astype(np.int64)
-    return np.where(size_TK.max(axis=1) > 0, expert_T, NONE)
+    return np.where(weight_TK.max(axis=1) > 0, expert_T, NONE)

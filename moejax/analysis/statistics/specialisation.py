@@ -6,13 +6,13 @@ A kind is a domain or a token id, 0 <= kind < C. A pair is a (token, expert) cho
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from moejax.analysis.statistics.ratios import ratio
 
 
 def pair_counts(
-    selected_TE: Bool[np.ndarray, "T E"], kind_T: Int[np.ndarray, " T"], num_kinds: int
+    selected_TE: Bool[np.ndarray, "T E"], kind_T: Integer[np.ndarray, " T"], num_kinds: int
 ) -> Int[np.ndarray, "C E"]:
     """Pairs of each kind and expert."""
     num_experts = selected_TE.shape[1]
@@ -75,8 +75,8 @@ def peak_share(
 ) -> float:
     """max_e N_{c,e} / N_c, mean over kinds seen `least` times or more; NaN if there are none.
 
-    OLMoE's vocabulary specialisation (arXiv 2409.02060, eq. 8), where kinds are token ids: the share
-    of a token id's occurrences that its favourite expert gets. Ids seen once would score 1.
+    OLMoE's vocabulary specialisation (arXiv 2409.02060, eq. 8) where kinds are token ids: the share
+    of an id's occurrences that its favourite expert gets. Ids seen once would score 1.
     """
     often_C = tokens_C >= least
     peak_C = ratio(counts_CE.max(axis=1), tokens_C)[often_C]

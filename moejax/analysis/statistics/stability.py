@@ -11,7 +11,7 @@ def churn(before_T: Int[np.ndarray, " T"], after_T: Int[np.ndarray, " T"]) -> fl
 
     Dai et al., arXiv 2204.08396. A token that chose no expert counts as one that chose "none".
     """
-    return float(ratio(np.sum(before_T != after_T), np.asarray(before_T.size)))
+    return float(ratio(np.sum(before_T != after_T), before_T.size))
 
 
 def saturation(selected_TE: Bool[np.ndarray, "T E"], last_TE: Bool[np.ndarray, "T E"]) -> float:
@@ -29,4 +29,4 @@ def saturation(selected_TE: Bool[np.ndarray, "T E"], last_TE: Bool[np.ndarray, "
 
 def saturation_by_chance(selected_TE: Bool[np.ndarray, "T E"]) -> float:
     """`saturation` of choices unrelated to the last ones: k / E, with k the mean of choices."""
-    return float(ratio(selected_TE.sum(), np.asarray(selected_TE.size)))
+    return float(ratio(selected_TE.sum(), selected_TE.size))
