@@ -158,6 +158,14 @@ def test_what_only_a_gate_measures_is_drawn_where_it_was_logged(tmp_path: Path, 
     assert (trace["x"], trace["y"]) == ([10, 20], [1.0, 2.0])
 
 
+def test_a_gate_without_logits_is_said_to_have_none(tmp_path: Path, run: RunData):
+    def bare(arrays: Step) -> Step:
+        return arrays | {"log_z": 1e-6 * arrays["log_z"]}
+
+    assert "no logits" in texts(router.page(run_of(tmp_path / "hash", change=bare)))
+    assert "no logits" not in texts(router.page(run))
+
+
 # Specialisation.
 
 
