@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moejax import cli
-from moejax.sweep import folder as folders
 from moejax.sweep import budget, journal, runner
+from moejax.sweep import folder as folders
 from tests.sweep.trial import STEPS
 from tests.train.runs import ROOT, Ended, call
 
