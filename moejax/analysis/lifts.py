@@ -56,4 +56,6 @@ def cell_axes(rows: int, columns: int) -> dict[str, dict[str, Any]]:
 
 
 def _percent(share: float) -> str:
+    if not share > 0:
+        return ""
     return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"

@@ -6,6 +6,7 @@
     choose.py      --filter: some of the trials
     pool.py        the trials that run: started, looked at, stopped, noted
     launch.py      where they run: launchers and jobs; processes on this machine
+    slurm.py       the launcher for SLURM, with slurm_options.py, slurm_queue.py, slurm_job.py
     journal.py     journal.sqlite: what was tried, where, when, how it ended
     signals.py     Ctrl-C and SIGTERM, to be passed on once
     progress.py    how far a run is, off the ends of its files

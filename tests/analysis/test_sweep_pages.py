@@ -205,9 +205,15 @@ def test_warnings_of_trials_are_gathered_by_variant(tmp_path: Path):
     for seed in (0, 1):
         rows = [workdirs.row(30, leak=LEAK), workdirs.row(30, "eval", leak=LEAK)]
         workdirs.lines(folder / f"trials/switch-seed{seed}/metrics.jsonl", rows)
-    rows = blocks.table(sweep_overview.page(read(folder)), "variant").rows
-    leaks = [row for row in rows if row[1] == "leak"]
-    assert [row[:3] for row in leaks] == [("switch", "leak", "0, 1")]
+    rows = blocks.table(sweep_overview.page(read(folder)), "warning").rows
+    assert [row[:3] for row in rows if row[0] == "leak"] == [("leak", "switch", "0, 1")]
+    rows = [workdirs.row(10), workdirs.row(30, "eval", loss=9.0)]
+    for trial in ("switch-seed0", "switch-seed1", "top_2-seed0", "top_2-seed1"):
+        workdirs.lines(folder / "trials" / trial / "metrics.jsonl", rows)
+    rows = blocks.table(sweep_overview.page(read(folder)), "warning").rows
+    assert [row[:3] for row in rows if row[0] == "above baselines"] == [
+        ("above baselines", "all", "all")
+    ]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"trials": 3}', '{"trials": [{"name": "a"}]}'])

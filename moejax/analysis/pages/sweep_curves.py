@@ -18,6 +18,8 @@ METRICS = {
     "drops": ("train", "moe/drop_rate", "share of pairs dropped in training"),
 }
 SETTLED = 25
+CLEAR = 6
+"""Of more variants than this seeds and intervals are hidden at first."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -53,12 +55,29 @@ def _figure(sweep: SweepData, name: str, split: str, key: str, unit: str) -> Fig
     margin = 0.08 * (max(finite) - min(finite)) or 0.1
     axis = {"range": [min(finite) - margin, max(finite) + margin]}
     spec = figures.chart([*bands, *seeds, *means], "step", unit, yaxis=axis, showlegend=True)
+    if bands:
+        _choose_extras(spec, len(bands) + len(seeds), len(means) <= CLEAR)
     caption = (
         "Mean over the seeds of each variant (thick), every seed (thin) and the 95 % interval of "
         "the mean (shaded; Student's t, so that two seeds have a very wide one). A click on a name "
-        "hides its variant, a double click all others. Finished trials only."
+        "hides its variant, a double click all others. Finished trials only. The buttons below "
+        "show or hide seeds and intervals."
     )
     return Figure(spec, caption, height=480, name=f"curves-{name}")
+
+
+def _choose_extras(spec: figures.Spec, extras: int, shown: bool) -> None:
+    """Buttons that show and hide the first traces, the bands and the seeds."""
+    first = list(range(extras))
+    for trace in spec["data"][:extras]:
+        trace["visible"] = shown
+    buttons = [
+        {"label": label, "method": "restyle", "args": [{"visible": on}, first]}
+        for label, on in (("seeds and intervals", True), ("means", False))
+    ]
+    place = {"x": 0, "xanchor": "left", "y": -0.14, "yanchor": "top", "direction": "right"}
+    menu = {"type": "buttons", "buttons": buttons, "active": 0 if shown else 1, **place}
+    spec["layout"] |= {"updatemenus": [menu], "margin": {"b": 96}}
 
 
 def mean_curve(
