@@ -37,13 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models"},
-<<<<<<< .merge_file_XUPuhb
     "sweep": {"errors", "flags", "train"} | CONFIG,
-    "analysis": {"moejax", "data", "errors", "flags", "gating", "probe", "sweep", "train"} | CONFIG,
-=======
-    "sweep": {"errors", "train"} | CONFIG,
     "analysis": CONFIG | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "train"},
->>>>>>> .merge_file_RhZsIW
     "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
     | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
