@@ -129,8 +129,21 @@ def test_curves_are_means_over_seeds_where_all_seeds_have_rows(tmp_path: Path):
     band = next(t for t in figure.spec["data"] if t.get("fill"))
     half = stats.t.ppf(0.975, 2) * table.std(axis=0, ddof=1) / math.sqrt(3)
     assert np.allclose(band["y"][:2], table.mean(axis=0) + half, rtol=1e-9)
-    thin = [t["name"] for t in figure.spec["data"] if "seed" in t["name"]]
-    assert thin[:3] == ["switch, seed 0", "switch, seed 1", "switch, seed 2"]
+    thin = [t for t in figure.spec["data"] if "seed" in t["name"]]
+    assert [t["name"] for t in thin[:3]] == ["switch-seed0", "switch-seed1", "switch-seed2"]
+    assert [t["y"] for t in thin[:3]] == table.tolist()
+
+
+def test_of_many_variants_the_means_come_first_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sweep_curves, "CLEAR", 1)
+    page = sweep_curves.page(read(sweeps.write(tmp_path / "sweep")))
+    assert blocks.options(page, "shown") == ["means", "seeds and intervals"]
+    figures = blocks.figures(page)
+    names = [trace["name"] for trace in figures["curves-held-out loss"].spec["data"]]
+    assert names == ["switch", "top_2"]
+    assert len(figures["curves-held-out loss-seeds"].spec["data"]) == 2 + 4 + 2
 
 
 def test_a_step_that_one_seed_lacks_is_left_out_of_the_mean():

@@ -58,7 +58,6 @@
         xaxis: axis, yaxis: axis,
         annotationdefaults: { font: { color: t.quiet, size: 11.5 }, arrowcolor: t.line },
         shapedefaults: { line: { color: t.line } },
-        updatemenudefaults: { bgcolor: t.hover, bordercolor: t.line, font: { color: t.ink } },
         sliderdefaults: { bgcolor: t.grid, bordercolor: t.line, tickcolor: t.line, font: { color: t.quiet } },
       },
       data: {
