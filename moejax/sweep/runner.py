@@ -76,6 +76,7 @@ def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
     print(status.table(found))
     run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in found)
     print(f"\n{status.summary(found)}; {run} would be run")
+    budget.announce(sweep, folder, chosen)
     for problem in problems:
         print(problem)
     budget.announce(sweep, folder, chosen)
