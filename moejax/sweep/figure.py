@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.sweep.comparison import Summary
+from moejax.sweep import forest
+from moejax.sweep.comparison import Compared, Summary
 from moejax.sweep.labels import Box, Pixel, around, place
 from moejax.sweep.match import TOLERANCE
 from moejax.sweep.results import Result
@@ -26,7 +27,8 @@ LOG_FROM = 3.0
 LEAKS, MISSES = "\N{DAGGER}", "\N{NOT EQUAL TO}"
 BEYOND = 1.0
 """Intervals show up to this many heights of all points above and below them."""
-NOTE_WIDTH = 190
+NOTE_WIDTH = 15.5
+"""Letters of a note per inch of the picture."""
 
 
 def write_figure(folder: Path, title: str, results: Sequence[Result], summary: Summary) -> None:
@@ -44,19 +46,29 @@ def figure(title: str, results: Sequence[Result], summary: Summary) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn: Any = Figure(figsize=(12, 5.2), dpi=110, layout="constrained")
+    wide = bool(forest.rows(summary))
+    size, ratios = ((17, 5.2), (1, 1, 0.75)) if wide else ((12, 5.2), (1, 1))
+    drawn: Any = Figure(figsize=size, dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(drawn)
-    panels = _panels(drawn.subplots(1, 2, sharey=True), results, summary)
-    panels[0].axes.set_ylabel("held-out loss at the end, nats per byte")
-    cut = _limit_losses(panels[0].axes, results, summary)
+    grid = drawn.add_gridspec(1, len(ratios), width_ratios=ratios)
+    left = drawn.add_subplot(grid[0])
+    right = drawn.add_subplot(grid[1], sharey=left)
+    right.tick_params(labelleft=False)
+    panels = _panels((left, right), results, summary)
+    left.set_ylabel("held-out loss at the end, nats per byte")
+    cut = _limit_losses(left, results, summary)
     for panel in panels:
         panel.scatter(results)
-    notes = _notes(title, results, summary, cut)
+    if wide:
+        names = {variant.variant: _name(variant) for variant in summary.variants}
+        forest.draw(drawn.add_subplot(grid[2]), summary, _styles(results), names)
+    notes = _notes(title, results, summary, cut, width=int(NOTE_WIDTH * size[0]))
     below = 0.02 + 0.035 * len(notes)
     drawn.get_layout_engine().set(rect=(0, below, 1, 1 - below))
     for line, (note, colour) in enumerate(reversed(notes)):
         text = note.replace("$", r"\$")  # matplotlib would read it as mathematics
-        drawn.text(0.012, 0.022 + 0.035 * line, text, color=colour, va="center", fontsize=9)
+        place = 0.15 / size[0], 0.022 + 0.035 * line
+        drawn.text(*place, text, color=colour, va="center", fontsize=9)
     canvas.draw()  # places the axes; labels are laid out in their pixels
     drawn.set_layout_engine("none")
     for panel in panels:
@@ -64,17 +76,23 @@ def figure(title: str, results: Sequence[Result], summary: Summary) -> Any:
     return drawn
 
 
+def _name(variant: Compared) -> str:
+    """The variant with its marks."""
+    marks = LEAKS * bool(variant.leak) + MISSES * variant.missed_match
+    return f"{variant.variant} {marks}".strip()
+
+
 def _panels(axes: Sequence[Any], results: Sequence[Result], summary: Summary) -> list["_Panel"]:
     """Loss against compute or parameters, and against time. A cost that is matched has its band."""
     left, right = axes
     if summary.match == "total_params":
         scale, prefix = unit([result.total_parameters for result in results])
-        title, label = "Loss against size", f"parameters, {prefix or 'all of them'}"
+        title, label = "Loss against size", f"total parameters ({prefix or 'number'})"
         cost: Callable[[Result], float] = lambda r: r.total_parameters / scale  # noqa: E731
     else:
         scale, prefix = unit([result.train_flops_per_token for result in results])
         title = "Loss against compute"
-        label = f"measured active {prefix}FLOP per token, forward and backward, mean over the run"
+        label = f"measured active {prefix}FLOP per token, forward and backward"
         cost = lambda r: r.train_flops_per_token / scale  # noqa: E731
     left.set(title=title, xlabel=label)
     if summary.match == "step_time":
@@ -97,8 +115,8 @@ def _limit_losses(axes: Any, results: Sequence[Result], summary: Summary) -> boo
     losses = [result.loss for result in results]
     low, high = min(losses), max(losses)
     reach = BEYOND * (high - low)
-    known = [v for v in summary.variants if v.mean is not None and v.half_width]
-    ends = [v.mean + side * v.half_width for v in known for side in (-1, 1)]
+    intervals = [(v.mean, v.half_width) for v in summary.variants]
+    ends = [mean + side * half for mean, half in intervals if mean and half for side in (-1, 1)]
     inside = [min(max(end, low - reach), high + reach) for end in ends]
     if high > low:
         low, high = min([low, *inside]), max([high, *inside])
@@ -107,7 +125,7 @@ def _limit_losses(axes: Any, results: Sequence[Result], summary: Summary) -> boo
 
 
 def _notes(
-    title: str, results: Sequence[Result], summary: Summary, cut: bool
+    title: str, results: Sequence[Result], summary: Summary, cut: bool, width: int
 ) -> list[tuple[str, str]]:
     """Lines below the panels, and their colours."""
     bars = "a bar is the 95 % interval of a variant's mean" + (", cut at the edge" if cut else "")
@@ -126,7 +144,7 @@ def _notes(
     lost = [f"{v.variant} (seed {s})" for v in summary.variants for s in v.diverged]
     if lost:
         said.append((f"diverged and not shown: {', '.join(lost)}", ALERT))
-    return [(row, colour) for text, colour in said for row in textwrap.wrap(text, NOTE_WIDTH)]
+    return [(row, colour) for text, colour in said for row in textwrap.wrap(text, width)]
 
 
 @dataclasses.dataclass
@@ -201,9 +219,7 @@ class _Panel:
         for variant, (colour, _) in _styles(results).items():
             if variant not in anchors:
                 continue
-            compared = self.summary.of(variant)
-            marks = LEAKS * bool(compared.leak) + MISSES * compared.missed_match
-            name = f"{variant} {marks}".strip()
+            name = _name(self.summary.of(variant))
             style = {"color": colour, "fontweight": "bold", "va": "bottom", "zorder": 4}
             text = figure.text(0, 0, name, transform=None, **style)
             extent = text.get_window_extent(renderer)
@@ -240,7 +256,8 @@ class _Panel:
             if half_width:
                 at, level = (statistics.fmean(a) for a in zip(*own, strict=True))
                 heights = (level + half_width * i / 24 for i in range(-24, 25))
-                marks += [around(*to_pixels((at, height)), 3) for height in heights]
+                for x, y in (to_pixels((at, height)) for height in heights):
+                    marks.append(around(x, y, 3))
         return anchors, marks
 
 

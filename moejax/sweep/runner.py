@@ -79,7 +79,6 @@ def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
     budget.announce(sweep, folder, chosen)
     for problem in problems:
         print(problem)
-    budget.announce(sweep, folder, chosen)
 
 
 def report(sweep: Sweep, folder: Path) -> None:

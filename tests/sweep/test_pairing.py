@@ -13,7 +13,7 @@ from tests.train import runs
 
 Weights = dict[str, np.ndarray]
 
-FIRST = {"moe__gate__name": "switch"}
+FIRST: dict[str, Any] = {"moe__gate__name": "switch"}
 OTHERS: dict[str, dict[str, Any]] = {
     "top_2": {"moe__gate__name": "mixtral"},
     "hash": {"moe__gate__name": "hash"},  # no parameters
@@ -25,8 +25,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def prepared(text: Path, seed: int = 5, **changes: Any) -> setup.Run:
-    changes = {"moe__losses__load": 0.0, "mesh__expert": 1, "train__seed": seed, **changes}
-    return setup.prepare(load(runs.PAGE, runs.flags(text, **changes)).config)
+    plain: dict[str, Any] = {"moe__losses__load": 0.0, "mesh__expert": 1, "train__seed": seed}
+    return setup.prepare(load(runs.PAGE, runs.flags(text, **plain, **changes)).config)
 
 
 def weights(run: setup.Run) -> Weights:

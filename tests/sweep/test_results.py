@@ -218,7 +218,7 @@ def test_every_variant_is_named_in_both_panels_and_no_name_hides_another_or_a_po
     boxes = [text.get_window_extent(renderer) for text in labels]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
-    panels = drawn.axes
+    panels = drawn.axes[:2]
     for axes, value in zip(panels, ("train_flops_per_token", "train_seconds"), strict=True):
         scale = 1e6 if value == "train_flops_per_token" else 1
         points = axes.transData.transform([(getattr(r, value) / scale, r.loss) for r in found])
@@ -233,7 +233,7 @@ def test_every_variant_is_named_in_both_panels_and_no_name_hides_another_or_a_po
 def points_of(axes: Any) -> list[tuple[float, float]]:
     from matplotlib.collections import PathCollection
 
-    drawn = [c for c in axes.collections if isinstance(c, PathCollection)]
+    drawn: list[Any] = [c for c in axes.collections if isinstance(c, PathCollection)]
     return [tuple(p) for collection in drawn for p in collection.get_offsets()]
 
 
@@ -254,9 +254,8 @@ def test_a_missed_match_is_hollow_named_and_at_its_true_cost():
     assert points_of(drawn.axes[0]) == [(1.0, 2.0), (1.03, 2.0)]
     from matplotlib.collections import PathCollection
 
-    kept, missed = (
-        c.get_facecolor()[0] for c in drawn.axes[0].collections if isinstance(c, PathCollection)
-    )
+    points: list[Any] = [c for c in drawn.axes[0].collections if isinstance(c, PathCollection)]
+    kept, missed = (c.get_facecolor()[0] for c in points)
     assert tuple(missed[:3]) == (1.0, 1.0, 1.0) != tuple(kept[:3])
     said = [text.get_text() for text in drawn.texts]
     assert any("hollow, b (1.030): active_flops misses a's by more than 2 %" in t for t in said)
@@ -270,13 +269,18 @@ def test_bars_are_the_intervals_and_the_dashed_line_is_the_baseline():
     drawn = drawn_of("", found, baseline="a")
     from matplotlib.collections import LineCollection
 
-    (axes, _) = drawn.axes
+    axes, _, differences = drawn.axes
     bars = [c.get_segments()[0] for c in axes.collections if isinstance(c, LineCollection)]
     for bar, own in zip(bars, losses.values(), strict=True):
         wanted = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own))
         assert sorted(bar[:, 1]) == pytest.approx(wanted)
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in dashed] == [pytest.approx(2.01)]
+    (bar,) = (c.get_segments()[0] for c in differences.collections if isinstance(c, LineCollection))
+    wanted = stats.ttest_rel(losses["b"], losses["a"]).confidence_interval(0.95)
+    assert sorted(bar[:, 0]) == pytest.approx(list(wanted))
+    assert [text.get_text() for text in differences.texts] == ["worse"]
+    assert [label.get_text() for label in differences.get_yticklabels()] == ["b"]
 
 
 def test_the_axis_is_the_cost_that_is_matched():
