@@ -65,12 +65,13 @@ def test_a_runner_killed_with_kill_9_leaves_its_jobs_and_the_next_one_waits_for_
 def test_a_runner_killed_before_it_noted_its_job_does_not_start_the_trial_twice(
     cluster: Cluster, tmp_path: Path
 ):
-    small = Small(tmp_path, "slow")
-    assert small.start(*SLURM, die="place").wait(60) == -signal.SIGKILL
-    assert small.entries()["slow-seed0"].handle == ""
-    ended = small.run(*SLURM)
+    small = Small(tmp_path, "slow_1", "slow_2")
+    assert small.start(*SLURM, "--jobs=1", die="place").wait(60) == -signal.SIGKILL
+    assert {entry.handle for entry in small.entries().values()} == {""}
+    ended = small.run(*SLURM, "--jobs=1")
     assert ended.status == 0 and "is still running, begun by a runner" in ended.out
-    assert small.log("slow").count("begins") == 1 and small.steps("slow") == ALL
+    for name in ("slow_1", "slow_2"):
+        assert small.log(name).count("begins") == 1 and small.steps(name) == ALL
 
 
 def test_a_runner_that_is_stopped_stops_its_jobs_and_the_same_command_goes_on(
