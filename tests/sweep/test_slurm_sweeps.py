@@ -101,10 +101,7 @@ def test_a_partition_that_is_none_is_a_mistake_that_creates_nothing(
 def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_runner(
     cluster: Cluster, tmp_path: Path
 ):
-    body = (
-        '    yield {"name": "top_2", "moe.gate.name": "mixtral"}\n'
-        '    yield {"name": "broken", "train.seq_len": 5000}\n'
-    )
+    body = '    yield {"name": "top_2", "moe.gate.name": "mixtral"}\n'
     text = runs.write_text(tmp_path / "text")
     page = write_page(tmp_path, text, body, train__steps=600, train__eval_every=600)
     words = [f"--experiment={page}", f"--workdir={tmp_path / 'out'}", *SLURM]
@@ -122,10 +119,8 @@ def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_ru
     cluster.ask("scancel", "--batch", "--signal=USR2", number)
     ended = subprocess.run(command, timeout=400, **run)
 
-    assert (ended.returncode, ended.stderr) == (1, "")
+    assert (ended.returncode, ended.stderr) == (0, "")
     assert "top_2-seed0 is still running, begun by a runner that was killed" in ended.stdout
-    assert "broken-seed0 failed with status 2" in ended.stdout
-    assert "moejax: error: train.seq_len: the training text has" in ended.stdout
     log = (workdir / "log.txt").read_text()
     assert log.count("stopping after this step and saving") == 1
     assert f"SLURM job {number} starts again, 1 of 100 times" in log
