@@ -13,6 +13,7 @@ from moejax.sweep import launch, slurm_options
 from moejax.sweep.launch import Job, Start
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster
+from tests.sweep.small import wait_until
 from tests.train.runs import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -194,7 +195,8 @@ def test_a_runner_that_stops_lets_trials_save_and_takes_waiting_ones_out_of_the_
         job.terminate()
     assert wait([running, first, waiting]) == [75, 75, 75]
     assert "after 1 SIGTERM\n" in sweep.said() and not (tmp_path / "b").exists()
-    assert sweep.lives() == 1 and cluster.jobs() == []
+    assert sweep.lives() == 1
+    wait_until(lambda: not cluster.jobs())
 
 
 def test_a_second_stop_aborts_the_trial(cluster: Cluster, tmp_path: Path):
@@ -269,7 +271,8 @@ def test_what_the_cluster_would_refuse_is_one_line_before_anything_is_made(
     with pytest.raises(UserError, match=said) as raised:
         launch.make("slurm", tmp_path / "sweep", options)
     assert "\n" not in str(raised.value)
-    assert not list(tmp_path.iterdir()) and cluster.jobs() == []
+    assert not list(tmp_path.iterdir())
+    wait_until(lambda: not cluster.jobs())
 
 
 def test_options_reach_the_job(cluster: Cluster, tmp_path: Path):
