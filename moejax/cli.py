@@ -70,6 +70,8 @@ def _run(argv: list[str]) -> int:
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and that of each command."""
     from moejax import __version__
+    from moejax.analysis import command as report
+    from moejax.analysis.scaling import command as scaling
     from moejax.data import command as data
     from moejax.sweep import command as sweep
     from moejax.train import command as evaluation
@@ -91,6 +93,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     _add_gates(commands)
     data.add_command(commands)
     sweep.add_command(commands)
+    report.add_command(commands)
+    scaling.add_command(commands)
     _add_doctor(commands)
     return parser, dict(commands.choices)
 

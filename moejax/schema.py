@@ -178,8 +178,9 @@ FIELDS: dict[str, Field] = {
     "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1),
     "report.tensorboard": Field(False, "also TensorBoard events (pip install moejax[tensorboard])"),
     "report.progress": Field(True, "progress bar on a terminal"),
+    "report.probe_rows": Field(32, "held-out sequences whose routing is recorded (0: none)", low=0),
     "report.compile_cache": Field(
-        "auto", "where compiled programs are kept: auto (the user's cache folder), off, or a folder"
+        "auto", "folder of compiled programs; auto: user's cache, or off"
     ),
 }
 

@@ -289,4 +289,5 @@ class MoEInfo(NamedTuple):
     routing: Routing
     kept_GTK: Bool[Array, "G T K"]
     """Active pairs that found room."""
+    router: RouterStats
     policy: Policy | None = None

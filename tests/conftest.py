@@ -18,7 +18,10 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 from jaxtyping import install_import_hook
 
 # moejax.types and moejax.train hold pytrees, whose leaves may be shapes, shardings or stacked.
-CHECKED = ("data", "dispatch", "experts", "gating", "kernels", "layers", "losses", "reference")
+CHECKED = (
+    "analysis.statistics", "data", "dispatch", "experts", "gating", "kernels", "layers", "losses",
+    "reference",
+)  # fmt: skip
 install_import_hook([f"moejax.{module}" for module in CHECKED], "beartype.beartype")
 
 import gc

@@ -39,6 +39,7 @@ TINY = {
     "train.steps": 5,
     "optim.learning_rate": 0.01,
     "optim.warmup_steps": 0,
+    "report.probe_rows": 0,
 }
 
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "moejax"
 
 LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
+RECORDED = {"probe", "recording"}
 CONFIG = {"config", "devices", "overrides", "schema", "sources", "validate"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -22,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mesh": {"errors"},
     "kernels": {"errors"},
     "losses": {"types"},
+    "probe": {"errors"},
     "recording": {"errors"},
     "gating": LOWEST | {"recording"},
     "experts": LOWEST,
@@ -34,9 +36,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"errors", "overrides", "schema"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
-    "train": LOWEST | CONFIG | {"moejax", "data", "flags", "losses", "models", "recording"},
+    "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models"},
     "sweep": {"errors", "flags", "train"} | CONFIG,
-    "cli": {"moejax", "data", "doctor", "errors", "flags", "show", "sweep", "train"} | CONFIG,
+    "analysis": {"data", "errors", "flags", "gating", "probe", "sweep", "train"} | CONFIG,
+    "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
+    | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
 """Parts of the package and the parts they may import; a part may always import itself.

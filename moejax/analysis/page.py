@@ -32,8 +32,10 @@ class Table:
 class Figure:
     """A plotly figure as its JSON tree, ``{"data": [...], "layout": {...}}``, of plain lists.
 
-    Colours of text, grid and background are the renderer's (light, dark, print). ``caption`` says
-    in one or two sentences what is drawn and how to read it, with units.
+    Colours of text, grid and background are the renderer's (light, dark, print), and so are those
+    of traces, unless given; "C0" to "C7", "ink" and "quiet" are its colours by name. A heatmap
+    without a colorscale gets a diverging one if its values have both signs. ``caption`` says in one
+    or two sentences what is drawn and how to read it, with units.
     """
 
     spec: dict[str, Any]

@@ -81,13 +81,11 @@ def eval_batches(
     """
     if rows < 1:
         raise UserError(f"train.eval_rows: {rows} must be at least 1")
-    available = num_rows(len(heldout_N), seq_len)
-    if available == 0:
+    windows = eval_windows(len(heldout_N), seq_len, rows)
+    if not windows:
         raise UserError(_too_short("held-out", len(heldout_N), seq_len))
-    count = min(rows, available)
-    windows = [j * available // count for j in range(count)]
     batches = []
-    for begin in range(0, count, batch_size):
+    for begin in range(0, len(windows), batch_size):
         chosen = windows[begin : begin + batch_size]
         tokens = np.zeros((batch_size, seq_len + 1), dtype=np.int32)
         valid = np.zeros((batch_size, seq_len), dtype=bool)
@@ -96,6 +94,13 @@ def eval_batches(
         row = np.arange(begin, begin + batch_size, dtype=np.int32)
         batches.append({"tokens": tokens, "valid": valid, "row": row})
     return batches
+
+
+def eval_windows(num_tokens: int, seq_len: int, rows: int) -> list[int]:
+    """Where in the held-out stream the rows of `eval_batches` begin, in units of `seq_len`."""
+    available = num_rows(num_tokens, seq_len)
+    count = min(rows, available)
+    return [j * available // count for j in range(count)]
 
 
 def _read_rows(tokens_N: np.ndarray, windows: list[int], seq_len: int) -> np.ndarray:

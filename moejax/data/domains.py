@@ -78,6 +78,16 @@ def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndar
     )
 
 
+def heldout_labels(corpus: Corpus) -> UInt8[np.ndarray, " M"] | None:
+    """Labels of the held-out tokens, as `token_labels` gives them; None where it gives none."""
+    origin = corpus.origin
+    if origin is None or not origin.tokenizer.is_byte_level:
+        return None
+    if not all(document.name.endswith(".py") for document in origin.split.heldout):
+        return None
+    return _stream_labels(origin.split.heldout, corpus.heldout_N, origin)
+
+
 def _stream_labels(
     documents: tuple[Document, ...], tokens_N: np.ndarray, origin: Origin
 ) -> np.ndarray:

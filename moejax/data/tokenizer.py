@@ -28,6 +28,7 @@ class ByteTokenizer:
     """
 
     name = "bytes"
+    is_byte_level = True
     vocab_size = 256
     separator = 0
 
@@ -38,6 +39,10 @@ class ByteTokenizer:
     def token_bytes(self) -> Int[np.ndarray, " V"]:
         """How many bytes of text each token id stands for."""
         return np.ones(self.vocab_size, dtype=np.int64)
+
+    def token_text(self) -> list[str]:
+        """Each token in readable form: ASCII as it is, other bytes as escapes (``\\xe9``)."""
+        return [escaped(chr(byte)) if byte < 128 else f"\\x{byte:02x}" for byte in range(256)]
 
 
 class JsonTokenizer:
@@ -79,9 +84,27 @@ class JsonTokenizer:
                 )
         return [np.array(row, dtype=np.uint32) for row in ids]
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether its tokens are strings of bytes."""
+        return (json.loads(self._tokenizer.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+
+    def token_text(self) -> list[str]:
+        """Each token in readable form, control characters as escapes (``\\n``).
+
+        A part of a character is spelled as in the file's vocabulary; an id that has no token is "".
+        """
+        ids = range(self.vocab_size)
+        spelled = [self._tokenizer.id_to_token(index) or "" for index in ids]
+        decoded = self._tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        return [
+            spelling if "\ufffd" in text else escaped(text)
+            for spelling, text in zip(spelled, decoded, strict=True)
+        ]
+
     def token_bytes(self) -> Int[np.ndarray, " V"]:
         """Bytes per token id; raises UserError unless the tokenizer is byte-level."""
-        if (json.loads(self._tokenizer.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+        if not self.is_byte_level:
             raise UserError(
                 f"data.tokenizer: {self._path!r} is not byte-level: its tokens cannot be mapped "
                 "to bytes; use a byte-level tokenizer"
@@ -93,6 +116,11 @@ class JsonTokenizer:
             sizes[index] = len(token.content.encode("utf-8"))
         sizes[self.separator] = 1  # by definition, see the module's docstring
         return sizes
+
+
+def escaped(text: str) -> str:
+    """The text with what cannot be printed as Python's escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _text(piece: Piece) -> str:

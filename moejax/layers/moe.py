@@ -279,6 +279,7 @@ class MoE(nnx.Module):
             ),
             routing=output.routing,
             kept_GTK=kept_GTK,
+            router=output.stats,
             policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
         )
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.layers.attention import Attention
 from moejax.layers.basic import FFN, RMSNorm
@@ -95,12 +95,8 @@ class LMConfig:
         return self.num_periods if self.every else 0
 
 
-class Sent(NamedTuple):
-    """The routing that a layer followed, and which of its pairs found room."""
-
-    expert_BLK: Int[Array, "*M B L K"]
-    weight_BLK: Float[Array, "*M B L K"]
-    kept_BLK: Bool[Array, "*M B L K"]
+Watch = Callable[[Float[Array, "B L D"], MoEInfo], PyTree]
+"""What someone wants to know of an MoE layer, from its input and what it said."""
 
 
 class LMOutput(NamedTuple):
@@ -113,8 +109,8 @@ class LMOutput(NamedTuple):
     """Mean square of each layer's output: the first one that is not finite is where a NaN began."""
     policy: Policy | None
     """Leads with the MoE layers; of gates trained by policy."""
-    routing: Sent | None
-    """Leads with the MoE layers; None if dense."""
+    watched: PyTree
+    """Leads with the MoE layers: what ``watch`` gave; None without one, and if dense."""
 
 
 class Block(nnx.Module):
@@ -152,18 +148,20 @@ class Block(nnx.Module):
             self.ffn = FFN(width, config.d_ff, config.activation, rngs=rngs)
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool
-    ) -> tuple[Array, MoEInfo | None]:
+        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
+    ) -> tuple[Array, MoEInfo | None, PyTree]:
+        """Output, what the MoE layer said, and what ``watch`` made of it."""
         with jax.named_scope("attention"):
             mixed_BLD = self.attention(self.attention_norm(x_BLD), context.position_BL)
         x_BLD += mixed_BLD
-        normed_BLD = self.ffn_norm(x_BLD)
+        normed_BLD, watched = self.ffn_norm(x_BLD), None
         if isinstance(self.ffn, MoE):
             y_BLD, info = self.ffn(normed_BLD, context, state, train)
+            watched = watch(normed_BLD, info) if watch else None
         else:
             with jax.named_scope("ffn"):
                 y_BLD, info = self.ffn(normed_BLD), None
-        return constrain(x_BLD + y_BLD, BATCH), info
+        return constrain(x_BLD + y_BLD, BATCH), info, watched
 
 
 class Period(nnx.Module):
@@ -179,24 +177,23 @@ class Period(nnx.Module):
         )
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool
+        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
     ) -> tuple[Array, Any]:
         """Output, and of all layers or the sparse one what ``LMOutput`` tells, in its order."""
-        squares, losses, stats, policy, sent = [], {}, None, None, None
+        squares, losses, stats, policy, watched = [], {}, None, None, None
         for block in self.blocks:
-            x_BLD, info = block(x_BLD, context, state, train)
+            x_BLD, info, watched = block(x_BLD, context, state, train, watch)
             squares.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
             if info is not None:
                 losses, stats, policy = info.losses, info.stats, info.policy
-                routed = (info.routing.expert_GTK, info.routing.weight_GTK, info.kept_GTK)
-                sent = Sent(*(x.reshape(*x_BLD.shape[:2], -1) for x in routed))
-        return x_BLD, (jnp.stack(squares), losses, stats, policy, sent)
+        return x_BLD, (jnp.stack(squares), losses, stats, policy, watched)
 
 
 class LM(nnx.Module):
     """``model(token_BL, context, gate_state, train)`` -> logits, losses and routing statistics.
 
-    ``gate_state`` (from ``init_gate_state``) leads with the MoE layers.
+    ``gate_state`` (from ``init_gate_state``) leads with the MoE layers. ``watch(x_BLD, info)`` may
+    look at every MoE layer's input and ``MoEInfo``; what it returns is in ``LMOutput.watched``.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
@@ -223,6 +220,7 @@ class LM(nnx.Module):
         context: Context,
         gate_state: PyTree,
         train: bool,
+        watch: Watch | None = None,
     ) -> LMOutput:
         config = self.config
         chex.assert_rank(token_BL, 2)
@@ -235,10 +233,10 @@ class LM(nnx.Module):
         x_BLD = constrain(x_BLD.astype(dtype), BATCH)
         first = []
         for block in self.first:
-            x_BLD, _ = block(x_BLD, context, (), train)
+            x_BLD, *_ = block(x_BLD, context, (), train, None)
             first.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
-        x_BLD, found = self._scan(x_BLD, context, gate_state, train)
-        squares, losses, stats, policy, sent = found
+        x_BLD, found = self._scan(x_BLD, context, gate_state, train, watch)
+        squares, losses, stats, policy, watched = found
         with jax.named_scope("loss"):
             logits_BLV = self._logits(self.final_norm(x_BLD), dtype)
         return LMOutput(
@@ -247,7 +245,7 @@ class LM(nnx.Module):
             stats,
             jnp.concatenate([jnp.asarray(first, jnp.float32), squares.reshape(-1)]),
             policy,
-            sent,
+            watched,
         )
 
     def _logits(self, x_BLD: Array, dtype: jnp.dtype) -> Array:
@@ -275,7 +273,9 @@ class LM(nnx.Module):
         assert isinstance(ffn, MoE)
         return ffn
 
-    def _scan(self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool) -> Any:
+    def _scan(
+        self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
+    ) -> Any:
         graph, params = nnx.split(self.periods)
         key = context.key
 
@@ -283,7 +283,7 @@ class LM(nnx.Module):
             own_params, own_state, index = layer
             own_key = None if key is None else jax.random.fold_in(key, index)
             own_context = dataclasses.replace(context, key=own_key)
-            return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train)
+            return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train, watch)
 
         periods = self.config.num_periods
         unroll = train and periods <= MOST_UNROLLED

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from moejax.sweep import choose, figure, journal, launch, live, results, status, table
+from moejax.sweep import budget, choose, journal, launch, live, status, summary
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.journal import Journal
@@ -54,6 +54,7 @@ def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
         folders.write_index(folder, sweep)
         variants, trials = len(sweep.variants), len(sweep.trials)
         print(f"{sweep.source}: {variants} variants, {trials} trials in {folder}", flush=True)
+        budget.announce(sweep, folder, chosen)
         ended = run_trials(sweep, folder, chosen, how, launcher)
         if ended != STOPPED:
             report(sweep, folder)
@@ -75,18 +76,18 @@ def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
     print(status.table(found))
     run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in found)
     print(f"\n{status.summary(found)}; {run} would be run")
+    budget.announce(sweep, folder, chosen)
     for problem in problems:
         print(problem)
 
 
 def report(sweep: Sweep, folder: Path) -> None:
-    """Writes results.csv and sweep.png, prints the table."""
-    found = results.read_sweep(folder, sweep)
-    results.write_csv(folder, sweep, found)
-    if found:
-        figure.write_figure(folder, f"{sweep.source} in {folder}", found)
-        print(f"\n{table.render(sweep, found)}\n", flush=True)
-    print(f"{folder}: results.csv, {'sweep.png, ' if found else ''}trials/", flush=True)
+    """Writes results.csv, summary.json and sweep.png, prints the table."""
+    table = summary.write(sweep, folder)
+    if table:
+        print(f"\n{table}\n", flush=True)
+    picture = "sweep.png, " if table else ""
+    print(f"{folder}: results.csv, summary.json, {picture}trials/", flush=True)
 
 
 def run_trials(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.mesh import AXES
-from moejax.train import flops
+from moejax.train import flops, units
 from moejax.train.processes import is_first
 from moejax.train.rows import Row
 from moejax.train.setup import Budget, Run
@@ -38,18 +38,18 @@ class Console:
         train = config.train
         self._say(f"model       {_model_line(config)}")
         self._say(
-            f"parameters  {_count(budget.parameters)} total, "
-            f"{_count(budget.active_parameters)} active per token"
+            f"parameters  {units.count(budget.parameters)} total, "
+            f"{units.count(budget.active_parameters)} active per token"
         )
-        total = _bytes(budget.state_bytes + budget.activation_bytes)
+        total = units.size(budget.state_bytes + budget.activation_bytes)
         self._say(
-            f"memory      {total} expected per device ({_bytes(budget.state_bytes)} state and "
-            f"gradients, {_bytes(budget.activation_bytes)} activations)"
+            f"memory      {total} expected per device ({units.size(budget.state_bytes)} state and "
+            f"gradients, {units.size(budget.activation_bytes)} activations)"
         )
         self._say(f"mesh        {mesh} on {run.mesh.size} {device.device_kind} device(s)")
         self._say(
-            f"data        {run.corpus.name}: {_count(run.corpus.train_N.size)} training tokens, "
-            f"{_count(run.corpus.heldout_N.size)} held out"
+            f"data        {run.corpus.name}: {units.count(run.corpus.train_N.size)} training "
+            f"tokens, {units.count(run.corpus.heldout_N.size)} held out"
         )
         self._say(
             f"training    {train.steps} steps of {train.batch_size} x {train.seq_len} tokens, "
@@ -89,14 +89,14 @@ class Console:
             f"loss {row['loss']:.4f}",
         ]
         if steps:
-            parts += [f"{_count(self._rate)} tokens/s", f"MFU {mfu:.0%}"]
+            parts += [f"{units.count(self._rate)} tokens/s", f"MFU {mfu:.0%}"]
         if "moe/max_vio" in row:
             parts.append(f"max load {1 + row['moe/max_vio']:.2f}x")
             parts.append(f"drops {row['moe/drop_rate']:.2%}")
         if self._bar:  # which shows step and remaining time itself
             self._bar.advance(step, "  ".join(parts[1:]))
         else:
-            eta = [f"ETA {_duration((train.steps - step) * seconds)}"] if steps else []
+            eta = [f"ETA {units.duration((train.steps - step) * seconds)}"] if steps else []
             self._say("  ".join(parts + eta))
         return {
             "step": step,
@@ -152,7 +152,7 @@ class Console:
             bits = nats / math.log(2) / self._run.corpus.heldout_bytes_per_token
             lines.append((f"  {name}", f"{nats:.4f} nats/token  {bits:.4f} bits/byte"))
         if not math.isnan(self._rate):  # a single step, which was the compilation
-            lines.append(("speed", f"{_count(self._rate)} tokens/s at the end"))
+            lines.append(("speed", f"{units.count(self._rate)} tokens/s at the end"))
         if "moe/max_vio" in row:
             busiest, drops = 1 + last["moe/max_vio"], last["moe/drop_rate"]
             held_out = row["moe/drop_rate"]
@@ -163,7 +163,7 @@ class Console:
         lines.append(("files", f"{self._folder}: summary.png, metrics.jsonl, checkpoints/"))
         lines.append(("next", "another gate: --config=configs/lm.py:gate=switch --workdir=..."))
         lines.append(("", "every field:  moejax config --config=configs/lm.py"))
-        self._say(f"\nfinished in {_duration(time.perf_counter() - self._began)}")
+        self._say(f"\nfinished in {units.duration(time.perf_counter() - self._began)}")
         for label, text in lines:
             self._say(f"{label:<16}{text}")
 
@@ -228,23 +228,3 @@ def _model_line(config: Any) -> str:
         f"{layers}, {moe.num_experts} experts of width {moe.d_ff} in {where}, "
         f"gate {moe.gate.name}, transport {moe.transport}"
     )
-
-
-def _count(number: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.2f}{unit}"
-    return f"{number:.0f}"
-
-
-def _bytes(number: float) -> str:
-    for limit, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if number >= limit:
-            return f"{number / limit:.1f} {unit}"
-    return f"{number / 1024:.1f} KiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

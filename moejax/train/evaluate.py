@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from moejax import recording
 from moejax.config import Config
 from moejax.errors import UserError
-from moejax.models.lm import Sent
 from moejax.recording import Recording, Routed
 from moejax.train import compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
+from moejax.train.look import sent
 from moejax.train.loop import check_text, read_config
 from moejax.train.processes import is_first, on_host
 from moejax.train.reading import Part
@@ -114,7 +115,7 @@ def _write(found: Recording, path: str) -> None:
 
 def _record(found: Opened, train_steps: int) -> Recording:
     this, state, at = found
-    route = jax.jit(functools.partial(_route, task=this.task))
+    routed = jax.jit(functools.partial(route, task=this.task))
     source = this.train_batches()
     about = {
         "num_experts": this.config.moe.num_experts,
@@ -123,17 +124,19 @@ def _record(found: Opened, train_steps: int) -> Recording:
         "fingerprint": this.corpus.fingerprint,
     }
     return Recording(
-        _routed(this, state, route, this.eval_batches()),
-        _routed(this, state, route, [source.batch(i) for i in range(train_steps)]),
+        _routed(this, state, routed, this.eval_batches()),
+        _routed(this, state, routed, [source.batch(i) for i in range(train_steps)]),
         about,
     )
 
 
-def _route(state: TrainState, batch: Batch, *, task: LanguageModel) -> Sent:
+def route(state: TrainState, batch: Batch, *, task: LanguageModel) -> dict[str, Array]:
+    """How the MoE layers of a state route a batch in evaluation: see ``sent``."""
     key = jax.random.wrap_key_data(state.key)
-    out = task.apply(state.params, state.gate_state, batch, state.step, key, train=False)
-    assert out.routing is not None
-    return out.routing
+    out = task.apply(
+        state.params, state.gate_state, batch, state.step, key, train=False, watch=sent
+    )
+    return out.watched
 
 
 def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:
@@ -150,10 +153,10 @@ def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Rou
         )
     ]
     for batch in batches:
-        sent = route(state, this.put(batch))
+        found = on_host(route(state, this.put(batch)))
         real = batch["valid"].any(axis=1)
-        expert, weight, kept = (x[:, real] for x in on_host(sent))
-        parts.append(Routed(expert, weight, kept, batch["tokens"][real, :-1]))
+        routed = {name: x[:, real] for name, x in found.items()}
+        parts.append(Routed(**routed, token=batch["tokens"][real, :-1]))
     rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0}
     return Routed(
         **{

@@ -55,15 +55,20 @@ def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
     }
 
 
-def _batches(run: Run, sequences: int) -> tuple[int, list[dict[str, np.ndarray]]]:
-    """Batches as small as mesh and groups allow, and how many sequences they hold together."""
+def rows_per_batch(run: Run, sequences: int) -> int:
+    """Batches for ``sequences`` are no larger than they must be for mesh and groups."""
     train, moe = run.config.train, run.task.model.moe
     unit = axis_size(run.mesh.abstract_mesh, *BATCH_AXES) * moe.rows_per_group(1)
     if moe.group == "batch" or train.batch_size % unit:
         unit = train.batch_size
-    size = min(math.ceil(sequences / unit) * unit, train.batch_size)
+    return min(math.ceil(sequences / unit) * unit, train.batch_size)
+
+
+def _batches(run: Run, sequences: int) -> tuple[int, list[dict[str, np.ndarray]]]:
+    """Batches as small as mesh and groups allow, and how many sequences they hold together."""
+    size = rows_per_batch(run, sequences)
     wanted = math.ceil(sequences / size) * size
-    batches = eval_batches(run.corpus.heldout_N, train.seq_len, size, wanted)
+    batches = eval_batches(run.corpus.heldout_N, run.config.train.seq_len, size, wanted)
     return sum(int(batch["valid"].any(axis=1).sum()) for batch in batches), batches
 
 

@@ -16,7 +16,7 @@ from moejax.config import Config, config_differences, default, to_dict
 from moejax.data.baselines import ngram_baselines
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
-from moejax.train import compile_cache, rows, setup
+from moejax.train import compile_cache, probe, rows, setup
 from moejax.train.checkpoint import Checkpointer, restore_subtree
 from moejax.train.console import Console
 from moejax.train.lock import WorkdirLock
@@ -46,6 +46,7 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     this.train_batches()  # a text that is too short is refused here,
     this.eval_batches()  # before anything is written
     this.check_gate_data(config.train.steps)
+    probe.check(this, folder)
     console, budget = Console(this, folder), setup.budget(this)
     console.announce(budget)
     about = {
@@ -55,6 +56,8 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
             "train": dataclasses.asdict(budget.train_flops),
             "eval": dataclasses.asdict(budget.eval_flops),
         },
+        "memory": {"state": budget.state_bytes, "activations": budget.activation_bytes},
+        "devices": {"kind": this.mesh.devices.flat[0].device_kind, "count": this.mesh.size},
     }
     cached = compile_cache.kept(config.report.compile_cache)
     with cached, jax.set_mesh(this.mesh), closing(console), Stop() as stop:
@@ -86,13 +89,16 @@ def _train(
             tensorboard=this.config.report.tensorboard,
         )
         state = restored.state if restored else _first_state(this, warm)
+        recorder = probe.Recorder(this, folder, resume_step=start if restored else None)
         with log:
             if stop.requested(start):  # before the first step: all there is to save is saved
                 console.finish(start, PREEMPTED)
                 return PREEMPTED
             console.start(start)
+            if not restored:
+                recorder.record(0, state)
             try:
-                step, status = _loop(this, state, start, checkpoints, log, stop, console)
+                step, status = _loop(this, state, start, checkpoints, log, recorder, stop, console)
             except rows.Divergence as problem:
                 console.diverged(problem)
                 return FAILED
@@ -106,6 +112,7 @@ def _loop(
     start: int,
     checkpoints: Checkpointer,
     log: MetricsLog,
+    recorder: probe.Recorder,
     stop: Stop,
     console: Console,
 ) -> tuple[int, int]:
@@ -138,6 +145,7 @@ def _loop(
                 totals = this.evaluate(state, held_out)
                 row = rows.eval_row(step, totals, this.corpus.heldout_bytes_per_token, this.leak)
                 log.write(row)
+                recorder.record(step, state)
                 console.evaluated(row)
             if save_now or stopping:
                 rows.check_state(step, state)

@@ -48,7 +48,8 @@ class MetricsLog:
         workdir.mkdir(parents=True, exist_ok=True)
         if tensorboard:
             purge = None if resume_step is None else resume_step + 1
-            self._events = _event_writer(workdir / "tensorboard", purge)
+            folder = workdir / "tensorboard"
+            self._events = event_writer(folder, "report.tensorboard=True", purge_step=purge)
         paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timings")}
         for path in paths.values():
             _prepare(path, resume_step)
@@ -99,7 +100,7 @@ class MetricsLog:
         if written < len(line):
             raise UserError(f"{name}.jsonl cannot be written: the disk is full")
         if self._events is not None:
-            _add_scalars(self._events, "timing" if name == "timings" else "", plain)
+            add_scalars(self._events, "timing" if name == "timings" else "", plain)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -121,7 +122,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append((line, {key: _revive(value) for key, value in row.items()}))
+            found.append((line, {key: revive(value) for key, value in row.items()}))
         elif number <= len(whole):
             raise UserError(f"{path}: line {number} is not a row with a step; remove or mend it")
     return found
@@ -168,29 +169,34 @@ def _plain(value: Any) -> Any:
     return _plain(array.tolist())
 
 
-def _revive(value: Any) -> Any:
-    """The inverse of what `_plain` does to floats that JSON cannot write."""
+def revive(value: Any) -> Any:
+    """A value read from a row, with the floats that JSON cannot write as floats again."""
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     if isinstance(value, list):
-        return [_revive(item) for item in value]
+        return [revive(item) for item in value]
     if isinstance(value, dict):
-        return {key: _revive(item) for key, item in value.items()}
+        return {key: revive(item) for key, item in value.items()}
     return value
 
 
-def _event_writer(folder: Path, purge_step: int | None):
+def event_writer(folder: Path, asked: str, **options: Any) -> Any:
+    """tensorboardX's SummaryWriter of a folder; ``asked`` is the setting that wants it.
+
+    Raises:
+      UserError: tensorboardX is not installed.
+    """
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError(
-            "report.tensorboard=True needs tensorboardX; pip install 'moejax[tensorboard]' or set "
-            "it to False"
+            f"{asked} needs tensorboardX; pip install 'moejax[tensorboard]' or leave it out"
         ) from error
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    return SummaryWriter(str(folder), **options)
 
 
-def _add_scalars(events: Any, group: str, row: Mapping[str, Any]) -> None:
+def add_scalars(events: Any, group: str, row: Mapping[str, Any]) -> None:
+    """The numbers of a row, named after its split, or after ``group`` if it has none."""
     group = row.get("split", group)
     for key, value in row.items():
         if key != "step" and isinstance(value, float | int) and not isinstance(value, bool):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config, make_gate, moe_config
 from moejax.losses import CONSISTENCY, policy_gradient, symmetric_kl
-from moejax.models.lm import LM, LMConfig, LMOutput
+from moejax.models.lm import LM, LMConfig, LMOutput, Watch
 from moejax.train.state import from_tree, to_tree
 from moejax.types import Context, MoEStats
 
@@ -153,9 +153,16 @@ class LanguageModel:
         return cross_entropy(out.logits_BLV, targets_BL)[1]
 
     def apply(
-        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+        self,
+        params: PyTree,
+        gate_state: PyTree,
+        batch: Batch,
+        step: Array,
+        key: Array,
+        train: bool,
+        watch: Watch | None = None,
     ) -> LMOutput:
-        """The model on a batch's inputs."""
+        """The model on a batch's inputs; ``watch``: see ``LM``."""
         graph, template = self._split()
         model = nnx.merge(graph, from_tree(template, params))
         token_BL = batch["tokens"][:, :-1]
@@ -167,7 +174,7 @@ class LanguageModel:
             step=step,
             key=jax.random.fold_in(key, step),
         )
-        return model(token_BL, context, gate_state, train)
+        return model(token_BL, context, gate_state, train, watch)
 
     def objective(self, totals: Totals, tokens: Array) -> Array:
         """The share of these totals in the loss of a batch with ``tokens`` valid tokens."""

@@ -102,14 +102,14 @@ def unrolled(model: LM, token_BL, train):
     x_BLD = model.embed_VD[...][token_BL] * math.sqrt(settings.d_model)
     squares, infos = [], []
     for block in model.first:
-        x_BLD, _ = block(x_BLD, ctx, (), train)
+        x_BLD, *_ = block(x_BLD, ctx, (), train, None)
         squares.append(jnp.mean(x_BLD**2))
     graph, stacked = nnx.split(model.periods)
     for index in range(settings.num_periods):
         period = nnx.merge(graph, jax.tree.map(lambda p, i=index: p[i], stacked))
         own = dataclasses.replace(ctx, key=jax.random.fold_in(key, index))
         for block in period.blocks:
-            x_BLD, info = block(x_BLD, own, (), train)
+            x_BLD, info, _ = block(x_BLD, own, (), train, None)
             squares.append(jnp.mean(x_BLD**2))
             infos += [] if info is None else [info]
     x_BLD = x_BLD / jnp.sqrt(jnp.mean(x_BLD**2, -1, keepdims=True) + settings.norm_eps)

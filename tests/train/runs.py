@@ -43,6 +43,7 @@ SETTINGS = {
     "optim.schedule": "constant",
     "optim.warmup_steps": 10,
     "data.eval_fraction": 0.2,
+    "report.probe_rows": 0,
 }
 
 

@@ -1,0 +1,1 @@
+"""The pages of the report, one a file: what was recorded in, a `Page` out."""

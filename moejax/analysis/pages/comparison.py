@@ -1,0 +1,169 @@
+"""Variants side by side: loss against cost with intervals, and differences to the baseline."""
+
+import math
+
+from moejax.analysis import figures
+from moejax.analysis.outcomes import Outcome, interval, outcomes
+from moejax.analysis.page import Block, Figure, Page, Table, Text
+from moejax.analysis.sweep import SweepData
+from moejax.train import units
+
+LOG_FROM = 3.0
+"""An axis whose largest value is this many times its smallest is logarithmic."""
+LEAKS, MISSED = "\N{DAGGER}", "\N{DOUBLE DAGGER}"
+MARKS = (
+    f"{LEAKS}: a token's output may depend on more than itself and its past, so that the loss is "
+    f"not that of a causal model. {MISSED}: the cost misses what the sweep matches."
+)
+
+
+def page(sweep: SweepData) -> Page:
+    variants = outcomes(sweep)
+    measured = [v for v in variants if v["mean"] is not None]
+    if not measured:
+        return Page("Comparison", [Text("No trial has finished: there is nothing to compare yet.")])
+    summary = sweep.summary or {}
+    cost = summary.get("cost") or {"name": "active_flops", "unit": "FLOP per token in training"}
+    blocks: list[Block] = [_table(variants, cost)]
+    if any(v["cost"] is not None for v in measured):
+        blocks.append(_scatter(measured, cost))
+    compared = [v for v in measured if v.get("difference")]
+    if compared:
+        blocks.append(_forest(compared, summary))
+    return Page("Comparison", blocks)
+
+
+def _name(variant: Outcome) -> str:
+    marks = (LEAKS if variant.get("leak") else "") + (MISSED if variant.get("missed_match") else "")
+    return f"{variant['variant']} {marks}".strip()
+
+
+def _table(variants: list[Outcome], cost: dict[str, str]) -> Table:
+    header = (
+        "variant", "seeds", "loss, nats/byte", "difference", "p (Holm)", cost["name"], "verdict",
+        "leak",
+    )  # fmt: skip
+    rows = []
+    for v in variants:
+        difference = v.get("difference") or {}
+        p = difference.get("p_holm")
+        ratio = f" ({v['cost_ratio']:.2f} x)" if v.get("cost_ratio") is not None else ""
+        rows.append(
+            (
+                _name(v),
+                f"{len(v['seeds'])}/{v['wanted']}" + (" diverged" if v.get("diverged") else ""),
+                interval(v) if v["mean"] is not None else "-",
+                interval(difference) if difference else "-",
+                "-" if p is None else f"{p:.2g}",
+                "-" if v["cost"] is None else units.count(v["cost"]) + ratio,
+                v.get("verdict") or "-",
+                v.get("leak") or "-",
+            )
+        )
+    caption = (
+        "Held-out loss at the end: mean over seeds and half width of its 95 % interval (Student's "
+        f"t). difference: to the baseline at equal seeds. {cost['name']}: {cost['unit']}, in "
+        f"brackets over the baseline's. {MARKS}"
+    )
+    said = [c for c in range(len(header)) if any(row[c] != "-" for row in rows)]
+    return Table([header[c] for c in said], [[row[c] for c in said] for row in rows], caption)
+
+
+def _scatter(measured: list[Outcome], cost: dict[str, str]) -> Figure:
+    """Every variant's mean with its interval, and every seed."""
+    traces = []
+    for index, v in enumerate(measured):
+        colour, symbol = f"C{index % 8}", _symbol(v)
+        trials = [t for t in v["trials"] if t["loss"] is not None and t["cost"] is not None]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": figures.plain(v["variant"]),
+                "legendgroup": v["variant"],
+                "showlegend": False,
+                "x": [t["cost"] for t in trials],
+                "y": [t["loss"] for t in trials],
+                "text": [f"seed {t['seed']}" for t in trials],
+                "hovertemplate": "%{fullData.name}, %{text}: %{y:.4f}<extra></extra>",
+                "marker": {"color": colour, "size": 5, "opacity": 0.6, "symbol": symbol},
+            }
+        )
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers+text",
+                "name": figures.plain(_name(v)),
+                "legendgroup": v["variant"],
+                "x": [v["cost"]],
+                "y": [v["mean"]],
+                "text": [figures.plain(_name(v))],
+                "textposition": "middle right",
+                "textfont": {"color": colour},
+                "hovertemplate": "%{text}: %{y:.4f} at %{x:.4g}<extra></extra>",
+                "error_y": {"type": "data", "array": [v.get("half_width")], "thickness": 1.2},
+                "marker": {"color": colour, "size": 11, "symbol": symbol},
+            }
+        )
+    costs = [v["cost"] for v in measured if v["cost"]]
+    kind = "log" if max(costs) >= LOG_FROM * min(costs) else "linear"
+    spec = figures.chart(
+        traces,
+        f"{cost['name']}: {cost['unit']}",
+        "held-out loss, nats per byte",
+        xaxis={"type": kind},
+        yaxis={"range": _range(measured)},
+    )
+    caption = (
+        "Large: mean over seeds, with the 95 % interval of the mean (intervals of two seeds reach "
+        f"beyond the axis); small: seeds. Open symbols are marked. {MARKS}"
+    )
+    return Figure(spec, caption, height=500, name="loss-against-cost")
+
+
+def _symbol(v: Outcome) -> str:
+    if v.get("leak"):
+        return "diamond-open"
+    return "square-open" if v.get("missed_match") else "circle"
+
+
+def _range(measured: list[Outcome]) -> list[float]:
+    """Of the seeds, and of intervals that are not far wider."""
+    losses = [t["loss"] for v in measured for t in v["trials"] if t["loss"] is not None]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    low, high = min(losses), max(losses)
+    reach = max(high - low, 0.02)
+    ends = [low, high]
+    for v in measured:
+        half = v.get("half_width")
+        if half is not None and half <= reach:
+            ends += [v["mean"] - half, v["mean"] + half]
+    return [min(ends) - 0.12 * reach, max(ends) + 0.12 * reach]
+
+
+def _forest(compared: list[Outcome], summary: Outcome) -> Figure:
+    """Differences to the baseline with their intervals, one under the other."""
+    traces: list[figures.Spec] = []
+    for index, v in enumerate(compared):
+        difference = v["difference"]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": figures.plain(_name(v)),
+                "x": [difference["mean"]],
+                "y": [figures.plain(_name(v))],
+                "error_x": {"type": "data", "array": [difference.get("half_width")]},
+                "marker": {"size": 10, "color": f"C{index % 8}", "symbol": _symbol(v)},
+                "hovertemplate": "%{y}: %{x:+.4f}<extra></extra>",
+            }
+        )
+    axes = {"yaxis": {"autorange": "reversed"}, "xaxis": {"zeroline": True, "zerolinewidth": 2}}
+    baseline = summary.get("baseline", "?")
+    title = f"loss minus that of {figures.plain(baseline)}, nats per byte"
+    spec = figures.chart(traces, title, "", **axes, showlegend=False)
+    caption = (
+        "Mean difference at equal seeds and its 95 % interval: left of 0 is better than the "
+        f"baseline {baseline}. {MARKS}"
+    )
+    return Figure(spec, caption, height=120 + 30 * len(compared), name="differences")

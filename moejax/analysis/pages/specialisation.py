@@ -1,0 +1,200 @@
+"""Which tokens experts get: by domain, by token, and how much of routing either explains."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from moejax.analysis import figures
+from moejax.analysis.html import plain
+from moejax.analysis.lifts import cell_axes, lift_cells
+from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
+from moejax.analysis.pages.load import by_layer
+from moejax.analysis.panels import Panel, panels
+from moejax.analysis.probed import Routed, of_tokens, over_steps, routed
+from moejax.analysis.run import RunData
+from moejax.analysis.statistics.information import explained, null
+from moejax.analysis.statistics.specialisation import (
+    Favourite,
+    favourites,
+    lift,
+    pair_counts,
+    peak_share,
+    share_of_kind,
+)
+from moejax.probe import Probe
+
+LEAST = 10
+"""Token ids seen less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
+FAVOURITES = 12
+SHUFFLES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """A way to sort tokens: of each token the id of its kind, and the kinds' names."""
+
+    name: str
+    kind_T: np.ndarray
+    names: Sequence[str]
+
+
+def kinds_of(probe: Probe) -> list[Kinds]:
+    """By token, by the token that follows and, where the corpus has labels, by domain."""
+    texts = [str(text) for text in probe.tokens["token_text"]]
+    found = [
+        Kinds("token", of_tokens(probe, "token"), texts),
+        Kinds("next token", of_tokens(probe, "target"), texts),
+    ]
+    if "label" in probe.tokens:
+        names = [str(name) for name in probe.tokens["label_names"]]
+        found.append(Kinds("domain", of_tokens(probe, "label"), names))
+    return found
+
+
+def page(run: RunData) -> Page:
+    probe = run.probe
+    if probe is None or not probe.steps:
+        return Page("Specialisation", [])
+    last, kinds = routed(probe, probe.steps[-1]), kinds_of(probe)
+    blocks: list[Block] = [
+        Text(
+            f"Of the probe's {last.first_MT.shape[1]} tokens, what each expert was chosen for at "
+            f"step {last.step}. Lift is a share over what it would be if experts did not care: 1 "
+            "is indifference, 2 is twice as much as that."
+        )
+    ]
+    domain = next((each for each in kinds if each.name == "domain"), None)
+    if domain is None:
+        blocks.append(Text("The corpus has no domain labels: there is no picture by domain."))
+    else:
+        by_domain = {str(m): [_domains(last, domain, m)] for m in last.layers}
+        blocks.append(Choice("domain and expert, layer", by_domain))
+    tables = {str(m): [_favourites(last, kinds[0], m)] for m in last.layers}
+    blocks += [Choice("tokens of each expert, layer", tables), *_information(probe, last, kinds)]
+    return Page("Specialisation", blocks)
+
+
+def _counts(last: Routed, kinds: Kinds, layer: int) -> np.ndarray:
+    return pair_counts(last.selected_MTE[layer], kinds.kind_T, len(kinds.names))
+
+
+def _domains(last: Routed, domain: Kinds, layer: int) -> Figure:
+    counts_CE = _counts(last, domain, layer)
+    tokens_C = np.bincount(domain.kind_T, minlength=len(domain.names))
+    seen_C = tokens_C > 0
+    names = [
+        f"{plain(name)} ({count})"
+        for name, count in zip(domain.names, tokens_C, strict=True)
+        if count
+    ]
+    trace = lift_cells(
+        lift(counts_CE)[seen_C],
+        share_of_kind(counts_CE)[seen_C],
+        x=list(range(last.experts)),
+        y=names,
+        hovertemplate=(
+            "%{customdata[1]:.2%} of the pairs of %{y}<br>go to expert %{x}: "
+            "lift %{customdata[0]:.2f}<extra></extra>"
+        ),
+    )
+    spec = figures.chart([trace], "expert", "", **cell_axes(1, last.experts))
+    caption = (
+        f"Layer {layer}. A row is a domain with its number of tokens. Written: the share of the "
+        "domain's (token, expert) pairs that each expert gets, which sum to 100%. Colour: lift "
+        "over the expert's share of all pairs; red more, blue less."
+    )
+    return Figure(spec, caption, height=170 + 42 * len(names), name=f"domains-{layer}")
+
+
+def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
+    counts_CE = _counts(last, tokens, layer)
+    tokens_C = np.bincount(tokens.kind_T, minlength=len(tokens.names))
+    load_E = counts_CE.sum(axis=0)
+    by_lift = favourites(counts_CE, tokens_C, LEAST, FAVOURITES)
+
+    def said(of: Favourite) -> str:
+        return f"{quoted(tokens.names[of.kind])} {of.lift:.1f}"
+
+    rows = []
+    for expert, found in enumerate(by_lift):
+        often = np.argsort(-counts_CE[:, expert], kind="stable")[:FAVOURITES]
+        frequent = [quoted(tokens.names[c]) for c in often if counts_CE[c, expert]]
+        share = load_E[expert] / max(load_E.sum(), 1)
+        rows.append((str(expert), f"{share:.1%}", ",  ".join(map(said, found)), " ".join(frequent)))
+    caption = (
+        f"Layer {layer}. Tokens by lift: what the expert is chosen for more than for other tokens, "
+        f"with the lift, of tokens seen {LEAST} times or more. Most frequent: what it mostly sees."
+    )
+    return Table(("expert", "share of pairs", "tokens by lift", "most frequent"), rows, caption)
+
+
+def quoted(token: str) -> str:
+    """So that a token that is a space can be seen."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{token}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
+def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Block]:
+    def at(step: int) -> np.ndarray:
+        then = routed(probe, step)
+        return np.array(
+            [[explained(then.selected_MTE[m], of.kind_T) for m in then.layers] for of in kinds]
+        )
+
+    steps, share_SCM = over_steps(probe, at)
+    null_CMR = np.array(
+        [
+            [null(last.selected_MTE[m], of.kind_T, SHUFFLES, seed=0) for m in last.layers]
+            for of in kinds
+        ]
+    )
+    found = []
+    for index, of in enumerate(kinds):
+        by_chance = figures.level(
+            "by chance, last step", probe.steps, float(null_CMR[index].mean())
+        )
+        traces = [*by_layer("", steps, share_SCM[:, index]), by_chance]
+        axis = f"I(expert; {of.name}) / H(expert)"
+        found.append(Panel("step", axis, traces, {"rangemode": "tozero"}))
+    caption = (
+        "The share of what there is to know about a pair's expert that the token's kind tells, at "
+        "each recording: 0 if it tells nothing, 1 if it decides (with k choices per token at most "
+        "1 - log k / H(expert)). Dotted: what kinds shuffled over tokens tell, mean over layers; "
+        "many rare kinds tell something by chance."
+    )
+    height = 90 + 250 * -(-len(found) // 2)
+    return [
+        Text(
+            "OpenMoE found experts that care about the token and not about its context (Xue et "
+            "al., arXiv 2402.01739). Then the token explains much more of the routing than its "
+            "domain or the next token does beyond chance."
+        ),
+        Figure(panels(found), caption, height=height, name="information"),
+        _against_chance(last, kinds, share_SCM[-1], null_CMR),
+    ]
+
+
+def _against_chance(
+    last: Routed, kinds: Sequence[Kinds], share_CM: np.ndarray, null_CMR: np.ndarray
+) -> Table:
+    rows = []
+    for layer in last.layers:
+        for index, of in enumerate(kinds):
+            counts_CE = _counts(last, of, layer)
+            tokens_C = np.bincount(of.kind_T, minlength=len(of.names))
+            by_chance = null_CMR[index, layer]
+            numbers = (
+                f"{share_CM[index, layer]:.4f}",
+                f"{by_chance.mean():.4f}",
+                f"{by_chance.max():.4f}",
+                f"{share_CM[index, layer] - by_chance.mean():.4f}",
+                f"{peak_share(counts_CE, tokens_C, LEAST):.3f}",
+            )
+            rows.append((str(layer), of.name, *numbers))
+    header = ("layer", "kind", "explained", "by chance", "largest", "beyond chance", "peak share")
+    caption = (
+        f"At step {last.step}. Explained: I(expert; kind) / H(expert). By chance: the mean, and "
+        f"the largest, of {SHUFFLES} shuffles of kinds over tokens. Peak share: of a kind's tokens "
+        f"the share that its favourite expert gets, mean over kinds seen {LEAST} times or more."
+    )
+    return Table(header, rows, caption)

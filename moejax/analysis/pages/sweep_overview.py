@@ -1,0 +1,136 @@
+"""What a sweep ran and how far it is, what came out, and what to beware of."""
+
+from collections import Counter
+
+from moejax.analysis import health
+from moejax.analysis.outcomes import interval, outcomes
+from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
+from moejax.analysis.sweep import SweepData
+from moejax.sweep.results import step_seconds
+from moejax.train import units
+
+
+def page(sweep: SweepData) -> Page:
+    finished = [trial for trial in sweep.trials if trial.finished]
+    blocks: list[Block] = [Text(_verdict(sweep))]
+    if len(finished) < len(sweep.trials):
+        missing = len(sweep.trials) - len(finished)
+        blocks.append(
+            Warning(
+                f"{missing} of {len(sweep.trials)} trials are not finished. Where a variant lacks "
+                "seeds, its mean and interval are of those that are there."
+            )
+        )
+    if _problems(sweep):
+        blocks.append(Warning("Not everything could be read. " + " ".join(_problems(sweep))))
+    blocks += _findings(sweep)
+    blocks += _unfinished(sweep)
+    blocks += [Table(("what ran", ""), _what(sweep)), _variants(sweep)]
+    return Page("Overview", blocks)
+
+
+def _verdict(sweep: SweepData) -> str:
+    """The comparison's outcome in sentences; each variant's verdict is on the comparison page."""
+    done = sum(trial.finished for trial in sweep.trials)
+    text = f"{done} of {len(sweep.trials)} trials of {len(sweep.variants)} variants are finished."
+    summary = sweep.summary or {}
+    measured = [v for v in outcomes(sweep) if v["mean"] is not None]
+    if not measured:
+        return text
+    best = min(measured, key=lambda v: v["mean"])
+    leaks = " (it leaks: see below)" if best["leak"] else ""
+    text += f" The lowest held-out loss has {best['variant']}, {interval(best)} nats/byte{leaks}."
+    honest = [v for v in measured if not v["leak"]]
+    if best["leak"] and honest:
+        causal = min(honest, key=lambda v: v["mean"])
+        text += f" Of those that do not leak: {causal['variant']}, {interval(causal)}."
+    if summary.get("baseline"):
+        clear = [v for v in measured if v["variant"] != summary["baseline"] and v.get("verdict")]
+        said = "; ".join(f"{v['variant']}: {v['verdict']}" for v in clear)
+        text += f" Against the baseline {summary['baseline']}: {said}."
+    return text
+
+
+def _problems(sweep: SweepData) -> list[str]:
+    """Those of the sweep, and those of its trials, each once with how many have it."""
+    counts = Counter(problem for t in sweep.trials if t.run for problem in t.run.problems)
+    return [*sweep.problems, *(f"{count} trials: {text}" for text, count in counts.items())]
+
+
+def _findings(sweep: SweepData) -> list[Block]:
+    """Warnings of finished trials, those of one kind and variant in one row."""
+    rows = []
+    for variant in sweep.variants:
+        seen: dict[str, list[tuple[int, str]]] = {}
+        for trial in sweep.trials:
+            if trial.variant == variant and trial.run is not None and trial.finished:
+                for finding in health.findings(trial.run):
+                    seen.setdefault(finding.kind, []).append((trial.seed, finding.text))
+        for kind, found in seen.items():
+            seeds = ", ".join(str(seed) for seed, _ in dict.fromkeys(found))
+            rows.append((variant, kind, seeds, found[0][1]))
+    if not rows:
+        return []
+    caption = "Warnings of finished trials; the sentence is that of the first seed named."
+    return [Table(("variant", "warning", "seeds", "said of the first"), rows, caption)]
+
+
+def _unfinished(sweep: SweepData) -> list[Block]:
+    missing = [trial for trial in sweep.trials if not trial.finished]
+    if not missing:
+        return []
+    states: dict[str, list[str]] = {}
+    for trial in missing:
+        states.setdefault(trial.state, []).append(trial.name)
+    rows = [(state, ", ".join(names)) for state, names in states.items()]
+    blocks: list[Block] = [Table(("state", "trials"), rows, "Trials that are not finished.")]
+    logs: dict[str, list[Block]] = {t.name: [Text(t.log)] for t in missing if t.log}
+    if logs:
+        blocks.append(Choice("end of the log of", dict(logs)))
+    return blocks
+
+
+def _what(sweep: SweepData) -> list[tuple[str, str]]:
+    rows = [("experiment", sweep.experiment), ("folder", str(sweep.folder))]
+    seeds = sorted({trial.seed for trial in sweep.trials})
+    rows.append(("seeds", ", ".join(map(str, seeds))))
+    runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
+    if runs:
+        first = runs[0]
+        batch, length = first.field("train.batch_size", 0), first.field("train.seq_len", 0)
+        steps = sorted({run.field("train.steps", 0) for run in runs})
+        rows += [
+            ("text", str(first.saved.get("corpus", "?"))),
+            ("training", f"{' or '.join(map(str, steps))} steps of {batch} x {length} tokens"),
+        ]
+        devices = first.saved.get("devices")
+        if devices:
+            rows.append(("devices", f"{devices['count']} {devices['kind']}"))
+        seconds = sum(step_seconds(run.timings)[1] for run in runs if run.timings)
+        if seconds == seconds:
+            rows.append(("time", f"{units.duration(seconds)} of training steps, all trials"))
+    summary = sweep.summary or {}
+    if summary.get("match"):
+        tolerance = f"within {summary['tolerance']:.0%}"
+        rows.append(("matched", f"{summary['match']}, {tolerance} of the baseline"))
+    found = summary.get("detectable")
+    if found:
+        rows.append(
+            (
+                "can be detected",
+                f"a difference of {found['difference']:.4f} nats/byte, with probability "
+                f"{found['power']:.0%} at level {found['level']} and {found['seeds']} seeds "
+                f"({found['source']})",
+            )
+        )
+    return rows
+
+
+def _variants(sweep: SweepData) -> Table:
+    """Each variant with the overrides that make it."""
+    rows = []
+    for variant in sweep.variants:
+        trial = next(trial for trial in sweep.trials if trial.variant == variant)
+        names = [o.removeprefix("--config.") for o in trial.overrides if "train.seed=" not in o]
+        rows.append((variant, " ".join(names)))
+    return Table(("variant", "differs from the experiment's page in"), rows)

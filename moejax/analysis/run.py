@@ -1,0 +1,176 @@
+"""What a run has written so far, read with tolerance: what is missing is said, not raised."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.errors import UserError
+from moejax.probe import Probe
+from moejax.train.metrics import revive
+
+Row = dict[str, Any]
+
+SAVED = (
+    "flops", "version", "corpus", "fingerprint", "heldout_bytes_per_token", "baselines",
+    "parameters", "visibility", "memory", "devices",
+)  # fmt: skip
+"""What this version writes to config.json beside the config."""
+
+OF_ROW = ("split", "loss")
+OF_TIMING = ("seconds_per_step", "elapsed", "tokens_per_second")
+"""Without these a row is of no use."""
+
+LEAK = "leak/nats_per_token"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """The files of one run's workdir.
+
+    ``config`` is nested as ``to_dict`` gives it; ``saved`` is all of config.json. ``train`` and
+    ``held_out`` are the rows of metrics.jsonl by split, in the order of their steps. ``problems``
+    says in sentences what could not be read. ``leak`` holds the numbers of `moejax eval
+    --measure-leak`, where they are known.
+    """
+
+    name: str
+    workdir: Path
+    config: dict[str, Any]
+    saved: dict[str, Any]
+    train: list[Row]
+    held_out: list[Row]
+    timings: list[Row]
+    probe: Probe | None = None
+    problems: list[str] = dataclasses.field(default_factory=list)
+    leak: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, workdir: str | Path) -> "RunData":
+        """Reads a workdir; a run that is going on, was killed or is of another version will do.
+
+        Raises:
+          UserError: the folder does not hold a run.
+        """
+        folder, problems = Path(workdir), []
+        saved = _read_config(folder)
+        missing = [name for name in SAVED if name not in saved]
+        if missing:
+            problems.append(
+                f"config.json has no {', '.join(missing)}: moejax "
+                f"{saved.get('version', 'of another version')} wrote it. What needs them is left "
+                "out."
+            )
+        rows = _read_rows(folder / "metrics.jsonl", OF_ROW, problems)
+        measured = [row for row in rows if LEAK in row]
+        return cls(
+            name=folder.resolve().name,
+            workdir=folder,
+            config=saved["config"],
+            saved=saved,
+            train=[row for row in rows if row.get("split") == "train"],
+            held_out=[row for row in rows if row.get("split") == "eval"],
+            timings=_read_rows(folder / "timings.jsonl", OF_TIMING, problems),
+            probe=_read_probe(folder, problems),
+            problems=problems,
+            leak=measured[-1] if measured else {},
+        )
+
+    def field(self, name: str, otherwise: Any = None) -> Any:
+        """A field of the config by its dotted name; ``otherwise`` if this config lacks it."""
+        value: Any = self.config
+        for part in name.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return otherwise
+            value = value[part]
+        return value
+
+    def rows(self, split: str) -> list[Row]:
+        """The rows of a split, "train" or "eval"."""
+        return {"train": self.train, "eval": self.held_out}[split]
+
+    def series(self, split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a number of metrics.jsonl, from the rows that have it."""
+        rows = [row for row in self.rows(split) if isinstance(row.get(key), int | float)]
+        steps = np.asarray([row["step"] for row in rows], np.int64)
+        return steps, np.asarray([row[key] for row in rows], np.float64)
+
+    def arrays(self, split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [N] and values [N, ...] of an array of metrics.jsonl such as ``moe/load``.
+
+        Rows whose array has another shape than the last one's are left out.
+        """
+        found = [(r["step"], np.asarray(r[key])) for r in self.rows(split) if r.get(key)]
+        found = [(step, x) for step, x in found if x.shape == found[-1][1].shape]
+        steps = np.asarray([step for step, _ in found], np.int64)
+        return steps, np.stack([x for _, x in found]) if found else np.zeros((0, 0, 0))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a row of the run has the load of experts."""
+        return any(row.get("moe/load") for row in [*self.train, *self.held_out])
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged; 0 if none was."""
+        return max((row["step"] for row in [*self.train, *self.held_out]), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the config has been evaluated."""
+        return any(row["step"] == self.field("train.steps") for row in self.held_out)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"{path} cannot be read: is {folder} the workdir of a run?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path} was not written by `moejax train`: it has no config")
+    return saved
+
+
+def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
+    try:
+        probe = Probe.read(folder)
+    except UserError as error:
+        problems.append(f"{error}.")
+        return None
+    problems += [f"{problem}." for problem in probe.problems] if probe else []
+    return probe
+
+
+def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[Row]:
+    """The rows of a file of JSON lines; lines that are none are counted among the problems.
+
+    So are rows without what they ``needs``.
+
+    The torn last line of a killed run is no problem: the run writes it again when it resumes.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({error.strerror}).")
+        return []
+    rows, bad = [], []
+    *whole, torn = content.split(b"\n")
+    for number, line in enumerate([*whole, torn], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row.keys() >= {*needs}:
+            rows.append({key: revive(value) for key, value in row.items()})
+        elif number <= len(whole):
+            bad.append(number)
+    if bad:
+        lines = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        problems.append(f"{path.name}: {len(bad)} lines are not rows and were skipped ({lines}).")
+    return rows

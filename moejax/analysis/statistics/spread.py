@@ -1,0 +1,31 @@
+"""Means, quantiles and histograms over tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from moejax.analysis.statistics.ratios import ratio
+
+
+def spread(
+    value_T: Float[np.ndarray, "... T"], levels: Sequence[float]
+) -> Float[np.ndarray, "... X"]:
+    """X: the mean over tokens, then their quantiles at ``levels`` (float64, interpolated).
+
+    NaN throughout where a token's value is not finite or there are no tokens.
+    """
+    wide_T = value_T.astype(np.float64)
+    found = np.full((*value_T.shape[:-1], 1 + len(levels)), np.nan)
+    known = np.isfinite(wide_T).all(axis=-1) & (value_T.shape[-1] > 0)
+    if known.any():
+        found[known, 0] = wide_T[known].mean(axis=-1)
+        found[known, 1:] = np.quantile(wide_T[known], levels, axis=-1).T
+    return found
+
+
+def histogram(
+    value_T: Float[np.ndarray, " T"], edges: Float[np.ndarray, " edges"]
+) -> Float[np.ndarray, " bins"]:
+    """Share of tokens between neighbouring edges; the last bin includes its upper one."""
+    return ratio(np.histogram(value_T, edges)[0], value_T.size)

@@ -1,0 +1,148 @@
+"""What a sweep has written so far: its trials, finished or not, and its comparison."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moejax.analysis.run import RunData
+from moejax.errors import UserError
+from moejax.sweep.definition import Trial
+from moejax.sweep.folder import INDEX
+from moejax.sweep.results import Result, read_trial
+from moejax.train.loop import OUTPUT
+
+TAIL = 15
+"""So many last lines of a log say why a trial failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialData:
+    """One trial; ``run`` is None until it has written its config."""
+
+    name: str
+    variant: str
+    seed: int
+    overrides: list[str]
+    config: dict[str, Any]
+    run: RunData | None
+    log: str
+    """The last lines of what it said."""
+
+    @property
+    def finished(self) -> bool:
+        return self.run is not None and self.run.finished
+
+    @property
+    def state(self) -> str:
+        if self.finished:
+            return "finished"
+        if self.run is None or not self.run.last_step:
+            return "no step logged" if self.log else "not started"
+        return f"stopped or going on, step {self.run.last_step} of {self.run.field('train.steps')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepData:
+    """A sweep's folder: ``results`` in numbers, a finished trial each.
+
+    ``summary`` is summary.json (docs/sweeps.md), None if there is none.
+    """
+
+    name: str
+    folder: Path
+    experiment: str
+    trials: list[TrialData]
+    summary: dict[str, Any] | None
+    results: list[Result]
+    problems: list[str]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "SweepData":
+        """Reads a sweep that is finished, going on, or has nothing but failures.
+
+        Raises:
+          UserError: the folder holds no sweep.
+        """
+        folder, problems = Path(folder), []
+        path = folder / INDEX
+        try:
+            index = json.loads(path.read_text())
+            trials = [_trial(folder, dict(entry), problems) for entry in index["trials"]]
+        except OSError:
+            raise UserError(f"{path} cannot be read: is {folder} the folder of a sweep?") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} was not written by `moejax sweep`; restore it") from error
+        return cls(
+            name=folder.resolve().name,
+            folder=folder,
+            experiment=str(index.get("experiment", "?")),
+            trials=trials,
+            summary=_summary(folder / "summary.json", problems),
+            results=_results(folder, trials, problems),
+            problems=problems,
+        )
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(trial.variant for trial in self.trials))
+
+    def runs(self, variant: str) -> list[RunData]:
+        """The finished runs of a variant."""
+        of = [trial for trial in self.trials if trial.variant == variant and trial.finished]
+        return [trial.run for trial in of if trial.run is not None]
+
+
+def _trial(folder: Path, entry: dict[str, Any], problems: list[str]) -> TrialData:
+    name = entry["name"]
+    variant, _, seed = name.rpartition("-seed")
+    workdir, run = folder / "trials" / name, None
+    if (workdir / "config.json").exists():
+        try:
+            run = RunData.read(workdir)
+        except UserError as error:
+            problems.append(f"{name}: {error}.")
+    log = workdir / OUTPUT
+    said = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return TrialData(
+        name=name,
+        variant=entry.get("variant", variant),
+        seed=int(entry.get("seed", seed)),
+        overrides=list(entry.get("overrides", [])),
+        config=dict(entry["config"]),
+        run=run,
+        log="\n".join(said[-TAIL:]),
+    )
+
+
+def _summary(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """summary.json, if this version can read it."""
+    if not path.exists():
+        problems.append(
+            "There is no summary.json, which `moejax sweep` writes when it has run: nothing is "
+            "compared with a baseline."
+        )
+        return None
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError as error:
+        problems.append(f"summary.json is not valid JSON ({error}).")
+        return None
+    if not isinstance(summary, dict) or summary.get("format") != 1:
+        problems.append("summary.json is of another version of moejax.")
+        return None
+    return summary
+
+
+def _results(folder: Path, trials: list[TrialData], problems: list[str]) -> list[Result]:
+    found = []
+    for trial in trials:
+        if trial.finished:
+            about = Trial(trial.variant, trial.seed, tuple(trial.overrides), trial.config)
+            try:
+                found.append(read_trial(folder, about))
+            except (UserError, OSError) as error:
+                problems.append(f"{trial.name} is not in the comparison: {error}.")
+            except KeyError as error:
+                problems.append(f"{trial.name} is not in the comparison: it has no {error}.")
+    return found

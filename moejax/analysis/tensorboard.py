@@ -1,0 +1,44 @@
+"""Rows of metrics.jsonl and timings.jsonl as TensorBoard events."""
+
+import tempfile
+from pathlib import Path
+
+from moejax.analysis.run import RunData
+from moejax.analysis.sweep import SweepData
+from moejax.train.metrics import add_scalars, event_writer
+
+SUFFIX = ".report"
+"""Ends the names of files written here; a new export takes their place."""
+
+
+def export(found: RunData | SweepData) -> list[str]:
+    """Writes tensorboard/ into the workdir of the run, or of every trial; a line on each.
+
+    A run that wrote its own events while it trained is left as it is.
+
+    Raises:
+      UserError: tensorboardX is not installed.
+    """
+    if isinstance(found, RunData):
+        return [_export(found)]
+    return [_export(trial.run) for trial in found.trials if trial.run is not None]
+
+
+def _export(run: RunData) -> str:
+    folder = run.workdir / "tensorboard"
+    events = sorted(folder.glob("events.out.tfevents.*"))
+    own = [path for path in events if path.name.endswith(SUFFIX)]
+    if len(own) < len(events):
+        return f"{folder}  was written in training; left as it is"
+    with tempfile.TemporaryDirectory(dir=run.workdir, prefix=".tensorboard") as place:
+        with event_writer(Path(place), "--tensorboard", filename_suffix=SUFFIX) as writer:
+            for row in [*run.train, *run.held_out]:
+                add_scalars(writer, "", row)
+            for row in run.timings:
+                add_scalars(writer, "timing", row)
+        for old in own:
+            old.unlink()
+        folder.mkdir(exist_ok=True)
+        for new in Path(place).iterdir():
+            new.replace(folder / new.name)
+    return f"{folder}  opens with `tensorboard --logdir={folder}`"

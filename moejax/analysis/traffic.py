@@ -1,0 +1,73 @@
+"""What a step computes and sends beyond its pairs, from the config and the counts of a row.
+
+A MoE layer of a micro-batch of T tokens in G routing groups, with E experts on S expert shards, has
+N pairs, of which N' are kept. The least that must be computed are N' rows, the least that must be
+sent to other devices N rows of D numbers times (S - 1) / S, as tokens and experts are spread over
+the shards. Formulas as in docs/benchmarks.md, where the sends are counted on compiled programs.
+
+    transport       rows computed     rows sent / ((S - 1) / S)
+    cells           G E C             G E C
+    dropless        N'                N
+    dropless_once   N'                a token once per shard with experts of it: not in the counts
+    gather          N'                T S
+    all_experts     T E               T S
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from moejax.analysis.run import Row, RunData
+from moejax.config import from_dict, make_gate, moe_config
+from moejax.errors import UserError
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Of one layer in one step, mean over layers; ``sent``: bytes one way, all devices."""
+
+    computed_over_kept: float
+    sent_over_minimum: float | None
+    sent: float | None
+
+
+def of_row(run: RunData, row: Row) -> Traffic | None:
+    """What the training step of a row of metrics.jsonl computed and sent.
+
+    None where the config is of another version or of a gate that cannot be imported here.
+    """
+    try:
+        resolved = from_dict(run.config)
+        gate, moe = make_gate(resolved), moe_config(resolved)
+    except UserError:
+        return None
+    train, shards = resolved.train, _expert_shards(run)
+    tokens = train.batch_size * train.seq_len
+    load_ME, dropped_ME = np.asarray(row["moe/load"]), np.asarray(row["moe/dropped"])
+    pairs = load_ME.sum() / len(load_ME)
+    kept = pairs - dropped_ME.sum() / len(load_ME)
+    if moe.transport == "cells":
+        rows = moe.rows_per_group(train.batch_size // train.grad_accum)
+        capacity = gate.capacity(rows * train.seq_len, moe.num_experts, moe.capacity_factor)
+        computed = sent = train.batch_size // rows * moe.num_experts * capacity
+    else:
+        computed = tokens * moe.num_experts if moe.transport == "all_experts" else kept
+        sent = {"dropless": pairs, "dropless_once": None}.get(moe.transport, tokens * shards)
+    if shards < 2 or sent is None:
+        return Traffic(computed / max(kept, 1), None, None)
+    width = resolved.model.d_model * BYTES[resolved.model.dtype]
+    return Traffic(
+        computed / max(kept, 1), sent / max(pairs, 1), sent * width * (shards - 1) / shards
+    )
+
+
+def _expert_shards(run: RunData) -> int:
+    """The expert axis of the mesh; one of -1 takes the devices that the others leave."""
+    sizes = {axis: run.field(f"mesh.{axis}", 1) for axis in ("data", "fsdp", "expert", "tensor")}
+    if sizes["expert"] > 0:
+        return sizes["expert"]
+    others = math.prod(size for axis, size in sizes.items() if axis != "expert")
+    return run.saved.get("devices", {}).get("count", 0) // others

@@ -1,0 +1,218 @@
+"""What a few seeds can tell: intervals, paired differences, Holm's correction, what is detectable.
+
+Everything rests on Student's t distribution, whose degrees of freedom are whole numbers here, so
+that its distribution function is a finite sum.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+CONFIDENCE = 0.95
+LEVEL = 0.05
+POWER = 0.8
+
+BETTER, WORSE, SAME, NONE = "better", "worse", "not distinguishable", "no verdict"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its interval, ``mean`` +- ``half_width``.
+
+    One value has no interval and no deviation: they are None.
+    """
+
+    mean: float
+    half_width: float | None
+    deviation: float | None
+    """Sample standard deviation (n - 1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Variant minus baseline over the seeds that both have; ``p`` of the paired t-test."""
+
+    seeds: tuple[int, ...]
+    mean: float
+    half_width: float | None
+    deviation: float | None
+    p: float | None
+
+
+def within(t: float, freedom: int) -> float:
+    r"""P(\|T\| <= t) of Student's t with ``freedom`` degrees of freedom.
+
+    .. math::
+       \theta = \arctan(t / \sqrt\nu), \qquad
+       A = \sin\theta \left(1 + \tfrac12 \cos^2\theta + \tfrac{1 \cdot 3}{2 \cdot 4} \cos^4\theta
+       + \dots\right) \text{ up to } \cos^{\nu - 2}\theta \text{ for even } \nu, \qquad
+       A = \tfrac2\pi \left(\theta + \sin\theta \left(\cos\theta + \tfrac23 \cos^3\theta +
+       \tfrac{2 \cdot 4}{3 \cdot 5} \cos^5\theta + \dots\right)\right) \text{ for odd.}
+
+    Reference: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    return _within_angle(math.atan(t / math.sqrt(freedom)), freedom)
+
+
+def _within_angle(theta: float, freedom: int) -> float:
+    if freedom < 1:
+        raise ValueError(f"freedom={freedom} must be at least 1")
+    odd = freedom % 2
+    sine, cosine = math.sin(theta), math.cos(theta)
+    term, total = (cosine if odd else 1.0), 0.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= cosine**2 * (power + 1) / (power + 2)
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+@functools.lru_cache
+def critical(confidence: float, freedom: int) -> float:
+    """The t with P(|T| <= t) = ``confidence``: the 0.975 quantile for 0.95."""
+    angle = _bisect(lambda theta: _within_angle(theta, freedom) - confidence, 0.0, math.pi / 2)
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
+    """The root of a rising function between ``low`` and ``high``, to the last bits."""
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return middle
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval: t(n - 1) s / sqrt(n). At least one value."""
+    count = len(values)
+    mean = statistics.fmean(values)
+    if count == 1:
+        return Estimate(mean, None, None)
+    deviation = statistics.stdev(values)
+    half_width = critical(CONFIDENCE, count - 1) * deviation / math.sqrt(count)
+    return Estimate(mean, half_width, deviation)
+
+
+def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """The mean of the differences at equal seeds; None if no seed is in both.
+
+    Pairing takes out what a seed does to both: the order of the data and the initial weights.
+    """
+    seeds = tuple(sorted(values.keys() & baseline.keys()))
+    if not seeds:
+        return None
+    found = estimate([values[seed] - baseline[seed] for seed in seeds])
+    p = None
+    if found.deviation is not None:
+        error = found.deviation / math.sqrt(len(seeds))
+        # Differences without any spread: certain, whichever way.
+        t = abs(found.mean) / error if error else math.inf if found.mean else 0.0
+        p = 1 - within(t, len(seeds) - 1)
+    return Difference(seeds, found.mean, found.half_width, found.deviation, p)
+
+
+def outcome(difference: Difference | None, p_holm: float | None) -> str:
+    """In a word or two, what the seeds say about a difference of losses."""
+    if difference is None or p_holm is None:
+        return NONE
+    if p_holm >= LEVEL:
+        return SAME
+    return BETTER if difference.mean < 0 else WORSE
+
+
+def verdict(difference: Difference | None, p_holm: float | None) -> str:
+    """``outcome`` as a sentence, with numbers in nats per byte."""
+    if difference is None:
+        return f"no seed in common with the baseline: {NONE}"
+    said = outcome(difference, p_holm)
+    if difference.half_width is None or said == NONE:
+        return f"one seed: {NONE}"
+    if said == SAME:
+        return f"{SAME} at {len(difference.seeds)} seeds"
+    digits = decimals(difference.half_width)
+    size, error = abs(difference.mean), difference.half_width
+    return f"{said} by {size:.{digits}f} \N{PLUS-MINUS SIGN} {error:.{digits}f} nats/byte"
+
+
+def decimals(half_width: float) -> int:
+    """Decimals that show an interval: three, or as many as its first digit needs, up to six."""
+    return 3 if half_width <= 0 else min(max(3, -math.floor(math.log10(half_width))), 6)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values, each to be compared with the level that all of them share.
+
+    The smallest of m is multiplied by m, the next by m - 1, and none is smaller than one before it.
+
+    Reference: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def power(effect: float, seeds: int, level: float = LEVEL) -> float:
+    r"""How often a paired t-test finds a true difference of ``effect`` standard deviations.
+
+    .. math::
+       P(|T| > c) = E_u\left[\Phi(\lambda - c u) + \Phi(-\lambda - c u)\right], \qquad
+       \lambda = \text{effect} \sqrt n, \quad u^2 \sim \chi^2_{n-1} / (n - 1)
+
+    by Gauss-Legendre quadrature over u. The deviation is that of the differences.
+    """
+    freedom = seeds - 1
+    limit, shift = critical(1 - level, freedom), effect * math.sqrt(seeds)
+    # u has a deviation of about 1 / sqrt(2 freedom) around 1: beyond 9 of them there is nothing.
+    # The first term is a step at u = lambda / c, 1 / c wide: it gets nodes of its own.
+    low, high = max(0.0, 1 - 9 / math.sqrt(2 * freedom)), 1 + 9 / math.sqrt(2 * freedom)
+    cuts = [min(max((shift + z) / limit, low), high) for z in (-8, 8)]
+    total = 0.0
+    for begin, end in itertools.pairwise([low, *cuts, high]):
+        if begin == end:
+            continue
+        node_N, weight_N = _legendre()
+        u_N = begin + (end - begin) * (node_N + 1) / 2
+        found_N = [_normal(shift - limit * u) + _normal(-shift - limit * u) for u in u_N]
+        total += float(_chi_density(u_N, freedom) * weight_N @ found_N) * (end - begin) / 2
+    return total
+
+
+def _chi_density(u_N: Float[np.ndarray, "N"], freedom: int) -> Float[np.ndarray, "N"]:
+    """Of the square root of a chi-squared variable over its degrees of freedom, for u > 0."""
+    half = freedom / 2
+    constant = math.log(2) + half * math.log(half) - math.lgamma(half)
+    return np.exp(constant + (freedom - 1) * np.log(u_N) - half * u_N**2)
+
+
+@functools.lru_cache
+def _legendre() -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+    return np.polynomial.legendre.leggauss(64)
+
+
+def _normal(z: float) -> float:
+    return math.erfc(-z / math.sqrt(2)) / 2
+
+
+@functools.lru_cache
+def detectable(seeds: int, level: float = LEVEL, wanted: float = POWER) -> float:
+    """The smallest true difference that is found with probability ``wanted``.
+
+    In standard deviations of the paired differences; at least two seeds.
+    """
+    if seeds < 2:
+        raise ValueError(f"seeds={seeds}: a difference needs at least two seeds to be tested")
+    high = 1.0
+    while power(high, seeds, level) < wanted:
+        high *= 2
+    low = 0.0
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, seeds, level) < wanted else (low, middle)
+    return high

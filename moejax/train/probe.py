@@ -1,0 +1,159 @@
+"""Recording how a run routes the same held-out sequences, before its first step and whenever it is
+evaluated. ``moejax.probe`` has the files, `docs/recorded.md` what is in them."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from moejax import mesh as meshes
+from moejax import probe
+from moejax.data.batches import eval_windows
+from moejax.data.domains import NAMES, heldout_labels
+from moejax.errors import UserError
+from moejax.probe import Arrays
+from moejax.train.leak import rows_per_batch
+from moejax.train.look import look
+from moejax.train.processes import compiled_together, is_first, on_host
+from moejax.train.representation import collapse, participation
+from moejax.train.setup import Run
+from moejax.train.state import TrainState
+
+SAMPLED = 2048
+"""Tokens per layer from which collapse and participation are computed."""
+
+
+class Recorder:
+    """Writes the probe of a run; does nothing for ``report.probe_rows=0`` and for dense models.
+
+    Args:
+      resume_step: the step that was restored: what was recorded after it is removed, so that the
+        resumed run records it again. None for a run that starts.
+    """
+
+    def __init__(self, run: Run, folder: Path, resume_step: int | None):
+        self._run, self._folder = run, folder
+        self._rows = probe_rows(run)
+        if is_first():
+            for step, path in probe.step_files(folder).items():
+                if resume_step is None or step > resume_step:
+                    path.unlink()
+        if not self._rows:
+            return
+        self._batches = _batches(run, self._rows)
+        if is_first() and not (probe.folder(folder) / "tokens.npz").exists():
+            probe.save_tokens(folder, _tokens(run, self._rows))
+
+    def record(self, step: int, state: TrainState) -> None:
+        """Routes the probe with the state after ``step`` updates and writes what was seen."""
+        if not self._rows:
+            return
+        jax.block_until_ready(state)  # no collectives of two programs at once: see Run.evaluate
+        seen = on_host(self._look(state, self._batches))
+        if is_first():
+            probe.save_step(self._folder, step, _arrays(self._run, seen, self._rows))
+
+    @functools.cached_property
+    def _look(self) -> Any:
+        sampled = math.ceil(SAMPLED / self._rows)
+        jitted = jax.jit(functools.partial(look, task=self._run.task, sampled=sampled))
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._batches
+        )
+        return compiled_together(jitted, self._run.abstract_state, shapes)
+
+
+def probe_rows(run: Run) -> int:
+    """How many sequences the probe has: as many as asked for, of those that evaluations have."""
+    train = run.config.train
+    if not run.task.model.num_moe_layers:
+        return 0
+    windows = eval_windows(len(run.corpus.heldout_N), train.seq_len, train.eval_rows)
+    return min(run.config.report.probe_rows, len(windows))
+
+
+def check(run: Run, folder: Path) -> None:
+    """Refuses to go on with another number of sequences than were recorded so far.
+
+    Raises:
+      UserError: it is another one, or what was recorded cannot be read.
+    """
+    path, rows = probe.folder(folder) / "tokens.npz", probe_rows(run)
+    if not rows or not path.exists():
+        return
+    found = len(Arrays(path)["row"])
+    if found != rows:
+        raise UserError(
+            f"report.probe_rows={run.config.report.probe_rows} but the run in {folder} has recorded"
+            f" {found} sequences; set it to {found}, to 0 to record no more, or use another "
+            "--workdir"
+        )
+
+
+def _chosen(run: Run, rows: int) -> np.ndarray:
+    """Which rows of the evaluations are the probe's: ``rows`` of them, evenly spread."""
+    train = run.config.train
+    count = len(eval_windows(len(run.corpus.heldout_N), train.seq_len, train.eval_rows))
+    return np.arange(rows) * count // rows
+
+
+def _held_out(run: Run, rows: int) -> dict[str, np.ndarray]:
+    """The probe's rows, with the ids they have in evaluations: some gates look these up."""
+    batches, chosen_N = run.eval_batches(), _chosen(run, rows)
+    return {name: np.concatenate([b[name] for b in batches])[chosen_N] for name in batches[0]}
+
+
+def _batches(run: Run, rows: int) -> dict[str, Array]:
+    """The probe's rows on the devices as [P, B, ...], filled up with rows that are not valid."""
+    size = rows_per_batch(run, rows)
+    parts = math.ceil(rows / size)
+    sharding = NamedSharding(run.mesh, PartitionSpec(None, *meshes.batch_spec()))
+    placed = {}
+    for name, x in _held_out(run, rows).items():
+        padded = np.pad(x, [(0, parts * size - rows), *[(0, 0)] * (x.ndim - 1)])
+        parted = padded.reshape(parts, size, *x.shape[1:])
+        placed[name] = jax.make_array_from_callback(parted.shape, sharding, parted.__getitem__)
+    return placed
+
+
+def _tokens(run: Run, rows: int) -> dict[str, Any]:
+    """The arrays of ``tokens.npz``."""
+    corpus, length, found = run.corpus, run.config.train.seq_len, _held_out(run, rows)
+    unknown = [f"<{index}>" for index in range(corpus.vocab_size)]  # prepared: ids are all there is
+    arrays = {
+        "token": found["tokens"][:, :-1],
+        "target": found["tokens"][:, 1:],
+        "valid": found["valid"],
+        "row": found["row"],
+        "token_text": corpus.origin.tokenizer.token_text() if corpus.origin else unknown,
+    }
+    labels_N = heldout_labels(corpus)
+    if labels_N is not None:
+        windows = eval_windows(len(corpus.heldout_N), length, run.config.train.eval_rows)
+        start_N = np.asarray(windows)[_chosen(run, rows)] * length
+        arrays |= {"label": labels_N[start_N[:, None] + np.arange(length)], "label_names": NAMES}
+    return arrays
+
+
+def _arrays(run: Run, seen: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
+    """The arrays of a step's file, from what ``look`` gave."""
+    of_experts = {name: x for name, x in seen.items() if name.endswith("_similarity")}
+    by_layer = {
+        name: np.swapaxes(x[:rows], 0, 1)
+        for name, x in seen.items()
+        if name not in of_experts and name != "nats"
+    }
+    layers = list(zip(by_layer.pop("x"), by_layer.pop("class"), strict=True))
+    return {
+        **by_layer,
+        **of_experts,
+        "nats": seen["nats"][:rows],
+        "collapse": [collapse(x_NS[of >= 0], of[of >= 0]) for x_NS, of in layers],
+        "participation": [participation(x.reshape(-1, x.shape[-1])) for x, _ in layers],
+        "num_experts": run.config.moe.num_experts,
+    }

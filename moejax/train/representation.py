@@ -1,0 +1,62 @@
+"""How spread out the inputs of a layer are, and how much its experts tell them apart."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+RESOLUTION = 1e-7
+"""Directions in which the experts' means differ by less than this part of their largest difference
+are rounding of float32."""
+
+
+def participation(x_TD: Float[np.ndarray, "T D"]) -> float:
+    r"""The participation ratio: along how many directions the tokens vary.
+
+    .. math:: \frac{(\sum_i \lambda_i)^2}{\sum_i \lambda_i^2}
+       \quad \text{with } \lambda \text{ the eigenvalues of the covariance of } x
+
+    D if the tokens vary equally in all directions, 1 if they lie on a line or are all the same.
+    Computed without the eigenvalues: numerator and denominator are the squared trace and the
+    squared Frobenius norm of the covariance.
+    """
+    centred_TD = np.asarray(x_TD, np.float64)
+    centred_TD = centred_TD - centred_TD.mean(axis=0)
+    tokens, width = centred_TD.shape
+    # Of X'X and XX', which have the same nonzero eigenvalues, the smaller one.
+    scatter = centred_TD.T @ centred_TD if width <= tokens else centred_TD @ centred_TD.T
+    square = np.sum(np.square(scatter))
+    return float(np.trace(scatter) ** 2 / square) if square else 1.0
+
+
+def collapse(x_TD: Float[np.ndarray, "T D"], expert_T: Int[np.ndarray, "T"]) -> float:
+    r"""Variation within the tokens of one expert over that between experts.
+
+    .. math::
+       \operatorname{Tr}(\Sigma_W \Sigma_B^+), \quad
+       \Sigma_W = \frac1T \sum_t (x_t - \mu_{e(t)}) (x_t - \mu_{e(t)})^\top, \quad
+       \Sigma_B = \sum_e \frac{n_e}{T} (\mu_e - \mu) (\mu_e - \mu)^\top
+
+    with n_e tokens whose expert is e, their mean mu_e, and the mean mu of all. The lower, the more
+    the tokens of an expert have collapsed towards one point. NaN where fewer than two experts have
+    tokens, where their means are equal, and for tokens that are not finite.
+
+    Computed from the singular vectors of the [E, D] matrix of weighted means, whose number is that
+    of the experts; Sigma_W is never formed.
+
+    Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts", arXiv
+    2204.09179, with experts as the classes of Papyan, Han, Donoho, arXiv 2008.08186. Here an expert
+    counts in Sigma_B by its share of the tokens, so that one with few of them does not dominate.
+    """
+    x_TD = np.asarray(x_TD, np.float64)
+    used, class_T, count_E = np.unique(expert_T, return_inverse=True, return_counts=True)
+    if len(used) < 2 or not np.isfinite(x_TD).all():
+        return float("nan")
+    member_TE = (class_T[:, None] == np.arange(len(used))).astype(np.float64)
+    mean_ED = member_TE.T @ x_TD / count_E[:, None]
+    share_E = count_E / len(x_TD)
+    between_ED = np.sqrt(share_E)[:, None] * (mean_ED - x_TD.mean(axis=0))
+    _, length_R, direction_RD = np.linalg.svd(between_ED, full_matrices=False)
+    known_R = length_R > RESOLUTION * length_R[0]
+    if not known_R.any():
+        return float("nan")
+    within_TR = (x_TD - mean_ED[class_T]) @ direction_RD[known_R].T
+    return float(np.sum(np.mean(np.square(within_TR), axis=0) / np.square(length_R[known_R])))

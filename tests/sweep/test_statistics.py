@@ -1,0 +1,122 @@
+"""Statistics against scipy, and what they promise against simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moejax.sweep import statistics
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 99, 100])
+def test_the_t_distribution_is_scipys(freedom: int):
+    for t in (0.0, 0.1, 1.0, 2.5, 12.7, 300.0):
+        wanted = 1 - 2 * stats.t.sf(t, freedom)
+        assert statistics.within(t, freedom) == pytest.approx(wanted, abs=1e-14)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.995, 0.99957])
+def test_critical_values_are_scipys_quantiles(confidence: float, freedom: int):
+    wanted = stats.t.ppf((1 + confidence) / 2, freedom)
+    assert statistics.critical(confidence, freedom) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_intervals_of_a_printed_table():
+    """Two-sided 95 % points of t, as in any textbook's table."""
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042}
+    for freedom, value in table.items():
+        assert round(statistics.critical(0.95, freedom), 3) == value
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 12])
+def test_a_mean_has_scipys_interval_and_one_value_has_none(count: int):
+    values = np.random.default_rng(count).normal(2.0, 0.1, count)
+    found = statistics.estimate(values.tolist())
+    low, high = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+    assert found.half_width is not None
+    assert found.mean - found.half_width == pytest.approx(low, rel=1e-12)
+    assert found.mean + found.half_width == pytest.approx(high, rel=1e-12)
+    assert found.deviation == pytest.approx(values.std(ddof=1), rel=1e-12)
+    assert statistics.estimate([2.5]) == statistics.Estimate(2.5, None, None)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_difference_is_scipys_paired_t_test(count: int):
+    rng = np.random.default_rng(count)
+    baseline = rng.normal(2.0, 0.1, count)
+    values = baseline + rng.normal(-0.05, 0.04, count)
+    found = statistics.paired(dict(enumerate(values)), dict(enumerate(baseline)))
+    wanted = stats.ttest_rel(values, baseline)
+    interval = wanted.confidence_interval(0.95)
+    assert found is not None and found.half_width is not None
+    assert found.p == pytest.approx(wanted.pvalue, rel=1e-9)
+    assert found.mean - found.half_width == pytest.approx(interval.low, rel=1e-9)
+    assert found.mean + found.half_width == pytest.approx(interval.high, rel=1e-9)
+
+
+def test_only_common_seeds_are_paired():
+    found = statistics.paired({0: 2.0, 3: 2.5, 7: 9.0}, {3: 2.25, 0: 2.5, 5: 0.0})
+    assert found is not None
+    assert (found.seeds, found.mean) == ((0, 3), -0.125)
+    assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+    one = statistics.paired({0: 1.0}, {0: 2.0})
+    assert one == statistics.Difference((0,), -1.0, None, None, None)
+
+
+def test_differences_without_spread_are_certain():
+    same = {0: 1.0, 1: 2.0}
+    equal = statistics.paired(same, same)
+    better = statistics.paired({0: 0.5, 1: 1.5}, same)
+    assert equal is not None and (equal.mean, equal.half_width, equal.p) == (0.0, 0.0, 1.0)
+    assert better is not None and (better.mean, better.half_width, better.p) == (-0.5, 0.0, 0.0)
+
+
+def test_holms_correction_by_hand():
+    """0.01 x 4; 0.02 x 3; 0.03 x 2; 0.04 x 1 would be below the one before it."""
+    assert statistics.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert statistics.holm([0.9, 0.6]) == [1.0, 1.0] and statistics.holm([]) == []
+    assert statistics.holm([0.04]) == [0.04]
+
+
+def test_holm_rejects_what_the_stepwise_procedure_rejects():
+    """The procedure as published: go on while p_(i) <= level / (m - i + 1)."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        p = rng.beta(0.3, 2, size=rng.integers(1, 9))
+        rejected = np.zeros(len(p), bool)
+        for rank, index in enumerate(np.argsort(p)):
+            if p[index] > 0.05 / (len(p) - rank):
+                break
+            rejected[index] = True
+        assert [value <= 0.05 for value in statistics.holm(p.tolist())] == rejected.tolist()
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10, 30])
+@pytest.mark.parametrize("level", [0.05, 0.05 / 11])
+def test_power_is_that_of_scipys_noncentral_t(seeds: int, level: float):
+    limit = stats.t.isf(level / 2, seeds - 1)
+    for effect in (0.0, 0.5, 1.0, 3.0, 10.0):
+        t = stats.nct(seeds - 1, effect * math.sqrt(seeds))
+        # The other tail is nothing there, and scipy's is NaN.
+        wanted = t.sf(limit) + (t.cdf(-limit) if effect <= 1 else 0.0)
+        assert statistics.power(effect, seeds, level) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_without_a_difference_power_is_the_level():
+    for seeds in (2, 3, 8):
+        assert statistics.power(0.0, seeds) == pytest.approx(0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_detectable_difference_is_found_four_times_in_five(seeds: int):
+    rng = np.random.default_rng(seeds)
+    draws = rng.normal(statistics.detectable(seeds), 1.0, (40_000, seeds))
+    found = stats.ttest_1samp(draws, 0.0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / 40_000))
+
+
+def test_fewer_than_two_seeds_detect_nothing():
+    with pytest.raises(ValueError, match="seeds=1: a difference needs at least two"):
+        statistics.detectable(1)
