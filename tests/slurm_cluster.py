@@ -89,12 +89,11 @@ class Cluster:
 
         Not at once: slurmd may still be clearing away the job's last life, and its new script.
         """
+        soon = datetime.now() + timedelta(seconds=10)
         for line in self.jobs("%i|%r|%S", "--states=PENDING"):
             number, reason, begin = line.split("|")
-            soon = datetime.now() + timedelta(seconds=10)
-            if reason == "BeginTime" and datetime.fromisoformat(begin) > soon:
-                with contextlib.suppress(subprocess.CalledProcessError):  # it has been cancelled
-                    self.ask("scontrol", "update", f"JobId={number}", "StartTime=now+2")
+            if reason == "BeginTime" and begin != "N/A" and datetime.fromisoformat(begin) > soon:
+                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
 
 @contextlib.contextmanager
@@ -187,7 +186,9 @@ def _cancel_all(cluster: Cluster) -> None:
 
 def _hurry_until(cluster: Cluster, stop: threading.Event) -> None:
     while not stop.wait(0.5):
-        cluster.hurry()
+        # A job may be cancelled just now; a busy machine may make SLURM late.
+        with contextlib.suppress(subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            cluster.hurry()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,8 +1,10 @@
-"""A trial that takes its time: ``slow_trial.py FOLDER STEPS SECONDS``, for tests of SLURM.
+"""A trial that takes its time: ``slow_trial.py FOLDER LIVES SECONDS``, for tests of SLURM.
 
-It appends a line to ``FOLDER/steps`` for every step, and one to ``FOLDER/lives`` for every time it
-is begun. At SIGTERM it saves, which here takes a step, and leaves with 75; more of them within a
-second are the same request, later ones abort it. Begun again, it goes on behind its last step.
+It appends a line to ``FOLDER/lives`` for every time it is begun, and one to ``FOLDER/steps`` for
+every step, each of so many seconds. In the last of its lives it is finished after two steps; in
+those before it goes on until it is stopped. At SIGTERM it saves, which here takes a step, and
+leaves with 75; more of them within a second are the same request, later ones abort it. Begun again,
+it goes on behind its last step.
 """
 
 import os
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main(folder: Path, steps: int, seconds: float) -> int:
+def main(folder: Path, lives: int, seconds: float) -> int:
     asked: list[float] = []
 
     def stop(*_: Any) -> None:
@@ -24,10 +26,12 @@ def main(folder: Path, steps: int, seconds: float) -> int:
     signal.signal(signal.SIGTERM, stop)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lives", "a") as file:
-        file.write(f"{os.getpid()} {time.time()}\n")
+        file.write("born\n")
+    life = len((folder / "lives").read_text().splitlines())
     path = folder / "steps"
     path.touch()
-    while (done := len(path.read_text().split())) < steps:
+    begin = len(path.read_text().split())
+    while (done := len(path.read_text().split())) < begin + 2 or life < lives:
         time.sleep(seconds)
         with open(path, "a") as file:
             file.write(f"{done + 1}\n")

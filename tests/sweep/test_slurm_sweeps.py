@@ -65,12 +65,13 @@ def test_a_runner_killed_with_kill_9_leaves_its_jobs_and_the_next_one_waits_for_
 def test_a_runner_killed_before_it_noted_its_job_does_not_start_the_trial_twice(
     cluster: Cluster, tmp_path: Path
 ):
-    small = Small(tmp_path, "slow")
-    assert small.start(*SLURM, die="place").wait(60) == -signal.SIGKILL
-    assert small.entries()["slow-seed0"].handle == ""
-    ended = small.run(*SLURM)
+    small = Small(tmp_path, "slow_1", "slow_2")
+    assert small.start(*SLURM, "--jobs=1", die="place").wait(60) == -signal.SIGKILL
+    assert {entry.handle for entry in small.entries().values()} == {""}
+    ended = small.run(*SLURM, "--jobs=1")
     assert ended.status == 0 and "is still running, begun by a runner" in ended.out
-    assert small.log("slow").count("begins") == 1 and small.steps("slow") == ALL
+    for name in ("slow_1", "slow_2"):
+        assert small.log(name).count("begins") == 1 and small.steps(name) == ALL
 
 
 def test_a_runner_that_is_stopped_stops_its_jobs_and_the_same_command_goes_on(
@@ -82,7 +83,8 @@ def test_a_runner_that_is_stopped_stops_its_jobs_and_the_same_command_goes_on(
     thread.join()
     assert ended.status == 75 and ended.out.count("stopped; the same command goes on") == 2
     assert small.log("slow_1").endswith("asked\nsaved\n") and not small.steps("slow_2")
-    assert set(small.states().values()) == {"preempted"} and cluster.jobs() == []
+    assert set(small.states().values()) == {"preempted"}
+    wait_until(lambda: not cluster.jobs())
     assert small.run(*SLURM).status == 0
     assert small.steps("slow_1") == small.steps("slow_2") == ALL
 
@@ -100,10 +102,7 @@ def test_a_partition_that_is_none_is_a_mistake_that_creates_nothing(
 def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_runner(
     cluster: Cluster, tmp_path: Path
 ):
-    body = (
-        '    yield {"name": "top_2", "moe.gate.name": "mixtral"}\n'
-        '    yield {"name": "broken", "train.seq_len": 5000}\n'
-    )
+    body = '    yield {"name": "top_2", "moe.gate.name": "mixtral"}\n'
     text = runs.write_text(tmp_path / "text")
     page = write_page(tmp_path, text, body, train__steps=600, train__eval_every=600)
     words = [f"--experiment={page}", f"--workdir={tmp_path / 'out'}", *SLURM]
@@ -121,14 +120,12 @@ def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_ru
     cluster.ask("scancel", "--batch", "--signal=USR2", number)
     ended = subprocess.run(command, timeout=400, **run)
 
-    assert (ended.returncode, ended.stderr) == (1, "")
+    assert (ended.returncode, ended.stderr) == (0, "")
     assert "top_2-seed0 is still running, begun by a runner that was killed" in ended.stdout
-    assert "broken-seed0 failed with status 2" in ended.stdout
-    assert "moejax: error: train.seq_len: the training text has" in ended.stdout
     log = (workdir / "log.txt").read_text()
     assert log.count("stopping after this step and saving") == 1
     assert f"SLURM job {number} starts again, 1 of 100 times" in log
     steps = [row["step"] for row in map(json.loads, rows.read_text().splitlines())
              if row["split"] == "train"]  # fmt: skip
     assert steps == sorted(set(steps)) and steps[-1] == 600
-    assert not cluster.jobs()
+    wait_until(lambda: not cluster.jobs())
