@@ -1,5 +1,6 @@
 """What a run leaves of its probe, resumed or not."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -180,3 +181,40 @@ def test_no_more_rows_than_an_evaluation_has(text, tmp_path):
     rows = sum(int(batch["valid"].any(1).sum()) for batch in run.eval_batches())
     assert len(read_tokens(tmp_path)["row"]) == rows < 500
     check(run, tmp_path)  # as many as there are
+
+
+GATES = {
+    "dense": {},
+    "dselect_k": {},
+    "expert_choice": {"moe.allow_future_leak": True},
+    "hash": {"moe.gate.table": "balanced", "moe.gate.k": 2},
+    "remoe": {},
+    "rl": {},
+    "thor": {},
+    "xmoe": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", GATES)
+def test_of_every_kind_of_gate_a_bfloat16_model_records_numbers_that_can_be(gate, text, tmp_path):
+    changes = {"moe.gate.name": gate, "moe.losses.load": 0.0, "model.dtype": "bfloat16"}
+    run, recording = recorder(text, tmp_path, **{**ON, **changes, **GATES[gate]})
+    with jax.set_mesh(run.mesh):
+        recording.record(0, run.init_state())
+    seen, experts = read(tmp_path).at(0), 4
+    active = seen["weight"] > 0
+    assert (seen["kept"] == active).all(), "dropless"
+    assert active.any() and np.isfinite(seen["weight"]).all()
+    assert seen["expert"].min() >= 0 and seen["expert"].max() < experts
+    visits = (np.eye(experts, dtype=int)[seen["expert"]] * active[..., None]).sum(-2)
+    assert visits.max() == 1, "a token visits an expert once"
+    assert (seen["entropy"] >= -1e-6).all() and (seen["entropy"] <= np.log(experts) + 1e-6).all()
+    assert (seen["margin"] >= 0).all() and (seen["margin"] <= 1).all()
+    assert (np.abs(seen["log_z"]) <= seen["max_logit"] + np.log(experts) + 1e-5).all()
+    assert seen["nats"].mean() == pytest.approx(np.log(256), abs=1), "nothing is learned yet"
+    assert ("router_similarity" in seen) == (gate not in ("dselect_k", "hash", "thor"))
+    similarity = seen["expert_similarity"]
+    np.testing.assert_allclose(similarity, np.broadcast_to(np.eye(experts), (2, 4, 4)), atol=0.2)
+    assert (seen["participation"] > 1).all() and (seen["participation"] < 16).all()
+    assert (seen["collapse"] > 0).all() or np.isnan(seen["collapse"]).any()
