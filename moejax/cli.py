@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED if argv[0] == "train" else 0  # a run that cannot speak has stopped short
+        stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
+        return FAILED if stopped_short else 0
 
 
 def _run(argv: list[str]) -> int:

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models"},
     "sweep": {"errors", "flags", "train"} | CONFIG,
-    "analysis": {"moejax", "data", "errors", "flags", "gating", "probe", "sweep", "train"} | CONFIG,
+    "analysis": CONFIG | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "train"},
     "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
     | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},

@@ -21,7 +21,7 @@ from experiments.small_lm import SEEDS, Variant, chosen, small_lm
 from moejax.config import Config, parse_arg
 
 MATCH = "active_flops"
-BASELINE = "switch"
+BASELINE = "top_2"
 
 ONE = {"moe.num_experts": 8, "moe.d_ff": 256}
 TWO = {"moe.num_experts": 16, "moe.d_ff": 128}

@@ -218,7 +218,10 @@ def read(folder: Path) -> dict[str, Entry]:
     try:
         connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)
         try:
-            return _entries(connection)
+            (version,) = connection.execute("pragma user_version").fetchone()
+            if version not in (0, _VERSION):
+                raise Unreadable(f"{path} is of another version of moejax ({version})")
+            return _entries(connection) if version else {}  # 0: it is being made just now
         finally:
             connection.close()
     except sqlite3.Error as error:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
+from moejax.errors import UserError
 from moejax.sweep import folder as folders
-from moejax.sweep import journal, live
+from moejax.sweep import journal, launch, live
 from moejax.sweep.definition import Sweep, Trial, changed
-from moejax.sweep.journal import Journal
+from moejax.sweep.journal import Entry, Journal
 from moejax.sweep.launch import GONE, Job, Launcher, LaunchError, Start
 from moejax.sweep.signals import Signals
 
@@ -77,6 +78,10 @@ class Pool:
         """Runs trials in their order; those that a killed runner left running have begun already.
 
         Returns 0 when all are finished, 1 when some failed, 75 when some were stopped.
+
+        Raises:
+          UserError: a trial may run where this runner cannot look, or the journal cannot be
+            written. Trials that run go on.
         """
         waiting = [trial for trial in waiting if not self._attach(trial)]
         while self._running or (waiting and not self._signals.asked):
@@ -110,7 +115,7 @@ class Pool:
     def _attach(self, trial: Trial) -> bool:
         """Whether the trial is running, begun by a runner that was killed."""
         entry, log = self._record.entries()[trial.name], self._place.log_of(trial)
-        job = self._place.launcher.attach(trial, entry.handle, log)
+        job = self._launcher_of(entry).attach(trial, entry.handle, log)
         if job is None:
             if entry.state == journal.RUNNING:  # it was killed as well
                 self._record.mark(trial, journal.PREEMPTED)
@@ -121,6 +126,23 @@ class Pool:
         begin, began = log.stat().st_size if log.exists() else 0, time.monotonic() - age
         self._running.append(_Attempt(trial, job, job.host, began, begin, own=False))
         return True
+
+    def _launcher_of(self, entry: Entry) -> Launcher:
+        """The launcher that has begun a trial which may still run, else the one of this runner.
+
+        Raises:
+          UserError: this machine does not have that launcher.
+        """
+        place = self._place
+        if entry.state != journal.RUNNING or entry.launcher == place.launcher_name:
+            return place.launcher
+        try:
+            return launch.make(entry.launcher, place.folder, {})
+        except (UserError, KeyError) as error:
+            raise UserError(
+                f"trial {entry.name!r} was begun with --launcher={entry.launcher} and may still "
+                f"run; use that launcher again ({error})"
+            ) from error
 
     def _begin(self, trials: list[Trial]) -> None:
         """Starts trials together. The journal knows of an attempt before there is a job of it."""

@@ -54,7 +54,7 @@ def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
         folders.write_index(folder, sweep)
         variants, trials = len(sweep.variants), len(sweep.trials)
         print(f"{sweep.source}: {variants} variants, {trials} trials in {folder}", flush=True)
-        budget.announce(sweep, folder)
+        budget.announce(sweep, folder, chosen)
         ended = run_trials(sweep, folder, chosen, how, launcher)
         if ended != STOPPED:
             report(sweep, folder)
@@ -76,8 +76,10 @@ def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
     print(status.table(found))
     run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in found)
     print(f"\n{status.summary(found)}; {run} would be run")
+    budget.announce(sweep, folder, chosen)
     for problem in problems:
         print(problem)
+    budget.announce(sweep, folder, chosen)
 
 
 def report(sweep: Sweep, folder: Path) -> None:

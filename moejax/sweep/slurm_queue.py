@@ -23,6 +23,7 @@ COMMAND_SECONDS = 60
 """How long a command of SLURM may take to answer."""
 
 _STOPPED = ("CANCELLED", "PREEMPTED")
+_FORGOTTEN = "SLURM no longer knows how"
 _LIST_SECONDS = 0.5
 _TAIL_LINES = 8
 
@@ -118,7 +119,7 @@ def ended_without_result(number: str, log: Path, folder: Path) -> int:
         status = slurm_job.SAVED
     elif own.exists():
         lines += own.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-    elif status == GONE:  # SLURM forgets tasks of an array that are cancelled while they wait
+    elif state == _FORGOTTEN:  # SLURM forgets tasks of an array that are cancelled while they wait
         lines, status = [f"SLURM job {number} left the queue before it began"], slurm_job.SAVED
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     with open(log, "a") as file:
@@ -140,6 +141,6 @@ def _show(number: str) -> tuple[str, int]:
     state = re.search(r"\bJobState=(\S+)", said)
     ended = re.search(r"\bExitCode=(\d+):(\d+)", said)
     if state is None or ended is None:
-        return "SLURM no longer knows how", GONE
+        return _FORGOTTEN, GONE
     status, number_of_signal = map(int, ended.groups())
     return state[1], -number_of_signal or status or GONE

@@ -10,6 +10,7 @@ import pytest
 
 from moejax import probe
 from moejax.analysis.html import render
+from moejax.analysis.lifts import lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages import coactivation, router, specialisation, stability
 from moejax.analysis.run import RunData
@@ -93,6 +94,21 @@ def tokens_of(run: RunData, step: int, layer: int) -> list[tuple[tuple[int, ...]
                 kinds = (int(tokens[name][at]) for name in ("token", "target", "label"))
                 found.append((chosen, *kinds))
     return found
+
+
+# Maps of lifts.
+
+
+def test_a_lift_of_1_is_neutral_and_the_scale_ends_at_8():
+    lift = np.array([[1.0, 2.0, 100.0], [0.0, np.nan, 0.5]])
+    cells = lift_cells(lift, np.array([[0.5, 0.0996, 0.0994], [0.0, np.nan, 0.0001]]))
+    octaves = np.array(cells["z"])
+    assert octaves[0].tolist() == [0, 1, 6.64386] and np.isnan(octaves[1, :2]).all()
+    assert (cells["zmin"], cells["zmid"], cells["zmax"]) == (-3, 0, 3)
+    assert cells["text"] == [["50%", "10%", "9.9%"], ["", "", "0.0%"]]
+    assert cells["colorbar"]["ticktext"] == ["0.125", "0.25", "0.5", "1", "2", "4", "8"]
+    assert "text" not in lift_cells(np.ones((1, 40)), np.ones((1, 40)))
+    assert lift_cells(np.full((1, 2), 1.5), np.ones((1, 2)))["zmax"] == 1
 
 
 # All pages.
@@ -179,11 +195,11 @@ def test_domain_shares_and_lifts_are_those_of_a_count(run: RunData):
             share = of_label.count(expert) / len(of_label)
             blind = sum(other == expert for _, other in pairs) / len(pairs)
             lift, written = cells["customdata"][label][expert]
-            assert (written, lift) == pytest.approx((share, share / blind))
-            assert cells["z"][label][expert] == pytest.approx(np.log2(share / blind))
+            assert (written, lift) == pytest.approx((share, share / blind), abs=1e-5)
+            assert cells["z"][label][expert] == pytest.approx(np.log2(share / blind), abs=1e-5)
         count = sum(other == label for *_, other in found)
         assert cells["y"][label] == f"{probes.LABELS[label]} ({count})"
-    assert np.sum(np.array(cells["customdata"])[..., 1], axis=1) == pytest.approx([1, 1])
+    assert np.sum(np.array(cells["customdata"])[..., 1], axis=1) == pytest.approx([1, 1], abs=1e-4)
 
 
 def test_a_corpus_without_labels_has_no_domains_and_says_so(tmp_path: Path):
@@ -233,7 +249,7 @@ def test_coactivation_and_transitions_are_those_of_a_count(run: RunData):
             share = firsts.count((i, j)) / len(firsts)
             blind = [sum(pair[side] == e for pair in firsts) for side, e in ((0, i), (1, j))]
             lift = share / (blind[0] * blind[1] / len(firsts) ** 2)
-            assert paths["customdata"][i][j] == pytest.approx([lift, share])
+            assert paths["customdata"][i][j] == pytest.approx([lift, share], abs=1e-5)
     strongest = tables(page)[0].rows[0]
     assert strongest[2] == f"{np.nanmax(together['z']):.1%}"
     assert len(tables(page)[0].rows) == probes.E * (probes.E - 1) // 2

@@ -50,7 +50,7 @@ def no_report(sweep: Any, folder: Path) -> None:
     print("the table")
 
 
-def no_budget(sweep: Any, folder: Path) -> None:
+def no_budget(sweep: Any, folder: Path, chosen: Any) -> None:
     """Small trials have nothing to count."""
 
 
@@ -66,11 +66,23 @@ class Small:
         """In this process."""
         return call([*self.words, *words])
 
-    def start(self, *words: str, die: str = "", **options: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        *words: str,
+        die: str = "",
+        stdout: int = subprocess.DEVNULL,
+        stderr: int | None = None,
+        start_new_session: bool = False,
+    ) -> subprocess.Popen[bytes]:
         """In a process of its own."""
         main = [sys.executable, "-m", "tests.sweep.small", *([f"--die={die}"] if die else [])]
-        options = {"stdout": subprocess.DEVNULL, **options}
-        return subprocess.Popen([*main, *self.words, *words], cwd=ROOT, **options)
+        return subprocess.Popen(
+            [*main, *self.words, *words],
+            cwd=ROOT,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=start_new_session,
+        )
 
     def status(self) -> Ended:
         return call(["sweep", "status", f"--workdir={self.folder}"])

@@ -156,6 +156,16 @@ def test_another_versions_journal_is_refused_and_left_alone(tmp_path: Path, swee
     with pytest.raises(UserError, match=r"another version of moejax \(9, this one writes 1\)"):
         Journal(tmp_path)
     assert (tmp_path / journal.NAME).read_bytes() == before
+    with pytest.raises(journal.Unreadable, match="another version"):
+        journal.read(tmp_path)
+
+
+def test_no_journal_and_one_that_is_just_being_made_have_no_rows(tmp_path: Path):
+    assert journal.read(tmp_path) == {} and not (tmp_path / journal.NAME).exists()
+    (tmp_path / journal.NAME).touch()
+    assert journal.read(tmp_path) == {}
+    with Journal(tmp_path) as record:
+        assert record.entries() == {} and not record.mended
 
 
 def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path, sweep: Sweep):

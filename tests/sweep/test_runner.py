@@ -102,31 +102,6 @@ def test_a_trial_that_is_stopped_by_someone_else_leaves_the_sweep_unfinished(tmp
     assert small.run().status == 0 and small.steps("slow") == ALL
 
 
-def test_a_trial_that_outlives_its_killed_runner_is_waited_for_and_not_run_twice(tmp_path: Path):
-    small = Small(tmp_path, "slow", "quick")
-    process = small.start()
-    wait_until(lambda: small.steps("slow"))
-    process.kill()
-    process.wait()
-    ended = small.run()
-    assert ended.status == 0
-    assert "slow-seed0 is still running, begun by a runner that was killed" in ended.out
-    assert small.log("slow").count("begins") == 1
-    assert small.steps("slow") == small.steps("quick") == ALL
-
-
-def test_a_trial_killed_with_its_runner_goes_on_where_it_was(tmp_path: Path):
-    small = Small(tmp_path, "slow")
-    process = small.start()
-    wait_until(lambda: small.steps("slow"))
-    process.kill()
-    os.kill(small.pid("slow"), signal.SIGKILL)
-    process.wait()
-    ended = small.run()
-    assert ended.status == 0 and "still running" not in ended.out
-    assert small.steps("slow") == ALL and small.log("slow").count("begins") == 2
-
-
 def test_a_trial_that_the_file_no_longer_gives_is_not_run_as_another(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "slow", "quick_2")
     text = small.page.read_text()

@@ -221,9 +221,9 @@ def test_on_a_terminal_the_table_is_live_and_lines_stay_above_it(
 
 def test_a_low_terminal_shows_the_trials_that_run_and_says_how_many_it_does_not():
     found = [line(DONE) for _ in range(40)] + [line(RUNNING), line(FAILED)]
-    console = Console(file=io.StringIO(), width=120, height=12)
-    console.print(live.render(found, height=12))
-    out = console.file.getvalue()
+    file = io.StringIO()
+    Console(file=file, width=120, height=12).print(live.render(found, height=12))
+    out = file.getvalue()
     assert len(out.splitlines()) <= 11
     assert "running-seed0" in out and "failed-seed0" in out and "(35 not shown)" in out
 

@@ -25,6 +25,8 @@ class Measured(NamedTuple):
     steps: int
     """Of the whole run, by its config."""
     num_experts: int
+    leak: str
+    """What a token may see besides its past, as rows of metrics say it; empty if nothing."""
     specialisation: Specialisation
     early: Early
     drops: list[Drops]
@@ -45,7 +47,7 @@ def verdicts(found: Measured) -> list[Verdict]:
 
 def numbers(found: Measured, judged: Sequence[Verdict]) -> dict[str, Any]:
     """What was measured in JSON's types, without the routing; what is undefined is null."""
-    about = {name: getattr(found, name) for name in ("run", "step", "steps", "num_experts")}
+    about = {name: getattr(found, name) for name in ("run", "step", "steps", "num_experts", "leak")}
     tree = {
         **about,
         "verdicts": [verdict._asdict() for verdict in judged],

@@ -76,6 +76,7 @@ def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Meas
         step=at,
         steps=config.train.steps,
         num_experts=config.moe.num_experts,
+        leak=this.leak,
         specialisation=specialisation(routed),
         early=earlier,
         drops=counted,

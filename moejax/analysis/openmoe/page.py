@@ -12,7 +12,7 @@ from moejax.analysis.openmoe.findings import Measured
 from moejax.analysis.openmoe.routed import counts
 from moejax.analysis.openmoe.tokens import LEAST, POSITION, TOKEN, Layer, Specialisation
 from moejax.analysis.openmoe.verdict import Verdict
-from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
+from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
 from moejax.analysis.statistics.ratios import ratio
 
 SHOWN = 24
@@ -32,6 +32,7 @@ def page(found: Measured, verdicts: Sequence[Verdict]) -> Page:
         "OpenMoE's findings",
         [
             Text(about),
+            *([Warning(f"A token may see more than its past: {found.leak}")] if found.leak else []),
             *map(Text, names),
             *_specialisation(found),
             *_early(found.early),
@@ -162,7 +163,8 @@ def _curves(found: list[Drops], number: int) -> Figure:
     axis = {"tickformat": ".0%", "rangemode": "tozero"}
     caption = (
         f"Share of choices dropped by position, all MoE layers, {found[0].rows} rows of "
-        f"{found[0].text}; means of {len(bins)} stretches of positions."
+        f"{found[0].text}; means of {len(bins)} stretches of positions. Batch-prioritised order "
+        "lets a token's place depend on later tokens."
     )
     spec = figures.chart(traces, "position", "choices dropped", yaxis=axis)
     return Figure(spec, caption, name=f"openmoe-drops-{number}")

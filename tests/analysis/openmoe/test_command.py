@@ -19,7 +19,8 @@ def run(tmp_path_factory):
     text = runs.write_text(folder / "text", letters=600)
     command = runs.command(
         folder / "run", text, train__steps=STEPS, train__checkpoint_every=2,
-        train__keep_checkpoints=3, moe__gate__name="mixtral",
+        train__keep_checkpoints=3, moe__gate__name="mixtral", mesh__expert=1,
+        report__probe_rows=16,
     )  # fmt: skip
     assert runs.call(command).status == 0
     (folder / "digits.txt").write_text(" ".join(map(str, range(300))))

@@ -12,7 +12,7 @@ from moejax.analysis.openmoe.early import early
 from moejax.analysis.openmoe.findings import Measured, numbers, verdicts
 from moejax.analysis.openmoe.page import page
 from moejax.analysis.openmoe.tokens import specialisation
-from moejax.analysis.page import Choice, Figure, Table
+from moejax.analysis.page import Choice, Figure, Table, Warning
 from tests.analysis.openmoe.routings import E, first_come, routed, tokens
 
 
@@ -30,7 +30,7 @@ def found():
     ]
     earlier = early([(step, own) for step in (0, 2, 10)], "checkpoints")
     texts = ["<b>", "a", "b", "\\n", "d", "e"]
-    return Measured("run", 10, 10, E, specialisation(own), earlier, counted, own, texts)
+    return Measured("run", 10, 10, E, "", specialisation(own), earlier, counted, own, texts)
 
 
 def blocks(page_or_option):
@@ -48,6 +48,14 @@ def test_the_page_begins_with_the_verdicts_and_draws_every_finding(found):
     names = {block.name for block in blocks(shown.blocks) if isinstance(block, Figure)}
     assert names == {"openmoe-shares-0", "openmoe-spread-0", "openmoe-early", "openmoe-drops-0"}
     assert "<b>" not in re.sub(r"<script.*?</script>", "", render("t", "", [shown]), flags=re.S)
+
+
+def test_a_leak_is_marked(found):
+    assert not any(isinstance(block, Warning) for block in page(found, verdicts(found)).blocks)
+    leaking = found._replace(leak="eval:future")
+    mark = next(b for b in page(leaking, verdicts(found)).blocks if isinstance(b, Warning))
+    assert "eval:future" in mark.text
+    assert numbers(leaking, verdicts(found))["leak"] == "eval:future"
 
 
 def test_the_figure_of_shares_holds_one_hot_rows_for_a_router_of_ids(found):
