@@ -45,7 +45,7 @@ def test_the_cost_is_counted_as_in_sweeps(run: RunData):
     expected = 3000 + 300 * np.mean(kept)
     assert overview.flops_per_token(run, "train", "train") == pytest.approx(expected, rel=1e-12)
     assert overview.flops_per_token(run, "eval", "eval") == 1000 + 100 * LAYERS * 2
-    cells = dict(blocks.table(overview.page(run), "cost").rows)
+    cells = blocks.facts(overview.page(run), "cost")
     assert cells["parameters"] == "9.55k, 8.02k active per token"
     assert cells["memory expected per device"] == "3.0 MiB, 1.0 MiB of it state and gradients"
     assert cells["step"] == "500.0 ms (median)" and cells["all steps"].startswith("0m15s")
