@@ -160,6 +160,14 @@ def test_many_layers_are_drawn_as_mean_and_extremes():
     assert found[0]["y"] == [4.5, 14.5, 24.5] and found[2]["y"] == [9, 19, 29]
 
 
+def test_very_many_steps_are_averaged_into_points():
+    values_NM = np.arange(1200.0)[:, None]
+    (trace,) = load.by_layer("", np.arange(1, 1201), values_NM)
+    assert trace["x"] == list(range(6, 1201, 6)) and trace["y"][:2] == [2.5, 8.5]
+    (trace,) = load.by_layer("", np.arange(1000), values_NM[:1000])
+    assert trace["y"] == values_NM[:1000, 0].tolist()
+
+
 def test_many_logged_steps_are_averaged_into_columns_of_a_heatmap(tmp_path: Path):
     rows = [workdirs.row(step) for step in range(1, 501)]
     run = RunData.read(workdirs.write(tmp_path / "run", rows))

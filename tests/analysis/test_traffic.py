@@ -61,7 +61,7 @@ def test_what_is_not_in_the_counts_or_not_sent_is_not_claimed():
 
 
 def test_an_open_axis_of_the_mesh_takes_the_devices_left():
-    assert found(devices=8, **{"mesh.expert": -1, "mesh.data": 2}) == found()
+    assert found(ROW, devices=8, **{"mesh.expert": -1, "mesh.data": 2}) == found()
 
 
 @pytest.mark.slow
