@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moejax.analysis.openmoe import flags as openmoe
 from moejax.errors import UserError
 
 FAILED = 1
@@ -21,7 +22,8 @@ def add_command(commands: Any) -> None:
         epilog="Examples:\n"
         "  moejax report runs/switch\n"
         "  moejax report runs/gating -o gating.html\n"
-        "  moejax report runs/ec --measure-leak=32\n\n"
+        "  moejax report runs/ec --measure-leak=32\n"
+        "  moejax report runs/a --openmoe --data=other/text\n\n"
         "docs/report.md explains every page.",
     )
     parser.add_argument("folder", metavar="RUN_OR_SWEEP", help="a run's workdir, or a sweep's")
@@ -40,17 +42,20 @@ def add_command(commands: Any) -> None:
         action="store_true",
         help="also write the rows as TensorBoard events, to tensorboard/ in each workdir",
     )
+    openmoe.add_flags(parser)
     parser.set_defaults(run=_report, takes_overrides=False)
 
 
 def _report(args: argparse.Namespace) -> int:
     from moejax.analysis import report, tensorboard
+    from moejax.analysis.openmoe import report as findings
     from moejax.train.rows import Divergence
 
     folder = Path(args.folder).expanduser()
     target = Path(args.output).expanduser() if args.output else folder / "report.html"
     if args.measure_leak is not None and args.measure_leak < 1:
         raise UserError(f"--measure-leak={args.measure_leak} must be a number of sequences")
+    openmoe.check(args)
     found = report.read(folder)
     check_target(target)
     if args.measure_leak:
@@ -60,7 +65,8 @@ def _report(args: argparse.Namespace) -> int:
             print(f"moejax: the held-out loss is not finite at {problem}", file=sys.stderr)
             return FAILED
     lines = tensorboard.export(found) if args.tensorboard else []
-    size = report.write(found, target)
+    more = findings.pages(found, args, target.parent, print)
+    size = report.write(found, target, more)
     print("\n".join([f"{target}  {size / 1e6:.1f} MB", *lines]))
     return 0
 

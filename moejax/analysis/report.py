@@ -1,7 +1,7 @@
 """The pages of a report, in order, and the file made of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moejax import __version__
@@ -56,12 +56,12 @@ def of_sweep(sweep: SweepData) -> str:
     return render(sweep.name, about, [page(sweep) for page in SWEEP_PAGES])
 
 
-def of_run(run: RunData) -> str:
-    """The report of one run, as HTML."""
+def of_run(run: RunData, more: Sequence[Page] = ()) -> str:
+    """The report of one run, as HTML; ``more`` pages come last."""
     about = (
         f"step {run.last_step} of {run.field('train.steps', '?')}, report of moejax {__version__}"
     )
-    return render(run.name, about, [page(run) for page in PAGES])
+    return render(run.name, about, [*(page(run) for page in PAGES), *more])
 
 
 def read(folder: Path) -> RunData | SweepData:
@@ -104,13 +104,15 @@ def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
     )
 
 
-def write(found: RunData | SweepData, target: Path) -> int:
+def write(found: RunData | SweepData, target: Path, more: Sequence[Page] = ()) -> int:
     """Writes the report, whole or not at all; returns its size in bytes.
+
+    ``more``: pages of a run that were not made from what it recorded.
 
     Raises:
       UserError: it cannot be written.
     """
-    text = of_run(found) if isinstance(found, RunData) else of_sweep(found)
+    text = of_run(found, more) if isinstance(found, RunData) else of_sweep(found)
     # A folder's name may hold bytes that are no UTF-8.
     content = text.encode("utf-8", "backslashreplace")
     temporary = target.with_name(f".{target.name}.tmp")

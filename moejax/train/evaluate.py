@@ -115,7 +115,7 @@ def _write(found: Recording, path: str) -> None:
 
 def _record(found: Opened, train_steps: int) -> Recording:
     this, state, at = found
-    route = jax.jit(functools.partial(_route, task=this.task))
+    routed = jax.jit(functools.partial(route, task=this.task))
     source = this.train_batches()
     about = {
         "num_experts": this.config.moe.num_experts,
@@ -124,13 +124,14 @@ def _record(found: Opened, train_steps: int) -> Recording:
         "fingerprint": this.corpus.fingerprint,
     }
     return Recording(
-        _routed(this, state, route, this.eval_batches()),
-        _routed(this, state, route, [source.batch(i) for i in range(train_steps)]),
+        _routed(this, state, routed, this.eval_batches()),
+        _routed(this, state, routed, [source.batch(i) for i in range(train_steps)]),
         about,
     )
 
 
-def _route(state: TrainState, batch: Batch, *, task: LanguageModel) -> dict[str, Array]:
+def route(state: TrainState, batch: Batch, *, task: LanguageModel) -> dict[str, Array]:
+    """How the MoE layers of a state route a batch in evaluation: see ``sent``."""
     key = jax.random.wrap_key_data(state.key)
     out = task.apply(
         state.params, state.gate_state, batch, state.step, key, train=False, watch=sent
