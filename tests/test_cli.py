@@ -14,7 +14,7 @@ from moejax.config import default, from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
 LM = f"--config={ROOT}/configs/lm.py"
-COMMANDS = ("train", "eval", "config", "gates", "data", "doctor", "sweep", "scaling")
+COMMANDS = ("train", "eval", "config", "gates", "data", "doctor", "sweep", "scaling", "report")
 
 MISTAKES = {
     # commands and flags
@@ -57,6 +57,11 @@ MISTAKES = {
     "sweep --experiment={broken} {workdir} --config.train.steps=1": [
         "moejax sweep takes no config"
     ],
+    "report": ["RUN_OR_SWEEP", "moejax report --help"],
+    "report {file}": ["holds neither a run nor a sweep"],
+    "report nowhere": ["nowhere does not exist"],
+    "report x --measure-leak=many": ["--measure-leak", "'many'"],
+    "report x --tensorbord": ["unknown flag --tensorbord", "--tensorboard"],
     # sources
     "train --config=configs/no_such.py {workdir}": ["configs/no_such.py"],
     "train --config=nonsense {workdir}": ["'nonsense'", "path.py[:arg]"],

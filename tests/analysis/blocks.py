@@ -23,6 +23,11 @@ def table(page: Page, first: str) -> Table:
     return next(b for b in walk(page.blocks) if isinstance(b, Table) and b.header[0] == first)
 
 
+def facts(page: Page, first: str) -> dict[str, str]:
+    """The second column of that table, by the first."""
+    return {row[0]: row[1] for row in table(page, first).rows}
+
+
 def said(page: Page) -> str:
     """All texts and warnings."""
     return "\n".join(b.text for b in walk(page.blocks) if isinstance(b, Text | Warning))

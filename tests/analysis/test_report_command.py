@@ -110,7 +110,7 @@ def test_the_leak_is_measured_on_a_run_and_on_some_sequences(tmp_path: Path, cap
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Every scalar of a folder's event files, read by TensorFlow's own format definition."""
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
 
     found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):

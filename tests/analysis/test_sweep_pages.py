@@ -71,7 +71,7 @@ def test_the_verdicts_of_the_sweep_are_repeated(tmp_path: Path):
     said = blocks.said(sweep_overview.page(sweep))
     assert "lowest held-out loss has switch, 2.0000 ± 0.1270 nats/byte." in said
     assert f"Against the baseline top_2: switch: {VERDICT}." in said
-    facts = dict(blocks.table(sweep_overview.page(sweep), "what ran").rows)
+    facts = blocks.facts(sweep_overview.page(sweep), "what ran")
     assert facts["matched"] == "active_flops, within 2% of the baseline"
     assert "0.0310 nats/byte, with probability 80%" in facts["can be detected"]
     table = blocks.table(comparison.page(sweep), "variant")
@@ -183,7 +183,7 @@ def test_a_sweep_of_failures_shows_the_ends_of_their_logs(tmp_path: Path):
     sweep = read(folder)
     page = sweep_overview.page(sweep)
     assert "0 of 4 trials" in blocks.said(page) and "nothing to compare" in report.of_sweep(sweep)
-    states = {row[0]: row[1] for row in blocks.table(page, "state").rows}
+    states = blocks.facts(page, "state")
     assert states == {
         "no step logged": "switch-seed0, switch-seed1, top_2-seed0", "not started": "top_2-seed1",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """What transports compute and send, against hand counts and against compiled programs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ ROW: Row = {"moe/load": [[20, 12, 16, 16]] * 2, "moe/dropped": [[4, 0, 0, 0]] * 
 """Two layers of 32 tokens, k = 2: 64 pairs, 60 of them kept, in each."""
 
 
-def run_of(devices: int = 4, **changes: object) -> RunData:
+def run_of(devices: int = 4, **changes: Any) -> RunData:
     config = workdirs.config(**{"mesh.expert": 4, "model.d_model": 10, **changes})
     saved = workdirs.saved(config, devices={"kind": "cpu", "count": devices})
     return RunData("run", Path(), config, saved, train=[], held_out=[], timings=[])
 
 
-def found(row: Row = ROW, **changes: object) -> traffic.Traffic:
+def found(row: Row = ROW, **changes: Any) -> traffic.Traffic:
     about = traffic.of_row(run_of(**changes), row)
     assert about is not None
     return about
@@ -60,7 +61,7 @@ def test_what_is_not_in_the_counts_or_not_sent_is_not_claimed():
 
 
 def test_an_open_axis_of_the_mesh_takes_the_devices_left():
-    assert found(devices=8, **{"mesh.expert": -1, "mesh.data": 2}) == found()
+    assert found(ROW, devices=8, **{"mesh.expert": -1, "mesh.data": 2}) == found()
 
 
 @pytest.mark.slow

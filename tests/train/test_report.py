@@ -92,6 +92,8 @@ def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Who
     for phase, counted in (("train", budget.train_flops), ("eval", budget.eval_flops)):
         expected = {"fixed": counted.fixed, "per_pair": counted.per_pair}
         assert saved["flops"][phase] == expected and counted.per_pair > 0
+    memory = {"state": budget.state_bytes, "activations": budget.activation_bytes}
+    assert saved["memory"] == memory and saved["devices"] == {"kind": "cpu", "count": 2}
     assert sorted(path.name for path in whole.workdir.iterdir()) == [
         ".lock", "checkpoints", "config.json", "metrics.jsonl", "summary.png", "timings.jsonl",
     ]  # fmt: skip

@@ -15,6 +15,8 @@ SLIDES = 40
 """The slider has at most so many positions; between them logged steps are averaged."""
 LINES = 8
 """More layers than this are drawn as mean, lowest and highest."""
+LONG = 1000
+"""More rows than this are averaged into ``figures.COLUMNS`` points."""
 
 MEASURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "MaxVio": (balance.max_violation, "Largest load over mean load, minus 1: 0 at balance."),
@@ -160,7 +162,12 @@ def _measure(
 def by_layer(
     name: str, steps: np.ndarray, values_NM: np.ndarray, dash: str = "solid"
 ) -> list[figures.Spec]:
-    """A line per layer of values [N, layers]; of many layers their mean and extremes."""
+    """A line per layer of values [N, layers]; of many layers their mean and extremes.
+
+    Of very many steps neighbours are averaged.
+    """
+    if len(steps) > LONG:
+        steps, values_NM = figures.binned(steps, values_NM)
     lines = {f"layer {layer}": values_NM[:, layer] for layer in range(values_NM.shape[1])}
     if len(lines) > LINES:
         ends = {"lowest": values_NM.min(axis=1), "highest": values_NM.max(axis=1)}

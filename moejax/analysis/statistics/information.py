@@ -28,21 +28,23 @@ def null(
     return np.array([_explained(expert_P, kind_P) for kind_P in shuffles])
 
 
-def mutual_information(
-    first_P: Integer[np.ndarray, " P"], second_P: Integer[np.ndarray, " P"]
-) -> float:
-    """I of two numbers >= 0 in nats, from P joint samples: H(first) + H(second) - H(both).
+def mutual_information(counts_CE: Integer[np.ndarray, "C E"]) -> float:
+    """I of row and column in nats, from counts of joint samples: H(C) + H(E) - H(C, E).
 
-    The plug-in estimate: on average too large, by about (values - 1)(values - 1) / 2P where the
-    two are independent (Miller 1955).
+    The plug-in estimate: on average too large, by about (C - 1)(E - 1) over twice the number of
+    samples where the two are independent (Miller 1955).
     """
-    # Of token ids and experts few pairs occur, so these are sorted instead of tabulated.
-    cell_P = first_P.astype(np.int64) * (int(second_P.max(initial=0)) + 1) + second_P
-    _, both = np.unique(cell_P, return_counts=True)
-    separate = entropy(np.bincount(first_P)) + entropy(np.bincount(second_P))
-    # Rounding alone makes it negative.
-    return float(np.maximum(separate - entropy(both), 0.0))
+    return _information(counts_CE.sum(axis=1), counts_CE.sum(axis=0), counts_CE.reshape(-1))
 
 
 def _explained(expert_P: Integer[np.ndarray, " P"], kind_P: Integer[np.ndarray, " P"]) -> float:
-    return float(ratio(mutual_information(expert_P, kind_P), entropy(np.bincount(expert_P))))
+    # Of token ids and experts few pairs occur, so these are sorted instead of tabulated.
+    cell_P = kind_P.astype(np.int64) * (int(expert_P.max(initial=0)) + 1) + expert_P
+    _, both = np.unique(cell_P, return_counts=True)
+    of_expert = np.bincount(expert_P)
+    return float(ratio(_information(np.bincount(kind_P), of_expert, both), entropy(of_expert)))
+
+
+def _information(of_first: np.ndarray, of_second: np.ndarray, of_both: np.ndarray) -> float:
+    """From the three lists of counts; below 0 it is rounding."""
+    return float(np.maximum(entropy(of_first) + entropy(of_second) - entropy(of_both), 0.0))

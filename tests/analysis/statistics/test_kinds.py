@@ -75,12 +75,16 @@ def test_information_is_the_divergence_from_independence(seed):
     joint = counts_CE / counts_CE.sum()
     product = np.outer(joint.sum(axis=1), joint.sum(axis=0))
     expected = stats.entropy(joint.ravel(), product.ravel())
-    first_P, second_P = (
-        np.repeat(of, counts_CE.ravel()) for of in np.indices((3, 4)).reshape(2, -1)
-    )
-    found = information.mutual_information(first_P, second_P)
-    assert found == pytest.approx(expected, abs=1e-9)
-    assert information.mutual_information(second_P, first_P) == pytest.approx(found)
+    assert information.mutual_information(counts_CE) == pytest.approx(expected, abs=1e-9)
+
+
+@given(SEEDS)
+def test_what_a_kind_explains_is_the_information_of_a_table_over_the_entropy(seed):
+    selected_TE, kind_T = drawn(seed)
+    counts_CE = pair_counts(selected_TE, kind_T, 3)
+    entropy = stats.entropy(counts_CE.sum(axis=0))
+    expected = information.mutual_information(counts_CE) / entropy
+    assert information.explained(selected_TE, kind_T) == pytest.approx(expected, abs=1e-9)
 
 
 @given(SEEDS)
