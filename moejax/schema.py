@@ -177,11 +177,10 @@ FIELDS: dict[str, Field] = {
     "distributed.num_processes": Field(0, "explicit: processes in all", low=0),
     "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1),
     "report.tensorboard": Field(False, "also TensorBoard events (pip install moejax[tensorboard])"),
+    "report.wandb": Field(False, "also Weights & Biases (pip install moejax[wandb])"),
     "report.progress": Field(True, "progress bar on a terminal"),
     "report.probe_rows": Field(32, "held-out sequences whose routing is recorded (0: none)", low=0),
-    "report.compile_cache": Field(
-        "auto", "folder of compiled programs; auto: user's cache, or off"
-    ),
+    "report.compile_cache": Field("auto", "compiled programs: auto (user's cache), off, or folder"),
 }
 
 

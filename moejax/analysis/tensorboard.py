@@ -1,11 +1,13 @@
 """Rows of metrics.jsonl and timings.jsonl as TensorBoard events."""
 
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
-from moejax.train.metrics import add_scalars, event_writer
+from moejax.train.metrics import scalars
+from moejax.train.mirrors import TensorBoard
 
 SUFFIX = ".report"
 """Ends the names of files written here; a new export takes their place."""
@@ -26,16 +28,17 @@ def export(found: RunData | SweepData) -> list[str]:
 
 def _export(run: RunData) -> str:
     folder = run.workdir / "tensorboard"
-    events = sorted(folder.glob("events.out.tfevents.*"))
-    own = [path for path in events if path.name.endswith(SUFFIX)]
-    if len(own) < len(events):
+    there = sorted(folder.glob("events.out.tfevents.*"))
+    own = [path for path in there if path.name.endswith(SUFFIX)]
+    if len(own) < len(there):
         return f"{folder}  was written in training; left as it is"
     with tempfile.TemporaryDirectory(dir=run.workdir, prefix=".tensorboard") as place:
-        with event_writer(Path(place), "--tensorboard", filename_suffix=SUFFIX) as writer:
+        events = TensorBoard(Path(place), None, asked="--tensorboard", suffix=SUFFIX)
+        with closing(events):
             for row in [*run.train, *run.held_out]:
-                add_scalars(writer, "", row)
+                events.add(row["step"], scalars("metrics", row))
             for row in run.timings:
-                add_scalars(writer, "timing", row)
+                events.add(row["step"], scalars("timings", row))
         for old in own:
             old.unlink()
         folder.mkdir(exist_ok=True)

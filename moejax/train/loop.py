@@ -87,6 +87,7 @@ def _train(
             folder,
             resume_step=start if restored else _fresh(folder),
             tensorboard=this.config.report.tensorboard,
+            wandb=this.config.report.wandb,
         )
         state = restored.state if restored else _first_state(this, warm)
         recorder = probe.Recorder(this, folder, resume_step=start if restored else None)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.train.mirrors import Mirror, TensorBoard, Wandb
 from moejax.train.processes import is_first
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -32,24 +33,30 @@ class MetricsLog:
       resume_step: the step that was restored: rows with a greater `step` are cut off, so that the
         resumed run writes them again, and only once (-1: start over, cut all rows). None for a
         fresh run, which must not find any rows.
-      tensorboard: also write the scalars to ``<workdir>/tensorboard``.
+      tensorboard, wandb: also write the scalars there (see ``mirrors``).
 
     Raises:
-      UserError: if a fresh run finds rows, a file is not JSON lines, or tensorboardX is missing.
+      UserError: if a fresh run finds rows, a file is not JSON lines, or a mirror cannot be made.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int | None, tensorboard: bool = False):
+    def __init__(
+        self,
+        workdir: str | Path,
+        resume_step: int | None,
+        tensorboard: bool = False,
+        wandb: bool = False,
+    ):
         self._active = is_first()
         self._files: dict[str, int] = {}
-        self._events = None
+        self._mirrors: list[Mirror] = []
         if not self._active:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if tensorboard:
-            purge = None if resume_step is None else resume_step + 1
-            folder = workdir / "tensorboard"
-            self._events = event_writer(folder, "report.tensorboard=True", purge_step=purge)
+            self._mirrors.append(TensorBoard(workdir / "tensorboard", resume_step))
+        if wandb:
+            self._mirrors.append(Wandb(workdir))
         paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timings")}
         for path in paths.values():
             _prepare(path, resume_step)
@@ -74,17 +81,17 @@ class MetricsLog:
         """Blocks until all rows are on the disk. Call it before a checkpoint of the same step."""
         for file in self._files.values():
             os.fsync(file)
-        if self._events is not None:
-            self._events.flush()
+        for mirror in self._mirrors:
+            mirror.flush()
 
     def close(self) -> None:
         self.flush()
         for file in self._files.values():
             os.close(file)
         self._files.clear()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        for mirror in self._mirrors:
+            mirror.close()
+        self._mirrors.clear()
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if not self._active:
@@ -99,8 +106,8 @@ class MetricsLog:
             raise UserError(f"{name}.jsonl cannot be written: {error.strerror}") from error
         if written < len(line):
             raise UserError(f"{name}.jsonl cannot be written: the disk is full")
-        if self._events is not None:
-            add_scalars(self._events, "timing" if name == "timings" else "", plain)
+        for mirror in self._mirrors:
+            mirror.add(plain["step"], scalars(name, plain))
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -180,24 +187,11 @@ def revive(value: Any) -> Any:
     return value
 
 
-def event_writer(folder: Path, asked: str, **options: Any) -> Any:
-    """tensorboardX's SummaryWriter of a folder; ``asked`` is the setting that wants it.
-
-    Raises:
-      UserError: tensorboardX is not installed.
-    """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            f"{asked} needs tensorboardX; pip install 'moejax[tensorboard]' or leave it out"
-        ) from error
-    return SummaryWriter(str(folder), **options)
-
-
-def add_scalars(events: Any, group: str, row: Mapping[str, Any]) -> None:
-    """The numbers of a row, named after its split, or after ``group`` if it has none."""
-    group = row.get("split", group)
-    for key, value in row.items():
-        if key != "step" and isinstance(value, float | int) and not isinstance(value, bool):
-            events.add_scalar(f"{group}/{key}" if group else key, value, row["step"])
+def scalars(name: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row by the names that mirrors have for them."""
+    group = row.get("split", "timing" if name == "timings" else "")
+    return {
+        f"{group}/{key}" if group else key: value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, float | int) and not isinstance(value, bool)
+    }

@@ -4,6 +4,8 @@ import json
 import math
 import resource
 import sys
+import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -168,3 +170,69 @@ def test_tensorboard_without_the_extra_is_the_users_mistake(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match="report.tensorboard=True needs tensorboardX"):
         MetricsLog(tmp_path, None, tensorboard=True)
+
+
+class FakeWandb(types.ModuleType):
+    """As much of wandb as is called, with what it was told."""
+
+    class Settings(dict):
+        pass
+
+    def __init__(self, problem: str = ""):
+        super().__init__("wandb")
+        self.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+        self.problem, self.begun, self.logged, self.finished = problem, [], [], 0
+
+    def init(self, **how):
+        if self.problem:
+            raise self.errors.Error(self.problem)
+        self.begun.append(how)
+        return self
+
+    def log(self, scalars, step):
+        self.logged.append((step, scalars))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_the_scalars_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resume_step in (None, 1):
+        with MetricsLog(tmp_path / "run", resume_step, wandb=True) as log:
+            log.write({**train_row(2 if resume_step else 1), "flag": True})
+            log.timing({"step": 2, "seconds": 2.0})
+    assert fake.logged == [
+        (1, {"train/loss": 0.25}),
+        (2, {"timing/seconds": 2.0}),
+        (2, {"train/loss": 0.2}),
+        (2, {"timing/seconds": 2.0}),
+    ]
+    first, second = fake.begun
+    assert first == second and fake.finished == 2
+    assert first["name"] == "run" and first["dir"] == str(tmp_path / "run")
+    assert first["id"] == (tmp_path / "run" / ".wandb-id").read_text()
+
+
+def test_wandb_that_is_missing_or_does_not_start_is_the_users_mistake(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="report.wandb=True needs wandb; pip install 'moejax"):
+        MetricsLog(tmp_path, None, wandb=True)
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("no API key\nconfigured"))
+    with pytest.raises(UserError, match=r"\(no API key configured\).*WANDB_MODE=offline"):
+        MetricsLog(tmp_path, None, wandb=True)
+
+
+@pytest.mark.slow
+def test_the_real_wandb_works_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with MetricsLog(tmp_path, None, wandb=True) as log:
+        log.write(train_row(1))
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30
+    while b"train/loss" not in file.read_bytes():  # its own process writes it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (tmp_path / ".wandb-id").read_text() in file.name
