@@ -124,7 +124,7 @@ def _last(spread_QMX: np.ndarray) -> Table:
     for layer in range(spread_QMX.shape[1]):
         cells = [str(layer)]
         for mean, low, *_, high in spread_QMX[:, layer]:
-            cells += [f"{mean:.3f}", f"{low:.3f} to {high:.3f}"]
+            cells += [f"{mean:z.3f}", f"{low:z.3f} to {high:z.3f}"]
         rows.append(cells)
     names = ("entropy", "margin", "log z", "largest |logit|")
     header = ["layer", *(text for name in names for text in (name, "5% to 95%"))]

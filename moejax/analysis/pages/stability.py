@@ -103,7 +103,7 @@ def _saturation(probe: Probe, first: bool) -> Figure:
     caption = (
         f"Router saturation (OLMoE, arXiv 2409.02060, eq. 5): the share of {which} that are those "
         f"of step {probe.steps[-1]}, where it is 100% by definition. Early and high: routing is "
-        "learned long before the experts are. Dotted: unrelated routing."
+        "learned long before the experts are. Dotted: unrelated routing, evenly spread."
     )
     return Figure(spec, caption, height=340, name=f"saturation-{'first' if first else 'all'}")
 
@@ -168,7 +168,7 @@ def _representation(probe: Probe) -> list[Block]:
         ("participation", "participation ratio"),
     ):
         steps, value_SM = over_steps(probe, lambda step, name=name: probe.at(step)[name])
-        scale = {"type": "log"} if name == "collapse" else {"rangemode": "tozero"}
+        scale = {"type": "log", "dtick": "D2"} if name == "collapse" else {"rangemode": "tozero"}
         lines = by_layer("", steps, value_SM.astype(np.float64))
         found.append(Panel("step", axis, lines, scale))
     caption = (
