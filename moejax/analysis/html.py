@@ -49,7 +49,10 @@ def render(title: str, about: str, pages: Sequence[Page]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{_text(title)}</title>",
-            f"<style>\n{_asset('report.css')}</style>\n</head>\n<body>",
+            f"<style>\n{_asset('report.css')}</style>",
+            # Without scripts all pages are shown, one under the other.
+            "<noscript><style>.page { display: block !important; }</style></noscript>",
+            '</head>\n<body class="paged">',
             f"<header><div><h1>{_text(title)}</h1><p>{_text(about)}</p></div>",
             '<button type="button" id="theme" title="light or dark">dark</button></header>',
             f'<nav aria-label="pages">{"".join(menu)}</nav>',
@@ -79,8 +82,10 @@ class _Writer:
         }
 
     def section(self, page: Page) -> str:
+        # The first page is there to be read while the scripts are still being parsed.
+        first = "" if self._page else " shown"
         self._page = _slug(page.title)
-        head = f'<section class="page" id="{self._page}"><h2>{_text(page.title)}</h2>'
+        head = f'<section class="page{first}" id="{self._page}"><h2>{_text(page.title)}</h2>'
         return "\n".join([head, *map(self._block, page.blocks), "</section>"])
 
     def _block(self, block: Block) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
-from moejax.train.mirrors import TensorBoard, scalars
+from moejax.train.metrics import scalars
+from moejax.train.mirrors import TensorBoard
 
 SUFFIX = ".report"
 """Ends the names of files written here; a new export takes their place."""
@@ -27,17 +28,17 @@ def export(found: RunData | SweepData) -> list[str]:
 
 def _export(run: RunData) -> str:
     folder = run.workdir / "tensorboard"
-    present = sorted(folder.glob("events.out.tfevents.*"))
-    own = [path for path in present if path.name.endswith(SUFFIX)]
-    if len(own) < len(present):
+    there = sorted(folder.glob("events.out.tfevents.*"))
+    own = [path for path in there if path.name.endswith(SUFFIX)]
+    if len(own) < len(there):
         return f"{folder}  was written in training; left as it is"
     with tempfile.TemporaryDirectory(dir=run.workdir, prefix=".tensorboard") as place:
-        events = TensorBoard(Path(place), "--tensorboard", filename_suffix=SUFFIX)
+        events = TensorBoard(Path(place), None, asked="--tensorboard", suffix=SUFFIX)
         with closing(events):
             for row in [*run.train, *run.held_out]:
-                events.add(row["step"], scalars(row))
+                events.add(row["step"], scalars("metrics", row))
             for row in run.timings:
-                events.add(row["step"], scalars(row, "timing"))
+                events.add(row["step"], scalars("timings", row))
         for old in own:
             old.unlink()
         folder.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.train.mirrors import Mirror, TensorBoard, Wandb, scalars
+from moejax.train.mirrors import Mirror, TensorBoard, Wandb
 from moejax.train.processes import is_first
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -54,8 +54,7 @@ class MetricsLog:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if tensorboard:
-            purge = None if resume_step is None else resume_step + 1
-            self._mirrors.append(TensorBoard(workdir / "tensorboard", purge_step=purge))
+            self._mirrors.append(TensorBoard(workdir / "tensorboard", resume_step))
         if wandb:
             self._mirrors.append(Wandb(workdir))
         paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timings")}
@@ -108,7 +107,7 @@ class MetricsLog:
         if written < len(line):
             raise UserError(f"{name}.jsonl cannot be written: the disk is full")
         for mirror in self._mirrors:
-            mirror.add(plain["step"], scalars(plain, "timing" if name == "timings" else ""))
+            mirror.add(plain["step"], scalars(name, plain))
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -186,3 +185,13 @@ def revive(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: revive(item) for key, item in value.items()}
     return value
+
+
+def scalars(name: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row by the names that mirrors have for them."""
+    group = row.get("split", "timing" if name == "timings" else "")
+    return {
+        f"{group}/{key}" if group else key: value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, float | int) and not isinstance(value, bool)
+    }

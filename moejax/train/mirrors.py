@@ -18,33 +18,30 @@ class Mirror(Protocol):
     def close(self) -> None: ...
 
 
-def scalars(row: Mapping[str, Any], group: str = "") -> dict[str, float]:
-    """The numbers of a row, named after its split, or after ``group`` if it has none."""
-    group = row.get("split", group)
-    return {
-        f"{group}/{key}" if group else key: value
-        for key, value in row.items()
-        if key != "step" and isinstance(value, float | int) and not isinstance(value, bool)
-    }
-
-
 class TensorBoard:
-    """Event files in a folder; ``asked`` is the setting that wants them, for the message.
+    """Event files in a folder, with names that end in ``suffix``.
 
-    ``options`` are tensorboardX's: events from ``purge_step`` on are marked as void.
+    Events after ``resume_step`` are marked as void. ``asked`` is the setting that wants them.
 
     Raises:
       UserError: tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Path, asked: str = "report.tensorboard=True", **options: Any):
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int | None,
+        asked: str = "report.tensorboard=True",
+        suffix: str = "",
+    ):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise UserError(
                 f"{asked} needs tensorboardX; pip install 'moejax[tensorboard]' or leave it out"
             ) from error
-        self._writer = SummaryWriter(str(folder), **options)
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=suffix)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():

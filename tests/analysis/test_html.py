@@ -52,6 +52,7 @@ def test_every_page_with_blocks_is_in_the_menu_in_order():
     found = parsed(Page("First page", [Text("a")]), Page("Empty", []), Page("Other", [Text("b")]))
     assert [a["href"] for tag, a in found.tags if tag == "a"] == ["#first-page", "#other"]
     assert [a["id"] for a in found.with_class("page")] == ["first-page", "other"]
+    assert [a["id"] for a in found.with_class("shown")] == ["first-page"]
 
 
 def test_nothing_is_fetched_and_the_policy_forbids_it():

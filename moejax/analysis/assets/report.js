@@ -168,7 +168,6 @@
     document.body.classList.remove("printing");
     applyTheme();
   });
-  document.body.classList.add("paged");
   root.dataset.theme = theme();
   show();
   applyTheme();
