@@ -81,6 +81,7 @@ def check_target(target: Path) -> None:
     if target.is_dir():
         raise UserError(f"--output={target} is a folder; name a file, such as {target}/report.html")
     if not parent.is_dir():
-        raise UserError(f"--output={target}: the folder {parent} does not exist")
+        what = "is no folder" if parent.exists() else "does not exist"
+        raise UserError(f"--output={target}: {parent} {what}; name another file with -o")
     if not os.access(target if target.exists() else parent, os.W_OK):
         raise UserError(f"--output={target} cannot be written to; name another file with -o")

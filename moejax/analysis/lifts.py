@@ -10,6 +10,8 @@ OCTAVES = 3
 """The scale ends at lifts of 1/8 and 8: beyond, more colour says nothing more."""
 WRITTEN = 16
 """Shares are written into the cells of maps of at most so many columns."""
+DIGITS = 5
+"""Of maps of many experts and layers, seventeen digits a number would be most of the report."""
 
 
 def lift_cells(lift: np.ndarray, share: np.ndarray, **style: Any) -> Spec:
@@ -25,8 +27,8 @@ def lift_cells(lift: np.ndarray, share: np.ndarray, **style: Any) -> Spec:
     ticks = range(-edge, edge + 1)
     cells = {
         "type": "heatmap",
-        "z": listed(octaves),
-        "customdata": listed(np.stack([lift, share], axis=-1)),
+        "z": listed(octaves.round(DIGITS)),
+        "customdata": listed(np.stack([lift, share], axis=-1).round(DIGITS)),
         "zmin": -edge,
         "zmax": edge,
         "zmid": 0,
@@ -56,4 +58,6 @@ def cell_axes(rows: int, columns: int) -> dict[str, dict[str, Any]]:
 
 
 def _percent(share: float) -> str:
+    if not share > 0:
+        return ""
     return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"

@@ -1,7 +1,7 @@
 """What a page of the report is made of: values, which the renderer turns into HTML."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 
@@ -50,7 +50,7 @@ class Choice:
     """Alternatives of which the reader sees one: layers, experts, checkpoints."""
 
     label: str
-    options: dict[str, Sequence["Block"]]
+    options: Mapping[str, Sequence["Block"]]
 
 
 Block: TypeAlias = Text | Warning | Table | Figure | Choice

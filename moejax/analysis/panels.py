@@ -25,7 +25,7 @@ def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
             "rows": -(-len(found) // columns),
             "columns": columns,
             "pattern": "independent",
-            "xgap": 0.16,
+            "xgap": 0.22,
             "ygap": 0.28,
         }
     }

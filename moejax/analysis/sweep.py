@@ -141,7 +141,7 @@ def _results(folder: Path, trials: list[TrialData], problems: list[str]) -> list
             about = Trial(trial.variant, trial.seed, tuple(trial.overrides), trial.config)
             try:
                 found.append(read_trial(folder, about))
-            except UserError as error:
+            except (UserError, OSError) as error:
                 problems.append(f"{trial.name} is not in the comparison: {error}.")
             except KeyError as error:
                 problems.append(f"{trial.name} is not in the comparison: it has no {error}.")

@@ -1,5 +1,8 @@
 """Rows of metrics.jsonl and timings.jsonl as TensorBoard events."""
 
+import tempfile
+from pathlib import Path
+
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
 from moejax.train.metrics import add_scalars, event_writer
@@ -27,11 +30,15 @@ def _export(run: RunData) -> str:
     own = [path for path in events if path.name.endswith(SUFFIX)]
     if len(own) < len(events):
         return f"{folder}  was written in training; left as it is"
-    with event_writer(folder, "--tensorboard", filename_suffix=SUFFIX) as writer:
+    with tempfile.TemporaryDirectory(dir=run.workdir, prefix=".tensorboard") as place:
+        with event_writer(Path(place), "--tensorboard", filename_suffix=SUFFIX) as writer:
+            for row in [*run.train, *run.held_out]:
+                add_scalars(writer, "", row)
+            for row in run.timings:
+                add_scalars(writer, "timing", row)
         for old in own:
             old.unlink()
-        for row in [*run.train, *run.held_out]:
-            add_scalars(writer, "", row)
-        for row in run.timings:
-            add_scalars(writer, "timing", row)
+        folder.mkdir(exist_ok=True)
+        for new in Path(place).iterdir():
+            new.replace(folder / new.name)
     return f"{folder}  opens with `tensorboard --logdir={folder}`"

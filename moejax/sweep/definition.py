@@ -7,7 +7,8 @@ An experiment is a config page with one more function::
         yield {"name": "top_4", "moe.gate.name": "top_k", "moe.gate.k": 4, "seeds": 2}
 
 Each variant overrides fields of ``get_config``'s config. ``seeds`` is a number of seeds, from 0 on,
-or a list of them; without it the page's own ``train.seed`` is the only one.
+or a list of them; without it the page's own ``train.seed`` is the only one. A width may be given as
+"match", to be solved for (see match.py).
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from moejax.config import load, to_dict, validate
 from moejax.errors import UserError
 from moejax.overrides import PREFIX
 from moejax.sources import Page, open_page
+from moejax.sweep.match import Comparison, Solved, comparison_of, solve
 
 Variant = dict[str, Any]
 
@@ -53,10 +55,15 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """An experiment's trials, variant by variant in the order of the file."""
+    """An experiment's trials, variant by variant in the order of the file.
+
+    ``solved`` are the widths that were found for variants that asked for a match.
+    """
 
     source: str
     trials: tuple[Trial, ...]
+    comparison: Comparison = Comparison()
+    solved: tuple[Solved, ...] = ()
 
     @property
     def variants(self) -> list[str]:
@@ -86,13 +93,14 @@ def expand(source: str) -> Sweep:
             f"experiment {source!r} is neither a file 'path.py[:arg]' nor a module "
             "'package.module[:arg]'"
         )
-    trials = tuple(
-        trial
+    read = [
+        _read(f"experiment {source!r}, variant {number}", variant)
         for number, variant in enumerate(_variants(page), 1)
-        for trial in _trials(source, number, variant)
-    )
+    ]
+    comparison = comparison_of(page, [variant.name for variant in read])
+    trials, solved = _solve_and_expand(source, read, comparison)
     _check_distinct(source, trials)
-    return Sweep(source, trials)
+    return Sweep(source, trials, comparison, solved)
 
 
 def changed(sweep: Sweep, trial: Trial) -> str:
@@ -121,8 +129,17 @@ def _variants(page: Page) -> Sequence[Any]:
     return variants
 
 
-def _trials(source: str, number: int, variant: Any) -> list[Trial]:
-    where = f"experiment {source!r}, variant {number}"
+@dataclasses.dataclass(frozen=True)
+class _Variant:
+    """A variant as its page gives it; ``where`` begins the line that says what is wrong with it."""
+
+    where: str
+    name: str
+    seeds: list[int]
+    fields: Variant
+
+
+def _read(where: str, variant: Any) -> _Variant:
     if not isinstance(variant, dict) or not isinstance(variant.get("name"), str):
         raise UserError(f"{where}: {variant!r} is not a dict with a 'name'")
     fields = dict(variant)
@@ -131,17 +148,40 @@ def _trials(source: str, number: int, variant: Any) -> list[Trial]:
         raise UserError(f"{where}: name={name!r} becomes a folder; use letters, digits and . _ + -")
     if seeds and "train.seed" in fields:
         raise UserError(f"{where} ({name}): give train.seed or seeds, not both")
-    overrides = [f"{PREFIX}{field}={_text(value)}" for field, value in fields.items()]
+    return _Variant(where, name, seeds, fields)
+
+
+def _solve_and_expand(
+    source: str, variants: Sequence[_Variant], comparison: Comparison
+) -> tuple[tuple[Trial, ...], tuple[Solved, ...]]:
+    """The trials, with a number for every width that was to be matched, and these widths."""
+    by_name = {variant.name: variant for variant in variants}
+
+    def config_of(name: str, fields: Variant) -> dict[str, Any]:
+        return _trial(source, dataclasses.replace(by_name[name], fields=fields), None).config
+
+    given = {name: variant.fields for name, variant in by_name.items()}
+    solved = solve(f"experiment {source!r}", comparison, given, config_of)
     trials = []
-    for seed in seeds or [None]:
-        own = overrides if seed is None else [*overrides, f"{PREFIX}train.seed={seed}"]
-        try:
-            config = load(source, own).config
-            validate(config)
-        except UserError as error:
-            raise UserError(f"{where} ({name}): {error}") from error
-        trials.append(Trial(name, config.train.seed, tuple(own), to_dict(config)))
-    return trials
+    for variant in variants:
+        found = solved.get(variant.name)
+        fields = {**variant.fields, found.field: found.width} if found else variant.fields
+        own = dataclasses.replace(variant, fields=fields)
+        trials += [_trial(source, own, seed) for seed in variant.seeds or [None]]
+    return tuple(trials), tuple(solved.values())
+
+
+def _trial(source: str, variant: _Variant, seed: int | None) -> Trial:
+    """One trial; without a seed it has that of the page."""
+    overrides = [f"{PREFIX}{field}={_text(value)}" for field, value in variant.fields.items()]
+    if seed is not None:
+        overrides.append(f"{PREFIX}train.seed={seed}")
+    try:
+        config = load(source, overrides).config
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{variant.where} ({variant.name}): {error}") from error
+    return Trial(variant.name, config.train.seed, tuple(overrides), to_dict(config))
 
 
 def _seeds(where: str, fields: Variant) -> list[int]:

@@ -1,13 +1,16 @@
 """Results as a picture: loss against what a token costs and against the time it took."""
 
 import dataclasses
-import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.sweep.comparison import Summary
+from moejax.sweep.labels import Box, Pixel, around, place
+from moejax.sweep.match import TOLERANCE
 from moejax.sweep.results import Result
 from moejax.sweep.table import unit
 from moejax.train.summary import ALERT, QUIET, STYLE
@@ -20,55 +23,38 @@ SHAPES = "osD^vP"
 """A variant beyond the colours takes the next shape."""
 LOG_FROM = 3.0
 """An axis whose largest value is this many times its smallest is logarithmic."""
-LEAKS = "\N{DAGGER}"
+LEAKS, MISSES = "\N{DAGGER}", "\N{NOT EQUAL TO}"
+BEYOND = 1.0
+"""Intervals show up to this many heights of all points above and below them."""
+NOTE_WIDTH = 190
 
-Pixel = tuple[float, float]
 
-
-def write_figure(folder: Path, title: str, results: Sequence[Result]) -> None:
+def write_figure(folder: Path, title: str, results: Sequence[Result], summary: Summary) -> None:
     """Draws ``<folder>/sweep.png`` in place of an older one."""
     import matplotlib
 
     temporary = folder / ".sweep.tmp.png"
     with matplotlib.rc_context(STYLE):
-        figure(title, results).savefig(temporary)
+        figure(title, results, summary).savefig(temporary)
     temporary.replace(folder / "sweep.png")
 
 
-def figure(title: str, results: Sequence[Result]) -> Any:
+def figure(title: str, results: Sequence[Result], summary: Summary) -> Any:
     """The picture as a ``matplotlib.figure.Figure``, outside pyplot: no window, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawn: Any = Figure(figsize=(12, 5.2), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(drawn)
-    flops, prefix = unit([result.train_flops_per_token for result in results])
-    left, right = drawn.subplots(1, 2, sharey=True)
-    panels = [
-        _Panel(left, lambda r: r.train_flops_per_token / flops),
-        _Panel(right, lambda r: r.train_seconds),
-    ]
-    left.set(
-        title="Loss against compute",
-        xlabel=f"measured active {prefix}FLOP per token, forward and backward, mean over the run",
-        ylabel="held-out loss at the end, nats per byte",
-    )
-    right.set(
-        title="Loss against time",
-        xlabel="seconds of training steps, without compilation and evaluation",
-    )
+    panels = _panels(drawn.subplots(1, 2, sharey=True), results, summary)
+    panels[0].axes.set_ylabel("held-out loss at the end, nats per byte")
+    cut = _limit_losses(panels[0].axes, results, summary)
     for panel in panels:
         panel.scatter(results)
-    notes = [f"every seed is a point: {title}"]
-    marks = {r.leak: [o.variant for o in results if o.leak == r.leak] for r in results if r.leak}
-    notes += [
-        f"{LEAKS} {', '.join(dict.fromkeys(names))}: a token's output may depend on {mark}"
-        for mark, names in marks.items()
-    ]
+    notes = _notes(title, results, summary, cut)
     below = 0.02 + 0.035 * len(notes)
     drawn.get_layout_engine().set(rect=(0, below, 1, 1 - below))
-    for line, note in enumerate(reversed(notes)):
-        colour = ALERT if note.startswith(LEAKS) else QUIET
+    for line, (note, colour) in enumerate(reversed(notes)):
         text = note.replace("$", r"\$")  # matplotlib would read it as mathematics
         drawn.text(0.012, 0.022 + 0.035 * line, text, color=colour, va="center", fontsize=9)
     canvas.draw()  # places the axes; labels are laid out in their pixels
@@ -78,12 +64,79 @@ def figure(title: str, results: Sequence[Result]) -> Any:
     return drawn
 
 
+def _panels(axes: Sequence[Any], results: Sequence[Result], summary: Summary) -> list["_Panel"]:
+    """Loss against compute or parameters, and against time. A cost that is matched has its band."""
+    left, right = axes
+    if summary.match == "total_params":
+        scale, prefix = unit([result.total_parameters for result in results])
+        title, label = "Loss against size", f"parameters, {prefix or 'all of them'}"
+        cost: Callable[[Result], float] = lambda r: r.total_parameters / scale  # noqa: E731
+    else:
+        scale, prefix = unit([result.train_flops_per_token for result in results])
+        title = "Loss against compute"
+        label = f"measured active {prefix}FLOP per token, forward and backward, mean over the run"
+        cost = lambda r: r.train_flops_per_token / scale  # noqa: E731
+    left.set(title=title, xlabel=label)
+    if summary.match == "step_time":
+        right.set(title="Loss against time", xlabel="seconds per step, median")
+        time: Callable[[Result], float] = lambda r: r.seconds_per_step  # noqa: E731
+    else:
+        label = "seconds of training steps, without compilation and evaluation"
+        right.set(title="Loss against time", xlabel=label)
+        time = lambda r: r.train_seconds  # noqa: E731
+    by_time = summary.match == "step_time"
+    matched = summary.match is not None
+    return [
+        _Panel(left, cost, summary, matched and not by_time),
+        _Panel(right, time, summary, by_time),
+    ]
+
+
+def _limit_losses(axes: Any, results: Sequence[Result], summary: Summary) -> bool:
+    """Sets the losses' axis; whether an interval leaves it (of two seeds it is nine deviations)."""
+    losses = [result.loss for result in results]
+    low, high = min(losses), max(losses)
+    reach = BEYOND * (high - low)
+    known = [v for v in summary.variants if v.mean is not None and v.half_width]
+    ends = [v.mean + side * v.half_width for v in known for side in (-1, 1)]
+    inside = [min(max(end, low - reach), high + reach) for end in ends]
+    if high > low:
+        low, high = min([low, *inside]), max([high, *inside])
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    return inside != ends
+
+
+def _notes(
+    title: str, results: Sequence[Result], summary: Summary, cut: bool
+) -> list[tuple[str, str]]:
+    """Lines below the panels, and their colours."""
+    bars = "a bar is the 95 % interval of a variant's mean" + (", cut at the edge" if cut else "")
+    line = f"; the dashed line is the mean of {summary.baseline}" if summary.baseline else ""
+    said = [(f"every seed is a point, {bars}{line}: {title}", QUIET)]
+    for leak in dict.fromkeys(result.leak for result in results if result.leak):
+        names = ", ".join(v.variant for v in summary.variants if v.leak == leak)
+        said.append((f"{LEAKS} {names}: a token's output may depend on {leak}", ALERT))
+    missed = [f"{v.variant} ({v.cost_ratio:.3f})" for v in summary.variants if v.missed_match]
+    if missed:
+        text = (
+            f"{MISSES} hollow, {', '.join(missed)}: {summary.match} misses {summary.baseline}'s by "
+            f"more than {100 * TOLERANCE:g} %"
+        )
+        said.append((text, ALERT))
+    lost = [f"{v.variant} (seed {s})" for v in summary.variants for s in v.diverged]
+    if lost:
+        said.append((f"diverged and not shown: {', '.join(lost)}", ALERT))
+    return [(row, colour) for text, colour in said for row in textwrap.wrap(text, NOTE_WIDTH)]
+
+
 @dataclasses.dataclass
 class _Panel:
-    """One pair of axes: loss against ``value``."""
+    """One pair of axes: loss against ``value``; with a band where a cost keeps the match."""
 
     axes: Any
     value: Callable[[Result], float]
+    summary: Summary
+    matched: bool
 
     def scatter(self, results: Sequence[Result]) -> None:
         from matplotlib import ticker
@@ -95,26 +148,47 @@ class _Panel:
             self.axes.xaxis.set_minor_locator(ticker.NullLocator())
             self.axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         self.axes.margins(x=0.2, y=0.12)  # room for labels
-        for variant, (colour, shape) in _styles(results).items():
-            own = [r for r in results if r.variant == variant]
-            x, y = [self.value(r) for r in own], [r.loss for r in own]
-            if all(map(math.isfinite, x)):
-                # Spokes to the mean, beside which the name stands.
-                mean = statistics.fmean(x), statistics.fmean(y)
-                for point in zip(x, y, strict=True):
-                    ends = zip(mean, point, strict=True)
-                    self.axes.plot(*ends, color=colour, linewidth=1, alpha=0.6, zorder=2)
-            leaks = own[0].leak
-            self.axes.scatter(
-                x,
-                y,
-                color=colour,
-                marker=shape,
-                s=64,
-                edgecolors=ALERT if leaks else "white",
-                linewidths=1.4 if leaks else 0.8,
-                zorder=3,
-            )
+        self._draw_baseline(results)
+        for variant, style in _styles(results).items():
+            self._draw([r for r in results if r.variant == variant], variant, *style)
+
+    def _draw_baseline(self, results: Sequence[Result]) -> None:
+        own = [r for r in results if r.variant == self.summary.baseline]
+        if not own:
+            return
+        style = {"color": QUIET, "zorder": 1}
+        level = statistics.fmean(r.loss for r in own)
+        self.axes.axhline(level, linestyle="--", linewidth=1, **style)
+        cost = statistics.fmean(map(self.value, own))
+        if self.matched and math.isfinite(cost):
+            ends = cost * (1 - TOLERANCE), cost * (1 + TOLERANCE)
+            self.axes.axvspan(*ends, alpha=0.15, linewidth=0, **style)
+
+    def _draw(self, own: Sequence[Result], variant: str, colour: str, shape: str) -> None:
+        compared = self.summary.of(variant)
+        own = [r for r in own if math.isfinite(self.value(r))]
+        if not own:
+            return
+        x, y = [self.value(r) for r in own], [r.loss for r in own]
+        # Spokes to the mean, beside which the name stands.
+        mean = statistics.fmean(x), statistics.fmean(y)
+        for point in zip(x, y, strict=True):
+            ends = zip(mean, point, strict=True)
+            self.axes.plot(*ends, color=colour, linewidth=1, alpha=0.6, zorder=2)
+        if compared.half_width:
+            bar = {"color": colour, "linewidth": 1.2, "capsize": 4, "alpha": 0.8, "zorder": 2}
+            self.axes.errorbar(*mean, yerr=compared.half_width, **bar)
+        missed = {point.seed for point in compared.trials if point.missed_match}
+        self.axes.scatter(
+            x,
+            y,
+            facecolors=["white" if r.seed in missed else colour for r in own],
+            marker=shape,
+            s=64,
+            edgecolors=[ALERT if r.leak else colour if r.seed in missed else "white" for r in own],
+            linewidths=[1.4 if r.leak or r.seed in missed else 0.8 for r in own],
+            zorder=3,
+        )
 
     def label(self, results: Sequence[Result]) -> None:
         """A name beside each variant's mean or a point of it, hiding no point and no other name."""
@@ -122,17 +196,18 @@ class _Panel:
 
         figure = self.axes.figure
         renderer = figure.canvas.get_renderer()
-        inside = _Box(*self.axes.get_window_extent(renderer).extents)
+        inside = Box(*self.axes.get_window_extent(renderer).extents)
         anchors, taken = self._anchors_and_marks(results)
         for variant, (colour, _) in _styles(results).items():
             if variant not in anchors:
                 continue
-            leaks = any(r.leak for r in results if r.variant == variant)
-            name = f"{variant} {LEAKS}" if leaks else variant
+            compared = self.summary.of(variant)
+            marks = LEAKS * bool(compared.leak) + MISSES * compared.missed_match
+            name = f"{variant} {marks}".strip()
             style = {"color": colour, "fontweight": "bold", "va": "bottom", "zorder": 4}
             text = figure.text(0, 0, name, transform=None, **style)
             extent = text.get_window_extent(renderer)
-            box, (x, y) = _place(anchors[variant], extent.width, extent.height, taken, inside)
+            box, (x, y) = place(anchors[variant], extent.width, extent.height, taken, inside)
             taken.append(box)
             # Relative to the figure, so that it may be saved with another resolution.
             to_figure = figure.transFigure.inverted().transform
@@ -145,67 +220,28 @@ class _Panel:
 
     def _anchors_and_marks(
         self, results: Sequence[Result]
-    ) -> tuple[dict[str, list[Pixel]], list["_Box"]]:
-        """Where a name may stand: mean and points; what it may not cover: points and spokes."""
+    ) -> tuple[dict[str, list[Pixel]], list[Box]]:
+        """Where a name may stand: mean and points; what it may not cover: these, spokes, bars."""
         to_pixels = self.axes.transData.transform
         anchors, marks = {}, []
         for variant in _styles(results):
             own = [(self.value(r), r.loss) for r in results if r.variant == variant]
-            if not all(math.isfinite(x) for x, _ in own):
+            own = [point for point in own if math.isfinite(point[0])]
+            if not own:
                 continue
             x, y = mean = to_pixels([statistics.fmean(a) for a in zip(*own, strict=True)])
             points = [to_pixels(point) for point in own]
             anchors[variant] = [mean, *points]
             for px, py in points:
-                marks.append(_around(px, py, 6))
+                marks.append(around(px, py, 6))
                 spoke = ((px + (x - px) * i / 8, py + (y - py) * i / 8) for i in range(8))
-                marks += [_around(*place, 2) for place in spoke]
+                marks += [around(*spot, 2) for spot in spoke]
+            half_width = self.summary.of(variant).half_width
+            if half_width:
+                at, level = (statistics.fmean(a) for a in zip(*own, strict=True))
+                heights = (level + half_width * i / 24 for i in range(-24, 25))
+                marks += [around(*to_pixels((at, height)), 3) for height in heights]
         return anchors, marks
-
-
-@dataclasses.dataclass(frozen=True)
-class _Box:
-    """A rectangle in pixels."""
-
-    left: float
-    low: float
-    right: float
-    high: float
-
-    def overlap(self, other: "_Box") -> float:
-        width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.high, other.high) - max(self.low, other.low)
-        return max(width, 0.0) * max(height, 0.0)
-
-    def distance(self, x: float, y: float) -> float:
-        return math.hypot(
-            max(self.left - x, x - self.right, 0), max(self.low - y, y - self.high, 0)
-        )
-
-
-def _around(x: float, y: float, reach: float) -> _Box:
-    return _Box(x - reach, y - reach, x + reach, y + reach)
-
-
-def _place(
-    anchors: Sequence[Pixel], width: float, height: float, taken: Sequence[_Box], inside: _Box
-) -> tuple[_Box, Pixel]:
-    """The free place for a name that is nearest to one of its anchors, and that anchor."""
-    best, least = None, math.inf
-    for radius, (x, y), angle in itertools.product(range(12, 132, 6), anchors, range(0, 360, 15)):
-        dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        # The edge of the name, not its middle, lies on the circle.
-        left = x + radius * dx - width * (1 - dx) / 2
-        low = y + radius * dy - height * (1 - dy) / 2
-        box = _Box(left, low, left + width, low + height)
-        outside = width * height - box.overlap(inside)
-        cost = sum(map(box.overlap, taken)) + 100 * max(outside, 0.0)
-        if cost < least:
-            best, least = (box, (x, y)), cost
-        if cost < 1e-6:
-            break
-    assert best is not None
-    return best
 
 
 def _styles(results: Sequence[Result]) -> dict[str, tuple[str, str]]:

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from moejax.train.loop import read_config
 from moejax.train.metrics import read_rows
 
 Row = dict[str, Any]
+
+DIVERGED = "moejax: diverged at"
+"""How `moejax train` begins the line that says so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Result:
     """Median over the logged intervals after the first."""
     train_seconds: float
     """All steps together, without compilation, evaluation and saving."""
+    elapsed_seconds: float
+    """From before the compilation to the last step, of every time the run was started."""
     train_max_vio: float | None
     eval_max_vio: float | None
     train_drop_rate: float | None
@@ -72,7 +77,8 @@ def read_trial(folder: Path, trial: Trial) -> Result:
     weights = [
         row["step"] - before for row, before in zip(train, [0, *_steps(train)], strict=False)
     ]
-    seconds, total_seconds = step_seconds(read_rows(workdir / "timings.jsonl"))
+    timings = read_rows(workdir / "timings.jsonl")
+    seconds, total_seconds = step_seconds(timings)
 
     def mean(values: Iterable[float | None]) -> float | None:
         pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None]
@@ -93,6 +99,7 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         eval_pairs_per_token=eval_pairs,
         seconds_per_step=seconds,
         train_seconds=total_seconds,
+        elapsed_seconds=elapsed_seconds(timings),
         train_max_vio=mean(row.get("moe/max_vio") for row in train),
         eval_max_vio=held_out.get("moe/max_vio"),
         train_drop_rate=mean(row.get("moe/drop_rate") for row in train),
@@ -140,6 +147,13 @@ def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
     return median, total + median * (before - counted)
 
 
+def elapsed_seconds(timings: Sequence[Row]) -> float:
+    """The last ``elapsed`` of each time the run was started, together."""
+    elapsed = [row["elapsed"] for row in timings]
+    pairs = zip(elapsed, [*elapsed[1:], -math.inf], strict=False)
+    return sum((now for now, after in pairs if after < now), start=0.0)
+
+
 def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:
     """The results of all finished trials, in the sweep's order.
 
@@ -159,20 +173,44 @@ def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:
     return results
 
 
-def write_csv(folder: Path, sweep: Sweep, results: Sequence[Result]) -> None:
+def read_diverged(folder: Path, sweep: Sweep) -> set[tuple[str, int]]:
+    """Variant and seed of the trials whose last attempt ended at a value that was not finite."""
+    found = set()
+    for trial in sweep.trials:
+        path = folders.log_of(folder, trial)
+        if path.exists() and not folders.finished(folder, trial):
+            # An attempt begins with its command, after a #.
+            lines = path.read_text(errors="replace").splitlines()
+            begin = max((i for i, line in enumerate(lines) if line.startswith("# ")), default=0)
+            if any(line.startswith(DIVERGED) for line in lines[begin:]):
+                found.add((trial.variant, trial.seed))
+    return found
+
+
+def write_csv(
+    folder: Path,
+    sweep: Sweep,
+    results: Sequence[Result],
+    more: Mapping[tuple[str, int], Row] | None = None,
+) -> None:
     """Writes results.csv: a row per trial, floats so that they read back exactly.
 
-    A trial that is not finished has a row without numbers.
+    A trial that is not finished has a row without numbers. ``more`` are further columns, by variant
+    and seed.
     """
+    more = more or {}
     by_name = {(result.variant, result.seed): result for result in results}
     text = io.StringIO()
     fields = [field.name for field in dataclasses.fields(Result)]
-    writer = csv.DictWriter(text, [*fields[:3], "finished", *fields[3:]], lineterminator="\n")
+    names = dict.fromkeys(name for row in more.values() for name in row)
+    header = [*fields[:3], "finished", *fields[3:], *names]
+    writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
     for trial in sweep.trials:
         result = by_name.get((trial.variant, trial.seed))
         known = {"variant": trial.variant, "seed": trial.seed, "id": trial.id}
         if result:
             known = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+        known |= more.get((trial.variant, trial.seed), {})
         writer.writerow({**known, "finished": int(result is not None)})
     folders.write_whole(folder / "results.csv", text.getvalue())

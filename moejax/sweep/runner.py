@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from moejax.sweep import figure, results, table
+from moejax.sweep import budget, summary
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial, changed
 from moejax.train.lock import WorkdirLock
@@ -44,6 +44,7 @@ def run(sweep: Sweep, folder: Path) -> int:
         folders.write_index(folder, sweep)
         variants, trials = len(sweep.variants), len(sweep.trials)
         _say(f"{sweep.source}: {variants} variants, {trials} trials in {folder}")
+        budget.announce(sweep, folder)
         status = run_trials(sweep, folder)
         if status != STOPPED:
             report(sweep, folder)
@@ -51,13 +52,11 @@ def run(sweep: Sweep, folder: Path) -> int:
 
 
 def report(sweep: Sweep, folder: Path) -> None:
-    """Writes results.csv and sweep.png, prints the table."""
-    found = results.read_sweep(folder, sweep)
-    results.write_csv(folder, sweep, found)
-    if found:
-        figure.write_figure(folder, f"{sweep.source} in {folder}", found)
-        _say(f"\n{table.render(sweep, found)}\n")
-    _say(f"{folder}: results.csv, {'sweep.png, ' if found else ''}trials/")
+    """Writes results.csv, summary.json and sweep.png, prints the table."""
+    table = summary.write(sweep, folder)
+    if table:
+        _say(f"\n{table}\n")
+    _say(f"{folder}: results.csv, summary.json, {'sweep.png, ' if table else ''}trials/")
 
 
 def run_trials(sweep: Sweep, folder: Path) -> int:

@@ -18,6 +18,8 @@ CONFIDENCE = 0.95
 LEVEL = 0.05
 POWER = 0.8
 
+BETTER, WORSE, SAME, NONE = "better", "worse", "not distinguishable", "no verdict"
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -111,6 +113,34 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
         t = abs(found.mean) / error if error else math.inf if found.mean else 0.0
         p = 1 - within(t, len(seeds) - 1)
     return Difference(seeds, found.mean, found.half_width, found.deviation, p)
+
+
+def outcome(difference: Difference | None, p_holm: float | None) -> str:
+    """In a word or two, what the seeds say about a difference of losses."""
+    if difference is None or p_holm is None:
+        return NONE
+    if p_holm >= LEVEL:
+        return SAME
+    return BETTER if difference.mean < 0 else WORSE
+
+
+def verdict(difference: Difference | None, p_holm: float | None) -> str:
+    """``outcome`` as a sentence, with numbers in nats per byte."""
+    if difference is None:
+        return f"no seed in common with the baseline: {NONE}"
+    said = outcome(difference, p_holm)
+    if difference.half_width is None or said == NONE:
+        return f"one seed: {NONE}"
+    if said == SAME:
+        return f"{SAME} at {len(difference.seeds)} seeds"
+    digits = decimals(difference.half_width)
+    size, error = abs(difference.mean), difference.half_width
+    return f"{said} by {size:.{digits}f} \N{PLUS-MINUS SIGN} {error:.{digits}f} nats/byte"
+
+
+def decimals(half_width: float) -> int:
+    """Decimals that show an interval: three, or as many as its first digit needs, up to six."""
+    return 3 if half_width <= 0 else min(max(3, -math.floor(math.log10(half_width))), 6)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,20 +1,29 @@
-"""Results as a plain text table: one line per variant, mean and spread over its seeds."""
+"""The comparison as a plain text table: one line per variant, and what it rests on below."""
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 
-from moejax.sweep.definition import Sweep
+from moejax.sweep.comparison import DIVERGED, LEAK, MISSED, UNFINISHED, Compared, Summary
+from moejax.sweep.match import TOLERANCE
+from moejax.sweep.noise import Detectable
 from moejax.sweep.results import Result
+from moejax.sweep.statistics import decimals
 
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NOTES = """\
-Mean over seeds, with their standard deviation where it is not 0. loss: held out, at the last
-evaluation. active FLOP/token: measured, in training forward and backward (mean over the run), in
-evaluation forward (the last one). step: median. imbalance: max load / mean load - 1, in training
-(mean over the run) and in the last evaluation. drops: pairs dropped in training (mean over the
-run). results.csv has every trial's numbers."""
-LEAK_NOTE = "leaks: what a token's output may depend on besides itself and its past."
+Means over seeds. loss: held out, at the last evaluation, with its 95 % interval over seeds. FLOP:
+active ones per token, measured, in training forward and backward (mean over the run), in evaluation
+forward (the last one). step: median. imbalance: max load / mean load - 1, in training (mean over
+the run) and in the last evaluation. drops: pairs dropped in training (mean over the run).
+results.csv has every trial's numbers."""
 
-_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+NOTE_WIDTH = 100
+_LEFT = ("variant", "verdict", "marks")
+
+Column = tuple[str, str, list[str]]
+"""Two lines of header, and a cell for each variant."""
 
 
 def unit(values: Sequence[float]) -> tuple[float, str]:
@@ -23,50 +32,138 @@ def unit(values: Sequence[float]) -> tuple[float, str]:
     return next(((scale, name) for scale, name in _UNITS if largest >= scale), (1.0, ""))
 
 
-def render(sweep: Sweep, results: Sequence[Result]) -> str:
+def render(results: Sequence[Result], summary: Summary) -> str:
     """The table and its notes. A variant without a finished trial has a line that says so."""
+    variants = summary.variants
+    columns: list[Column] = [
+        ("", "variant", [v.variant for v in variants]),
+        ("", "seeds", [_seeds(v) for v in variants]),
+        ("loss", "nats/byte", [interval(v.mean, v.half_width) for v in variants]),
+    ]
+    if summary.baseline:
+        differences = [v.difference for v in variants]
+        cells = [interval(d.mean, d.half_width, "+") if d else "-" for d in differences]
+        columns += [
+            ("difference", f"to {summary.baseline}", cells),
+            ("cost", "ratio", [number(v.cost_ratio, ".3f") for v in variants]),
+        ]
+    columns += _measured(results, summary)
+    if summary.baseline:
+        columns.append(("", "verdict", [v.outcome for v in variants]))
+    if any(v.marks for v in variants):
+        columns.append(("", "marks", [" ".join(v.marks) for v in variants]))
+    notes = [textwrap.fill(note, NOTE_WIDTH) for note in _notes(summary)]
+    return "\n".join([align(columns), "", NOTES, *notes])
+
+
+def _seeds(variant: Compared) -> str:
+    wanted, found = variant.wanted, len(variant.seeds)
+    return str(wanted) if found == wanted else f"{found}/{wanted}"
+
+
+def _measured(results: Sequence[Result], summary: Summary) -> list[Column]:
     scale, prefix = unit([r.train_flops_per_token for r in results])
-    columns: list[tuple[str, str, Callable[[Result], float | None], str]] = [
-        ("loss", "nats/byte", lambda r: r.loss, ".4f"),
-        (f"active {prefix}FLOP", "/token train", lambda r: r.train_flops_per_token / scale, ".3f"),
+    measured: list[tuple[str, str, Callable[[Result], float | None], str]] = [
+        (f"{prefix}FLOP", "train", lambda r: r.train_flops_per_token / scale, ".3f"),
         ("", "eval", lambda r: r.eval_flops_per_token / scale, ".3f"),
         ("step", "ms", lambda r: 1000 * r.seconds_per_step, ".0f"),
         ("imbalance", "train", lambda r: r.train_max_vio, ".2f"),
         ("", "eval", lambda r: r.eval_max_vio, ".2f"),
         ("drops", "%", lambda r: _percent(r.train_drop_rate), ".1f"),
     ]
-    above, below = zip(*((top, bottom) for top, bottom, _, _ in columns), strict=True)
-    lines = [["", "", *above, ""], ["variant", "seeds", *below, "leaks"]]
-    for variant in sweep.variants:
-        own = [result for result in results if result.variant == variant]
-        wanted = sum(trial.variant == variant for trial in sweep.trials)
-        seeds = str(wanted) if len(own) == wanted else f"{len(own)}/{wanted}"
-        cells = [spread([value(r) for r in own], digits) for _, _, value, digits in columns]
-        lines.append([variant, seeds, *cells, own[0].leak if own else ""])
-    if not any(result.leak for result in results):
-        return f"{align([line[:-1] for line in lines])}\n\n{NOTES}"
-    return f"{align(lines)}\n\n{NOTES}\n{LEAK_NOTE}"
+    own = [[r for r in results if r.variant == v.variant] for v in summary.variants]
+    return [
+        (above, below, [number(_mean([value(r) for r in found]), digits) for found in own])
+        for above, below, value, digits in measured
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def spread(values: Sequence[float | None], digits: str) -> str:
-    """``mean ±deviation`` (sample standard deviation); - where there is nothing."""
-    known = [value for value in values if value is not None]
-    if not known:
+def number(value: float | None, digits: str) -> str:
+    """A number, or - where there is none."""
+    return "-" if value is None else f"{value:{digits}}"
+
+
+def interval(mean: float | None, half_width: float | None, sign: str = "") -> str:
+    """``mean`` and the half-width of its interval, with the decimals that show it."""
+    if mean is None:
         return "-"
-    text = f"{statistics.fmean(known):{digits}}"
-    deviation = f"{statistics.stdev(known) if len(known) > 1 else 0.0:{digits}}"
-    return f"{text} ±{deviation}" if float(deviation) else text
+    if half_width is None:
+        return f"{mean:{sign}.4f}"
+    digits = max(4, decimals(half_width))
+    return f"{mean:{sign}.{digits}f} {PLUS_MINUS}{half_width:.{digits}f}"
 
 
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns side by side: those of words (the second line names them) left, numbers right."""
-    sides = ["<" if name in ("variant", "leaks") else ">" for name in lines[1]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def align(columns: Sequence[Column]) -> str:
+    """Columns side by side: those of words left, numbers right."""
+    cells = [[above, below, *rest] for above, below, rest in columns]
+    sides = ["<" if column[1] in _LEFT else ">" for column in cells]
+    widths = [max(map(len, column)) for column in cells]
     return "\n".join(
         "  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)).rstrip()
-        for line in lines
+        for line in zip(*cells, strict=True)
     )
+
+
+def _notes(summary: Summary) -> list[str]:
+    """What the comparison's columns mean, who is marked for what, and what could be found."""
+    notes = []
+    if summary.baseline:
+        notes.append(
+            f"difference: to {summary.baseline} at equal seeds, with its 95 % interval; less is "
+            "better. verdict: paired t-test at the 5 % level, Holm's correction over the "
+            f"variants. cost: {summary.cost} over {summary.baseline}'s."
+        )
+    notes += mark_notes(summary)
+    if summary.detectable:
+        notes.append(detectable_note(summary.detectable))
+    return notes
+
+
+def mark_notes(summary: Summary) -> list[str]:
+    """A line for each mark: who has it, and what it says."""
+    marked = {
+        mark: [v for v in summary.variants if mark in v.marks]
+        for mark in (LEAK, MISSED, DIVERGED, UNFINISHED)
+    }
+    said: dict[str, Callable[[Compared], str]] = {
+        LEAK: lambda v: f"{v.variant} ({v.leak})",
+        MISSED: lambda v: f"{v.variant} ({number(v.cost_ratio, '.3f')})",
+        DIVERGED: lambda v: f"{v.variant} (seed {', '.join(map(str, v.diverged))})",
+        UNFINISHED: lambda v: f"{v.variant} (seed {', '.join(map(str, v.unfinished))})",
+    }
+    meaning = {
+        LEAK: "what a token's output may depend on besides itself and its past",
+        MISSED: f"a trial's {summary.match} misses {summary.baseline}'s by more than "
+        f"{100 * TOLERANCE:g} %",
+        DIVERGED: "in no mean; the others of the variant are no fair sample",
+        UNFINISHED: "in no mean",
+    }
+    return [
+        f"{mark}: {', '.join(said[mark](v) for v in found)}: {meaning[mark]}."
+        for mark, found in marked.items()
+        if found
+    ]
+
+
+def detectable_note(found: Detectable) -> str:
+    """The smallest difference that these seeds can find, in words."""
+    digits = decimals(found.difference)
+    text = (
+        f"{found.seeds} seeds find a difference of {found.difference:.{digits}f} nats/byte in 80 % "
+        "of sweeps"
+    )
+    if found.comparisons > 1:
+        text += (
+            f" ({found.difference_holm:.{digits}f} with Holm's correction for "
+            f"{found.comparisons} variants)"
+        )
+    return f"{text}; from {found.source}."

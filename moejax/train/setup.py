@@ -237,40 +237,60 @@ def budget(run: Run) -> Budget:
     transport's buffers, and after recomputation has given up what it computes again.
     """
     config, params = run.config, run.abstract_state.params
-    micro = config.train.batch_size // config.train.grad_accum
-    batch = abstract_batch(config, micro)
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-    def loss(task: LanguageModel, params: PyTree, batch: Batch, train: bool = True) -> jax.Array:
-        gate_state, key = zeros_like(run.abstract_state.gate_state), jax.random.key(0)
-        step = jax.numpy.int32(0)
-        totals = task.forward(params, gate_state, batch, step, key, train=train)
-        return task.objective(totals, totals.tokens)
-
-    countable = functools.partial(loss, run.task.countable())
-    backward = jax.make_jaxpr(jax.grad(countable))(plain, batch)
-    forward = jax.make_jaxpr(functools.partial(countable, train=False))(plain, batch)
+    batch = abstract_batch(config, _micro_batch(config))
+    backward, forward = (_countable_pass(run, train=train) for train in (True, False))
     with jax.set_mesh(run.mesh):
-        kept = memory.residual_bytes(lambda p: loss(run.task, p, zeros_like(batch)), plain)
+        kept = memory.residual_bytes(
+            lambda p: _loss(run, run.task, p, zeros_like(batch)), _without_shardings(params)
+        )
     shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
     return Budget(
         parameters=count_parameters(params),
         active_parameters=active_parameters(run),
         flops_per_step=flops.count_flops(backward) * config.train.grad_accum,
-        train_flops=_token_flops(run, backward, micro),
-        eval_flops=_token_flops(run, forward, micro),
+        train_flops=_token_flops(run, backward),
+        eval_flops=_token_flops(run, forward),
         state_bytes=memory.tree_bytes_per_device(run.abstract_state)
         + memory.tree_bytes_per_device(params),
         activation_bytes=kept // shards,
     )
 
 
-def _token_flops(run: Run, jaxpr: ClosedJaxpr, rows: int) -> TokenFlops:
-    """Splits the count of a pass over ``rows`` sequences: only routed experts are grouped matmuls.
+def train_flops(run: Run) -> TokenFlops:
+    """``budget(run).train_flops`` alone, and sooner."""
+    return _token_flops(run, _countable_pass(run, train=True))
+
+
+def _micro_batch(config: Config) -> int:
+    return config.train.batch_size // config.train.grad_accum
+
+
+def _loss(
+    run: Run, task: LanguageModel, params: PyTree, batch: Batch, train: bool = True
+) -> jax.Array:
+    gate_state, key = zeros_like(run.abstract_state.gate_state), jax.random.key(0)
+    totals = task.forward(params, gate_state, batch, jax.numpy.int32(0), key, train=train)
+    return task.objective(totals, totals.tokens)
+
+
+def _countable_pass(run: Run, train: bool) -> ClosedJaxpr:
+    """A micro-batch, forward and in training backward, in the form whose FLOPs count."""
+    loss = functools.partial(_loss, run, run.task.countable(), train=train)
+    params = _without_shardings(run.abstract_state.params)
+    batch = abstract_batch(run.config, _micro_batch(run.config))
+    return jax.make_jaxpr(jax.grad(loss) if train else loss)(params, batch)
+
+
+def _without_shardings(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _token_flops(run: Run, jaxpr: ClosedJaxpr) -> TokenFlops:
+    """Splits the count of a pass over a micro-batch: only routed experts are grouped matmuls.
 
     The traced program hands them every column of every token's routing.
     """
-    model, tokens = run.task.model, rows * run.config.train.seq_len
+    model, tokens = run.task.model, _micro_batch(run.config) * run.config.train.seq_len
     fixed = flops.count_flops(jaxpr, grouped=False)
     if not model.num_moe_layers:
         return TokenFlops(fixed / tokens, 0.0)

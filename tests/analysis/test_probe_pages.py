@@ -10,6 +10,7 @@ import pytest
 
 from moejax import probe
 from moejax.analysis.html import render
+from moejax.analysis.lifts import lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages import coactivation, router, specialisation, stability
 from moejax.analysis.run import RunData
@@ -53,6 +54,11 @@ def tables(page: Page) -> list[Table]:
     return [block for block in walk(page.blocks) if isinstance(block, Table)]
 
 
+def probe_of(run: RunData) -> probe.Probe:
+    assert run.probe is not None
+    return run.probe
+
+
 def run_of(
     folder: Path,
     steps: Sequence[int] = STEPS,
@@ -76,7 +82,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunData:
 
 def tokens_of(run: RunData, step: int, layer: int) -> list[tuple[tuple[int, ...], int, int, int]]:
     """Of each valid token its experts by falling weight, its id, its target and its label."""
-    tokens, arrays, found = run.probe.tokens, run.probe.at(step), []
+    tokens, arrays, found = probe_of(run).tokens, probe_of(run).at(step), []
     for n in range(probes.N):
         for position in range(probes.L):
             if tokens["valid"][n, position]:
@@ -88,6 +94,21 @@ def tokens_of(run: RunData, step: int, layer: int) -> list[tuple[tuple[int, ...]
                 kinds = (int(tokens[name][at]) for name in ("token", "target", "label"))
                 found.append((chosen, *kinds))
     return found
+
+
+# Maps of lifts.
+
+
+def test_a_lift_of_1_is_neutral_and_the_scale_ends_at_8():
+    lift = np.array([[1.0, 2.0, 100.0], [0.0, np.nan, 0.5]])
+    cells = lift_cells(lift, np.array([[0.5, 0.0996, 0.0994], [0.0, np.nan, 0.0001]]))
+    octaves = np.array(cells["z"])
+    assert octaves[0].tolist() == [0, 1, 6.64386] and np.isnan(octaves[1, :2]).all()
+    assert (cells["zmin"], cells["zmid"], cells["zmax"]) == (-3, 0, 3)
+    assert cells["text"] == [["50%", "10%", "9.9%"], ["", "", "0.0%"]]
+    assert cells["colorbar"]["ticktext"] == ["0.125", "0.25", "0.5", "1", "2", "4", "8"]
+    assert "text" not in lift_cells(np.ones((1, 40)), np.ones((1, 40)))
+    assert lift_cells(np.full((1, 2), 1.5), np.ones((1, 2)))["zmax"] == 1
 
 
 # All pages.
@@ -120,10 +141,10 @@ def test_what_is_not_finite_or_not_chosen_is_a_gap(tmp_path: Path):
 
 
 def test_router_means_are_over_valid_tokens(run: RunData):
-    page, valid_NL = router.page(run), run.probe.tokens["valid"]
+    page, valid_NL = router.page(run), probe_of(run).tokens["valid"]
     for number, name in enumerate(("entropy", "margin", "log_z", "max_logit"), start=1):
         for layer, trace in enumerate(panel(page, "router-means", number)[: probes.M]):
-            expected = [run.probe.at(step)[name][layer][valid_NL].mean() for step in STEPS]
+            expected = [probe_of(run).at(step)[name][layer][valid_NL].mean() for step in STEPS]
             assert trace["y"] == pytest.approx(expected, rel=1e-5)
             assert (trace["x"], trace["name"]) == (list(STEPS), f"layer {layer}")
     reference = panel(page, "router-means", 1)[-1]
@@ -131,8 +152,8 @@ def test_router_means_are_over_valid_tokens(run: RunData):
 
 
 def test_the_spread_is_quantiles_and_the_last_distribution_has_every_token(run: RunData):
-    page, valid_NL = router.page(run), run.probe.tokens["valid"]
-    margin_T = run.probe.at(STEPS[-1])["margin"][1][valid_NL]
+    page, valid_NL = router.page(run), probe_of(run).tokens["valid"]
+    margin_T = probe_of(run).at(STEPS[-1])["margin"][1][valid_NL]
     *edges, median = (trace["y"][-1] for trace in panel(page, "router-spread-1", 2))
     expected = np.quantile(margin_T, [0.05, 0.95, 0.25, 0.75])
     assert edges == pytest.approx(expected, rel=1e-5)
@@ -145,12 +166,20 @@ def test_the_spread_is_quantiles_and_the_last_distribution_has_every_token(run: 
 
 def test_what_only_a_gate_measures_is_drawn_where_it_was_logged(tmp_path: Path, run: RunData):
     assert not [b for b in walk(router.page(run).blocks) if getattr(b, "name", "") == "router-gate"]
-    rows = [workdirs.row(step, **{"moe__gate__lambda": step / 10}) for step in (10, 20)]
+    rows = [workdirs.row(step) | {"moe/gate/lambda": step / 10} for step in (10, 20)]
     workdirs.write(tmp_path / "remoe", rows)
     probes.write(tmp_path / "remoe")
     page = router.page(RunData.read(tmp_path / "remoe"))
     [trace] = panel(page, "router-gate", 1)
     assert (trace["x"], trace["y"]) == ([10, 20], [1.0, 2.0])
+
+
+def test_a_gate_without_logits_is_said_to_have_none(tmp_path: Path, run: RunData):
+    def bare(arrays: Step) -> Step:
+        return arrays | {"log_z": 1e-6 * arrays["log_z"]}
+
+    assert "no logits" in texts(router.page(run_of(tmp_path / "hash", change=bare)))
+    assert "no logits" not in texts(router.page(run))
 
 
 # Specialisation.
@@ -166,11 +195,11 @@ def test_domain_shares_and_lifts_are_those_of_a_count(run: RunData):
             share = of_label.count(expert) / len(of_label)
             blind = sum(other == expert for _, other in pairs) / len(pairs)
             lift, written = cells["customdata"][label][expert]
-            assert (written, lift) == pytest.approx((share, share / blind))
-            assert cells["z"][label][expert] == pytest.approx(np.log2(share / blind))
+            assert (written, lift) == pytest.approx((share, share / blind), abs=1e-5)
+            assert cells["z"][label][expert] == pytest.approx(np.log2(share / blind), abs=1e-5)
         count = sum(other == label for *_, other in found)
         assert cells["y"][label] == f"{probes.LABELS[label]} ({count})"
-    assert np.sum(np.array(cells["customdata"])[..., 1], axis=1) == pytest.approx([1, 1])
+    assert np.sum(np.array(cells["customdata"])[..., 1], axis=1) == pytest.approx([1, 1], abs=1e-4)
 
 
 def test_a_corpus_without_labels_has_no_domains_and_says_so(tmp_path: Path):
@@ -220,7 +249,7 @@ def test_coactivation_and_transitions_are_those_of_a_count(run: RunData):
             share = firsts.count((i, j)) / len(firsts)
             blind = [sum(pair[side] == e for pair in firsts) for side, e in ((0, i), (1, j))]
             lift = share / (blind[0] * blind[1] / len(firsts) ** 2)
-            assert paths["customdata"][i][j] == pytest.approx([lift, share])
+            assert paths["customdata"][i][j] == pytest.approx([lift, share], abs=1e-5)
     strongest = tables(page)[0].rows[0]
     assert strongest[2] == f"{np.nanmax(together['z']):.1%}"
     assert len(tables(page)[0].rows) == probes.E * (probes.E - 1) // 2
@@ -280,7 +309,7 @@ def test_similarity_and_representation_are_what_was_recorded(tmp_path: Path):
     off = ~np.eye(probes.E, dtype=bool)
     assert (np.array(cells["z"])[off] == 0.25).all() and np.isnan(np.diagonal(cells["z"])).all()
     for number, name in enumerate(("collapse", "participation"), start=1):
-        expected = [float(run.probe.at(step)[name][1]) for step in STEPS]
+        expected = [float(probe_of(run).at(step)[name][1]) for step in STEPS]
         assert panel(page, "representation", number)[1]["y"] == expected
 
 

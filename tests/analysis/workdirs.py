@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import default, to_dict
+from moejax.config import apply_overrides, default, to_dict
 
 LAYERS, EXPERTS, K, LENGTH, ROWS = 2, 4, 2, 8, 4
 PAIRS = LENGTH * ROWS * K
@@ -22,13 +22,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "model.num_layers": LAYERS, "moe.num_experts": EXPERTS, "mesh.expert": 1,
     }  # fmt: skip
     fields = {name.replace("__", "."): value for name, value in changes.items()}
-    with found.unlocked():
-        for name, value in (small | fields).items():
-            section, _, field = name.rpartition(".")
-            place: Any = found
-            for part in section.split("."):
-                place = place[part]
-            place[field] = value
+    apply_overrides(found, [f"--config.{name}={value}" for name, value in (small | fields).items()])
     return to_dict(found)
 
 

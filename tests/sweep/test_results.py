@@ -9,11 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from moejax.errors import UserError
 from moejax.sweep import figure, table
+from moejax.sweep.comparison import compare
 from moejax.sweep.definition import Sweep, Trial
-from moejax.sweep.results import Result, kept_pairs, read_sweep, step_seconds
+from moejax.sweep.match import Comparison
+from moejax.sweep.results import (
+    Result,
+    elapsed_seconds,
+    kept_pairs,
+    read_diverged,
+    read_sweep,
+    step_seconds,
+)
 
 PLAIN = Result(
     variant="switch",
@@ -27,6 +37,7 @@ PLAIN = Result(
     eval_pairs_per_token=1.0,
     seconds_per_step=0.1,
     train_seconds=15.0,
+    elapsed_seconds=20.0,
     train_max_vio=0.5,
     eval_max_vio=0.25,
     train_drop_rate=0.25,
@@ -87,31 +98,70 @@ def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
         read_sweep(tmp_path, sweep)
 
 
+def test_elapsed_seconds_are_those_of_every_life():
+    rows = timings((10, 9.0, 90), (20, 1.0, 100), (30, 3.0, 30), (40, 8.0, 80), (50, 2.0, 20))
+    assert elapsed_seconds(rows) == 100 + 80 + 20 and elapsed_seconds([]) == 0
+
+
+def test_a_trial_diverged_if_its_last_attempt_says_so(tmp_path: Path):
+    """Not an attempt before, and not one that somebody mentions."""
+    said, again = "moejax: diverged at step 3: ...", "# 2026-01-01  moejax train"
+    logs = {
+        "now": f"{again}\nstep 1\n{said}\n",
+        "before": f"{again}\n{said}\n{again}\nstep 1\n",
+        "mentioned": f"{again}\nperhaps {said}\n",
+    }
+    for name, text in logs.items():
+        (tmp_path / f"trials/{name}-seed0").mkdir(parents=True)
+        (tmp_path / f"trials/{name}-seed0/log.txt").write_text(text)
+    sweep = sweep_of(*((name, 0) for name in [*logs, "not_begun"]))
+    assert read_diverged(tmp_path, sweep) == {("now", 0)}
+
+
 # The table.
 
 
-def test_means_come_with_their_sample_deviation_unless_it_would_read_as_0():
-    assert table.spread([1.0, 2.0], ".2f") == "1.50 ±0.71"
-    assert table.spread([1.0, 1.001], ".2f") == "1.00"
-    assert table.spread([3.0], ".1f") == "3.0" and table.spread([None, None], ".1f") == "-"
+def rendered(sweep: Sweep, found: list[Result]) -> str:
+    return table.render(found, compare(sweep, found, set()))
+
+
+def test_an_interval_has_the_decimals_that_show_it():
+    plain = ("2.0000", "2.1235 ±0.0123", "-0.50000 ±0.00002")
+    given = ((2.0, None, ""), (2.12346, 0.01234, ""), (-0.5, 2e-5, "+"))
+    assert tuple(table.interval(*each) for each in given) == plain
+    assert table.interval(None, None) == "-"
 
 
 def test_variants_keep_their_order_and_say_how_many_seeds_they_have():
     sweep = sweep_of(("b", 0), ("b", 1), ("a", 0), ("c", 0))
     found = [result(variant="b"), result(variant="b", seed=1, loss=2.5), result(variant="c")]
-    text = table.render(sweep, found)
-    lines = text.splitlines()
+    lines = rendered(sweep, found).splitlines()
     assert [line.split()[:2] for line in lines[2:5]] == [["b", "2"], ["a", "0/1"], ["c", "1"]]
-    assert "2.2500 ±0.3536" in lines[2] and "1.200" in lines[2] and "25.0" in lines[2]
-    assert "MFLOP" in lines[0] and "leaks" not in text
+    assert "1.200" in lines[2] and "25.0" in lines[2] and "MFLOP" in lines[0]
+    # 12.706 x 0.35355 / sqrt(2)
+    assert "2.2500 ±3.1766" in lines[2]
+    assert "difference" not in lines[0] and "verdict" not in lines[1], "there is no baseline"
     assert max(map(len, lines)) <= 100
 
 
 def test_a_leak_is_in_the_table_and_explained():
-    text = table.render(sweep_of(("base", 0), ("a", 0)), [result(variant="base", leak=LEAK)])
+    text = rendered(sweep_of(("base", 0), ("a", 0)), [result(variant="base", leak=LEAK)])
     lines = text.splitlines()
-    assert lines[2].endswith(LEAK) and lines[3].split()[0] == "a"
-    assert table.LEAK_NOTE in text
+    assert lines[2].endswith(" leak") and lines[3].split()[0] == "a"
+    assert f"leak: base ({LEAK}): what a token's output may depend on besides itself" in text
+
+
+def test_a_comparison_fits_into_140_columns():
+    found = [r for r in crowded(0) if r.variant != "dselect_k"]
+    sweep = dataclasses.replace(
+        sweep_of(*((r.variant, r.seed) for r in found)),
+        comparison=Comparison("active_flops", "top_2"),
+    )
+    lines = rendered(sweep, found).splitlines()
+    assert max(map(len, lines)) <= 140
+    row = next(line for line in lines if line.startswith("switch"))
+    assert row.endswith("cost") and "0.756" in row and " not distinguishable " in row
+    assert next(line for line in lines if line.startswith("top_2")).endswith("baseline")
 
 
 def test_units_make_the_largest_number_at_least_1():
@@ -120,6 +170,12 @@ def test_units_make_the_largest_number_at_least_1():
 
 
 # The picture.
+
+
+def drawn_of(title: str, found: list[Result], **claims: Any) -> Any:
+    trials = dict.fromkeys((r.variant, r.seed) for r in found)
+    sweep = dataclasses.replace(sweep_of(*trials), comparison=Comparison(**claims))
+    return figure.figure(title, found, compare(sweep, found, set()))
 
 
 def crowded(seed: int, dselect_flops: float = 5.2e6) -> list[Result]:
@@ -149,10 +205,14 @@ def crowded(seed: int, dselect_flops: float = 5.2e6) -> list[Result]:
 @pytest.mark.parametrize("seed", range(4))
 def test_every_variant_is_named_in_both_panels_and_no_name_hides_another_or_a_point(seed: int):
     found = crowded(seed)
-    drawn = figure.figure("a title", found)
+    drawn = drawn_of("a title", found, match="active_flops", baseline="top_2")
     drawn.canvas.draw()
     renderer = drawn.canvas.get_renderer()
-    names = {r.variant + (" \N{DAGGER}" if r.leak else "") for r in found}
+    names = {
+        "dense_ffn \N{NOT EQUAL TO}", "top_2", "switch \N{NOT EQUAL TO}",
+        "base \N{DAGGER}\N{NOT EQUAL TO}", "sbase \N{DAGGER}\N{NOT EQUAL TO}",
+        "dselect_k \N{NOT EQUAL TO}",
+    }  # fmt: skip
     labels = [text for text in drawn.texts if text.get_text() in names]
     assert sorted(text.get_text() for text in labels) == sorted([*names] * 2)
     boxes = [text.get_window_extent(renderer) for text in labels]
@@ -170,21 +230,66 @@ def test_every_variant_is_named_in_both_panels_and_no_name_hides_another_or_a_po
         assert any(panel.get_window_extent(renderer).containsx(box.x0) for panel in panels), text
 
 
+def points_of(axes: Any) -> list[tuple[float, float]]:
+    from matplotlib.collections import PathCollection
+
+    drawn = [c for c in axes.collections if isinstance(c, PathCollection)]
+    return [tuple(p) for collection in drawn for p in collection.get_offsets()]
+
+
 def test_points_are_the_results_and_leaks_are_marked_and_explained():
     found = crowded(0)
-    drawn = figure.figure("page.py in runs/a", found)
-    points = [tuple(p) for c in drawn.axes[0].collections for p in c.get_offsets()]
-    assert points == [(r.train_flops_per_token / 1e6, r.loss) for r in found]
-    points = [tuple(p) for c in drawn.axes[1].collections for p in c.get_offsets()]
-    assert points == [(r.train_seconds, r.loss) for r in found]
+    drawn = drawn_of("page.py in runs/a", found)
+    assert points_of(drawn.axes[0]) == [(r.train_flops_per_token / 1e6, r.loss) for r in found]
+    assert points_of(drawn.axes[1]) == [(r.train_seconds, r.loss) for r in found]
     said = "\n".join(text.get_text() for text in drawn.texts)
     assert f"base, sbase: a token's output may depend on {LEAK}" in said
     assert "page.py in runs/a" in said and "MFLOP per token" in drawn.axes[0].get_xlabel()
+    assert "\N{NOT EQUAL TO}" not in said, "no match was claimed"
+
+
+def test_a_missed_match_is_hollow_named_and_at_its_true_cost():
+    found = [result(variant=v, train_flops_per_token=f) for v, f in (("a", 1e6), ("b", 1.03e6))]
+    drawn = drawn_of("", found, match="active_flops", baseline="a")
+    assert points_of(drawn.axes[0]) == [(1.0, 2.0), (1.03, 2.0)]
+    from matplotlib.collections import PathCollection
+
+    kept, missed = (
+        c.get_facecolor()[0] for c in drawn.axes[0].collections if isinstance(c, PathCollection)
+    )
+    assert tuple(missed[:3]) == (1.0, 1.0, 1.0) != tuple(kept[:3])
+    said = [text.get_text() for text in drawn.texts]
+    assert any("hollow, b (1.030): active_flops misses a's by more than 2 %" in t for t in said)
+    assert "b \N{NOT EQUAL TO}" in said and "a" in said
+
+
+def test_bars_are_the_intervals_and_the_dashed_line_is_the_baseline():
+    losses = {"a": (2.0, 2.02, 2.01), "b": (2.1, 2.13, 2.1)}
+    found = [result(variant=v, seed=i, loss=x) for v, own in losses.items()
+             for i, x in enumerate(own)]  # fmt: skip
+    drawn = drawn_of("", found, baseline="a")
+    from matplotlib.collections import LineCollection
+
+    (axes, _) = drawn.axes
+    bars = [c.get_segments()[0] for c in axes.collections if isinstance(c, LineCollection)]
+    for bar, own in zip(bars, losses.values(), strict=True):
+        wanted = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own))
+        assert sorted(bar[:, 1]) == pytest.approx(wanted)
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == [pytest.approx(2.01)]
+
+
+def test_the_axis_is_the_cost_that_is_matched():
+    found = [result(variant=v, total_parameters=n) for v, n in (("a", 1000), ("b", 2000))]
+    drawn = drawn_of("", found, match="total_params", baseline="a")
+    assert points_of(drawn.axes[0]) == [(1.0, 2.0), (2.0, 2.0)]
+    drawn = drawn_of("", found, match="step_time", baseline="a")
+    assert points_of(drawn.axes[1]) == [(0.1, 2.0), (0.1, 2.0)]
 
 
 def test_an_axis_is_logarithmic_only_where_values_are_far_apart():
-    assert figure.figure("", crowded(0, 5.2e6)).axes[0].get_xscale() == "log"
-    assert figure.figure("", crowded(0, 3.1e6)).axes[0].get_xscale() == "linear"
+    assert drawn_of("", crowded(0, 5.2e6)).axes[0].get_xscale() == "log"
+    assert drawn_of("", crowded(0, 3.1e6)).axes[0].get_xscale() == "linear"
 
 
 @pytest.mark.parametrize(
@@ -198,6 +303,7 @@ def test_an_axis_is_logarithmic_only_where_values_are_far_apart():
     ids=["one", "coincident", "no-times", "many"],
 )
 def test_odd_results_are_drawn_too(found: list[Result], tmp_path: Path):
-    figure.write_figure(tmp_path, "$title", found)
+    sweep = sweep_of(*((r.variant, r.seed) for r in found))
+    figure.write_figure(tmp_path, "$title", found, compare(sweep, found, set()))
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from moejax import cli
+from moejax.sweep import budget, runner
 from moejax.sweep import folder as folders
-from moejax.sweep import runner
 from moejax.sweep.definition import expand
 from moejax.train.lock import WorkdirLock
 from tests.sweep.trial import STEPS
@@ -51,10 +51,15 @@ def no_report(sweep: Any, folder: Path) -> None:
     print("the table")
 
 
+def no_budget(sweep: Any, folder: Path) -> None:
+    """Small trials have nothing to count."""
+
+
 @pytest.fixture(autouse=True)
 def small_trials(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "train_command", small_command)
     monkeypatch.setattr(runner, "report", no_report)
+    monkeypatch.setattr(budget, "announce", no_budget)
 
 
 class Small:
@@ -270,4 +275,5 @@ def test_the_tail_of_a_log_is_short_and_of_one_life(tmp_path: Path):
 
 if __name__ == "__main__":
     runner.train_command, runner.report = small_command, no_report
+    budget.announce = no_budget
     sys.exit(cli.main(sys.argv[1:]))

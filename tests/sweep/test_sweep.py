@@ -168,6 +168,7 @@ def test_active_flops_are_those_of_the_pairs_that_were_counted(swept: Swept):
 
 
 def test_the_table_says_what_the_csv_holds(swept: Swept):
+    # The last lines that begin with a variant's name.
     lines = {line.split()[0]: line.split() for line in swept.out.splitlines() if line}
     for variant in ("dense_ffn", "top_2"):
         row = swept.csv[variant]
@@ -180,8 +181,30 @@ def test_the_table_says_what_the_csv_holds(swept: Swept):
         assert cells[5:7] == [f"{float(value):.2f}" if value else "-" for value in balance]
         drops = row["train_drop_rate"]
         assert cells[7:] == [f"{100 * float(drops):.1f}" if drops else "-"]
-    assert lines["broken"][1:] == ["0/1", *"-------"]
+    assert lines["broken"][1:] == ["0/1", *"-------", "unfinished"]
     assert "kFLOP" in swept.out and "held out" in swept.out
+
+
+def test_the_budget_is_said_before_the_first_trial(swept: Swept):
+    before, _, _ = swept.out.partition("[1/3]")
+    assert f"to run: 3 trials, {3 * SETTINGS['train.steps']} steps, " in before
+    assert "FLOP (counted, nothing dropped)" in before
+    assert "time: not known before a trial has finished" in before
+    assert "--filter='dense_ffn-seed*' first" in before, "there is no pilot"
+
+
+def test_the_summary_holds_the_csvs_numbers(swept: Swept):
+    summary = json.loads((swept.folder / "summary.json").read_text())
+    assert (summary["format"], summary["match"], summary["baseline"]) == (1, None, None)
+    by_name = {variant["variant"]: variant for variant in summary["variants"]}
+    assert list(by_name) == ["dense_ffn", "top_2", "broken"]
+    for variant in ("dense_ffn", "top_2"):
+        (trial,) = by_name[variant]["trials"]
+        row = swept.csv[variant]
+        assert trial["loss"] == by_name[variant]["mean"] == float(row["loss"])
+        assert trial["cost"] == float(row["train_flops_per_token"])
+        assert (swept.folder / trial["workdir"] / "config.json").exists()
+    assert by_name["broken"]["unfinished"] == [0] and by_name["broken"]["trials"] == []
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from moejax.probe import Probe
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 40
+ROUNDING = 1e-3
+"""A log z below this is that of probabilities, whose sum is 1."""
 
 
 QUANTITIES = {
@@ -40,6 +42,7 @@ def page(run: RunData) -> Page:
     steps, spread_SQMX = summaries(probe)
     blocks: list[Block] = [
         Text(MEANING),
+        *_without_logits(spread_SQMX),
         _means(probe, steps, spread_SQMX),
         _last(spread_SQMX[-1]),
         Choice(
@@ -52,6 +55,19 @@ def page(run: RunData) -> Page:
         *_gate(run),
     ]
     return Page("Router", blocks)
+
+
+def _without_logits(spread_SQMX: np.ndarray) -> list[Block]:
+    """Whether log z is that of probabilities, 0, in every layer and at every step."""
+    log_z_SMX = spread_SQMX[:, list(QUANTITIES).index("log_z")]
+    if not (np.abs(log_z_SMX) < ROUNDING).all():
+        return []
+    return [
+        Text(
+            "Log z is 0 throughout: this gate has no logits, or normalised ones. Those of its "
+            "probabilities stand in, and log z and the largest |logit| say nothing here."
+        )
+    ]
 
 
 def summaries(probe: Probe) -> tuple[np.ndarray, np.ndarray]:

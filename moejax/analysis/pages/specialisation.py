@@ -114,14 +114,14 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
     by_lift = favourites(counts_CE, tokens_C, LEAST, FAVOURITES)
 
     def said(of: Favourite) -> str:
-        return f"{quoted(tokens.names[of.kind])} {of.lift:.1f}"
+        return f"{quoted(tokens.names[of.kind])}\N{NO-BREAK SPACE}{of.lift:.1f}"
 
     rows = []
     for expert, found in enumerate(by_lift):
         often = np.argsort(-counts_CE[:, expert], kind="stable")[:FAVOURITES]
-        frequent = [quoted(tokens.names[c]) for c in often if counts_CE[c, expert]]
+        frequent = [quoted(tokens.names[int(c)]) for c in often if counts_CE[c, expert]]
         share = load_E[expert] / max(load_E.sum(), 1)
-        rows.append((str(expert), f"{share:.1%}", ",  ".join(map(said, found)), " ".join(frequent)))
+        rows.append((str(expert), f"{share:.1%}", ", ".join(map(said, found)), " ".join(frequent)))
     caption = (
         f"Layer {layer}. Tokens by lift: what the expert is chosen for more than for other tokens, "
         f"with the lift, of tokens seen {LEAST} times or more. Most frequent: what it mostly sees."
@@ -130,8 +130,9 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
 
 
 def quoted(token: str) -> str:
-    """So that a token that is a space can be seen."""
-    return f"\N{LEFT DOUBLE QUOTATION MARK}{token}\N{RIGHT DOUBLE QUOTATION MARK}"
+    """So that a token that is a space can be seen, and no line breaks at it."""
+    whole = token.replace(" ", "\N{NO-BREAK SPACE}")
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{whole}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Block]:
@@ -154,13 +155,13 @@ def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Blo
             "by chance, last step", probe.steps, float(null_CMR[index].mean())
         )
         traces = [*by_layer("", steps, share_SCM[:, index]), by_chance]
-        axis = f"I(expert; {of.name}) / H(expert)"
-        found.append(Panel("step", axis, traces, {"rangemode": "tozero"}))
+        title = f"explained by {of.name}"
+        found.append(Panel("step", title, traces, {"rangemode": "tozero"}))
     caption = (
-        "The share of what there is to know about a pair's expert that the token's kind tells, at "
-        "each recording: 0 if it tells nothing, 1 if it decides (with k choices per token at most "
-        "1 - log k / H(expert)). Dotted: what kinds shuffled over tokens tell, mean over layers; "
-        "many rare kinds tell something by chance."
+        "I(expert; kind) / H(expert) at each recording: the share of what there is to know about a "
+        "pair's expert that the token's kind tells; 0 if it tells nothing, 1 if it decides (with k "
+        "choices per token at most 1 - log k / H(expert)). Dotted: what kinds shuffled over tokens "
+        "tell, mean over layers; many rare kinds tell something by chance."
     )
     height = 90 + 250 * -(-len(found) // 2)
     return [

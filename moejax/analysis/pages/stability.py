@@ -21,6 +21,9 @@ SIMILARITIES = {
     "router_similarity": ("router vectors", "the router's vectors of experts"),
 }
 
+SMALL = 0.05
+"""Mean cosines smaller than this look small: the axis reaches at least so far."""
+
 
 def page(run: RunData) -> Page:
     probe = run.probe
@@ -100,7 +103,7 @@ def _saturation(probe: Probe, first: bool) -> Figure:
     caption = (
         f"Router saturation (OLMoE, arXiv 2409.02060, eq. 5): the share of {which} that are those "
         f"of step {probe.steps[-1]}, where it is 100% by definition. Early and high: routing is "
-        "learned long before the experts are. Dotted: unrelated routing."
+        "learned long before the experts are. Dotted: unrelated routing, evenly spread."
     )
     return Figure(spec, caption, height=340, name=f"saturation-{'first' if first else 'all'}")
 
@@ -116,7 +119,9 @@ def _similar(probe: Probe) -> list[Block]:
             )
             continue
         steps, mean_SM = over_steps(probe, _between(probe, name))
-        found.append(Panel("step", f"mean cosine of {title}", by_layer("", steps, mean_SM)))
+        edge = 1.1 * max(SMALL, float(np.nanmax(np.abs(mean_SM), initial=0)))
+        lines = by_layer("", steps, mean_SM)
+        found.append(Panel("step", f"mean cosine of {title}", lines, {"range": [-edge, edge]}))
         maps = {str(m): [_map(name, cosine_EE, m)] for m, cosine_EE in enumerate(last[name])}
         blocks.append(Choice(f"similarity of {title}, layer", maps))
     caption = (
@@ -128,7 +133,7 @@ def _similar(probe: Probe) -> list[Block]:
 
 
 def _between(probe: Probe, name: str) -> Callable[[int], np.ndarray]:
-    return lambda step: np.asarray(between(probe.at(step)[name]))
+    return lambda step: between(probe.at(step)[name])
 
 
 def _map(name: str, cosine_EE: np.ndarray, layer: int) -> Figure:
@@ -163,11 +168,14 @@ def _representation(probe: Probe) -> list[Block]:
         ("participation", "participation ratio"),
     ):
         steps, value_SM = over_steps(probe, lambda step, name=name: probe.at(step)[name])
-        found.append(Panel("step", axis, by_layer("", steps, value_SM.astype(np.float64))))
+        scale = {"type": "log", "dtick": "D2"} if name == "collapse" else {"rangemode": "tozero"}
+        lines = by_layer("", steps, value_SM.astype(np.float64))
+        found.append(Panel("step", axis, lines, scale))
     caption = (
         "Of the inputs of each MoE layer. Left: variation within the tokens of one expert over "
-        "that between experts (X-MoE, arXiv 2204.09179); falling towards 0, the tokens of an "
-        "expert collapse to a point. Right: along how many directions tokens vary, at most d_model."
+        "that between experts (X-MoE, arXiv 2204.09179), on a logarithmic axis; falling towards 0, "
+        "the tokens of an expert collapse to a point. Right: along how many directions tokens "
+        "vary, at most d_model."
     )
     return [
         Text(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 from moejax.analysis.statistics.ratios import ratio
 
 Load = Shaped[np.ndarray, "... E"]
-PerLoad = Float[np.ndarray | np.floating, "..."]
+PerLoad = Float[np.ndarray, "..."]
 
 
 def share(load_E: Load) -> Float[np.ndarray, "... E"]:
@@ -22,7 +22,7 @@ def entropy(load_E: Load) -> PerLoad:
     r"""H(f) = -\sum_e f_e \log f_e in nats: log E at perfect balance, 0 when one gets all."""
     share_E = share(load_E)
     logarithm_E = np.log(np.where(share_E > 0, share_E, 1.0))
-    return np.abs(np.sum(share_E * logarithm_E, axis=-1))  # each term is negative or 0
+    return np.asarray(np.abs(np.sum(share_E * logarithm_E, axis=-1)))  # each term is negative or 0
 
 
 def relative_entropy(load_E: Load) -> PerLoad:
@@ -32,7 +32,7 @@ def relative_entropy(load_E: Load) -> PerLoad:
 
 def effective_experts(load_E: Load) -> PerLoad:
     """exp H(f), in [1, E]: as many experts used equally have this entropy."""
-    return np.exp(entropy(load_E))
+    return np.asarray(np.exp(entropy(load_E)))
 
 
 def variation(load_E: Load) -> PerLoad:
@@ -42,7 +42,7 @@ def variation(load_E: Load) -> PerLoad:
 
 def max_violation(load_E: Load) -> PerLoad:
     """MaxVio = max n / mean n - 1 (Wang et al., arXiv 2408.15664): 0 at balance, at most E - 1."""
-    return ratio(load_E.max(axis=-1), load_E.mean(axis=-1)) - 1
+    return np.asarray(ratio(load_E.max(axis=-1), load_E.mean(axis=-1)) - 1)
 
 
 def gini(load_E: Load) -> PerLoad:

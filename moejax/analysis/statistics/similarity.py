@@ -6,7 +6,7 @@ from jaxtyping import Float
 from moejax.analysis.statistics.ratios import ratio
 
 
-def between(similarity_EE: Float[np.ndarray, "... E E"]) -> Float[np.ndarray | np.floating, "..."]:
+def between(similarity_EE: Float[np.ndarray, "... E E"]) -> Float[np.ndarray, "..."]:
     """The mean off the diagonal: over pairs of different experts. NaN for a single expert."""
     num_experts = similarity_EE.shape[-1]
     off_EE = ~np.eye(num_experts, dtype=bool)

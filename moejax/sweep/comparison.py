@@ -1,0 +1,193 @@
+"""Variants compared: means, differences to the baseline, true costs, marks and verdicts."""
+
+import dataclasses
+import math
+import statistics as plain
+from collections.abc import Callable, Mapping, Sequence
+
+from moejax.sweep.definition import Sweep
+from moejax.sweep.match import TOLERANCE
+from moejax.sweep.noise import Detectable, detectable_difference, noise
+from moejax.sweep.results import Result
+from moejax.sweep.statistics import Difference, estimate, holm, outcome, paired, verdict
+
+BASELINE = "baseline"
+LEAK, MISSED, DIVERGED, UNFINISHED = "leak", "cost", "diverged", "unfinished"
+"""A variant's marks: what it must not be read without."""
+
+COSTS: dict[str, Callable[[Result], float]] = {
+    "active_flops": lambda result: result.train_flops_per_token,
+    "total_params": lambda result: float(result.total_parameters),
+    "step_time": lambda result: result.seconds_per_step,
+}
+"""True costs of a finished trial, in the units of ``MATCHES``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A finished trial. What there is no baseline for is None."""
+
+    seed: int
+    workdir: str
+    loss: float
+    difference: float | None
+    cost: float | None
+    cost_ratio: float | None
+    missed_match: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A variant; ``docs/sweeps.md`` tells the fields, which are those of summary.json."""
+
+    variant: str
+    wanted: int
+    seeds: tuple[int, ...]
+    unfinished: tuple[int, ...]
+    diverged: tuple[int, ...]
+    mean: float | None
+    half_width: float | None
+    deviation: float | None
+    difference: Difference | None
+    p_holm: float | None
+    outcome: str
+    verdict: str
+    cost: float | None
+    cost_ratio: float | None
+    missed_match: bool
+    leak: str
+    marks: tuple[str, ...]
+    trials: tuple[Point, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A sweep's comparison: ``cost`` names what is compared, the match or else active FLOPs."""
+
+    source: str
+    baseline: str | None
+    match: str | None
+    cost: str
+    detectable: Detectable | None
+    variants: tuple[Compared, ...]
+
+    def of(self, variant: str) -> Compared:
+        return next(each for each in self.variants if each.variant == variant)
+
+
+def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, int]]) -> Summary:
+    """The comparison of what is finished; ``diverged`` are variant and seed of other trials."""
+    baseline = sweep.comparison.baseline
+    cost = sweep.comparison.match or "active_flops"
+    own = {name: [r for r in results if r.variant == name] for name in sweep.variants}
+    losses = {name: {r.seed: r.loss for r in found} for name, found in own.items()}
+    reference = _mean([COSTS[cost](r) for r in own[baseline]]) if baseline else None
+    differences = {
+        name: paired(losses[name], losses[baseline])
+        for name in sweep.variants
+        if baseline and name != baseline
+    }
+    tested = {name: d.p for name, d in differences.items() if d and d.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    variants = []
+    for name in sweep.variants:
+        others = losses[baseline] if baseline and name != baseline else {}
+        points = [_point(sweep, r, COSTS[cost](r), reference, others) for r in own[name]]
+        lost = [seed for seed in _seeds(sweep, name) if (name, seed) in diverged]
+        leak = own[name][0].leak if own[name] else ""
+        said = differences.get(name), corrected.get(name)
+        variants.append(_compared(sweep, name, points, lost, leak, *said))
+    return Summary(
+        source=sweep.source,
+        baseline=baseline,
+        match=sweep.comparison.match,
+        cost=cost,
+        detectable=detectable_difference(sweep, noise(sweep, results)),
+        variants=tuple(variants),
+    )
+
+
+def _seeds(sweep: Sweep, variant: str) -> list[int]:
+    return [trial.seed for trial in sweep.trials if trial.variant == variant]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return plain.fmean(known) if known else None
+
+
+def _point(
+    sweep: Sweep,
+    result: Result,
+    cost: float,
+    reference: float | None,
+    baseline: Mapping[int, float],
+) -> Point:
+    """``reference`` is the baseline's mean cost, ``baseline`` its losses by seed."""
+    ratio = cost / reference if reference and math.isfinite(cost) else None
+    claims = sweep.comparison.match is not None and result.variant != sweep.comparison.baseline
+    other = baseline.get(result.seed)
+    return Point(
+        seed=result.seed,
+        workdir=f"trials/{result.variant}-seed{result.seed}",
+        loss=result.loss,
+        difference=None if other is None else result.loss - other,
+        cost=cost if math.isfinite(cost) else None,
+        cost_ratio=ratio,
+        missed_match=claims and ratio is not None and abs(ratio - 1) > TOLERANCE,
+    )
+
+
+def _compared(
+    sweep: Sweep,
+    name: str,
+    points: Sequence[Point],
+    diverged: Sequence[int],
+    leak: str,
+    difference: Difference | None,
+    p_holm: float | None,
+) -> Compared:
+    wanted, seeds = _seeds(sweep, name), [point.seed for point in points]
+    unfinished = [seed for seed in wanted if seed not in (*seeds, *diverged)]
+    losses = estimate([point.loss for point in points]) if points else None
+    missed = any(point.missed_match for point in points)
+    holds = {LEAK: leak, MISSED: missed, DIVERGED: diverged, UNFINISHED: unfinished}
+    return Compared(
+        variant=name,
+        wanted=len(wanted),
+        seeds=tuple(seeds),
+        unfinished=tuple(unfinished),
+        diverged=tuple(diverged),
+        mean=losses and losses.mean,
+        half_width=losses and losses.half_width,
+        deviation=losses and losses.deviation,
+        difference=difference,
+        p_holm=p_holm,
+        outcome=BASELINE if name == sweep.comparison.baseline else outcome(difference, p_holm),
+        verdict=_verdict(sweep.comparison.baseline, name, seeds, diverged, difference, p_holm),
+        cost=_mean([point.cost for point in points]),
+        cost_ratio=_mean([point.cost_ratio for point in points]),
+        missed_match=missed,
+        leak=leak,
+        marks=tuple(mark for mark, value in holds.items() if value),
+        trials=tuple(points),
+    )
+
+
+def _verdict(
+    baseline: str | None,
+    name: str,
+    finished: Sequence[int],
+    diverged: Sequence[int],
+    difference: Difference | None,
+    p_holm: float | None,
+) -> str:
+    """The survivors of a variant that diverges are no fair sample, which is said beside them."""
+    if baseline is None or name == baseline:
+        said = BASELINE if baseline else ""
+    else:
+        said = verdict(difference, p_holm) if finished else "no finished seed: no verdict"
+    if not diverged:
+        return said
+    lost = f"{len(diverged)} diverged (seed {', '.join(map(str, diverged))})"
+    return f"{said}; {lost}" if said else lost

@@ -1,0 +1,113 @@
+"""What runs will cost, counted on their traced programs, in a process of its own.
+
+``python -m moejax.sweep.count`` reads a list of resolved configs from its standard input, as JSON,
+and writes a list of what they cost as the last line of its output. It runs on the CPU and compiles
+nothing.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from moejax.config import from_dict
+from moejax.errors import UserError
+
+_ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "expert", "tensor")}
+_ANYWHERE = {**_ONE_DEVICE, "mesh.cpu_devices": 0, "distributed.mode": "off"}
+"""What makes a config fit this process and changes none of its FLOPs."""
+
+_KNOWN: dict[str, "Counted"] = {}
+"""What this process has had counted: a trace takes about a second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What a run costs if every token visits as many experts as its gate means to.
+
+    ``total_params`` are all parameters. ``active_flops`` are floating-point operations of matrix
+    products per token of training, forward and backward, with nothing dropped.
+    """
+
+    total_params: int
+    active_flops: float
+
+
+def count(configs: Sequence[dict[str, Any]]) -> list[Counted]:
+    """The costs of resolved configs; those that differ in seed and steps only are counted once.
+
+    Raises:
+      UserError: a config that cannot run.
+    """
+    keys = [_key(config) for config in configs]
+    new = [key for key in dict.fromkeys(keys) if key not in _KNOWN]
+    if new:
+        _KNOWN.update(zip(new, _in_process(new), strict=True))
+    return [_KNOWN[key] for key in keys]
+
+
+def _key(config: dict[str, Any]) -> str:
+    train = {**config["train"], "seed": 0, "steps": 1}
+    return json.dumps({**config, "train": train}, sort_keys=True)
+
+
+def _in_process(configs: Sequence[str]) -> list[Counted]:
+    ended = subprocess.run(
+        [sys.executable, "-m", "moejax.sweep.count"],
+        input=f"[{','.join(configs)}]",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    if ended.returncode == 2:
+        raise UserError(ended.stderr.strip().splitlines()[-1])
+    if ended.returncode:
+        raise RuntimeError(f"counting FLOPs failed:\n{ended.stderr}")
+    return [Counted(**cost) for cost in json.loads(ended.stdout.splitlines()[-1])]
+
+
+def main() -> int:
+    """Counts what standard input lists. A user's mistake is the last line of its errors."""
+    try:
+        costs = [_counted(config) for config in json.load(sys.stdin)]
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps([dataclasses.asdict(cost) for cost in costs]))
+    return 0
+
+
+def _counted(saved: dict[str, Any]) -> Counted:
+    from moejax.train import setup
+    from moejax.train.state import count_parameters
+
+    config = from_dict(saved)
+    config.update_from_flattened_dict(_ANYWHERE)
+    if config.model.attention == "cudnn":
+        config.model.attention = "auto"  # the same products, on any device
+    run = setup.prepare(config)
+    flops = setup.train_flops(run)
+    return Counted(
+        total_params=count_parameters(run.abstract_state.params),
+        active_flops=flops.fixed + flops.per_pair * _nominal_pairs(run.task.model),
+    )
+
+
+def _nominal_pairs(model: Any) -> float:
+    """(token, expert) pairs per token, in all layers, that the gate has slots for at factor 1.
+
+    That is k for token choice, and the mean that gates with a varying number aim at.
+    """
+    if not model.num_moe_layers:
+        return 0.0
+    experts = model.moe.num_experts
+    tokens = 1000 * experts
+    slots = model.gate.capacity(tokens, experts, 1.0)
+    return model.num_moe_layers * min(slots * experts / tokens, model.gate.columns(experts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What an experiment claims about its variants' costs, and the widths that make it true.
+
+A page may say::
+
+    MATCH = "active_flops"      # or "total_params", "step_time"
+    BASELINE = "top_2"          # the variant that the others are compared with
+    PILOT = "runs/pilot"        # an earlier sweep, or the deviation over seeds of its losses
+
+or give the same, by lower-case name, as the dict of a function ``comparison(arg=None)``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.errors import UserError, suggest
+from moejax.sources import Page
+from moejax.sweep.count import count
+
+TOLERANCE = 0.02
+"""A cost that differs from the baseline's by more than this share has missed the match."""
+
+MATCHES = {
+    "active_flops": "FLOP per token, forward and backward",
+    "total_params": "parameters",
+    "step_time": "seconds per step, median",
+}
+"""What costs can be matched, and their units."""
+
+WIDTHS = ("moe.d_ff", "model.d_ff")
+"""Fields that may be solved for: matrix products and parameters are linear in them."""
+
+SOLVE = "match"
+MULTIPLE = 8
+_PROBES = (64, 128)
+
+Fields = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What the trials are compared by; None where the page does not say."""
+
+    match: str | None = None
+    baseline: str | None = None
+    pilot: str | float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """A width that was solved for, and what its variant then costs over what the baseline does."""
+
+    variant: str
+    field: str
+    width: int
+    ratio: float
+
+
+def comparison_of(page: Page, variants: Sequence[str]) -> Comparison:
+    """What a page says about its comparison.
+
+    Raises:
+      UserError: a value that cannot be, by name.
+    """
+    where = f"experiment {page.path!r}"
+    names = [field.name for field in dataclasses.fields(Comparison)]
+    said = {name: getattr(page.module, name.upper(), None) for name in names}
+    function = getattr(page.module, "comparison", None)
+    if function is not None:
+        found = page.call(function) if callable(function) else function
+        if not isinstance(found, dict) or not set(found) <= set(names):
+            raise UserError(
+                f"{where}: comparison() gives {found!r}; return a dict with some of "
+                f"{', '.join(names)}"
+            )
+        said |= found
+    comparison = Comparison(**said)
+    _check_names(where, comparison, variants)
+    _check_pilot(where, comparison.pilot)
+    return comparison
+
+
+def _check_names(where: str, comparison: Comparison, variants: Sequence[str]) -> None:
+    match, baseline = comparison.match, comparison.baseline
+    if match is not None and match not in list(MATCHES):
+        raise UserError(f"{where}: MATCH={match!r} is unknown; use one of {', '.join(MATCHES)}")
+    if baseline is not None and baseline not in variants:
+        raise UserError(
+            f"{where}: BASELINE={baseline!r} is not a variant; {suggest(str(baseline), variants)}"
+        )
+    if match is not None and baseline is None:
+        raise UserError(f"{where}: MATCH={match!r} needs BASELINE, the variant to be matched")
+
+
+def _check_pilot(where: str, pilot: Any) -> None:
+    if pilot is None:
+        return
+    if isinstance(pilot, str):
+        if not (Path(pilot).expanduser() / "results.csv").is_file():
+            raise UserError(f"{where}: PILOT={pilot!r} has no results.csv; name a sweep's folder")
+        return
+    number = isinstance(pilot, int | float) and not isinstance(pilot, bool)
+    if not (number and math.isfinite(pilot) and pilot > 0):
+        raise UserError(
+            f"{where}: PILOT={pilot!r} must be a sweep's folder, or a standard deviation above 0"
+        )
+
+
+def solve(
+    where: str,
+    comparison: Comparison,
+    variants: Mapping[str, Fields],
+    config_of: Callable[[str, Fields], dict[str, Any]],
+) -> dict[str, Solved]:
+    """The widths of the variants that say "match" in the place of one.
+
+    A variant's cost is a + b width. Two counts give a and b, and the width for the baseline's cost
+    is rounded to a multiple of 8.
+
+    Args:
+      where: the beginning of an error's line.
+      variants: the fields of each variant, by its name.
+      config_of: the resolved config of a variant with these fields.
+
+    Raises:
+      UserError: nothing to match with, or no width does.
+    """
+    asked = {
+        name: [field for field in WIDTHS if fields.get(field) == SOLVE]
+        for name, fields in variants.items()
+    }
+    asked = {name: fields for name, fields in asked.items() if fields}
+    if not asked:
+        return {}
+    baseline = comparison.baseline
+    for name, fields in asked.items():
+        _check_solvable(f"{where}, variant {name}", name, fields, comparison)
+    assert baseline is not None
+    configs = [config_of(baseline, variants[baseline])]
+    for name, (field,) in asked.items():
+        configs += [config_of(name, {**variants[name], field: width}) for width in _PROBES]
+    wanted, *probed = (float(getattr(cost, str(comparison.match))) for cost in count(configs))
+    pairs = zip(probed[::2], probed[1::2], strict=True)
+    return {
+        name: _solved(f"{where}, variant {name}", name, field, wanted, pair)
+        for (name, (field,)), pair in zip(asked.items(), pairs, strict=True)
+    }
+
+
+def _check_solvable(where: str, name: str, fields: Sequence[str], comparison: Comparison) -> None:
+    given = f"{where}: {fields[0]}={SOLVE!r}"
+    if len(fields) > 1:
+        raise UserError(f"{where}: {' and '.join(fields)} are both {SOLVE!r}; give one a number")
+    if comparison.match is None:
+        raise UserError(f"{given} needs MATCH and BASELINE in the experiment")
+    if comparison.match == "step_time":
+        raise UserError(
+            f"{given} cannot be solved before the run for MATCH='step_time'; give a number"
+        )
+    if name == comparison.baseline:
+        raise UserError(f"{given}, but it is the baseline; give a number")
+
+
+def _solved(
+    where: str, name: str, field: str, wanted: float, probed: tuple[float, float]
+) -> Solved:
+    slope = (probed[1] - probed[0]) / (_PROBES[1] - _PROBES[0])
+    offset = probed[0] - slope * _PROBES[0]
+    if slope <= 0:
+        raise UserError(f"{where}: {field}={SOLVE!r}, but its cost does not depend on {field}")
+    width = MULTIPLE * round((wanted - offset) / slope / MULTIPLE)
+    if width < MULTIPLE:
+        raise UserError(
+            f"{where}: {field}={SOLVE!r} has no solution: with a width of {MULTIPLE} it costs "
+            f"{offset + slope * MULTIPLE:.4g}, the baseline {wanted:.4g}"
+        )
+    return Solved(name, field, width, (offset + slope * width) / wanted)

@@ -1,0 +1,90 @@
+"""What a sweep leaves: results.csv, summary.json, sweep.png, and its table as text."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moejax.sweep import figure, table
+from moejax.sweep import folder as folders
+from moejax.sweep.comparison import Compared, Summary, compare
+from moejax.sweep.definition import Sweep
+from moejax.sweep.match import MATCHES, TOLERANCE
+from moejax.sweep.results import read_diverged, read_sweep, write_csv
+from moejax.sweep.statistics import CONFIDENCE, LEVEL, POWER
+
+FORMAT = 1
+
+
+def write(sweep: Sweep, folder: Path) -> str:
+    """Writes the files and returns the table; without a finished trial neither it nor a picture.
+
+    Raises:
+      UserError: a file of a trial, or the pilot's, cannot be read.
+    """
+    found = read_sweep(folder, sweep)
+    summary = compare(sweep, found, read_diverged(folder, sweep))
+    write_csv(folder, sweep, found, columns(summary))
+    tree = json.dumps(to_json(summary), indent=1, allow_nan=False)
+    folders.write_whole(folder / "summary.json", tree + "\n")
+    if not found:
+        return ""
+    figure.write_figure(folder, f"{sweep.source} in {folder}", found, summary)
+    return table.render(found, summary)
+
+
+def columns(summary: Summary) -> dict[tuple[str, int], dict[str, Any]]:
+    """What results.csv has of the comparison: of each trial, and of its variant."""
+    rows = {}
+    for variant in summary.variants:
+        shared = _shared(variant)
+        points = {point.seed: point for point in variant.trials}
+        for seed in (*variant.seeds, *variant.unfinished, *variant.diverged):
+            point = points.get(seed)
+            rows[variant.variant, seed] = {
+                "diverged": int(seed in variant.diverged),
+                "difference": point and point.difference,
+                "cost_ratio": point and point.cost_ratio,
+                "missed_match": point and int(point.missed_match),
+                **shared,
+            }
+    return rows
+
+
+def _shared(variant: Compared) -> dict[str, Any]:
+    difference = variant.difference
+    return {
+        "variant_mean": variant.mean,
+        "variant_half_width": variant.half_width,
+        "variant_difference": difference and difference.mean,
+        "variant_difference_half_width": difference and difference.half_width,
+        "variant_p": difference and difference.p,
+        "variant_p_holm": variant.p_holm,
+        "variant_cost_ratio": variant.cost_ratio,
+        "variant_marks": " ".join(variant.marks),
+        "verdict": variant.verdict,
+    }
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The tree of summary.json."""
+    found = summary.detectable
+    return {
+        "format": FORMAT,
+        "experiment": summary.source,
+        "baseline": summary.baseline,
+        "match": summary.match,
+        "tolerance": TOLERANCE,
+        "confidence": CONFIDENCE,
+        "cost": {"name": summary.cost, "unit": MATCHES[summary.cost]},
+        "detectable": found and {**dataclasses.asdict(found), "power": POWER, "level": LEVEL},
+        "variants": [_variant_to_json(variant) for variant in summary.variants],
+    }
+
+
+def _variant_to_json(variant: Compared) -> dict[str, Any]:
+    tree = dataclasses.asdict(variant)
+    p_holm = tree.pop("p_holm")
+    if tree["difference"]:
+        tree["difference"]["p_holm"] = p_holm
+    return tree

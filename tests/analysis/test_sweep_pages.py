@@ -1,0 +1,227 @@
+"""What the pages of a sweep show is what its folder says."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moejax.analysis import report
+from moejax.analysis.pages import comparison, sweep_curves, sweep_load, sweep_overview
+from moejax.analysis.sweep import SweepData
+from moejax.errors import UserError
+from tests.analysis import blocks, sweeps, workdirs
+
+LEAK = "train:future eval:future"
+DIFFERENCE = {"seeds": [0, 1], "mean": -0.021, "half_width": 0.008, "p": 0.012, "p_holm": 0.024}
+VERDICT = "better by 0.021 ± 0.008 nats/byte"
+
+
+def read(folder: Path) -> SweepData:
+    return SweepData.read(folder)
+
+
+def compared(tmp_path: Path, **changes: object) -> SweepData:
+    first = {"difference": DIFFERENCE, "verdict": VERDICT} | changes
+    switch = sweeps.outcome("switch", 2.0) | first
+    found = sweeps.summary(switch, sweeps.outcome("top_2", 2.021))
+    return read(sweeps.write(tmp_path / "sweep", summary=found))
+
+
+def test_a_sweep_is_its_trials(tmp_path: Path):
+    sweep = read(sweeps.write(tmp_path / "sweep"))
+    assert sweep.variants == ["switch", "top_2"] and len(sweep.trials) == 4
+    assert all(trial.finished and trial.state == "finished" for trial in sweep.trials)
+    assert [run.name for run in sweep.runs("top_2")] == ["top_2-seed0", "top_2-seed1"]
+    losses = [trial.run.held_out[-1]["loss"] for trial in sweep.trials if trial.run]
+    assert [result.loss for result in sweep.results] == losses
+
+
+# Without summary.json: what the trials say.
+
+
+def test_means_have_students_interval_as_scipy_computes_it(tmp_path: Path):
+    sweep = read(sweeps.write(tmp_path / "sweep", seeds=(0, 1, 2)))
+    page = comparison.page(sweep)
+    row = dict(zip(*[(t := blocks.table(page, "variant")).header, t.rows[0]], strict=True))
+    losses = [run.held_out[-1]["loss"] for run in sweep.runs("switch")]
+    half = stats.t.ppf(0.975, 2) * np.std(losses, ddof=1) / math.sqrt(3)
+    assert row["loss, nats/byte"] == f"{np.mean(losses):.4f} ± {half:.4f}"
+    assert row["seeds"] == "3/3" and "difference" not in row and "leak" not in row
+    assert "no summary.json" in blocks.said(sweep_overview.page(sweep))
+
+
+def test_the_scatter_holds_every_seed_and_the_mean(tmp_path: Path):
+    sweep = read(sweeps.write(tmp_path / "sweep"))
+    seeds, mean = blocks.figures(comparison.page(sweep))["loss-against-cost"].spec["data"][:2]
+    own = [result for result in sweep.results if result.variant == "switch"]
+    assert seeds["y"] == [result.loss for result in own]
+    assert seeds["x"] == [result.train_flops_per_token for result in own]
+    assert mean["y"] == [pytest.approx(np.mean(seeds["y"]), rel=1e-14)]
+
+
+# With it.
+
+
+def test_the_verdicts_of_the_sweep_are_repeated(tmp_path: Path):
+    sweep = compared(tmp_path)
+    said = blocks.said(sweep_overview.page(sweep))
+    assert "lowest held-out loss has switch, 2.0000 ± 0.1270 nats/byte." in said
+    assert f"Against the baseline top_2: switch: {VERDICT}." in said
+    facts = dict(blocks.table(sweep_overview.page(sweep), "what ran").rows)
+    assert facts["matched"] == "active_flops, within 2% of the baseline"
+    assert "0.0310 nats/byte, with probability 80%" in facts["can be detected"]
+    table = blocks.table(comparison.page(sweep), "variant")
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert row["difference"] == "-0.0210 ± 0.0080" and row["p (Holm)"] == "0.024"
+    assert row["active_flops"] == "2.00M (1.00 x)" and row["verdict"] == VERDICT
+
+
+def test_differences_are_drawn_with_their_intervals(tmp_path: Path):
+    (trace,) = blocks.figures(comparison.page(compared(tmp_path)))["differences"].spec["data"]
+    assert (trace["x"], trace["y"], trace["error_x"]["array"]) == ([-0.021], ["switch"], [0.008])
+
+
+def test_leaks_and_missed_matches_are_marked_in_table_and_figure(tmp_path: Path):
+    sweep = compared(tmp_path, leak=LEAK, missed_match=True)
+    page = comparison.page(sweep)
+    table = blocks.table(page, "variant")
+    assert table.rows[0][0] == "switch †‡" and table.rows[0][-1] == LEAK
+    assert "†: " in table.caption and "‡: " in table.caption
+    switch, top_2 = blocks.figures(page)["loss-against-cost"].spec["data"][1::2]
+    assert switch["name"] == "switch †‡" and switch["marker"]["symbol"] == "diamond-open"
+    assert top_2["name"] == "top_2" and top_2["marker"]["symbol"] == "circle"
+    said = blocks.said(sweep_overview.page(sweep))
+    assert "it leaks" in said and "do not leak: top_2, 2.0210" in said
+
+
+def test_diverged_trials_and_variants_without_numbers_are_in_the_table(tmp_path: Path):
+    none = {"mean": None, "half_width": None, "cost": None, "cost_ratio": None, "seeds": []}
+    sweep = compared(tmp_path, **none, trials=[], diverged=[0, 1], difference=None, verdict="")
+    row = blocks.table(comparison.page(sweep), "variant").rows[0]
+    assert row[1] == "0/2 diverged" and row[2] == "-"
+    assert report.of_sweep(sweep)
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 2}', "[]"])
+def test_a_summary_that_cannot_be_read_is_said_and_the_trials_are_shown(
+    tmp_path: Path, content: str
+):
+    folder = sweeps.write(tmp_path / "sweep")
+    (folder / "summary.json").write_text(content)
+    sweep = read(folder)
+    assert "summary.json is" in sweep.problems[0]
+    assert len(blocks.table(comparison.page(sweep), "variant").rows) == 2
+
+
+# Curves and load.
+
+
+def test_curves_are_means_over_seeds_where_all_seeds_have_rows(tmp_path: Path):
+    sweep = read(sweeps.write(tmp_path / "sweep", seeds=(0, 1, 2)))
+    figure = blocks.figures(sweep_curves.page(sweep))["curves-held-out loss"]
+    table = np.asarray([[r["loss"] for r in run.held_out] for run in sweep.runs("switch")])
+    mean = next(t for t in figure.spec["data"] if t["name"] == "switch" and "fill" not in t)
+    assert mean["x"] == [20, 30] and np.allclose(mean["y"], table.mean(axis=0), rtol=1e-14)
+    band = next(t for t in figure.spec["data"] if t.get("fill"))
+    half = stats.t.ppf(0.975, 2) * table.std(axis=0, ddof=1) / math.sqrt(3)
+    assert np.allclose(band["y"][:2], table.mean(axis=0) + half, rtol=1e-9)
+    thin = [t["name"] for t in figure.spec["data"] if "seed" in t["name"]]
+    assert thin[:3] == ["switch, seed 0", "switch, seed 1", "switch, seed 2"]
+
+
+def test_a_step_that_one_seed_lacks_is_left_out_of_the_mean():
+    curves = [
+        (np.array([1, 2, 3]), np.array([1.0, 2.0, 3.0])),
+        (np.array([1, 3]), np.array([3.0, 5.0])),
+    ]
+    steps, mean, _ = sweep_curves.mean_curve(curves)
+    assert steps.tolist() == [1, 3] and mean.tolist() == [2, 4]
+
+
+def test_load_is_offered_by_variant_and_side_by_side(tmp_path: Path):
+    sweep = read(sweeps.write(tmp_path / "sweep"))
+    page = sweep_load.page(sweep)
+    assert blocks.options(page, "variant") == ["switch", "top_2"]
+    figures = blocks.figures(page)
+    assert {"switch-load-training", "top_2-load-training"} <= figures.keys()
+    panels = figures["load-side-by-side"].spec["data"]
+    for panel, variant in zip(panels, sweep.variants, strict=True):
+        load = np.asarray(sweep.runs(variant)[0].held_out[-1]["moe/load"])
+        expected = load / load.mean(axis=1, keepdims=True)
+        assert panel["name"] == variant and np.allclose(panel["customdata"], expected, rtol=1e-12)
+    row = blocks.table(page, "variant").rows[0]
+    rates = [100 * run.train[-1]["moe/drop_rate"] for run in sweep.runs("switch")]
+    assert row[7].startswith(f"{np.mean(rates):.2f} ± ") and row[8] == "0.00 %"
+
+
+# Sweeps that went wrong.
+
+
+def test_a_sweep_of_failures_shows_the_ends_of_their_logs(tmp_path: Path):
+    folder = sweeps.write(tmp_path / "sweep", finished=False)
+    for trial in ("switch-seed0", "switch-seed1", "top_2-seed0"):
+        (folder / "trials" / trial).mkdir(parents=True)
+        said = "\n".join(f"line {n}" for n in range(40)) + "\n<MemoryError>"
+        (folder / "trials" / trial / "log.txt").write_text(said)
+    sweep = read(folder)
+    page = sweep_overview.page(sweep)
+    assert "0 of 4 trials" in blocks.said(page) and "nothing to compare" in report.of_sweep(sweep)
+    states = {row[0]: row[1] for row in blocks.table(page, "state").rows}
+    assert states == {
+        "no step logged": "switch-seed0, switch-seed1, top_2-seed0", "not started": "top_2-seed1",
+    }  # fmt: skip
+    logs = blocks.options(page, "end of the log of")
+    assert logs == ["switch-seed0", "switch-seed1", "top_2-seed0"]
+    text = blocks.said(page)
+    assert "line 26\n" in text and "line 25\n" not in text  # the last fifteen lines
+    assert "&lt;MemoryError&gt;" in report.of_sweep(sweep)
+
+
+def test_an_unfinished_trial_says_how_far_it_came_and_is_not_compared(tmp_path: Path):
+    folder = sweeps.write(tmp_path / "sweep")
+    shutil.rmtree(folder / "trials/top_2-seed1")
+    workdirs.write(folder / "trials/top_2-seed1", [workdirs.row(10)], workdirs.saved())
+    sweep = read(folder)
+    row = blocks.table(sweep_overview.page(sweep), "state").rows[0]
+    assert row == ("stopped or going on, step 10 of 30", "top_2-seed1")
+    assert blocks.table(comparison.page(sweep), "variant").rows[1][1] == "1/2"
+
+
+def test_a_trial_that_cannot_be_read_is_a_problem_of_the_sweep(tmp_path: Path):
+    folder = sweeps.write(tmp_path / "sweep")
+    (folder / "trials/switch-seed0/config.json").write_text("{")
+    (folder / "trials/switch-seed1/timings.jsonl").unlink()
+    sweep = read(folder)
+    assert any("switch-seed0" in problem for problem in sweep.problems)
+    assert report.of_sweep(sweep)
+
+
+def test_warnings_of_trials_are_gathered_by_variant(tmp_path: Path):
+    folder = sweeps.write(tmp_path / "sweep")
+    for seed in (0, 1):
+        rows = [workdirs.row(30, leak=LEAK), workdirs.row(30, "eval", leak=LEAK)]
+        workdirs.lines(folder / f"trials/switch-seed{seed}/metrics.jsonl", rows)
+    rows = blocks.table(sweep_overview.page(read(folder)), "variant").rows
+    leaks = [row for row in rows if row[1] == "leak"]
+    assert [row[:3] for row in leaks] == [("switch", "leak", "0, 1")]
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"trials": 3}', '{"trials": [{"name": "a"}]}'])
+def test_what_is_no_sweep_is_refused_in_one_line(tmp_path: Path, content: str | None):
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(UserError, match="sweep") as refused:
+        SweepData.read(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_report_of_a_sweep_is_the_same_every_time(tmp_path: Path):
+    folder = sweeps.write(tmp_path / "sweep")
+    assert report.of_sweep(read(folder)) == report.of_sweep(read(folder))
+    assert json.loads((folder / "sweep.json").read_text())["experiment"] in report.of_sweep(
+        read(folder)
+    )
