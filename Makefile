@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-input --disable
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup train test exam test-slow check format clean
+.PHONY: help setup train test exam test-slow test-packages check format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(READY_SLOW): $(READY)
-	$(PIP_INSTALL) --editable '.[dev,tensorboard,parity]'
+	$(PIP_INSTALL) --editable '.[dev,tensorboard,wandb,slurm,browser,parity]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(TPU_COMPILER) libtpu
 	@touch $@
 
@@ -49,6 +49,11 @@ exam: $(READY)  ## examine a gate from elsewhere: GATE="module:Gate field=value"
 
 test-slow: $(READY_SLOW)  ## run the slow suites (installs PyTorch, transformers and the TPU compiler first)
 	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-packages:  ## install what the slow suites use from Debian: SLURM and Chromium (as root)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
+	  slurm-wlm munge chromium chromium-driver >/dev/null
 
 check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .

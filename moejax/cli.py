@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED if argv[0] == "train" else 0  # a run that cannot speak has stopped short
+        stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
+        return FAILED if stopped_short else 0
 
 
 def _run(argv: list[str]) -> int:
@@ -70,6 +71,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and that of each command."""
     from moejax import __version__
     from moejax.analysis import command as report
+    from moejax.analysis.scaling import command as scaling
     from moejax.data import command as data
     from moejax.sweep import command as sweep
     from moejax.train import command as evaluation
@@ -92,6 +94,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     data.add_command(commands)
     sweep.add_command(commands)
     report.add_command(commands)
+    scaling.add_command(commands)
     _add_doctor(commands)
     return parser, dict(commands.choices)
 

@@ -14,7 +14,7 @@ from moejax.config import default, from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
 LM = f"--config={ROOT}/configs/lm.py"
-COMMANDS = ("train", "eval", "config", "gates", "data", "doctor", "sweep")
+COMMANDS = ("train", "eval", "config", "gates", "data", "doctor", "sweep", "scaling")
 
 MISTAKES = {
     # commands and flags
@@ -310,13 +310,20 @@ def test_gates_explains_one_gate(capsys: pytest.CaptureFixture[str]):
 # data
 
 
-def test_data_prepare_writes_shards_and_says_how_to_use_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
     for i in range(8):
-        (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 40)
+        (folder / f"{i}.txt").write_text(f"text number {i} " * 40)
+    return folder
+
+
+def test_data_prepare_writes_shards_and_says_how_to_use_them(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "shards"
-    words = [f"--path={tmp_path}", f"--out={out}", "--eval-fraction=0.3"]
+    words = [f"--path={texts}", f"--out={out}", "--eval-fraction=0.3"]
     assert cli.main(["data", "prepare", *words]) == 0
     assert out.is_dir()
     text = capsys.readouterr().out
@@ -324,15 +331,23 @@ def test_data_prepare_writes_shards_and_says_how_to_use_them(
 
 
 def test_data_tokenizer_writes_a_file_and_says_how_to_use_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    for i in range(8):
-        (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 40)
     out = tmp_path / "bpe.json"
-    words = [f"--path={tmp_path}", f"--out={out}", "--vocab-size=260", "--eval-fraction=0.3"]
+    words = [f"--path={texts}", f"--out={out}", "--vocab-size=260", "--eval-fraction=0.3"]
     assert cli.main(["data", "tokenizer", *words]) == 0
     assert out.is_file()
     assert f"--config.data.tokenizer={out}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("action", [["prepare"], ["tokenizer", "--vocab-size=260"]])
+def test_data_is_not_written_into_the_folder_it_is_made_of(
+    action: list[str], texts: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = sorted(texts.iterdir())
+    assert cli.main(["data", *action, f"--path={texts}", f"--out={texts}/new"]) == 2
+    assert f"lies in --path={texts}" in capsys.readouterr().err
+    assert sorted(texts.iterdir()) == before
 
 
 def test_module_form_takes_the_same_flags(tmp_path: Path):

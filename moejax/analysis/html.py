@@ -20,6 +20,9 @@ POLICY = (
 TABS = 6
 """More alternatives than this are a list to choose from instead of buttons."""
 
+SHORT = 26
+"""A cell of at most so many characters is not broken into lines."""
+
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.,]+(e[-+]?\d+)?([ \N{NO-BREAK SPACE}]?\S{1,12})?")
 _ABSENT = ("", "-")
 
@@ -129,11 +132,13 @@ def _table(table: Table) -> str:
         all(_NUMBER.fullmatch(row[c]) or row[c] in _ABSENT for row in table.rows) for c in columns
     ]
     classes = [' class="number"' if flag else "" for flag in numeric]
+
+    def cell(row: Sequence[str], c: int) -> str:
+        kind = "number" if numeric[c] else "short" if len(row[c]) <= SHORT else ""
+        return f"<td{f' class={kind!r}' if kind else ''}>{_text(row[c])}</td>"
+
     head = "".join(f"<th{classes[c]}>{_text(table.header[c])}</th>" for c in columns)
-    body = "".join(
-        f"<tr>{''.join(f'<td{classes[c]}>{_text(row[c])}</td>' for c in columns)}</tr>"
-        for row in table.rows
-    )
+    body = "".join(f"<tr>{''.join(cell(row, c) for c in columns)}</tr>" for row in table.rows)
     caption = f"<figcaption>{_text(table.caption)}</figcaption>" if table.caption else ""
     return (
         f'<figure class="table"><div class="scroll"><table><thead><tr>{head}</tr></thead>'

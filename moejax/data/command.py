@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
+
+from moejax.errors import UserError
 
 
 def add_command(commands: Any) -> None:
@@ -42,6 +45,7 @@ def add_command(commands: Any) -> None:
 def _tokenizer(args: argparse.Namespace) -> int:
     from moejax.data.tokenizer import train_bpe
 
+    _check_out(args)
     size = train_bpe(args.path, args.vocab_size, args.out, eval_fraction=args.eval_fraction)
     print(f"{args.out}: {size} tokens; use it with --config.data.tokenizer={args.out}")
     return 0
@@ -50,8 +54,16 @@ def _tokenizer(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from moejax.data.prepare import prepare
 
+    _check_out(args)
     index = prepare(args.path, args.tokenizer, args.out, args.eval_fraction)
     for field, value in dataclasses.asdict(index).items():
         print(f"{field:<24} {value}")
     print(f"use it with --config.data.path={args.out}")
     return 0
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """What is written into the folder of texts would be text itself from then on."""
+    path, out = (Path(name).expanduser().resolve() for name in (args.path, args.out))
+    if args.path and path.is_dir() and out.is_relative_to(path):
+        raise UserError(f"--out={args.out} lies in --path={args.path}; write it somewhere else")

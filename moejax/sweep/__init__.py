@@ -2,7 +2,16 @@
 
     definition.py  an experiment file to trials, each with its resolved config and id
     folder.py      the sweep's folder: sweep.json, a folder per trial, what is finished
-    runner.py      trials as fresh processes, one after the other; signals, failures, resuming
+    runner.py      a sweep from its first line to its table; dry runs
+    choose.py      --filter: some of the trials
+    pool.py        the trials that run: started, looked at, stopped, noted
+    launch.py      where they run: launchers and jobs; processes on this machine
+    slurm.py       the launcher for SLURM, with slurm_options.py, slurm_queue.py, slurm_job.py
+    journal.py     journal.sqlite: what was tried, where, when, how it ended
+    signals.py     Ctrl-C and SIGTERM, to be passed on once
+    progress.py    how far a run is, off the ends of its files
+    status.py      the state of every trial as text
+    live.py        the same as a live table on a terminal
     results.py     the files of finished trials to numbers, and results.csv
     table.py       the numbers as text
     figure.py      the numbers as sweep.png

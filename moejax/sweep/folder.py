@@ -1,6 +1,7 @@
 """The folder of a sweep::
 
     sweep.json              the trials: name, id, overrides, resolved config
+    journal.sqlite          what was tried, where, when, how it ended: see journal.py
     trials/NAME-seedN/      the workdir of one run of ``moejax train``; log.txt is what it said
     results.csv, sweep.png  what came out
 
@@ -62,13 +63,13 @@ def check(folder: Path, sweep: Sweep) -> None:
             )
         return
     new = {trial.name: trial for trial in sweep.trials}
-    for name, config in _read_index(folder).items():
-        if name not in new:
+    for old in read_trials(folder):
+        if old.name not in new:
             raise UserError(
-                f"the sweep in {folder} has a trial {name!r}, this one does not; use another "
+                f"the sweep in {folder} has a trial {old.name!r}, this one does not; use another "
                 "--workdir, or the experiment it was begun with"
             )
-        _check_same(f"trial {name!r} of the sweep in {folder}", config, new[name])
+        _check_same(f"trial {old.name!r} of the sweep in {folder}", old.config, new[old.name])
     for trial in sweep.trials:
         workdir = workdir_of(folder, trial)
         if (workdir / "config.json").exists():
@@ -89,16 +90,29 @@ def _check_same(what: str, old: dict[str, Any], trial: Trial) -> None:
             )
 
 
-def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """The config of every trial of the sweep in the folder, by the trial's name."""
+def read_trials(folder: Path) -> list[Trial]:
+    """The trials of the sweep in the folder, as sweep.json has them.
+
+    Raises:
+      UserError: the file is no sweep's.
+    """
     path = folder / INDEX
     try:
-        trials = json.loads(path.read_text())["trials"]
-        return {trial["name"]: dict(trial["config"]) for trial in trials}
-    except (ValueError, KeyError, TypeError) as error:
+        return [_trial(row) for row in json.loads(path.read_text())["trials"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} was not written by `moejax sweep`; restore it or use another --workdir"
         ) from error
+
+
+def _trial(row: dict[str, Any]) -> Trial:
+    """A trial as `write_index` wrote it, by this version or an older one."""
+    fields = [field.name for field in dataclasses.fields(Trial)]
+    trial = Trial(**{name: row[name] for name in fields if name in row})
+    trial = dataclasses.replace(trial, overrides=tuple(trial.overrides), config=dict(trial.config))
+    if (trial.name, trial.id) != (row["name"], row["id"]):
+        raise ValueError
+    return trial
 
 
 def write_index(folder: Path, sweep: Sweep) -> None:

@@ -19,6 +19,8 @@ LEVEL = 0.05
 POWER = 0.8
 
 BETTER, WORSE, SAME, NONE = "better", "worse", "not distinguishable", "no verdict"
+ALONE = " if alone"
+"""After better or worse: for a comparison that were the only one, without Holm's correction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +119,12 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
 
 def outcome(difference: Difference | None, p_holm: float | None) -> str:
     """In a word or two, what the seeds say about a difference of losses."""
-    if difference is None or p_holm is None:
+    if difference is None or difference.p is None or p_holm is None:
         return NONE
-    if p_holm >= LEVEL:
-        return SAME
-    return BETTER if difference.mean < 0 else WORSE
+    side = BETTER if difference.mean < 0 else WORSE
+    if p_holm < LEVEL:
+        return side
+    return f"{side}{ALONE}" if difference.p < LEVEL else SAME
 
 
 def verdict(difference: Difference | None, p_holm: float | None) -> str:
@@ -131,11 +134,14 @@ def verdict(difference: Difference | None, p_holm: float | None) -> str:
     said = outcome(difference, p_holm)
     if difference.half_width is None or said == NONE:
         return f"one seed: {NONE}"
+    undecided = f"{SAME} at {len(difference.seeds)} seeds"
     if said == SAME:
-        return f"{SAME} at {len(difference.seeds)} seeds"
+        return undecided
     digits = decimals(difference.half_width)
     size, error = abs(difference.mean), difference.half_width
-    return f"{said} by {size:.{digits}f} \N{PLUS-MINUS SIGN} {error:.{digits}f} nats/byte"
+    side, _, _ = said.partition(ALONE)
+    by = f"{side} by {size:.{digits}f} \N{PLUS-MINUS SIGN} {error:.{digits}f} nats/byte"
+    return f"{undecided} among so many variants (alone {by})" if said != side else by
 
 
 def decimals(half_width: float) -> int:

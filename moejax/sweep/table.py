@@ -8,7 +8,7 @@ from moejax.sweep.comparison import DIVERGED, LEAK, MISSED, UNFINISHED, Compared
 from moejax.sweep.match import TOLERANCE
 from moejax.sweep.noise import Detectable
 from moejax.sweep.results import Result
-from moejax.sweep.statistics import decimals
+from moejax.sweep.statistics import ALONE, decimals
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NOTES = """\
@@ -119,8 +119,8 @@ def _notes(summary: Summary) -> list[str]:
     if summary.baseline:
         notes.append(
             f"difference: to {summary.baseline} at equal seeds, with its 95 % interval; less is "
-            "better. verdict: paired t-test at the 5 % level, Holm's correction over the "
-            f"variants. cost: {summary.cost} over {summary.baseline}'s."
+            "better. verdict: paired t-test at the 5 % level with Holm's correction over the "
+            f"variants, or{ALONE}, without it. cost: {summary.cost} over {summary.baseline}'s."
         )
     notes += mark_notes(summary)
     if summary.detectable:

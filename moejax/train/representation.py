@@ -18,8 +18,7 @@ def participation(x_TD: Float[np.ndarray, "T D"]) -> float:
     Computed without the eigenvalues: numerator and denominator are the squared trace and the
     squared Frobenius norm of the covariance.
     """
-    centred_TD = np.asarray(x_TD, np.float64)
-    centred_TD = centred_TD - centred_TD.mean(axis=0)
+    centred_TD = (x_TD - np.mean(x_TD, axis=0, dtype=np.float64)).astype(np.float32)
     tokens, width = centred_TD.shape
     # Of X'X and XX', which have the same nonzero eigenvalues, the smaller one.
     scatter = centred_TD.T @ centred_TD if width <= tokens else centred_TD @ centred_TD.T
@@ -39,24 +38,23 @@ def collapse(x_TD: Float[np.ndarray, "T D"], expert_T: Int[np.ndarray, "T"]) -> 
     the tokens of an expert have collapsed towards one point. NaN where fewer than two experts have
     tokens, where their means are equal, and for tokens that are not finite.
 
-    Computed from the singular vectors of the [E, D] matrix of weighted means, whose number is that
-    of the experts; Sigma_W is never formed.
+    Computed without either matrix. With s and v the singular values and right singular vectors of
+    the [E, D] matrix of means, as they are weighted in Sigma_B, and as all variance is that within
+    and that between the classes, it is the sum over i of Var(x . v_i) / s_i^2 - 1.
 
     Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts", arXiv
     2204.09179, with experts as the classes of Papyan, Han, Donoho, arXiv 2008.08186. Here an expert
     counts in Sigma_B by its share of the tokens, so that one with few of them does not dominate.
     """
-    x_TD = np.asarray(x_TD, np.float64)
     used, class_T, count_E = np.unique(expert_T, return_inverse=True, return_counts=True)
     if len(used) < 2 or not np.isfinite(x_TD).all():
         return float("nan")
-    member_TE = (class_T[:, None] == np.arange(len(used))).astype(np.float64)
-    mean_ED = member_TE.T @ x_TD / count_E[:, None]
-    share_E = count_E / len(x_TD)
-    between_ED = np.sqrt(share_E)[:, None] * (mean_ED - x_TD.mean(axis=0))
+    centred_TD = x_TD - np.mean(x_TD, axis=0, dtype=np.float64)
+    member_ET = (np.arange(len(used))[:, None] == class_T).astype(np.float64)
+    between_ED = member_ET @ centred_TD / np.sqrt(count_E * len(x_TD))[:, None]
     _, length_R, direction_RD = np.linalg.svd(between_ED, full_matrices=False)
     known_R = length_R > RESOLUTION * length_R[0]
     if not known_R.any():
         return float("nan")
-    within_TR = (x_TD - mean_ED[class_T]) @ direction_RD[known_R].T
-    return float(np.sum(np.mean(np.square(within_TR), axis=0) / np.square(length_R[known_R])))
+    variance_R = np.mean(np.square(centred_TD @ direction_RD[known_R].T), axis=0)
+    return float(np.sum(variance_R / np.square(length_R[known_R]) - 1.0))

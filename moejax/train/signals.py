@@ -2,11 +2,16 @@
 
 import os
 import signal
+import time
 import types
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+TOGETHER = 1.0
+"""Seconds within which SIGTERMs are one request: a cluster that stops every process of a job, and a
+parent that passes its own on, as `moejax sweep` does."""
 
 
 class Stop:
@@ -18,6 +23,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._asked = False
+        self._last_term = -TOGETHER
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -37,6 +43,11 @@ class Stop:
         return self._asked
 
     def _handle(self, number: int, _: types.FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGTERM:
+            if now - self._last_term < TOGETHER:
+                return
+            self._last_term = now
         if self._asked:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

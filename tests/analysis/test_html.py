@@ -118,7 +118,9 @@ def test_columns_of_numbers_stand_to_the_right():
     rows = [["a", "1.5 ms", "-"], ["b", "-3e-05", "12 %"], ["c", "", "0.1"]]
     found = parsed(Page("A", [Table(["name", "time", "share"], rows)]))
     cells = [a for tag, a in found.tags if tag == "td"]
-    assert ["class" in a for a in cells] == 3 * [False, True, True]
+    assert [a["class"] for a in cells] == 3 * ["short", "number", "number"]
+    (long,) = [a for tag, a in parsed(Page("A", [Table("a", [["b" * 27]])])).tags if tag == "td"]
+    assert "class" not in long
 
 
 def test_equal_pages_give_equal_bytes():

@@ -129,8 +129,21 @@ def test_curves_are_means_over_seeds_where_all_seeds_have_rows(tmp_path: Path):
     band = next(t for t in figure.spec["data"] if t.get("fill"))
     half = stats.t.ppf(0.975, 2) * table.std(axis=0, ddof=1) / math.sqrt(3)
     assert np.allclose(band["y"][:2], table.mean(axis=0) + half, rtol=1e-9)
-    thin = [t["name"] for t in figure.spec["data"] if "seed" in t["name"]]
-    assert thin[:3] == ["switch, seed 0", "switch, seed 1", "switch, seed 2"]
+    thin = [t for t in figure.spec["data"] if "seed" in t["name"]]
+    assert [t["name"] for t in thin[:3]] == ["switch-seed0", "switch-seed1", "switch-seed2"]
+    assert [t["y"] for t in thin[:3]] == table.tolist()
+
+
+def test_of_many_variants_the_means_come_first_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sweep_curves, "CLEAR", 1)
+    page = sweep_curves.page(read(sweeps.write(tmp_path / "sweep")))
+    assert blocks.options(page, "shown") == ["means", "seeds and intervals"]
+    figures = blocks.figures(page)
+    names = [trace["name"] for trace in figures["curves-held-out loss"].spec["data"]]
+    assert names == ["switch", "top_2"]
+    assert len(figures["curves-held-out loss-seeds"].spec["data"]) == 2 + 4 + 2
 
 
 def test_a_step_that_one_seed_lacks_is_left_out_of_the_mean():
@@ -205,9 +218,15 @@ def test_warnings_of_trials_are_gathered_by_variant(tmp_path: Path):
     for seed in (0, 1):
         rows = [workdirs.row(30, leak=LEAK), workdirs.row(30, "eval", leak=LEAK)]
         workdirs.lines(folder / f"trials/switch-seed{seed}/metrics.jsonl", rows)
-    rows = blocks.table(sweep_overview.page(read(folder)), "variant").rows
-    leaks = [row for row in rows if row[1] == "leak"]
-    assert [row[:3] for row in leaks] == [("switch", "leak", "0, 1")]
+    rows = blocks.table(sweep_overview.page(read(folder)), "warning").rows
+    assert [row[:3] for row in rows if row[0] == "leak"] == [("leak", "switch", "0, 1")]
+    rows = [workdirs.row(10), workdirs.row(30, "eval", loss=9.0)]
+    for trial in ("switch-seed0", "switch-seed1", "top_2-seed0", "top_2-seed1"):
+        workdirs.lines(folder / "trials" / trial / "metrics.jsonl", rows)
+    rows = blocks.table(sweep_overview.page(read(folder)), "warning").rows
+    assert [row[:3] for row in rows if row[0] == "above baselines"] == [
+        ("above baselines", "all", "all")
+    ]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"trials": 3}', '{"trials": [{"name": "a"}]}'])

@@ -1,6 +1,7 @@
 """Domain labels, against Python's own tokenizer and parser."""
 
 import ast
+import dataclasses
 import io
 import time
 import tokenize
@@ -10,7 +11,16 @@ import pytest
 
 from moejax.data.builtin import TOPICS, builtin_documents
 from moejax.data.corpus import load_corpus
-from moejax.data.domains import CODE, COMMENT, DOCSTRING, ENGLISH, NAMES, label_bytes, token_labels
+from moejax.data.domains import (
+    CODE,
+    COMMENT,
+    DOCSTRING,
+    ENGLISH,
+    NAMES,
+    heldout_labels,
+    label_bytes,
+    token_labels,
+)
 from moejax.data.prepare import prepare
 from moejax.data.tokenizer import JsonTokenizer, train_bpe
 from moejax.errors import UserError
@@ -167,3 +177,17 @@ def test_labels_are_refused_when_the_source_has_changed(tmp_path):
     (tmp_path / "1.py").write_text("x = 1\n" * 4)
     with pytest.raises(UserError, match="became shorter"):
         token_labels(corpus)
+
+
+def test_labels_of_the_held_out_side_alone_are_those_of_both_and_absent_where_those_fail(
+    python_files, tmp_path
+):
+    corpus = load_corpus(str(python_files), eval_fraction=0.3)
+    np.testing.assert_array_equal(heldout_labels(corpus), token_labels(corpus)[1])
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("x = 1 # not a Python file\n")
+    without = load_corpus(str(tmp_path), eval_fraction=0.4)
+    assert heldout_labels(without) is None
+    with pytest.raises(UserError):
+        token_labels(without)
+    assert heldout_labels(dataclasses.replace(corpus, origin=None)) is None

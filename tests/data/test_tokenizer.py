@@ -167,3 +167,16 @@ def test_train_bpe_refuses_small_vocabularies_and_existing_files(folder, bpe, tm
 )
 def test_ids_are_16_bits_wide_where_they_fit(vocab_size, name):
     assert token_dtype(vocab_size).name == name
+
+
+def test_the_readable_texts_of_tokens_join_to_the_text_with_escapes(folder, bpe):
+    plain = ByteTokenizer().token_text()
+    assert len(plain) == 256
+    assert [plain[byte] for byte in b"a \n\\\x00\xe9"] == ["a", " ", "\\n", "\\", "\\x00", "\\xe9"]
+    tokenizer = JsonTokenizer(bpe)
+    texts = tokenizer.token_text()
+    assert len(texts) == tokenizer.vocab_size and texts[tokenizer.separator] == DOCUMENT_TOKEN
+    ids = stream(folder, tokenizer)[0]
+    joined = "".join(texts[i] for i in ids)
+    assert joined.startswith(r"def f(x):\r\n\treturn  x  # ")
+    assert all(text.isprintable() for text in texts)

@@ -1,113 +1,20 @@
 """Trials as processes: failures, signals, kills and going on. What runs in them is trial.py."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moejax import cli
-from moejax.sweep import budget, runner
-from moejax.sweep import folder as folders
+from moejax.sweep import pool, signals
 from moejax.sweep.definition import expand
 from moejax.train.lock import WorkdirLock
+from tests.sweep.small import ALL, COMMAND, Small, at, wait_until
 from tests.sweep.trial import STEPS
-from tests.train.runs import ROOT, Ended, call
 
-pytestmark = pytest.mark.multiprocess
-
-ALL = [str(i + 1) for i in range(STEPS)]
-COMMAND = runner.train_command
-PAGE = """
-from moejax.config import default
-
-def get_config():
-    config = default()
-    config.train.steps = {steps}
-    return config
-
-def sweep():
-    for i, name in enumerate({names}):
-        yield {{"name": name, "moe.d_ff": 8 * (i + 1)}}
-"""
-
-
-def small_command(trial: Any, sweep: Any, folder: Path) -> list[str]:
-    workdir = folders.workdir_of(folder, trial)
-    config = {**trial.config, "moe": {}} if trial.variant == "other" else trial.config
-    saved = {"config": config, "fingerprint": "", "baselines": {}}
-    (workdir / "config.json").write_text(json.dumps(saved))
-    return [sys.executable, f"{ROOT}/tests/sweep/trial.py", str(workdir), trial.variant]
-
-
-def no_report(sweep: Any, folder: Path) -> None:
-    print("the table")
-
-
-def no_budget(sweep: Any, folder: Path) -> None:
-    """Small trials have nothing to count."""
-
-
-@pytest.fixture(autouse=True)
-def small_trials(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runner, "train_command", small_command)
-    monkeypatch.setattr(runner, "report", no_report)
-    monkeypatch.setattr(budget, "announce", no_budget)
-
-
-class Small:
-    """A sweep of small trials in a folder."""
-
-    def __init__(self, folder: Path, *names: str):
-        self.folder, self.page = folder / "out", folder / "page.py"
-        self.page.write_text(PAGE.format(names=names, steps=STEPS))
-        self.words = ["sweep", f"--experiment={self.page}", f"--workdir={self.folder}"]
-
-    def run(self) -> Ended:
-        """In this process."""
-        return call(self.words)
-
-    def start(self) -> subprocess.Popen[bytes]:
-        """In a process of its own."""
-        words = [sys.executable, "-m", "tests.sweep.test_runner", *self.words]
-        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-    def workdir(self, name: str) -> Path:
-        return self.folder / "trials" / f"{name}-seed0"
-
-    def log(self, name: str) -> str:
-        return (self.workdir(name) / "log.txt").read_text()
-
-    def steps(self, name: str) -> list[str]:
-        """What the trial did: every step once, however often it was begun."""
-        path = self.workdir(name) / "steps"
-        return path.read_text().split() if path.exists() else []
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def at(condition: Callable[[], Any], number: int) -> threading.Thread:
-    """Sends this process a signal once the condition holds."""
-
-    def send() -> None:
-        wait_until(condition)
-        signal.pthread_kill(threading.main_thread().ident, number)  # pyright: ignore
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
+pytestmark = [pytest.mark.multiprocess, pytest.mark.usefixtures("small_trials")]
 
 
 def test_a_failing_trial_shows_its_last_lines_and_does_not_stop_the_rest(tmp_path: Path):
@@ -148,7 +55,7 @@ def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
     ended = small.run()
     thread.join()
     assert ended.status == 75 and "[1/2] slow-seed0 stopped; the same command" in ended.out
-    assert "stopping the trial" in capfd.readouterr().err and "the table" not in ended.out
+    assert "stopping the trials" in capfd.readouterr().err and "the table" not in ended.out
     assert small.log("slow").endswith("saved\n")
     assert 1 <= len(small.steps("slow")) < STEPS and not small.workdir("quick").exists()
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
@@ -158,13 +65,17 @@ def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
     assert small.log("slow").count("begins") == 2
 
 
-def test_a_second_signal_reaches_the_trial_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_second_signal_reaches_the_trial_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(signals, "TOGETHER", 0.01)
+    monkeypatch.setattr(signals, "BETWEEN", 0.02)
     small = Small(tmp_path, "rude")
     threads = [at(lambda n=n: len(small.steps("rude")) >= n, signal.SIGTERM) for n in (1, 2)]
     assert small.run().status == 75
     for thread in threads:
         thread.join()
-    assert capfd.readouterr().err.count("stopping the trial") == 2
+    assert capfd.readouterr().err.count("stopping the trials") == 2
     assert small.log("rude").endswith("saved\n")
 
 
@@ -181,7 +92,7 @@ def test_a_trial_that_is_stopped_by_someone_else_leaves_the_sweep_unfinished(tmp
 
     def stop() -> None:
         wait_until(lambda: small.steps("slow"))
-        os.kill(int((small.workdir("slow") / "pid").read_text()), signal.SIGTERM)
+        os.kill(small.pid("slow"), signal.SIGTERM)
 
     thread = threading.Thread(target=stop)
     thread.start()
@@ -189,31 +100,6 @@ def test_a_trial_that_is_stopped_by_someone_else_leaves_the_sweep_unfinished(tmp
     thread.join()
     assert ended.status == 75 and small.steps("quick") == ALL
     assert small.run().status == 0 and small.steps("slow") == ALL
-
-
-def test_a_trial_that_outlives_its_killed_runner_is_waited_for_and_not_run_twice(tmp_path: Path):
-    small = Small(tmp_path, "slow", "quick")
-    process = small.start()
-    wait_until(lambda: small.steps("slow"))
-    process.kill()
-    process.wait()
-    ended = small.run()
-    assert ended.status == 0
-    assert "slow-seed0 is still running, begun by a runner that was killed" in ended.out
-    assert small.log("slow").count("begins") == 1
-    assert small.steps("slow") == small.steps("quick") == ALL
-
-
-def test_a_trial_killed_with_its_runner_goes_on_where_it_was(tmp_path: Path):
-    small = Small(tmp_path, "slow")
-    process = small.start()
-    wait_until(lambda: small.steps("slow"))
-    process.kill()
-    os.kill(int((small.workdir("slow") / "pid").read_text()), signal.SIGKILL)
-    process.wait()
-    ended = small.run()
-    assert ended.status == 0 and "still running" not in ended.out
-    assert small.steps("slow") == ALL and small.log("slow").count("begins") == 2
 
 
 def test_a_trial_that_the_file_no_longer_gives_is_not_run_as_another(tmp_path: Path):
@@ -267,13 +153,7 @@ def test_a_trials_command_is_the_one_a_user_would_type(tmp_path: Path):
 def test_the_tail_of_a_log_is_short_and_of_one_life(tmp_path: Path):
     log = tmp_path / "log.txt"
     log.write_bytes(b"old\n" * 3 + b"\xff new\n\n" + b"x" * 30_000 + b"\nlast\n")
-    assert runner.tail(log, begin=12)[-1] == "last" and "old" not in runner.tail(log, begin=12)
+    assert pool.tail(log, begin=12)[-1] == "last" and "old" not in pool.tail(log, begin=12)
     log.write_bytes(b"old\n" * 3 + b"\xff new\n")
-    assert runner.tail(log, begin=12) == ["\N{REPLACEMENT CHARACTER} new"]
-    assert runner.tail(log, begin=log.stat().st_size) == []
-
-
-if __name__ == "__main__":
-    runner.train_command, runner.report = small_command, no_report
-    budget.announce = no_budget
-    sys.exit(cli.main(sys.argv[1:]))
+    assert pool.tail(log, begin=12) == ["\N{REPLACEMENT CHARACTER} new"]
+    assert pool.tail(log, begin=log.stat().st_size) == []

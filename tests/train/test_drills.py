@@ -24,6 +24,7 @@ DRILLS = [
     ("step", 3, "SIGINT", PREEMPTED),
     ("save", 6, "SIGTERM", PREEMPTED),
     ("step", 7, "SIGINT+SIGTERM", -15),
+    ("step", 7, "SIGTERM+SIGTERM", PREEMPTED),  # together: one request
     ("step", 8, "SIGTERM", 0),
 ]
 

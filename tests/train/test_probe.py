@@ -170,8 +170,8 @@ def test_tokens_of_python_source_carry_the_label_of_their_place_in_the_text(tmp_
 
 def test_dense_models_and_no_rows_leave_nothing(text, tmp_path):
     for changes in ({"moe.every": 0}, {}):
-        _, nothing = recorder(text, tmp_path, **changes)
-        nothing.record(0, None)
+        run, nothing = recorder(text, tmp_path, **changes)
+        nothing.record(0, run.abstract_state)
     assert list(tmp_path.iterdir()) == []
 
 

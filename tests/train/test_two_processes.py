@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moejax.probe import Probe
+
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 ROOT = Path(__file__).parents[2]
@@ -157,9 +159,27 @@ def close(got, wanted):
                 np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-5)
 
 
+def same_routing(workdir, other):
+    """The probes of two runs: routing exactly, what was computed of it to 1e-4 after five steps."""
+    found, wanted = Probe.read(workdir), Probe.read(other)
+    assert found is not None and wanted is not None and not found.problems
+    assert found.steps == wanted.steps == [0, 5]
+    for got, want in [
+        (found.tokens, wanted.tokens),
+        *((found.at(s), wanted.at(s)) for s in (0, 5)),
+    ]:
+        assert set(got) == set(want)
+        for name, x in want.items():
+            if x.dtype.kind == "f":
+                np.testing.assert_allclose(got[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
+            else:
+                np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
 def test_two_processes_train_what_one_trains(two, folder):
     finish(start("train", CONFIG, f"--workdir={folder / 'one'}", *flags(**text(folder))))
     close(rows(two), rows(folder / "one"))
+    same_routing(two, folder / "one")
     train = [row for row in rows(two) if row["split"] == "train"]
     assert len(train) == 5 and all(np.sum(row["moe/dropped"]) > 0 for row in train)
 
@@ -186,3 +206,5 @@ def test_a_notice_to_one_process_stops_both_and_the_same_command_ends_bit_equal(
     outputs = train_in_two(CONFIG, workdir, **text(folder))
     assert f"resuming {workdir} at step {stopped}" in outputs[0]
     assert (workdir / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+    for path in (two / "probe").iterdir():
+        assert (workdir / "probe" / path.name).read_bytes() == path.read_bytes()

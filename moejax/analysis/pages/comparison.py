@@ -1,6 +1,7 @@
 """Variants side by side: loss against cost with intervals, and differences to the baseline."""
 
 import math
+from typing import Any
 
 from moejax.analysis import figures
 from moejax.analysis.outcomes import Outcome, interval, outcomes
@@ -27,9 +28,8 @@ def page(sweep: SweepData) -> Page:
     blocks: list[Block] = [_table(variants, cost)]
     if any(v["cost"] is not None for v in measured):
         blocks.append(_scatter(measured, cost))
-    compared = [v for v in measured if v.get("difference")]
-    if compared:
-        blocks.append(_forest(compared, summary))
+    if any(v.get("difference") for v in measured):
+        blocks.append(_forest(measured, summary))
     return Page("Comparison", blocks)
 
 
@@ -72,6 +72,9 @@ def _table(variants: list[Outcome], cost: dict[str, str]) -> Table:
 def _scatter(measured: list[Outcome], cost: dict[str, str]) -> Figure:
     """Every variant's mean with its interval, and every seed."""
     traces = []
+    # Neighbours in loss have their names on different sides.
+    order = sorted(measured, key=lambda v: v["mean"])
+    sides = {v["variant"]: rank % 2 for rank, v in enumerate(order)}
     for index, v in enumerate(measured):
         colour, symbol = f"C{index % 8}", _symbol(v)
         trials = [t for t in v["trials"] if t["loss"] is not None and t["cost"] is not None]
@@ -98,20 +101,22 @@ def _scatter(measured: list[Outcome], cost: dict[str, str]) -> Figure:
                 "x": [v["cost"]],
                 "y": [v["mean"]],
                 "text": [figures.plain(_name(v))],
-                "textposition": "middle right",
+                "textposition": "middle right" if sides[v["variant"]] else "middle left",
                 "textfont": {"color": colour},
                 "hovertemplate": "%{text}: %{y:.4f} at %{x:.4g}<extra></extra>",
                 "error_y": {"type": "data", "array": [v.get("half_width")], "thickness": 1.2},
                 "marker": {"color": colour, "size": 11, "symbol": symbol},
             }
         )
-    costs = [v["cost"] for v in measured if v["cost"]]
-    kind = "log" if max(costs) >= LOG_FROM * min(costs) else "linear"
+    costs = [t["cost"] for v in measured for t in v["trials"] if t["cost"]]
+    log = max(costs) >= LOG_FROM * min(costs)
+    ends = [math.log10(c) if log else c for c in (min(costs), max(costs))]
+    room = 0.12 * (ends[1] - ends[0]) or 0.01 * abs(ends[0])  # for names
     spec = figures.chart(
         traces,
         f"{cost['name']}: {cost['unit']}",
         "held-out loss, nats per byte",
-        xaxis={"type": kind},
+        xaxis={"type": "log" if log else "linear", "range": [ends[0] - room, ends[1] + room]},
         yaxis={"range": _range(measured)},
     )
     caption = (
@@ -141,11 +146,13 @@ def _range(measured: list[Outcome]) -> list[float]:
     return [min(ends) - 0.12 * reach, max(ends) + 0.12 * reach]
 
 
-def _forest(compared: list[Outcome], summary: Outcome) -> Figure:
+def _forest(measured: list[Outcome], summary: dict[str, Any]) -> Figure:
     """Differences to the baseline with their intervals, one under the other."""
     traces: list[figures.Spec] = []
-    for index, v in enumerate(compared):
-        difference = v["difference"]
+    for index, v in enumerate(measured):
+        difference = v.get("difference")
+        if not difference:
+            continue
         traces.append(
             {
                 "type": "scatter",
@@ -166,4 +173,4 @@ def _forest(compared: list[Outcome], summary: Outcome) -> Figure:
         "Mean difference at equal seeds and its 95 % interval: left of 0 is better than the "
         f"baseline {baseline}. {MARKS}"
     )
-    return Figure(spec, caption, height=120 + 30 * len(compared), name="differences")
+    return Figure(spec, caption, height=120 + 30 * len(traces), name="differences")

@@ -18,47 +18,68 @@ METRICS = {
     "drops": ("train", "moe/drop_rate", "share of pairs dropped in training"),
 }
 SETTLED = 25
+CLEAR = 6
+"""Of more variants than this the means are drawn alone at first."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def page(sweep: SweepData) -> Page:
     options: dict[str, list[Block]] = {}
     for name, (split, key, unit) in METRICS.items():
-        figure = _figure(sweep, name, split, key, unit)
-        if figure:
-            options[name] = [figure]
+        block = _metric(sweep, name, split, key, unit)
+        if block:
+            options[name] = [block]
     return Page("Curves", [Choice("metric", dict(options))] if options else [])
 
 
-def _figure(sweep: SweepData, name: str, split: str, key: str, unit: str) -> Figure | None:
-    bands, seeds, means, shown = [], [], [], []
+def _metric(sweep: SweepData, name: str, split: str, key: str, unit: str) -> Block | None:
+    """One figure, or of many variants two: the means, and with seeds and intervals."""
+    extras, means = _traces(sweep, split, key)
+    settled = [mean["y"][len(mean["y"]) // SETTLED :] for mean in means]
+    shown = [value for values in settled for value in values if np.isfinite(value)]
+    if not shown:
+        return None
+    margin = 0.08 * (max(shown) - min(shown)) or 0.1
+    axis = {"range": [min(shown) - margin, max(shown) + margin]}
+    end = "A click on a name hides its variant, a double click all others. Finished trials only."
+
+    def drawn(traces: list[figures.Spec], what: str, suffix: str = "") -> Figure:
+        spec = figures.chart(traces, "step", unit, yaxis=axis, showlegend=True)
+        return Figure(spec, f"{what} {end}", height=480, name=f"curves-{name}{suffix}")
+
+    everything = (
+        "Mean over the seeds of each variant (thick), every seed (thin) and the 95 % interval of "
+        "the mean (shaded; Student's t, so that two seeds have a very wide one)."
+    )
+    if not extras or len(means) <= CLEAR:
+        return drawn([*extras, *means], everything)
+    options = {
+        "means": [drawn(means, "Mean over the seeds of each variant.")],
+        "seeds and intervals": [drawn([*extras, *means], everything, "-seeds")],
+    }
+    return Choice("shown", dict(options))
+
+
+def _traces(
+    sweep: SweepData, split: str, key: str
+) -> tuple[list[figures.Spec], list[figures.Spec]]:
+    """Intervals and seeds of variants with several, and means of all."""
+    bands, seeds, means = [], [], []
     for index, variant in enumerate(sweep.variants):
-        curves = [run.series(split, key) for run in sweep.runs(variant)]
-        curves = [curve for curve in curves if len(curve[0])]
+        curves = {run.name: run.series(split, key) for run in sweep.runs(variant)}
+        curves = {name: curve for name, curve in curves.items() if len(curve[0])}
         if not curves:
             continue
-        style = {"legendgroup": variant, "line": _style(index)}
-        steps, mean, half = mean_curve(curves)
-        means.append(figures.line(variant, steps, mean, **style))
-        shown += [*mean[len(mean) // SETTLED :]]
-        if len(curves) > 1:
-            bands.append(_band(variant, index, steps, mean, half))
-            thin = {**style, "line": {**_style(index), "width": 0.8}, "mode": "lines"}
-            for run, (x, y) in zip(sweep.runs(variant), curves, strict=False):
-                label = f"{variant}, seed {run.field('train.seed', '?')}"
-                seeds.append(figures.line(label, x, y, **thin, opacity=0.55, showlegend=False))
-    finite = [value for value in shown if np.isfinite(value)]
-    if not finite:
-        return None
-    margin = 0.08 * (max(finite) - min(finite)) or 0.1
-    axis = {"range": [min(finite) - margin, max(finite) + margin]}
-    spec = figures.chart([*bands, *seeds, *means], "step", unit, yaxis=axis, showlegend=True)
-    caption = (
-        "Mean over the seeds of each variant (thick), every seed (thin) and the 95 % interval of "
-        "the mean (shaded; Student's t, so that two seeds have a very wide one). A click on a name "
-        "hides its variant, a double click all others. Finished trials only."
-    )
-    return Figure(spec, caption, height=480, name=f"curves-{name}")
+        steps, mean, half = mean_curve(list(curves.values()))
+        means.append(figures.line(variant, steps, mean, legendgroup=variant, line=_style(index)))
+        if len(curves) == 1:
+            continue
+        bands.append(_band(variant, index, steps, mean, half))
+        for name, (x, y) in curves.items():
+            thin = {"line": _style(index) | {"width": 0.8}, "opacity": 0.55, "mode": "lines"}
+            quiet = {"legendgroup": variant, "showlegend": False}
+            seeds.append(figures.line(name, x, y, **thin, **quiet))
+    return [*bands, *seeds], means
 
 
 def mean_curve(

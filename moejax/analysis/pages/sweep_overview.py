@@ -45,8 +45,11 @@ def _verdict(sweep: SweepData) -> str:
         causal = min(honest, key=lambda v: v["mean"])
         text += f" Of those that do not leak: {causal['variant']}, {interval(causal)}."
     if summary.get("baseline"):
-        clear = [v for v in measured if v["variant"] != summary["baseline"] and v.get("verdict")]
-        said = "; ".join(f"{v['variant']}: {v['verdict']}" for v in clear)
+        verdicts: dict[str, list[str]] = {}
+        for v in measured:
+            if v["variant"] != summary["baseline"] and v.get("verdict"):
+                verdicts.setdefault(v["verdict"], []).append(v["variant"])
+        said = "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items())
         text += f" Against the baseline {summary['baseline']}: {said}."
     return text
 
@@ -58,21 +61,25 @@ def _problems(sweep: SweepData) -> list[str]:
 
 
 def _findings(sweep: SweepData) -> list[Block]:
-    """Warnings of finished trials, those of one kind and variant in one row."""
+    """Warnings of finished trials; what all have is one row, else those of one variant are."""
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    finished = [trial for trial in sweep.trials if trial.finished]
+    for trial in finished:
+        for kind, text in health.findings(trial.run) if trial.run else []:
+            found.setdefault(kind, {}).setdefault(trial.variant, {}).setdefault(trial.seed, text)
     rows = []
-    for variant in sweep.variants:
-        seen: dict[str, list[tuple[int, str]]] = {}
-        for trial in sweep.trials:
-            if trial.variant == variant and trial.run is not None and trial.finished:
-                for finding in health.findings(trial.run):
-                    seen.setdefault(finding.kind, []).append((trial.seed, finding.text))
-        for kind, found in seen.items():
-            seeds = ", ".join(str(seed) for seed, _ in dict.fromkeys(found))
-            rows.append((variant, kind, seeds, found[0][1]))
+    for kind, by_variant in found.items():
+        first = next(iter(next(iter(by_variant.values())).values()))
+        if sum(map(len, by_variant.values())) == len(finished) > 1:
+            rows.append((kind, "all", "all", first))
+            continue
+        for variant, by_seed in by_variant.items():
+            seeds = ", ".join(map(str, by_seed))
+            rows.append((kind, variant, seeds, next(iter(by_seed.values()))))
     if not rows:
         return []
-    caption = "Warnings of finished trials; the sentence is that of the first seed named."
-    return [Table(("variant", "warning", "seeds", "said of the first"), rows, caption)]
+    caption = "Warnings of finished trials; the sentence is that of the first trial of the row."
+    return [Table(("warning", "variant", "seeds", "said of the first"), rows, caption)]
 
 
 def _unfinished(sweep: SweepData) -> list[Block]:
@@ -115,12 +122,14 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
         rows.append(("matched", f"{summary['match']}, {tolerance} of the baseline"))
     found = summary.get("detectable")
     if found:
+        after = found.get("difference_holm")
+        holm = f"; {after:.4f} after Holm's correction over all variants" if after else ""
         rows.append(
             (
                 "can be detected",
                 f"a difference of {found['difference']:.4f} nats/byte, with probability "
                 f"{found['power']:.0%} at level {found['level']} and {found['seeds']} seeds "
-                f"({found['source']})",
+                f"({found['source']})" + holm,
             )
         )
     return rows

@@ -1,0 +1,53 @@
+"""How many slots an expert needs, and who should get them.
+
+Question: what do dropped pairs cost in held-out loss when capacity is short, and does serving the
+surest tokens first (batch-prioritised routing, V-MoE) make up for it in a language model?
+
+Top-2 of 8 with slots per sequence, capacity factors 0.75, 1, 1.25 and 2, priority `position` (first
+come, first served) or `gate` (largest weight first), beside the dropless run. `gate` lets a token's
+place depend on later tokens in training; evaluation is dropless for all, so what differs is what
+was learned.
+
+    moejax sweep --experiment=experiments/capacity/sweep.py --workdir=runs/capacity
+
+Argument: longer (1), seeds (3), only (all). README.md beside this file has what came out here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.small_lm import SEEDS, Variant, chosen, small_lm
+from moejax.config import Config, parse_arg
+
+BASELINE = "dropless"
+PRIORITIES = ("position", "gate")
+FACTORS = (0.75, 1.0, 1.25, 2.0)
+
+TOP_2 = {"moe.gate.name": "mixtral", "moe.num_experts": 8, "moe.d_ff": 128}
+
+VARIANTS: dict[str, Variant] = {
+    "dropless": {**TOP_2},
+    **{
+        f"{priority}_{factor:g}": {
+            **TOP_2,
+            "moe.transport": "cells",
+            "moe.capacity_factor": factor,
+            "moe.priority": priority,
+        }
+        for factor in FACTORS
+        for priority in PRIORITIES
+    },
+}
+
+
+def _options(arg: str | None) -> Any:
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+
+
+def get_config(arg: str | None = None) -> Config:
+    return small_lm(_options(arg).longer)
+
+
+def sweep(arg: str | None = None) -> Iterator[Variant]:
+    options = _options(arg)
+    return chosen(VARIANTS, options.only, options.seeds)

@@ -1,0 +1,51 @@
+"""More experts at constant compute: the question of Clark et al. 2022 (arXiv 2202.01169).
+
+Question: does the loss fall as a power of the number of experts, and do Hash, S-BASE and learned
+top-1 routing come in the published order (Hash worst, S-BASE and learned ones close)?
+
+E in 2, 4, 8, 16, 32 experts of the dense layer's width, one per token, so that active FLOPs are
+constant and parameters grow; E = 1 is the dense model. `top_1` is Switch's gate with its balance
+loss, where Clark et al. have RL-R and S-BASE; `hash` draws tables at random, as theirs does.
+
+    moejax sweep --experiment=experiments/experts/sweep.py --workdir=runs/experts
+    moejax scaling runs/experts
+
+Argument: longer (1), seeds (3), only (all). README.md beside this file has what came out here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.small_lm import SEEDS, WIDTH, Variant, chosen, small_lm
+from moejax.config import Config, parse_arg
+
+MATCH = "active_flops"
+BASELINE = "dense_ffn"
+ROUTERS: dict[str, Variant] = {
+    "hash": {"moe.gate.name": "hash"},
+    "sbase": {"moe.gate.name": "sbase"},
+    "top_1": {"moe.gate.name": "switch"},
+}
+EXPERTS = (2, 4, 8, 16, 32)
+
+VARIANTS: dict[str, Variant] = {
+    "dense_ffn": {"moe.every": 0},
+    **{
+        f"{router}_{experts}": {**gate, "moe.num_experts": experts, "moe.d_ff": WIDTH}
+        for experts in EXPERTS
+        for router, gate in ROUTERS.items()
+    },
+}
+
+
+def _options(arg: str | None) -> Any:
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+
+
+def get_config(arg: str | None = None) -> Config:
+    return small_lm(_options(arg).longer)
+
+
+def sweep(arg: str | None = None) -> Iterator[Variant]:
+    options = _options(arg)
+    return chosen(VARIANTS, options.only, options.seeds)

@@ -1,0 +1,65 @@
+"""Twelve ways to choose experts at equal active FLOPs and equal parameters.
+
+Question: at one size, which gate learns most per unit of active compute, and is the difference
+more than seeds make?
+
+Every sparse variant has the same expert parameters and, per token, the same expert FLOPs as the
+dense layer: gates of one expert have 8 of width 256, gates of two have 16 of width 128, DeepSeek's
+has one shared and three routed of 32 of width 64. Gates that decide themselves how many experts a
+token visits (DSelect-k, ReMoE) cost what they cost, which is measured and marked.
+
+    moejax sweep --experiment=experiments/gating/sweep.py --workdir=runs/gating
+
+Argument: longer (1), seeds (3), only (all; as only=switch+base). README.md beside this file has
+what came out here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.small_lm import SEEDS, Variant, chosen, small_lm
+from moejax.config import Config, parse_arg
+
+MATCH = "active_flops"
+BASELINE = "top_2"
+
+ONE = {"moe.num_experts": 8, "moe.d_ff": 256}
+TWO = {"moe.num_experts": 16, "moe.d_ff": 128}
+
+VARIANTS: dict[str, Variant] = {
+    "dense_ffn": {"moe.every": 0},
+    "random": {"moe.gate.name": "random", "moe.gate.k": 1, **ONE},
+    "hash": {"moe.gate.name": "hash", "moe.gate.table": "balanced", **ONE},
+    "switch": {"moe.gate.name": "switch", **ONE},
+    "top_2": {"moe.gate.name": "mixtral", **TWO},
+    "xmoe": {"moe.gate.name": "xmoe", "moe.gate.k": 2, "moe.gate.renormalize": True, **TWO},
+    "base": {"moe.gate.name": "base", **ONE},
+    "sbase": {"moe.gate.name": "sbase", **ONE},
+    "expert_choice": {"moe.gate.name": "expert_choice", "moe.allow_future_leak": True, **TWO},
+    "dselect_k": {"moe.gate.name": "dselect_k", **TWO},
+    # From 1e-8, its default, lambda would need half of this short run to become effective.
+    "remoe": {"moe.gate.name": "remoe", "moe.gate.lambda_init": 1e-4, **TWO},
+    "deepseek_v3": {
+        "moe.gate.name": "deepseek_v3",
+        "moe.gate.k": 3,
+        "moe.gate.bias_rate": 0.01,
+        "moe.gate.num_groups": 1,
+        "moe.gate.top_groups": 1,
+        "moe.shared_experts": 1,
+        "moe.num_experts": 31,
+        "moe.d_ff": 64,
+    },
+}
+
+
+def _options(arg: str | None) -> Any:
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+
+
+def get_config(arg: str | None = None) -> Config:
+    return small_lm(_options(arg).longer)
+
+
+def sweep(arg: str | None = None) -> Iterator[Variant]:
+    options = _options(arg)
+    return chosen(VARIANTS, options.only, options.seeds)

@@ -1,0 +1,57 @@
+"""Few wide experts or many narrow ones, with and without a shared one.
+
+Question: at the same expert parameters and the same active FLOPs, is it better to split experts
+finer (DeepSeekMoE, arXiv 2401.06066), and to give one of them to every token (shared)?
+
+1 of 4 experts of width 256, 2 of 8 of 128, 4 of 16 of 64, 8 of 32 of 32; and with one shared
+expert in place of a routed one: 1 + 3 of 15 of 64, 1 + 7 of 31 of 32. Softmax over all experts, not
+renormalised (OLMoE's form, the only one of these that k = 1 can learn with).
+
+    moejax sweep --experiment=experiments/granularity/sweep.py --workdir=runs/granularity
+
+Argument: longer (1), seeds (3), only (all). README.md beside this file has what came out here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.small_lm import SEEDS, WIDTH, Variant, chosen, small_lm
+from moejax.config import Config, parse_arg
+
+MATCH = "active_flops"
+BASELINE = "4x1"
+
+
+def _split(parts: int, shared: int = 0) -> Variant:
+    """Experts of the widest kind, each in ``parts``; ``shared`` of them go to every token."""
+    return {
+        "moe.gate.name": "top_k",
+        "moe.gate.renormalize": False,
+        "moe.gate.k": parts - shared,
+        "moe.num_experts": 4 * parts - shared,
+        "moe.shared_experts": shared,
+        "moe.d_ff": WIDTH // parts,
+    }
+
+
+VARIANTS: dict[str, Variant] = {
+    "4x1": _split(1),
+    "8x2": _split(2),
+    "16x4": _split(4),
+    "32x8": _split(8),
+    "15x3_shared": _split(4, shared=1),
+    "31x7_shared": _split(8, shared=1),
+}
+
+
+def _options(arg: str | None) -> Any:
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+
+
+def get_config(arg: str | None = None) -> Config:
+    return small_lm(_options(arg).longer)
+
+
+def sweep(arg: str | None = None) -> Iterator[Variant]:
+    options = _options(arg)
+    return chosen(VARIANTS, options.only, options.seeds)
