@@ -67,7 +67,8 @@ def test_the_figure_of_shares_holds_one_hot_rows_for_a_router_of_ids(found):
 
 
 def test_tables_have_a_row_per_kind_and_per_arm(found):
-    spread, lost = (b for b in page(found, verdicts(found)).blocks if isinstance(b, Table))
+    shown = blocks(page(found, verdicts(found)).blocks)
+    spread, lost = (block for block in shown if isinstance(block, Table))
     assert len(spread.rows) == 3 and len(lost.rows) == 3
     by_kind = {row[1]: row for row in spread.rows}
     assert by_kind["position"][3:8] == ["-"] * 5 and by_kind["token id"][-1] == "1.000"
