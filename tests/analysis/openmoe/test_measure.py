@@ -1,5 +1,7 @@
 """Which ways to give out slots are tried."""
 
+from typing import Any
+
 import pytest
 
 from moejax.analysis.openmoe.drops import Arm
@@ -33,4 +35,5 @@ def test_an_arm_changes_how_slots_are_given_out_and_nothing_else():
     assert (moe.group, moe.priority, moe.reroute) == ("sequence", "position", 0)
     assert variant(before, Arm(0.0)).model.moe.eval_transport == "dropless"
     assert variant(before, Arm(1.0)).model.gate == before.model.gate
-    assert variant(before, Arm(1.0, k=1)).model.gate.k == 1
+    gate: Any = variant(before, Arm(1.0, k=1)).model.gate
+    assert gate.k == 1
