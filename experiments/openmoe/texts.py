@@ -26,7 +26,7 @@ EVAL_FRACTION = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Cuts the built-in corpus in three.")
     parser.add_argument("out", metavar="DIR", help="the new folder")
     write(Path(parser.parse_args().out))
 

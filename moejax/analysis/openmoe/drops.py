@@ -5,6 +5,7 @@ or when all are; both are given, beside the share of choices.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -79,7 +80,7 @@ def drops(text: str, arm: Arm, routed: Routed) -> Drops:
 
         return over_rows(routed.rows, rate)
 
-    def rate_L(dropped_MNL: np.ndarray) -> list[float]:
+    def rate_L(dropped_MNL: Any) -> list[float]:
         return ratio(dropped_MNL.sum(axis=(0, 1)), served.sum(axis=(0, 1))).tolist()
 
     return Drops(

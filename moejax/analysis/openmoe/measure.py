@@ -99,12 +99,29 @@ def _check(workdir: Path, config: Config, options: Options) -> None:
 
 
 def arms(task: LanguageModel) -> list[Arm]:
-    """Dropless, first come at each factor, batch-prioritised, and another number of choices."""
+    """Dropless, first come at each factor, batch-prioritised, and another number of choices.
+
+    The last of gates that take it with the parameters they have.
+    """
     found = [DROPLESS, *(Arm(factor) for factor in FACTORS), Arm(TYPICAL, "gate")]
     k = getattr(task.model.gate, "k", 0)
-    if k and task.model.moe.num_experts > 1:
-        found.append(Arm(TYPICAL, k=1 if k > 1 else 2))
+    other = Arm(TYPICAL, k=1 if k > 1 else 2)
+    if k and _parameters(task) and _parameters(variant(task, other)) == _parameters(task):
+        found.append(other)
     return found
+
+
+def _parameters(task: LanguageModel) -> Any:
+    """Shapes and types of parameters and gate state; None of a gate that refuses its fields."""
+
+    def counts() -> np.ndarray:
+        return np.ones(task.model.vocab_size, np.int64)
+
+    try:
+        trees = jax.eval_shape(lambda: (task.init(jax.random.key(0)), task.init_gate_state(counts)))
+    except ValueError:
+        return None
+    return jax.tree.map(lambda x: (x.shape, x.dtype.name), trees)
 
 
 def variant(task: LanguageModel, arm: Arm) -> LanguageModel:

@@ -145,11 +145,11 @@ def _early(found: Early) -> list[Block]:
 
 def _drops(found: list[Drops]) -> list[Block]:
     texts = list(dict.fromkeys(drops.text for drops in found))
-    curves: dict[str, list[Block]] = {
-        text: [_curves([drops for drops in found if drops.text == text], i)]
-        for i, text in enumerate(texts)
-    }
-    return [Choice("Drops on", dict(curves)), _drop_table(found)]
+    options: dict[str, list[Block]] = {}
+    for i, text in enumerate(texts):
+        of_it = [drops for drops in found if drops.text == text]
+        options[text] = [_curves(of_it, i), _drop_table(of_it)]
+    return [Choice("Drops on", dict(options))]
 
 
 def _curves(found: list[Drops], number: int) -> Figure:
@@ -171,15 +171,14 @@ def _curves(found: list[Drops], number: int) -> Figure:
 
 
 def _drop_table(found: list[Drops]) -> Table:
-    header = ["text", "slots", "rows", "choices", "any", "all", "first quarter", "last"]
+    header = ["slots", "choices", "any", "all", "first quarter", "last quarter"]
     rows = []
     for drops in found:
         tokens = (float(np.nanmean(drops.any)), float(np.nanmean(drops.all)))
         shares = (drops.rate.value, *tokens, drops.early.value, drops.late.value)
         low, high = 100 * drops.rise.low, 100 * drops.rise.high
         rise = f"{drops.rise.value:+.1%} [{low:+.1f}, {high:+.1f}]"
-        start = [drops.text, drops.arm.name, str(drops.rows)]
-        rows.append([*start, *(f"{x:.1%}" for x in shares), rise])
+        rows.append([drops.arm.name, *(f"{x:.1%}" for x in shares), rise])
     caption = (
         "Share of choices dropped; of tokens that lost any choice, and all; of choices in the "
         "first and the last quarter of positions; and the rise of a straight line from the first "

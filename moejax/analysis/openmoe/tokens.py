@@ -121,19 +121,15 @@ def spread_of(
 
 
 def information(
-    expert_T: Int[np.ndarray, " T"], kind_T: Int[np.ndarray, " T"], num_experts: int
+    expert_T: Int[np.ndarray, " T"], kind_T: Int[np.ndarray, " T"]
 ) -> tuple[float, float, float]:
     """I, its mean for shuffled kinds I_0, and H, in nats, of the tokens that have an expert."""
     kind_T, expert_T = kind_T[expert_T != NONE], expert_T[expert_T != NONE]
-    kinds = int(kind_T.max(initial=-1)) + 1
-
-    def of(kind_T: np.ndarray) -> np.ndarray:
-        return counts(expert_T[:, None], kind_T, kinds, num_experts)
-
     random = np.random.default_rng(SEED)
-    chance = [mutual_information(of(random.permutation(kind_T))) for _ in range(SHUFFLES)]
-    table_CE = of(kind_T)
-    return mutual_information(table_CE), float(np.mean(chance)), float(entropy(table_CE.sum(0)))
+    shuffled = (random.permutation(kind_T) for _ in range(SHUFFLES))
+    chance = [mutual_information(expert_T, other_T) for other_T in shuffled]
+    found = mutual_information(expert_T, kind_T)
+    return found, float(np.mean(chance)), float(entropy(np.bincount(expert_T)))
 
 
 def corrected(found: float, chance: float, whole: float) -> float:
@@ -173,7 +169,7 @@ def specialisation(routed: Routed) -> Specialisation:
             kind_T = kind_NL[valid_NL]
             first[name] = spread_of(expert_T[:, None], kind_T, routed.num_experts)
             shares[name] = spread_of(choice_TK, kind_T, routed.num_experts)
-            found = information(expert_T, kind_T, routed.num_experts)
+            found = information(expert_T, kind_T)
             told[name], chance[name] = corrected(*found), found[1]
         layers.append(Layer(first, shares, told))
         chances.append(chance)
@@ -190,13 +186,14 @@ def _intervals(
     first = [routed.first(layer) for layer in range(routed.layers)]
 
     def told(row_n: np.ndarray, name: str) -> float:
-        valid_nL, values = routed.valid_NL[row_n], []
+        values = []
         for expert_NL, chance in zip(first, chances, strict=True):
-            expert_T, kind_T = expert_NL[row_n][valid_nL], kinds[name][row_n][valid_nL]
-            table_CE = counts(expert_T[:, None], kind_T, int(kind_T.max()) + 1, routed.num_experts)
-            scale = routed.valid_NL.sum() / valid_nL.sum()
-            whole = float(entropy(table_CE.sum(axis=0)))
-            values.append(corrected(mutual_information(table_CE), chance[name] * scale, whole))
+            has_nL = expert_NL[row_n] != NONE
+            expert_T, kind_T = expert_NL[row_n][has_nL], kinds[name][row_n][has_nL]
+            scale = np.sum(expert_NL != NONE) / has_nL.sum()
+            whole = float(entropy(np.bincount(expert_T)))
+            found = mutual_information(expert_T, kind_T)
+            values.append(corrected(found, chance[name] * scale, whole))
         return float(np.mean(values))
 
     def lead(row_n: np.ndarray) -> float:

@@ -106,7 +106,7 @@ def test_information_is_that_of_the_joint_distribution():
     expert_T = np.array([0, 0, 1, 1, 1, 1, 0, NONE])
     joint = np.array([[2, 1], [1, 3]]) / 7
     product = joint.sum(1, keepdims=True) * joint.sum(0)
-    told, chance, whole = finding.information(expert_T, kind_T, 2)
+    told, chance, whole = finding.information(expert_T, kind_T)
     assert told == pytest.approx(np.sum(joint * np.log(joint / product)))
     assert whole == pytest.approx(-np.sum(joint.sum(0) * np.log(joint.sum(0))))
     assert 0 < chance < whole
