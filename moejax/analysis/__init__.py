@@ -2,6 +2,7 @@
 
     run.py, sweep.py   what a run and a sweep have written, also half of it
     statistics/        numbers about routing, of arrays
+    probed.py          the probe as the statistics take it: valid tokens in a row
     health.py          what to warn of
     page.py, html.py   what a page of the report is made of, and the file made of pages
     pages/             one page a file: a function of what was recorded
