@@ -1,6 +1,7 @@
 """Whole sweeps on a real SLURM controller: ``moejax sweep --launcher=slurm``."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -104,9 +105,17 @@ def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_ru
 ):
     body = '    yield {"name": "top_2", "moe.gate.name": "mixtral"}\n'
     text = runs.write_text(tmp_path / "text")
-    page = write_page(tmp_path, text, body, train__steps=600, train__eval_every=600)
+    page = write_page(tmp_path, text, body, train__steps=200, train__eval_every=200)
     words = [f"--experiment={page}", f"--workdir={tmp_path / 'out'}", *SLURM]
-    run = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Eight devices, as other tests have, would meet at every one of many steps.
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    run = {
+        "cwd": ROOT,
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     command = [sys.executable, "-m", "moejax", "sweep", *words]
     workdir = tmp_path / "out/trials/top_2-seed0"
     rows = workdir / "metrics.jsonl"
@@ -127,5 +136,5 @@ def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_ru
     assert f"SLURM job {number} starts again, 1 of 100 times" in log
     steps = [row["step"] for row in map(json.loads, rows.read_text().splitlines())
              if row["split"] == "train"]  # fmt: skip
-    assert steps == sorted(set(steps)) and steps[-1] == 600
+    assert steps == sorted(set(steps)) and steps[-1] == 200
     wait_until(lambda: not cluster.jobs())
