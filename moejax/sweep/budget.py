@@ -53,8 +53,8 @@ def _work(trials: Sequence[Trial]) -> str:
     costs = count([trial.config for trial in trials])
     flops = sum(n * cost.active_flops for n, cost in zip(tokens, costs, strict=True))
     return (
-        f"to run: {len(trials)} trials, {steps} steps, {_short(sum(tokens))} tokens, "
-        f"{_short(flops)}FLOP (counted, nothing dropped)"
+        f"to run: {len(trials)} trial{'s' * (len(trials) > 1)}, {steps} steps, "
+        f"{_short(sum(tokens))} tokens, {_short(flops)}FLOP (counted, nothing dropped)"
     )
 
 

@@ -244,7 +244,7 @@ def test_the_budget_of_what_is_left(monkeypatch: pytest.MonkeyPatch):
     assert noise.startswith("3 seeds find a difference of ")
     chosen = with_configs(sweep).trials[4:5]
     work, time, _ = announced(monkeypatch, sweep, finished, chosen=chosen)
-    assert "1 trials, 100 steps" in work and "about 50 s" in time
+    assert "1 trial, 100 steps" in work and "about 50 s" in time
 
 
 def test_matched_widths_are_in_the_budget(monkeypatch: pytest.MonkeyPatch):
