@@ -127,9 +127,16 @@ def information(
     kind_T, expert_T = kind_T[expert_T != NONE], expert_T[expert_T != NONE]
     random = np.random.default_rng(SEED)
     shuffled = (random.permutation(kind_T) for _ in range(SHUFFLES))
-    chance = [mutual_information(expert_T, other_T) for other_T in shuffled]
-    found = mutual_information(expert_T, kind_T)
-    return found, float(np.mean(chance)), float(entropy(np.bincount(expert_T)))
+    chance = [mutual_information(_table(expert_T, other_T)) for other_T in shuffled]
+    table_CE = _table(expert_T, kind_T)
+    return mutual_information(table_CE), float(np.mean(chance)), float(entropy(table_CE.sum(0)))
+
+
+def _table(
+    expert_T: Int[np.ndarray, " T"], kind_T: Int[np.ndarray, " T"]
+) -> Int[np.ndarray, "C E"]:
+    kinds, num_experts = int(kind_T.max(initial=-1)) + 1, int(expert_T.max(initial=-1)) + 1
+    return counts(expert_T[:, None], kind_T, kinds, num_experts)
 
 
 def corrected(found: float, chance: float, whole: float) -> float:
@@ -191,9 +198,9 @@ def _intervals(
             has_nL = expert_NL[row_n] != NONE
             expert_T, kind_T = expert_NL[row_n][has_nL], kinds[name][row_n][has_nL]
             scale = np.sum(expert_NL != NONE) / has_nL.sum()
-            whole = float(entropy(np.bincount(expert_T)))
-            found = mutual_information(expert_T, kind_T)
-            values.append(corrected(found, chance[name] * scale, whole))
+            table_CE = _table(expert_T, kind_T)
+            whole = float(entropy(table_CE.sum(axis=0)))
+            values.append(corrected(mutual_information(table_CE), chance[name] * scale, whole))
         return float(np.mean(values))
 
     def lead(row_n: np.ndarray) -> float:
