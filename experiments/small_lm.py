@@ -46,3 +46,10 @@ def chosen(variants: Mapping[str, Variant], only: str, seeds: int) -> Iterator[V
     """The variants as `sweep()` yields them; ``only`` names some, as only=switch+base."""
     for name in only.split("+") if only else variants:
         yield {"name": name, "seeds": seeds, **choose("only", name, variants)}
+
+
+def compared(baseline: str, only: str, match: str | None = "active_flops") -> dict[str, Any]:
+    """What `comparison()` says: the baseline and what is matched; nothing if ``only`` omits it."""
+    if only and baseline not in only.split("+"):
+        return {}
+    return {"match": match, "baseline": baseline}

@@ -189,7 +189,7 @@ def _save(path: Path, arrays: Mapping[str, Any], table: dict[str, tuple[str, str
     if arrays.keys() != table.keys():
         raise ValueError(f"{path.name} holds {sorted(table)}, but {sorted(arrays)} were given")
     sizes: dict[str, int] = {}
-    content = {"format": np.int32(FORMAT)}
+    content: dict[str, Any] = {"format": np.int32(FORMAT)}
     for name, (dtype, axes) in table.items():
         array = np.asarray(arrays[name]).astype(dtype)
         shape = tuple(

@@ -16,10 +16,9 @@ Argument: longer (1), seeds (3), only (all). README.md beside this file has what
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.small_lm import SEEDS, Variant, chosen, small_lm
+from experiments.small_lm import SEEDS, Variant, chosen, compared, small_lm
 from moejax.config import Config, parse_arg
 
-BASELINE = "dropless"
 PRIORITIES = ("position", "gate")
 FACTORS = (0.75, 1.0, 1.25, 2.0)
 
@@ -51,3 +50,7 @@ def get_config(arg: str | None = None) -> Config:
 def sweep(arg: str | None = None) -> Iterator[Variant]:
     options = _options(arg)
     return chosen(VARIANTS, options.only, options.seeds)
+
+
+def comparison(arg: str | None = None) -> dict[str, Any]:
+    return compared("dropless", _options(arg).only, match=None)

@@ -17,11 +17,8 @@ what came out here.
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.small_lm import SEEDS, Variant, chosen, small_lm
+from experiments.small_lm import SEEDS, Variant, chosen, compared, small_lm
 from moejax.config import Config, parse_arg
-
-MATCH = "active_flops"
-BASELINE = "top_2"
 
 ONE = {"moe.num_experts": 8, "moe.d_ff": 256}
 TWO = {"moe.num_experts": 16, "moe.d_ff": 128}
@@ -63,3 +60,7 @@ def get_config(arg: str | None = None) -> Config:
 def sweep(arg: str | None = None) -> Iterator[Variant]:
     options = _options(arg)
     return chosen(VARIANTS, options.only, options.seeds)
+
+
+def comparison(arg: str | None = None) -> dict[str, Any]:
+    return compared("top_2", _options(arg).only)
