@@ -40,6 +40,7 @@ from first_step import PAGE, Row, first_step, spread
 from moejax.config import Config, load
 from moejax.schema import set_field
 from moejax.train import loop, setup
+from moejax.train.budget import count_budget
 from scripts.layer_bench.step_table import TARGETS
 
 CUT = {
@@ -124,7 +125,7 @@ def moe_over_dense(size: str, transport: str, mesh: int, pairs: int) -> Row:
     common: dict[str, Any] = {"mesh__expert": mesh}
     sparse = Stepper(config_of(size, moe__transport=transport, **common))
     dense = Stepper(config_of(size, moe__every=0, **common))
-    flops = [setup.budget(stepper.run).flops_per_step for stepper in (sparse, dense)]
+    flops = [count_budget(stepper.run).flops_per_step for stepper in (sparse, dense)]
     what = f"{size}, {transport}, {mesh} device{'s' if mesh > 1 else ''}"
     row = paired(dense, sparse, pairs)
     row["ms"], row["other_ms"] = row["other_ms"], row["ms"]

@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def _counted(saved: dict[str, Any]) -> Counted:
-    from moejax.train import setup
+    from moejax.train import budget, setup
     from moejax.train.state import count_parameters
 
     config = from_dict(saved)
@@ -89,7 +89,7 @@ def _counted(saved: dict[str, Any]) -> Counted:
     if config.model.attention == "cudnn":
         config.model.attention = "auto"  # the same products, on any device
     run = setup.prepare(config)
-    flops = setup.train_flops(run)
+    flops = budget.train_flops(run)
     return Counted(
         total_params=count_parameters(run.abstract_state.params),
         active_flops=flops.fixed + flops.per_pair * _nominal_pairs(run.task.model),

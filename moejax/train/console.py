@@ -8,9 +8,10 @@ from typing import Any
 
 from moejax.mesh import AXES
 from moejax.train import flops, units
+from moejax.train.budget import Budget
 from moejax.train.processes import is_first
 from moejax.train.rows import Row
-from moejax.train.setup import Budget, Run
+from moejax.train.setup import Run
 from moejax.train.summary import write_summary_png
 
 

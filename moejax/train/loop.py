@@ -16,7 +16,7 @@ from moejax.config import Config, config_differences, default, to_dict
 from moejax.data.baselines import ngram_baselines
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
-from moejax.train import compile_cache, probe, rows, setup
+from moejax.train import budget, compile_cache, probe, rows, setup
 from moejax.train.checkpoint import Checkpointer, restore_subtree
 from moejax.train.console import Console
 from moejax.train.lock import WorkdirLock
@@ -47,16 +47,16 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     this.eval_batches()  # before anything is written
     this.check_gate_data(config.train.steps)
     probe.check(this, folder)
-    console, budget = Console(this, folder), setup.budget(this)
-    console.announce(budget)
+    console, costs = Console(this, folder), budget.count_budget(this)
+    console.announce(costs)
     about = {
         "source": source,
         "overrides": list(overrides),
         "flops": {
-            "train": dataclasses.asdict(budget.train_flops),
-            "eval": dataclasses.asdict(budget.eval_flops),
+            "train": dataclasses.asdict(costs.train_flops),
+            "eval": dataclasses.asdict(costs.eval_flops),
         },
-        "memory": {"state": budget.state_bytes, "activations": budget.activation_bytes},
+        "memory": {"state": costs.state_bytes, "activations": costs.activation_bytes},
         "devices": {"kind": this.mesh.devices.flat[0].device_kind, "count": this.mesh.size},
     }
     cached = compile_cache.kept(config.report.compile_cache)
@@ -280,7 +280,7 @@ def write_config(this: Run, folder: Path, about: dict[str, Any]) -> None:
         "baselines": baselines,
         "parameters": {
             "total": count_parameters(this.abstract_state.params),
-            "active": setup.active_parameters(this),
+            "active": budget.active_parameters(this),
         },
         "visibility": this.leak,
     }

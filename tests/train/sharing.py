@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from moejax.config import load, to_dict
-from moejax.train import console, flops, setup, summary
+from moejax.train import budget, console, flops, setup, summary
 from tests.train.runs import PAGE, Ended, call, command, flags, snapshot, write_text
 
 
@@ -26,9 +26,9 @@ class Shared:
     OF_THE_LOOP = ("steps", "log_every", "eval_every", "checkpoint_every", "init_from")
 
     def __init__(self) -> None:
-        self._prepare, self._budget = setup.prepare, setup.budget
+        self._prepare, self._budget = setup.prepare, budget.count_budget
         self._compiled: dict[str, dict[str, Any]] = {}
-        self._budgets: dict[str, setup.Budget] = {}
+        self._budgets: dict[str, budget.Budget] = {}
         self._around: Callable[[Any], Any] = lambda update: update
 
     def prepare(self, config: Any) -> setup.Run:
@@ -45,7 +45,7 @@ class Shared:
         vars(run)["train_step"] = self._around(run.train_step)
         return run
 
-    def budget(self, run: setup.Run) -> setup.Budget:
+    def budget(self, run: setup.Run) -> budget.Budget:
         key = self._key(run.config)
         if key not in self._budgets:
             self._budgets[key] = self._budget(run)
@@ -94,7 +94,7 @@ def sharing() -> Iterator[Shared]:
     """Runs share what they compile, draw no picture and do not measure the machine's speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "prepare", SHARED.prepare)
-        patch.setattr(setup, "budget", SHARED.budget)
+        patch.setattr(budget, "count_budget", SHARED.budget)
         patch.setattr(console, "write_summary_png", lambda workdir: None)
         patch.setattr(flops, "peak_flops", lambda devices, dtype: 1e12)
         yield SHARED

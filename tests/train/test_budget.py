@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moejax.train import setup
+from moejax.train.budget import Budget, TokenFlops, count_budget
 from tests import steps
 
 D, V, L, E, F, LAYERS = 16, steps.VOCAB, steps.LENGTH, 8, steps.F, 2
@@ -13,8 +13,8 @@ PASSES = 3  # forward, gradient of the input, gradient of the weights
 
 
 @functools.cache
-def budget(gate: str = "mixtral", **changes: Any) -> setup.Budget:
-    return setup.budget(steps.make({"expert": 1}, gate, **changes))
+def budget(gate: str = "mixtral", **changes: Any) -> Budget:
+    return count_budget(steps.make({"expert": 1}, gate, **changes))
 
 
 def outside_the_experts(router: bool = True) -> float:
@@ -47,7 +47,7 @@ def test_everything_else_is_counted_once_per_token_whatever_the_routing():
 def test_a_model_without_experts_has_no_pairs_and_its_ffn_is_fixed():
     counted = budget(moe__every=0)
     ffn = LAYERS * 3 * 2 * D * 32
-    assert counted.eval_flops == setup.TokenFlops(outside_the_experts(router=False) + ffn, 0.0)
+    assert counted.eval_flops == TokenFlops(outside_the_experts(router=False) + ffn, 0.0)
     assert counted.train_flops.fixed == PASSES * counted.eval_flops.fixed
 
 

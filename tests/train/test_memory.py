@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.models import lm
-from moejax.train import setup
+from moejax.train.budget import count_budget
 from moejax.train.memory import residual_bytes, tree_bytes_per_device
 from tests import steps
 
@@ -65,7 +65,7 @@ def test_bytes_per_device_follow_the_sharding(eight_devices):
 
 
 def activations(**changes) -> int:
-    return setup.budget(steps.make({"data": 2, "expert": 4}, **changes)).activation_bytes
+    return count_budget(steps.make({"data": 2, "expert": 4}, **changes)).activation_bytes
 
 
 def test_expected_memory_knows_recomputation_and_the_transports_buffers(eight_devices):
@@ -97,7 +97,7 @@ def test_expected_memory_differs_as_that_of_the_compiled_program_does(
         run = steps.make({"data": 2, "expert": 4}, **sizes)
         with jax.set_mesh(run.mesh):
             compiled = run.train_step.lower(*steps.shapes(run)).compile()
-        return setup.budget(run).activation_bytes, compiled.memory_analysis().temp_size_in_bytes
+        return count_budget(run).activation_bytes, compiled.memory_analysis().temp_size_in_bytes
 
     (expected, real), (other_expected, other_real) = measured(), measured(**changes)
     # XLA keeps some values twice and computes some again.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moejax.models import lm
-from moejax.train import setup
+from moejax.train.budget import count_budget
 from tests import meshes, steps
 from tests.hlo import Collective, collectives
 
@@ -127,7 +127,7 @@ def test_experts_keeps_the_hidden_layers_on_top_of_what_exchange_keeps():
     layers, rows = 2, steps.BATCH * steps.LENGTH * 2 // 8
     hidden = layers * rows * 2 * steps.F * 4
     kept = [
-        setup.budget(steps.make(meshes.LARGE, model__remat=remat)).activation_bytes
+        count_budget(steps.make(meshes.LARGE, model__remat=remat)).activation_bytes
         for remat in KEEP_EXCHANGES
     ]
     assert kept[0] - kept[1] == pytest.approx(hidden, abs=1)  # rounded down to bytes per device

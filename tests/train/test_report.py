@@ -15,7 +15,7 @@ from moejax import cli
 from moejax.config import from_dict, load, to_dict
 from moejax.data.baselines import ngram_baselines
 from moejax.errors import UserError
-from moejax.train import setup
+from moejax.train.budget import count_budget
 from moejax.train.checkpoint import Checkpointer
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy
@@ -88,7 +88,7 @@ def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Who
     assert saved["fingerprint"] == corpus.fingerprint and len(corpus.fingerprint) == 64
     assert saved["baselines"] == ngram_baselines(corpus.train_N, corpus.heldout_N, 256)
     assert saved["parameters"] == {"total": 9552, "active": 8016}
-    budget = setup.budget(whole.run)
+    budget = count_budget(whole.run)
     for phase, counted in (("train", budget.train_flops), ("eval", budget.eval_flops)):
         expected = {"fixed": counted.fixed, "per_pair": counted.per_pair}
         assert saved["flops"][phase] == expected and counted.per_pair > 0

@@ -1,0 +1,136 @@
+"""What a run costs, counted on traced programs and shapes before anything is compiled."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jaxtyping import PyTree
+
+from moejax import mesh as meshes
+from moejax.config import Config
+from moejax.train import flops, memory
+from moejax.train.setup import Run, abstract_batch
+from moejax.train.state import count_parameters
+from moejax.train.task import Batch, LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFlops:
+    """Floating-point operations per token of a model whose routing decides what it costs.
+
+    ``fixed`` is everything but the routed experts; each (token, expert) pair, in any MoE layer,
+    adds ``per_pair``. The pairs are in ``metrics.jsonl``: a token of a row has
+    layers * experts_per_token * (1 - drop_rate) of them.
+    """
+
+    fixed: float
+    per_pair: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a run costs, counted before anything is compiled."""
+
+    parameters: int
+    active_parameters: int
+    flops_per_step: float
+    """Floating-point operations of one step's forward and backward pass, drop- and padding-free."""
+    train_flops: TokenFlops
+    """Forward and backward pass, without recomputation."""
+    eval_flops: TokenFlops
+    """Forward pass."""
+    state_bytes: int
+    activation_bytes: int
+    """Per device: the training state with gradients, and what is kept for the backward pass."""
+
+
+def count_budget(run: Run) -> Budget:
+    """Counts parameters, FLOPs (on the jaxpr) and bytes per device (from shapes and shardings).
+
+    FLOPs are those of the model, memory is that of the program: on the run's mesh, with its
+    transport's buffers, and after recomputation has given up what it computes again.
+    """
+    config, params = run.config, run.abstract_state.params
+    batch = abstract_batch(config, _micro_batch(config))
+    backward, forward = (_countable_pass(run, train=train) for train in (True, False))
+    with jax.set_mesh(run.mesh):
+        kept = memory.residual_bytes(
+            lambda p: _loss(run, run.task, p, zeros_like(batch)), _without_shardings(params)
+        )
+    shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
+    return Budget(
+        parameters=count_parameters(params),
+        active_parameters=active_parameters(run),
+        flops_per_step=flops.count_flops(backward) * config.train.grad_accum,
+        train_flops=_token_flops(run, backward),
+        eval_flops=_token_flops(run, forward),
+        state_bytes=memory.tree_bytes_per_device(run.abstract_state)
+        + memory.tree_bytes_per_device(params),
+        activation_bytes=kept // shards,
+    )
+
+
+def train_flops(run: Run) -> TokenFlops:
+    """``count_budget(run).train_flops`` alone, and sooner."""
+    return _token_flops(run, _countable_pass(run, train=True))
+
+
+def _micro_batch(config: Config) -> int:
+    return config.train.batch_size // config.train.grad_accum
+
+
+def _loss(
+    run: Run, task: LanguageModel, params: PyTree, batch: Batch, train: bool = True
+) -> jax.Array:
+    gate_state, key = zeros_like(run.abstract_state.gate_state), jax.random.key(0)
+    totals = task.forward(params, gate_state, batch, jax.numpy.int32(0), key, train=train)
+    return task.objective(totals, totals.tokens)
+
+
+def _countable_pass(run: Run, train: bool) -> ClosedJaxpr:
+    """A micro-batch, forward and in training backward, in the form whose FLOPs count."""
+    loss = functools.partial(_loss, run, run.task.countable(), train=train)
+    params = _without_shardings(run.abstract_state.params)
+    batch = abstract_batch(run.config, _micro_batch(run.config))
+    return jax.make_jaxpr(jax.grad(loss) if train else loss)(params, batch)
+
+
+def _without_shardings(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _token_flops(run: Run, jaxpr: ClosedJaxpr) -> TokenFlops:
+    """Splits the count of a pass over a micro-batch: only routed experts are grouped matmuls.
+
+    The traced program hands them every column of every token's routing.
+    """
+    model, tokens = run.task.model, _micro_batch(run.config) * run.config.train.seq_len
+    fixed = flops.count_flops(jaxpr, grouped=False)
+    if not model.num_moe_layers:
+        return TokenFlops(fixed / tokens, 0.0)
+    columns = model.gate.columns(model.moe.num_experts)
+    pairs = tokens * model.num_moe_layers * columns
+    return TokenFlops(fixed / tokens, (flops.count_flops(jaxpr) - fixed) / pairs)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros of the described shapes."""
+    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), tree)
+
+
+def active_parameters(run: Run) -> int:
+    """Parameters one token uses: of each MoE layer, only the experts it visits."""
+    model = run.task.model
+    params = run.abstract_state.params
+    total = count_parameters(params)
+    if not model.every:
+        return total
+    experts = sum(
+        int(np.prod(x.shape))
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if str(getattr(path[-1], "key", "")) in ("gate_EDF", "up_EDF", "down_EFD")
+    )
+    visited = min(model.gate.columns(model.moe.num_experts), model.moe.num_experts)
+    return total - experts + experts * visited // model.moe.num_experts
