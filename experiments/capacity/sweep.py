@@ -3,7 +3,7 @@
 Question: what do dropped pairs cost in held-out loss when capacity is short, and does serving the
 surest tokens first (batch-prioritised routing, V-MoE) make up for it in a language model?
 
-Top-2 of 8 with slots per sequence, capacity factors 0.75, 1, 1.25 and 2, priority `position` (first
+Top-2 of 8 with slots per sequence, capacity factors 0.75, 1 and 2, priority `position` (first
 come, first served) or `gate` (largest weight first), beside the dropless run. `gate` lets a token's
 place depend on later tokens in training; evaluation is dropless for all, so what differs is what
 was learned.
@@ -20,7 +20,7 @@ from experiments.small_lm import SEEDS, Variant, chosen, compared, small_lm
 from moejax.config import Config, parse_arg
 
 PRIORITIES = ("position", "gate")
-FACTORS = (0.75, 1.0, 1.25, 2.0)
+FACTORS = (0.75, 1.0, 2.0)
 
 TOP_2 = {"moe.gate.name": "mixtral", "moe.num_experts": 8, "moe.d_ff": 128}
 
