@@ -9,7 +9,8 @@ step (the run is short), the loss and the bias together, and neither.
 
     moejax sweep --experiment=experiments/balance/sweep.py --workdir=runs/balance
 
-Argument: longer (1), seeds (3), only (all). README.md beside this file has what came out here.
+Argument: longer (1), seeds (3), baseline (none), only (all; as only=A+B). README.md beside this
+file has what came out here.
 """
 
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="none")
 
 
 def get_config(arg: str | None = None) -> Config:
@@ -54,4 +55,5 @@ def sweep(arg: str | None = None) -> Iterator[Variant]:
 
 
 def comparison(arg: str | None = None) -> dict[str, Any]:
-    return compared("none", _options(arg).only)
+    options = _options(arg)
+    return compared(options.baseline, options.only)

@@ -10,7 +10,8 @@ was learned.
 
     moejax sweep --experiment=experiments/capacity/sweep.py --workdir=runs/capacity
 
-Argument: longer (1), seeds (3), only (all). README.md beside this file has what came out here.
+Argument: longer (1), seeds (3), baseline (dropless), only (all; as only=A+B). README.md beside this
+file has what came out here.
 """
 
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="dropless")
 
 
 def get_config(arg: str | None = None) -> Config:
@@ -53,4 +54,5 @@ def sweep(arg: str | None = None) -> Iterator[Variant]:
 
 
 def comparison(arg: str | None = None) -> dict[str, Any]:
-    return compared("dropless", _options(arg).only, match=None)
+    options = _options(arg)
+    return compared(options.baseline, options.only, match=None)

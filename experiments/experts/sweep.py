@@ -10,7 +10,8 @@ loss, where Clark et al. have RL-R and S-BASE; `hash` draws tables at random, as
     moejax sweep --experiment=experiments/experts/sweep.py --workdir=runs/experts
     moejax scaling runs/experts
 
-Argument: longer (1), seeds (3), only (all). README.md beside this file has what came out here.
+Argument: longer (1), seeds (3), baseline (dense_ffn), only (all; as only=A+B). README.md beside this
+file has what came out here.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="dense_ffn")
 
 
 def get_config(arg: str | None = None) -> Config:
@@ -50,4 +51,5 @@ def sweep(arg: str | None = None) -> Iterator[Variant]:
 
 
 def comparison(arg: str | None = None) -> dict[str, Any]:
-    return compared("dense_ffn", _options(arg).only)
+    options = _options(arg)
+    return compared(options.baseline, options.only)

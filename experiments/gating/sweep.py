@@ -10,8 +10,8 @@ token visits (DSelect-k, ReMoE) cost what they cost, which is measured and marke
 
     moejax sweep --experiment=experiments/gating/sweep.py --workdir=runs/gating
 
-Argument: longer (1), seeds (3), only (all; as only=switch+base). README.md beside this file has
-what came out here.
+Argument: longer (1), seeds (3), baseline (top_2), only (all; as only=A+B). README.md beside this
+file has what came out here.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="top_2")
 
 
 def get_config(arg: str | None = None) -> Config:
@@ -63,4 +63,5 @@ def sweep(arg: str | None = None) -> Iterator[Variant]:
 
 
 def comparison(arg: str | None = None) -> dict[str, Any]:
-    return compared("top_2", _options(arg).only)
+    options = _options(arg)
+    return compared(options.baseline, options.only)

@@ -9,7 +9,8 @@ renormalised (OLMoE's form, the only one of these that k = 1 can learn with).
 
     moejax sweep --experiment=experiments/granularity/sweep.py --workdir=runs/granularity
 
-Argument: longer (1), seeds (3), only (all). README.md beside this file has what came out here.
+Argument: longer (1), seeds (3), baseline (4x1), only (all; as only=A+B). README.md beside this
+file has what came out here.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="")
+    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="4x1")
 
 
 def get_config(arg: str | None = None) -> Config:
@@ -55,4 +56,5 @@ def sweep(arg: str | None = None) -> Iterator[Variant]:
 
 
 def comparison(arg: str | None = None) -> dict[str, Any]:
-    return compared("4x1", _options(arg).only)
+    options = _options(arg)
+    return compared(options.baseline, options.only)
