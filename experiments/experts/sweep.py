@@ -10,8 +10,8 @@ loss, where Clark et al. have RL-R and S-BASE; `hash` draws tables at random, as
     moejax sweep --experiment=experiments/experts/sweep.py --workdir=runs/experts
     moejax scaling runs/experts
 
-Argument: longer (1), seeds (3), baseline (dense_ffn), only (all; as only=A+B). README.md beside this
-file has what came out here.
+Argument: longer (1), seeds (3), baseline (dense_ffn), only (all; as only=A+B). README.md beside
+this file has what came out here.
 """
 
 from collections.abc import Iterator
