@@ -14,10 +14,10 @@ RUNS = {
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sbase", "dselect_k")]
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["base", *SLOW])
+@pytest.fixture(scope="module", params=list(RUNS))
 def finished(request, tmp_path_factory):
     """A run of four steps, stopped after two and resumed."""
     folder = tmp_path_factory.mktemp("gates")

@@ -95,9 +95,8 @@ def test_a_leak_is_the_loss_of_sequences_cut_short_less_that_of_whole_ones(finis
     assert row["leak"] == "train:future eval:future"
 
 
-@pytest.mark.parametrize(
-    "gate", ["hash", pytest.param("expert_choice_causal", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["hash", "expert_choice_causal"])
 def test_a_causal_evaluation_has_none(finished, gate):
     workdir, row = finished(gate)
     # Masked or not, the same numbers are added: float32 rounding of a loss of about 5.

@@ -142,7 +142,7 @@ def check_it_was_a_test(gate):
         assert alone.gate_state.shape == (2, 8) and np.abs(alone.gate_state).max() > 0.01
 
 
-QUICK = ["shazeer", "tests.steps:Biased"]
+QUICK = ["shazeer", pytest.param("tests.steps:Biased", marks=pytest.mark.slow)]
 START = {"switch": 1, "base": 0, "sbase": 2}
 """Gates that are tried on every third mesh, and on which they begin."""
 

@@ -67,6 +67,7 @@ def test_older_weights_under_the_last_routing_are_neither_checkpoint(recorded):
     assert other["loss"] != own["loss"] and other["step"] == own["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_a_routing_that_never_moves(recorded):
     folder, file, row = recorded
     command = runs.command(

@@ -65,7 +65,10 @@ def same(got: Outcome, wanted: Outcome) -> None:
     jax.tree.map(np.testing.assert_array_equal, got.gate_state, wanted.gate_state)
 
 
-@pytest.mark.parametrize("remat", [*KEEP_EXCHANGES, "full"])
+@pytest.mark.parametrize(
+    "remat",
+    ["experts", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("exchange", "full"))],
+)
 def test_on_a_mesh_loss_gradients_and_counts_are_those_without_recomputation(remat):
     same(outcome(remat), outcome("none"))
     assert outcome("none").totals.stats.dropped_E.sum() > 0
@@ -91,6 +94,7 @@ def test_gates_with_state_and_all_transports_do_not_notice_recomputation(gate, c
         assert np.abs(jax.tree.leaves(got.gate_state)[0]).max() > 0
 
 
+@pytest.mark.slow
 def test_policies_that_keep_what_was_exchanged_send_nothing_twice():
     """Two exchanges each way; a backward pass that starts from nothing repeats those forward."""
     sent = {remat: outcome(remat).sent["all-to-all"] for remat in lm.REMAT if remat != "dots"}
