@@ -23,7 +23,7 @@ def add_command(commands: Any) -> None:
         "1 some\nfailed, 2 a mistake (nothing was started), 75 stopped by a signal after saving.\n"
         "\n`moejax sweep status` prints the state of every trial, also while the sweep runs.",
         epilog="Examples:\n"
-        "  moejax sweep --experiment=experiments/gating_smoke.py --workdir=runs/gating\n"
+        "  moejax sweep --experiment=experiments/gating --workdir=runs/gating\n"
         "  moejax sweep --experiment=experiments/gating_smoke.py:seeds=3,steps=500 "
         "--workdir=runs/b\n"
         "  moejax sweep --experiment=experiments/gating_smoke.py --workdir=runs/gating "
@@ -37,7 +37,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--experiment",
         metavar="SOURCE",
-        help="path.py[:arg] or package.module[:arg]; arg is key=value,key=value",
+        help="path.py[:arg], a folder with a sweep.py, or package.module[:arg]; arg is "
+        "key=value,key=value",
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the sweep's folder, new or to go on with"

@@ -17,6 +17,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moejax.config import load, to_dict, validate
@@ -26,6 +27,9 @@ from moejax.sources import Page, open_page
 from moejax.sweep.match import Comparison, Solved, comparison_of, solve
 
 Variant = dict[str, Any]
+
+PAGE = "sweep.py"
+"""The file that a folder of an experiment is known by."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 _HOW_NOT_WHAT = ("distributed", "report")
@@ -84,14 +88,19 @@ def computed(config: dict[str, Any]) -> dict[str, Any]:
 def expand(source: str) -> Sweep:
     """The trials of ``path.py[:arg]`` or ``package.module[:arg]``, every config validated.
 
+    A folder stands for the file ``sweep.py`` in it.
+
     Raises:
       UserError: no such file, no ``sweep()`` in it, or a variant that cannot run.
     """
+    path, colon, arg = source.partition(":")
+    if (Path(path) / PAGE).is_file():
+        source = f"{Path(path) / PAGE}{colon}{arg}"
     page = open_page(source)
     if page is None:
         raise UserError(
-            f"experiment {source!r} is neither a file 'path.py[:arg]' nor a module "
-            "'package.module[:arg]'"
+            f"experiment {source!r} is neither a file 'path.py[:arg]' nor a folder with a {PAGE} "
+            "nor a module 'package.module[:arg]'"
         )
     read = [
         _read(f"experiment {source!r}, variant {number}", variant)

@@ -124,6 +124,16 @@ def test_the_smoke_experiments_dense_model_costs_what_its_top_2_costs():
         assert model["d_ff"] == 2 * moe["d_ff"] and trial.steps == 7
 
 
+def test_a_folder_stands_for_the_sweep_in_it(write: Write, tmp_path: Path):
+    folder = tmp_path / "question"
+    folder.mkdir()
+    Path(write(f"yield {SWITCH}")).rename(folder / "sweep.py")
+    trials = expand(str(folder)).trials
+    assert [trial.id for trial in trials] == [t.id for t in expand(f"{folder}/sweep.py").trials]
+    sweep = expand(f"{folder}:steps=7")
+    assert sweep.source == f"{folder}/sweep.py:steps=7" and sweep.trials[0].steps == 7
+
+
 def test_the_example_in_the_documentation_expands(tmp_path: Path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
     (tmp_path / "page.py").write_text(code)
