@@ -53,6 +53,7 @@ def commands(verb):
     return found
 
 
+@pytest.mark.slow
 def test_the_gate_is_explained_and_trains_from_the_command_line(folder):
     (shown,) = commands("gates")
     page = run(shown, folder)

@@ -253,7 +253,10 @@ def test_layers_that_are_laid_out_exchange_what_they_do_in_a_loop():
 # As on TPU and GPU.
 
 
-@pytest.mark.parametrize("transport", ["dropless", "dropless_once", "gather"])
+@pytest.mark.parametrize(
+    "transport",
+    ["dropless", *(pytest.param(t, marks=pytest.mark.slow) for t in ("dropless_once", "gather"))],
+)
 def test_without_the_vma_check_outputs_and_gradients_are_the_same(transport, monkeypatch):
     """TPU and GPU kernels run under check_vma=False, where other code sums the gradients."""
     shape = {"data": 2, "expert": 2, "tensor": 2}

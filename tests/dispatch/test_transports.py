@@ -138,7 +138,11 @@ def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
 
 @pytest.mark.parametrize(
     ("transport", "routing_content"),
-    [("dropless", np.nan), ("dropless_once", np.nan), ("dropless_once", 1.0)],
+    [
+        ("dropless", np.nan),
+        pytest.param("dropless_once", np.nan, marks=pytest.mark.slow),
+        pytest.param("dropless_once", 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_unwritten_buffer_rows_are_never_read(transport, routing_content, monkeypatch):
     """Receive buffers start as NaN; on TPU and GPU they hold whatever memory held. In a buffer of

@@ -38,8 +38,10 @@ def check(shape, case):
     assert stats.gate and stats.load_E.sum() >= valid.sum()
 
 
-@pytest.mark.parametrize("case", ["base-two", "base-batch", "sbase-batch", "sbase-top2-tol",
-                                  "dselect_k-cut"])  # fmt: skip
+SLOW = [pytest.param(c, marks=pytest.mark.slow) for c in ("base-two", "sbase-top2-tol")]
+
+
+@pytest.mark.parametrize("case", ["base-batch", "sbase-batch", "dselect_k-cut", *SLOW])
 def test_a_mesh_changes_nothing(case):
     """Groups that divide over the mesh, groups that do not, and one group for the whole batch."""
     check(meshes.LARGE, case)

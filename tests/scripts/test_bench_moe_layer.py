@@ -107,6 +107,7 @@ def test_traffic_at_capacity_one_is_k_copies_per_remote_token(eight_devices):
     assert rows["dropless_once"]["bytes_over_minimum"] == (8 + 2 * TINY.k) / 8
 
 
+@pytest.mark.slow
 def test_a_trial_run_writes_rows_and_the_page_shows_them(tmp_path, monkeypatch, capsys):
     out = tmp_path / "bench.json"
     names = "dropless,cells-1.0,hf-mixtral-eager"

@@ -21,6 +21,7 @@ def against_plain(bench):
     return bench.ours_over_plain("debug", pairs=1)
 
 
+@pytest.mark.slow
 def test_our_dense_step_and_the_plain_one_give_the_same_losses(against_plain):
     """Otherwise it would have ended; three updates have moved the loss from ln(257) = 5.55."""
     assert against_plain["loss"] < 5.4 and against_plain["ratio"]["median"] > 0
@@ -69,6 +70,7 @@ def test_pairs_alternate_and_the_ratio_is_first_over_second(bench, monkeypatch):
     assert (row["ms"], row["other_ms"]) == (3000, 2000)
 
 
+@pytest.mark.slow
 def test_every_row_has_a_target_and_a_line(bench, against_plain):
     lines = bench.table([against_plain]).splitlines()
     assert len(lines) == 2 and "ours_over_plain" in lines[1] and "<= 1.05" in lines[1]

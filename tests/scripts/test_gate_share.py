@@ -27,6 +27,7 @@ def trial(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_a_row_has_ratios_and_its_target(trial):
     assert {row["impl"] for row in trial["rows"]} == set(TIMED)
     for row in trial["rows"]:
@@ -43,6 +44,7 @@ def test_every_gate_is_timed_at_the_k_of_the_shape_and_at_its_own_if_that_is_1()
     assert {k for name, k in found if name in ("base", "dense", "gshard")} == {None}
 
 
+@pytest.mark.slow
 def test_experts_get_as_many_pairs_as_the_gate_has(trial):
     pairs = {row["impl"]: row["pairs_per_token"] for row in trial["rows"]}
     assert pairs["dense"] == TINY.E
@@ -50,6 +52,7 @@ def test_experts_get_as_many_pairs_as_the_gate_has(trial):
     assert 1 < pairs["gshard"] < 2  # the second expert is skipped at times
 
 
+@pytest.mark.slow
 def test_the_page_has_the_gates_and_what_falls_short(trial):
     page = make_benchmark_docs.render([trial])
     assert "## Gates" in page and "| tiny | `dselect_k` (decided) | 2 |" in page

@@ -81,6 +81,7 @@ def cut_short(workdir):
     return each[-1].mean(), np.mean([part[:, -1] for part in each])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", LEAKING)
 def test_a_leak_is_the_loss_of_sequences_cut_short_less_that_of_whole_ones(finished, gate):
     workdir, row = finished(gate)
@@ -107,6 +108,7 @@ def test_a_causal_evaluation_has_none(finished, gate):
     assert held_out == runs.rows(workdir, "eval")[-1]
 
 
+@pytest.mark.slow
 def test_sequences_are_rounded_up_to_whole_groups(finished):
     workdir, _ = finished("hash")
     ended = runs.call(["eval", f"--workdir={workdir}", "--measure-leak=3", "--config.moe.group=4",

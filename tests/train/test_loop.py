@@ -118,6 +118,7 @@ def same_in_parts(text: Path, group: str, batch_size: int, *accums: int) -> None
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_batch_in_four_parts_gives_the_same_loss_counts_and_drops(shared: Shared, text: Path):
     same_in_parts(text, "sequence", 8, 4)
 

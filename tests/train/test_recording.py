@@ -55,6 +55,7 @@ def test_the_same_weights_under_their_own_routing_give_the_same_loss(recorded):
     assert again["loss"] == pytest.approx(row["loss"], rel=1e-6)  # float32, another program
 
 
+@pytest.mark.slow
 def test_older_weights_under_the_last_routing_are_neither_checkpoint(recorded):
     """What drift of the router costs: the other checkpoint's own loss differs from it."""
     folder, file, row = recorded

@@ -44,6 +44,7 @@ def test_a_run_killed_before_its_picture_gets_it_from_the_same_command(
     assert (workdir / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_raising_the_steps_goes_on_where_the_shorter_run_ended(
     whole: Whole, text: Path, tmp_path: Path
 ):
