@@ -83,7 +83,7 @@ class Wandb:
                 resume="allow",
                 settings=wandb.Settings(console="off"),
             )
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"report.wandb=True: wandb does not start ({reason}); run `wandb login`, or set "

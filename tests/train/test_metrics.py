@@ -180,12 +180,12 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self, problem: str = ""):
         super().__init__("wandb")
-        self.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+        self.Error = type("Error", (Exception,), {})
         self.problem, self.begun, self.logged, self.finished = problem, [], [], 0
 
     def init(self, **how):
         if self.problem:
-            raise self.errors.Error(self.problem)
+            raise self.Error(self.problem)
         self.begun.append(how)
         return self
 
