@@ -8,10 +8,11 @@ The setting ``longer`` of an experiment's argument multiplies the steps and is m
 that one wants to rely on: `:longer=5,seeds=5`.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moejax.config import Config, choose, default
+from moejax.config import Config, choose, default, parse_arg
 
 Variant = dict[str, Any]
 
@@ -20,7 +21,7 @@ WIDTH = 256
 """Of the dense feed-forward layer, and of the routed experts of a token together."""
 
 
-def small_lm(longer: int = 1, transport: str = "dropless") -> Config:
+def small_lm(longer: int = 1) -> Config:
     """The config that every variant starts from."""
     config = default()
     config.update_from_flattened_dict(
@@ -29,7 +30,7 @@ def small_lm(longer: int = 1, transport: str = "dropless") -> Config:
             "model.num_layers": 2,
             "model.d_ff": WIDTH,
             "moe.d_ff": WIDTH,
-            "moe.transport": transport,
+            "moe.transport": "dropless",
             "optim.learning_rate": 6e-3,
             "optim.warmup_steps": 20,
             "train.steps": STEPS * longer,
@@ -42,14 +43,33 @@ def small_lm(longer: int = 1, transport: str = "dropless") -> Config:
     return config
 
 
-def chosen(variants: Mapping[str, Variant], only: str, seeds: int) -> Iterator[Variant]:
-    """The variants as `sweep()` yields them; ``only`` names some, as only=switch+base."""
-    for name in only.split("+") if only else variants:
-        yield {"name": name, "seeds": seeds, **choose("only", name, variants)}
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Variants of the small model and what they are compared by: the functions of a page.
 
+    Their argument: ``longer`` multiplies the steps, ``seeds`` is their number, ``baseline`` a
+    variant, and ``only`` names some of them, as only=switch+base.
+    """
 
-def compared(baseline: str, only: str, match: str | None = "active_flops") -> dict[str, Any]:
-    """What `comparison()` says: the baseline and what is matched; nothing if ``only`` omits it."""
-    if only and baseline not in only.split("+"):
-        return {}
-    return {"match": match, "baseline": baseline}
+    variants: Mapping[str, Variant]
+    baseline: str
+    match: str | None = "active_flops"
+
+    def get_config(self, arg: str | None = None) -> Config:
+        return small_lm(self._options(arg).longer)
+
+    def sweep(self, arg: str | None = None) -> Iterator[Variant]:
+        options = self._options(arg)
+        for name in options.only.split("+") if options.only else self.variants:
+            variant = choose("only", name, self.variants)
+            yield {"name": name, "seeds": options.seeds, **variant}
+
+    def comparison(self, arg: str | None = None) -> dict[str, Any]:
+        """Nothing, where the baseline is not among the variants that are chosen."""
+        options = self._options(arg)
+        if options.only and options.baseline not in options.only.split("+"):
+            return {}
+        return {"match": self.match, "baseline": options.baseline}
+
+    def _options(self, arg: str | None) -> Any:
+        return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline=self.baseline)

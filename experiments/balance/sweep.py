@@ -13,11 +13,7 @@ Argument: longer (1), seeds (3), baseline (none), only (all; as only=A+B). READM
 file has what came out here.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-from experiments.small_lm import SEEDS, Variant, chosen, compared, small_lm
-from moejax.config import Config, parse_arg
+from experiments.small_lm import Question, Variant
 
 
 def _balanced(loss: float, bias_rate: float) -> Variant:
@@ -40,20 +36,5 @@ VARIANTS: dict[str, Variant] = {
     "both": _balanced(0.01, 0.01),
 }
 
-
-def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="none")
-
-
-def get_config(arg: str | None = None) -> Config:
-    return small_lm(_options(arg).longer)
-
-
-def sweep(arg: str | None = None) -> Iterator[Variant]:
-    options = _options(arg)
-    return chosen(VARIANTS, options.only, options.seeds)
-
-
-def comparison(arg: str | None = None) -> dict[str, Any]:
-    options = _options(arg)
-    return compared(options.baseline, options.only)
+QUESTION = Question(VARIANTS, baseline="none")
+get_config, sweep, comparison = QUESTION.get_config, QUESTION.sweep, QUESTION.comparison

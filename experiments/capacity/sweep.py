@@ -14,11 +14,7 @@ Argument: longer (1), seeds (3), baseline (dropless), only (all; as only=A+B). R
 file has what came out here.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-from experiments.small_lm import SEEDS, Variant, chosen, compared, small_lm
-from moejax.config import Config, parse_arg
+from experiments.small_lm import Question, Variant
 
 PRIORITIES = ("position", "gate")
 FACTORS = (0.75, 1.0, 2.0)
@@ -39,20 +35,5 @@ VARIANTS: dict[str, Variant] = {
     },
 }
 
-
-def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="dropless")
-
-
-def get_config(arg: str | None = None) -> Config:
-    return small_lm(_options(arg).longer)
-
-
-def sweep(arg: str | None = None) -> Iterator[Variant]:
-    options = _options(arg)
-    return chosen(VARIANTS, options.only, options.seeds)
-
-
-def comparison(arg: str | None = None) -> dict[str, Any]:
-    options = _options(arg)
-    return compared(options.baseline, options.only, match=None)
+QUESTION = Question(VARIANTS, baseline="dropless", match=None)
+get_config, sweep, comparison = QUESTION.get_config, QUESTION.sweep, QUESTION.comparison

@@ -14,11 +14,7 @@ Argument: longer (1), seeds (3), baseline (dense_ffn), only (all; as only=A+B). 
 this file has what came out here.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-from experiments.small_lm import SEEDS, WIDTH, Variant, chosen, compared, small_lm
-from moejax.config import Config, parse_arg
+from experiments.small_lm import WIDTH, Question, Variant
 
 ROUTERS: dict[str, Variant] = {
     "hash": {"moe.gate.name": "hash"},
@@ -36,20 +32,5 @@ VARIANTS: dict[str, Variant] = {
     },
 }
 
-
-def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="dense_ffn")
-
-
-def get_config(arg: str | None = None) -> Config:
-    return small_lm(_options(arg).longer)
-
-
-def sweep(arg: str | None = None) -> Iterator[Variant]:
-    options = _options(arg)
-    return chosen(VARIANTS, options.only, options.seeds)
-
-
-def comparison(arg: str | None = None) -> dict[str, Any]:
-    options = _options(arg)
-    return compared(options.baseline, options.only)
+QUESTION = Question(VARIANTS, baseline="dense_ffn")
+get_config, sweep, comparison = QUESTION.get_config, QUESTION.sweep, QUESTION.comparison

@@ -14,11 +14,7 @@ Argument: longer (1), seeds (3), baseline (top_2), only (all; as only=A+B). READ
 file has what came out here.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-from experiments.small_lm import SEEDS, Variant, chosen, compared, small_lm
-from moejax.config import Config, parse_arg
+from experiments.small_lm import Question, Variant
 
 ONE = {"moe.num_experts": 8, "moe.d_ff": 256}
 TWO = {"moe.num_experts": 16, "moe.d_ff": 128}
@@ -48,20 +44,5 @@ VARIANTS: dict[str, Variant] = {
     },
 }
 
-
-def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="top_2")
-
-
-def get_config(arg: str | None = None) -> Config:
-    return small_lm(_options(arg).longer)
-
-
-def sweep(arg: str | None = None) -> Iterator[Variant]:
-    options = _options(arg)
-    return chosen(VARIANTS, options.only, options.seeds)
-
-
-def comparison(arg: str | None = None) -> dict[str, Any]:
-    options = _options(arg)
-    return compared(options.baseline, options.only)
+QUESTION = Question(VARIANTS, baseline="top_2")
+get_config, sweep, comparison = QUESTION.get_config, QUESTION.sweep, QUESTION.comparison

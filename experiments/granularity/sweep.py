@@ -13,11 +13,7 @@ Argument: longer (1), seeds (3), baseline (4x1), only (all; as only=A+B). README
 file has what came out here.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-from experiments.small_lm import SEEDS, WIDTH, Variant, chosen, compared, small_lm
-from moejax.config import Config, parse_arg
+from experiments.small_lm import WIDTH, Question, Variant
 
 
 def _split(parts: int, shared: int = 0) -> Variant:
@@ -41,20 +37,5 @@ VARIANTS: dict[str, Variant] = {
     "31x7_shared": _split(8, shared=1),
 }
 
-
-def _options(arg: str | None) -> Any:
-    return parse_arg(arg, longer=1, seeds=SEEDS, only="", baseline="4x1")
-
-
-def get_config(arg: str | None = None) -> Config:
-    return small_lm(_options(arg).longer)
-
-
-def sweep(arg: str | None = None) -> Iterator[Variant]:
-    options = _options(arg)
-    return chosen(VARIANTS, options.only, options.seeds)
-
-
-def comparison(arg: str | None = None) -> dict[str, Any]:
-    options = _options(arg)
-    return compared(options.baseline, options.only)
+QUESTION = Question(VARIANTS, baseline="4x1")
+get_config, sweep, comparison = QUESTION.get_config, QUESTION.sweep, QUESTION.comparison

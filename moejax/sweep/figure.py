@@ -88,20 +88,20 @@ def _panels(axes: Sequence[Any], results: Sequence[Result], summary: Summary) ->
     if summary.match == "total_params":
         scale, prefix = unit([result.total_parameters for result in results])
         title, label = "Loss against size", f"total parameters ({prefix or 'number'})"
-        cost: Callable[[Result], float] = lambda r: r.total_parameters / scale  # noqa: E731
+        cost: Callable[[Result], float] = lambda r: r.total_parameters / scale
     else:
         scale, prefix = unit([result.train_flops_per_token for result in results])
         title = "Loss against compute"
         label = f"measured active {prefix}FLOP per token, forward and backward"
-        cost = lambda r: r.train_flops_per_token / scale  # noqa: E731
+        cost = lambda r: r.train_flops_per_token / scale
     left.set(title=title, xlabel=label)
     if summary.match == "step_time":
         right.set(title="Loss against time", xlabel="seconds per step, median")
-        time: Callable[[Result], float] = lambda r: r.seconds_per_step  # noqa: E731
+        time: Callable[[Result], float] = lambda r: r.seconds_per_step
     else:
         label = "seconds of training steps, without compilation and evaluation"
         right.set(title="Loss against time", xlabel=label)
-        time = lambda r: r.train_seconds  # noqa: E731
+        time = lambda r: r.train_seconds
     by_time = summary.match == "step_time"
     matched = summary.match is not None
     return [

@@ -1,6 +1,7 @@
 """``--launcher-option key=value`` of ``--launcher=slurm``, and what they are to sbatch."""
 
 import dataclasses
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -128,12 +129,8 @@ def check_cluster(options: Options) -> None:
     Raises:
       UserError: submitit or a command of SLURM is missing, or SLURM says why it would not.
     """
-    try:
-        import submitit  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise UserError(
-            "--launcher=slurm needs the package submitit: pip install 'moejax[slurm]'"
-        ) from error
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("--launcher=slurm needs the package submitit: pip install 'moejax[slurm]'")
     for command in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
         if shutil.which(command) is None:
             raise UserError(
