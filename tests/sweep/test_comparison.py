@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from scipy import stats
 
@@ -146,8 +147,6 @@ def test_the_csv_and_the_json_hold_the_comparison(tmp_path: Path):
     found = results_of(worse={"train_flops_per_token": 1.5e6, "leak": LEAK})[:-1]
     known = compare(sweep, found, {("worse", 2)})
     write_csv(tmp_path, sweep, found, summary.columns(known))
-    import pandas
-
     rows = pandas.read_csv(tmp_path / "results.csv").set_index(["variant", "seed"])
     assert rows.finished.tolist() == [1] * 11 + [0]
     assert rows.diverged.tolist() == [0] * 11 + [1]

@@ -62,7 +62,6 @@ def test_without_submitit_or_slurm_the_launcher_says_what_is_missing(
         patch.setitem(sys.modules, "submitit", None)
         with pytest.raises(UserError, match=r"pip install 'moejax\[slurm\]'"):
             launch.make("slurm", folder, {})
-    pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no command 'sbatch' here"):
         launch.make("slurm", folder, {})
@@ -98,7 +97,6 @@ class FakeCommands:
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
-    pytest.importorskip("submitit")
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))

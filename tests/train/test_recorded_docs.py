@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 
 from moejax import probe
@@ -57,7 +58,6 @@ def test_every_key_and_every_file_of_a_run_is_named(whole: Whole):
 
 
 def test_the_code_gives_long_tables_of_a_runs_files(tmp_path, monkeypatch):
-    pandas = pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
     workdir = Path("runs/mixtral")
     probes.write(workdir)
