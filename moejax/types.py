@@ -83,6 +83,30 @@ class Policy:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Slots:
+    """Tokens mixed into slots before the experts, and slots into tokens after them (Soft MoE).
+
+    X = E * P slots of a group, those of expert 0 first. Weights of padding are 0.
+    """
+
+    dispatch_GTX: Float[Array, "G T X"]
+    combine_GTX: Float[Array, "G T X"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Experts merged into one, anew for every span of ``span`` tokens of a sequence (SMEAR, Lory).
+
+    N = ceil(L / span) spans of each of B sequences, the last maybe shorter.
+    """
+
+    weight_BNE: Float[Array, "B N E"]
+    span: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class GateOutput:
     """A gate's answer: the routing, its statistics, and what only this gate has.
 
@@ -101,6 +125,9 @@ class GateOutput:
     """Pairs the gate wanted but had no column for: counted as dropped."""
     policy: Policy | None = None
     """Of gates with ``trained_by = "policy"``; the trainer turns it into losses."""
+    mixing: Slots | Merge | None = None
+    """Of gates that mix tokens or experts instead of sending tokens. ``routing`` is then told, not
+    followed: column e is expert e, with its share in the token's output as weight."""
 
 
 @jax.tree_util.register_dataclass
@@ -228,6 +255,13 @@ class Gate(Protocol):
         ...
 
     def visibility(self, moe: MoEConfig) -> Visibility: ...
+
+
+@runtime_checkable
+class Mixes(Protocol):
+    """A gate whose outputs have ``mixing``: what it mixes. No transport is used."""
+
+    mixes: ClassVar[Literal["slots", "weights"]]
 
 
 @runtime_checkable

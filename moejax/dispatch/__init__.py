@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float
 
 from moejax import mesh as meshes
 from moejax.dispatch import transports
-from moejax.dispatch.exchange import Site
+from moejax.dispatch.exchange import Site, sum_over_tensor
+from moejax.dispatch.merge import merge_experts
+from moejax.dispatch.slots import mix_slots
 from moejax.dispatch.transports import Job, Tokens
 from moejax.kernels import kernels_pass_check_vma
 from moejax.kernels.vma import vary_over, varying_axes
-from moejax.types import ExpertWeights, Priority, Routing, Transport
+from moejax.types import ExpertWeights, Merge, Priority, Routing, Slots, Transport
 
 TRANSPORTS = {
     "cells": transports.cells,
@@ -55,8 +57,37 @@ def dispatch(
     chex.assert_equal_shape([routing.expert_GTK, routing.weight_GTK])
     chex.assert_equal_shape_prefix([x_GTD, routing.expert_GTK], 2)
     mesh = meshes.ambient()
-    num_experts, groups = weights.up_EDF.shape[0], x_GTD.shape[0]
-    shards = meshes.axis_size(mesh, "expert")
+    check_divides(mesh, weights, len(x_GTD), "groups of tokens")
+    tokens = Tokens(x_GTD, routing.expert_GTK, routing.weight_GTK, score_GT)
+    job = Job(len(weights.up_EDF), activation, site_on(mesh), capacity, priority)
+    return _run(tokens, weights, transport=transport, job=job, mesh=mesh)
+
+
+def mix(
+    x_GTD: Float[Array, "G T D"], mixing: Slots | Merge, weights: ExpertWeights, activation: str
+) -> Float[Array, "G T D"]:
+    """Each token's output where tokens are mixed into slots, or experts into one (``Merge``).
+
+    On a mesh as ``dispatch``; of a ``Merge`` it is the sequences that divide over the shards.
+
+    Raises:
+      ValueError: experts, groups or sequences that do not divide over the mesh.
+    """
+    mesh = meshes.ambient()
+    if isinstance(mixing, Merge):
+        sequences = len(mixing.weight_BNE)
+        check_divides(mesh, weights, sequences, "sequences")
+        x_BLD = x_GTD.reshape(sequences, -1, x_GTD.shape[-1])
+        return _mix(x_BLD, mixing, weights, activation=activation, mesh=mesh).reshape(x_GTD.shape)
+    check_divides(mesh, weights, len(x_GTD), "groups of tokens")
+    return _mix(x_GTD, mixing, weights, activation=activation, mesh=mesh)
+
+
+def check_divides(
+    mesh: AbstractMesh | None, weights: ExpertWeights, groups: int, what: str
+) -> None:
+    """Raises ValueError unless experts and groups divide over the mesh."""
+    num_experts, shards = len(weights.up_EDF), meshes.axis_size(mesh, "expert")
     batch_shards = meshes.axis_size(mesh, *meshes.BATCH_AXES)
     if num_experts % shards:
         more = (num_experts // shards + 1) * shards
@@ -66,17 +97,19 @@ def dispatch(
         )
     if groups % batch_shards:
         raise ValueError(
-            f"{groups} groups of tokens do not divide over data x fsdp x expert = {batch_shards} "
+            f"{groups} {what} do not divide over data x fsdp x expert = {batch_shards} "
             "shards; make the number of sequences (or groups) a multiple of it"
         )
-    tokens = Tokens(x_GTD, routing.expert_GTK, routing.weight_GTK, score_GT)
-    site = Site(
+
+
+def site_on(mesh: AbstractMesh | None) -> Site:
+    """Where a computation inside ``shard_map`` on this mesh finds its experts."""
+    shards = meshes.axis_size(mesh, "expert")
+    return Site(
         shards=shards,
         expert_axis="expert" if shards > 1 else None,
         tensor_axis="tensor" if meshes.axes_in(mesh, ("tensor",)) else None,
     )
-    job = Job(num_experts, activation, site, capacity, priority)
-    return _run(tokens, weights, transport=transport, job=job, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("transport", "job", "mesh"))
@@ -102,6 +135,26 @@ def _run(
         out_specs=by_token,
         check_vma=transport not in GROUPED or kernels_pass_check_vma(),
     )(tokens, weights)
+
+
+@partial(jax.jit, static_argnames=("activation", "mesh"))
+def _mix(
+    x: Array, mixing: Slots | Merge, weights: ExpertWeights, *, activation: str, mesh: Any
+) -> Array:
+    site = site_on(mesh)
+
+    def run(x: Array, mixing: Slots | Merge, weights: ExpertWeights) -> Array:
+        if isinstance(mixing, Merge):
+            y = merge_experts(x, mixing, weights, activation, site)
+        else:
+            y = mix_slots(x, mixing, weights, activation, site)
+        return sum_over_tensor(y, site)
+
+    if mesh is None:
+        return run(x, mixing, weights)
+    by_token = meshes.batch_spec(mesh)
+    specs = (by_token, by_token, weight_specs(weights))
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_token)(x, mixing, weights)
 
 
 def weight_specs(weights: ExpertWeights) -> Any:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax import losses
-from moejax.dispatch import dispatch
+from moejax.dispatch import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
@@ -157,7 +157,11 @@ class MoE(nnx.Module):
         x_GTD = x_BLD.reshape(batch // rows, rows * length, -1)
         with jax.named_scope("router"):
             output = self.gate(self._gate_params(), state, x_GTD, gate_context)
-        y_GTD, kept_GTK, sent = self._dispatch(x_BLD, x_GTD, output, gate_context)
+        if output.mixing is None:
+            y_GTD, kept_GTK, sent = self._dispatch(x_BLD, x_GTD, output, gate_context)
+        else:
+            y_GTD = mix(x_GTD, output.mixing, self.expert_weights(), self.activation)
+            kept_GTK, sent = output.routing.weight_GTK > 0, output
         if output.identity_weight_GT is not None:
             y_GTD += (output.identity_weight_GT[..., None] * x_GTD).astype(y_GTD.dtype)
         y_BLD = y_GTD.reshape(x_BLD.shape)
