@@ -92,7 +92,7 @@ def objective(out, token_BL):
     """Cross-entropy of the next token plus router losses: every parameter has a gradient."""
     log_p_BLV = jax.nn.log_softmax(out.logits_BLV)
     nats = -jnp.take_along_axis(log_p_BLV[:, :-1], token_BL[:, 1:, None], axis=-1).mean()
-    return nats + 0.1 * sum(out.losses.values())
+    return nats + 0.1 * sum(out.found.losses.values())
 
 
 def slow_unless(quick, value):

@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions and grouped queries."""
+"""Self-attention with rotary positions and grouped queries."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers.basic import fan_in, project
 
@@ -42,7 +42,9 @@ def rope(
 class Attention(nnx.Module):
     """Grouped-query attention: H query heads share J key/value heads (arXiv 2305.13245).
 
-    ``implementation``: "xla", "cudnn" (fused, GPU), or "auto" (see ``implementation_for``).
+    ``causal``: a token sees itself and what is before it, else every valid token. ``theta``: base
+    of the rotary angles; 0 for none. ``implementation``: "xla", "cudnn" (fused, GPU), or "auto"
+    (see ``implementation_for``).
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Attention(nnx.Module):
         *,
         theta: float,
         implementation: str,
+        causal: bool = True,
         rngs: nnx.Rngs,
     ):
-        self.theta, self.implementation = theta, implementation
+        self.theta, self.implementation, self.causal = theta, implementation, causal
         query, key_value = (d_model, num_heads * head_dim), (d_model, num_kv_heads * head_dim)
         self.query_DHI = nnx.Param(
             fan_in(rngs.params(), query, jnp.float32).reshape(d_model, num_heads, head_dim)
@@ -72,14 +75,24 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], position_BL: Int[Array, "B L"]
+        self,
+        x_BLD: Float[Array, "B L D"],
+        position_BL: Int[Array, "B L"],
+        valid_BL: Bool[Array, "B L"] | None = None,
     ) -> Float[Array, "B L D"]:
-        query = rope(project(x_BLD, self.query_DHI[...]), position_BL, self.theta)
-        key = rope(project(x_BLD, self.key_DJI[...]), position_BL, self.theta)
+        query, key = project(x_BLD, self.query_DHI[...]), project(x_BLD, self.key_DJI[...])
         value = project(x_BLD, self.value_DJI[...])
-        implementation = implementation_for(self.implementation, query.dtype, query.shape[-1])
+        if self.theta:
+            query, key = (rope(x, position_BL, self.theta) for x in (query, key))
+        # What is causal has its padding behind it.
+        mask = None if self.causal or valid_BL is None else valid_BL[:, None, None, :]
         mixed_BLHI = jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation=implementation
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=self.causal,
+            implementation=implementation_for(self.implementation, query.dtype, query.shape[-1]),
         )
         mixed_BLHI = checkpoint_name(mixed_BLHI, "attention")
         return project(mixed_BLHI, self.out_HID[...], contract=2)

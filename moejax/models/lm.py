@@ -1,217 +1,41 @@
-"""Decoder-only language model: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward.
-
-Layers repeat in periods (for ``every=2``: dense, MoE). The parameters of all periods are stacked
-and run with ``lax.scan``, so compile time and program size do not grow with depth beyond
-``MOST_UNROLLED`` periods.
-"""
+"""Decoder language model: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from moejax.layers.attention import Attention
-from moejax.layers.basic import FFN, RMSNorm
-from moejax.layers.moe import MoE
 from moejax.mesh import constrain
-from moejax.types import Context, Gate, GateState, MoEConfig, MoEInfo, MoEStats, Policy
-
-BATCH = ("data", "fsdp", "expert")
-
-
-def _matmuls_and(*names: str) -> Any:
-    """Keeps matmuls without batch dimensions (projections, dense FFNs) and what has these names."""
-    policies = jax.checkpoint_policies
-    return policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*names)
-    )
+from moejax.models.stack import Found, Stack, StackConfig, Watch
+from moejax.types import Context
 
 
-REMAT = {
-    "none": None,
-    "experts": _matmuls_and("routing", "attention", "exchange", "experts"),
-    "exchange": _matmuls_and("routing", "attention", "exchange"),
-    "dots": _matmuls_and(),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-"""What is kept for the backward pass, less and less. The names, given with ``checkpoint_name``:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMConfig(StackConfig):
+    """The decoder's sizes and choices."""
 
-``routing``: who goes where; ``attention``: the mixed values; ``exchange``: what other devices sent;
-``experts``: outputs, and hidden layers before the activation.
-"""
-
-MOST_UNROLLED = 8
-"""Up to so many periods are laid out one after the other. A loop fills a stack of zeros with what
-the backward pass needs and takes it out again: with 4 layers on CPU 12% of a dense step, 19% of one
-with experts, and a longer compilation."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LMConfig:
-    """Sizes and choices of the model; ``moe`` and ``gate`` are unused when ``every`` is 0."""
-
-    vocab_size: int
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    activation: str
-    rope_theta: float
-    norm_eps: float
     tie_embeddings: bool
-    dtype: str
-    remat: str
-    attention: str
-    every: int
-    first_dense: int
-    moe: MoEConfig
-    gate: Gate
-    expert_d_ff: int
-    expert_activation: str
-    shared_experts: int
-    shared_gate: bool
-    balance_scope: str
-
-    @property
-    def period(self) -> int:
-        """Layers in one repeating period; the last of them has the experts."""
-        return max(self.every, 1)
-
-    @property
-    def num_periods(self) -> int:
-        return (self.num_layers - self.first_dense) // self.period
-
-    @property
-    def num_moe_layers(self) -> int:
-        return self.num_periods if self.every else 0
-
-
-Watch = Callable[[Float[Array, "B L D"], MoEInfo], PyTree]
-"""What someone wants to know of an MoE layer, from its input and what it said."""
 
 
 class LMOutput(NamedTuple):
-    """``losses`` are means over MoE layers; ``stats`` lead with the MoE layers (None if dense)."""
-
     logits_BLV: Float[Array, "B L V"]
-    losses: dict[str, Float[Array, ""]]
-    stats: MoEStats | None
-    mean_square: Float[Array, "layers"]
-    """Mean square of each layer's output: the first one that is not finite is where a NaN began."""
-    policy: Policy | None
-    """Leads with the MoE layers; of gates trained by policy."""
-    watched: PyTree
-    """Leads with the MoE layers: what ``watch`` gave; None without one, and if dense."""
+    found: Found
 
 
-class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, the latter dense or a mixture of experts."""
-
-    def __init__(self, config: LMConfig, sparse: bool, layer: int | Array, *, rngs: nnx.Rngs):
-        width = config.d_model
-        self.attention_norm = RMSNorm(width, config.norm_eps)
-        self.attention = Attention(
-            width,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            theta=config.rope_theta,
-            implementation=config.attention,
-            rngs=rngs,
-        )
-        self.ffn_norm = RMSNorm(width, config.norm_eps)
-        self.sparse = sparse
-        if sparse:
-            self.ffn = MoE(
-                width,
-                config.expert_d_ff,
-                gate=config.gate,
-                activation=config.expert_activation,
-                num_shared=config.shared_experts,
-                shared_gate=config.shared_gate,
-                balance_scope=config.balance_scope,
-                vocab_size=config.vocab_size,
-                layer=layer,
-                rngs=rngs,
-                **dataclasses.asdict(config.moe),
-            )
-        else:
-            self.ffn = FFN(width, config.d_ff, config.activation, rngs=rngs)
-
-    def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
-    ) -> tuple[Array, MoEInfo | None, PyTree]:
-        """Output, what the MoE layer said, and what ``watch`` made of it."""
-        with jax.named_scope("attention"):
-            mixed_BLD = self.attention(self.attention_norm(x_BLD), context.position_BL)
-        x_BLD += mixed_BLD
-        normed_BLD, watched = self.ffn_norm(x_BLD), None
-        if isinstance(self.ffn, MoE):
-            y_BLD, info = self.ffn(normed_BLD, context, state, train)
-            watched = watch(normed_BLD, info) if watch else None
-        else:
-            with jax.named_scope("ffn"):
-                y_BLD, info = self.ffn(normed_BLD), None
-        return constrain(x_BLD + y_BLD, BATCH), info, watched
-
-
-class Period(nnx.Module):
-    """The layers that repeat: dense ones, then (unless the model is dense) one MoE layer."""
-
-    def __init__(self, config: LMConfig, layer: int | Array, *, rngs: nnx.Rngs):
-        last = config.period - 1
-        self.blocks = nnx.List(
-            [
-                Block(config, bool(config.every) and i == last, layer, rngs=rngs)
-                for i in range(config.period)
-            ]
-        )
-
-    def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
-    ) -> tuple[Array, Any]:
-        """Output, and of all layers or the sparse one what ``LMOutput`` tells, in its order."""
-        squares, losses, stats, policy, watched = [], {}, None, None, None
-        for block in self.blocks:
-            x_BLD, info, watched = block(x_BLD, context, state, train, watch)
-            squares.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
-            if info is not None:
-                losses, stats, policy = info.losses, info.stats, info.policy
-        return x_BLD, (jnp.stack(squares), losses, stats, policy, watched)
-
-
-class LM(nnx.Module):
-    """``model(token_BL, context, gate_state, train)`` -> logits, losses and routing statistics.
-
-    ``gate_state`` (from ``init_gate_state``) leads with the MoE layers. ``watch(x_BLD, info)`` may
-    look at every MoE layer's input and ``MoEInfo``; what it returns is in ``LMOutput.watched``.
-    """
+class LM(Stack):
+    """``model(token_BL, context, gate_state, train)`` -> logits, and what the layers found."""
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
-        self.config = config
         shape = (config.vocab_size, config.d_model)
         embed_init = nnx.initializers.normal(config.d_model**-0.5)
         self.embed_VD = nnx.Param(embed_init(rngs.params(), shape, jnp.float32))
-        self.first = nnx.List(
-            [Block(config, False, 0, rngs=rngs) for _ in range(config.first_dense)]
-        )
-        keys = jax.random.split(rngs.params(), config.num_periods)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: Period(config, 0, rngs=nnx.Rngs(0))))
-        stacked = jax.vmap(
-            lambda key, layer: nnx.state(Period(config, layer, rngs=nnx.Rngs(params=key)))
-        )(keys, jnp.arange(config.num_periods))
-        self.periods = nnx.merge(graph, stacked)
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        if not config.tie_embeddings:
+        self.build_layers(config, rngs)
+        self.tied = config.tie_embeddings
+        if not self.tied:
             self.head_DV = nnx.Param(embed_init(rngs.params(), shape[::-1], jnp.float32))
 
     def __call__(
@@ -222,74 +46,18 @@ class LM(nnx.Module):
         train: bool,
         watch: Watch | None = None,
     ) -> LMOutput:
-        config = self.config
         chex.assert_rank(token_BL, 2)
         chex.assert_equal_shape([token_BL, context.position_BL, context.valid_BL])
-        dtype = jnp.dtype(config.dtype)
         # Scaled so that a tied embedding can serve as head with logits of unit scale.
         # Whole on every device first: otherwise each looks up its columns for the whole batch.
         embed_VD = constrain(self.embed_VD[...])
-        x_BLD = jnp.take(embed_VD, token_BL, axis=0) * config.d_model**0.5
-        x_BLD = constrain(x_BLD.astype(dtype), BATCH)
-        first = []
-        for block in self.first:
-            x_BLD, *_ = block(x_BLD, context, (), train, None)
-            first.append(jnp.mean(jnp.square(x_BLD.astype(jnp.float32))))
-        x_BLD, found = self._scan(x_BLD, context, gate_state, train, watch)
-        squares, losses, stats, policy, watched = found
+        x_BLD = jnp.take(embed_VD, token_BL, axis=0) * self.config.d_model**0.5
+        x_BLD, found = self.run_layers(x_BLD, context, gate_state, train, watch)
         with jax.named_scope("loss"):
-            logits_BLV = self._logits(self.final_norm(x_BLD), dtype)
-        return LMOutput(
-            logits_BLV.astype(jnp.float32),
-            jax.tree.map(jnp.mean, losses),
-            stats,
-            jnp.concatenate([jnp.asarray(first, jnp.float32), squares.reshape(-1)]),
-            policy,
-            watched,
-        )
+            logits_BLV = self._logits(x_BLD).astype(jnp.float32)
+        return LMOutput(logits_BLV, found)
 
-    def _logits(self, x_BLD: Array, dtype: jnp.dtype) -> Array:
-        config = self.config
-        head_DV = self.embed_VD[...].T if config.tie_embeddings else self.head_DV[...]
-        logits = x_BLD.reshape(-1, config.d_model) @ head_DV.astype(dtype)
+    def _logits(self, x_BLD: Array) -> Array:
+        head_DV = self.embed_VD[...].T if self.tied else self.head_DV[...]
+        logits = x_BLD.reshape(-1, x_BLD.shape[-1]) @ head_DV.astype(x_BLD.dtype)
         return logits.reshape(*x_BLD.shape[:-1], -1)
-
-    def init_gate_state(self, token_counts: Callable[[], np.ndarray] | None = None) -> PyTree:
-        """Initial gate states, stacked over MoE layers."""
-        if not self.config.every:
-            return ()
-        moe = self._moe_layer()
-        init = functools.partial(moe.init_gate_state, token_counts=token_counts)
-        return jax.vmap(init)(jnp.arange(self.config.num_moe_layers))
-
-    def update_gate_state(self, state: PyTree, stats: MoEStats | None) -> PyTree:
-        """Every layer's state after an optimizer step."""
-        if stats is None or not jax.tree.leaves(state):
-            return state
-        return jax.vmap(self._moe_layer().update_gate_state)(state, stats)
-
-    def _moe_layer(self) -> MoE:
-        ffn = self.periods.blocks[-1].ffn
-        assert isinstance(ffn, MoE)
-        return ffn
-
-    def _scan(
-        self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
-    ) -> Any:
-        graph, params = nnx.split(self.periods)
-        key = context.key
-
-        def body(x_BLD: Array, layer: tuple[PyTree, GateState, Array]) -> Any:
-            own_params, own_state, index = layer
-            own_key = None if key is None else jax.random.fold_in(key, index)
-            own_context = dataclasses.replace(context, key=own_key)
-            return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train, watch)
-
-        periods = self.config.num_periods
-        unroll = train and periods <= MOST_UNROLLED
-        if self.config.remat != "none":
-            # Outside a loop XLA would merge what is recomputed with what it recomputes.
-            unroll = False
-            body = jax.checkpoint(body, policy=REMAT[self.config.remat], prevent_cse=False)
-        layers = (params, gate_state, jnp.arange(periods))
-        return jax.lax.scan(body, x_BLD, layers, unroll=unroll)

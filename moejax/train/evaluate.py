@@ -136,7 +136,7 @@ def route(state: TrainState, batch: Batch, *, task: LanguageModel) -> dict[str, 
     out = task.apply(
         state.params, state.gate_state, batch, state.step, key, train=False, watch=sent
     )
-    return out.watched
+    return out.found.watched
 
 
 def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:

@@ -44,7 +44,7 @@ def look(
             state.params, state.gate_state, batch, state.step, key, train=False, watch=watch
         )
         nats_BL = cross_entropy(out.logits_BLV, batch["tokens"][:, 1:])[1]
-        watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out.watched)
+        watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out.found.watched)
         return {**watched, "nats": nats_BL}
 
     def in_a_row(x: Array) -> Array:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config, make_gate, moe_config
 from moejax.losses import CONSISTENCY, policy_gradient, symmetric_kl
-from moejax.models.lm import LM, LMConfig, LMOutput, Watch
+from moejax.models.lm import LM, LMConfig, LMOutput
+from moejax.models.stack import Watch
 from moejax.train.state import from_tree, to_tree
 from moejax.types import Context, MoEStats
 
@@ -129,17 +130,17 @@ class LanguageModel:
         with jax.named_scope("loss"):
             log_z_BL, nats_BL = cross_entropy(out.logits_BLV, target_BL)
             hit_BL = jnp.argmax(out.logits_BLV, axis=-1) == target_BL
-        losses = dict(out.losses)
-        if out.policy is not None:
-            losses |= policy_gradient(out.policy, -nats_BL, valid)
+        losses = dict(out.found.losses)
+        if out.found.policy is not None:
+            losses |= policy_gradient(out.found.policy, -nats_BL, valid)
         return Totals(
             tokens=tokens,
             cross_entropy=jnp.sum(jnp.where(valid, nats_BL, 0.0)),
             correct=jnp.sum(valid & hit_BL, dtype=jnp.int32),
             log_z_square=jnp.sum(jnp.where(valid, jnp.square(log_z_BL), 0.0)),
             auxiliary=jax.tree.map(lambda loss: loss * tokens, losses),
-            mean_square=out.mean_square * tokens,
-            stats=out.stats,
+            mean_square=out.found.mean_square * tokens,
+            stats=out.found.stats,
         )
 
     def nats(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.models.lm import LM, REMAT, LMConfig
+from moejax.models.lm import LM, LMConfig
+from moejax.models.stack import REMAT
 from moejax.train.state import to_tree
 from tests.lms import (
     CLOSE,
@@ -62,7 +63,7 @@ def earlier_change(settings: LMConfig, train: bool) -> float:
 def check_causal(settings, train):
     # Rows of a sorted matmul move when other rows come or go; their sums may be blocked otherwise.
     assert earlier_change(settings, train) <= 1e-6
-    stats = run(settings, tokens(), train).stats
+    stats = run(settings, tokens(), train).found.stats
     if stats is not None and train and settings.moe.transport == "cells":
         assert stats.dropped_E.sum() > 0, "capacity must bind for this to prove anything"
 
@@ -113,7 +114,7 @@ def unrolled(model: LM, token_BL, train):
             squares.append(jnp.mean(x_BLD**2))
             infos += [] if info is None else [info]
     x_BLD = x_BLD / jnp.sqrt(jnp.mean(x_BLD**2, -1, keepdims=True) + settings.norm_eps)
-    head = model.embed_VD[...].T if settings.tie_embeddings else model.head_DV[...]
+    head = model.embed_VD[...].T if model.tied else model.head_DV[...]
     return (x_BLD * model.final_norm.scale_D[...]) @ head, jnp.stack(squares), infos
 
 
@@ -128,22 +129,22 @@ def test_the_scan_over_periods_equals_a_loop(settings):
     )(built(settings)[1], tokens())
     out = run(settings, tokens())
     CLOSE(out.logits_BLV, logits)
-    CLOSE(out.mean_square, squares)
-    assert out.mean_square.shape == (settings.num_layers,)
+    CLOSE(out.found.mean_square, squares)
+    assert out.found.mean_square.shape == (settings.num_layers,)
     assert len(infos) == settings.num_moe_layers
-    for name in out.losses:
-        CLOSE(out.losses[name], np.mean([info.losses[name] for info in infos]))
+    for name in out.found.losses:
+        CLOSE(out.found.losses[name], np.mean([info.losses[name] for info in infos]))
     if infos:
-        assert out.stats is not None and out.stats.load_E.shape == (len(infos), E)
+        assert out.found.stats is not None and out.found.stats.load_E.shape == (len(infos), E)
         for layer, info in enumerate(infos):
-            jax.tree.map(CLOSE, jax.tree.map(lambda x, i=layer: x[i], out.stats), info.stats)
-        loads = np.asarray(out.stats.load_E)
+            jax.tree.map(CLOSE, jax.tree.map(lambda x, i=layer: x[i], out.found.stats), info.stats)
+        loads = np.asarray(out.found.stats.load_E)
         assert len(infos) < 2 or (loads[0] != loads[1]).any(), "layers draw and learn their own"
 
 
 def test_a_dense_model_has_no_router_losses_and_no_gate_state():
     out, model = run(config(every=0), tokens()), model_of(config(every=0))
-    assert out.losses == {} and out.stats is None and model.init_gate_state() == ()
+    assert out.found.losses == {} and out.found.stats is None and model.init_gate_state() == ()
     assert model.update_gate_state((), None) == ()
 
 
@@ -154,7 +155,7 @@ NOISY = config("shazeer", shared_experts=1, num_kv_heads=2)
 def graded(settings: LMConfig):
     def step(params, token_BL):
         out = apply(model_of(settings, params), token_BL, True)
-        return objective(out, token_BL), out.stats
+        return objective(out, token_BL), out.found.stats
 
     value, grads = jax.jit(jax.value_and_grad(step, has_aux=True))(built(settings)[1], tokens())
     return value, to_tree(grads)

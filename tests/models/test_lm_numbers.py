@@ -56,7 +56,7 @@ def test_bfloat16_compute_leaves_router_and_parameters_in_float32():
     assert len(rest) > 5 and {name for *names, _ in rest for name in names} == {"bfloat16"}
 
     out, wanted = run(half, tokens()), run(exact, tokens())
-    assert out.logits_BLV.dtype == jnp.float32 and out.stats.entropy.dtype == jnp.float32
+    assert out.logits_BLV.dtype == jnp.float32 and out.found.stats.entropy.dtype == jnp.float32
     # Two layers of products with 8 bits of mantissa; a wrong cast would be off by far more or 0.
     difference = np.abs(np.asarray(out.logits_BLV - wanted.logits_BLV)).mean()
     assert 1e-4 < difference < 0.1
@@ -128,6 +128,6 @@ def test_the_number_of_parameters_is_the_formula(settings):
 
 def test_shapes():
     out = run(MIXED, tokens())
-    assert out.logits_BLV.shape == (B, L, V) and set(out.losses) >= {"load_balance", "z"}
-    shapes = {name: x.shape for name, x in vars(out.stats).items() if name != "gate"}
+    assert out.logits_BLV.shape == (B, L, V) and set(out.found.losses) >= {"load_balance", "z"}
+    shapes = {name: x.shape for name, x in vars(out.found.stats).items() if name != "gate"}
     assert shapes["load_E"] == (2, E) and shapes["dropped_L"] == (2, L) and shapes["tokens"] == (2,)

@@ -78,11 +78,11 @@ def test_the_code_gives_long_tables_of_a_runs_files(tmp_path, monkeypatch):
     assert len(pairs) == 3 * probes.M * probes.K * valid.sum()
     found = probe.Probe.read(workdir)
     assert found is not None
-    for line in pairs.sample(50, random_state=0).itertuples():
-        at = (line.layer, line.sequence, line.position, line.column)
+    for line in pairs.sample(50, random_state=0).to_dict("records"):
+        at = tuple(line[axis] for axis in ("layer", "sequence", "position", "column"))
         for name in ("expert", "weight", "kept"):
-            assert getattr(line, name) == found.at(line.step)[name][at]
-        assert line.text == f"t{found.tokens['token'][line.sequence, line.position]}"
+            assert line[name] == found.at(line["step"])[name][at]
+        assert line["text"] == f"t{found.tokens['token'][line['sequence'], line['position']]}"
     one = pairs[(pairs["step"] == 20) & (pairs["layer"] == 1) & (pairs["text"] == "t3")]
     assert shown["visits"][20, 1, "t3"].to_dict() == pytest.approx(
         {e: (one["expert"] == e).mean() for e in set(one["expert"])}

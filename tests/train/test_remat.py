@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.models import lm
+from moejax.models import stack
 from moejax.train.budget import count_budget
 from tests import meshes, steps
 from tests.hlo import Collective, collectives
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 def outcome(remat: str, transport: str = "cells", gate: str = "shazeer", **changes: Any) -> Outcome:
     """On eight devices, with the layers in a loop, as they are whenever something is recomputed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm, "MOST_UNROLLED", 0)
+        patch.setattr(stack, "MOST_UNROLLED", 0)
         choices = {"model__remat": remat, "moe__transport": transport, **changes}
         run = steps.make(meshes.LARGE, gate, **choices)
         gate_state = run.task.init_gate_state()
@@ -97,7 +97,7 @@ def test_gates_with_state_and_all_transports_do_not_notice_recomputation(gate, c
 @pytest.mark.slow
 def test_policies_that_keep_what_was_exchanged_send_nothing_twice():
     """Two exchanges each way; a backward pass that starts from nothing repeats those forward."""
-    sent = {remat: outcome(remat).sent["all-to-all"] for remat in lm.REMAT if remat != "dots"}
+    sent = {remat: outcome(remat).sent["all-to-all"] for remat in stack.REMAT if remat != "dots"}
     assert sent == {"none": 4, "experts": 4, "exchange": 4, "full": 6}
 
 
