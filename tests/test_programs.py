@@ -15,7 +15,7 @@ from moejax import dispatch as dispatch_module
 from moejax import gating
 from moejax.dispatch import dispatch
 from moejax.mesh import batch_spec, make_mesh
-from moejax.models import lm
+from moejax.models import stack
 from moejax.types import Context, ExpertWeights, GateSpec, Routing
 from tests import gates, meshes, steps
 from tests.hlo import collectives
@@ -192,7 +192,7 @@ def holds_expert_weights(size):
 def step_collectives(shape, unrolled=0, **changes):
     """Those in the program's text; with layers in a loop, unless ``unrolled`` are laid out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm, "MOST_UNROLLED", unrolled)
+        patch.setattr(stack, "MOST_UNROLLED", unrolled)
         run = steps.make(dict(shape), **changes)
         return collectives(steps.compiled_text(run), run.mesh)
 

@@ -6,7 +6,7 @@ Needs the compiler, no TPU: `pip install libtpu`.
 import jax
 import pytest
 
-from moejax.models import lm
+from moejax.models import stack
 from tests import steps
 from tests.hlo import collectives
 
@@ -25,7 +25,7 @@ def compiled(shape, chips, transport, monkeypatch, **changes):
     """Of a step with its layers in a loop, so that each operation is there once."""
     # What is traced asks for the default backend to choose its kernels; here that is the CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(lm, "MOST_UNROLLED", 0)
+    monkeypatch.setattr(stack, "MOST_UNROLLED", 0)
     choices = {"moe__transport": transport, "model__dtype": "bfloat16", **changes}
     run = steps.make(shape, devices=chips, **choices)
     text = steps.compiled_text(run)

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.models import lm
+from moejax.models import stack
 from moejax.train.budget import count_budget
 from moejax.train.memory import residual_bytes, tree_bytes_per_device
 from tests import steps
@@ -90,7 +90,7 @@ def test_expected_memory_differs_as_that_of_the_compiled_program_does(
     changes, eight_devices, monkeypatch
 ):
     # In a loop both: unrolled layers, which nothing recomputes, keep less than their residuals.
-    monkeypatch.setattr(lm, "MOST_UNROLLED", 0)
+    monkeypatch.setattr(stack, "MOST_UNROLLED", 0)
 
     def measured(**changes) -> tuple[int, int]:
         sizes = {"model__d_model": 64, "model__num_layers": 4, "moe__d_ff": 64, **changes}
