@@ -15,7 +15,7 @@ from moejax.train.metrics import revive
 Row = dict[str, Any]
 
 SAVED = (
-    "flops", "version", "corpus", "fingerprint", "heldout_bytes_per_token", "baselines",
+    "flops", "version", "corpus", "fingerprint", "baselines",
     "parameters", "visibility", "memory", "devices",
 )  # fmt: skip
 """What this version writes to config.json beside the config."""
@@ -78,6 +78,14 @@ class RunData:
             problems=problems,
             leak=measured[-1] if measured else {},
         )
+
+    @property
+    def units(self) -> dict[str, Any]:
+        """``item``, ``loss``, ``tokens_per_row``, ``items_per_row``: see ``tasks.task.Units``."""
+        length = self.field("train.seq_len", 0)
+        text = {"item": "token", "loss": "nats/token"}
+        text |= {"tokens_per_row": length, "items_per_row": length}
+        return self.saved.get("units", text)
 
     def field(self, name: str, otherwise: Any = None) -> Any:
         """A field of the config by its dotted name; ``otherwise`` if this config lacks it."""

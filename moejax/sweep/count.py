@@ -29,11 +29,13 @@ class Counted:
     """What a run costs if every token visits as many experts as its gate means to.
 
     ``total_params`` are all parameters. ``active_flops`` are floating-point operations of matrix
-    products per token of training, forward and backward, with nothing dropped.
+    products per token of training, forward and backward, with nothing dropped; a row of a batch
+    has ``tokens_per_row``.
     """
 
     total_params: int
     active_flops: float
+    tokens_per_row: int
 
 
 def count(configs: Sequence[dict[str, Any]]) -> list[Counted]:
@@ -93,6 +95,7 @@ def _counted(saved: dict[str, Any]) -> Counted:
     return Counted(
         total_params=count_parameters(run.abstract_state.params),
         active_flops=flops.fixed + flops.per_pair * _nominal_pairs(run.task.model),
+        tokens_per_row=run.task.units.tokens_per_row,
     )
 
 

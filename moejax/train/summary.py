@@ -72,7 +72,7 @@ def summary_figure(workdir: str) -> Any:
     grid = top.add_gridspec(2, 2, width_ratios=(2.1, 1))
     _loss(top.add_subplot(grid[:, 0]), run)
     if run.load is None:
-        _lines(top.add_subplot(grid[0, 1]), run, "accuracy", "Accuracy", "next token")
+        _lines(top.add_subplot(grid[0, 1]), run, "accuracy", "Accuracy", "")
         _lines(top.add_subplot(grid[1, 1]), run, "learning_rate", "Learning rate", "")
         _lines(bottom.subplots(), run, "grad_norm", "Gradient norm", "before clipping")
     else:
@@ -86,6 +86,7 @@ def summary_figure(workdir: str) -> Any:
 class _Run:
     name: str
     config: dict[str, Any]
+    unit: str
     baselines: dict[str, float]
     train: list[Row]
     held_out: list[Row]
@@ -121,7 +122,9 @@ def _read(workdir: Path) -> _Run:
     if not train:
         raise UserError(f"{workdir}/metrics.jsonl holds no training step yet; train first")
     held_out = [row for row in rows if row["split"] == "eval"]
-    return _Run(workdir.resolve().name, saved["config"], saved["baselines"], train, held_out)
+    unit = saved.get("units", {}).get("loss", "nats/token")
+    name, config = workdir.resolve().name, saved["config"]
+    return _Run(name, config, unit, saved["baselines"], train, held_out)
 
 
 def _title(figure: Any, run: _Run) -> None:
@@ -130,9 +133,11 @@ def _title(figure: Any, run: _Run) -> None:
     axes = [f"{axis}={mesh[axis]}" for axis in ("data", "fsdp", "expert", "tensor")]
     axes = [axis for axis in axes if not axis.endswith("=1")]
     gate = "dense_ffn" if run.load is None else f"gate {moe['gate']['name']}"
-    facts = [gate, "mesh " + (" x ".join(axes) or "1 device"), f"{model['num_layers']} layers"]
+    facts = [gate, "mesh " + (" x ".join(axes) or "1 device")]
+    facts += [f"{model['num_layers']} layers"] if "num_layers" in model else []
     if run.load is not None:
-        facts += [f"{moe['num_experts']} experts", f"transport {moe['transport']}"]
+        facts.append(f"{moe['num_experts']} experts")
+        facts += [f"transport {moe['transport']}"] if "transport" in moe else []
     facts.append(_final_loss(run))
     name = run.name.replace("$", r"\$")  # matplotlib would read it as mathematics
     figure.text(0.012, 0.968, name, va="center", fontsize=15, fontweight="bold")
@@ -151,7 +156,7 @@ def _final_loss(run: _Run) -> str:
     row = (run.held_out or run.train)[-1]
     what = "held-out" if run.held_out else "training"
     bits = f" ({row['bits_per_byte']:.4f} bits/byte)" if "bits_per_byte" in row else ""
-    return f"{what} loss {row['loss']:.4f} nats/token{bits} at step {row['step']}"
+    return f"{what} loss {row['loss']:.4f} {run.unit}{bits} at step {row['step']}"
 
 
 def _loss(axes: Any, run: _Run) -> None:
@@ -180,7 +185,7 @@ def _loss(axes: Any, run: _Run) -> None:
     low, high = np.nanmin(shown), np.nanmax(shown)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
-    _label(axes, run, "Loss", "nats per token")
+    _label(axes, run, "Loss", run.unit)
     legend = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderaxespad": 0.1}
     axes.legend(**legend)
 

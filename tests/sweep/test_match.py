@@ -104,7 +104,7 @@ def linear(configs: list[dict[str, Any]]) -> list[Counted]:
         experts = {"mixtral": 2, "switch": 1}.get(moe["gate"]["name"], 2)
         width = experts * moe["d_ff"] if moe["every"] else wide
         params = 4 * moe["d_ff"] if moe["every"] else wide
-        found.append(Counted(total_params=1000 + 10 * params, active_flops=500.0 + 3 * width))
+        found.append(Counted(1000 + 10 * params, 500.0 + 3 * width, tokens_per_row=1))
     return found
 
 

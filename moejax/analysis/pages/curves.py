@@ -56,12 +56,12 @@ def _loss(run: RunData) -> Figure:
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     margin = 0.06 * (high - low) or 0.1
     spec = figures.chart(
-        traces, "step", "nats per token", yaxis={"range": [low - margin, high + margin]}
+        traces, "step", run.units["loss"], yaxis={"range": [low - margin, high + margin]}
     )
     caption = (
-        "Cross-entropy in nats per token, without auxiliary losses. Training: of the logged step's "
-        "own batch; held out: of all evaluation rows. Dotted: models of n-gram counts of the same "
-        "text (Witten-Bell), evaluated on the whole held-out text."
+        f"Loss in {run.units['loss']}, without auxiliary losses. Training: of the logged step's "
+        "own batch; held out: of all evaluation rows. Dotted: what knows less, evaluated on all "
+        "that is held out; of text, models of n-gram counts (Witten-Bell)."
     )
     return Figure(spec, caption, height=430, name="loss")
 

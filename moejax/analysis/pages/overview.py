@@ -34,11 +34,12 @@ def verdict(run: RunData) -> str:
             return "Nothing has been logged yet."
         row = run.train[-1]
         return (
-            f"Training loss {row['loss']:.4f} nats/token at step {row['step']}; not evaluated yet."
+            f"Training loss {row['loss']:.4f} {run.units['loss']} at step {row['step']}; not "
+            "evaluated yet."
         )
     row = run.held_out[-1]
     bits = f" ({row['bits_per_byte']:.4f} bits/byte)" if "bits_per_byte" in row else ""
-    text = f"Held-out loss {row['loss']:.4f} nats/token{bits} at step {row['step']}"
+    text = f"Held-out loss {row['loss']:.4f} {run.units['loss']}{bits} at step {row['step']}"
     beside = [
         f"{abs(row['loss'] - value):.4f} {'below' if row['loss'] < value else 'above'} the {name} "
         f"model's {value:.4f}"
@@ -66,7 +67,7 @@ def _what(run: RunData) -> list[tuple[str, str]]:
         ("model", f"{layers} layers of width {width}"),
         ("experts", _experts(run)),
         ("mesh", " x ".join(mesh) + on),
-        ("text", str(run.saved.get("corpus", "?"))),
+        ("data", str(run.saved.get("corpus", "?"))),
         ("training", _training(run)),
         ("made from", " ".join([run.saved.get("source", "?"), *run.saved.get("overrides", [])])),
         ("moejax", str(run.saved.get("version", "?"))),
@@ -88,11 +89,12 @@ def _experts(run: RunData) -> str:
 
 
 def _training(run: RunData) -> str:
-    batch, length = run.field("train.batch_size"), run.field("train.seq_len")
+    batch, length = run.field("train.batch_size"), run.units["items_per_row"]
     text = f"{run.last_step} of {run.field('train.steps', '?')} steps"
     if batch and length:
-        tokens = units.count(run.last_step * batch * length)
-        text += f" of {batch} x {length} tokens: {tokens} tokens"
+        seen, item = units.count(run.last_step * batch * length), run.units["item"]
+        by = f" x {length}" if length > 1 else ""
+        text += f" of {batch}{by} {item}s: {seen} {item}s"
     return text
 
 
