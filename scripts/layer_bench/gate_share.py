@@ -3,8 +3,8 @@
 Gate: its call on groups of one sequence in training, with all that it returns; backward, gradients
 of its parameters and of the tokens from gradients of the weights it gives. Parameters are those of
 a fresh layer. Experts: the FFN that ``dropless`` calls, on rows already packed, as many as the gate
-has active pairs (or slots), with the loads that this gate gives. Neither has the packing, the mixing
-or the losses.
+has active pairs (or slots), with the loads that this gate gives. Neither has the packing (or the
+mixing) or the losses.
 """
 
 from collections.abc import Iterator

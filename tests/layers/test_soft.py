@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -146,10 +147,16 @@ def test_transport_capacity_and_phase_change_nothing():
 
 
 def test_later_steps_run_the_same_program():
-    run, _ = applied(3)
+    layer, traced = applied(3)[1], []
+
+    @jax.jit
+    def once(x, context):
+        traced.append(x)
+        return layer(x, context)[0]
+
     for step in range(3):
-        run(tokens(step), context(step=jnp.int32(step), valid_BL=VALID))
-    assert run._cache_size() <= 2, "with padding and without"
+        once(tokens(step), context(step=jnp.int32(step), valid_BL=VALID.at[0, step].set(False)))
+    assert len(traced) == 1
 
 
 def test_bfloat16_tokens_give_bfloat16_outputs_near_those_of_float32():
@@ -162,24 +169,21 @@ def test_bfloat16_tokens_give_bfloat16_outputs_near_those_of_float32():
     assert np.abs(y.astype(np.float32) - exact).max() < 0.05 * np.abs(exact).max()
 
 
-SLOTS = {"gate_fields": (("slots", 2), ("noise_std", 0.3))}
-CASES = [
-    (meshes.LARGE, "sequence"), ({"data": 2, "expert": 2}, "2"),
-    ({"data": 2, "expert": 2, "tensor": 2}, "sequence"),
-]  # fmt: skip
-MORE = [
+FIELDS = (("slots", 2), ("noise_std", 0.3))
+QUICK = [(meshes.LARGE, "sequence"), ({"data": 2, "expert": 2}, "2")]
+SLOW = [
     pytest.param(shape, group, marks=pytest.mark.slow)
     for shape, group in itertools.product(meshes.ALL, ("sequence", "2"))
-    if (shape, group) not in CASES
-    and (B // (2 if group == "2" else 1)) % int(np.prod([shape.get(a, 1) for a in ("data", "fsdp", "expert")])) == 0
-]  # fmt: skip
+    if (shape, group) not in QUICK and (group == "sequence" or math.prod(shape.values()) <= 4)
+]
 
 
-@pytest.mark.parametrize(("shape", "group"), [*CASES, *MORE])
+@pytest.mark.parametrize(("shape", "group"), [*QUICK, *SLOW])
 def test_a_mesh_changes_nothing(shape, group):
     """Noise, weights, statistics, losses and every gradient, with padding."""
     x, ctx = tokens(), context(valid_BL=VALID)
-    got, wanted = (run(s, "soft", x, ctx, group=group, **SLOTS) for s in (shape, None))
+    known = {"group": group, "gate_fields": FIELDS}
+    got, wanted = (run(s, "soft", x, ctx, True, **known) for s in (shape, None))
     same(got, wanted)
     jax.tree.map(CLOSE, got[0][1][1].stats.gate, wanted[0][1][1].stats.gate)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(got[1]))
