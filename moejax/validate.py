@@ -13,7 +13,7 @@ from moejax import gating
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.schema import Config, get_field, table_of
-from moejax.types import Gate, MoEConfig, Visibility
+from moejax.types import Gate, Mixes, MoEConfig, Visibility
 
 
 @runtime_checkable
@@ -197,11 +197,10 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
 
 
 def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], gate: Gate) -> None:
-    cells = [f for f in ("transport", "eval_transport") if config.moe.get(f) == "cells"]
-    if choices.group == "batch" and cells:
+    cause, cure = _slots_of_groups(config, gate)
+    if choices.group == "batch" and cause:
         raise UserError(
-            f"moe.group=batch cannot be combined with moe.{cells[0]}=cells, whose slots are per "
-            f"group on one device; use moe.{cells[0]}=dropless (or gather, all_experts)"
+            f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
         )
     micro = config.train.batch_size // config.train.grad_accum
     rows = choices.rows_per_group(micro)
@@ -219,13 +218,23 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
             f"moe.group={least} or more"
         )
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
-    if cells and (micro // rows) % shards:
+    if cause and (micro // rows) % shards:
         fit = math.ceil(micro / (rows * shards)) * rows * shards * config.train.grad_accum
         raise UserError(
             f"moe.group={choices.group} makes {micro // rows} groups of a batch of {micro} "
             f"sequences, not a multiple of mesh.data x mesh.fsdp x mesh.expert = {shards}; use "
-            f"train.batch_size={fit} or moe.{cells[0]}=dropless"
+            f"train.batch_size={fit} or {cure}"
         )
+
+
+def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
+    """The choice that keeps a group on one device, where its slots are, and what to do without."""
+    if isinstance(gate, Mixes) and gate.mixes == "slots":
+        return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
+    for field in ("transport", "eval_transport"):
+        if config.moe.get(field) == "cells" and not isinstance(gate, Mixes):
+            return f"moe.{field}=cells", f"moe.{field}=dropless (or gather, all_experts)"
+    return "", ""
 
 
 def _check_visibility(config: Config) -> Visibility:

@@ -109,6 +109,13 @@ ROWS = [
     row("expert_choice", fields={"policy": "position", "eval_policy": "position"}, slow=True),
     row("expert_choice_causal", exact_load=4),
     row("expert_choice_causal", fields={"policy": "threshold", "max_active": 3}),
+    row("soft", never_drops=True),
+    row(
+        "soft",
+        fields={"slots": 3, "noise_std": 0.5, "normalize": False},
+        never_drops=True,
+        slow=True,
+    ),
     row("replay", fields={"path": recorded()}, equivariant=False, label="replay"),
     # Routers of the literature, and controls without one.
     row("hierarchical"),

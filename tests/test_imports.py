@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
-    "sweep": {"errors", "flags", "train"} | CONFIG,
+    "sweep": {"errors", "flags", "train", "types"} | CONFIG,
     "analysis": CONFIG
     | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
     | {"train"},

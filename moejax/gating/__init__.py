@@ -39,6 +39,7 @@ from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
 from moejax.gating.sentence import Sentence
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
+from moejax.gating.soft import Soft
 from moejax.gating.stablemoe import StableMoE
 from moejax.gating.tables import balanced_table
 from moejax.gating.task import Task
@@ -70,6 +71,7 @@ __all__ = [
     "Quantile",
     "Replay",
     "SBase",
+    "Soft",
     "StableMoE",
     "Thor",
     "Sentence",
@@ -204,6 +206,7 @@ GATES: dict[str, Entry] = {
     "expert_choice": Entry(ExpertChoice, moe=UNBALANCED),
     "expert_choice_causal": Entry(ExpertChoice, {"eval_policy": "threshold"}, moe=UNBALANCED),
     "replay": Entry(Replay, moe={"transport": "dropless", **UNBALANCED}),
+    "soft": Entry(Soft, moe=UNBALANCED),
     # Routers of the literature, and controls without one.
     "hierarchical": Entry(
         Hierarchical, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}

@@ -12,13 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax import losses
 from moejax.dispatch import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.basic import FFN
-from moejax.layers.routing_stats import collect_stats, sum_over_groups, with_cuts
+from moejax.layers.routing_stats import layer_info
 from moejax.mesh import constrain, group_local
 from moejax.types import (
     SCOPES,
@@ -171,7 +170,8 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             # Losses and counts are of what the gate chose: rerouting must not hide an imbalance.
             chosen = dataclasses.replace(sent, routing=output.routing)
-            info = self._info(chosen, kept_GTK, context)._replace(routing=sent.routing)
+            info = layer_info(chosen, kept_GTK, context, self.balance_scope)
+            info = info._replace(routing=sent.routing)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 
     def init_gate_state(
@@ -259,45 +259,3 @@ class MoE(nnx.Module):
         if self.config.priority == "random" and transport == "cells":
             return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
         return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
-
-    def _info(self, output: GateOutput, kept_GTK: Array, context: Context) -> MoEInfo:
-        batch, length = context.valid_BL.shape
-        groups, tokens, _ = kept_GTK.shape
-        shape = {"sequence": (batch, length), "group": (groups, tokens), "batch": (1, -1)}
-
-        def scoped(x: Array, scope: str) -> Array:
-            return x.reshape(*shape[scope], *x.shape[2:])
-
-        stats = collect_stats(
-            jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
-            scoped(output.stats.probs_GTE, "sequence"),
-            scoped(kept_GTK, "sequence"),
-            context.valid_BL,
-        )
-        if output.cut_GTE is not None:
-            stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
-        return MoEInfo(
-            losses={**self._losses(output, context, scoped), **output.losses},
-            stats=dataclasses.replace(
-                stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
-            ),
-            routing=output.routing,
-            kept_GTK=kept_GTK,
-            router=output.stats,
-            policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
-        )
-
-    def _losses(self, output: GateOutput, context: Context, scoped: Any) -> dict[str, Array]:
-        scope, num_experts = self.balance_scope, self.config.num_experts
-        valid_QU = scoped(context.valid_BL, scope)
-        stats = jax.tree.map(lambda x: scoped(x, scope), output.stats)
-        routing = jax.tree.map(lambda x: scoped(x, scope), output.routing)
-        load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
-        mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
-        expected_QE = jnp.sum(jnp.where(valid_QU[..., None], stats.load_GTE, 0.0), axis=1)
-        return {
-            "load_balance": losses.load_balance(load_QE, stats.probs_GTE, valid_QU),
-            "importance": losses.squared_share(mass_QE, valid_QU),
-            "load": losses.squared_share(expected_QE, valid_QU),
-            "z": losses.z_loss(stats.logits_GTE, valid_QU),
-        }

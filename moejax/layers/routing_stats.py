@@ -1,13 +1,61 @@
 """A layer's routing in numbers, over the whole batch."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax import losses
-from moejax.types import MoEStats, Routing
+from moejax.types import Context, GateOutput, MoEInfo, MoEStats, Routing
+
+
+def layer_info(output: GateOutput, kept_GTK: Array, context: Context, scope: str) -> MoEInfo:
+    """What a layer returns beside its output; ``scope`` is that of the balance losses."""
+    batch, length = context.valid_BL.shape
+    groups, tokens, _ = kept_GTK.shape
+    shape = {"sequence": (batch, length), "group": (groups, tokens), "batch": (1, -1)}
+
+    def scoped(x: Array, scope: str) -> Array:
+        return x.reshape(*shape[scope], *x.shape[2:])
+
+    stats = collect_stats(
+        jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
+        scoped(output.stats.probs_GTE, "sequence"),
+        scoped(kept_GTK, "sequence"),
+        context.valid_BL,
+    )
+    if output.cut_GTE is not None:
+        stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
+    return MoEInfo(
+        losses={**router_losses(output, context, lambda x: scoped(x, scope)), **output.losses},
+        stats=dataclasses.replace(
+            stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
+        ),
+        routing=output.routing,
+        kept_GTK=kept_GTK,
+        router=output.stats,
+        policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
+    )
+
+
+def router_losses(
+    output: GateOutput, context: Context, scoped: Callable[[Array], Array]
+) -> dict[str, Array]:
+    """The losses that every gate has; ``scoped`` lays arrays out as [Q, U, ...]."""
+    valid_QU = scoped(context.valid_BL)
+    stats, routing = jax.tree.map(scoped, (output.stats, output.routing))
+    num_experts = stats.probs_GTE.shape[-1]
+    load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
+    mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
+    expected_QE = jnp.sum(jnp.where(valid_QU[..., None], stats.load_GTE, 0.0), axis=1)
+    return {
+        "load_balance": losses.load_balance(load_QE, stats.probs_GTE, valid_QU),
+        "importance": losses.squared_share(mass_QE, valid_QU),
+        "load": losses.squared_share(expected_QE, valid_QU),
+        "z": losses.z_loss(stats.logits_GTE, valid_QU),
+    }
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from typing import Any
 
 from moejax.config import from_dict
 from moejax.errors import UserError
+from moejax.types import Mixes
 
 _ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "expert", "tensor")}
 _ANYWHERE = {**_ONE_DEVICE, "mesh.cpu_devices": 0, "distributed.mode": "off"}
@@ -102,14 +103,18 @@ def _counted(saved: dict[str, Any]) -> Counted:
 def _nominal_pairs(model: Any) -> float:
     """(token, expert) pairs per token, in all layers, that the gate has slots for at factor 1.
 
-    That is k for token choice, and the mean that gates with a varying number aim at.
+    That is k for token choice, the mean that gates with a varying number aim at, and all that a
+    mixing gate tells of, which has no slots for them.
     """
     if not model.num_moe_layers:
         return 0.0
     experts = model.moe.num_experts
+    columns = model.gate.columns(experts)
+    if isinstance(model.gate, Mixes):
+        return model.num_moe_layers * columns
     tokens = 1000 * experts
     slots = model.gate.capacity(tokens, experts, 1.0)
-    return model.num_moe_layers * min(slots * experts / tokens, model.gate.columns(experts))
+    return model.num_moe_layers * min(slots * experts / tokens, columns)
 
 
 if __name__ == "__main__":

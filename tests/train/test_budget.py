@@ -70,6 +70,19 @@ def test_the_cost_of_a_pair_does_not_depend_on_how_many_a_gate_may_send():
         assert routed == LAYERS * columns * counted.train_flops.per_pair
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_slots_cost_the_same_however_many_pairs_they_are_told_as(slots: int):
+    """A pair is a token and an expert; the experts' rows are E x slots of each sequence."""
+    counted = budget("soft", moe__gate__slots=slots, moe__allow_future_leak=True)
+    mixing = LAYERS * (2 * D + 2 * 2 * D) * E * slots  # logits, and both mixtures
+    experts = LAYERS * 3 * 2 * D * F * E * slots / L
+    for flops, passes in ((counted.eval_flops, 1), (counted.train_flops, PASSES)):
+        loss = passes * LAYERS * 2 * E  # the balance loss's product
+        by_hand = passes * (outside_the_experts(router=False) + mixing)
+        assert by_hand <= flops.fixed <= by_hand + loss
+        assert LAYERS * E * flops.per_pair == passes * experts
+
+
 @pytest.mark.parametrize("transport", ["cells", "all_experts"])
 def test_the_count_does_not_depend_on_transport_capacity_or_recomputation(transport: str):
     plain = budget(moe__transport="dropless")
