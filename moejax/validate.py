@@ -30,6 +30,13 @@ class HasCausalFields(Protocol):
     causal: ClassVar[Mapping[str, Any]]
 
 
+@runtime_checkable
+class HasCausalGate(Protocol):
+    """A gate that sees the future and knows another, by name, that does alike without."""
+
+    causal_gate: ClassVar[str]
+
+
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """Checks everything that can be known without starting devices.
 
@@ -267,6 +274,8 @@ def _check_visibility(config: Config) -> Visibility:
         for field, value in others.items()
         if not make_gate(config, **{field: value}).visibility(moe).eval_future
     ]
+    if isinstance(gate, HasCausalGate):
+        cures.append(f"moe.gate.name={gate.causal_gate}")
     raise UserError(
         f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "

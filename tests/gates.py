@@ -137,6 +137,12 @@ ROWS = [
     row("forced", equivariant=False, exact_load=True),
     row("forced", fields={"pattern": "skewed"}, equivariant=False),
     row("forced", fields={"pattern": "one"}, slow=True),
+    # Experts merged into one.
+    row("smear"),
+    row("lory", fields={"segment": 4}, equivariant=False),
+    row("lory", fields={"segment": 5, "first_segment": "bos"}, equivariant=False),
+    row("lory", fields={"segment": 3, "first_segment": "uniform"}, equivariant=False, slow=True),
+    row("lory", fields={"segment": 8, "first_segment": "paper"}, equivariant=False),
     # choice: presets of published models, prototypes, biases from past batches, local steps
     row("deepseek_moe", slow=True),
     row("qwen_moe", slow=True),

@@ -145,6 +145,11 @@ REFUSED = {
     ],
     "moe.gate.name=soft": ["=soft lets a token see later", "moe.allow_future_leak=True"],
     "moe.gate.name=sentence": ["use moe.gate.pool=running, or moe.allow_future_leak=True"],
+    "moe.gate.name=smear": ["moe.gate.name=smear lets", "use moe.gate.name=lory, or moe.allow"],
+    "moe.gate.name=lory moe.gate.first_segment=paper": [
+        "later tokens of its sequence",
+        "use moe.gate.first_segment=learned, or moe.allow_future_leak=True",
+    ],
     # A capacity that leaks as well: the gate's remedy alone would not do.
     "moe.gate.name=sentence moe.eval_transport=cells moe.priority=choice": ["a causal gate, or"],
     "moe.gate.name=expert_choice_causal moe.gate.eval_policy=position": [

@@ -27,6 +27,7 @@ from moejax.gating.gshard import GShard
 from moejax.gating.hash import Hash
 from moejax.gating.hierarchical import Hierarchical
 from moejax.gating.loss_free import LossFree
+from moejax.gating.lory import Lory
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
 from moejax.gating.prototypes import Prototypes
@@ -39,6 +40,7 @@ from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
 from moejax.gating.sentence import Sentence
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
+from moejax.gating.smear import Smear
 from moejax.gating.soft import Soft
 from moejax.gating.stablemoe import StableMoE
 from moejax.gating.tables import balanced_table
@@ -65,12 +67,14 @@ __all__ = [
     "ReMoE",
     "GatingDropout",
     "Hash",
+    "Lory",
     "LossFree",
     "NoisyTopK",
     "Prototypes",
     "Quantile",
     "Replay",
     "SBase",
+    "Smear",
     "Soft",
     "StableMoE",
     "Thor",
@@ -219,6 +223,9 @@ GATES: dict[str, Entry] = {
     "random": Entry(Random, moe=UNBALANCED),
     "thor": Entry(Thor, moe={"transport": "dropless", "losses.consistency": 0.5, **UNBALANCED}),
     "forced": Entry(Forced, moe=UNBALANCED),
+    # Experts merged into one.
+    "smear": Entry(Smear, moe=UNBALANCED),
+    "lory": Entry(Lory, moe=UNBALANCED),
 }
 
 

@@ -95,3 +95,18 @@ def test_the_count_does_not_depend_on_transport_capacity_or_recomputation(transp
         train__grad_accum=2,
     )
     assert (other.train_flops, other.eval_flops) == (plain.train_flops, plain.eval_flops)
+
+
+@pytest.mark.parametrize(("gate", "span"), [("smear", L), ("lory", 4)])
+def test_merged_experts_cost_one_expert_per_token_and_the_merging_of_all_per_span(gate, span):
+    """Nothing is per pair. Backwards merging costs twice, and is done once more."""
+    fields: dict[str, Any] = {"moe__gate__segment": span} if gate == "lory" else {}
+    counted = budget(gate, moe__allow_future_leak=True, **fields)
+    expert, merging = LAYERS * 3 * 2 * D * F, LAYERS * E * 3 * 2 * D * F / span
+    # The router reads one mean per span.
+    router, loss = LAYERS * 2 * D * E / span, LAYERS * 2 * E
+    by_hand = outside_the_experts(router=False) + expert + router
+    assert counted.eval_flops.per_pair == counted.train_flops.per_pair == 0
+    assert by_hand + merging <= counted.eval_flops.fixed <= by_hand + merging + loss
+    total = PASSES * by_hand + (PASSES + 1) * merging
+    assert total <= counted.train_flops.fixed <= total + PASSES * loss
