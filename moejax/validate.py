@@ -13,7 +13,7 @@ from moejax import gating
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.schema import Config, get_field, table_of
-from moejax.types import Gate, MoEConfig, Visibility
+from moejax.types import DepthsConfig, Gate, MoEConfig, NeedsData, Visibility
 
 
 @runtime_checkable
@@ -47,10 +47,11 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     _check_batch(config, mesh)
     _check_distributed(config)
     _check_paths(config)
+    depths = _check_depths(config)
     if not config.moe.every:
-        return Visibility()
+        return depths
     _check_moe(config, mesh)
-    return _check_visibility(config)
+    return _check_visibility(config).union(depths)
 
 
 def moe_config(config: Config) -> MoEConfig:
@@ -154,6 +155,37 @@ def _check_model(config: Config, mesh: Mapping[str, int]) -> None:
         )
 
 
+def _check_depths(config: Config) -> Visibility:
+    """Blocks and attention heads that tokens are routed to; what the former let a token see."""
+    model, moe = config.model, config.moe
+    if model.moa_experts and model.moa_k > model.moa_experts:
+        raise UserError(
+            f"model.moa_k={model.moa_k} must be at most model.moa_experts={model.moa_experts}; "
+            "lower it or add heads"
+        )
+    depths = DepthsConfig(model.mod_capacity, model.mod_every, model.mod_predictor)
+    if not depths.capacity:
+        return Visibility()
+    try:
+        depths.check(moe.every)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
+    layers = model.num_layers - moe.first_dense
+    if layers % depths.every:
+        raise UserError(
+            f"model.num_layers={model.num_layers} - moe.first_dense={moe.first_dense} = {layers} "
+            f"layers are not a multiple of model.mod_every={depths.every}; use model.num_layers="
+            f"{moe.first_dense + math.ceil(layers / depths.every) * depths.every}"
+        )
+    gate = make_gate(config)
+    if moe.every and (gate.trained_by == "policy" or isinstance(gate, NeedsData)):
+        raise UserError(
+            f"moe.gate.name={moe.gate.name} needs every token of a sequence in training, but "
+            f"model.mod_capacity={depths.capacity:g} leaves some out; use model.mod_capacity=0"
+        )
+    return depths.visibility
+
+
 def _check_batch(config: Config, mesh: Mapping[str, int]) -> None:
     batch, accum = config.train.batch_size, config.train.grad_accum
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
@@ -179,6 +211,12 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
     except ValueError as error:
         raise UserError(_gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
+    if moe.residual and (moe.shared_gate or not moe.shared_experts):
+        raise UserError(
+            "moe.residual=True weighs routed against shared experts, but moe.shared_experts="
+            f"{moe.shared_experts} and moe.shared_gate={moe.shared_gate}; use at least one shared "
+            "expert without its own gate, or moe.residual=False"
+        )
     for field in ("group", "balance_scope"):
         if moe[field] == "batch" and config.train.grad_accum > 1:
             raise UserError(

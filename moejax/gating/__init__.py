@@ -157,6 +157,12 @@ GATES: dict[str, Entry] = {
         source="Xue et al. (OpenMoE: 2 of 32; 0.01 of a loss that is k at balance), "
         "arXiv 2402.01739",
     ),
+    "residual_moe": Entry(
+        TopK,
+        {"k": 1, "renormalize": False},
+        moe={"shared_experts": 1, "residual": True, "losses.z": 0.0},
+        source="Rajbhandari et al. (DeepSpeed-MoE, the residual of PR-MoE), arXiv 2201.05596",
+    ),
     "prototypes": Entry(Prototypes),
     "gating_dropout": Entry(GatingDropout, moe={"transport": "dropless", "balance_scope": "batch"}),
     "loss_free": Entry(LossFree, moe=UNBALANCED),

@@ -169,7 +169,7 @@ def prepare(config: Config) -> Run:
     optimizer, schedule = make_optimizer(config.optim, config.train.steps, params)
     return Run(
         config=config,
-        leak=visibility.mark if config.moe.every else "",
+        leak=visibility.mark,
         corpus=corpus,
         mesh=meshes.make_mesh({axis: config.mesh[axis] for axis in meshes.AXES}, devices),
         task=task,
