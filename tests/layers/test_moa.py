@@ -34,7 +34,8 @@ def tokens():
 
 
 def context(valid=VALID):
-    return Context.of(B, L, valid_BL=jnp.asarray(valid), position_BL=2 * jnp.arange(L) + jnp.array([[0], [3], [1]]))  # fmt: skip
+    position_BL = 2 * jnp.arange(L) + jnp.array([[0], [3], [1]])
+    return Context.of(B, L, valid_BL=jnp.asarray(valid), position_BL=position_BL)
 
 
 def run(layer, x_BLD, given, **choices):

@@ -20,13 +20,16 @@ def make(**choices):
 def test_the_output_is_a_convex_mixture_of_routed_and_shared_experts_in_that_order():
     """Coefficient 0 weighs the routed experts and 1 the others, as in DeepSpeed's code."""
     layer, x_BLD = make(residual=True), moes.tokens()
-    y_BLD = np.asarray(layer(x_BLD)[0])
-    shared_BLD = np.asarray(layer.shared(x_BLD), np.float64)
+    plain = make(residual=True)  # the same weights
+    plain.residual, plain.shared = False, None
+
+    def parts(x_BLD):
+        return layer(x_BLD)[0], layer.shared(x_BLD), plain(x_BLD)[0]
+
+    y_BLD, shared_BLD, routed_BLD = map(np.float64, jax.jit(parts)(x_BLD))
     logits = np.asarray(x_BLD) @ np.asarray(layer.residual_DN[...]) + layer.residual_bias_N[...]
     weight = np.exp(np.float64(logits))
     weight /= weight.sum(-1, keepdims=True)
-    layer.residual, layer.shared = False, None
-    routed_BLD = np.asarray(layer(x_BLD)[0], np.float64)
     wanted = weight[..., :1] * routed_BLD + weight[..., 1:] * shared_BLD
     assert np.abs(routed_BLD).max() > 0.1 and np.abs(shared_BLD).max() > 0.1
     # float32 against float64 in a sum of two and a softmax.
