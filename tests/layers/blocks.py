@@ -27,20 +27,21 @@ def head(query_LI, key_LI, value_LI, position_L, seen_L, theta, causal=True):
     return mixed
 
 
-def change(block, x_LD, position_L, theta, eps):
+def change(block, x_LD, position_L, config):
     """What the block adds to a sequence of valid tokens at these positions."""
     leaf = lambda p: np.asarray(p[...], np.float64)
     attention, ffn = block.attention, block.ffn
-    at_first = normed(x_LD, leaf(block.attention_norm.scale_D), eps)
+    at_first = normed(x_LD, leaf(block.attention_norm.scale_D), config.norm_eps)
     mixed = np.zeros(x_LD.shape)
     for h in range(leaf(attention.query_DHI).shape[1]):
-        projected = [
+        query, key, value = (
             at_first @ leaf(w)[:, h]
             for w in (attention.query_DHI, attention.key_DJI, attention.value_DJI)
-        ]
+        )
         seen = np.ones(len(x_LD), bool)
-        mixed += head(*projected, position_L, seen, theta) @ leaf(attention.out_HID)[h]
-    at_second = normed(x_LD + mixed, leaf(block.ffn_norm.scale_D), eps)
+        turn = (position_L, seen, config.rope_theta, config.causal)
+        mixed += head(query, key, value, *turn) @ leaf(attention.out_HID)[h]
+    at_second = normed(x_LD + mixed, leaf(block.ffn_norm.scale_D), config.norm_eps)
     gate = at_second @ leaf(ffn.gate_DF)
     hidden = gate / (1 + np.exp(-gate)) * (at_second @ leaf(ffn.up_DF))
     return mixed + hidden @ leaf(ffn.down_FD)

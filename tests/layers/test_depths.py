@@ -28,7 +28,14 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 @functools.cache
 def built(predictor="mlp", capacity=0.4):
-    config = lms.config(every=0, mod_capacity=capacity, mod_every=1, mod_predictor=predictor)
+    """The router predicts in a block that is not causal: such blocks may be routed too."""
+    config = lms.config(
+        every=0,
+        mod_capacity=capacity,
+        mod_every=1,
+        mod_predictor=predictor,
+        causal=predictor == "mlp",
+    )
     return nnx.split(Block(config, False, 0, 0, rngs=nnx.Rngs(5))), config
 
 
@@ -113,9 +120,11 @@ def test_a_routed_block_is_a_loop_over_the_chosen_tokens_at_their_own_positions(
         signed = np.where(member, 1, -1) * logit_BL[row]
         nats += list(np.log1p(np.exp(-signed))[VALID[row]])
         if chosen:
-            args = np.asarray(x_BLD, np.float64)[row, chosen], position_BL[row, chosen]
             f = blocks.change(
-                block_of(params, predictor), *args, config.rope_theta, config.norm_eps
+                block_of(params, predictor),
+                np.asarray(x_BLD, np.float64)[row, chosen],
+                position_BL[row, chosen],
+                config,
             )
             wanted[row, chosen] += r_BL[row, chosen, None] * f
     assert 0 < len(through) < LENGTHS.sum(), "some tokens must pass and some must not"

@@ -24,6 +24,7 @@ def test_the_output_is_a_convex_mixture_of_routed_and_shared_experts_in_that_ord
     plain.residual, plain.shared = False, None
 
     def parts(x_BLD):
+        assert layer.shared is not None
         return layer(x_BLD)[0], layer.shared(x_BLD), plain(x_BLD)[0]
 
     y_BLD, shared_BLD, routed_BLD = map(np.float64, jax.jit(parts)(x_BLD))
