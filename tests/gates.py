@@ -148,6 +148,7 @@ ROWS = [
     row("qwen_moe", slow=True),
     row("olmoe", slow=True),
     row("openmoe", slow=True),
+    row("residual_moe", slow=True),
     row("prototypes"),
     row("loss_free", fields={"bias_rate": 0.1}, slow=True),
     row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),

@@ -26,8 +26,8 @@ from moejax.gating.gating_dropout import GatingDropout
 from moejax.gating.gshard import GShard
 from moejax.gating.hash import Hash
 from moejax.gating.hierarchical import Hierarchical
-from moejax.gating.loss_free import LossFree
 from moejax.gating.lory import Lory
+from moejax.gating.loss_free import LossFree
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
 from moejax.gating.prototypes import Prototypes
@@ -162,6 +162,12 @@ GATES: dict[str, Entry] = {
         moe={"shared_experts": 1, "losses.load_balance": 0.02, "losses.z": 0.0001},
         source="Xue et al. (OpenMoE: 2 of 32; 0.01 of a loss that is k at balance), "
         "arXiv 2402.01739",
+    ),
+    "residual_moe": Entry(
+        TopK,
+        {"k": 1, "renormalize": False},
+        moe={"shared_experts": 1, "residual": True, "losses.z": 0.0},
+        source="Rajbhandari et al. (DeepSpeed-MoE, the residual of PR-MoE), arXiv 2201.05596",
     ),
     "prototypes": Entry(Prototypes),
     "gating_dropout": Entry(GatingDropout, moe={"transport": "dropless", "balance_scope": "batch"}),

@@ -65,6 +65,8 @@ class MoE(nnx.Module):
       balance_scope: balance losses per "sequence", "group" or "batch".
       num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
       shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
+      residual: weigh routed and shared experts by the two values of softmax(x W + b) (DeepSpeed's
+        residual MoE: Rajbhandari et al., arXiv 2201.05596); without, they are added up.
       num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
 
     Raises:
@@ -88,6 +90,7 @@ class MoE(nnx.Module):
         activation: str = "swiglu",
         num_shared: int = 0,
         shared_gate: bool = False,
+        residual: bool = False,
         balance_scope: str = "sequence",
         vocab_size: int = 0,
         num_tasks: int = 1,
@@ -126,6 +129,17 @@ class MoE(nnx.Module):
         self.shared_gate = shared_gate
         if shared_gate:
             self.shared_gate_D = nnx.Param(nnx.initializers.zeros(rngs.params(), (d_model,)))
+        if residual and (shared_gate or not num_shared):
+            raise ValueError(
+                "residual=True weighs routed against shared experts: it needs num_shared > 0 and "
+                "shared_gate=False"
+            )
+        self.residual = residual
+        if residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
+            limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
+            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), **limits)
+            self.residual_DN = nnx.Param(drawn[:-1])
+            self.residual_bias_N = nnx.Param(drawn[-1])
 
     def __call__(
         self,
@@ -166,7 +180,7 @@ class MoE(nnx.Module):
         y_BLD = y_GTD.reshape(x_BLD.shape)
         if self.shared is not None:
             with jax.named_scope("ffn"):
-                y_BLD += self._shared_output(x_BLD)
+                y_BLD = self._with_shared(x_BLD, y_BLD)
         with jax.named_scope("router"):
             # Losses and counts are of what the gate chose: rerouting must not hide an imbalance.
             chosen = dataclasses.replace(sent, routing=output.routing)
@@ -198,6 +212,14 @@ class MoE(nnx.Module):
         return jax.tree.map(
             lambda p: p[...], self.router, is_leaf=lambda p: isinstance(p, nnx.Variable)
         )
+
+    def _with_shared(self, x_BLD: Array, routed_BLD: Array) -> Array:
+        if not self.residual:
+            return routed_BLD + self._shared_output(x_BLD)
+        logits_BLN = router_logits(x_BLD, self.residual_DN[...]) + self.residual_bias_N[...]
+        routed, shared = jnp.split(jax.nn.softmax(logits_BLN, axis=-1), 2, axis=-1)
+        y_BLD = routed * routed_BLD + shared * self._shared_output(x_BLD)
+        return y_BLD.astype(routed_BLD.dtype)
 
     def _shared_output(self, x_BLD: Array) -> Array:
         assert self.shared is not None
