@@ -6,9 +6,6 @@ from moejax.data.batches import Batch, endless_order
 from moejax.data.images import Images
 from moejax.errors import UserError
 
-AUGMENT = 0x5F1F7
-"""Keeps the draws of shifts apart from others with the same seed."""
-
 
 class ImageBatches:
     """Shuffled batches of the training images, for any step, in any order.
@@ -16,56 +13,34 @@ class ImageBatches:
     Args:
       images: the data.
       batch_size: images per global batch (B).
-      seed: of the permutations and the shifts, in [0, 2**32).
-      shift: augmentation: every image is moved by up to so many pixels up or down and left or
-        right, each amount equally likely, a function of (seed, step, place in the batch). Its
-        border is repeated where nothing is left. 0 for none.
+      seed: the permutations' seed, in [0, 2**32).
     """
 
-    def __init__(self, images: Images, batch_size: int, seed: int, shift: int = 0):
+    def __init__(self, images: Images, batch_size: int, seed: int):
         if batch_size < 1:
             raise UserError(f"train.batch_size: {batch_size} must be at least 1")
         if not 0 <= seed < 1 << 32:
             raise UserError(f"train.seed: {seed} is not in [0, 2**32)")
-        size = images.train_NHWC.shape[1]
-        if not 0 <= shift < size:
-            raise UserError(
-                f"data.shift: {shift} pixels is not in [0, {size}), the size of an image"
-            )
         self.num_rows = len(images.train_NHWC)
-        self._images, self._batch_size, self._seed, self._shift = images, batch_size, seed, shift
+        self._images, self._batch_size = images, batch_size
         self._order = endless_order(self.num_rows, seed)
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The global batch of one step, or some of its rows (a host's share).
+    def batch(self, step: int) -> Batch:
+        """The global batch of one step.
 
         Returns `image` float32 [B, H, W, C], normalised; `label` int32 [B]; `valid` bool [B], all
         true; `row` int32 [B], the global row id `step*B + i` modulo 2**31.
         """
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        shares = range(self._batch_size)[rows if rows is not None else slice(None)]
-        positions = [step * self._batch_size + i for i in shares]
+        positions = range(step * self._batch_size, (step + 1) * self._batch_size)
         chosen = np.array([int(self._order[position]) for position in positions], dtype=np.int64)
-        pixels = self._images.train_NHWC[chosen]
-        if self._shift:
-            rng = np.random.default_rng([self._seed, AUGMENT, step])
-            moves = rng.integers(-self._shift, self._shift + 1, (self._batch_size, 2))
-            pixels = shifted(pixels, moves[list(shares)])
         return {
-            "image": self._images.normalise(pixels),
+            "image": self._images.normalise(self._images.train_NHWC[chosen]),
             "label": self._images.train_label_N[chosen],
             "valid": np.ones(len(positions), dtype=bool),
             "row": np.array([position % (1 << 31) for position in positions], dtype=np.int32),
         }
-
-
-def shifted(pixels_NHWC: np.ndarray, moves_N2: np.ndarray) -> np.ndarray:
-    """Every image moved down and right by its two amounts, its border repeated behind it."""
-    count, height, width, _ = pixels_NHWC.shape
-    down_NH = np.clip(np.arange(height) - moves_N2[:, :1], 0, height - 1)
-    right_NW = np.clip(np.arange(width) - moves_N2[:, 1:], 0, width - 1)
-    return pixels_NHWC[np.arange(count)[:, None, None], down_NH[:, :, None], right_NW[:, None]]
 
 
 def image_eval_batches(images: Images, batch_size: int, rows: int) -> list[Batch]:

@@ -65,9 +65,9 @@ def load_images(
     Raises UserError, in one line, for what cannot be read, split or decoded.
     """
     if channels not in MODES:
-        raise UserError(f"data.channels: {channels} is neither 1 (grey) nor 3 (RGB)")
+        raise UserError(f"task.channels: {channels} is neither 1 (grey) nor 3 (RGB)")
     if image_size < 1:
-        raise UserError(f"data.image_size: {image_size} must be at least 1")
+        raise UserError(f"task.image_size: {image_size} must be at least 1")
     if not path:
         return _digits(image_size, channels, eval_fraction)
     require("PIL", "data.path: reading images")
@@ -129,7 +129,7 @@ def _digits(image_size: int, channels: int, eval_fraction: float) -> Images:
     """1,797 handwritten digits, 8 x 8, grey (UCI, test half of optdigits), from scikit-learn."""
     if (image_size, channels) != (DIGITS_SIZE, 1):
         raise UserError(
-            f"data.image_size, data.channels: the built-in digits are {DIGITS_SIZE} x "
+            f"task.image_size, task.channels: the built-in digits are {DIGITS_SIZE} x "
             f"{DIGITS_SIZE} and grey, not {image_size} and {channels} channels; set "
             f"{DIGITS_SIZE} and 1, or data.path"
         )
