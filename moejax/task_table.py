@@ -35,4 +35,22 @@ class TaskEntry:
 
 TASKS: dict[str, TaskEntry] = {
     LANGUAGE: TaskEntry("moejax.tasks.language:build"),
+    "images": TaskEntry(
+        "moejax.tasks.images:build",
+        fields={
+            "image_size": Field(8, "pixels on a side; images are cut and resized to it", low=1),
+            "patch_size": Field(2, "pixels on a side of a patch, which is a token", low=1),
+            "channels": Field(1, "of the pixels: 1 (grey) or 3 (RGB)", low=1, high=3),
+        },
+        without=(
+            "model.vocab_size",
+            "model.rope_theta",
+            "model.tie_embeddings",
+            "moe.allow_future_leak",
+            "moe.losses.consistency",
+            "train.seq_len",
+            "data.tokenizer",
+        ),
+        defaults={"data.eval_fraction": 0.2, "train.eval_rows": 1000},
+    ),
 }

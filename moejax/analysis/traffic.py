@@ -45,7 +45,7 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
     except UserError:
         return None
     train, shards = resolved.train, _expert_shards(run)
-    length = run.units["tokens_per_row"]
+    length = run.units.tokens_per_row
     tokens = train.batch_size * length
     load_ME, dropped_ME = np.asarray(row["moe/load"]), np.asarray(row["moe/dropped"])
     pairs = load_ME.sum() / len(load_ME)

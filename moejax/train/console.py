@@ -84,7 +84,6 @@ class Console:
         if steps:
             self._seconds = (now - self._logged_at) / steps
             self._rate = train.batch_size * self._run.task.units.items_per_row / self._seconds
-            self._tokens = train.batch_size * self._run.task.units.tokens_per_row / self._seconds
         seconds = self._seconds
         mfu = self._flops_per_step / seconds / self._peak
         self._logged_at, self._logged_step, self._last_train = now, step, row
@@ -105,7 +104,7 @@ class Console:
         return {
             "step": step,
             "seconds_per_step": seconds,
-            "tokens_per_second": self._tokens,
+            f"{self._item}s_per_second": self._rate,
             "mfu": mfu,
             "elapsed": now - self._began,
         }

@@ -27,7 +27,7 @@ def page(sweep: SweepData) -> Page:
     options: dict[str, list[Block]] = {}
     runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
     for name, (split, key, unit) in METRICS.items():
-        block = _metric(sweep, name, split, key, unit or (runs[0].units["loss"] if runs else ""))
+        block = _metric(sweep, name, split, key, unit or (runs[0].units.loss if runs else ""))
         if block:
             options[name] = [block]
     return Page("Curves", [Choice("metric", dict(options))] if options else [])

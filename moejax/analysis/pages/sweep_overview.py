@@ -105,12 +105,12 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
     runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
     if runs:
         first = runs[0]
-        batch, of = first.field("train.batch_size", 0), first.units
-        by = f" x {of['items_per_row']}" if of["items_per_row"] > 1 else ""
+        of, batch = first.units, first.field("train.batch_size", 0)
+        length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
         steps = sorted({run.field("train.steps", 0) for run in runs})
         rows += [
             ("data", str(first.saved.get("corpus", "?"))),
-            ("training", f"{' or '.join(map(str, steps))} steps of {batch}{by} {of['item']}s"),
+            ("training", f"{' or '.join(map(str, steps))} steps of {batch}{length} {of.item}s"),
         ]
         devices = first.saved.get("devices")
         if devices:
