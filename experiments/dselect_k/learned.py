@@ -13,19 +13,21 @@ import numpy as np
 
 from experiments.dselect_k import gates, metrics
 from experiments.dselect_k.problems import TRAIN, Problem, outputs
-from experiments.dselect_k.recovery import NUM_EXPERTS, RATES, draw, others
+from experiments.dselect_k.recovery import NUM_EXPERTS, RATES, draw, with_noise, without_noise
 from experiments.dselect_k.rows import Row, row
 from experiments.dselect_k.training import Run, Setting, train_all
 
+GAMMAS = (1.0, 10.0)
 
-def p2(seeds: int, epochs: int) -> Iterator[Row]:
+
+def p2(seeds: int, epochs: int, gammas: tuple[float, ...] = GAMMAS) -> Iterator[Row]:
     problems = draw(seeds, NUM_EXPERTS)
     plain = [Setting(rate) for rate in RATES]
-    for label, gate in others(epochs):
+    for label, gate in [*without_noise(), *with_noise(epochs)]:
         labels = [{**label, "lr": rate} for rate in RATES]
         yield from _study(gate, plain, labels, problems, epochs)
     settings = [Setting(rate, weight) for rate in RATES for weight in (0.0, 1e-2)]
-    for gamma in (1.0, 10.0):
+    for gamma in gammas:
         labels = [
             {"gate": "dselect_k", "gamma": gamma, "lambda": s.entropy, "lr": s.learning_rate}
             for s in settings
@@ -39,7 +41,7 @@ def _study(
 ) -> Iterator[Row]:  # fmt: skip
     run = train_all(
         gate, problems.x_ND, problems.target_NM, settings, num_experts=NUM_EXPERTS,
-        epochs=epochs, seed_R=jnp.arange(len(problems.x_ND)), learn_experts=True,
+        epochs=epochs, learn_experts=True,
     )  # fmt: skip
     error_RLM = heldout_errors(run, problems)
     for number, label in enumerate(labels):

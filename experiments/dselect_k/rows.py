@@ -13,7 +13,7 @@ Row = dict[str, Any]
 SHARES = {"exact"}
 """Measures that are 0 or 1 for a seed."""
 
-LABELS = ("gate", "start", "gamma", "lambda", "lr", "E", "penalty", "tasks", "points")
+LABELS = {"gate", "start", "gamma", "lambda", "lr", "E", "penalty", "tasks", "points"}
 
 
 def row(labels: dict[str, Any], seeds: dict[str, Sequence[float]]) -> Row:
@@ -47,23 +47,24 @@ def tuned(rows: list[Row], by: str = "test_mse") -> list[Row]:
     return chosen
 
 
-def table(rows: list[Row], measures: Sequence[str]) -> str:
-    """Markdown: the labels that occur, then measures with their 95 % intervals."""
-    labels = [name for name in LABELS if any(name in row for row in rows)]
-    body = [
-        [_label(row.get(name)) for name in labels] + [_cell(row.get(name)) for name in measures]
-        for row in rows
-    ]
-    lines = [[*labels, *measures], ["---"] * (len(labels) + len(measures)), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def head(columns: Sequence[str]) -> str:
+    """Of a Markdown table."""
+    return f"{_line(columns)}\n{_line(['---'] * len(columns))}"
 
 
-def _label(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:g}"
+def line(row: Row, columns: Sequence[str]) -> str:
+    """Its cells: labels, and measures with their 95 % intervals."""
+    return _line([_cell(row.get(name), name in LABELS) for name in columns])
 
 
-def _cell(interval: list[float] | None) -> str:
-    if interval is None:
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: Any, is_label: bool) -> str:
+    if value is None:
         return ""
-    value, low, high = (f"{number:.3g}" for number in interval)
-    return value if low == high or low == "nan" else f"{value} [{low}, {high}]"
+    if is_label:
+        return value if isinstance(value, str) else f"{value:g}"
+    middle, low, high = (f"{number:.3g}" for number in value)
+    return middle if low == high else f"{middle} [{low}, {high}]"

@@ -57,8 +57,14 @@ def random_line(size: int, seed: int) -> tuple[Array, Array]:
     return jax.random.normal(start_key, (size,)), jax.random.normal(direction_key, (size,))
 
 
-def p4(lines: int, points: tuple[int, ...] = POINTS) -> Iterator[Row]:
-    """The largest jumps over s in [-1, 1], of finer and finer grids."""
+def p4(lines: int, epochs: int = 0, points: tuple[int, ...] = POINTS) -> Iterator[Row]:
+    """The largest jumps over s in [-1, 1], of finer and finer grids; its seeds are lines.
+
+    Raises:
+      ValueError: epochs is not 0. Nothing is trained here.
+    """
+    if epochs:
+        raise ValueError(f"epochs={epochs}: P4 trains nothing")
     train = know(draw(1, NUM_EXPERTS))[0].train
     named = [({"gate": "top_k"}, gates.top_k()), ({"gate": "softmax"}, gates.softmax())]
     named += [({"gate": "dselect_k", "gamma": g}, gates.dselect_k(g)) for g in GAMMAS]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.dselect_k import gates, metrics
-from experiments.dselect_k.learned import heldout_errors
+from experiments.dselect_k.learned import GAMMAS, heldout_errors
 from experiments.dselect_k.problems import Problem, many_tasks
 from experiments.dselect_k.rows import Row, row
 from experiments.dselect_k.training import Setting, train_all
@@ -23,7 +23,10 @@ NUM_TASKS = (16, 32, 64, 128)
 RATE = 1e-2
 
 
-def p3(seeds: int, epochs: int, num_tasks: tuple[int, ...] = NUM_TASKS) -> Iterator[Row]:
+def p3(
+    seeds: int, epochs: int, num_tasks: tuple[int, ...] = NUM_TASKS,
+    gammas: tuple[float, ...] = GAMMAS,
+) -> Iterator[Row]:  # fmt: skip
     for tasks in num_tasks:
         one = lambda seed, tasks=tasks: many_tasks(jax.random.key(seed), tasks, NUM_EXPERTS)
         problems = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(jnp.arange(seeds)))
@@ -31,7 +34,7 @@ def p3(seeds: int, epochs: int, num_tasks: tuple[int, ...] = NUM_TASKS) -> Itera
             label = {"gate": name, "tasks": tasks}
             yield from _study(gate, [Setting(RATE)], [label], problems, epochs)
         settings = [Setting(RATE, weight) for weight in (0.0, 1e-2)]
-        for gamma in (1.0, 10.0):
+        for gamma in gammas:
             labels = [
                 {"gate": "dselect_k", "gamma": gamma, "lambda": s.entropy, "tasks": tasks}
                 for s in settings
@@ -45,7 +48,7 @@ def _study(
 ) -> Iterator[Row]:  # fmt: skip
     run = train_all(
         gate, problems.x_ND, problems.target_NM, settings, num_experts=NUM_EXPERTS,
-        epochs=epochs, seed_R=jnp.arange(len(problems.x_ND)), learn_experts=True,
+        epochs=epochs, learn_experts=True,
     )  # fmt: skip
     error_RLM = heldout_errors(run, problems)
     for number, label in enumerate(labels):

@@ -223,7 +223,7 @@ def test_unreachable_codes_end_with_little_mass_and_the_penalty_takes_it_sooner(
     ("arguments", "message"),
     [
         (["--only=p9"], "--only=p9 is unknown; use some of p1,p2,p3,p4,p5"),
-        (["--seeds=3"], "--seeds=3 must be at least 4"),
+        (["--seeds=3"], "--seeds=3 must be at least 8"),
         (["--plot=/nowhere/x.png"], "--plot=/nowhere/x.png: make its folder first"),
     ],
 )
