@@ -12,13 +12,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax import losses
 from moejax.dispatch import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.basic import FFN
-from moejax.layers.routing_stats import collect_stats, sum_over_groups, with_cuts
+from moejax.layers.routing_stats import (
+    collect_stats,
+    router_losses,
+    sum_over_groups,
+    with_cuts,
+)
 from moejax.mesh import constrain, group_local
 from moejax.types import (
     SCOPES,
@@ -288,16 +292,8 @@ class MoE(nnx.Module):
         )
 
     def _losses(self, output: GateOutput, context: Context, scoped: Any) -> dict[str, Array]:
-        scope, num_experts = self.balance_scope, self.config.num_experts
+        scope = self.balance_scope
         valid_QU = scoped(context.valid_BL, scope)
         stats = jax.tree.map(lambda x: scoped(x, scope), output.stats)
         routing = jax.tree.map(lambda x: scoped(x, scope), output.routing)
-        load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
-        mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
-        expected_QE = jnp.sum(jnp.where(valid_QU[..., None], stats.load_GTE, 0.0), axis=1)
-        return {
-            "load_balance": losses.load_balance(load_QE, stats.probs_GTE, valid_QU),
-            "importance": losses.squared_share(mass_QE, valid_QU),
-            "load": losses.squared_share(expected_QE, valid_QU),
-            "z": losses.z_loss(stats.logits_GTE, valid_QU),
-        }
+        return router_losses(routing, stats, valid_QU)

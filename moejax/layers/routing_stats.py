@@ -1,4 +1,4 @@
-"""A layer's routing in numbers, over the whole batch."""
+"""A layer's routing in numbers, over the whole batch, and the losses that these make."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax import losses
-from moejax.types import MoEStats, Routing
+from moejax.types import MoEStats, RouterStats, Routing
 
 
 @jax.jit
@@ -60,3 +60,17 @@ def collect_stats(routing: Routing, probs_BLE: Array, kept_BLK: Array, valid_BL:
             entropy=-jnp.sum(jnp.where(valid, probs_BLE * log_BLE, 0.0)),
         )
     )
+
+
+def router_losses(routing: Routing, router: RouterStats, valid_QU: Array) -> dict[str, Array]:
+    """The auxiliary losses of any gate, from arrays laid out as scopes [Q, U, ...]."""
+    num_experts = router.probs_GTE.shape[-1]
+    load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
+    mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
+    expected_QE = jnp.sum(jnp.where(valid_QU[..., None], router.load_GTE, 0.0), axis=1)
+    return {
+        "load_balance": losses.load_balance(load_QE, router.probs_GTE, valid_QU),
+        "importance": losses.squared_share(mass_QE, valid_QU),
+        "load": losses.squared_share(expected_QE, valid_QU),
+        "z": losses.z_loss(router.logits_GTE, valid_QU),
+    }
