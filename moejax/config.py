@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejax.devices import configure_devices
+from moejax.field import Field
+from moejax.fields import FIELDS, SECTIONS
 from moejax.overrides import apply_overrides, choose, parse_arg, take_overrides
-from moejax.schema import FIELDS, SECTIONS, Config, Field, default, flatten, set_gate, table_of
+from moejax.schema import Config, default, flatten, set_gate, table_of
 from moejax.sources import from_dict, read, to_dict
 from moejax.validate import make_gate, moe_config, validate
 

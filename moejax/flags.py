@@ -7,8 +7,8 @@ import stat
 from typing import Any, NoReturn
 
 from moejax.errors import UserError
+from moejax.fields import FIELDS
 from moejax.overrides import PREFIX
-from moejax.schema import FIELDS
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,10 +12,13 @@ from typing import Any
 
 from moejax import gating
 from moejax.errors import UserError, suggest
-from moejax.schema import Config, Field, set_field, set_gate, table_of
+from moejax.field import Field
+from moejax.fields import FIELDS
+from moejax.schema import Config, set_field, set_gate, table_of
 
 PREFIX = "--config."
 GATE_NAME = "moe.gate.name"
+TASK_NAME = "task.name"
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _EXPECTED = {
     bool: "true or false (bool)",
@@ -58,6 +61,12 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
     """
     pairs = [_split(override) for override in overrides]
     for name, text in pairs:
+        if name == TASK_NAME and text != config.task.name:
+            raise UserError(
+                f"{TASK_NAME}={text} is chosen by the config page, and this one's is "
+                f"{config.task.name!r}; name another page, such as configs/vit.py"
+            )
+    for name, text in pairs:
         if name == GATE_NAME and text != config.moe.gate.name:
             set_gate(config, text)
     table = table_of(config)
@@ -65,7 +74,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
         if name == GATE_NAME:
             continue
         if name not in table:
-            raise UserError(unknown_field(name, table, config.moe.gate.name))
+            raise UserError(unknown_field(name, table, config))
         set_field(config, name, parse_value(name, text, table[name].default))
 
 
@@ -110,8 +119,11 @@ def _show(value: Any) -> str:
     return ",".join(map(str, value)) or "1,2" if isinstance(value, tuple) else str(value).lower()
 
 
-def unknown_field(name: str, table: Mapping[str, Field], gate: str) -> str:
+def unknown_field(name: str, table: Mapping[str, Field], config: Config) -> str:
     """The message about a dotted name that is not a field: the nearest name, or what exists."""
+    gate, task = config.moe.gate.name, config.task.name
+    if name in FIELDS:
+        return f"{name} means nothing to task {task!r}, which does not use it; leave it out"
     below = [field for field in table if field.startswith(f"{name}.")]
     if below:
         return (
@@ -191,7 +203,7 @@ def check_fields(config: Config, flat: Mapping[str, Any], origin: str, remedy: s
     table = table_of(config)
     for name in flat:
         if name not in table:
-            raise UserError(f"{origin}: {unknown_field(name, table, config.moe.gate.name)}")
+            raise UserError(f"{origin}: {unknown_field(name, table, config)}")
     for name, field in table.items():
         if name not in flat:
             raise UserError(f"{origin}: {name} is missing; {remedy}")

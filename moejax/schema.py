@@ -1,8 +1,7 @@
-"""Every config field in one table: its default, what it means, and the values it may take.
+"""The config tree: made from the table of fields, of which it has those of its task and its gate.
 
-The table is the only place that knows the fields. The config tree, the typing of overrides, the
-range checks, ``moejax config`` and ``docs/config.md`` are all read from it. The fields below
-``moe.gate`` are the chosen gate's own and come from ``moejax.gating.fields``.
+``moejax.fields`` has the table; the fields below ``task`` are the task's own
+(``moejax.task_table``), those below ``moe.gate`` the gate's (``moejax.gating.fields``).
 """
 
 import dataclasses
@@ -11,177 +10,10 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 
 from moejax import gating
-from moejax.errors import UserError
-from moejax.types import PRIORITIES, SCOPES, TRANSPORTS
-
-ACTIVATIONS = ("swiglu", "gelu", "relu")
-DEFAULT_GATE = "mixtral"
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """A config field. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not."""
-
-    default: Any
-    comment: str
-    choices: tuple[str, ...] = ()
-    low: int | float | None = None
-    above: int | float | None = None
-    high: int | float | None = None
-    below: int | float | None = None
-
-    @property
-    def type(self) -> type:
-        return type(self.default)
-
-    @property
-    def range(self) -> str:
-        """The allowed values in words; empty when every value of the type is."""
-        if self.choices:
-            return " | ".join(self.choices)
-        low = f">= {self.low:g}" if self.low is not None else ""
-        low = f"> {self.above:g}" if self.above is not None else low
-        high = f"<= {self.high:g}" if self.high is not None else ""
-        high = f"< {self.below:g}" if self.below is not None else high
-        return " and ".join(part for part in (low, high) if part)
-
-    def allows(self, value: Any) -> bool:
-        """Whether a value of the right type is a choice or within the range."""
-        if self.choices:
-            return value in self.choices
-        return (
-            (self.low is None or value >= self.low)
-            and (self.above is None or value > self.above)
-            and (self.high is None or value <= self.high)
-            and (self.below is None or value < self.below)
-        )
-
-
-SECTIONS: dict[str, str] = {
-    "mesh": "How devices are arranged. One axis may be -1: it takes the devices left over.",
-    "model": "The decoder.",
-    "moe": "The Mixture-of-Experts layers.",
-    "moe.losses": "Weight of each auxiliary loss. Balance losses are 1 at perfect balance.",
-    "moe.gate": "The gate's name and its own hyper-parameters; `moejax gates` lists them.",
-    "train": "Length, batch and intervals. A step is one optimizer update.",
-    "optim": "Optimizer and learning-rate schedule.",
-    "data": "Text and tokenizer.",
-    "distributed": "Several processes.",
-    "report": "What is written besides metrics.jsonl.",
-}
-
-FIELDS: dict[str, Field] = {
-    "mesh.data": Field(1, "replicas of the model"),
-    "mesh.fsdp": Field(1, "shards of every weight"),
-    "mesh.expert": Field(1, "shards of the experts"),
-    "mesh.tensor": Field(1, "shards of attention heads and hidden widths"),
-    "mesh.cpu_devices": Field(
-        0, "virtual CPU devices per process (0: the mesh's product / processes)", low=0
-    ),
-    "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
-    "model.d_model": Field(192, "model width", low=1),
-    "model.d_ff": Field(512, "hidden width of a dense FFN", low=1),
-    "model.num_layers": Field(4, "attention + FFN layers", low=1),
-    "model.num_heads": Field(4, "query heads", low=1),
-    "model.num_kv_heads": Field(4, "key/value heads; fewer than num_heads: grouped queries", low=1),
-    "model.head_dim": Field(0, "width of one head (0: d_model / num_heads)", low=0),
-    "model.activation": Field("swiglu", "of a dense FFN", choices=ACTIVATIONS),
-    "model.rope_theta": Field(10000.0, "base of the rotary position angles", above=0.0),
-    "model.norm_eps": Field(1e-6, "added to the mean square in RMSNorm", above=0.0),
-    "model.tie_embeddings": Field(True, "output matrix = embedding"),
-    "model.dtype": Field(
-        "float32",
-        "of activations and matmuls; weights and router are float32",
-        choices=("float32", "bfloat16"),
-    ),
-    "model.remat": Field(
-        "none",
-        "what backward recomputes: nothing, the cheap, experts too, exchanges too, everything",
-        choices=("none", "experts", "exchange", "dots", "full"),
-    ),
-    "model.attention": Field("auto", "implementation", choices=("auto", "xla", "cudnn")),
-    "moe.num_experts": Field(8, "experts per MoE layer", low=1),
-    "moe.d_ff": Field(256, "hidden width of one expert", low=1),
-    "moe.every": Field(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0),
-    "moe.first_dense": Field(0, "layers at the bottom that stay dense", low=0),
-    "moe.shared_experts": Field(0, "experts of width moe.d_ff that every token visits", low=0),
-    "moe.shared_gate": Field(False, "weigh the shared experts by a sigmoid of the token"),
-    "moe.activation": Field("swiglu", "of an expert", choices=ACTIVATIONS),
-    "moe.transport": Field("cells", "how tokens travel in training", choices=TRANSPORTS),
-    "moe.capacity_factor": Field(
-        1.25, "cells: slots per expert / mean load, in training", above=0.0
-    ),
-    "moe.eval_transport": Field("dropless", "how tokens travel in evaluation", choices=TRANSPORTS),
-    "moe.eval_capacity_factor": Field(
-        1.25, "cells: slots per expert / mean load, in evaluation", above=0.0
-    ),
-    "moe.priority": Field(
-        "position", "who keeps a slot when an expert is full", choices=PRIORITIES
-    ),
-    "moe.reroute": Field(
-        0, "cells: times an overflowing pair tries its next-best expert (0: dropped)", low=0
-    ),
-    "moe.group": Field(
-        "sequence", "tokens routed together: sequence, a number of sequences (as '4'), or batch"
-    ),
-    "moe.balance_scope": Field(
-        "sequence", "tokens over which balance losses take their means", choices=SCOPES
-    ),
-    "moe.allow_future_leak": Field(
-        False, "run although evaluation lets a token see later tokens; results are marked"
-    ),
-    "moe.losses.load_balance": Field(0.01, "Switch's load-balancing loss", low=0.0),
-    "moe.losses.z": Field(0.001, "router z-loss: mean squared logsumexp of the logits", low=0.0),
-    "moe.losses.importance": Field(0.0, "Shazeer's importance loss", low=0.0),
-    "moe.losses.load": Field(0.0, "Shazeer's load loss", low=0.0),
-    "moe.losses.policy": Field(0.0, "REINFORCE, of gates trained by policy", low=0.0),
-    "moe.losses.baseline": Field(0.0, "squared error of the expected reward", low=0.0),
-    "moe.losses.consistency": Field(
-        0.0,
-        "symmetric KL of two passes with different noise (above 0: training runs twice)",
-        low=0.0,
-    ),
-    "moe.gate.name": Field(DEFAULT_GATE, "a name from `moejax gates`, or my_package.module:MyGate"),
-    "train.steps": Field(300, "optimizer updates", low=1),
-    "train.batch_size": Field(16, "sequences per step, over all devices", low=1),
-    "train.seq_len": Field(128, "tokens per sequence", low=1),
-    "train.seed": Field(0, "of initial weights, data order and noise", low=0),
-    "train.grad_accum": Field(1, "micro-batches per step", low=1),
-    "train.log_every": Field(10, "steps between rows of metrics.jsonl", low=1),
-    "train.eval_every": Field(100, "steps between evaluations", low=1),
-    "train.eval_rows": Field(256, "held-out sequences per evaluation", low=1),
-    "train.checkpoint_every": Field(100, "steps between checkpoints", low=1),
-    "train.keep_checkpoints": Field(2, "newest checkpoints kept", low=1),
-    "train.init_from": Field("", "workdir whose weights the run starts from (empty: random)"),
-    "optim.name": Field("adamw", "optimizer", choices=("adamw", "muon", "lion", "adafactor")),
-    "optim.learning_rate": Field(3e-3, "peak learning rate", above=0.0),
-    "optim.weight_decay": Field(0.1, "decoupled, on matrices", low=0.0),
-    "optim.b1": Field(0.9, "decay of the first moment", low=0.0, below=1.0),
-    "optim.b2": Field(0.95, "decay of the second moment", low=0.0, below=1.0),
-    "optim.eps": Field(1e-8, "added to the root of the second moment", above=0.0),
-    "optim.schedule": Field("cosine", "after warm-up", choices=("cosine", "wsd", "constant")),
-    "optim.warmup_steps": Field(50, "steps from 0 to the peak", low=0),
-    "optim.decay_fraction": Field(0.2, "wsd: share of the steps in the decay", low=0.0, high=1.0),
-    "optim.final_fraction": Field(0.1, "final / peak learning rate", low=0.0, high=1.0),
-    "optim.clip_norm": Field(1.0, "largest global gradient norm (0: off)", low=0.0),
-    "optim.output_z_loss": Field(0.0, "weight of the z-loss on the output logits", low=0.0),
-    "data.path": Field("", "a text file or a folder (empty: the built-in corpus)"),
-    "data.tokenizer": Field("", "a tokenizer.json (empty: bytes)"),
-    "data.eval_fraction": Field(0.05, "share of the documents held out", above=0.0, below=1.0),
-    "distributed.mode": Field(
-        "auto",
-        "auto: join the processes a launcher started, if one did",
-        choices=("auto", "off", "explicit"),
-    ),
-    "distributed.coordinator": Field("", "explicit: host:port of process 0"),
-    "distributed.num_processes": Field(0, "explicit: processes in all", low=0),
-    "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1),
-    "report.tensorboard": Field(False, "also TensorBoard events (pip install moejax[tensorboard])"),
-    "report.wandb": Field(False, "also Weights & Biases (pip install moejax[wandb])"),
-    "report.progress": Field(True, "progress bar on a terminal"),
-    "report.probe_rows": Field(32, "held-out sequences whose routing is recorded (0: none)", low=0),
-    "report.compile_cache": Field("auto", "compiled programs: auto (user's cache), off, or folder"),
-}
+from moejax.errors import UserError, suggest
+from moejax.field import Field
+from moejax.fields import DEFAULT_GATE, FIELDS
+from moejax.task_table import LANGUAGE, TASKS
 
 
 class Config(ml_collections.ConfigDict):
@@ -193,15 +25,23 @@ class Config(ml_collections.ConfigDict):
         def __getitem__(self, key: str) -> Any: ...
 
 
-def fields_for(gate: str) -> dict[str, Field]:
-    """The whole table for a config with this gate: dotted name -> Field, in reading order.
+def fields_for(gate: str, task: str) -> dict[str, Field]:
+    """The whole table for a config with this gate and task: dotted name -> Field, in reading order.
 
     Raises:
-      UserError: unknown gate, or a gate with a field that has no typed default.
+      UserError: unknown task or gate, or a gate with a field that has no typed default.
     """
+    if task not in TASKS:
+        raise UserError(f"task.name={task!r} is unknown; {suggest(task, TASKS)}")
+    entry = TASKS[task]
     table = {}
     for name, field in FIELDS.items():
-        table[name] = field
+        if not entry.has(name):
+            continue
+        known = {"task.name": task, **entry.defaults}
+        table[name] = dataclasses.replace(field, default=known.get(name, field.default))
+        if name == "task.name":
+            table |= {f"task.{own}": field for own, field in entry.fields.items()}
         if name == "moe.gate.name":
             table |= _gate_fields(gate)
     return table
@@ -221,14 +61,18 @@ def _gate_fields(gate: str) -> dict[str, Field]:
 
 
 def table_of(config: Config) -> dict[str, Field]:
-    """The table for the gate the config names."""
-    return fields_for(config.moe.gate.name)
+    """The table for the gate and the task that the config names."""
+    return fields_for(config.moe.gate.name, config.task.name)
 
 
-def default() -> Config:
-    """The config of all defaults, with gate ``mixtral``: a locked tree to set fields on."""
+def default(task: str = LANGUAGE) -> Config:
+    """The config of all defaults of a task, with gate ``mixtral``: a locked tree to set fields on.
+
+    Raises:
+      UserError: unknown task; the message lists the valid ones.
+    """
     tree: dict[str, Any] = {}
-    for name, field in FIELDS.items():
+    for name, field in fields_for(DEFAULT_GATE, task).items():
         *path, leaf = name.split(".")
         node = tree
         for part in path:
@@ -257,22 +101,24 @@ def set_gate(config: Config, name: str) -> None:
     """Chooses the gate: ``moe.gate`` gets its fields at their defaults, ``moe`` its preset.
 
     A preset of a published model may set other ``moe`` fields (``moejax gates NAME`` lists them).
-    What the previous gate's preset had set, and nothing has changed since, goes back to its
-    default: the result does not depend on which gate was there before.
+    A task may lack some of these. What the previous gate's preset had set, and nothing has changed
+    since, goes back to its default: the result does not depend on which gate was there before.
 
     Raises:
       UserError: unknown gate; the message lists the valid ones.
     """
     fields = _gate_fields(name)
+    table = table_of(config)
     previous = gating.preset_overrides(config.moe.gate.name)
     for key, value in previous.items():
-        if get_field(config, f"moe.{key}") == value:
-            set_field(config, f"moe.{key}", FIELDS[f"moe.{key}"].default)
+        if f"moe.{key}" in table and get_field(config, f"moe.{key}") == value:
+            set_field(config, f"moe.{key}", table[f"moe.{key}"].default)
     gate = {field.removeprefix("moe.gate."): entry.default for field, entry in fields.items()}
     with config.unlocked():
         config.moe.gate = GateConfig({"name": name, **gate})
     for key, value in gating.preset_overrides(name).items():
-        set_field(config, f"moe.{key}", value)
+        if f"moe.{key}" in table:
+            set_field(config, f"moe.{key}", value)
 
 
 def flatten(tree: dict[str, Any] | ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from moejax import gating
 from moejax.config import Loaded, default, flatten, moe_config, set_gate, table_of
-from moejax.schema import SECTIONS, Field
+from moejax.field import Field
+from moejax.fields import SECTIONS
 from moejax.types import Context, Gate, GateSpec, Visibility
 
 LEGEND = "* set on the command line    ~ set by the config page    (others: defaults)"

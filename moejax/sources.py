@@ -14,6 +14,7 @@ from typing import Any
 from moejax.errors import UserError, suggest
 from moejax.overrides import check_fields, unknown_field
 from moejax.schema import Config, default, flatten, set_field, set_gate, table_of
+from moejax.task_table import LANGUAGE
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _UNKNOWN_KEY = re.compile(r'Key "([^"]+)" does not exist')
@@ -147,7 +148,7 @@ def _describe(error: Exception) -> str:
     unknown = _UNKNOWN_KEY.search(str(error))
     if unknown:
         config = default()
-        return unknown_field(unknown.group(1), table_of(config), config.moe.gate.name)
+        return unknown_field(unknown.group(1), table_of(config), config)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -188,7 +189,7 @@ def from_dict(tree: dict[str, Any], origin: str = "config") -> Config:
       UserError: naming ``origin`` and the first field that is missing, unknown or of another type.
     """
     flat = flatten(tree)
-    config = default()
+    config = default(flat.setdefault("task.name", LANGUAGE))
     set_gate(config, flat.get("moe.gate.name", config.moe.gate.name))
     table = table_of(config)
     for name, value in flat.items():

@@ -43,14 +43,20 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """
     _check_ranges(config)
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
-    _check_model(config, mesh)
+    if "num_layers" in config.model:
+        _check_layers(config, mesh)
     _check_batch(config, mesh)
     _check_distributed(config)
     _check_paths(config)
-    if not config.moe.every:
+    if not has_experts(config):
         return Visibility()
     _check_moe(config, mesh)
     return _check_visibility(config)
+
+
+def has_experts(config: Config) -> bool:
+    """Whether the model has MoE layers."""
+    return bool(config.moe.get("every", 1))
 
 
 def moe_config(config: Config) -> MoEConfig:
@@ -61,7 +67,8 @@ def moe_config(config: Config) -> MoEConfig:
     """
     moe = config.moe
     try:
-        return MoEConfig(**{f.name: moe[f.name] for f in dataclasses.fields(MoEConfig)})
+        known = {f.name: moe[f.name] for f in dataclasses.fields(MoEConfig) if f.name in moe}
+        return MoEConfig(**known)
     except ValueError as error:
         raise UserError(f"moe.{error}") from error
 
@@ -109,7 +116,8 @@ def _divides(config: Config, name: str, mesh: Mapping[str, int], axis: str) -> N
         )
 
 
-def _check_model(config: Config, mesh: Mapping[str, int]) -> None:
+def _check_layers(config: Config, mesh: Mapping[str, int]) -> None:
+    """The sizes of ``models.stack``."""
     model, moe = config.model, config.moe
     if not model.head_dim and model.d_model % model.num_heads:
         raise UserError(
@@ -117,7 +125,7 @@ def _check_model(config: Config, mesh: Mapping[str, int]) -> None:
             f"{model.num_heads}; change one of them or set model.head_dim"
         )
     head_dim = model.head_dim or model.d_model // model.num_heads
-    if head_dim % 2:
+    if "rope_theta" in model and head_dim % 2:
         raise UserError(
             f"heads of width {head_dim} (model.head_dim, or model.d_model={model.d_model} / "
             f"model.num_heads={model.num_heads}) cannot be rotated in pairs; use an even width"
@@ -180,7 +188,7 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
         raise UserError(_gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
     for field in ("group", "balance_scope"):
-        if moe[field] == "batch" and config.train.grad_accum > 1:
+        if moe.get(field) == "batch" and config.train.grad_accum > 1:
             raise UserError(
                 f"moe.{field}=batch needs the whole batch at once, but train.grad_accum="
                 f"{config.train.grad_accum} splits it; use train.grad_accum=1 or "
@@ -189,7 +197,7 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
 
 
 def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], gate: Gate) -> None:
-    cells = [field for field in ("transport", "eval_transport") if config.moe[field] == "cells"]
+    cells = [f for f in ("transport", "eval_transport") if config.moe.get(f) == "cells"]
     if choices.group == "batch" and cells:
         raise UserError(
             f"moe.group=batch cannot be combined with moe.{cells[0]}=cells, whose slots are per "
@@ -221,9 +229,14 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
 
 
 def _check_visibility(config: Config) -> Visibility:
-    """Refuses a language model whose evaluation would see the tokens it predicts."""
+    """Refuses a language model whose evaluation would see the tokens it predicts.
+
+    Where nothing is predicted from what comes before it, there is no future to see.
+    """
     moe, gate = moe_config(config), make_gate(config)
     seen = gate.visibility(moe)
+    if "allow_future_leak" not in config.moe:
+        return seen._replace(train_future=False, eval_future=False)
     if not seen.eval_future or config.moe.allow_future_leak:
         return seen
     around = {
@@ -286,6 +299,7 @@ def _check_paths(config: Config) -> None:
         ),
     }
     for name, (is_there, problem) in checks.items():
-        path = get_field(config, name)
+        section, _, leaf = name.partition(".")
+        path = config[section].get(leaf, "")
         if path and not is_there(os.path.expanduser(path)):
             raise UserError(f"{name}={path!r} {problem}")

@@ -12,12 +12,13 @@ from jax.sharding import NamedSharding
 
 from moejax import config as configs
 from moejax.data.corpus import Corpus
+from moejax.data.text import TextSource
 from moejax.gating import TopK
 from moejax.mesh import batch_spec, make_mesh
 from moejax.overrides import apply_overrides
+from moejax.tasks.language import LanguageModel
 from moejax.train.optim import make_optimizer
-from moejax.train.setup import Run, abstract_batch
-from moejax.train.task import LanguageModel
+from moejax.train.setup import Run
 from moejax.types import GateContext, GateOutput, GateParams, GateSpec, GateState, MoEStats
 
 VOCAB, BATCH, LENGTH = 64, 8, 16
@@ -82,10 +83,11 @@ def make(
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     optimizer, schedule = make_optimizer(config.optim, config.train.steps, params)
     nothing = np.zeros(0, np.uint16)
+    corpus = Corpus(nothing, nothing, VOCAB, 1.0, "", "none", 0)
     return Run(
         config=config,
         leak="",
-        corpus=Corpus(nothing, nothing, VOCAB, 1.0, "", "none", 0),
+        data=TextSource(corpus, LENGTH, BATCH, config.train.seed),
         mesh=make_mesh(shape, devices[: math.prod(shape.values())]),
         task=task,
         optimizer=optimizer,
@@ -109,7 +111,7 @@ def shapes(run: Run):
     by_row = NamedSharding(run.mesh, batch_spec(run.mesh.abstract_mesh))
     rows = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row)
-        for name, x in abstract_batch(run.config, BATCH).items()
+        for name, x in run.data.shapes(BATCH).items()
     }
     return run.abstract_state, rows
 

@@ -252,8 +252,8 @@ def test_dense_model_has_no_visibility_of_a_gate():
 
 
 def test_choices_of_the_schema_are_those_of_the_code():
-    from moejax import experts, schema
+    from moejax import experts, fields
     from moejax.models import stack
 
-    assert schema.ACTIVATIONS == experts.ACTIVATIONS
-    assert set(schema.FIELDS["model.remat"].choices) == set(stack.REMAT)
+    assert fields.ACTIVATIONS == experts.ACTIVATIONS
+    assert set(fields.FIELDS["model.remat"].choices) == set(stack.REMAT)

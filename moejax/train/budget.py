@@ -10,10 +10,10 @@ from jaxtyping import PyTree
 
 from moejax import mesh as meshes
 from moejax.config import Config
+from moejax.tasks.task import Batch, Task
 from moejax.train import flops, memory
-from moejax.train.setup import Run, abstract_batch
+from moejax.train.setup import Run
 from moejax.train.state import count_parameters
-from moejax.train.task import Batch, LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def count_budget(run: Run) -> Budget:
     transport's buffers, and after recomputation has given up what it computes again.
     """
     config, params = run.config, run.abstract_state.params
-    batch = abstract_batch(config, _micro_batch(config))
+    batch = run.data.shapes(_micro_batch(config))
     backward, forward = (_countable_pass(run, train=train) for train in (True, False))
     with jax.set_mesh(run.mesh):
         kept = memory.residual_bytes(
@@ -81,19 +81,17 @@ def _micro_batch(config: Config) -> int:
     return config.train.batch_size // config.train.grad_accum
 
 
-def _loss(
-    run: Run, task: LanguageModel, params: PyTree, batch: Batch, train: bool = True
-) -> jax.Array:
+def _loss(run: Run, task: Task, params: PyTree, batch: Batch, train: bool = True) -> jax.Array:
     gate_state, key = zeros_like(run.abstract_state.gate_state), jax.random.key(0)
     totals = task.forward(params, gate_state, batch, jax.numpy.int32(0), key, train=train)
-    return task.objective(totals, totals.tokens)
+    return task.objective(totals, totals.items)
 
 
 def _countable_pass(run: Run, train: bool) -> ClosedJaxpr:
     """A micro-batch, forward and in training backward, in the form whose FLOPs count."""
     loss = functools.partial(_loss, run, run.task.countable(), train=train)
     params = _without_shardings(run.abstract_state.params)
-    batch = abstract_batch(run.config, _micro_batch(run.config))
+    batch = run.data.shapes(_micro_batch(run.config))
     return jax.make_jaxpr(jax.grad(loss) if train else loss)(params, batch)
 
 
@@ -106,7 +104,7 @@ def _token_flops(run: Run, jaxpr: ClosedJaxpr) -> TokenFlops:
 
     The traced program hands them every column of every token's routing.
     """
-    model, tokens = run.task.model, _micro_batch(run.config) * run.config.train.seq_len
+    model, tokens = run.task.model, _micro_batch(run.config) * run.task.units.tokens_per_row
     fixed = flops.count_flops(jaxpr, grouped=False)
     if not model.num_moe_layers:
         return TokenFlops(fixed / tokens, 0.0)
@@ -125,7 +123,7 @@ def active_parameters(run: Run) -> int:
     model = run.task.model
     params = run.abstract_state.params
     total = count_parameters(params)
-    if not model.every:
+    if not model.num_moe_layers:
         return total
     experts = sum(
         int(np.prod(x.shape))

@@ -48,12 +48,14 @@ class Console:
             f"gradients, {units.size(budget.activation_bytes)} activations)"
         )
         self._say(f"mesh        {mesh} on {run.mesh.size} {device.device_kind} device(s)")
+        of, (there, held_out) = run.task.units, run.data.size()
         self._say(
-            f"data        {run.corpus.name}: {units.count(run.corpus.train_N.size)} training "
-            f"tokens, {units.count(run.corpus.heldout_N.size)} held out"
+            f"data        {run.data.name}: {units.count(there)} training {of.item}s, "
+            f"{units.count(held_out)} held out"
         )
+        length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
         self._say(
-            f"training    {train.steps} steps of {train.batch_size} x {train.seq_len} tokens, "
+            f"training    {train.steps} steps of {train.batch_size}{length} {of.item}s, "
             f"{budget.flops_per_step / 1e9:.1f} GFLOP each"
         )
         if run.leak:
@@ -81,7 +83,7 @@ class Console:
         steps = step - self._logged_step
         if steps:
             self._seconds = (now - self._logged_at) / steps
-            self._rate = train.batch_size * train.seq_len / self._seconds
+            self._rate = train.batch_size * self._run.task.units.items_per_row / self._seconds
         seconds = self._seconds
         mfu = self._flops_per_step / seconds / self._peak
         self._logged_at, self._logged_step, self._last_train = now, step, row
@@ -90,7 +92,7 @@ class Console:
             f"loss {row['loss']:.4f}",
         ]
         if steps:
-            parts += [f"{units.count(self._rate)} tokens/s", f"MFU {mfu:.0%}"]
+            parts += [f"{units.count(self._rate)} {self._item}s/s", f"MFU {mfu:.0%}"]
         if "moe/max_vio" in row:
             parts.append(f"max load {1 + row['moe/max_vio']:.2f}x")
             parts.append(f"drops {row['moe/drop_rate']:.2%}")
@@ -102,7 +104,7 @@ class Console:
         return {
             "step": step,
             "seconds_per_step": seconds,
-            "tokens_per_second": self._rate,
+            f"{self._item}s_per_second": self._rate,
             "mfu": mfu,
             "elapsed": now - self._began,
         }
@@ -112,10 +114,9 @@ class Console:
         self._last_eval = row
         self._logged_at = time.perf_counter()
         self._logged_step = row["step"]
-        self._say(
-            f"held out at step {row['step']}: loss {row['loss']:.4f} nats/token, "
-            f"{row['bits_per_byte']:.4f} bits/byte"
-        )
+        said = ", ".join(self._held_out(row["loss"]))
+        accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
+        self._say(f"held out at step {row['step']}: loss {said}{accuracy}")
 
     def already_done(self, step: int) -> None:
         """The workdir's run has all its steps; a kill may have come before its picture."""
@@ -147,13 +148,12 @@ class Console:
         write_summary_png(str(self._folder))
         baselines = read_config(self._folder)["baselines"]
         row, last = self._last_eval, self._last_train
-        nats, bits = row["loss"], row["bits_per_byte"]
-        lines = [("held-out loss", f"{nats:.4f} nats/token  {bits:.4f} bits/byte")]
-        for name, nats in baselines.items():
-            bits = nats / math.log(2) / self._run.corpus.heldout_bytes_per_token
-            lines.append((f"  {name}", f"{nats:.4f} nats/token  {bits:.4f} bits/byte"))
+        lines = [("held-out loss", "  ".join(self._held_out(row["loss"])))]
+        lines += [(f"  {name}", "  ".join(self._held_out(x))) for name, x in baselines.items()]
+        if "accuracy" in row:
+            lines.append(("accuracy", f"{row['accuracy']:.2%} held out"))
         if not math.isnan(self._rate):  # a single step, which was the compilation
-            lines.append(("speed", f"{units.count(self._rate)} tokens/s at the end"))
+            lines.append(("speed", f"{units.count(self._rate)} {self._item}s/s at the end"))
         if "moe/max_vio" in row:
             busiest, drops = 1 + last["moe/max_vio"], last["moe/drop_rate"]
             held_out = row["moe/drop_rate"]
@@ -162,11 +162,20 @@ class Console:
         if self._run.leak:
             lines.append(("visibility", self._run.leak))
         lines.append(("files", f"{self._folder}: summary.png, metrics.jsonl, checkpoints/"))
-        lines.append(("next", "another gate: --config=configs/lm.py:gate=switch --workdir=..."))
-        lines.append(("", "every field:  moejax config --config=configs/lm.py"))
+        lines.append(("next", f"moejax report {self._folder}    moejax config --config=..."))
         self._say(f"\nfinished in {units.duration(time.perf_counter() - self._began)}")
         for label, text in lines:
             self._say(f"{label:<16}{text}")
+
+    @property
+    def _item(self) -> str:
+        return self._run.task.units.item
+
+    def _held_out(self, loss: float) -> list[str]:
+        """A loss with its unit, and what else the data say of it."""
+        extras = self._run.data.eval_extras(loss)
+        others = [f"{x:.4f} {name.replace('_per_', '/')}" for name, x in extras.items()]
+        return [f"{loss:.4f} {self._run.task.units.loss}", *others]
 
     def close(self) -> None:
         """Gives the terminal back, whatever ended the run."""

@@ -15,15 +15,16 @@ from moejax import recording
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
+from moejax.tasks.task import Batch, Task
 from moejax.train import compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
 from moejax.train.look import sent
 from moejax.train.loop import check_text, read_config
 from moejax.train.processes import is_first, on_host
 from moejax.train.reading import Part
-from moejax.train.setup import Run
+from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
-from moejax.train.task import Batch, LanguageModel
+from moejax.validate import has_experts
 
 ROUTER = "router"
 """The key below which a layer keeps its gate's parameters."""
@@ -53,7 +54,7 @@ def opened(
     folder = Path(workdir)
     saved = read_config(folder)
     remedy = "name the text to evaluate on with --config.data.path"
-    check_text(saved, config, this.corpus.fingerprint, remedy)
+    check_text(saved, config, this.data.fingerprint, remedy)
     with (
         compile_cache.kept(config.report.compile_cache),
         jax.set_mesh(this.mesh),
@@ -87,17 +88,19 @@ def evaluate(
     """
     if record_routing:
         _check_target(config, record_routing)
+    if leak_rows:
+        leak.check(config)
     with opened(config, workdir, step, record_steps) as found:
         this, state, at = found
         totals = this.evaluate(state, map(this.put, this.eval_batches()))
-        row = rows.eval_row(at, totals, this.corpus.heldout_bytes_per_token, this.leak)
+        row = rows.eval_row(at, totals, this.data, this.leak)
         if record_routing:
             _write(_record(found, record_steps), record_routing)
         return row | leak.measure(this, state, leak_rows) if leak_rows else row
 
 
 def _check_target(config: Config, path: str) -> None:
-    if not config.moe.every:
+    if not has_experts(config):
         raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
     folder = Path(path).expanduser().absolute().parent
     if not folder.is_dir():
@@ -116,21 +119,20 @@ def _write(found: Recording, path: str) -> None:
 def _record(found: Opened, train_steps: int) -> Recording:
     this, state, at = found
     routed = jax.jit(functools.partial(route, task=this.task))
-    source = this.train_batches()
     about = {
         "num_experts": this.config.moe.num_experts,
         "gate": this.config.moe.gate.name,
         "step": at,
-        "fingerprint": this.corpus.fingerprint,
+        "fingerprint": this.data.fingerprint,
     }
     return Recording(
         _routed(this, state, routed, this.eval_batches()),
-        _routed(this, state, routed, [source.batch(i) for i in range(train_steps)]),
+        _routed(this, state, routed, [this.data.train_batch(i) for i in range(train_steps)]),
         about,
     )
 
 
-def route(state: TrainState, batch: Batch, *, task: LanguageModel) -> dict[str, Array]:
+def route(state: TrainState, batch: Batch, *, task: Task) -> dict[str, Array]:
     """How the MoE layers of a state route a batch in evaluation: see ``sent``."""
     key = jax.random.wrap_key_data(state.key)
     out = task.apply(
@@ -141,7 +143,7 @@ def route(state: TrainState, batch: Batch, *, task: LanguageModel) -> dict[str, 
 
 def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:
     """The batches' rows that hold tokens, one after the other."""
-    model, length = this.task.model, this.config.train.seq_len
+    model, length = this.task.model, this.task.units.tokens_per_row
     columns = model.gate.columns(model.moe.num_experts)
     shape = (model.num_moe_layers, 0, length, columns)
     parts = [
@@ -154,9 +156,9 @@ def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Rou
     ]
     for batch in batches:
         found = on_host(route(state, this.put(batch)))
-        real = batch["valid"].any(axis=1)
+        real = real_rows(batch)
         routed = {name: x[:, real] for name, x in found.items()}
-        parts.append(Routed(**routed, token=batch["tokens"][real, :-1]))
+        parts.append(Routed(**routed, token=this.data.tokens(batch)[real]))
     rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0}
     return Routed(
         **{

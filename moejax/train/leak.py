@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moejax.data.batches import eval_batches
+from moejax.config import Config
+from moejax.errors import UserError
 from moejax.mesh import BATCH_AXES, axis_size
+from moejax.task_table import LANGUAGE
+from moejax.tasks.language import LanguageModel
+from moejax.tasks.task import Batch
 from moejax.train.processes import compiled_together
 from moejax.train.rows import Divergence
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
-from moejax.train.task import Batch, LanguageModel
 
 
 def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
@@ -31,10 +34,11 @@ def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
     Raises:
       Divergence: a loss is not finite.
     """
-    train = run.config.train
+    train, task = run.config.train, run.task
+    assert isinstance(task, LanguageModel), "see check"
     rows, batches = _batches(run, sequences)
     placed = [run.put(batch) for batch in batches]
-    jitted = jax.jit(functools.partial(_sums, task=run.task))
+    jitted = jax.jit(functools.partial(_sums, task=task))
     program = compiled_together(jitted, state, placed[0], np.int32(0))
     tokens = sum(int(batch["valid"].sum()) for batch in batches)
     whole, causal = 0.0, 0.0
@@ -55,6 +59,15 @@ def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
     }
 
 
+def check(config: Config) -> None:
+    """Raises UserError unless the config's task predicts what comes next."""
+    if config.task.name != LANGUAGE:
+        raise UserError(
+            f"--measure-leak: task {config.task.name!r} does not predict from what comes before: "
+            "there is no future to leak; leave the flag out"
+        )
+
+
 def rows_per_batch(run: Run, sequences: int) -> int:
     """Batches for ``sequences`` are no larger than they must be for mesh and groups."""
     train, moe = run.config.train, run.task.model.moe
@@ -68,7 +81,7 @@ def _batches(run: Run, sequences: int) -> tuple[int, list[dict[str, np.ndarray]]
     """Batches as small as mesh and groups allow, and how many sequences they hold together."""
     size = rows_per_batch(run, sequences)
     wanted = math.ceil(sequences / size) * size
-    batches = eval_batches(run.corpus.heldout_N, run.config.train.seq_len, size, wanted)
+    batches = run.data.eval_batches(size, wanted)
     return sum(int(batch["valid"].any(axis=1).sum()) for batch in batches), batches
 
 

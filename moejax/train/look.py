@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from moejax.tasks.task import Task
 from moejax.train.state import TrainState
-from moejax.train.task import LanguageModel, cross_entropy
 from moejax.types import MoEInfo
 
 
@@ -23,7 +23,7 @@ def sent(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
 
 
 def look(
-    state: TrainState, batches: dict[str, Array], *, task: LanguageModel, sampled: int
+    state: TrainState, batches: dict[str, Array], *, task: Task, sampled: int
 ) -> dict[str, Array]:
     """What a step's file is made of, from ``batches`` [P, B, ...] of the probe's sequences.
 
@@ -43,7 +43,7 @@ def look(
         out = task.apply(
             state.params, state.gate_state, batch, state.step, key, train=False, watch=watch
         )
-        nats_BL = cross_entropy(out.logits_BLV, batch["tokens"][:, 1:])[1]
+        nats_BL = task.token_losses(out.said, batch)
         watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out.found.watched)
         return {**watched, "nats": nats_BL}
 
@@ -83,9 +83,9 @@ def sample(x_BL: Shaped[Array, "B L ..."], count: int) -> Shaped[Array, "B S ...
     return jnp.take_along_axis(x_BL, at_BS.reshape(*at_BS.shape, *[1] * len(rest)), axis=1)
 
 
-def similarities(task: LanguageModel, params: PyTree) -> dict[str, Array]:
+def similarities(task: Task, params: PyTree) -> dict[str, Array]:
     """Cosines between experts' weights, and between the router's vectors where it has such."""
-    layer = params["periods"]["blocks"][str(task.model.period - 1)]["ffn"]
+    layer = task.expert_layers(params)
     experts = [layer[name] for name in ("gate_EDF", "up_EDF", "down_EFD") if name in layer]
     found = {"expert_similarity": jax.lax.map(cosines, experts)}
     router_MED = router_vectors(layer.get("router", {}))

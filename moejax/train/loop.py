@@ -13,7 +13,6 @@ from jaxtyping import PyTree
 
 from moejax import __version__
 from moejax.config import Config, config_differences, default, to_dict
-from moejax.data.baselines import ngram_baselines
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
 from moejax.train import budget, compile_cache, probe, rows, setup
@@ -42,8 +41,8 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     """
     this = setup.prepare(config)
     folder = Path(workdir)
-    check_workdir(folder, config, this.corpus.fingerprint)
-    this.train_batches()  # a text that is too short is refused here,
+    check_workdir(folder, config, this.data.fingerprint)
+    this.data.train_batch(0)  # data that are too few are refused here,
     this.eval_batches()  # before anything is written
     this.check_gate_data(config.train.steps)
     probe.check(this, folder)
@@ -122,10 +121,11 @@ def _loop(
     Returns the steps completed and the exit status.
     """
     config = this.config.train
-    source = this.train_batches()
     held_out = [this.put(batch) for batch in this.eval_batches()]
     pending: tuple[int, Any] | None = None
-    with Prefetcher(lambda step: this.put(source.batch(step)), start, config.steps) as batches:
+    with Prefetcher(
+        lambda step: this.put(this.data.train_batch(step)), start, config.steps
+    ) as batches:
         for step, batch in enumerate(batches, start + 1):
             state, metrics = this.train_step(state, batch)
             if step == start + 1:
@@ -144,14 +144,14 @@ def _loop(
                 pending = None
             if evaluate_now:
                 totals = this.evaluate(state, held_out)
-                row = rows.eval_row(step, totals, this.corpus.heldout_bytes_per_token, this.leak)
+                row = rows.eval_row(step, totals, this.data, this.leak)
                 log.write(row)
                 recorder.record(step, state)
                 console.evaluated(row)
             if save_now or stopping:
                 rows.check_state(step, state)
                 log.flush()
-                checkpoints.save(step, state, {"fingerprint": this.corpus.fingerprint})
+                checkpoints.save(step, state, {"fingerprint": this.data.fingerprint})
             if stopping:
                 checkpoints.wait()
                 return step, PREEMPTED
@@ -265,19 +265,17 @@ def write_config(this: Run, folder: Path, about: dict[str, Any]) -> None:
         return
     path = folder / "config.json"
     known = read_config(folder) if path.exists() else {}
-    corpus = this.corpus
-    baselines = known.get("baselines") or ngram_baselines(
-        corpus.train_N, corpus.heldout_N, corpus.vocab_size
-    )
+    data = this.data
     content = {
         # How these processes found each other is no part of the run: one alone may evaluate it.
         "config": {**to_dict(this.config), "distributed": to_dict(default())["distributed"]},
         **about,
         "version": __version__,
-        "corpus": corpus.name,
-        "fingerprint": corpus.fingerprint,
-        "heldout_bytes_per_token": corpus.heldout_bytes_per_token,
-        "baselines": baselines,
+        "corpus": data.name,
+        "fingerprint": data.fingerprint,
+        **data.about(),
+        "units": this.task.units._asdict(),
+        "baselines": known.get("baselines") or data.baselines(),
         "parameters": {
             "total": count_parameters(this.abstract_state.params),
             "active": budget.active_parameters(this),

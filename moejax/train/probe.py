@@ -13,8 +13,6 @@ from jaxtyping import Array
 
 from moejax import mesh as meshes
 from moejax import probe
-from moejax.data.batches import eval_windows
-from moejax.data.domains import NAMES, heldout_labels
 from moejax.errors import UserError
 from moejax.probe import Arrays
 from moejax.train.leak import rows_per_batch
@@ -47,7 +45,9 @@ class Recorder:
             return
         self._batches = _batches(run, self._rows)
         if is_first() and not (probe.folder(folder) / "tokens.npz").exists():
-            probe.save_tokens(folder, _tokens(run, self._rows))
+            eval_rows = run.config.train.eval_rows
+            told = run.data.told(_held_out(run, self._rows), eval_rows)
+            probe.save_tokens(folder, told)
 
     def record(self, step: int, state: TrainState) -> None:
         """Routes the probe with the state after ``step`` updates and writes what was seen."""
@@ -69,12 +69,9 @@ class Recorder:
 
 
 def probe_rows(run: Run) -> int:
-    """How many sequences the probe has: as many as asked for, of those that evaluations have."""
-    train = run.config.train
-    if not run.task.model.num_moe_layers:
-        return 0
-    windows = eval_windows(len(run.corpus.heldout_N), train.seq_len, train.eval_rows)
-    return min(run.config.report.probe_rows, len(windows))
+    """How many rows the probe has: as many as asked for, of those that evaluations have."""
+    wanted = run.config.report.probe_rows
+    return min(wanted, run.eval_rows()) if wanted and run.task.model.num_moe_layers else 0
 
 
 def check(run: Run, folder: Path) -> None:
@@ -95,16 +92,11 @@ def check(run: Run, folder: Path) -> None:
         )
 
 
-def _chosen(run: Run, rows: int) -> np.ndarray:
-    """Which rows of the evaluations are the probe's: ``rows`` of them, evenly spread."""
-    train = run.config.train
-    count = len(eval_windows(len(run.corpus.heldout_N), train.seq_len, train.eval_rows))
-    return np.arange(rows) * count // rows
-
-
 def _held_out(run: Run, rows: int) -> dict[str, np.ndarray]:
-    """The probe's rows, with the ids they have in evaluations: some gates look these up."""
-    batches, chosen_N = run.eval_batches(), _chosen(run, rows)
+    """The probe's rows, evenly spread over those of evaluations, with the ids they have there: some
+    gates look these up."""
+    batches = run.eval_batches()
+    chosen_N = np.arange(rows) * run.eval_rows() // rows
     return {name: np.concatenate([b[name] for b in batches])[chosen_N] for name in batches[0]}
 
 
@@ -119,25 +111,6 @@ def _batches(run: Run, rows: int) -> dict[str, Array]:
         parted = padded.reshape(parts, size, *x.shape[1:])
         placed[name] = jax.make_array_from_callback(parted.shape, sharding, parted.__getitem__)
     return placed
-
-
-def _tokens(run: Run, rows: int) -> dict[str, Any]:
-    """The arrays of ``tokens.npz``."""
-    corpus, length, found = run.corpus, run.config.train.seq_len, _held_out(run, rows)
-    unknown = [f"<{index}>" for index in range(corpus.vocab_size)]  # prepared: ids are all there is
-    arrays = {
-        "token": found["tokens"][:, :-1],
-        "target": found["tokens"][:, 1:],
-        "valid": found["valid"],
-        "row": found["row"],
-        "token_text": corpus.origin.tokenizer.token_text() if corpus.origin else unknown,
-    }
-    labels_N = heldout_labels(corpus)
-    if labels_N is not None:
-        windows = eval_windows(len(corpus.heldout_N), length, run.config.train.eval_rows)
-        start_N = np.asarray(windows)[_chosen(run, rows)] * length
-        arrays |= {"label": labels_N[start_N[:, None] + np.arange(length)], "label_names": NAMES}
-    return arrays
 
 
 def _arrays(run: Run, seen: dict[str, np.ndarray], rows: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def run(config: Config, steps: int, out: str) -> int:
     this = setup.prepare(config)
     if jax.process_count() > 1:
         raise UserError("moejax profile runs in one process; use distributed.mode=off")
-    this.train_batches()
+    this.data.train_batch(0)  # refuses data that are too few
     make_folder(folder)
     with (
         compile_cache.kept(config.report.compile_cache, names_matter=True),
@@ -49,15 +49,15 @@ def run(config: Config, steps: int, out: str) -> int:
 def _trace(this: setup.Run, steps: int, folder: Path) -> Any:
     """Runs the steps; the operations of the program that ran."""
     compiled = this.train_step.lower(this.abstract_state, this.abstract_batch).compile()
-    state, source = this.init_state(), this.train_batches()
+    state = this.init_state()
     for step in range(WARM_UP):
-        state, metrics = compiled(state, this.put(source.batch(step)))
+        state, metrics = compiled(state, this.put(this.data.train_batch(step)))
         jax.block_until_ready(metrics)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # its thousands of events would slow what is measured
     with jax.profiler.trace(str(folder), profiler_options=options):
         for step in range(WARM_UP, WARM_UP + steps):
-            batch = this.put(source.batch(step))
+            batch = this.put(this.data.train_batch(step))
             with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
                 state, metrics = compiled(state, batch)
                 jax.block_until_ready((state, metrics))

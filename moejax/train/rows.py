@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from moejax.data.source import Source
+from moejax.tasks.task import Totals
 from moejax.train.state import TrainState
 from moejax.train.step import Metrics
-from moejax.train.task import Totals
 from moejax.types import MoEStats
 
 Row = dict[str, Any]
@@ -41,8 +42,8 @@ def train_row(step: int, metrics: Metrics, leak: str) -> Row:
     }
 
 
-def eval_row(step: int, totals: list[Totals], bytes_per_token: float, leak: str) -> Row:
-    """The row of one evaluation, from the totals of its batches.
+def eval_row(step: int, totals: list[Totals], data: Source, leak: str) -> Row:
+    """The row of one evaluation, from the totals of its batches of held-out ``data``.
 
     Raises:
       Divergence: the loss is not finite.
@@ -54,7 +55,7 @@ def eval_row(step: int, totals: list[Totals], bytes_per_token: float, leak: str)
         "step": step,
         "split": "eval",
         **means,
-        "bits_per_byte": means["loss"] / math.log(2) / bytes_per_token,
+        **data.eval_extras(means["loss"]),
         **routing(summed.stats),
         "leak": leak,
     }
@@ -64,7 +65,7 @@ def check_finite(
     step: int, totals: Totals, total_loss: float = 0.0, grad_norm: float = 0.0
 ) -> None:
     """Raises Divergence, naming step and layer, unless losses and gradient are finite."""
-    losses_finite = math.isfinite(float(totals.cross_entropy)) and math.isfinite(total_loss)
+    losses_finite = math.isfinite(float(totals.loss)) and math.isfinite(total_loss)
     if losses_finite and math.isfinite(grad_norm):
         return
     bad = np.flatnonzero(~np.isfinite(totals.mean_square))
@@ -100,11 +101,16 @@ def _all_finite(arrays: list[Array]) -> Array:
 
 
 def _means(totals: Totals) -> Row:
-    tokens = max(int(totals.tokens), 1)
+    items = max(int(totals.items), 1)
+
+    def mean(sums: dict[str, Array], prefix: str = "") -> Row:
+        return {f"{prefix}{name}": np.asarray(x / items).tolist() for name, x in sums.items()}
+
     return {
-        "loss": float(totals.cross_entropy) / tokens,
-        "accuracy": int(totals.correct) / tokens,
-        **{f"aux/{name}": float(value) / tokens for name, value in totals.auxiliary.items()},
+        "loss": float(totals.loss) / items,
+        **mean(totals.metrics),
+        **mean(totals.auxiliary, "aux/"),
+        **mean(totals.means),
     }
 
 

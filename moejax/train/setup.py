@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,15 +13,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax import mesh as meshes
 from moejax.config import Config, configure_devices, validate
-from moejax.data import batches as data_batches
-from moejax.data import corpus as corpora
-from moejax.data.corpus import Corpus
+from moejax.data.source import Source
 from moejax.errors import UserError
+from moejax.task_table import TASKS
+from moejax.tasks.task import Batch, Task, Totals
 from moejax.train.optim import make_optimizer
 from moejax.train.processes import compiled_together
 from moejax.train.state import TrainState, abstract
 from moejax.train.step import eval_step, train_step
-from moejax.train.task import Batch, LanguageModel, Totals
 from moejax.types import NeedsData
 
 
@@ -30,9 +30,9 @@ class Run:
 
     config: Config
     leak: str
-    corpus: Corpus
+    data: Source
     mesh: Mesh
-    task: LanguageModel
+    task: Task
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
 
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        rows = abstract_batch(self.config, self.config.train.batch_size)
+        rows = self.data.shapes(self.config.train.batch_size)
         return {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._row_sharding)
             for name, x in rows.items()
@@ -106,30 +106,27 @@ class Run:
           UserError: it has not.
         """
         model, train = self.task.model, self.config.train
-        if not (model.every and isinstance(model.gate, NeedsData)):
+        if not (model.num_moe_layers and isinstance(model.gate, NeedsData)):
             return
-        rows = int(sum(batch["valid"].any(axis=1).sum() for batch in self.eval_batches()))
+        rows, length = self.eval_rows(), self.task.units.tokens_per_row
         try:
             model.gate.check_data(
-                model.num_moe_layers, train.seq_len, train_steps * train.batch_size, rows
+                model.num_moe_layers, length, train_steps * train.batch_size, rows
             )
         except ValueError as error:
             raise UserError(f"moe.{error}") from error
 
-    def train_batches(self) -> data_batches.TrainBatches:
-        train = self.config.train
-        return data_batches.TrainBatches(
-            self.corpus.train_N, train.seq_len, train.batch_size, train.seed
-        )
-
     def eval_batches(self) -> list[dict[str, np.ndarray]]:
+        """The held-out rows of an evaluation."""
         train = self.config.train
-        return data_batches.eval_batches(
-            self.corpus.heldout_N, train.seq_len, train.batch_size, train.eval_rows
-        )
+        return self.data.eval_batches(train.batch_size, train.eval_rows)
+
+    def eval_rows(self) -> int:
+        """How many rows an evaluation has."""
+        return sum(int(real_rows(batch).sum()) for batch in self.eval_batches())
 
     def _token_counts(self) -> np.ndarray:
-        return self.corpus.token_counts(self.task.model.vocab_size)
+        return self.data.token_counts(self.task.model.vocab_size)
 
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
@@ -153,29 +150,28 @@ def prepare(config: Config) -> Run:
     configure_devices(config)
     devices = _devices(config)
     validate(config, len(devices))
-    if config.model.attention == "cudnn" and devices[0].platform != "gpu":
+    if config.model.get("attention") == "cudnn" and devices[0].platform != "gpu":
         raise UserError(
             f"model.attention=cudnn runs on NVIDIA GPUs and the devices are {devices[0].platform}; "
             "use model.attention=auto"
         )
-    corpus = corpora.load(config.data)
-    if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
-            f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
-        )
-    task = LanguageModel.from_config(config, corpus.vocab_size)
+    task, data = _build(config)
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     optimizer, schedule = make_optimizer(config.optim, config.train.steps, params)
     return Run(
         config=config,
-        leak=visibility.mark if config.moe.every else "",
-        corpus=corpus,
+        leak=visibility.mark,
+        data=data,
         mesh=meshes.make_mesh({axis: config.mesh[axis] for axis in meshes.AXES}, devices),
         task=task,
         optimizer=optimizer,
         schedule=schedule,
     )
+
+
+def _build(config: Config) -> tuple[Task, Source]:
+    module, _, function = TASKS[config.task.name].build.partition(":")
+    return getattr(importlib.import_module(module), function)(config)
 
 
 def _devices(config: Config) -> list[jax.Device]:
@@ -187,11 +183,7 @@ def _devices(config: Config) -> list[jax.Device]:
     return devices
 
 
-def abstract_batch(config: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of ``rows`` sequences."""
-    length = config.train.seq_len
-    return {
-        "tokens": jax.ShapeDtypeStruct((rows, length + 1), np.int32),
-        "valid": jax.ShapeDtypeStruct((rows, length), np.bool_),
-        "row": jax.ShapeDtypeStruct((rows,), np.int32),
-    }
+def real_rows(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows of a batch hold anything, bool[B]."""
+    valid = batch["valid"]
+    return np.any(valid.reshape(len(valid), -1), axis=1)

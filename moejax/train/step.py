@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from moejax.tasks.task import Batch, Task, Totals
 from moejax.train.state import TrainState
-from moejax.train.task import Batch, LanguageModel, Totals
 
 Metrics = dict[str, Any]
 
@@ -18,18 +18,18 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    task: LanguageModel,
+    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     grad_accum: int,
 ) -> tuple[TrainState, Metrics]:
     """Gradient of the whole batch (in ``grad_accum`` parts), update, next gate state, metrics."""
     key = jax.random.wrap_key_data(state.key)
-    tokens = jnp.sum(batch["valid"])
+    items = jnp.sum(batch["valid"])
 
     def loss(params: PyTree, part: Batch) -> tuple[Array, Totals]:
         totals = task.forward(params, state.gate_state, part, state.step, key, train=True)
-        return task.objective(totals, tokens), totals
+        return task.objective(totals, items), totals
 
     grad_fn = jax.value_and_grad(loss, has_aux=True)
     parts = split_batch(batch, grad_accum, task.model.moe.rows_per_group(1))
@@ -53,7 +53,7 @@ def train_step(
     return new_state, metrics
 
 
-def eval_step(state: TrainState, batch: Batch, *, task: LanguageModel) -> Totals:
+def eval_step(state: TrainState, batch: Batch, *, task: Task) -> Totals:
     """The batch's totals in evaluation: no noise, evaluation transport, state untouched."""
     key = jax.random.wrap_key_data(state.key)
     return task.forward(state.params, state.gate_state, batch, state.step, key, train=False)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moejax.models.lm import LM, LMConfig
 from moejax.models.stack import REMAT
-from moejax.train.state import to_tree
+from moejax.models.trees import to_tree
 from tests.lms import (
     CLOSE,
     KEY,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.train.state import from_tree, to_tree
+from moejax.models.trees import from_tree, to_tree
 from tests.lms import (
     CLOSE,
     MIXED,

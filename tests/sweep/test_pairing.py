@@ -66,7 +66,7 @@ def test_the_same_seed_starts_every_gate_alike(
     run, own = first
     other = prepared(text, **OTHERS[name])
     for step in (0, 7):
-        batch, others = run.train_batches().batch(step), other.train_batches().batch(step)
+        batch, others = run.data.train_batch(step), other.data.train_batch(step)
         assert all(np.array_equal(batch[key], others[key]) for key in batch)
     equal, unequal = compared(own, weights(other))
     assert all("router" in path for path in unequal), unequal
@@ -79,7 +79,7 @@ def test_another_seed_starts_otherwise(text: Path, first: tuple[setup.Run, Weigh
     run, own = first
     other = prepared(text, seed=6, **FIRST)
     assert not np.array_equal(
-        run.train_batches().batch(0)["tokens"], other.train_batches().batch(0)["tokens"]
+        run.data.train_batch(0)["tokens"], other.data.train_batch(0)["tokens"]
     )
     equal, unequal = compared(own, weights(other))
     assert not equal and len(unequal) > 5

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import cli
+from moejax.data.text import TextSource
 from moejax.gating import NoisyTopK
 from moejax.train import setup
 from moejax.train.checkpoint import Checkpointer
@@ -23,6 +24,13 @@ ROOT = Path(__file__).parents[2]
 PAGE = f"{ROOT}/configs/lm.py:size=debug,experts=4"
 STEPS, LOG, EVAL, SAVE = 8, 3, 7, 3
 PREEMPTED = 75
+
+
+def text_of(run: setup.Run) -> TextSource:
+    """What a run on text learns from."""
+    assert isinstance(run.data, TextSource)
+    return run.data
+
 
 SETTINGS = {
     "model.num_layers": 2,

@@ -8,8 +8,8 @@ import numpy as np
 import scipy.special
 
 from moejax import losses
+from moejax.tasks.language import SECOND_PASS
 from moejax.train import flops
-from moejax.train.task import SECOND_PASS
 from tests import steps
 
 WEIGHT = 0.7
@@ -37,7 +37,7 @@ def forward(gate, weight, *, train=True, jit=True):
 def one_pass(run, state, batch, key):
     """Totals and logits of a single pass, whatever the weights."""
     out = run.task.apply(state.params, state.gate_state, batch, jnp.int32(0), key, train=True)
-    return run.task._totals(out, batch), out.logits_BLV
+    return run.task._totals(out, batch), out.said
 
 
 def symmetric(p_logits, q_logits, valid):
@@ -71,14 +71,14 @@ def test_two_passes_are_averaged_and_compared():
     wanted = symmetric(np.asarray(p), np.asarray(q), steps.batch(0)["valid"])
     # float32 against float64, and two programs.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4)
-    close(both.auxiliary["consistency"] / both.tokens, wanted)
+    close(both.auxiliary["consistency"] / both.items, wanted)
     assert wanted > 1e-4
-    close(both.cross_entropy, (first.cross_entropy + second.cross_entropy) / 2)
+    close(both.loss, (first.loss + second.loss) / 2)
     close(both.mean_square, (first.mean_square + second.mean_square) / 2)
-    assert both.tokens == first.tokens == batch["valid"].sum()
+    assert both.items == first.items == batch["valid"].sum()
     np.testing.assert_array_equal(both.stats.load_E, first.stats.load_E)
-    objective = run.task.objective(both, both.tokens)
-    close(objective, both.cross_entropy / both.tokens + WEIGHT * wanted)
+    objective = run.task.objective(both, both.items)
+    close(objective, both.loss / both.items + WEIGHT * wanted)
 
 
 def test_without_a_weight_and_in_evaluation_there_is_one_pass():

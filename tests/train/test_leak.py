@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moejax.config import load
-from moejax.data.batches import eval_batches
 from moejax.train import setup
 from moejax.train.checkpoint import Checkpointer
 from tests.train import runs
@@ -58,7 +57,7 @@ def cut_short(workdir):
     """Nats per token of the measured sequences, whole, and each token predicted from a sequence
     that ends with the one before it: programs of L shapes, without any padding."""
     run = setup.prepare(load(str(workdir / "config.json")).config)
-    (batch,) = eval_batches(run.corpus.heldout_N, L, MEASURED, MEASURED)
+    (batch,) = run.data.eval_batches(MEASURED, MEASURED)
     with (
         jax.set_mesh(run.mesh),
         Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints,
@@ -73,7 +72,7 @@ def cut_short(workdir):
             part = {"tokens": batch["tokens"][:, : length + 1], "row": batch["row"],
                     "valid": batch["valid"][:, :length]}  # fmt: skip
             out = apply(state.params, state.gate_state, part, state.step, key)
-            log_p_BLV = np.asarray(jax.nn.log_softmax(out.logits_BLV))
+            log_p_BLV = np.asarray(jax.nn.log_softmax(out.said))
             target_BL1 = part["tokens"][:, 1:, None]
             return -np.take_along_axis(log_p_BLV, target_BL1, axis=-1)[..., 0]
 

@@ -13,8 +13,9 @@ from flax import nnx
 from moejax import types
 from moejax.layers import moe
 from moejax.models.lm import LM
+from moejax.models.trees import from_tree
 from moejax.train.look import cosines, look, router_vectors
-from moejax.train.state import TrainState, from_tree
+from moejax.train.state import TrainState
 from moejax.types import Context
 from tests import gates, steps
 from tests.steps import BATCH, LENGTH

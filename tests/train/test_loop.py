@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.tasks.task import Totals
 from moejax.train import rows
-from moejax.train.task import Totals
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy
 from tests.train.sharing import Compilations, Shared, Whole, prepared
@@ -22,18 +22,18 @@ TOKENS = SETTINGS["train.batch_size"] * SETTINGS["train.seq_len"]
 def test_the_run_is_the_plain_loop_over_the_corpus(whole: Whole, text: Path):
     """Losses, learning rates and the final state, bit for bit, of a loop of ten lines."""
     run = whole.run
-    source = run.train_batches()
+    source = run.data
     seen: dict[tuple[int, str], float] = {}
     with jax.set_mesh(run.mesh):
         state = run.init_state()
         for step in range(1, STEPS + 1):
-            state, metrics = run.train_step(state, run.put(source.batch(step - 1)))
+            state, metrics = run.train_step(state, run.put(source.train_batch(step - 1)))
             totals = metrics["totals"]
-            seen[step, "train"] = float(totals.cross_entropy) / TOKENS
+            seen[step, "train"] = float(totals.loss) / TOKENS
             if step in (7, 8):
                 held_out = [run.eval_step(state, run.put(b)) for b in run.eval_batches()]
-                tokens = sum(int(t.tokens) for t in held_out)
-                seen[step, "eval"] = sum(float(t.cross_entropy) for t in held_out) / tokens
+                tokens = sum(int(t.items) for t in held_out)
+                seen[step, "eval"] = sum(float(t.loss) for t in held_out) / tokens
     found = runs.rows(whole.workdir)
     assert [(row["step"], row["split"]) for row in found] == [
         (3, "train"), (6, "train"), (7, "eval"), (8, "train"), (8, "eval"),
@@ -51,7 +51,7 @@ def test_the_run_is_the_plain_loop_over_the_corpus(whole: Whole, text: Path):
 
 
 def test_the_corpus_is_shorter_than_the_run_which_goes_through_it_again(whole: Whole):
-    per_epoch = whole.run.train_batches().num_rows
+    per_epoch = runs.text_of(whole.run).train.num_rows
     taken = STEPS * SETTINGS["train.batch_size"]
     assert 2 * per_epoch < taken and per_epoch % SETTINGS["train.batch_size"]
     assert sum(b["valid"].sum() for b in whole.run.eval_batches()) < 12 * 16  # and padded
@@ -74,14 +74,14 @@ def test_no_step_moves_anything_between_host_and_device(whole: Whole):
     run = whole.run
     double = jax.jit(lambda x: 2 * x)
     with jax.set_mesh(run.mesh):
-        state, batch = run.init_state(), run.put(run.train_batches().batch(0))
+        state, batch = run.init_state(), run.put(run.data.train_batch(0))
         with jax.transfer_guard("disallow"):
             for _ in range(2):
                 state, metrics = run.train_step(state, batch)
             totals = run.eval_step(state, batch)
             with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
                 double(np.ones(2))  # the guard sees a transfer when there is one
-    assert math.isfinite(metrics["total_loss"]) and math.isfinite(totals.cross_entropy)
+    assert math.isfinite(metrics["total_loss"]) and math.isfinite(totals.loss)
 
 
 def accumulated(text: Path, accum: int, group: str, batch_size: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def accumulated(text: Path, accum: int, group: str, batch_size: int) -> dict[str
     changes = {"moe.group": group, "train.grad_accum": accum, "train.batch_size": batch_size}
     run = prepared(text, **changes)
     with jax.set_mesh(run.mesh):
-        state, metrics = run.train_step(run.init_state(), run.put(run.train_batches().batch(0)))
+        state, metrics = run.train_step(run.init_state(), run.put(run.data.train_batch(0)))
     moments = {name: x for name, x in runs.named(state).items() if "/mu/" in name}
     return {**jax.device_get(metrics), "gradient": moments}
 
@@ -108,7 +108,7 @@ def same_in_parts(text: Path, group: str, batch_size: int, *accums: int) -> None
             largest = np.abs(whole["gradient"][name]).max()
             assert largest > 0
             np.testing.assert_allclose(x, whole["gradient"][name], rtol=0, atol=1e-5 * largest)
-        for name in ("cross_entropy", "auxiliary", "mean_square"):
+        for name in ("loss", "auxiliary", "mean_square"):
             a, b = getattr(parts["totals"], name), getattr(whole["totals"], name)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
         for name in ("tokens", "correct"):
@@ -154,10 +154,10 @@ def test_on_another_mesh_a_run_goes_on_with_the_same_data_and_losses(
     assert (ended.status, ended.err) == (0, "")
     assert f"data={data} x fsdp=1 x expert={expert} x tensor=1" in ended.out
     assert f"resuming {workdir} at step 3" in ended.out
-    source = whole.run.train_batches()
+    source = whole.run.data
     assert len(taken) == STEPS - 3
     for step, batch in enumerate(taken, start=3):
-        for name, x in source.batch(step).items():
+        for name, x in source.train_batch(step).items():
             np.testing.assert_array_equal(batch[name], x)
     found, expected = runs.rows(workdir), runs.rows(whole.workdir)
     assert [(r["step"], r["split"]) for r in found] == [(r["step"], r["split"]) for r in expected]
@@ -171,11 +171,12 @@ def test_on_another_mesh_a_run_goes_on_with_the_same_data_and_losses(
 
 def totals_of(**changes: Any) -> Totals:
     fine: dict[str, Any] = {
-        "tokens": np.int32(1),
-        "cross_entropy": np.float32(1),
-        "correct": np.int32(0),
+        "items": np.int32(1),
+        "loss": np.float32(1),
         "log_z_square": np.float32(1),
+        "metrics": {"accuracy": np.int32(0)},
         "auxiliary": {"z": np.float32(1)},
+        "means": {},
         "mean_square": np.ones(3, np.float32),
         "stats": None,
     }
@@ -185,8 +186,8 @@ def totals_of(**changes: Any) -> Totals:
 @pytest.mark.parametrize(
     "totals, others, where",
     [
-        (totals_of(cross_entropy=NAN, mean_square=np.array([1, INF, NAN])), (1, 1), "layer 1 "),
-        (totals_of(cross_entropy=NAN), (NAN, NAN), "every layer's output is finite but the loss"),
+        (totals_of(loss=NAN, mean_square=np.array([1, INF, NAN])), (1, 1), "layer 1 "),
+        (totals_of(loss=NAN), (NAN, NAN), "every layer's output is finite but the loss"),
         (totals_of(), (INF, 1), "every layer's output is finite but the loss is not"),
         (totals_of(), (1, INF), "the loss is finite but its gradient is not"),
     ],

@@ -51,10 +51,10 @@ class Trace:
 
     def __init__(self, metrics, state):
         totals = [m["totals"] for m in metrics]
-        self.loss = np.array([t.cross_entropy / t.tokens for t in totals])
+        self.loss = np.array([t.loss / t.items for t in totals])
         self.total_loss = np.array([m["total_loss"] for m in metrics])
         self.grad_norm = np.array([m["grad_norm"] for m in metrics])
-        self.auxiliary = [{k: v / t.tokens for k, v in t.auxiliary.items()} for t in totals]
+        self.auxiliary = [{k: v / t.items for k, v in t.auxiliary.items()} for t in totals]
         self.load = np.array([t.stats.load_E for t in totals])
         self.dropped = np.array([t.stats.dropped_E for t in totals])
         routed = np.array([t.stats.dropped_L for t in totals])  # see `recording`

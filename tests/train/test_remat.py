@@ -45,7 +45,7 @@ def outcome(remat: str, transport: str = "cells", gate: str = "shazeer", **chang
             totals = run.task.forward(
                 params, gate_state, batch, jnp.int32(0), jax.random.key(0), train=True
             )
-            return run.task.objective(totals, totals.tokens), totals
+            return run.task.objective(totals, totals.items), totals
 
         with jax.set_mesh(run.mesh):
             args = run.init_state().params, run.put(steps.batch(0))

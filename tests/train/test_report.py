@@ -82,7 +82,7 @@ def test_floats_read_back_exactly(whole: Whole):
 def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Whole, text: Path):
     saved = json.loads((whole.workdir / "config.json").read_text())
     loaded = load(runs.PAGE, runs.flags(text))
-    corpus = whole.run.corpus
+    corpus = runs.text_of(whole.run).corpus
     assert from_dict(saved["config"]) == loaded.config
     assert saved["source"] == runs.PAGE and saved["overrides"] == runs.flags(text)
     assert saved["fingerprint"] == corpus.fingerprint and len(corpus.fingerprint) == 64

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.tasks.task import Totals
 from moejax.train import console, loop, rows, setup, summary
 from moejax.train.checkpoint import Checkpointer
-from moejax.train.task import Totals
 from tests.train import runs
 from tests.train.runs import STEPS, call, command, copy, refused
 from tests.train.sharing import Shared, Whole, prepared
@@ -158,7 +158,7 @@ def test_eval_of_weights_that_overflow_fails_in_one_line(
     whole: Whole, shared: Shared, monkeypatch: pytest.MonkeyPatch
 ):
     def endless(state: Any, batch: Any) -> Totals:
-        return whole.run.eval_step(state, batch)._replace(cross_entropy=np.float32("inf"))
+        return whole.run.eval_step(state, batch)._replace(loss=np.float32("inf"))
 
     prepare = setup.prepare
 
@@ -219,7 +219,7 @@ def test_init_from_gives_the_other_runs_held_out_loss_before_the_first_step(
         state = loop._first_state(run, warm)
         state = dataclasses.replace(state, gate_state=other.state.gate_state)
         totals = [run.eval_step(state, run.put(batch)) for batch in run.eval_batches()]
-    row = rows.eval_row(0, totals, run.corpus.heldout_bytes_per_token, "")
+    row = rows.eval_row(0, totals, run.data, "")
     assert {**row, "step": STEPS} == runs.rows(whole.workdir, "eval")[-1]
 
 

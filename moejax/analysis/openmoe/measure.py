@@ -15,17 +15,18 @@ from moejax.analysis.openmoe.early import early
 from moejax.analysis.openmoe.findings import Measured
 from moejax.analysis.openmoe.interval import GROUPS
 from moejax.analysis.openmoe.routed import Routed
-from moejax.analysis.openmoe.texts import Text, all_texts, domains
+from moejax.analysis.openmoe.texts import Text, all_texts, corpus_of, domains
 from moejax.analysis.openmoe.tokens import specialisation
 from moejax.config import Config, load, make_gate
 from moejax.errors import UserError
 from moejax.probe import Probe
+from moejax.task_table import LANGUAGE
+from moejax.tasks.task import Task
 from moejax.train import evaluate
 from moejax.train.checkpoint import Checkpointer
 from moejax.train.processes import on_host
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
-from moejax.train.task import LanguageModel
 from moejax.validate import NeedsRows
 
 DROPLESS = Arm(0.0)
@@ -70,7 +71,7 @@ def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Meas
         routed, counted = _all_arms(this, state, texts, say)
         say("comparing checkpoints")
         earlier = early(*_recordings(this, workdir, at, texts[0]))
-    origin = this.corpus.origin
+    origin = corpus_of(this).origin
     return Measured(
         run=workdir.resolve().name,
         step=at,
@@ -88,6 +89,10 @@ def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Meas
 def _check(workdir: Path, config: Config, options: Options) -> None:
     if options.rows < GROUPS:
         raise UserError(f"--rows={options.rows} must be at least {GROUPS}, for intervals")
+    if config.task.name != LANGUAGE:
+        raise UserError(
+            f"{workdir} is of task {config.task.name!r}, and the three findings are about text"
+        )
     if not config.moe.every:
         raise UserError(f"{workdir} is a dense model (moe.every=0): it routes nothing")
     gate = make_gate(config)
@@ -98,7 +103,7 @@ def _check(workdir: Path, config: Config, options: Options) -> None:
         )
 
 
-def arms(task: LanguageModel) -> list[Arm]:
+def arms(task: Task) -> list[Arm]:
     """Dropless, first come at each factor, batch-prioritised, and another number of choices.
 
     The last of gates that take it with the parameters they have.
@@ -111,7 +116,7 @@ def arms(task: LanguageModel) -> list[Arm]:
     return found
 
 
-def _parameters(task: LanguageModel) -> Any:
+def _parameters(task: Task) -> Any:
     """Shapes and types of parameters and gate state; None of a gate that refuses its fields."""
 
     def counts() -> np.ndarray:
@@ -124,7 +129,7 @@ def _parameters(task: LanguageModel) -> Any:
     return jax.tree.map(lambda x: (x.shape, x.dtype.name), trees)
 
 
-def variant(task: LanguageModel, arm: Arm) -> LanguageModel:
+def variant(task: Task, arm: Arm) -> Task:
     """The same model with an arm's way to give out slots, within each sequence."""
     model = task.model
     moe = dataclasses.replace(

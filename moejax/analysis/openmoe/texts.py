@@ -15,6 +15,7 @@ from moejax.data.corpus import Corpus, load_corpus
 from moejax.data.documents import find_documents
 from moejax.data.domains import NAMES, heldout_labels
 from moejax.data.shards import is_prepared
+from moejax.data.text import TextSource
 from moejax.data.tokenizer import encode_documents
 from moejax.errors import UserError
 from moejax.train.setup import Run
@@ -61,8 +62,9 @@ def all_texts(this: Run, paths: Sequence[str], rows: int) -> list[Text]:
     Raises:
       UserError: nothing to read, a text too short for a row, tokens of another vocabulary.
     """
-    own = _text(this, OWN, this.corpus.heldout_N, rows)
-    labels_M = heldout_labels(this.corpus)
+    corpus = corpus_of(this)
+    own = _text(this, OWN, corpus.heldout_N, rows)
+    labels_M = heldout_labels(corpus)
     if labels_M is not None:
         label_NL = _text(this, OWN, labels_M, rows).token_NL
         own = dataclasses.replace(own, label_NL=label_NL, names=NAMES)
@@ -70,6 +72,12 @@ def all_texts(this: Run, paths: Sequence[str], rows: int) -> list[Text]:
     if len(others) < len(paths) or OWN in others:
         raise UserError(f"--data={' '.join(paths)}: the texts need names of their own; rename one")
     return [own, *(_text(this, name, _tokens(this, path), rows) for name, path in others.items())]
+
+
+def corpus_of(this: Run) -> Corpus:
+    """The text that a run has learned from."""
+    assert isinstance(this.data, TextSource), "only runs on text are measured"
+    return this.data.corpus
 
 
 def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:
@@ -107,15 +115,16 @@ def _tokens(this: Run, path: str) -> np.ndarray:
     folder = os.path.expanduser(path)
     if not os.path.exists(folder):
         raise UserError(f"--data={path} does not exist; name a file or folder of text")
+    corpus = corpus_of(this)
     if is_prepared(folder):
-        return _same_vocabulary(this.corpus, load_corpus(path), path).heldout_N
-    if this.corpus.origin is None:
+        return _same_vocabulary(corpus, load_corpus(path), path).heldout_N
+    if corpus.origin is None:
         raise UserError(
             f"--data={path}: the run was trained on prepared tokens, so its tokenizer is not "
             "known; prepare this text with it (moejax data prepare) and name the result"
         )
     documents = find_documents(path)
-    parts = [tokens for tokens, _ in encode_documents(documents, this.corpus.origin.tokenizer)]
+    parts = [tokens for tokens, _ in encode_documents(documents, corpus.origin.tokenizer)]
     return np.concatenate(parts)
 
 

@@ -7,7 +7,7 @@ import pytest
 from moejax.analysis.openmoe.drops import Arm
 from moejax.analysis.openmoe.measure import arms, variant
 from moejax.config import default, set_gate
-from moejax.train.task import LanguageModel
+from moejax.tasks.language import LanguageModel
 
 
 def task(gate, **fields):
