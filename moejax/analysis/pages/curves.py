@@ -16,7 +16,10 @@ def page(run: RunData) -> Page:
     others = {
         "gradient norm": ("grad_norm", "Norm of the gradient before clipping."),
         "learning rate": ("learning_rate", "Learning rate of the step."),
-        "accuracy": ("accuracy", "Share of next tokens that got the highest probability."),
+        "accuracy": (
+            "accuracy",
+            f"Share of {run.units.item}s whose target got the highest probability.",
+        ),
         **{
             key.removeprefix("aux/"): (
                 key,
@@ -56,14 +59,24 @@ def _loss(run: RunData) -> Figure:
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     margin = 0.06 * (high - low) or 0.1
     spec = figures.chart(
-        traces, "step", "nats per token", yaxis={"range": [low - margin, high + margin]}
+        traces, "step", run.units.loss, yaxis={"range": [low - margin, high + margin]}
     )
     caption = (
-        "Cross-entropy in nats per token, without auxiliary losses. Training: of the logged step's "
-        "own batch; held out: of all evaluation rows. Dotted: models of n-gram counts of the same "
-        "text (Witten-Bell), evaluated on the whole held-out text."
+        f"Loss in {run.units.loss}, without auxiliary losses. Training: of the logged step's own "
+        f"batch; held out: of all evaluation rows.{_dotted(run)}"
     )
     return Figure(spec, caption, height=430, name="loss")
+
+
+def _dotted(run: RunData) -> str:
+    if not run.saved.get("baselines"):
+        return ""
+    if run.units.item == "token":
+        return (
+            " Dotted: models of n-gram counts of the same text (Witten-Bell), evaluated on the "
+            "whole held-out text."
+        )
+    return " Dotted: what can be said without a model, evaluated on everything held out."
 
 
 def _metric(run: RunData, key: str, name: str, caption: str) -> Figure:

@@ -104,11 +104,12 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
     runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
     if runs:
         first = runs[0]
-        batch, length = first.field("train.batch_size", 0), first.field("train.seq_len", 0)
+        of, batch = first.units, first.field("train.batch_size", 0)
+        length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
         steps = sorted({run.field("train.steps", 0) for run in runs})
         rows += [
-            ("text", str(first.saved.get("corpus", "?"))),
-            ("training", f"{' or '.join(map(str, steps))} steps of {batch} x {length} tokens"),
+            ("data", str(first.saved.get("corpus", "?"))),
+            ("training", f"{' or '.join(map(str, steps))} steps of {batch}{length} {of.item}s"),
         ]
         devices = first.saved.get("devices")
         if devices:
