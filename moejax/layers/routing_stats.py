@@ -1,14 +1,13 @@
-"""A layer's routing in numbers, over the whole batch."""
+"""A layer's routing in numbers, over the whole batch, and the losses that these make."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax import losses
-from moejax.types import Context, GateOutput, MoEInfo, MoEStats, Routing
+from moejax.types import Context, GateOutput, MoEInfo, MoEStats, RouterStats, Routing
 
 
 def layer_info(output: GateOutput, kept_GTK: Array, context: Context, scope: str) -> MoEInfo:
@@ -28,8 +27,11 @@ def layer_info(output: GateOutput, kept_GTK: Array, context: Context, scope: str
     )
     if output.cut_GTE is not None:
         stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
+    routing, router, valid_QU = jax.tree.map(
+        lambda x: scoped(x, scope), (output.routing, output.stats, context.valid_BL)
+    )
     return MoEInfo(
-        losses={**router_losses(output, context, lambda x: scoped(x, scope)), **output.losses},
+        losses={**router_losses(routing, router, valid_QU), **output.losses},
         stats=dataclasses.replace(
             stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
         ),
@@ -38,24 +40,6 @@ def layer_info(output: GateOutput, kept_GTK: Array, context: Context, scope: str
         router=output.stats,
         policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
     )
-
-
-def router_losses(
-    output: GateOutput, context: Context, scoped: Callable[[Array], Array]
-) -> dict[str, Array]:
-    """The losses that every gate has; ``scoped`` lays arrays out as [Q, U, ...]."""
-    valid_QU = scoped(context.valid_BL)
-    stats, routing = jax.tree.map(scoped, (output.stats, output.routing))
-    num_experts = stats.probs_GTE.shape[-1]
-    load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
-    mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
-    expected_QE = jnp.sum(jnp.where(valid_QU[..., None], stats.load_GTE, 0.0), axis=1)
-    return {
-        "load_balance": losses.load_balance(load_QE, stats.probs_GTE, valid_QU),
-        "importance": losses.squared_share(mass_QE, valid_QU),
-        "load": losses.squared_share(expected_QE, valid_QU),
-        "z": losses.z_loss(stats.logits_GTE, valid_QU),
-    }
 
 
 @jax.jit
@@ -108,3 +92,17 @@ def collect_stats(routing: Routing, probs_BLE: Array, kept_BLK: Array, valid_BL:
             entropy=-jnp.sum(jnp.where(valid, probs_BLE * log_BLE, 0.0)),
         )
     )
+
+
+def router_losses(routing: Routing, router: RouterStats, valid_QU: Array) -> dict[str, Array]:
+    """The auxiliary losses of any gate, from arrays laid out as scopes [Q, U, ...]."""
+    num_experts = router.probs_GTE.shape[-1]
+    load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
+    mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
+    expected_QE = jnp.sum(jnp.where(valid_QU[..., None], router.load_GTE, 0.0), axis=1)
+    return {
+        "load_balance": losses.load_balance(load_QE, router.probs_GTE, valid_QU),
+        "importance": losses.squared_share(mass_QE, valid_QU),
+        "load": losses.squared_share(expected_QE, valid_QU),
+        "z": losses.z_loss(router.logits_GTE, valid_QU),
+    }
