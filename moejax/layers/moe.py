@@ -18,7 +18,7 @@ from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.basic import FFN
-from moejax.layers.routing_stats import collect_stats, sum_over_groups, with_cuts
+from moejax.layers.routing_stats import collect_stats, sum_over_groups, with_cuts, with_tasks
 from moejax.mesh import constrain, group_local
 from moejax.types import (
     SCOPES,
@@ -67,6 +67,8 @@ class MoE(nnx.Module):
       num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
       shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
       num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
+        With more than one, statistics count pairs by task.
+      entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
 
     Raises:
       ValueError: a choice that cannot work, naming field, value and remedy.
@@ -92,6 +94,7 @@ class MoE(nnx.Module):
         balance_scope: str = "sequence",
         vocab_size: int = 0,
         num_tasks: int = 1,
+        entropy_floors: tuple[float, ...] = (),
         layer: int | Array = 0,
         rngs: nnx.Rngs,
     ):
@@ -111,7 +114,13 @@ class MoE(nnx.Module):
         ):
             if value not in valid:
                 raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(valid)}")
+        if entropy_floors and len(entropy_floors) != num_tasks:
+            raise ValueError(
+                f"entropy_floors={entropy_floors} must have one number for each of num_tasks="
+                f"{num_tasks} tasks, or none"
+            )
         gate.check(num_experts, train=False)
+        self.entropy_floors = entropy_floors
         self.gate, self.activation, self.balance_scope = gate, activation, balance_scope
         self.d_model, self.vocab_size, self.num_tasks = d_model, vocab_size, num_tasks
         params = gate.init(rngs.params(), self._spec(layer))
@@ -274,6 +283,9 @@ class MoE(nnx.Module):
             scoped(kept_GTK, "sequence"),
             context.valid_BL,
         )
+        if self.num_tasks > 1:
+            routing = jax.tree.map(lambda x: scoped(x, "sequence"), output.routing)
+            stats = with_tasks(stats, routing, context.task_B, self.num_tasks)
         if output.cut_GTE is not None:
             stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
         return MoEInfo(
@@ -295,9 +307,14 @@ class MoE(nnx.Module):
         load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
         mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
         expected_QE = jnp.sum(jnp.where(valid_QU[..., None], stats.load_GTE, 0.0), axis=1)
-        return {
+        found = {
             "load_balance": losses.load_balance(load_QE, stats.probs_GTE, valid_QU),
             "importance": losses.squared_share(mass_QE, valid_QU),
             "load": losses.squared_share(expected_QE, valid_QU),
             "z": losses.z_loss(stats.logits_GTE, valid_QU),
         }
+        if self.entropy_floors:
+            prob_BLE = scoped(output.stats.probs_GTE, "sequence")
+            floor_M = jnp.asarray(self.entropy_floors, jnp.float32)
+            found |= losses.task_entropies(prob_BLE, context.valid_BL, context.task_B, floor_M)
+        return found

@@ -1,6 +1,7 @@
 """A layer's routing in numbers, over the whole batch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,16 @@ def with_cuts(stats: MoEStats, cut_BLE: Array) -> MoEStats:
         dropped_E=stats.dropped_E + cut_E,
         dropped_L=stats.dropped_L + jnp.sum(cut_BLE, axis=(0, 2), dtype=jnp.int32),
     )
+
+
+@functools.partial(jax.jit, static_argnames="num_tasks")
+def with_tasks(stats: MoEStats, routing: Routing, task_B: Array, num_tasks: int) -> MoEStats:
+    """The same, with the load of each task (modality)."""
+    num_experts = stats.load_E.shape[0]
+    load_BE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
+    own_MB = task_B == jnp.arange(num_tasks)[:, None]
+    load_ME = jnp.sum(jnp.where(own_MB[..., None], load_BE, 0.0), axis=1).astype(jnp.int32)
+    return dataclasses.replace(stats, load_ME=jax.lax.stop_gradient(load_ME))
 
 
 def sum_over_groups(means: dict[str, Array], valid_GT: Array) -> dict[str, Array]:

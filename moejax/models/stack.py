@@ -85,6 +85,8 @@ class StackConfig:
     rope_theta: float = 0.0
     vocab_size: int = 0
     num_tasks: int = 1
+    entropy_floors: tuple[float, ...] = ()
+    """See ``layers.moe.MoE``."""
 
     @property
     def period(self) -> int:
@@ -150,6 +152,7 @@ class Block(nnx.Module):
                 balance_scope=config.balance_scope,
                 vocab_size=config.vocab_size,
                 num_tasks=config.num_tasks,
+                entropy_floors=config.entropy_floors,
                 layer=layer,
                 rngs=rngs,
                 **dataclasses.asdict(config.moe),
