@@ -310,6 +310,8 @@ class MoEStats:
     """Entropy of the router's distribution in nats, summed over valid tokens."""
     gate: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
     """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
+    load_ME: Int[Array, "M E"] | None = None
+    """Pairs of the routing by task (modality); None where there is one task."""
 
     @property
     def pairs(self) -> Int[Array, ""]:

@@ -68,6 +68,8 @@ class MoE(nnx.Module):
       residual: weigh routed and shared experts by the two values of softmax(x W + b) (DeepSpeed's
         residual MoE: Rajbhandari et al., arXiv 2201.05596); without, they are added up.
       num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
+        With more than one, statistics count pairs by task.
+      entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
 
     Raises:
       ValueError: a choice that cannot work, naming field, value and remedy.
@@ -94,6 +96,7 @@ class MoE(nnx.Module):
         balance_scope: str = "sequence",
         vocab_size: int = 0,
         num_tasks: int = 1,
+        entropy_floors: tuple[float, ...] = (),
         layer: int | Array = 0,
         rngs: nnx.Rngs,
     ):
@@ -113,7 +116,13 @@ class MoE(nnx.Module):
         ):
             if value not in valid:
                 raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(valid)}")
+        if entropy_floors and len(entropy_floors) != num_tasks:
+            raise ValueError(
+                f"entropy_floors={entropy_floors} must have one number for each of num_tasks="
+                f"{num_tasks} tasks, or none"
+            )
         gate.check(num_experts, train=False)
+        self.entropy_floors = entropy_floors
         self.gate, self.activation, self.balance_scope = gate, activation, balance_scope
         self.d_model, self.vocab_size, self.num_tasks = d_model, vocab_size, num_tasks
         params = gate.init(rngs.params(), self._spec(layer))
@@ -184,7 +193,9 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             # Losses and counts are of what the gate chose: rerouting must not hide an imbalance.
             chosen = dataclasses.replace(sent, routing=output.routing)
-            info = layer_info(chosen, kept_GTK, context, self.balance_scope)
+            info = layer_info(
+                chosen, kept_GTK, context, self.balance_scope, self.num_tasks, self.entropy_floors
+            )
             info = info._replace(routing=sent.routing)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 

@@ -1,6 +1,7 @@
 """A layer's routing in numbers, over the whole batch, and the losses that these make."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,18 @@ from moejax import losses
 from moejax.types import Context, GateOutput, MoEInfo, MoEStats, RouterStats, Routing
 
 
-def layer_info(output: GateOutput, kept_GTK: Array, context: Context, scope: str) -> MoEInfo:
-    """What a layer returns beside its output; ``scope`` is that of the balance losses."""
+def layer_info(
+    output: GateOutput,
+    kept_GTK: Array,
+    context: Context,
+    scope: str,
+    num_tasks: int = 1,
+    entropy_floors: tuple[float, ...] = (),
+) -> MoEInfo:
+    """What a layer returns beside its output; ``scope`` is that of the balance losses.
+
+    Of several tasks pairs are counted by task too. ``entropy_floors``: see ``MoE``.
+    """
     batch, length = context.valid_BL.shape
     groups, tokens, _ = kept_GTK.shape
     shape = {"sequence": (batch, length), "group": (groups, tokens), "batch": (1, -1)}
@@ -27,11 +38,19 @@ def layer_info(output: GateOutput, kept_GTK: Array, context: Context, scope: str
     )
     if output.cut_GTE is not None:
         stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
+    if num_tasks > 1:
+        by_sequence = jax.tree.map(lambda x: scoped(x, "sequence"), output.routing)
+        stats = with_tasks(stats, by_sequence, context.task_B, num_tasks)
+    entropies = {}
+    if entropy_floors:
+        floor_M = jnp.asarray(entropy_floors, jnp.float32)
+        prob_BLE = scoped(output.stats.probs_GTE, "sequence")
+        entropies = losses.task_entropies(prob_BLE, context.valid_BL, context.task_B, floor_M)
     routing, router, valid_QU = jax.tree.map(
         lambda x: scoped(x, scope), (output.routing, output.stats, context.valid_BL)
     )
     return MoEInfo(
-        losses={**router_losses(routing, router, valid_QU), **output.losses},
+        losses={**router_losses(routing, router, valid_QU), **entropies, **output.losses},
         stats=dataclasses.replace(
             stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
         ),
@@ -52,6 +71,16 @@ def with_cuts(stats: MoEStats, cut_BLE: Array) -> MoEStats:
         dropped_E=stats.dropped_E + cut_E,
         dropped_L=stats.dropped_L + jnp.sum(cut_BLE, axis=(0, 2), dtype=jnp.int32),
     )
+
+
+@functools.partial(jax.jit, static_argnames="num_tasks")
+def with_tasks(stats: MoEStats, routing: Routing, task_B: Array, num_tasks: int) -> MoEStats:
+    """The same, with the load of each task (modality)."""
+    num_experts = stats.load_E.shape[0]
+    load_BE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
+    own_MB = task_B == jnp.arange(num_tasks)[:, None]
+    load_ME = jnp.sum(jnp.where(own_MB[..., None], load_BE, 0.0), axis=1).astype(jnp.int32)
+    return dataclasses.replace(stats, load_ME=jax.lax.stop_gradient(load_ME))
 
 
 def sum_over_groups(means: dict[str, Array], valid_GT: Array) -> dict[str, Array]:

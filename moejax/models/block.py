@@ -71,6 +71,7 @@ class Block(nnx.Module):
                 balance_scope=config.balance_scope,
                 vocab_size=config.vocab_size,
                 num_tasks=config.num_tasks,
+                entropy_floors=config.entropy_floors,
                 layer=layer,
                 rngs=rngs,
                 **dataclasses.asdict(config.moe),

@@ -99,6 +99,8 @@ class StackConfig:
     rope_theta: float = 0.0
     vocab_size: int = 0
     num_tasks: int = 1
+    entropy_floors: tuple[float, ...] = ()
+    """See ``layers.moe.MoE``."""
 
     @property
     def depths(self) -> DepthsConfig:
