@@ -13,7 +13,6 @@ from moejax.dispatch.exchange import Site
 from moejax.kernels.vma import vary_over, varying_axes
 from moejax.types import ExpertWeights, Merge
 
-
 SPANS_AT_ONCE = 4
 """Spans merged in one go, if their number divides: merging reads all experts once for so many."""
 

@@ -26,8 +26,8 @@ from moejax.gating.gating_dropout import GatingDropout
 from moejax.gating.gshard import GShard
 from moejax.gating.hash import Hash
 from moejax.gating.hierarchical import Hierarchical
-from moejax.gating.loss_free import LossFree
 from moejax.gating.lory import Lory
+from moejax.gating.loss_free import LossFree
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
 from moejax.gating.prototypes import Prototypes

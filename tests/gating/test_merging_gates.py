@@ -27,7 +27,9 @@ def softmax(logits_E):
 def padded():
     """A whole sequence, one with a hole of a segment of four, one that starts late, an empty one."""
     position = jnp.arange(T)
-    return jnp.stack([position < T - 3, (position < 4) | (position > 8), position > 5, position < 0])
+    return jnp.stack(
+        [position < T - 3, (position < 4) | (position > 8), position > 5, position < 0]
+    )
 
 
 def told(gate, valid, rows=1, params=None, train=False, **known):
