@@ -194,8 +194,7 @@ def _check_visibility(config: Config) -> Visibility:
         for field, value in others.items()
         if not make_gate(config, **{field: value}).visibility(moe).eval_future
     ]
-    if isinstance(gate, HasCausalGate):
-        cures.append(f"moe.gate.name={gate.causal_gate}")
+    cures += [f"moe.gate.name={gate.causal_gate}"] if isinstance(gate, HasCausalGate) else []
     raise UserError(
         f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "
