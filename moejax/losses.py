@@ -127,6 +127,43 @@ def policy_gradient(
 
 
 @jax.jit
+def task_entropies(
+    prob_BLE: Float[Array, "B L E"],
+    valid_BL: Bool[Array, "B L"],
+    task_B: Int[Array, "B"],
+    floor_M: Float[Array, "M"],
+) -> dict[str, Float[Array, ""]]:
+    r"""LIMoE's entropy losses: each of M tasks (modalities) decided per token, spread as a whole.
+
+    .. math::
+       L_{local,m} = \operatorname{mean}_{t \in m} H(p_t), \qquad
+       L_{global,m} = \max(0, \tau_m - H(\operatorname{mean}_{t \in m} p_t))
+
+    Means are over the valid tokens of task m in the whole batch, H is in nats. With tau = log S the
+    second is 0 as soon as the task is spread over S experts: a soft minimum. From 0 to log E, and
+    from 0 to tau; both 0 where a task has no tokens. Not additive over micro-batches.
+
+    Names: ``local_entropy_m`` and ``global_entropy_m``. Mustafa et al. (LIMoE), arXiv 2206.02770,
+    whose global loss -H is shifted by tau before it is cut at 0, as here.
+    """
+    found = {}
+    for task in range(floor_M.shape[0]):
+        own_BL1 = (valid_BL & (task_B == task)[:, None])[..., None]
+        tokens = jnp.sum(own_BL1).astype(jnp.float32)
+        own_BLE = jnp.where(own_BL1, prob_BLE, 0.0)
+        mean_E = jnp.sum(own_BLE, axis=(0, 1)) / _at_least_one(tokens)
+        lack = jax.nn.relu(floor_M[task] - _entropy(mean_E))
+        found[f"local_entropy_{task}"] = jnp.sum(_entropy(own_BLE)) / _at_least_one(tokens)
+        found[f"global_entropy_{task}"] = jnp.where(tokens > 0, lack, 0.0)
+    return found
+
+
+def _entropy(p_E: Float[Array, "*B E"]) -> Float[Array, "*B"]:
+    """In nats; p log p is 0 at 0, with a gradient of 0."""
+    return -jnp.sum(p_E * jnp.log(jnp.where(p_E > 0, p_E, 1.0)), axis=-1)
+
+
+@jax.jit
 def symmetric_kl(
     logits_BLV: Float[Array, "B L V"],
     other_BLV: Float[Array, "B L V"],

@@ -33,8 +33,24 @@ class TaskEntry:
         return name not in self.without and not name.startswith(sections)
 
 
+OF_MODALITIES = tuple(
+    f"moe.losses.{kind}_entropy_{task}" for kind in ("local", "global") for task in (0, 1)
+)
+"""Fields of tasks whose tokens are of two kinds."""
+
+OF_TEXT = (
+    "model.vocab_size",
+    "model.rope_theta",
+    "model.tie_embeddings",
+    "moe.allow_future_leak",
+    "moe.losses.consistency",
+    "train.seq_len",
+    "data.tokenizer",
+)
+"""Fields of tasks that read text from left to right."""
+
 TASKS: dict[str, TaskEntry] = {
-    LANGUAGE: TaskEntry("moejax.tasks.language:build"),
+    LANGUAGE: TaskEntry("moejax.tasks.language:build", without=OF_MODALITIES),
     "images": TaskEntry(
         "moejax.tasks.images:build",
         fields={
@@ -42,15 +58,40 @@ TASKS: dict[str, TaskEntry] = {
             "patch_size": Field(2, "pixels on a side of a patch, which is a token", low=1),
             "channels": Field(1, "of the pixels: 1 (grey) or 3 (RGB)", low=1, high=3),
         },
-        without=(
-            "model.vocab_size",
-            "model.rope_theta",
-            "model.tie_embeddings",
-            "moe.allow_future_leak",
-            "moe.losses.consistency",
-            "train.seq_len",
-            "data.tokenizer",
-        ),
+        without=(*OF_TEXT, *OF_MODALITIES),
         defaults={"data.eval_fraction": 0.2, "train.eval_rows": 1000},
+    ),
+    "multimodal": TaskEntry(
+        "moejax.tasks.multimodal:build",
+        fields={
+            "patch_size": Field(2, "height and width of a patch, in pixels", low=1),
+            "caption_length": Field(26, "bytes a caption is padded to", low=1),
+            "embed_dim": Field(64, "width of the space of images and captions", low=1),
+            "image_experts": Field(
+                4.0, "experts that global_entropy_0 spreads images over, at least", low=1.0
+            ),
+            "text_experts": Field(
+                4.0, "experts that global_entropy_1 spreads text over, at least", low=1.0
+            ),
+        },
+        without=(*OF_TEXT, "optim.output_z_loss", "data.path"),
+        defaults={
+            "model.d_model": 64,
+            "model.d_ff": 256,
+            "model.num_layers": 3,
+            "model.activation": "gelu",
+            "moe.d_ff": 256,
+            "moe.activation": "gelu",
+            "moe.capacity_factor": 0.75,  # of positions, a third of which is padding
+            "moe.priority": "gate",
+            "moe.group": "8",
+            "moe.balance_scope": "batch",
+            "moe.losses.local_entropy_1": 0.04,
+            "moe.losses.global_entropy_0": 0.04,
+            "moe.losses.global_entropy_1": 0.04,
+            "train.batch_size": 64,
+            "train.eval_rows": 320,
+            "data.eval_fraction": 0.2,
+        },
     ),
 }

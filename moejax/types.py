@@ -24,9 +24,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 # Under this roof too: `from moejax.types import MoEConfig`.
+from moejax.choices import PREDICTORS as PREDICTORS
 from moejax.choices import PRIORITIES as PRIORITIES
 from moejax.choices import SCOPES as SCOPES
 from moejax.choices import TRANSPORTS as TRANSPORTS
+from moejax.choices import DepthsConfig as DepthsConfig
 from moejax.choices import MoEConfig as MoEConfig
 from moejax.choices import Priority as Priority
 from moejax.choices import Transport as Transport
@@ -308,6 +310,8 @@ class MoEStats:
     """Entropy of the router's distribution in nats, summed over valid tokens."""
     gate: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
     """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
+    load_ME: Int[Array, "M E"] | None = None
+    """Pairs of the routing by task (modality); None where there is one task."""
 
     @property
     def pairs(self) -> Int[Array, ""]:

@@ -13,7 +13,7 @@ from moejax import gating
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.schema import Config, get_field, table_of
-from moejax.types import Gate, MoEConfig, Visibility
+from moejax.types import DepthsConfig, Gate, Mixes, MoEConfig, NeedsData, Visibility
 
 
 @runtime_checkable
@@ -30,6 +30,13 @@ class HasCausalFields(Protocol):
     causal: ClassVar[Mapping[str, Any]]
 
 
+@runtime_checkable
+class HasCausalGate(Protocol):
+    """A gate that sees the future and knows another, by name, that does alike without."""
+
+    causal_gate: ClassVar[str]
+
+
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """Checks everything that can be known without starting devices.
 
@@ -43,15 +50,24 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """
     _check_ranges(config)
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
+    seen = Visibility()
     if "num_layers" in config.model:
         _check_layers(config, mesh)
+        seen = _check_depths(config)
     _check_batch(config, mesh)
     _check_distributed(config)
     _check_paths(config)
-    if not has_experts(config):
-        return Visibility()
-    _check_moe(config, mesh)
-    return _check_visibility(config)
+    if has_experts(config):
+        _check_moe(config, mesh)
+        seen = seen.union(_check_visibility(config))
+    if not is_causal(config):
+        return seen._replace(train_future=False, eval_future=False)
+    return seen
+
+
+def is_causal(config: Config) -> bool:
+    """Whether the task predicts from what comes before: otherwise there is no future to see."""
+    return "allow_future_leak" in config.moe
 
 
 def has_experts(config: Config) -> bool:
@@ -162,6 +178,37 @@ def _check_layers(config: Config, mesh: Mapping[str, int]) -> None:
         )
 
 
+def _check_depths(config: Config) -> Visibility:
+    """Blocks and attention heads that tokens are routed to; what the former let a token see."""
+    model, moe = config.model, config.moe
+    if model.moa_experts and model.moa_k > model.moa_experts:
+        raise UserError(
+            f"model.moa_k={model.moa_k} must be at most model.moa_experts={model.moa_experts}; "
+            "lower it or add heads"
+        )
+    depths = DepthsConfig(model.mod_capacity, model.mod_every, model.mod_predictor)
+    if not depths.capacity:
+        return Visibility()
+    try:
+        depths.check(moe.every)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
+    layers = model.num_layers - moe.first_dense
+    if layers % depths.every:
+        raise UserError(
+            f"model.num_layers={model.num_layers} - moe.first_dense={moe.first_dense} = {layers} "
+            f"layers are not a multiple of model.mod_every={depths.every}; use model.num_layers="
+            f"{moe.first_dense + math.ceil(layers / depths.every) * depths.every}"
+        )
+    gate = make_gate(config)
+    if moe.every and (gate.trained_by == "policy" or isinstance(gate, NeedsData)):
+        raise UserError(
+            f"moe.gate.name={moe.gate.name} needs every token of a sequence in training, but "
+            f"model.mod_capacity={depths.capacity:g} leaves some out; use model.mod_capacity=0"
+        )
+    return depths.visibility
+
+
 def _check_batch(config: Config, mesh: Mapping[str, int]) -> None:
     batch, accum = config.train.batch_size, config.train.grad_accum
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
@@ -187,6 +234,12 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
     except ValueError as error:
         raise UserError(_gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
+    if moe.get("residual") and (moe.shared_gate or not moe.shared_experts):
+        raise UserError(
+            "moe.residual=True weighs routed against shared experts, but moe.shared_experts="
+            f"{moe.shared_experts} and moe.shared_gate={moe.shared_gate}; use at least one shared "
+            "expert without its own gate, or moe.residual=False"
+        )
     for field in ("group", "balance_scope"):
         if moe.get(field) == "batch" and config.train.grad_accum > 1:
             raise UserError(
@@ -197,11 +250,10 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
 
 
 def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], gate: Gate) -> None:
-    cells = [f for f in ("transport", "eval_transport") if config.moe.get(f) == "cells"]
-    if choices.group == "batch" and cells:
+    cause, cure = _slots_of_groups(config, gate)
+    if choices.group == "batch" and cause:
         raise UserError(
-            f"moe.group=batch cannot be combined with moe.{cells[0]}=cells, whose slots are per "
-            f"group on one device; use moe.{cells[0]}=dropless (or gather, all_experts)"
+            f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
         )
     micro = config.train.batch_size // config.train.grad_accum
     rows = choices.rows_per_group(micro)
@@ -219,25 +271,30 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
             f"moe.group={least} or more"
         )
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
-    if cells and (micro // rows) % shards:
+    if cause and (micro // rows) % shards:
         fit = math.ceil(micro / (rows * shards)) * rows * shards * config.train.grad_accum
         raise UserError(
             f"moe.group={choices.group} makes {micro // rows} groups of a batch of {micro} "
             f"sequences, not a multiple of mesh.data x mesh.fsdp x mesh.expert = {shards}; use "
-            f"train.batch_size={fit} or moe.{cells[0]}=dropless"
+            f"train.batch_size={fit} or {cure}"
         )
 
 
-def _check_visibility(config: Config) -> Visibility:
-    """Refuses a language model whose evaluation would see the tokens it predicts.
+def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
+    """The choice that keeps a group on one device, where its slots are, and what to do without."""
+    if isinstance(gate, Mixes) and gate.mixes == "slots":
+        return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
+    for field in ("transport", "eval_transport"):
+        if config.moe.get(field) == "cells" and not isinstance(gate, Mixes):
+            return f"moe.{field}=cells", f"moe.{field}=dropless (or gather, all_experts)"
+    return "", ""
 
-    Where nothing is predicted from what comes before it, there is no future to see.
-    """
+
+def _check_visibility(config: Config) -> Visibility:
+    """Refuses a language model whose evaluation would see the tokens it predicts."""
     moe, gate = moe_config(config), make_gate(config)
     seen = gate.visibility(moe)
-    if "allow_future_leak" not in config.moe:
-        return seen._replace(train_future=False, eval_future=False)
-    if not seen.eval_future or config.moe.allow_future_leak:
+    if not (seen.eval_future and is_causal(config)) or config.moe.allow_future_leak:
         return seen
     around = {
         "moe.priority=position": dataclasses.replace(moe, priority="position"),
@@ -258,6 +315,8 @@ def _check_visibility(config: Config) -> Visibility:
         for field, value in others.items()
         if not make_gate(config, **{field: value}).visibility(moe).eval_future
     ]
+    if isinstance(gate, HasCausalGate):
+        cures.append(f"moe.gate.name={gate.causal_gate}")
     raise UserError(
         f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "

@@ -212,6 +212,11 @@ def stack_config(config: Config) -> dict[str, Any]:
         "dtype": model.dtype,
         "remat": model.remat,
         "attention": model.attention,
+        "mod_capacity": model.mod_capacity,
+        "mod_every": model.mod_every,
+        "mod_predictor": model.mod_predictor,
+        "moa_experts": model.moa_experts,
+        "moa_k": model.moa_k,
         "every": moe.every,
         "first_dense": moe.first_dense,
         "moe": moe_config(config),
@@ -220,6 +225,7 @@ def stack_config(config: Config) -> dict[str, Any]:
         "expert_activation": moe.activation,
         "shared_experts": moe.shared_experts,
         "shared_gate": moe.shared_gate,
+        "residual": moe.residual,
         "balance_scope": moe.balance_scope,
     }
 

@@ -132,8 +132,36 @@ def routing(stats: MoEStats | None) -> Row:
             for name, value in stats.gate.items()
             if np.ndim(value) == 1  # a number per layer; vectors are state, not metrics
         },
+        **({} if stats.load_ME is None else by_task(np.asarray(stats.load_ME))),
         "moe/load": load.tolist(),
         "moe/dropped": dropped.tolist(),
         "moe/dropped_by_position": np.asarray(stats.dropped_L).tolist(),
         "moe/dropped_by_choice": np.asarray(stats.dropped_K).tolist(),
     }
+
+
+def by_task(load_LME: np.ndarray) -> Row:
+    """How L layers share E experts among M tasks (modalities), from pairs by task.
+
+    ``moe/experts_of_task``: for each task exp(H(expert)), the experts it is spread over;
+    ``moe/task_split``: I(expert; task) / H(task), 0 where tasks use experts alike and 1 where no
+    expert serves two. Means over layers.
+    """
+    joint_LME = load_LME / np.maximum(load_LME.sum(axis=(1, 2), keepdims=True), 1)
+    task_LM1 = joint_LME.sum(axis=2, keepdims=True)
+    expert_L1E = joint_LME.sum(axis=1, keepdims=True)
+    share_LME = joint_LME / np.where(task_LM1 > 0, task_LM1, 1.0)
+    of_task_L = _entropy(task_LM1[..., 0])
+    together_L = _entropy(joint_LME.reshape(len(load_LME), -1))
+    shared_L = of_task_L + _entropy(expert_L1E[:, 0]) - together_L
+    split_L = shared_L / np.where(of_task_L > 0, of_task_L, 1.0)
+    return {
+        "moe/experts_of_task": np.exp(_entropy(share_LME)).mean(axis=0).tolist(),
+        "moe/task_split": float(split_L.mean()),
+        "moe/load_by_task": load_LME.tolist(),
+    }
+
+
+def _entropy(p_E: np.ndarray) -> np.ndarray:
+    """Of distributions in the last axis, in nats."""
+    return -np.sum(p_E * np.log(np.where(p_E > 0, p_E, 1.0)), axis=-1)

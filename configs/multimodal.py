@@ -1,0 +1,59 @@
+"""Images and their captions in one tower of experts, learned by contrast, in the manner of LIMoE.
+
+1797 handwritten digits of 8 x 8 pixels (scikit-learn) with captions made of their names ("seven",
+"a photo of the digit seven"). Patches and bytes run through the same layers and the same experts;
+what comes out is averaged, projected and compared: an image is to be most similar to captions of
+its digit. No label is used otherwise. The held-out images are classified by the ten captions "a
+photo of the digit ...": zero-shot, as the task is told of no classes.
+
+    moejax train --config=configs/multimodal.py --workdir=runs/multimodal
+    moejax train --config=configs/multimodal.py:entropy=off --workdir=runs/no-entropy
+    moejax train --config=configs/multimodal.py:size=debug --workdir=runs/multimodal-debug
+
+Needs scikit-learn: pip install 'moejax[vision]'.
+
+Argument, as key=value,key=value:
+
+    gate     a name from `moejax gates` (switch: top-1)
+    size     debug: 1 layer of width 16, 20 steps, learns little
+             tiny: 3 layers of width 64, 300 steps of 64 pairs (the default)
+    experts  experts per MoE layer (8)
+    entropy  on: LIMoE's entropy losses with the weights below moe.losses (the default); off: 0
+"""
+
+from moejax.config import Config, choose, default, parse_arg, set_gate
+
+SIZES = {
+    "debug": {
+        "model.d_model": 16,
+        "model.d_ff": 32,
+        "model.num_layers": 1,
+        "moe.d_ff": 16,
+        "task.embed_dim": 16,
+        "train.steps": 20,
+        "train.batch_size": 16,
+        "train.eval_every": 10,
+        "train.eval_rows": 24,
+        "train.checkpoint_every": 10,
+        "report.probe_rows": 8,
+    },
+    "tiny": {},  # the task's defaults
+}
+ENTROPY = {
+    "on": {},
+    "off": {
+        f"moe.losses.{kind}_entropy_{modality}": 0.0
+        for kind in ("local", "global")
+        for modality in (0, 1)
+    },
+}
+
+
+def get_config(arg: str | None = None) -> Config:
+    options = parse_arg(arg, gate="switch", size="tiny", experts=8, entropy="on")
+    config = default("multimodal")
+    set_gate(config, options.gate)
+    config.moe.num_experts = options.experts
+    config.update_from_flattened_dict(choose("size", options.size, SIZES))
+    config.update_from_flattened_dict(choose("entropy", options.entropy, ENTROPY))
+    return config
