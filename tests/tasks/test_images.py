@@ -100,7 +100,7 @@ def test_eval_prints_the_held_out_row_and_report_and_picture_speak_of_images(dri
         f"{last['accuracy']:.2%} of images are predicted right",
         f"{STEPS} of {STEPS} steps of 32 images: 768 images",
         "images per second",
-        "class and expert, layer",
+        "label and expert, layer",
         "row\N{NO-BREAK SPACE}1,\N{NO-BREAK SPACE}column\N{NO-BREAK SPACE}2",
     ):
         assert part in text, part

@@ -28,7 +28,7 @@ LEAST = 10
 """Token ids seen less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
 FAVOURITES = 12
 SHUFFLES = 20
-LABELS = ("domain", "class")
+LABELS = ("domain", "label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Kinds:
 def kinds_of(probe: Probe, item: str) -> list[Kinds]:
     """By token and, of text, by the token that follows; where there are labels, by these.
 
-    Labels are called domains of text, and classes of other items.
+    Labels of text are called domains.
     """
     texts = [str(text) for text in probe.tokens["token_text"]]
     found = [Kinds("token", of_tokens(probe, "token"), texts)]
@@ -51,7 +51,7 @@ def kinds_of(probe: Probe, item: str) -> list[Kinds]:
         found.append(Kinds("next token", of_tokens(probe, "target"), texts))
     if "label" in probe.tokens:
         names = [str(name) for name in probe.tokens["label_names"]]
-        name = "domain" if item == "token" else "class"
+        name = "domain" if item == "token" else "label"
         found.append(Kinds(name, of_tokens(probe, "label"), names))
     return found
 
