@@ -165,7 +165,8 @@ def _final_loss(run: _Run) -> str:
     row = (run.held_out or run.train)[-1]
     what = "held-out" if run.held_out else "training"
     bits = f" ({row['bits_per_byte']:.4f} bits/byte)" if "bits_per_byte" in row else ""
-    return f"{what} loss {row['loss']:.4f} {run.unit}{bits} at step {row['step']}"
+    right = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
+    return f"{what} loss {row['loss']:.4f} {run.unit}{bits}{right} at step {row['step']}"
 
 
 def _loss(axes: Any, run: _Run) -> None:

@@ -1,6 +1,7 @@
 """Images: the built-in digits, folders of pictures, what is refused, and their batches."""
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def as_set(*sides):
 
 
 def test_the_digits_are_scikit_learns_each_on_one_side(digits):
-    raw = load_digits()
+    raw: Any = load_digits()
     whole = as_set((raw.images.astype(np.uint8), raw.target))
     sides = [
         (digits.train_NHWC, digits.train_label_N),

@@ -14,8 +14,9 @@ from moejax import gating
 from moejax.data.image_batches import ImageBatches
 from moejax.data.images import load_images
 from moejax.mesh import make_mesh
+from moejax.models.trees import from_tree, to_tree
 from moejax.models.vit import ViT, ViTConfig, patches
-from moejax.train.state import from_tree, partition_spec, shardings, to_tree
+from moejax.train.state import partition_spec, shardings
 from moejax.types import Context, MoEConfig
 from tests import meshes
 
