@@ -142,9 +142,11 @@ def _title(figure: Any, run: _Run) -> None:
     axes = [f"{axis}={mesh[axis]}" for axis in ("data", "fsdp", "expert", "tensor")]
     axes = [axis for axis in axes if not axis.endswith("=1")]
     gate = "dense_ffn" if run.load is None else f"gate {moe['gate']['name']}"
-    facts = [gate, "mesh " + (" x ".join(axes) or "1 device"), f"{model['num_layers']} layers"]
-    if run.load is not None:
-        facts += [f"{moe['num_experts']} experts", f"transport {moe['transport']}"]
+    facts = [gate, "mesh " + (" x ".join(axes) or "1 device")]
+    facts += [f"{model['num_layers']} layers"] if "num_layers" in model else []
+    facts += [f"{moe['num_experts']} experts"] if run.load is not None else []
+    if run.load is not None and "transport" in moe:
+        facts.append(f"transport {moe['transport']}")
     facts.append(_final_loss(run))
     name = run.name.replace("$", r"\$")  # matplotlib would read it as mathematics
     figure.text(0.012, 0.968, name, va="center", fontsize=15, fontweight="bold")
