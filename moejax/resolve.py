@@ -38,6 +38,6 @@ def make_gate(config: Config, **changes: Any) -> Gate:
 
 
 def gate_message(name: str, error: ValueError) -> str:
-    """The text of a gate's refusal. A gate speaks of ``gate.k`` and ``num_experts``: both are fields of ``moe``."""
+    """A gate's refusal in words of the config: ``gate.k`` and ``num_experts`` are below ``moe``."""
     text = " ".join(str(error).split())
     return f"moe.{text}" if text.startswith(("gate.", "num_experts")) else f"gate {name!r}: {text}"

@@ -63,14 +63,14 @@ def parse_spec(text: str, columns: Container[str]) -> Spec:
         return Spec(text, text)
     found = re.fullmatch(r"(?:([^=<>]+)=)?([^=<>]+?)(?:>=([^=<>]+))?", text)
     if not found:
-        raise UserError(f"data.targets: {text!r} is not column, name=column or name=column>=number")
+        raise UserError(f"task.targets: {text!r} is not column, name=column or name=column>=number")
     name, column, bound = found.groups()
     if bound is None:
         return Spec(name or column, column)
     try:
         return Spec(name or text, column, float(bound))
     except ValueError as error:
-        raise UserError(f"data.targets: {bound!r} in {text!r} is not a number") from error
+        raise UserError(f"task.targets: {bound!r} in {text!r} is not a number") from error
 
 
 def table_of(
@@ -140,7 +140,7 @@ def timestamp(column: Column) -> np.ndarray:
     values = numbers(column, "time")
     missing = np.flatnonzero(np.isnan(values))
     if missing.size:
-        raise UserError(f"data.time: {column.name!r} is missing in row {missing[0] + 1}")
+        raise UserError(f"task.time: {column.name!r} is missing in row {missing[0] + 1}")
     return values
 
 

@@ -80,7 +80,7 @@ def outputs_by_hand(name):
     """Every expert on every example, expert by expert, in numpy: [E, B, O]."""
     w, x_BD = jax.device_get(layer_of(name).experts()), np.asarray(examples())
     return np.stack([
-        np.maximum(x_BD @ w.up_EDF[e] + w.shift_EF[e], 0) @ w.down_EFO[e] + w.shift_EO[e]
+        np.maximum(x_BD @ w.in_EDF[e] + w.shift_EF[e], 0) @ w.out_EFO[e] + w.shift_EO[e]
         for e in range(E)
     ])  # fmt: skip
 

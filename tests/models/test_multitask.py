@@ -121,8 +121,8 @@ def test_one_expert_is_a_shared_bottom(sharing):
     one = {"moe": MoEConfig(1), "activation": "relu", "d_bottom": 0}
     mixed, shared = model_of(sharing=sharing, **one), model_of(sharing="shared_bottom", **one)
     expert = jax.tree.map(lambda w: w[0], mixed.mixture.experts())
-    shared.shared[0].map_DF[...], shared.shared[0].shift_F[...] = expert.up_EDF, expert.shift_EF
-    shared.shared[1].map_DF[...], shared.shared[1].shift_F[...] = expert.down_EFO, expert.shift_EO
+    shared.shared[0].map_DF[...], shared.shared[0].shift_F[...] = expert.in_EDF, expert.shift_EF
+    shared.shared[1].map_DF[...], shared.shared[1].shift_F[...] = expert.out_EFO, expert.shift_EO
     shared.embed_VD[...] = mixed.embed_VD[...]
     nnx.update(shared.towers, nnx.state(mixed.towers))
     dense, category, _ = batch()
