@@ -118,7 +118,7 @@ def numbers(column: Column, field: str) -> np.ndarray:
     if infinite.size:
         row = infinite[0]
         raise UserError(
-            f"data.{field}: {column.name!r} is {values[row]} in row {row + 1}; use finite numbers"
+            f"task.{field}: {column.name!r} is {values[row]} in row {row + 1}; use finite numbers"
         )
     return values
 
@@ -130,7 +130,7 @@ def _number(text: str | None, name: str, field: str, row: int) -> float:
         return float(text)
     except ValueError as error:
         raise UserError(
-            f"data.{field}: {name!r} is {text!r} in row {row}, which is no number; correct it, "
+            f"task.{field}: {name!r} is {text!r} in row {row}, which is no number; correct it, "
             "leave it empty, or leave the column out"
         ) from error
 

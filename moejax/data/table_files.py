@@ -120,7 +120,7 @@ def _choose(
     for field, some in asked_for:
         for name in some:
             if name not in columns:
-                raise UserError(f"data.{field}: no column {name!r}; {suggest(name, columns)}")
+                raise UserError(f"task.{field}: no column {name!r}; {suggest(name, columns)}")
     for name in (*categorical, *numeric):
         if name in [spec.column for spec in specs]:
             raise UserError(f"task.targets: {name!r} is a feature too, which would give it away")

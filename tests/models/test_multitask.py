@@ -152,11 +152,9 @@ def test_every_parameter_has_a_gradient(changes):
         assert np.abs(gradient).max() > 1e-6, jax.tree_util.keystr(path)
 
 
-SHAPES = [meshes.LARGE, *(pytest.param(s, marks=pytest.mark.slow) for s in meshes.ALL)]
-
-
-@pytest.mark.parametrize("changes", [{}, pytest.param(DSELECT, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, DSELECT])
+@pytest.mark.parametrize("shape", meshes.ALL, ids=meshes.name)
 def test_a_mesh_changes_nothing(shape, changes):
     shape = {k: v if k != "expert" else min(v, E) for k, v in shape.items()}
     got, wanted = run(shape, **changes), run(None, **changes)
