@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from moejax import gating
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
+from moejax.resolve import gate_message, make_gate, moe_config
 from moejax.schema import Config, get_field, table_of
-from moejax.types import DepthsConfig, Gate, Mixes, MoEConfig, NeedsData, Visibility
+from moejax.types import Gate, Mixes, MoEConfig, Visibility
+from moejax.validate_layers import check_depths, check_layers
 
 
 @runtime_checkable
@@ -52,8 +53,8 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
     seen = Visibility()
     if "num_layers" in config.model:
-        _check_layers(config, mesh)
-        seen = _check_depths(config)
+        check_layers(config, mesh)
+        seen = check_depths(config)
     _check_batch(config, mesh)
     _check_distributed(config)
     _check_paths(config)
@@ -75,40 +76,6 @@ def has_experts(config: Config) -> bool:
     return bool(config.moe.get("every", 1))
 
 
-def moe_config(config: Config) -> MoEConfig:
-    """The choices around the gate, as the layer takes them.
-
-    Raises:
-      UserError: a choice that does not exist.
-    """
-    moe = config.moe
-    try:
-        known = {f.name: moe[f.name] for f in dataclasses.fields(MoEConfig) if f.name in moe}
-        return MoEConfig(**known)
-    except ValueError as error:
-        raise UserError(f"moe.{error}") from error
-
-
-def make_gate(config: Config, **changes: Any) -> Gate:
-    """The gate that the config names, with the config's hyper-parameters, then ``changes``.
-
-    Raises:
-      UserError: unknown, or refuses its hyper-parameters.
-    """
-    fields = config.moe.gate.to_dict()
-    name = fields.pop("name")
-    try:
-        return gating.make(name, **{**fields, **changes})
-    except ValueError as error:
-        raise UserError(_gate_message(name, error)) from error
-
-
-def _gate_message(name: str, error: ValueError) -> str:
-    """A gate speaks of ``gate.k`` and ``num_experts``: both are fields of ``moe``."""
-    text = " ".join(str(error).split())
-    return f"moe.{text}" if text.startswith(("gate.", "num_experts")) else f"gate {name!r}: {text}"
-
-
 def _check_ranges(config: Config) -> None:
     for name, field in table_of(config).items():
         value = get_field(config, name)
@@ -119,94 +86,6 @@ def _check_ranges(config: Config) -> None:
         if field.choices:
             raise UserError(f"{name}={value!r} is unknown; {suggest(str(value), field.choices)}")
         raise UserError(f"{name}={value} must be {field.range}; default {field.default}")
-
-
-def _divides(config: Config, name: str, mesh: Mapping[str, int], axis: str) -> None:
-    """A field that is sharded over a mesh axis is a multiple of the axis."""
-    value, size = get_field(config, name), mesh[axis]
-    if value % size:
-        near = sorted({max(value // size, 1) * size, (value // size + 1) * size})
-        raise UserError(
-            f"{name}={value} is not a multiple of mesh.{axis}={size}; use {name}="
-            f"{' or '.join(map(str, near))}, or a mesh.{axis} that divides {value}"
-        )
-
-
-def _check_layers(config: Config, mesh: Mapping[str, int]) -> None:
-    """The sizes of ``models.stack``."""
-    model, moe = config.model, config.moe
-    if not model.head_dim and model.d_model % model.num_heads:
-        raise UserError(
-            f"model.d_model={model.d_model} is not a multiple of model.num_heads="
-            f"{model.num_heads}; change one of them or set model.head_dim"
-        )
-    head_dim = model.head_dim or model.d_model // model.num_heads
-    if "rope_theta" in model and head_dim % 2:
-        raise UserError(
-            f"heads of width {head_dim} (model.head_dim, or model.d_model={model.d_model} / "
-            f"model.num_heads={model.num_heads}) cannot be rotated in pairs; use an even width"
-        )
-    if model.attention == "cudnn" and (model.dtype != "bfloat16" or head_dim % 8):
-        raise UserError(
-            f"model.attention=cudnn needs bfloat16 and heads whose width is a multiple of 8, but "
-            f"model.dtype={model.dtype} and the width is {head_dim}; use model.attention=auto"
-        )
-    if model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads="
-            f"{model.num_kv_heads}; each key/value head serves the same number of query heads"
-        )
-    _divides(config, "model.d_model", mesh, "fsdp")
-    _divides(config, "model.num_heads", mesh, "tensor")
-    _divides(config, "model.num_kv_heads", mesh, "tensor")
-    if moe.every != 1 or moe.first_dense:
-        _divides(config, "model.d_ff", mesh, "tensor")
-    if moe.every:
-        _divides(config, "moe.num_experts", mesh, "expert")
-        _divides(config, "moe.d_ff", mesh, "tensor")
-    sparse = model.num_layers - moe.first_dense
-    if sparse < 1:
-        raise UserError(
-            f"moe.first_dense={moe.first_dense} must be below model.num_layers={model.num_layers}; "
-            "for a dense model use moe.every=0"
-        )
-    if moe.every and sparse % moe.every:
-        raise UserError(
-            f"model.num_layers={model.num_layers} - moe.first_dense={moe.first_dense} = {sparse} "
-            f"layers are not a multiple of moe.every={moe.every}; use model.num_layers="
-            f"{moe.first_dense + math.ceil(sparse / moe.every) * moe.every}"
-        )
-
-
-def _check_depths(config: Config) -> Visibility:
-    """Blocks and attention heads that tokens are routed to; what the former let a token see."""
-    model, moe = config.model, config.moe
-    if model.moa_experts and model.moa_k > model.moa_experts:
-        raise UserError(
-            f"model.moa_k={model.moa_k} must be at most model.moa_experts={model.moa_experts}; "
-            "lower it or add heads"
-        )
-    depths = DepthsConfig(model.mod_capacity, model.mod_every, model.mod_predictor)
-    if not depths.capacity:
-        return Visibility()
-    try:
-        depths.check(moe.every)
-    except ValueError as error:
-        raise UserError(f"model.{error}") from error
-    layers = model.num_layers - moe.first_dense
-    if layers % depths.every:
-        raise UserError(
-            f"model.num_layers={model.num_layers} - moe.first_dense={moe.first_dense} = {layers} "
-            f"layers are not a multiple of model.mod_every={depths.every}; use model.num_layers="
-            f"{moe.first_dense + math.ceil(layers / depths.every) * depths.every}"
-        )
-    gate = make_gate(config)
-    if moe.every and (gate.trained_by == "policy" or isinstance(gate, NeedsData)):
-        raise UserError(
-            f"moe.gate.name={moe.gate.name} needs every token of a sequence in training, but "
-            f"model.mod_capacity={depths.capacity:g} leaves some out; use model.mod_capacity=0"
-        )
-    return depths.visibility
 
 
 def _check_batch(config: Config, mesh: Mapping[str, int]) -> None:
@@ -232,7 +111,7 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
     try:
         gate.check(moe.num_experts, train=True)
     except ValueError as error:
-        raise UserError(_gate_message(moe.gate.name, error)) from error
+        raise UserError(gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
     if moe.get("residual") and (moe.shared_gate or not moe.shared_experts):
         raise UserError(
@@ -315,8 +194,7 @@ def _check_visibility(config: Config) -> Visibility:
         for field, value in others.items()
         if not make_gate(config, **{field: value}).visibility(moe).eval_future
     ]
-    if isinstance(gate, HasCausalGate):
-        cures.append(f"moe.gate.name={gate.causal_gate}")
+    cures += [f"moe.gate.name={gate.causal_gate}"] if isinstance(gate, HasCausalGate) else []
     raise UserError(
         f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "

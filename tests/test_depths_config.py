@@ -5,7 +5,9 @@ import pytest
 from moejax import config as configs
 from moejax.errors import UserError
 from moejax.overrides import apply_overrides
+from moejax.train.budget import count_budget
 from moejax.types import Visibility
+from tests import steps
 
 
 def validate(*overrides):
@@ -54,3 +56,12 @@ def test_what_does_not_fit_is_refused_in_one_line(overrides, message):
 
 def test_residual_moe_is_a_preset_that_validates():
     assert validate("moe.gate.name=residual_moe") == Visibility()
+
+
+def test_the_budget_counts_a_token_s_own_heads_and_no_head_as_an_expert():
+    plain, heads = (count_budget(steps.make({"data": 1}, model__moa_experts=e)) for e in (0, 8))
+    unused = [b.parameters - b.active_parameters for b in (plain, heads)]
+    width, head_dim, layers = 16, 4, 2
+    assert unused[1] - unused[0] == (8 - 2) * 2 * width * head_dim * layers
+    assert heads.train_flops.per_pair == plain.train_flops.per_pair > 0
+    assert heads.eval_flops.per_pair == plain.eval_flops.per_pair > 0

@@ -15,8 +15,8 @@ LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
 RECORDED = {"probe", "recording"}
 CONFIG = {
-    "config", "devices", "field", "fields", "overrides", "schema", "sources", "task_table",
-    "validate",
+    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "sources",
+    "task_table", "validate", "validate_layers",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors"},
     **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "fields", "overrides"},
-    "tasks": LOWEST | CONFIG | {"data", "losses", "models"},
+    "tasks": LOWEST | CONFIG | {"data", "layers", "losses", "models"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},

@@ -44,6 +44,8 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
         gate, moe = make_gate(resolved), moe_config(resolved)
     except UserError:
         return None
+    if "transport" not in resolved.moe:  # experts that all examples visit: no rows are sent
+        return None
     train, shards = resolved.train, _expert_shards(run)
     length = run.units.tokens_per_row
     tokens = train.batch_size * length

@@ -171,7 +171,7 @@ class PairSource:
             raise ValueError(f"step {step} is negative")
         images = len(self.digits.train_label_N)
         position_B = step * self.batch_size + np.arange(self.batch_size)
-        chosen_B = np.array([self._order(p // images)[p % images] for p in position_B])
+        chosen_B = np.array([self._order(int(p) // images)[p % images] for p in position_B])
         rng = np.random.default_rng((self.seed, 1, step))
         template_B = rng.integers(len(TEMPLATES), size=self.batch_size)
         image, label = self.digits.train_NHWC[chosen_B], self.digits.train_label_N[chosen_B]

@@ -49,9 +49,9 @@ def draw_recommender(
     Items are drawn with P proportional to 1 / rank (a long tail), users by a lognormal activity.
     """
     if users < 2 or items < 2:
-        raise UserError(f"data.users, data.items: {users} and {items} must be at least 2")
+        raise UserError(f"task.num_users, task.num_items: {users} and {items} must be at least 2")
     if not 0.0 <= shared <= 1.0:
-        raise UserError(f"data.shared: {shared} is not between 0 and 1")
+        raise UserError(f"task.shared: {shared} is not between 0 and 1")
     rng = np.random.default_rng([seed, 3])
     age_U, genre_I = rng.integers(0, AGES, users), rng.integers(0, GENRES, items)
     p_UK = _half(rng, rng.standard_normal((AGES, FACTORS))[age_U])

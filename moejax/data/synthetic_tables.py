@@ -37,7 +37,7 @@ def draw_correlated(
     not alpha, beta, c and the number of sines. Those here are of a public re-implementation.
     """
     if not -1.0 <= rho <= 1.0:
-        raise UserError(f"data.rho: {rho} is not between -1 and 1")
+        raise UserError(f"task.rho: {rho} is not between -1 and 1")
     rng = np.random.default_rng([seed, 1])
     u_D2, _ = np.linalg.qr(rng.standard_normal((width, 2)))
     w_MD = c * np.stack([u_D2[:, 0], rho * u_D2[:, 0] + np.sqrt(1.0 - rho**2) * u_D2[:, 1]])
@@ -89,7 +89,7 @@ def draw_groups(
     sizes we do not know: the protocol is ours.
     """
     if tasks < 2 or tasks % 2:
-        raise UserError(f"data.tasks: {tasks} tasks do not make two groups; use an even number")
+        raise UserError(f"task.tasks: {tasks} tasks do not make two groups; use an even number")
     rng = np.random.default_rng([seed, 2])
     experts = 2 * experts_per_group
     in_EDF = rng.standard_normal((experts, width, hidden))

@@ -63,14 +63,14 @@ def parse_spec(text: str, columns: Container[str]) -> Spec:
         return Spec(text, text)
     found = re.fullmatch(r"(?:([^=<>]+)=)?([^=<>]+?)(?:>=([^=<>]+))?", text)
     if not found:
-        raise UserError(f"data.targets: {text!r} is not column, name=column or name=column>=number")
+        raise UserError(f"task.targets: {text!r} is not column, name=column or name=column>=number")
     name, column, bound = found.groups()
     if bound is None:
         return Spec(name or column, column)
     try:
         return Spec(name or text, column, float(bound))
     except ValueError as error:
-        raise UserError(f"data.targets: {bound!r} in {text!r} is not a number") from error
+        raise UserError(f"task.targets: {bound!r} in {text!r} is not a number") from error
 
 
 def table_of(
@@ -118,7 +118,7 @@ def numbers(column: Column, field: str) -> np.ndarray:
     if infinite.size:
         row = infinite[0]
         raise UserError(
-            f"data.{field}: {column.name!r} is {values[row]} in row {row + 1}; use finite numbers"
+            f"task.{field}: {column.name!r} is {values[row]} in row {row + 1}; use finite numbers"
         )
     return values
 
@@ -130,7 +130,7 @@ def _number(text: str | None, name: str, field: str, row: int) -> float:
         return float(text)
     except ValueError as error:
         raise UserError(
-            f"data.{field}: {name!r} is {text!r} in row {row}, which is no number; correct it, "
+            f"task.{field}: {name!r} is {text!r} in row {row}, which is no number; correct it, "
             "leave it empty, or leave the column out"
         ) from error
 
@@ -140,7 +140,7 @@ def timestamp(column: Column) -> np.ndarray:
     values = numbers(column, "time")
     missing = np.flatnonzero(np.isnan(values))
     if missing.size:
-        raise UserError(f"data.time: {column.name!r} is missing in row {missing[0] + 1}")
+        raise UserError(f"task.time: {column.name!r} is missing in row {missing[0] + 1}")
     return values
 
 

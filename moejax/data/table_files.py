@@ -62,9 +62,9 @@ def load_table(
     """
     check_fraction(eval_fraction)
     if split not in SPLITS:
-        raise UserError(f"data.split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
+        raise UserError(f"task.split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
     if min_count < 1:
-        raise UserError(f"data.min_count: {min_count} must be at least 1")
+        raise UserError(f"task.min_count: {min_count} must be at least 1")
     columns, known = _read(os.path.expanduser(path), path)
     asked = Choice(tuple(targets), tuple(categorical), tuple(numeric), time)
     choice, specs = _choose(columns, asked, known)
@@ -75,7 +75,7 @@ def load_table(
         )
     if split == "time":
         if not choice.time:
-            raise UserError("data.time: data.split=time needs the column to sort by")
+            raise UserError("task.time: task.split=time needs the column to sort by")
         order = np.argsort(timestamp(columns[choice.time]), kind="stable")
     else:
         order = np.argsort(_hash(rows), kind="stable")[::-1]
@@ -97,12 +97,12 @@ def _choose(
     """What each column is for, all names checked."""
     targets = asked.targets or known.targets
     if not targets:
-        raise UserError(f"data.targets: name columns to predict; {suggest('', columns)}")
+        raise UserError(f"task.targets: name columns to predict; {suggest('', columns)}")
     time = asked.time or known.time
     specs = [parse_spec(text, columns) for text in targets]
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
-        raise UserError(f"data.targets: two targets have one name ({', '.join(names)}); use name=")
+        raise UserError(f"task.targets: two targets have one name ({', '.join(names)}); use name=")
     categorical, numeric = asked.categorical, asked.numeric
     if not (categorical or numeric):
         categorical, numeric = known.categorical, known.numeric
@@ -120,12 +120,12 @@ def _choose(
     for field, some in asked_for:
         for name in some:
             if name not in columns:
-                raise UserError(f"data.{field}: no column {name!r}; {suggest(name, columns)}")
+                raise UserError(f"task.{field}: no column {name!r}; {suggest(name, columns)}")
     for name in (*categorical, *numeric):
         if name in [spec.column for spec in specs]:
-            raise UserError(f"data.targets: {name!r} is a feature too, which would give it away")
+            raise UserError(f"task.targets: {name!r} is a feature too, which would give it away")
     if not (categorical or numeric):
-        raise UserError("data.categorical: the file has no columns besides the targets")
+        raise UserError("task.categorical: the file has no columns besides the targets")
     choice = Choice(tuple(targets), tuple(categorical), tuple(numeric), time)
     return choice, [(spec, columns[spec.column]) for spec in specs]
 

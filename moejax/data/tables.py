@@ -99,11 +99,11 @@ def make_table(
         values = train.target_NM[train.present_NM[:, m], m].astype(np.float64)
         if not len(values):
             raise UserError(
-                f"data.targets: {name!r} is missing in every training row; leave it out"
+                f"task.targets: {name!r} is missing in every training row; leave it out"
             )
         if values.min() == values.max():
             raise UserError(
-                f"data.targets: {name!r} is {values[0]:g} in every training row, so there is "
+                f"task.targets: {name!r} is {values[0]:g} in every training row, so there is "
                 "nothing to learn; leave it out"
             )
         mean, scale = float(values.mean()), float(values.std())
@@ -137,7 +137,7 @@ def first_heldout(rows: int, eval_fraction: float) -> int:
     check_fraction(eval_fraction)
     if rows < 2:
         raise UserError(
-            f"data.rows: {rows} is too few to train on some and hold out others; use 2+"
+            f"task.rows: {rows} is too few to train on some and hold out others; use 2+"
         )
     return rows - heldout_count(rows, eval_fraction)
 

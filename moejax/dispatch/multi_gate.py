@@ -19,9 +19,9 @@ from moejax.types import ExpertWeights
 class SharedExperts(NamedTuple):
     """Small FFNs with biases, stacked; O is the width of their output."""
 
-    up_EDF: Float[Array, "E D F"]
+    in_EDF: Float[Array, "E D F"]
     shift_EF: Float[Array, "E F"]
-    down_EFO: Float[Array, "E F O"]
+    out_EFO: Float[Array, "E F O"]
     shift_EO: Float[Array, "E O"]
 
 
@@ -43,9 +43,7 @@ def multi_gate(
       ValueError: experts or examples that do not divide over the mesh.
     """
     mesh = meshes.ambient()
-    check_divides(
-        mesh, ExpertWeights(None, experts.up_EDF, experts.down_EFO), len(x_BD), "examples"
-    )
+    check_divides(mesh, ExpertWeights(None, experts.in_EDF, experts.out_EFO), len(x_BD), "examples")
     return _multi_gate(x_BD, weight_BME, experts, activation=activation, mesh=mesh)
 
 
@@ -84,9 +82,9 @@ def run_experts(
 ) -> Float[Array, "B E O"]:
     """Every expert on every example."""
     experts = jax.tree.map(lambda w: w.astype(x_BD.dtype), experts)
-    hidden_BEF = jnp.einsum("bd,edf->bef", x_BD, experts.up_EDF) + experts.shift_EF
+    hidden_BEF = jnp.einsum("bd,edf->bef", x_BD, experts.in_EDF) + experts.shift_EF
     hidden_BEF = activate(activation, None, hidden_BEF)
-    return jnp.einsum("bef,efo->beo", hidden_BEF, experts.down_EFO) + experts.shift_EO
+    return jnp.einsum("bef,efo->beo", hidden_BEF, experts.out_EFO) + experts.shift_EO
 
 
 def _expert_spec(mesh: AbstractMesh) -> P:

@@ -48,9 +48,9 @@ class Smear(spans.MergesExperts):
     expert there is nothing to see.
 
     Reference: Muqeeth, Liu, Raffel, "Soft Merging of Experts with Adaptive Routing", arXiv
-    2306.03745. Deviations: LN_w has no learned offset, which would add the same to all logits; their
-    experts are adapters with biases, here the layer's FFNs; where dropout takes all experts they
-    weigh them equally.
+    2306.03745. Deviations: LN_w has no learned offset, which would add the same to all logits;
+    their experts are adapters with biases, here the layer's FFNs; where dropout takes all experts
+    they weigh them equally.
     """
 
     expert_dropout: Annotated[float, "share of experts left out per sequence in training"] = 0.1

@@ -92,9 +92,9 @@ class MultiGateMoE(nnx.Module):
         )
         self.router = nnx.data(jax.tree.map(nnx.Param, params))
         wide, narrow = (num_experts, d_model, d_ff), (num_experts, d_ff, d_out)
-        self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
+        self.in_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
         self.shift_EF = nnx.Param(jnp.zeros((num_experts, d_ff), jnp.float32))
-        self.down_EFO = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
+        self.out_EFO = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
         self.shift_EO = nnx.Param(jnp.zeros((num_experts, d_out), jnp.float32))
 
     def __call__(
@@ -142,7 +142,7 @@ class MultiGateMoE(nnx.Module):
 
     def experts(self) -> SharedExperts:
         """The experts' stacked weights."""
-        arrays = (self.up_EDF, self.shift_EF, self.down_EFO, self.shift_EO)
+        arrays = (self.in_EDF, self.shift_EF, self.out_EFO, self.shift_EO)
         return SharedExperts(*(array[...] for array in arrays))
 
     def _spec(self, task: int | Array) -> GateSpec:

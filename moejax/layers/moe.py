@@ -57,7 +57,7 @@ class MoE(nnx.Module):
       gate: the gating function, ``moejax.gating.make(...)`` or your own.
       transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token goes once to each
         device that has experts of it), "gather" or "all_experts"; the same five for
-        ``eval_transport``, used when ``train=False``.
+        ``eval_transport``, used when ``train=False``. Gates that mix (Soft MoE) use none.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
       priority: who stays when an expert is full: "position", "choice", "gate" or "random".
       reroute: how often a pair that finds an expert full tries its token's next-best ("cells").

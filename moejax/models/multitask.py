@@ -13,7 +13,7 @@ from moejax.experts import activate
 from moejax.layers.basic import fan_in
 from moejax.layers.mmoe import MultiGateMoE
 from moejax.mesh import constrain
-from moejax.models.stack import BATCH, Found, mean_square
+from moejax.models.stack import BATCH, Found, Watch, mean_square
 from moejax.types import Context, Gate, MoEConfig, MoEInfo, MoEStats
 
 Kind = Literal["regression", "binary"]
@@ -133,6 +133,7 @@ class MultiTask(nnx.Module):
         context: Context,
         gate_state: PyTree,
         train: bool,
+        watch: Watch | None = None,
     ) -> MultiTaskOutput:
         config = self.config
         chex.assert_shape(dense_BF, (None, config.num_dense))
@@ -143,14 +144,19 @@ class MultiTask(nnx.Module):
         if config.d_bottom:
             x_BD = activate(config.activation, None, self.bottom(x_BD))
         info: MoEInfo | None = None
+        watched: PyTree = None
         if config.every:
             y_MBO, info = self.mixture(x_BD, context, gate_state, train)
+            if watch:
+                # A gate's input is that of a layer whose sequences have one token.
+                look = watch
+                watched = jax.vmap(lambda one: look(x_BD[:, None, :], one))(info)
         else:
             hidden_BF = activate(config.activation, None, self.shared[0](x_BD))
             y_MBO = self.shared[1](hidden_BF)[None]
         y_MBO = jnp.broadcast_to(y_MBO, (len(config.heads), *y_MBO.shape[1:]))
         value_MB = self.towers(y_MBO, config.activation).astype(jnp.float32)
-        return MultiTaskOutput(value_MB.T, _found(y_MBO, value_MB, info))
+        return MultiTaskOutput(value_MB.T, _found(y_MBO, value_MB, info, watched))
 
     def init_gate_state(self) -> PyTree:
         """Initial gate states, stacked over gates."""
@@ -205,12 +211,12 @@ class Towers(nnx.Module):
         return jax.vmap(tower)(x_MBO, *(w[...].astype(x_MBO.dtype) for w in weights))
 
 
-def _found(y_MBO: Array, value_MB: Array, info: MoEInfo | None) -> Found:
+def _found(y_MBO: Array, value_MB: Array, info: MoEInfo | None, watched: PyTree) -> Found:
     squares = jnp.stack([mean_square(y_MBO), mean_square(value_MB)])
     losses: dict[str, Any] = {}
     if info is not None:
         losses = jax.tree.map(jnp.mean, info.losses)
-    return Found(squares, losses, {}, None if info is None else info.stats, None, None)
+    return Found(squares, losses, {}, None if info is None else info.stats, None, watched)
 
 
 def predict(value_BM: Float[Array, "B M"], heads: tuple[Head, ...]) -> Float[Array, "B M"]:

@@ -154,7 +154,7 @@ def test_a_target_is_written_in_three_ways():
     assert parse_spec("liked=rating>=4", columns) == ("liked", "rating", 4.0)
     assert parse_spec("a=b", columns) == ("a=b", "a=b", None)
     for text in ("", "a>4", "rating>=x", "=rating"):
-        with pytest.raises(UserError, match="data.targets"):
+        with pytest.raises(UserError, match="task.targets"):
             parse_spec(text, columns)
 
 
@@ -198,16 +198,16 @@ def test_movielens_needs_no_fields(movielens):
 
 
 BAD: dict[str, Any] = {
-    "column": ({"targets": ["prize"]}, r"data.targets: no column 'prize'; did you mean 'price'"),
-    "feature": ({"numeric": ["sise"]}, r"data.numeric: no column 'sise'; did you mean 'size'"),
-    "time": ({"split": "time", "time": "wen"}, r"data.time: no column 'wen'; did you mean 'when'"),
-    "no time": ({"split": "time"}, r"data.time: data.split=time needs"),
-    "split": ({"split": "random"}, r"data.split: 'random' is unknown; use one of hash, time"),
+    "column": ({"targets": ["prize"]}, r"task.targets: no column 'prize'; did you mean 'price'"),
+    "feature": ({"numeric": ["sise"]}, r"task.numeric: no column 'sise'; did you mean 'size'"),
+    "time": ({"split": "time", "time": "wen"}, r"task.time: no column 'wen'; did you mean 'when'"),
+    "no time": ({"split": "time"}, r"task.time: task.split=time needs"),
+    "split": ({"split": "random"}, r"task.split: 'random' is unknown; use one of hash, time"),
     "fraction": ({"eval_fraction": 0.0}, r"data.eval_fraction: 0.0 is not between"),
-    "leak": ({"numeric": ["price"]}, r"data.targets: 'price' is a feature too"),
-    "twice": ({"targets": ["price", "price"]}, r"data.targets: two targets have one name"),
+    "leak": ({"numeric": ["price"]}, r"task.targets: 'price' is a feature too"),
+    "twice": ({"targets": ["price", "price"]}, r"task.targets: two targets have one name"),
     "text": ({"targets": ["city"], "categorical": []}, r"'city' is '\w+' in row 1, which is no"),
-    "no targets": ({"targets": []}, r"data.targets: name columns to predict; valid: bought"),
+    "no targets": ({"targets": []}, r"task.targets: name columns to predict; valid: bought"),
 }
 
 
@@ -222,16 +222,16 @@ def test_bad_fields_are_one_line(tmp_path, case):
 FILES = {
     "empty": (b"", r"data.path: '.*' is empty"),
     "header": (b"x,y\n", r"data.path: '.*' has 0 rows"),
-    "constant": (b"x,y\n" + b"1,7\n2,7\n" * 9, r"data.targets: 'y' is 7 in every training row"),
-    "absent": (b"x,y\n" + b"1,\n2,\n" * 9, r"data.targets: 'y' is missing in every training row"),
+    "constant": (b"x,y\n" + b"1,7\n2,7\n" * 9, r"task.targets: 'y' is 7 in every training row"),
+    "absent": (b"x,y\n" + b"1,\n2,\n" * 9, r"task.targets: 'y' is missing in every training row"),
     "ragged": (b"x,y\n1,2\n3\n4,5\n", r"data.path: cannot parse '.*': .*columns"),
-    "word": (b"x,y\n1,2\n3,4\n5,six\n", r"data.targets: 'y' is 'six' in row 3, which is no number"),
-    "infinite": (b"x,y\n1,2\n3,inf\n5,6\n", r"data.targets: 'y' is inf in row 2; use finite"),
-    "bad feature": (b"x,y\n1,2\nfour,3\n5,6\n", r"data.numeric: 'x' is 'four' in row 2"),
+    "word": (b"x,y\n1,2\n3,4\n5,six\n", r"task.targets: 'y' is 'six' in row 3, which is no number"),
+    "infinite": (b"x,y\n1,2\n3,inf\n5,6\n", r"task.targets: 'y' is inf in row 2; use finite"),
+    "bad feature": (b"x,y\n1,2\nfour,3\n5,6\n", r"task.numeric: 'x' is 'four' in row 2"),
     "twice": (b"x,y,x\n1,2,3\n3,4,5\n", r"two columns called 'x'"),
     "binary": (
         b"\x93NUMPY\x00\xff\xfe,\n\xff\xff",
-        r"data.path: cannot parse|data.targets: no column",
+        r"data.path: cannot parse|task.targets: no column",
     ),
 }
 

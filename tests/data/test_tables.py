@@ -55,7 +55,7 @@ def test_a_seed_is_a_table_and_rho_is_checked():
     assert correlated(3, 50, 0.9).fingerprint == correlated(3, 50, 0.9).fingerprint
     assert correlated(3, 50, 0.9).fingerprint != correlated(4, 50, 0.9).fingerprint
     assert correlated(3, 50, 0.9).fingerprint != correlated(3, 50, 0.5).fingerprint
-    with pytest.raises(UserError, match=r"data.rho: 1.5 is not between"):
+    with pytest.raises(UserError, match=r"task.rho: 1.5 is not between"):
         correlated(0, 50, 1.5)
 
 
@@ -74,7 +74,7 @@ def test_tasks_of_a_group_share_experts_and_those_of_different_groups_none():
 
 
 def test_an_odd_number_of_tasks_is_refused():
-    with pytest.raises(UserError, match=r"data.tasks: 5 tasks do not make two groups"):
+    with pytest.raises(UserError, match=r"task.tasks: 5 tasks do not make two groups"):
         groups(0, 100, 5)
 
 

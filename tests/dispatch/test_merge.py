@@ -1,6 +1,7 @@
 """Merged experts: against loops and vmap, on every mesh, in bounded memory."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +65,8 @@ def test_output_and_gradients_are_those_of_per_token_merged_weights(activation):
     args = case(activation == "swiglu")
     (_, y), grads = program(activation)(*args)
 
-    def objective(*args):
-        return jnp.sum(jnp.sin(by_vmap(*args, activation)))
+    def objective(x, weight, weights):
+        return jnp.sum(jnp.sin(by_vmap(x, weight, weights, activation)))
 
     close(y, by_vmap(*args, activation))
     wanted = jax.jit(jax.grad(objective, (0, 1, 2)))(*args)
@@ -86,13 +87,15 @@ def test_a_loop_in_numpy_gives_the_same():
             close(y[b, t], h @ down)
 
 
+def expert(weights, e):
+    return jax.tree.map(lambda w: w[e], weights)
+
+
 def mixed_outputs(x, weight, weights, activation):
     """What sending a token to all experts would give: a mean of outputs."""
     weight_BLE = jnp.repeat(weight, SPAN, axis=1)[:, :L]
-    outputs = [
-        ffn_one(jax.tree.map(lambda w, e=e: w[e], weights), x.reshape(-1, D), activation)
-        for e in range(E)
-    ]
+    x_XD = x.reshape(-1, D)
+    outputs = [ffn_one(expert(weights, e), x_XD, activation) for e in range(E)]
     return jnp.einsum("ble,ebld->bld", weight_BLE, jnp.stack(outputs).reshape(E, B, L, D))
 
 
@@ -120,11 +123,11 @@ def test_all_weight_on_one_expert_is_that_expert():
     (_, y), _ = program("swiglu")(x, jax.nn.one_hot(chosen_BN, E), weights)
     for b in range(B):
         for t in range(L):
-            one = jax.tree.map(lambda w: w[chosen_BN[b, t // SPAN]], weights)  # noqa: B023
+            one = expert(weights, chosen_BN[b, t // SPAN])
             close(y[b, t], ffn_one(one, x[b, t][None], "swiglu")[0])
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 8])
+@pytest.mark.parametrize("at_once", [1, *(pytest.param(c, marks=pytest.mark.slow) for c in (3, 8))])
 def test_how_many_spans_are_merged_at_once_changes_nothing(at_once, monkeypatch):
     """24 spans; three and eight divide them."""
     args = case()
@@ -138,7 +141,7 @@ def test_how_many_spans_are_merged_at_once_changes_nothing(at_once, monkeypatch)
     program.cache_clear()
 
 
-QUICK = [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 2}]
+QUICK = [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,10 @@ def memory(span, remat=None, oracle=False):
     """Bytes alive in the compiled gradient, and kept for the backward pass, of equal tokens."""
     sequences, length = 4, 32
     spans = length // span
-    describe = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+
+    def describe(*dims) -> Any:
+        return jax.ShapeDtypeStruct(dims, jnp.float32)
+
     weights = ExpertWeights(
         describe(E, BIG_D, BIG_F), describe(E, BIG_D, BIG_F), describe(E, BIG_F, BIG_D)
     )
@@ -251,11 +257,11 @@ def memory(span, remat=None, oracle=False):
         layer = jax.checkpoint(layer, policy=REMAT[remat])
     total = lambda x, p, w: jnp.sum(jnp.sin(layer(x, p, w)))
     program = jax.jit(jax.grad(total, (0, 1, 2))).lower(x, p, weights).compile()
-    kept = residual_bytes(lambda args: total(*args), (x, p, weights))
-    return program.memory_analysis().temp_size_in_bytes, kept
+    alive: Any = program.memory_analysis()
+    return alive.temp_size_in_bytes, residual_bytes(total, x, p, weights)
 
 
-@pytest.mark.parametrize("remat", [None, "experts", "dots"])
+@pytest.mark.parametrize("remat", [None, "experts", pytest.param("dots", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_spans(remat):
     """16 spans or 64, of the same 128 tokens: less than one merged FFN more for 48 more spans."""
     few, many = memory(8, remat), memory(2, remat)

@@ -21,15 +21,13 @@ BY_ROUTER = dataclasses.replace(DEPTHS, mod_predictor="router")
 HEADS = lms.config(every=0, moa_experts=5)
 EVERYTHING = lms.config(
     "residual_moe",
-    num_layers=3,
     every=2,
-    first_dense=1,
     shared_experts=1,
     residual=True,
     mod_capacity=0.5,
     moa_experts=5,
 )
-"""Dense, then dense, then routed with experts; all but the first with chosen heads."""
+"""Dense, then routed with experts; both with chosen heads."""
 ROWS = 8
 TRACED = []
 """The meshes that the program below was traced on."""
@@ -144,7 +142,7 @@ def same(got, wanted, tolerance):
     ids=meshes.name,
 )
 def test_logits_losses_means_and_gradients_are_the_same_on_every_mesh(shape):
-    # float32 sums over the batch and through three layers, in another order.
+    # float32 sums over the batch and through two layers, in another order.
     same(outcome(meshes.name(shape)), outcome("none"), 2e-5)
 
 

@@ -121,8 +121,8 @@ def test_one_expert_is_a_shared_bottom(sharing):
     one = {"moe": MoEConfig(1), "activation": "relu", "d_bottom": 0}
     mixed, shared = model_of(sharing=sharing, **one), model_of(sharing="shared_bottom", **one)
     expert = jax.tree.map(lambda w: w[0], mixed.mixture.experts())
-    shared.shared[0].map_DF[...], shared.shared[0].shift_F[...] = expert.up_EDF, expert.shift_EF
-    shared.shared[1].map_DF[...], shared.shared[1].shift_F[...] = expert.down_EFO, expert.shift_EO
+    shared.shared[0].map_DF[...], shared.shared[0].shift_F[...] = expert.in_EDF, expert.shift_EF
+    shared.shared[1].map_DF[...], shared.shared[1].shift_F[...] = expert.out_EFO, expert.shift_EO
     shared.embed_VD[...] = mixed.embed_VD[...]
     nnx.update(shared.towers, nnx.state(mixed.towers))
     dense, category, _ = batch()
@@ -152,11 +152,9 @@ def test_every_parameter_has_a_gradient(changes):
         assert np.abs(gradient).max() > 1e-6, jax.tree_util.keystr(path)
 
 
-SHAPES = [meshes.LARGE, *(pytest.param(s, marks=pytest.mark.slow) for s in meshes.ALL)]
-
-
-@pytest.mark.parametrize("changes", [{}, pytest.param(DSELECT, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, DSELECT])
+@pytest.mark.parametrize("shape", meshes.ALL, ids=meshes.name)
 def test_a_mesh_changes_nothing(shape, changes):
     shape = {k: v if k != "expert" else min(v, E) for k, v in shape.items()}
     got, wanted = run(shape, **changes), run(None, **changes)

@@ -6,6 +6,14 @@ from moejax.analysis import figures
 from moejax.analysis.page import Block, Choice, Figure, Page
 from moejax.analysis.run import RunData
 
+OF_ONE_TASK = {
+    "mse": "Mean squared error of the task, in its target's units squared.",
+    "log_loss": "Log loss of the task, in nats.",
+    "accuracy": "Share of the task's examples whose target got the higher probability.",
+    "auc": "Chance that an example with target 1 scores higher than one with target 0.",
+}
+"""Rows of several tasks have these as mse/NAME and so on."""
+
 SETTLED = 25
 """The first 1/SETTLED of the logged steps are far above all that follows and are left off scale."""
 
@@ -20,6 +28,11 @@ def page(run: RunData) -> Page:
             "accuracy",
             f"Share of {run.units.item}s whose target got the highest probability.",
         ),
+        **{
+            key: (key, OF_ONE_TASK[key.partition("/")[0]])
+            for key in sorted({key for row in run.held_out for key in row if "/" in key})
+            if key.partition("/")[0] in OF_ONE_TASK
+        },
         **{
             key.removeprefix("aux/"): (
                 key,

@@ -62,10 +62,10 @@ def _what(run: RunData) -> list[tuple[str, str]]:
     ]
     devices = run.saved.get("devices")
     on = f" on {devices['count']} {devices['kind']} device(s)" if devices else ""
-    layers, width = field("model.num_layers", "?"), field("model.d_model", "?")
+    layers, width = field("model.num_layers"), field("model.d_model", "?")
     rows = [
         ("run", str(run.workdir)),
-        ("model", f"{layers} layers of width {width}"),
+        ("model", f"{layers} layers of width {width}" if layers else str(field("task.name"))),
         ("experts", _experts(run)),
         ("mesh", " x ".join(mesh) + on),
         ("data", str(run.saved.get("corpus", "?"))),
@@ -80,6 +80,12 @@ def _experts(run: RunData) -> str:
     field = run.field
     if not field("moe.every"):
         return "none: dense feed-forward layers"
+    if field("task.gate_input"):  # of several tasks
+        return (
+            f"{field('moe.num_experts')} of width {field('moe.d_ff')}, task.sharing="
+            f"{field('task.sharing')}; gate {field('moe.gate.name')}, which sees the "
+            f"{field('task.gate_input')}; every example visits all"
+        )
     where = "every layer" if field("moe.every") == 1 else f"one layer of {field('moe.every')}"
     shared = f", {field('moe.shared_experts')} shared" if field("moe.shared_experts") else ""
     return (
