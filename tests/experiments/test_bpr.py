@@ -21,8 +21,8 @@ def test_gains_are_of_equal_seeds_with_their_interval():
     # Differences 10 and 20 points: mean 15, t(1) s / sqrt(2) = 12.706 * 7.071 / 1.414.
     assert run.gain(found, Arm("gate", 0.5), "position", "accuracy") == "+15.0 ± 63.5"
     lines = run.table(found).splitlines()
-    assert len(lines) == 4 and lines[2].endswith("| +15.0 ± 63.5 |")
-    assert "| 0.5 | gate | 75.0 ± 190.6 | 25.0 ± 0.0 |" in lines[3]
+    assert len(lines) == 4 and lines[2].endswith("| +15.0 ± 63.5 | +0.000 ± 0.000 |")
+    assert "| 0.5 | gate | 75.0 ± 190.6 | 1.000 ± 0.000 | 25.0 ± 0.0 |" in lines[3]
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
