@@ -23,6 +23,8 @@ class ImageSource:
     patch_size: int
     batch_size: int
     seed: int
+    shift: int = 0
+    """Of training images: see ImageBatches."""
 
     @property
     def name(self) -> str:
@@ -39,7 +41,7 @@ class ImageSource:
 
     @functools.cached_property
     def train(self) -> ImageBatches:
-        return ImageBatches(self.images, self.batch_size, self.seed)
+        return ImageBatches(self.images, self.batch_size, self.seed, self.shift)
 
     def size(self) -> tuple[int, int]:
         return len(self.images.train_NHWC), len(self.images.heldout_NHWC)
