@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moejax import config as configs
 from moejax.config import validate
-from moejax.data.pairs import CLASSES, encode, prompts
+from moejax.data.pairs import CLASSES, PairSource, encode, prompts
 from moejax.errors import UserError
 from moejax.models.limoe import LARGEST_SCALE
 from moejax.overrides import apply_overrides
@@ -47,7 +47,7 @@ def config_with(**changes):
 @functools.cache
 def built():
     task, source = build(config_with())
-    assert isinstance(task, Multimodal)
+    assert isinstance(task, Multimodal) and isinstance(source, PairSource)
     return task, source
 
 
