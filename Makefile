@@ -48,7 +48,7 @@ exam: $(READY)  ## examine a gate from elsewhere: GATE="module:Gate field=value"
 	  -k "not capacity_shows and not overflow and not balanced_batch and not dropless_evaluation" $(ARGS)
 
 test-slow: $(READY_SLOW)  ## run the slow suites (installs PyTorch, transformers and the TPU compiler first)
-	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m slow $(ARGS)
+	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(ARGS)
 
 test-packages:  ## install what the slow suites use from Debian: SLURM and Chromium (as root)
 	apt-get update -qq

@@ -22,9 +22,10 @@ from moejax.devices import configure_devices
 from moejax.field import Field
 from moejax.fields import FIELDS, SECTIONS
 from moejax.overrides import apply_overrides, choose, parse_arg, take_overrides
+from moejax.resolve import make_gate, moe_config
 from moejax.schema import Config, default, flatten, set_gate, table_of
 from moejax.sources import from_dict, read, to_dict
-from moejax.validate import make_gate, moe_config, validate
+from moejax.validate import validate
 
 __all__ = [
     "FIELDS",

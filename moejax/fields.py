@@ -6,7 +6,7 @@ are all read from it.
 
 from moejax.field import Field
 from moejax.task_table import LANGUAGE, TASKS
-from moejax.types import PRIORITIES, SCOPES, TRANSPORTS
+from moejax.types import PREDICTORS, PRIORITIES, SCOPES, TRANSPORTS
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 DEFAULT_GATE = "mixtral"
@@ -56,12 +56,30 @@ FIELDS: dict[str, Field] = {
         choices=("none", "experts", "exchange", "dots", "full"),
     ),
     "model.attention": Field("auto", "implementation", choices=("auto", "xla", "cudnn")),
+    "model.mod_capacity": Field(
+        0.0,
+        "Mixture-of-Depths: share of tokens a routed block computes (0: off)",
+        low=0.0,
+        high=1.0,
+    ),
+    "model.mod_every": Field(2, "Mixture-of-Depths: every n-th block is routed", low=1),
+    "model.mod_predictor": Field(
+        "mlp", "Mixture-of-Depths: who decides in evaluation", choices=PREDICTORS
+    ),
+    "model.moa_experts": Field(
+        0, "Mixture of Attention heads: heads to choose from (0: ordinary attention)", low=0
+    ),
+    "model.moa_k": Field(2, "Mixture of Attention heads: heads per token", low=1),
     "moe.num_experts": Field(8, "experts per MoE layer", low=1),
     "moe.d_ff": Field(256, "hidden width of one expert", low=1),
     "moe.every": Field(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0),
     "moe.first_dense": Field(0, "layers at the bottom that stay dense", low=0),
     "moe.shared_experts": Field(0, "experts of width moe.d_ff that every token visits", low=0),
     "moe.shared_gate": Field(False, "weigh the shared experts by a sigmoid of the token"),
+    "moe.residual": Field(
+        False,
+        "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
+    ),
     "moe.activation": Field("swiglu", "of an expert", choices=ACTIVATIONS),
     "moe.transport": Field("cells", "how tokens travel in training", choices=TRANSPORTS),
     "moe.capacity_factor": Field(
@@ -90,6 +108,13 @@ FIELDS: dict[str, Field] = {
     "moe.losses.z": Field(0.001, "router z-loss: mean squared logsumexp of the logits", low=0.0),
     "moe.losses.importance": Field(0.0, "Shazeer's importance loss", low=0.0),
     "moe.losses.load": Field(0.0, "Shazeer's load loss", low=0.0),
+    "moe.losses.mod_predictor": Field(
+        0.01, "Mixture-of-Depths: cross-entropy of what is predicted and chosen", low=0.0
+    ),
+    "moe.losses.moa_load_balance": Field(
+        0.01, "Switch's load-balancing loss, of attention heads", low=0.0
+    ),
+    "moe.losses.moa_z": Field(0.001, "router z-loss, of attention heads", low=0.0),
     "moe.losses.policy": Field(0.0, "REINFORCE, of gates trained by policy", low=0.0),
     "moe.losses.baseline": Field(0.0, "squared error of the expected reward", low=0.0),
     "moe.losses.consistency": Field(

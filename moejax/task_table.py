@@ -38,8 +38,116 @@ OF_MODALITIES = tuple(
 )
 """Fields of tasks whose tokens are of two kinds."""
 
+OF_TEXT = (
+    "model.vocab_size",
+    "model.rope_theta",
+    "model.tie_embeddings",
+    "moe.allow_future_leak",
+    "moe.losses.consistency",
+    "train.seq_len",
+    "data.tokenizer",
+)
+"""Fields of tasks that read text from left to right."""
+
+OF_LAYERS = (
+    *(
+        f"model.{name}"
+        for name in (
+            "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation",
+            "norm_eps", "remat", "attention", "mod_capacity", "mod_every", "mod_predictor",
+            "moa_experts", "moa_k",
+        )
+    ),
+    "moe.first_dense",
+    "moe.shared_experts",
+    "moe.shared_gate",
+    "moe.residual",
+    "moe.losses.mod_predictor",
+    "moe.losses.moa_load_balance",
+    "moe.losses.moa_z",
+)  # fmt: skip
+"""Fields of transformers."""
+
+OF_TRANSPORT = (
+    *(
+        f"moe.{name}"
+        for name in (
+            "transport", "capacity_factor", "eval_transport", "eval_capacity_factor", "priority",
+            "reroute", "group", "balance_scope",
+        )
+    ),
+    "moe.losses.policy",
+    "moe.losses.baseline",
+)  # fmt: skip
+"""Fields of layers that send tokens to experts."""
+
+MULTITASK = TaskEntry(
+    "moejax.tasks.multitask:build",
+    fields={
+        "data": Field(
+            "correlated",
+            "two regressions of known relation, two groups of them, users and items, or your file",
+            choices=("correlated", "groups", "recommender", "file"),
+        ),
+        "sharing": Field(
+            "mmoe",
+            "a gate per task, one gate for all, or no experts (with moe.every=0)",
+            choices=("mmoe", "omoe", "shared_bottom"),
+        ),
+        "gate_input": Field(
+            "example",
+            "what gates see: the example, or the constant 1 (one choice for all examples)",
+            choices=("example", "constant"),
+        ),
+        "d_embed": Field(8, "numbers that embed a category", low=1),
+        "d_bottom": Field(0, "width of a shared layer below the experts (0: none)", low=0),
+        "d_out": Field(16, "width of an expert's output", low=1),
+        "d_tower": Field(8, "hidden width of a task's tower", low=1),
+        "data_seed": Field(0, "of generated tables; train.seed is of everything else", low=0),
+        "rows": Field(20_000, "of generated tables, held-out ones included", low=2),
+        "rho": Field(0.5, "correlated: cosine of the tasks' weights", low=-1.0, high=1.0),
+        "tasks": Field(16, "groups: tasks in all, half of them in each group", low=2),
+        "num_users": Field(500, "recommender: users", low=2),
+        "num_items": Field(200, "recommender: items", low=2),
+        "shared": Field(0.5, "recommender: what the two tasks have in common", low=0.0, high=1.0),
+        "targets": Field("", "file: columns to predict, as stars=rating,liked=rating>=4"),
+        "categorical": Field("", "file: columns of categories, separated by commas"),
+        "numeric": Field("", "file: columns of numbers, separated by commas"),
+        "split": Field(
+            "hash", "file: held-out rows, by row number or the latest", choices=("hash", "time")
+        ),
+        "time": Field("", "file: the column that task.split=time sorts by"),
+        "min_count": Field(2, "file: rarer categories count as unknown", low=1),
+    },
+    without=(*OF_TEXT, *OF_MODALITIES, *OF_LAYERS, *OF_TRANSPORT, "optim.output_z_loss"),
+    defaults={
+        "moe.d_ff": 16,
+        "moe.activation": "relu",
+        "moe.losses.load_balance": 0.0,
+        "moe.losses.z": 0.0,
+        "train.steps": 2000,
+        "train.batch_size": 256,
+        "train.log_every": 100,
+        "train.eval_every": 500,
+        "train.eval_rows": 20_000,
+        "train.checkpoint_every": 1000,
+        "optim.weight_decay": 0.0,
+        "data.eval_fraction": 0.1,
+    },
+)
+
 TASKS: dict[str, TaskEntry] = {
     LANGUAGE: TaskEntry("moejax.tasks.language:build", without=OF_MODALITIES),
+    "images": TaskEntry(
+        "moejax.tasks.images:build",
+        fields={
+            "image_size": Field(8, "pixels on a side; images are cut and resized to it", low=1),
+            "patch_size": Field(2, "pixels on a side of a patch, which is a token", low=1),
+            "channels": Field(1, "of the pixels: 1 (grey) or 3 (RGB)", low=1, high=3),
+        },
+        without=(*OF_TEXT, *OF_MODALITIES),
+        defaults={"data.eval_fraction": 0.2, "train.eval_rows": 1000},
+    ),
     "multimodal": TaskEntry(
         "moejax.tasks.multimodal:build",
         fields={
@@ -53,17 +161,7 @@ TASKS: dict[str, TaskEntry] = {
                 4.0, "experts that global_entropy_1 spreads text over, at least", low=1.0
             ),
         },
-        without=(
-            "model.vocab_size",
-            "model.rope_theta",
-            "model.tie_embeddings",
-            "moe.allow_future_leak",
-            "moe.losses.consistency",
-            "train.seq_len",
-            "optim.output_z_loss",
-            "data.path",
-            "data.tokenizer",
-        ),
+        without=(*OF_TEXT, "optim.output_z_loss", "data.path"),
         defaults={
             "model.d_model": 64,
             "model.d_ff": 256,
@@ -83,4 +181,5 @@ TASKS: dict[str, TaskEntry] = {
             "data.eval_fraction": 0.2,
         },
     ),
+    "multitask": MULTITASK,
 }

@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from moejax import gating
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
+from moejax.resolve import gate_message, make_gate, moe_config
 from moejax.schema import Config, get_field, table_of
-from moejax.types import Gate, MoEConfig, Visibility
+from moejax.types import Gate, Mixes, MoEConfig, Visibility
+from moejax.validate_layers import check_depths, check_layers
 
 
 @runtime_checkable
@@ -30,6 +31,13 @@ class HasCausalFields(Protocol):
     causal: ClassVar[Mapping[str, Any]]
 
 
+@runtime_checkable
+class HasCausalGate(Protocol):
+    """A gate that sees the future and knows another, by name, that does alike without."""
+
+    causal_gate: ClassVar[str]
+
+
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """Checks everything that can be known without starting devices.
 
@@ -43,54 +51,29 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """
     _check_ranges(config)
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
+    seen = Visibility()
     if "num_layers" in config.model:
-        _check_layers(config, mesh)
+        check_layers(config, mesh)
+        seen = check_depths(config)
     _check_batch(config, mesh)
     _check_distributed(config)
     _check_paths(config)
-    if not has_experts(config):
-        return Visibility()
-    _check_moe(config, mesh)
-    return _check_visibility(config)
+    if has_experts(config):
+        _check_moe(config, mesh)
+        seen = seen.union(_check_visibility(config))
+    if not is_causal(config):
+        return seen._replace(train_future=False, eval_future=False)
+    return seen
+
+
+def is_causal(config: Config) -> bool:
+    """Whether the task predicts from what comes before: otherwise there is no future to see."""
+    return "allow_future_leak" in config.moe
 
 
 def has_experts(config: Config) -> bool:
     """Whether the model has MoE layers."""
     return bool(config.moe.get("every", 1))
-
-
-def moe_config(config: Config) -> MoEConfig:
-    """The choices around the gate, as the layer takes them.
-
-    Raises:
-      UserError: a choice that does not exist.
-    """
-    moe = config.moe
-    try:
-        known = {f.name: moe[f.name] for f in dataclasses.fields(MoEConfig) if f.name in moe}
-        return MoEConfig(**known)
-    except ValueError as error:
-        raise UserError(f"moe.{error}") from error
-
-
-def make_gate(config: Config, **changes: Any) -> Gate:
-    """The gate that the config names, with the config's hyper-parameters, then ``changes``.
-
-    Raises:
-      UserError: unknown, or refuses its hyper-parameters.
-    """
-    fields = config.moe.gate.to_dict()
-    name = fields.pop("name")
-    try:
-        return gating.make(name, **{**fields, **changes})
-    except ValueError as error:
-        raise UserError(_gate_message(name, error)) from error
-
-
-def _gate_message(name: str, error: ValueError) -> str:
-    """A gate speaks of ``gate.k`` and ``num_experts``: both are fields of ``moe``."""
-    text = " ".join(str(error).split())
-    return f"moe.{text}" if text.startswith(("gate.", "num_experts")) else f"gate {name!r}: {text}"
 
 
 def _check_ranges(config: Config) -> None:
@@ -103,63 +86,6 @@ def _check_ranges(config: Config) -> None:
         if field.choices:
             raise UserError(f"{name}={value!r} is unknown; {suggest(str(value), field.choices)}")
         raise UserError(f"{name}={value} must be {field.range}; default {field.default}")
-
-
-def _divides(config: Config, name: str, mesh: Mapping[str, int], axis: str) -> None:
-    """A field that is sharded over a mesh axis is a multiple of the axis."""
-    value, size = get_field(config, name), mesh[axis]
-    if value % size:
-        near = sorted({max(value // size, 1) * size, (value // size + 1) * size})
-        raise UserError(
-            f"{name}={value} is not a multiple of mesh.{axis}={size}; use {name}="
-            f"{' or '.join(map(str, near))}, or a mesh.{axis} that divides {value}"
-        )
-
-
-def _check_layers(config: Config, mesh: Mapping[str, int]) -> None:
-    """The sizes of ``models.stack``."""
-    model, moe = config.model, config.moe
-    if not model.head_dim and model.d_model % model.num_heads:
-        raise UserError(
-            f"model.d_model={model.d_model} is not a multiple of model.num_heads="
-            f"{model.num_heads}; change one of them or set model.head_dim"
-        )
-    head_dim = model.head_dim or model.d_model // model.num_heads
-    if "rope_theta" in model and head_dim % 2:
-        raise UserError(
-            f"heads of width {head_dim} (model.head_dim, or model.d_model={model.d_model} / "
-            f"model.num_heads={model.num_heads}) cannot be rotated in pairs; use an even width"
-        )
-    if model.attention == "cudnn" and (model.dtype != "bfloat16" or head_dim % 8):
-        raise UserError(
-            f"model.attention=cudnn needs bfloat16 and heads whose width is a multiple of 8, but "
-            f"model.dtype={model.dtype} and the width is {head_dim}; use model.attention=auto"
-        )
-    if model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads="
-            f"{model.num_kv_heads}; each key/value head serves the same number of query heads"
-        )
-    _divides(config, "model.d_model", mesh, "fsdp")
-    _divides(config, "model.num_heads", mesh, "tensor")
-    _divides(config, "model.num_kv_heads", mesh, "tensor")
-    if moe.every != 1 or moe.first_dense:
-        _divides(config, "model.d_ff", mesh, "tensor")
-    if moe.every:
-        _divides(config, "moe.num_experts", mesh, "expert")
-        _divides(config, "moe.d_ff", mesh, "tensor")
-    sparse = model.num_layers - moe.first_dense
-    if sparse < 1:
-        raise UserError(
-            f"moe.first_dense={moe.first_dense} must be below model.num_layers={model.num_layers}; "
-            "for a dense model use moe.every=0"
-        )
-    if moe.every and sparse % moe.every:
-        raise UserError(
-            f"model.num_layers={model.num_layers} - moe.first_dense={moe.first_dense} = {sparse} "
-            f"layers are not a multiple of moe.every={moe.every}; use model.num_layers="
-            f"{moe.first_dense + math.ceil(sparse / moe.every) * moe.every}"
-        )
 
 
 def _check_batch(config: Config, mesh: Mapping[str, int]) -> None:
@@ -185,8 +111,14 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
     try:
         gate.check(moe.num_experts, train=True)
     except ValueError as error:
-        raise UserError(_gate_message(moe.gate.name, error)) from error
+        raise UserError(gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
+    if moe.get("residual") and (moe.shared_gate or not moe.shared_experts):
+        raise UserError(
+            "moe.residual=True weighs routed against shared experts, but moe.shared_experts="
+            f"{moe.shared_experts} and moe.shared_gate={moe.shared_gate}; use at least one shared "
+            "expert without its own gate, or moe.residual=False"
+        )
     for field in ("group", "balance_scope"):
         if moe.get(field) == "batch" and config.train.grad_accum > 1:
             raise UserError(
@@ -197,11 +129,10 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
 
 
 def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], gate: Gate) -> None:
-    cells = [f for f in ("transport", "eval_transport") if config.moe.get(f) == "cells"]
-    if choices.group == "batch" and cells:
+    cause, cure = _slots_of_groups(config, gate)
+    if choices.group == "batch" and cause:
         raise UserError(
-            f"moe.group=batch cannot be combined with moe.{cells[0]}=cells, whose slots are per "
-            f"group on one device; use moe.{cells[0]}=dropless (or gather, all_experts)"
+            f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
         )
     micro = config.train.batch_size // config.train.grad_accum
     rows = choices.rows_per_group(micro)
@@ -219,25 +150,30 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
             f"moe.group={least} or more"
         )
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
-    if cells and (micro // rows) % shards:
+    if cause and (micro // rows) % shards:
         fit = math.ceil(micro / (rows * shards)) * rows * shards * config.train.grad_accum
         raise UserError(
             f"moe.group={choices.group} makes {micro // rows} groups of a batch of {micro} "
             f"sequences, not a multiple of mesh.data x mesh.fsdp x mesh.expert = {shards}; use "
-            f"train.batch_size={fit} or moe.{cells[0]}=dropless"
+            f"train.batch_size={fit} or {cure}"
         )
 
 
-def _check_visibility(config: Config) -> Visibility:
-    """Refuses a language model whose evaluation would see the tokens it predicts.
+def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
+    """The choice that keeps a group on one device, where its slots are, and what to do without."""
+    if isinstance(gate, Mixes) and gate.mixes == "slots":
+        return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
+    for field in ("transport", "eval_transport"):
+        if config.moe.get(field) == "cells" and not isinstance(gate, Mixes):
+            return f"moe.{field}=cells", f"moe.{field}=dropless (or gather, all_experts)"
+    return "", ""
 
-    Where nothing is predicted from what comes before it, there is no future to see.
-    """
+
+def _check_visibility(config: Config) -> Visibility:
+    """Refuses a language model whose evaluation would see the tokens it predicts."""
     moe, gate = moe_config(config), make_gate(config)
     seen = gate.visibility(moe)
-    if "allow_future_leak" not in config.moe:
-        return seen._replace(train_future=False, eval_future=False)
-    if not seen.eval_future or config.moe.allow_future_leak:
+    if not (seen.eval_future and is_causal(config)) or config.moe.allow_future_leak:
         return seen
     around = {
         "moe.priority=position": dataclasses.replace(moe, priority="position"),
@@ -258,6 +194,7 @@ def _check_visibility(config: Config) -> Visibility:
         for field, value in others.items()
         if not make_gate(config, **{field: value}).visibility(moe).eval_future
     ]
+    cures += [f"moe.gate.name={gate.causal_gate}"] if isinstance(gate, HasCausalGate) else []
     raise UserError(
         f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "

@@ -1,15 +1,17 @@
 """Writes docs/config.md from the table of config fields: python scripts/make_config_docs.py"""
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from moejax.config import FIELDS, MAY_CHANGE, SECTIONS
+from moejax.config import FIELDS, MAY_CHANGE, SECTIONS, Field
+from moejax.task_table import TASKS, TaskEntry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 
 INTRODUCTION = """\
 # Config fields
 
-<!-- Written by scripts/make_config_docs.py from moejax/schema.py: edit that, then run it again. -->
+<!-- Written by scripts/make_config_docs.py from moejax/fields.py: edit that, then run it again. -->
 
 A config page (`configs/*.py`) sets fields of this tree; a command overrides them with
 `--config.SECTION.FIELD=VALUE`. A value is read as the type of the field's default. `moejax config
@@ -20,6 +22,9 @@ A config page (`configs/*.py`) sets fields of this tree; a command overrides the
 their defaults and, for the preset of a published model, the other `moe` fields that it sets; fields
 overridden in the same command win, in any order. Naming the gate that a page has already changes
 nothing.
+
+A page also chooses the task (`default("images")` in a page; language if it does not say). Fields
+that mean nothing to a task are missing from its tree, and its own are below `task`: see the end.
 """
 
 RESUMING = """\
@@ -39,16 +44,37 @@ def render() -> str:
     parts = [INTRODUCTION]
     for section, text in SECTIONS.items():
         rows = [(n, f) for n, f in FIELDS.items() if n.rpartition(".")[0] == section]
-        lines = [f"## {section}", "", text, "", "| field | default | values | meaning |"]
-        lines.append("| --- | --- | --- | --- |")
-        for name, field in rows:
-            values = field.range.replace(" | ", ", ") or field.type.__name__
-            default = repr(field.default).replace("'", '"')
-            lines.append(f"| `{name}` | `{default}` | {values} | {field.comment} |")
-        parts.append("\n".join(lines) + "\n")
+        parts.append("\n".join([f"## {section}", "", text, "", *table(rows)]) + "\n")
+    parts += [of_task(name, entry) for name, entry in TASKS.items()]
     fields = ", ".join(f"`{name}*`" if name.endswith(".") else f"`{name}`" for name in MAY_CHANGE)
     parts.append(RESUMING.format(fields=fields))
     return "\n".join(parts)
+
+
+def of_task(name: str, entry: TaskEntry) -> str:
+    """What a task adds, leaves out and sets."""
+    lines = [f"## Task `{name}`", ""]
+    if entry.fields:
+        lines += [*table((f"task.{own}", field) for own, field in entry.fields.items()), ""]
+    for what, names in (
+        ("Not used", [f"`{out}*`" if out.endswith(".") else f"`{out}`" for out in entry.without]),
+        ("Other defaults", [f"`{field}={value}`" for field, value in entry.defaults.items()]),
+    ):
+        if names:
+            lines += [f"{what}: {', '.join(names)}.", ""]
+    if len(lines) == 2:
+        lines += ["All of the fields above.", ""]
+    return "\n".join(lines)
+
+
+def table(rows: Iterable[tuple[str, Field]]) -> list[str]:
+    """A table of fields."""
+    lines = ["| field | default | values | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in rows:
+        values = field.range.replace(" | ", ", ") or field.type.__name__
+        default = repr(field.default).replace("'", '"')
+        lines.append(f"| `{name}` | `{default}` | {values} | {field.comment} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -109,6 +109,13 @@ ROWS = [
     row("expert_choice", fields={"policy": "position", "eval_policy": "position"}, slow=True),
     row("expert_choice_causal", exact_load=4),
     row("expert_choice_causal", fields={"policy": "threshold", "max_active": 3}),
+    row("soft", never_drops=True),
+    row(
+        "soft",
+        fields={"slots": 3, "noise_std": 0.5, "normalize": False},
+        never_drops=True,
+        slow=True,
+    ),
     row("replay", fields={"path": recorded()}, equivariant=False, label="replay"),
     # Routers of the literature, and controls without one.
     row("hierarchical"),
@@ -130,11 +137,18 @@ ROWS = [
     row("forced", equivariant=False, exact_load=True),
     row("forced", fields={"pattern": "skewed"}, equivariant=False),
     row("forced", fields={"pattern": "one"}, slow=True),
+    # Experts merged into one.
+    row("smear"),
+    row("lory", fields={"segment": 4}, equivariant=False),
+    row("lory", fields={"segment": 5, "first_segment": "bos"}, equivariant=False),
+    row("lory", fields={"segment": 3, "first_segment": "uniform"}, equivariant=False, slow=True),
+    row("lory", fields={"segment": 8, "first_segment": "paper"}, equivariant=False),
     # choice: presets of published models, prototypes, biases from past batches, local steps
     row("deepseek_moe", slow=True),
     row("qwen_moe", slow=True),
     row("olmoe", slow=True),
     row("openmoe", slow=True),
+    row("residual_moe", slow=True),
     row("prototypes"),
     row("loss_free", fields={"bias_rate": 0.1}, slow=True),
     row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),

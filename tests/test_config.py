@@ -19,24 +19,42 @@ from moejax.config import (
     to_dict,
 )
 from moejax.errors import UserError
-from moejax.task_table import LANGUAGE, TASKS
+from moejax.schema import fields_for
+from moejax.task_table import TASKS
 
 ROOT = Path(__file__).parent.parent
 
 PAGE = f"{ROOT}/configs/lm.py"
 
 
-def test_default_has_every_field_of_the_table_and_the_gates_own():
-    flat = flatten(default())
+@pytest.mark.parametrize("task", TASKS)
+def test_default_has_every_field_the_task_uses_and_its_own_and_the_gates(task: str):
+    config, entry = default(task), TASKS[task]
+    used = {name for name in FIELDS if entry.has(name)}
+    assert all(any(name.startswith(out) for name in FIELDS) for out in entry.without)
     gate = {f"moe.gate.{field}" for field in gating.fields("mixtral")}
-    assert set(flat) == {name for name in FIELDS if TASKS[LANGUAGE].has(name)} | gate
+    assert set(flatten(config)) == used | gate | {f"task.{own}" for own in entry.fields}
+    assert config.task.name == task
+    assert config == from_dict(json.loads(json.dumps(to_dict(config))))
 
 
-def test_every_default_is_allowed_and_has_a_comment():
-    for name, field in FIELDS.items():
+@pytest.mark.parametrize("task", TASKS)
+def test_every_default_is_allowed_and_has_a_comment(task: str):
+    for name, field in fields_for("mixtral", task).items():
         assert field.allows(field.default), name
         assert field.comment, name
         assert name.rpartition(".")[0] in configs.SECTIONS, name
+
+
+def test_the_task_is_the_pages_and_a_run_without_one_is_of_text():
+    with pytest.raises(UserError, match="task.name=pictures is chosen by the config page"):
+        load(PAGE, ["task.name=pictures"])
+    assert load(PAGE, ["task.name=language"]).config == load(PAGE).config
+    older = to_dict(default())
+    del older["task"]
+    assert from_dict(older) == default()
+    with pytest.raises(UserError, match="task.name='pictures' is unknown"):
+        default("pictures")
 
 
 def test_unknown_field_cannot_be_set_and_a_wrong_type_neither():

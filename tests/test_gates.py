@@ -10,7 +10,7 @@ import pytest
 
 from moejax import gating, losses
 from moejax.mesh import batch_spec
-from moejax.types import Gate
+from moejax.types import Gate, Merge, Mixes
 from tests import gates, meshes
 from tests.gates import ROWS, D, E, G, T
 
@@ -62,6 +62,23 @@ def test_load_is_exact_where_promised(row):
         np.testing.assert_array_equal(load, wanted)
     else:
         assert load.shape == (G, E)
+
+
+@both_phases
+@every_row
+def test_a_gate_that_merges_experts_says_so_and_its_routing_tells_the_weights(row, train):
+    gate, mixing = row.make(), gates.example(row, train).mixing
+    merges = isinstance(gate, Mixes) and gate.mixes == "weights"
+    assert isinstance(mixing, Merge) == merges
+    if isinstance(mixing, Merge):
+        assert mixing.weight_BNE.shape == (G, -(-T // mixing.span), E)
+        assert (mixing.weight_BNE >= 0).all() and mixing.weight_BNE.dtype == jnp.float32
+        # float32: E roundings of numbers at most 1.
+        np.testing.assert_allclose(mixing.weight_BNE.sum(-1), 1.0, atol=1e-5)
+        told = gates.example(row, train).routing
+        np.testing.assert_array_equal(told.expert_GTK, np.broadcast_to(np.arange(E), (G, T, E)))
+        of_tokens = np.repeat(mixing.weight_BNE, mixing.span, axis=1)[:, :T]
+        np.testing.assert_array_equal(told.weight_GTK, of_tokens)
 
 
 @every_row

@@ -14,7 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "moejax"
 LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
 RECORDED = {"probe", "recording"}
-CONFIG = {"config", "devices", "overrides", "schema", "sources", "validate"}
+CONFIG = {
+    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "sources",
+    "task_table", "validate", "validate_layers",
+}  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -33,12 +36,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": LOWEST | SIBLINGS - {"reference"} | {"layers"},
     "data": {"errors"},
     **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
-    "flags": {"errors", "overrides", "schema"},
+    "flags": {"errors", "fields", "overrides"},
+    "tasks": LOWEST | CONFIG | {"data", "layers", "losses", "models"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
-    "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models"},
-    "sweep": {"errors", "flags", "train"} | CONFIG,
-    "analysis": CONFIG | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "train"},
+    "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
+    "sweep": {"errors", "flags", "train", "types"} | CONFIG,
+    "analysis": CONFIG
+    | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
+    | {"train"},
     "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
     | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
@@ -51,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ENTRY_POINTS = {"__main__.py": {"cli"}, "train/__main__.py": {"cli"}}
 """`python -m moejax` and `python -m moejax.train` are the command line under another name."""
 
-FLAX = {"layers", "models", "train", "doctor"}
+FLAX = {"layers", "models", "tasks", "doctor"}
 
 COLLECTIVES = {
     "all_gather", "all_to_all", "pmax", "pmean", "pmin", "ppermute", "pshuffle", "psum",

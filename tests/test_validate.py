@@ -92,6 +92,17 @@ REFUSED = {
     "moe.group=batch": ["moe.group=batch", "moe.transport=cells", "dropless"],
     "moe.group=batch moe.transport=dropless moe.eval_transport=cells": ["moe.eval_transport=cells"],
     "moe.group=batch moe.transport=gather train.grad_accum=2": ["moe.group=batch", "grad_accum=2"],
+    # Slots of mixed tokens are like those of cells, whatever the transport.
+    "moe.gate.name=soft moe.transport=dropless moe.group=batch": [
+        "moe.group=batch",
+        "moe.gate.name=soft",
+        "moe.group=sequence",
+    ],
+    "moe.gate.name=soft moe.transport=dropless moe.group=4 mesh.data=8": [
+        "4 groups",
+        "= 8",
+        "train.batch_size=32 or moe.group=sequence",
+    ],
     "moe.balance_scope=batch train.grad_accum=2": ["moe.balance_scope=batch", "grad_accum=2"],
     # training
     "train.steps=0": ["train.steps=0", ">= 1"],
@@ -132,7 +143,13 @@ REFUSED = {
         "moe.gate.name=expert_choice lets a token see later tokens",
         "use moe.gate.eval_policy=threshold, or moe.allow_future_leak=True",
     ],
+    "moe.gate.name=soft": ["=soft lets a token see later", "moe.allow_future_leak=True"],
     "moe.gate.name=sentence": ["use moe.gate.pool=running, or moe.allow_future_leak=True"],
+    "moe.gate.name=smear": ["moe.gate.name=smear lets", "use moe.gate.name=lory, or moe.allow"],
+    "moe.gate.name=lory moe.gate.first_segment=paper": [
+        "later tokens of its sequence",
+        "use moe.gate.first_segment=learned, or moe.allow_future_leak=True",
+    ],
     # A capacity that leaks as well: the gate's remedy alone would not do.
     "moe.gate.name=sentence moe.eval_transport=cells moe.priority=choice": ["a causal gate, or"],
     "moe.gate.name=expert_choice_causal moe.gate.eval_policy=position": [

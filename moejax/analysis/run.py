@@ -10,18 +10,19 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.probe import Probe
+from moejax.tasks.task import Units
 from moejax.train.metrics import revive
 
 Row = dict[str, Any]
 
 SAVED = (
-    "flops", "version", "corpus", "fingerprint", "heldout_bytes_per_token", "baselines",
-    "parameters", "visibility", "memory", "devices",
+    "flops", "version", "corpus", "fingerprint", "baselines", "parameters", "visibility", "memory",
+    "devices",
 )  # fmt: skip
 """What this version writes to config.json beside the config."""
 
 OF_ROW = ("split", "loss")
-OF_TIMING = ("seconds_per_step", "elapsed", "tokens_per_second")
+OF_TIMING = ("seconds_per_step", "elapsed")
 """Without these a row is of no use."""
 
 LEAK = "leak/nats_per_token"
@@ -107,6 +108,19 @@ class RunData:
         found = [(step, x) for step, x in found if x.shape == found[-1][1].shape]
         steps = np.asarray([step for step, _ in found], np.int64)
         return steps, np.stack([x for _, x in found]) if found else np.zeros((0, 0, 0))
+
+    @property
+    def units(self) -> Units:
+        """What numbers are of; of a run from before there were tasks, those of text."""
+        length = self.field("train.seq_len", 1)
+        return Units(
+            **self.saved.get("units", Units("token", "nats/token", length, length)._asdict())
+        )
+
+    @property
+    def speeds(self) -> str:
+        """The key of timings.jsonl that has the speed."""
+        return f"{self.units.item}s_per_second"
 
     @property
     def has_experts(self) -> bool:

@@ -44,14 +44,17 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
         gate, moe = make_gate(resolved), moe_config(resolved)
     except UserError:
         return None
+    if "transport" not in resolved.moe:  # experts that all examples visit: no rows are sent
+        return None
     train, shards = resolved.train, _expert_shards(run)
-    tokens = train.batch_size * train.seq_len
+    length = run.units.tokens_per_row
+    tokens = train.batch_size * length
     load_ME, dropped_ME = np.asarray(row["moe/load"]), np.asarray(row["moe/dropped"])
     pairs = load_ME.sum() / len(load_ME)
     kept = pairs - dropped_ME.sum() / len(load_ME)
     if moe.transport == "cells":
         rows = moe.rows_per_group(train.batch_size // train.grad_accum)
-        capacity = gate.capacity(rows * train.seq_len, moe.num_experts, moe.capacity_factor)
+        capacity = gate.capacity(rows * length, moe.num_experts, moe.capacity_factor)
         computed = sent = train.batch_size // rows * moe.num_experts * capacity
     else:
         computed = tokens * moe.num_experts if moe.transport == "all_experts" else kept

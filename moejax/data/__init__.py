@@ -7,6 +7,10 @@
     shards.py     the on-disk form of a tokenised corpus (index.json, train.bin, heldout.bin)
     prepare.py    tokenise once, read many times: `prepare(path, tokenizer, out_dir)`
     batches.py    batches as a pure function of the global step; evaluation batches; prefetching
+    tables.py     rows for several tasks: features and targets, batches of them by step
+    synthetic_tables.py  correlated tasks, groups of tasks that share experts
+    recommender.py       a generated recommender of known structure
+    table_files.py       CSV, Parquet and MovieLens; table_columns.py makes columns numbers
     domains.py    code, comment, docstring or English, for every byte of Python source
     baselines.py  held-out loss of bigram and trigram models
 

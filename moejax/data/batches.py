@@ -24,6 +24,13 @@ def num_rows(num_tokens: int, seq_len: int) -> int:
     return max(num_tokens - 1, 0) // seq_len
 
 
+def endless_order(num_rows: int, seed: int) -> Any:
+    """Which row is at any position: epoch after epoch, each with a permutation of its own."""
+    import grain  # slow to import
+
+    return grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+
+
 class TrainBatches:
     """Shuffled batches of a token stream, for any step, in any order.
 
@@ -37,8 +44,6 @@ class TrainBatches:
     def __init__(
         self, tokens_N: Integer[np.ndarray, " N"], seq_len: int, batch_size: int, seed: int
     ):
-        import grain  # slow to import
-
         if seq_len < 1 or batch_size < 1:
             raise UserError(
                 f"train.seq_len, train.batch_size: {seq_len} and {batch_size} must be at least 1"
@@ -49,8 +54,7 @@ class TrainBatches:
         if self.num_rows == 0:
             raise UserError(_too_short("training", len(tokens_N), seq_len))
         self._tokens_N, self._seq_len, self._batch_size = tokens_N, seq_len, batch_size
-        # Endless: epoch after epoch, each with a permutation of its own.
-        self._order: Any = grain.MapDataset.range(self.num_rows).seed(seed).shuffle().repeat()
+        self._order = endless_order(self.num_rows, seed)
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The global batch of one step, or some of its rows (a host's share).

@@ -145,10 +145,8 @@ def _mix(
 
     def run(x: Array, mixing: Slots | Merge, weights: ExpertWeights) -> Array:
         if isinstance(mixing, Merge):
-            y = merge_experts(x, mixing, weights, activation, site)
-        else:
-            y = mix_slots(x, mixing, weights, activation, site)
-        return sum_over_tensor(y, site)
+            return sum_over_tensor(merge_experts(x, mixing, weights, activation, site), site)
+        return mix_slots(x, mixing, weights, activation, site)
 
     if mesh is None:
         return run(x, mixing, weights)

@@ -26,6 +26,7 @@ from moejax.gating.gating_dropout import GatingDropout
 from moejax.gating.gshard import GShard
 from moejax.gating.hash import Hash
 from moejax.gating.hierarchical import Hierarchical
+from moejax.gating.lory import Lory
 from moejax.gating.loss_free import LossFree
 from moejax.gating.noisy_top_k import NoisyTopK, load_probability
 from moejax.gating.ops import top_k_routing
@@ -39,6 +40,8 @@ from moejax.gating.sbase import SBase
 from moejax.gating.selectors import dselect_k_weights, smooth_step
 from moejax.gating.sentence import Sentence
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
+from moejax.gating.smear import Smear
+from moejax.gating.soft import Soft
 from moejax.gating.stablemoe import StableMoE
 from moejax.gating.tables import balanced_table
 from moejax.gating.task import Task
@@ -64,12 +67,15 @@ __all__ = [
     "ReMoE",
     "GatingDropout",
     "Hash",
+    "Lory",
     "LossFree",
     "NoisyTopK",
     "Prototypes",
     "Quantile",
     "Replay",
     "SBase",
+    "Smear",
+    "Soft",
     "StableMoE",
     "Thor",
     "Sentence",
@@ -157,6 +163,12 @@ GATES: dict[str, Entry] = {
         source="Xue et al. (OpenMoE: 2 of 32; 0.01 of a loss that is k at balance), "
         "arXiv 2402.01739",
     ),
+    "residual_moe": Entry(
+        TopK,
+        {"k": 1, "renormalize": False},
+        moe={"shared_experts": 1, "residual": True, "losses.z": 0.0},
+        source="Rajbhandari et al. (DeepSpeed-MoE, the residual of PR-MoE), arXiv 2201.05596",
+    ),
     "prototypes": Entry(Prototypes),
     "gating_dropout": Entry(GatingDropout, moe={"transport": "dropless", "balance_scope": "batch"}),
     "loss_free": Entry(LossFree, moe=UNBALANCED),
@@ -204,6 +216,7 @@ GATES: dict[str, Entry] = {
     "expert_choice": Entry(ExpertChoice, moe=UNBALANCED),
     "expert_choice_causal": Entry(ExpertChoice, {"eval_policy": "threshold"}, moe=UNBALANCED),
     "replay": Entry(Replay, moe={"transport": "dropless", **UNBALANCED}),
+    "soft": Entry(Soft, moe=UNBALANCED),
     # Routers of the literature, and controls without one.
     "hierarchical": Entry(
         Hierarchical, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}
@@ -216,6 +229,9 @@ GATES: dict[str, Entry] = {
     "random": Entry(Random, moe=UNBALANCED),
     "thor": Entry(Thor, moe={"transport": "dropless", "losses.consistency": 0.5, **UNBALANCED}),
     "forced": Entry(Forced, moe=UNBALANCED),
+    # Experts merged into one.
+    "smear": Entry(Smear, moe=UNBALANCED),
+    "lory": Entry(Lory, moe=UNBALANCED),
 }
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
+from moejax.gating.spans import by_sequence, span_means
 from moejax.types import (
     GateContext,
     GateOutput,
@@ -78,9 +79,7 @@ class Sentence(ops.Stateless):
     def __call__(
         self, params: GateParams, state: tuple, x_GTD: Array, context: GateContext
     ) -> GateOutput:
-        rows = context.row_GR.shape
-        x_GRLD = x_GTD.astype(jnp.float32).reshape(*rows, -1, x_GTD.shape[-1])
-        valid_GRL = context.valid_GT.reshape(x_GRLD.shape[:3])
+        x_GRLD, valid_GRL = by_sequence(x_GTD, context)
         length = x_GRLD.shape[2]
         position_L = jnp.arange(length)
         if self.pool == "running":
@@ -92,7 +91,7 @@ class Sentence(ops.Stateless):
         else:
             pooled_GRSD, _ = span_means(x_GRLD, valid_GRL, length)
             span_L = jnp.zeros_like(position_L)
-        pooled_GTD = pooled_GRSD.reshape(rows[0], -1, x_GTD.shape[-1])
+        pooled_GTD = pooled_GRSD.reshape(len(x_GTD), -1, x_GTD.shape[-1])
         logits_GTE = ops.router_logits(pooled_GTD, params["router_DE"])
         logits_GRSE = logits_GTE.reshape(*pooled_GRSD.shape[:3], -1)
         logits_GTE = jnp.take(logits_GRSE, span_L, axis=2).reshape(*x_GTD.shape[:2], -1)
@@ -116,20 +115,6 @@ def running_means(
     """For each position the mean of the valid ones up to it; 0 where there are none."""
     total_GRLD = jnp.cumsum(jnp.where(valid_GRL[..., None], x_GRLD, 0.0), axis=2)
     return total_GRLD / jnp.maximum(jnp.cumsum(valid_GRL, axis=2), 1)[..., None]
-
-
-def span_means(
-    x_GRLD: Float[Array, "G R L D"], valid_GRL: Bool[Array, "G R L"], size: int
-) -> tuple[Float[Array, "G R S D"], Bool[Array, "G R S"]]:
-    """Means of the valid ones in spans of ``size``, the last maybe shorter; and which have any."""
-    missing = -x_GRLD.shape[2] % size
-    shape = (*x_GRLD.shape[:2], -1, size)
-    x_GRLD = jnp.where(valid_GRL[..., None], x_GRLD, 0.0)
-    x_GRLD = jnp.pad(x_GRLD, ((0, 0), (0, 0), (0, missing), (0, 0)))
-    total_GRSD = jnp.sum(x_GRLD.reshape(*shape, x_GRLD.shape[-1]), axis=3)
-    valid_GRL = jnp.pad(valid_GRL, ((0, 0), (0, 0), (0, missing)))
-    count_GRS = jnp.sum(valid_GRL.reshape(shape), axis=3)
-    return total_GRSD / jnp.maximum(count_GRS, 1)[..., None], count_GRS > 0
 
 
 def shifted(

@@ -39,6 +39,26 @@ def rope(
     return rotated.astype(x_BLHI.dtype)
 
 
+def attend(
+    query_BLHI: Array,
+    key_BLJI: Array,
+    value_BLJI: Array,
+    seen_BL: Bool[Array, "B L"] | None,
+    causal: bool,
+    implementation: str,
+) -> Float[Array, "B L H I"]:
+    """Softmax attention of H query heads to J key/value heads, to keys in ``seen_BL`` (all)."""
+    mixed_BLHI = jax.nn.dot_product_attention(
+        query_BLHI,
+        key_BLJI,
+        value_BLJI,
+        mask=None if seen_BL is None else seen_BL[:, None, None, :],
+        is_causal=causal,
+        implementation=implementation_for(implementation, query_BLHI.dtype, query_BLHI.shape[-1]),
+    )
+    return checkpoint_name(mixed_BLHI, "attention")
+
+
 class Attention(nnx.Module):
     """Grouped-query attention: H query heads share J key/value heads (arXiv 2305.13245).
 
@@ -79,20 +99,14 @@ class Attention(nnx.Module):
         x_BLD: Float[Array, "B L D"],
         position_BL: Int[Array, "B L"],
         valid_BL: Bool[Array, "B L"] | None = None,
+        gaps: bool = False,
     ) -> Float[Array, "B L D"]:
+        """``gaps``: what is not valid may lie between valid tokens (else, if causal, behind)."""
         query, key = project(x_BLD, self.query_DHI[...]), project(x_BLD, self.key_DJI[...])
         value = project(x_BLD, self.value_DJI[...])
         if self.theta:
             query, key = (rope(x, position_BL, self.theta) for x in (query, key))
         # What is causal has its padding behind it.
-        mask = None if self.causal or valid_BL is None else valid_BL[:, None, None, :]
-        mixed_BLHI = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=self.causal,
-            implementation=implementation_for(self.implementation, query.dtype, query.shape[-1]),
-        )
-        mixed_BLHI = checkpoint_name(mixed_BLHI, "attention")
+        seen_BL = valid_BL if gaps or not self.causal else None
+        mixed_BLHI = attend(query, key, value, seen_BL, self.causal, self.implementation)
         return project(mixed_BLHI, self.out_HID[...], contract=2)

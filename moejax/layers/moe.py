@@ -12,13 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moejax import losses
 from moejax.dispatch import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.basic import FFN
-from moejax.layers.routing_stats import collect_stats, sum_over_groups, with_cuts, with_tasks
+from moejax.layers.routing_stats import layer_info
 from moejax.mesh import constrain, group_local
 from moejax.types import (
     SCOPES,
@@ -58,7 +57,7 @@ class MoE(nnx.Module):
       gate: the gating function, ``moejax.gating.make(...)`` or your own.
       transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token goes once to each
         device that has experts of it), "gather" or "all_experts"; the same five for
-        ``eval_transport``, used when ``train=False``.
+        ``eval_transport``, used when ``train=False``. Gates that mix (Soft MoE) use none.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
       priority: who stays when an expert is full: "position", "choice", "gate" or "random".
       reroute: how often a pair that finds an expert full tries its token's next-best ("cells").
@@ -66,6 +65,8 @@ class MoE(nnx.Module):
       balance_scope: balance losses per "sequence", "group" or "batch".
       num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
       shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
+      residual: weigh routed and shared experts by the two values of softmax(x W + b) (DeepSpeed's
+        residual MoE: Rajbhandari et al., arXiv 2201.05596); without, they are added up.
       num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
         With more than one, statistics count pairs by task.
       entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
@@ -91,6 +92,7 @@ class MoE(nnx.Module):
         activation: str = "swiglu",
         num_shared: int = 0,
         shared_gate: bool = False,
+        residual: bool = False,
         balance_scope: str = "sequence",
         vocab_size: int = 0,
         num_tasks: int = 1,
@@ -136,6 +138,17 @@ class MoE(nnx.Module):
         self.shared_gate = shared_gate
         if shared_gate:
             self.shared_gate_D = nnx.Param(nnx.initializers.zeros(rngs.params(), (d_model,)))
+        if residual and (shared_gate or not num_shared):
+            raise ValueError(
+                "residual=True weighs routed against shared experts: it needs num_shared > 0 and "
+                "shared_gate=False"
+            )
+        self.residual = residual
+        if residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
+            limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
+            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), **limits)
+            self.residual_DN = nnx.Param(drawn[:-1])
+            self.residual_bias_N = nnx.Param(drawn[-1])
 
     def __call__(
         self,
@@ -176,11 +189,14 @@ class MoE(nnx.Module):
         y_BLD = y_GTD.reshape(x_BLD.shape)
         if self.shared is not None:
             with jax.named_scope("ffn"):
-                y_BLD += self._shared_output(x_BLD)
+                y_BLD = self._with_shared(x_BLD, y_BLD)
         with jax.named_scope("router"):
             # Losses and counts are of what the gate chose: rerouting must not hide an imbalance.
             chosen = dataclasses.replace(sent, routing=output.routing)
-            info = self._info(chosen, kept_GTK, context)._replace(routing=sent.routing)
+            info = layer_info(
+                chosen, kept_GTK, context, self.balance_scope, self.num_tasks, self.entropy_floors
+            )
+            info = info._replace(routing=sent.routing)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 
     def init_gate_state(
@@ -207,6 +223,14 @@ class MoE(nnx.Module):
         return jax.tree.map(
             lambda p: p[...], self.router, is_leaf=lambda p: isinstance(p, nnx.Variable)
         )
+
+    def _with_shared(self, x_BLD: Array, routed_BLD: Array) -> Array:
+        if not self.residual:
+            return routed_BLD + self._shared_output(x_BLD)
+        logits_BLN = router_logits(x_BLD, self.residual_DN[...]) + self.residual_bias_N[...]
+        routed, shared = jnp.split(jax.nn.softmax(logits_BLN, axis=-1), 2, axis=-1)
+        y_BLD = routed * routed_BLD + shared * self._shared_output(x_BLD)
+        return y_BLD.astype(routed_BLD.dtype)
 
     def _shared_output(self, x_BLD: Array) -> Array:
         assert self.shared is not None
@@ -268,53 +292,3 @@ class MoE(nnx.Module):
         if self.config.priority == "random" and transport == "cells":
             return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
         return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
-
-    def _info(self, output: GateOutput, kept_GTK: Array, context: Context) -> MoEInfo:
-        batch, length = context.valid_BL.shape
-        groups, tokens, _ = kept_GTK.shape
-        shape = {"sequence": (batch, length), "group": (groups, tokens), "batch": (1, -1)}
-
-        def scoped(x: Array, scope: str) -> Array:
-            return x.reshape(*shape[scope], *x.shape[2:])
-
-        stats = collect_stats(
-            jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
-            scoped(output.stats.probs_GTE, "sequence"),
-            scoped(kept_GTK, "sequence"),
-            context.valid_BL,
-        )
-        if self.num_tasks > 1:
-            routing = jax.tree.map(lambda x: scoped(x, "sequence"), output.routing)
-            stats = with_tasks(stats, routing, context.task_B, self.num_tasks)
-        if output.cut_GTE is not None:
-            stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
-        return MoEInfo(
-            losses={**self._losses(output, context, scoped), **output.losses},
-            stats=dataclasses.replace(
-                stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
-            ),
-            routing=output.routing,
-            kept_GTK=kept_GTK,
-            router=output.stats,
-            policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
-        )
-
-    def _losses(self, output: GateOutput, context: Context, scoped: Any) -> dict[str, Array]:
-        scope, num_experts = self.balance_scope, self.config.num_experts
-        valid_QU = scoped(context.valid_BL, scope)
-        stats = jax.tree.map(lambda x: scoped(x, scope), output.stats)
-        routing = jax.tree.map(lambda x: scoped(x, scope), output.routing)
-        load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
-        mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
-        expected_QE = jnp.sum(jnp.where(valid_QU[..., None], stats.load_GTE, 0.0), axis=1)
-        found = {
-            "load_balance": losses.load_balance(load_QE, stats.probs_GTE, valid_QU),
-            "importance": losses.squared_share(mass_QE, valid_QU),
-            "load": losses.squared_share(expected_QE, valid_QU),
-            "z": losses.z_loss(stats.logits_GTE, valid_QU),
-        }
-        if self.entropy_floors:
-            prob_BLE = scoped(output.stats.probs_GTE, "sequence")
-            floor_M = jnp.asarray(self.entropy_floors, jnp.float32)
-            found |= losses.task_entropies(prob_BLE, context.valid_BL, context.task_B, floor_M)
-        return found

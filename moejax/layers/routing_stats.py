@@ -1,4 +1,4 @@
-"""A layer's routing in numbers, over the whole batch."""
+"""A layer's routing in numbers, over the whole batch, and the losses that these make."""
 
 import dataclasses
 import functools
@@ -8,7 +8,57 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax import losses
-from moejax.types import MoEStats, Routing
+from moejax.types import Context, GateOutput, MoEInfo, MoEStats, RouterStats, Routing
+
+
+def layer_info(
+    output: GateOutput,
+    kept_GTK: Array,
+    context: Context,
+    scope: str,
+    num_tasks: int = 1,
+    entropy_floors: tuple[float, ...] = (),
+) -> MoEInfo:
+    """What a layer returns beside its output; ``scope`` is that of the balance losses.
+
+    Of several tasks pairs are counted by task too. ``entropy_floors``: see ``MoE``.
+    """
+    batch, length = context.valid_BL.shape
+    groups, tokens, _ = kept_GTK.shape
+    shape = {"sequence": (batch, length), "group": (groups, tokens), "batch": (1, -1)}
+
+    def scoped(x: Array, scope: str) -> Array:
+        return x.reshape(*shape[scope], *x.shape[2:])
+
+    stats = collect_stats(
+        jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
+        scoped(output.stats.probs_GTE, "sequence"),
+        scoped(kept_GTK, "sequence"),
+        context.valid_BL,
+    )
+    if output.cut_GTE is not None:
+        stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
+    if num_tasks > 1:
+        by_sequence = jax.tree.map(lambda x: scoped(x, "sequence"), output.routing)
+        stats = with_tasks(stats, by_sequence, context.task_B, num_tasks)
+    entropies = {}
+    if entropy_floors:
+        floor_M = jnp.asarray(entropy_floors, jnp.float32)
+        prob_BLE = scoped(output.stats.probs_GTE, "sequence")
+        entropies = losses.task_entropies(prob_BLE, context.valid_BL, context.task_B, floor_M)
+    routing, router, valid_QU = jax.tree.map(
+        lambda x: scoped(x, scope), (output.routing, output.stats, context.valid_BL)
+    )
+    return MoEInfo(
+        losses={**router_losses(routing, router, valid_QU), **entropies, **output.losses},
+        stats=dataclasses.replace(
+            stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
+        ),
+        routing=output.routing,
+        kept_GTK=kept_GTK,
+        router=output.stats,
+        policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
+    )
 
 
 @jax.jit
@@ -71,3 +121,17 @@ def collect_stats(routing: Routing, probs_BLE: Array, kept_BLK: Array, valid_BL:
             entropy=-jnp.sum(jnp.where(valid, probs_BLE * log_BLE, 0.0)),
         )
     )
+
+
+def router_losses(routing: Routing, router: RouterStats, valid_QU: Array) -> dict[str, Array]:
+    """The auxiliary losses of any gate, from arrays laid out as scopes [Q, U, ...]."""
+    num_experts = router.probs_GTE.shape[-1]
+    load_QE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
+    mass_QE = losses.expert_mass(routing.expert_GTK, routing.weight_GTK, num_experts)
+    expected_QE = jnp.sum(jnp.where(valid_QU[..., None], router.load_GTE, 0.0), axis=1)
+    return {
+        "load_balance": losses.load_balance(load_QE, router.probs_GTE, valid_QU),
+        "importance": losses.squared_share(mass_QE, valid_QU),
+        "load": losses.squared_share(expected_QE, valid_QU),
+        "z": losses.z_loss(router.logits_GTE, valid_QU),
+    }

@@ -16,13 +16,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from moejax.layers.attention import Attention
-from moejax.layers.basic import FFN, RMSNorm
+from moejax.layers.basic import RMSNorm
 from moejax.layers.moe import MoE
-from moejax.mesh import constrain
-from moejax.types import Context, Gate, GateState, MoEConfig, MoEInfo, MoEStats, Policy
-
-BATCH = ("data", "fsdp", "expert")
+from moejax.mesh import BATCH_AXES, constrain
+from moejax.models.block import Block, Watch
+from moejax.types import (
+    Context,
+    DepthsConfig,
+    Gate,
+    GateState,
+    MoEConfig,
+    MoEStats,
+    Policy,
+)
 
 
 def _matmuls_and(*names: str) -> Any:
@@ -58,7 +64,9 @@ class StackConfig:
 
     ``causal``: a token attends to itself and what is before it, else to all valid tokens.
     ``rope_theta``: base of the rotary angles; 0 turns nothing. ``vocab_size`` and ``num_tasks`` are
-    what gates may ask of tokens and sequences.
+    what gates may ask of tokens and sequences. ``mod_*``: Mixture-of-Depths (``DepthsConfig``).
+    ``moa_experts``, ``moa_k``: ``MixtureOfHeads`` in place of attention; 0 is off. The first
+    ``first_dense`` layers have neither.
     """
 
     d_model: int
@@ -81,6 +89,12 @@ class StackConfig:
     shared_experts: int
     shared_gate: bool
     balance_scope: str
+    residual: bool = False
+    mod_capacity: float = 0.0
+    mod_every: int = 2
+    mod_predictor: str = "mlp"
+    moa_experts: int = 0
+    moa_k: int = 2
     causal: bool = True
     rope_theta: float = 0.0
     vocab_size: int = 0
@@ -89,9 +103,16 @@ class StackConfig:
     """See ``layers.moe.MoE``."""
 
     @property
+    def depths(self) -> DepthsConfig:
+        return DepthsConfig(self.mod_capacity, self.mod_every, self.mod_predictor)
+
+    @property
     def period(self) -> int:
-        """Layers in one repeating period; the last of them has the experts."""
-        return max(self.every, 1)
+        """Layers in one repeating period; the last of them has the experts.
+
+        Where some blocks are routed, that many apart; the last one is, and the one with experts.
+        """
+        return max(self.every, self.mod_every if self.mod_capacity else 1)
 
     @property
     def num_periods(self) -> int:
@@ -100,10 +121,6 @@ class StackConfig:
     @property
     def num_moe_layers(self) -> int:
         return self.num_periods if self.every else 0
-
-
-Watch = Callable[[Float[Array, "B L D"], MoEInfo], PyTree]
-"""What someone wants to know of an MoE layer, from its input and what it said."""
 
 
 class Found(NamedTuple):
@@ -123,61 +140,6 @@ class Found(NamedTuple):
     """What ``watch`` gave; None without one, and if dense."""
 
 
-class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, the latter dense or a mixture of experts."""
-
-    def __init__(self, config: StackConfig, sparse: bool, layer: int | Array, *, rngs: nnx.Rngs):
-        width = config.d_model
-        self.attention_norm = RMSNorm(width, config.norm_eps)
-        self.attention = Attention(
-            width,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            theta=config.rope_theta,
-            causal=config.causal,
-            implementation=config.attention,
-            rngs=rngs,
-        )
-        self.ffn_norm = RMSNorm(width, config.norm_eps)
-        self.sparse = sparse
-        if sparse:
-            self.ffn = MoE(
-                width,
-                config.expert_d_ff,
-                gate=config.gate,
-                activation=config.expert_activation,
-                num_shared=config.shared_experts,
-                shared_gate=config.shared_gate,
-                balance_scope=config.balance_scope,
-                vocab_size=config.vocab_size,
-                num_tasks=config.num_tasks,
-                entropy_floors=config.entropy_floors,
-                layer=layer,
-                rngs=rngs,
-                **dataclasses.asdict(config.moe),
-            )
-        else:
-            self.ffn = FFN(width, config.d_ff, config.activation, rngs=rngs)
-
-    def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
-    ) -> tuple[Array, MoEInfo | None, PyTree]:
-        """Output, what the MoE layer said, and what ``watch`` made of it."""
-        with jax.named_scope("attention"):
-            normed_BLD = self.attention_norm(x_BLD)
-            mixed_BLD = self.attention(normed_BLD, context.position_BL, context.valid_BL)
-        x_BLD += mixed_BLD
-        normed_BLD, watched = self.ffn_norm(x_BLD), None
-        if isinstance(self.ffn, MoE):
-            y_BLD, info = self.ffn(normed_BLD, context, state, train)
-            watched = watch(normed_BLD, info) if watch else None
-        else:
-            with jax.named_scope("ffn"):
-                y_BLD, info = self.ffn(normed_BLD), None
-        return constrain(x_BLD + y_BLD, BATCH), info, watched
-
-
 class Period(nnx.Module):
     """The layers that repeat: dense ones, then (unless the model is dense) one MoE layer."""
 
@@ -185,7 +147,7 @@ class Period(nnx.Module):
         last = config.period - 1
         self.blocks = nnx.List(
             [
-                Block(config, bool(config.every) and i == last, layer, rngs=rngs)
+                Block(config, bool(config.every) and i == last, layer, i, rngs=rngs)
                 for i in range(config.period)
             ]
         )
@@ -194,13 +156,26 @@ class Period(nnx.Module):
         self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
     ) -> tuple[Array, Found]:
         """Output, and what all layers or the sparse one found."""
-        squares, losses, stats, policy, watched = [], {}, None, None, None
+        squares, losses, means, stats, policy, watched = [], [], [], None, None, None
         for block in self.blocks:
-            x_BLD, info, watched = block(x_BLD, context, state, train, watch)
+            x_BLD, info, watched, said = block(x_BLD, context, state, train, watch)
             squares.append(mean_square(x_BLD))
+            losses.append(said.losses)
+            means.append(said.means)
             if info is not None:
-                losses, stats, policy = info.losses, info.stats, info.policy
-        return x_BLD, Found(jnp.stack(squares), losses, {}, stats, policy, watched)
+                losses[-1] = {**said.losses, **info.losses}
+                stats, policy = info.stats, info.policy
+        named = _over_layers(losses), _over_layers(means)
+        return x_BLD, Found(jnp.stack(squares), *named, stats, policy, watched)
+
+
+def _over_layers(layers: list[dict[str, Array]]) -> dict[str, Float[Array, ""]]:
+    """The mean of each name over the layers that have it."""
+    found: dict[str, list[Array]] = {}
+    for named in layers:
+        for name, value in named.items():
+            found.setdefault(name, []).append(value)
+    return {name: jnp.mean(jnp.stack(values)) for name, values in found.items()}
 
 
 def mean_square(x_BLD: Array) -> Float[Array, ""]:
@@ -216,6 +191,7 @@ class Stack(nnx.Module):
 
     def build_layers(self, config: StackConfig, rngs: nnx.Rngs) -> None:
         """Makes the parameters: called by the model where the order of its keys wants them."""
+        config.depths.check(config.every)
         self.config = config
         self.first = nnx.List(
             [Block(config, False, 0, rngs=rngs) for _ in range(config.first_dense)]
@@ -232,7 +208,7 @@ class Stack(nnx.Module):
         self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
     ) -> tuple[Array, Found]:
         """The normalised output of the last layer, and what all of them found."""
-        x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH)
+        x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH_AXES)
         first = []
         for block in self.first:
             x_BLD, *_ = block(x_BLD, context, (), train, None)

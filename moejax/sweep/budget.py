@@ -8,7 +8,7 @@ from pathlib import Path
 from moejax.sweep.count import count
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.noise import Pilot, detectable_difference, noise, read_pilot
-from moejax.sweep.results import Result, read_sweep
+from moejax.sweep.results import Result, read_sweep, unit_of
 from moejax.sweep.table import detectable_note, unit
 
 
@@ -49,18 +49,16 @@ def _solved(sweep: Sweep) -> str:
 def _work(trials: Sequence[Trial]) -> str:
     """Trials, steps, tokens and FLOPs, with as many experts per token as each gate means to use."""
     steps = sum(trial.steps for trial in trials)
-    tokens = [trial.steps * _tokens_per_step(trial) for trial in trials]
     costs = count([trial.config for trial in trials])
+    tokens = [
+        trial.steps * trial.config["train"]["batch_size"] * cost.tokens_per_row
+        for trial, cost in zip(trials, costs, strict=True)
+    ]
     flops = sum(n * cost.active_flops for n, cost in zip(tokens, costs, strict=True))
     return (
         f"to run: {len(trials)} trial{'s' * (len(trials) > 1)}, {steps} steps, "
         f"{_short(sum(tokens))} tokens, {_short(flops)}FLOP (counted, nothing dropped)"
     )
-
-
-def _tokens_per_step(trial: Trial) -> int:
-    train = trial.config["train"]
-    return train["batch_size"] * train["seq_len"]
 
 
 def _short(number: float) -> str:
@@ -102,7 +100,7 @@ def _detectable(sweep: Sweep, finished: Sequence[Result]) -> str:
     known = noise(sweep, finished)
     found = detectable_difference(sweep, known)
     if found:
-        return detectable_note(found)
+        return detectable_note(found, unit_of(finished))
     if known is None:
         first = sweep.comparison.baseline or sweep.variants[0]
         return (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import TOLERANCE
 from moejax.sweep.noise import Detectable, detectable_difference, noise
-from moejax.sweep.results import Result
+from moejax.sweep.results import Result, unit_of
 from moejax.sweep.statistics import Difference, estimate, holm, outcome, paired, verdict
 
 BASELINE = "baseline"
@@ -62,12 +62,14 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A sweep's comparison: ``cost`` names what is compared, the match or else active FLOPs."""
+    """A sweep's comparison: ``cost`` names what is compared, the match or else active FLOPs;
+    ``unit`` is that of losses."""
 
     source: str
     baseline: str | None
     match: str | None
     cost: str
+    unit: str
     detectable: Detectable | None
     variants: tuple[Compared, ...]
 
@@ -95,13 +97,14 @@ def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, in
         points = [_point(sweep, r, COSTS[cost](r), reference, others) for r in own[name]]
         lost = [seed for seed in _seeds(sweep, name) if (name, seed) in diverged]
         leak = own[name][0].leak if own[name] else ""
-        said = differences.get(name), corrected.get(name)
+        said = differences.get(name), corrected.get(name), unit_of(results)
         variants.append(_compared(sweep, name, points, lost, leak, *said))
     return Summary(
         source=sweep.source,
         baseline=baseline,
         match=sweep.comparison.match,
         cost=cost,
+        unit=unit_of(results),
         detectable=detectable_difference(sweep, noise(sweep, results)),
         variants=tuple(variants),
     )
@@ -146,6 +149,7 @@ def _compared(
     leak: str,
     difference: Difference | None,
     p_holm: float | None,
+    unit: str,
 ) -> Compared:
     wanted, seeds = _seeds(sweep, name), [point.seed for point in points]
     unfinished = [seed for seed in wanted if seed not in (*seeds, *diverged)]
@@ -164,7 +168,7 @@ def _compared(
         difference=difference,
         p_holm=p_holm,
         outcome=BASELINE if name == sweep.comparison.baseline else outcome(difference, p_holm),
-        verdict=_verdict(sweep.comparison.baseline, name, seeds, diverged, difference, p_holm),
+        verdict=_verdict(sweep, name, seeds, diverged, difference, p_holm, unit),
         cost=_mean([point.cost for point in points]),
         cost_ratio=_mean([point.cost_ratio for point in points]),
         missed_match=missed,
@@ -175,18 +179,20 @@ def _compared(
 
 
 def _verdict(
-    baseline: str | None,
+    sweep: Sweep,
     name: str,
     finished: Sequence[int],
     diverged: Sequence[int],
     difference: Difference | None,
     p_holm: float | None,
+    unit: str,
 ) -> str:
     """The survivors of a variant that diverges are no fair sample, which is said beside them."""
+    baseline = sweep.comparison.baseline
     if baseline is None or name == baseline:
         said = BASELINE if baseline else ""
     else:
-        said = verdict(difference, p_holm) if finished else "no finished seed: no verdict"
+        said = verdict(difference, p_holm, unit) if finished else "no finished seed: no verdict"
     if not diverged:
         return said
     lost = f"{len(diverged)} diverged (seed {', '.join(map(str, diverged))})"

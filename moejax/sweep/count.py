@@ -15,6 +15,7 @@ from typing import Any
 
 from moejax.config import from_dict
 from moejax.errors import UserError
+from moejax.types import Mixes
 
 _ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "expert", "tensor")}
 _ANYWHERE = {**_ONE_DEVICE, "mesh.cpu_devices": 0, "distributed.mode": "off"}
@@ -29,11 +30,13 @@ class Counted:
     """What a run costs if every token visits as many experts as its gate means to.
 
     ``total_params`` are all parameters. ``active_flops`` are floating-point operations of matrix
-    products per token of training, forward and backward, with nothing dropped.
+    products per token of training, forward and backward, with nothing dropped; a row of a batch
+    has ``tokens_per_row``.
     """
 
     total_params: int
     active_flops: float
+    tokens_per_row: int
 
 
 def count(configs: Sequence[dict[str, Any]]) -> list[Counted]:
@@ -93,20 +96,25 @@ def _counted(saved: dict[str, Any]) -> Counted:
     return Counted(
         total_params=count_parameters(run.abstract_state.params),
         active_flops=flops.fixed + flops.per_pair * _nominal_pairs(run.task.model),
+        tokens_per_row=run.task.units.tokens_per_row,
     )
 
 
 def _nominal_pairs(model: Any) -> float:
     """(token, expert) pairs per token, in all layers, that the gate has slots for at factor 1.
 
-    That is k for token choice, and the mean that gates with a varying number aim at.
+    That is k for token choice, the mean that gates with a varying number aim at, and all that a
+    mixing gate tells of, which has no slots for them.
     """
     if not model.num_moe_layers:
         return 0.0
     experts = model.moe.num_experts
+    columns = model.gate.columns(experts)
+    if isinstance(model.gate, Mixes):
+        return model.num_moe_layers * columns
     tokens = 1000 * experts
     slots = model.gate.capacity(tokens, experts, 1.0)
-    return model.num_moe_layers * min(slots * experts / tokens, model.gate.columns(experts))
+    return model.num_moe_layers * min(slots * experts / tokens, columns)
 
 
 if __name__ == "__main__":

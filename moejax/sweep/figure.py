@@ -55,7 +55,7 @@ def figure(title: str, results: Sequence[Result], summary: Summary) -> Any:
     right = drawn.add_subplot(grid[1], sharey=left)
     right.tick_params(labelleft=False)
     panels = _panels((left, right), results, summary)
-    left.set_ylabel("held-out loss at the end, nats per byte")
+    left.set_ylabel(f"held-out loss at the end, {summary.unit}")
     cut = _limit_losses(left, results, summary)
     for panel in panels:
         panel.scatter(results)

@@ -47,7 +47,7 @@ def draw(
     _limit(axes, found)
     axes.set(
         title=f"Difference to {summary.baseline} at equal seeds",
-        xlabel="nats per byte; left of the line is better",
+        xlabel=f"{summary.unit}; left of the line is better",
     )
 
 

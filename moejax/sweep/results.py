@@ -25,6 +25,10 @@ DIVERGED = "moejax: diverged at"
 """How `moejax train` begins the line that says so."""
 
 
+PER_BYTE = "nats/byte"
+"""Text is compared per byte, whatever its tokens are."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One finished trial in numbers. What a dense model does not have is None.
@@ -40,7 +44,7 @@ class Result:
     id: str
     step: int
     loss: float
-    """Held-out nats per byte at the last evaluation."""
+    """Held-out, at the last evaluation; of text per byte."""
     train_flops_per_token: float
     """Forward and backward, mean over the run."""
     eval_flops_per_token: float
@@ -61,6 +65,13 @@ class Result:
     total_parameters: int
     leak: str
     """What a token's output may depend on besides its past; empty when nothing."""
+    unit: str = PER_BYTE
+    """Of the loss."""
+
+
+def unit_of(results: Sequence[Result]) -> str:
+    """The unit of the losses, which all of them share."""
+    return results[0].unit if results else PER_BYTE
 
 
 def read_trial(folder: Path, trial: Trial) -> Result:
@@ -92,7 +103,7 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         seed=trial.seed,
         id=trial.id,
         step=held_out["step"],
-        loss=held_out["loss"] / saved["heldout_bytes_per_token"],
+        loss=held_out["loss"] / saved.get("heldout_bytes_per_token", 1.0),
         train_flops_per_token=_flops(saved["flops"]["train"], layers, train_pairs),
         eval_flops_per_token=_flops(saved["flops"]["eval"], layers, eval_pairs),
         train_pairs_per_token=train_pairs,
@@ -106,6 +117,7 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         eval_drop_rate=held_out.get("moe/drop_rate"),
         total_parameters=saved["parameters"]["total"],
         leak=held_out["leak"],
+        unit=PER_BYTE if "heldout_bytes_per_token" in saved else saved["units"]["loss"],
     )
 
 

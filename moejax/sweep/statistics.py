@@ -127,8 +127,8 @@ def outcome(difference: Difference | None, p_holm: float | None) -> str:
     return f"{side}{ALONE}" if difference.p < LEVEL else SAME
 
 
-def verdict(difference: Difference | None, p_holm: float | None) -> str:
-    """``outcome`` as a sentence, with numbers in nats per byte."""
+def verdict(difference: Difference | None, p_holm: float | None, unit: str) -> str:
+    """``outcome`` as a sentence, with numbers in the ``unit`` of the losses."""
     if difference is None:
         return f"no seed in common with the baseline: {NONE}"
     said = outcome(difference, p_holm)
@@ -140,7 +140,7 @@ def verdict(difference: Difference | None, p_holm: float | None) -> str:
     digits = decimals(difference.half_width)
     size, error = abs(difference.mean), difference.half_width
     side, _, _ = said.partition(ALONE)
-    by = f"{side} by {size:.{digits}f} \N{PLUS-MINUS SIGN} {error:.{digits}f} nats/byte"
+    by = f"{side} by {size:.{digits}f} \N{PLUS-MINUS SIGN} {error:.{digits}f} {unit}"
     return f"{undecided} among so many variants (alone {by})" if said != side else by
 
 

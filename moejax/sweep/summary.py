@@ -76,6 +76,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "match": summary.match,
         "tolerance": TOLERANCE,
         "confidence": CONFIDENCE,
+        "unit": summary.unit,
         "cost": {"name": summary.cost, "unit": MATCHES[summary.cost]},
         "detectable": found and {**dataclasses.asdict(found), "power": POWER, "level": LEVEL},
         "variants": [_variant_to_json(variant) for variant in summary.variants],

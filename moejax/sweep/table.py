@@ -38,7 +38,7 @@ def render(results: Sequence[Result], summary: Summary) -> str:
     columns: list[Column] = [
         ("", "variant", [v.variant for v in variants]),
         ("", "seeds", [_seeds(v) for v in variants]),
-        ("loss", "nats/byte", [interval(v.mean, v.half_width) for v in variants]),
+        ("loss", summary.unit, [interval(v.mean, v.half_width) for v in variants]),
     ]
     if summary.baseline:
         differences = [v.difference for v in variants]
@@ -124,7 +124,7 @@ def _notes(summary: Summary) -> list[str]:
         )
     notes += mark_notes(summary)
     if summary.detectable:
-        notes.append(detectable_note(summary.detectable))
+        notes.append(detectable_note(summary.detectable, summary.unit))
     return notes
 
 
@@ -154,11 +154,11 @@ def mark_notes(summary: Summary) -> list[str]:
     ]
 
 
-def detectable_note(found: Detectable) -> str:
+def detectable_note(found: Detectable, unit: str) -> str:
     """The smallest difference that these seeds can find, in words."""
     digits = decimals(found.difference)
     text = (
-        f"{found.seeds} seeds find a difference of {found.difference:.{digits}f} nats/byte in 80 % "
+        f"{found.seeds} seeds find a difference of {found.difference:.{digits}f} {unit} in 80 % "
         "of sweeps"
     )
     if found.comparisons > 1:

@@ -1,7 +1,8 @@
 """What is trained: the contract between a model with its loss and the training loop."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+import math
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,29 @@ Batch = dict[str, Array]
 """On the devices: what ``Source`` calls a batch."""
 
 
+@runtime_checkable
+class Summed(Protocol):
+    """A metric of its own kind: a pytree of sums that knows its value, such as ``Ratio``."""
+
+    def value(self) -> float: ...
+
+
+class Ratio(NamedTuple):
+    """A mean over fewer than all items: over those that have what it is of."""
+
+    total: Any
+    count: Any
+
+    def value(self) -> float:
+        return float(self.total) / float(self.count) if self.count else math.nan
+
+
 class Totals(NamedTuple):
     """Sums over items (tokens of text, images, examples), and statistics of the layers: all add up
     over micro-batches.
 
-    ``metrics`` are sums over items too: rows say their means by these names. ``auxiliary`` are the
+    ``metrics`` are sums over items too: rows say their means by these names, or of those that are
+    ``Summed`` their values. ``auxiliary`` are the
     layers' mean losses times items, ``mean_square`` the layers' mean squares times items, ``means``
     the layers' other numbers times items: dividing by ``items`` gives means over the whole batch.
     """
@@ -30,7 +49,7 @@ class Totals(NamedTuple):
     items: Int[Array, ""]
     loss: Float[Array, ""]
     log_z_square: Float[Array, ""]
-    metrics: dict[str, Array]
+    metrics: dict[str, Any]
     auxiliary: dict[str, Float[Array, ""]]
     means: dict[str, Float[Array, ""]]
     mean_square: Float[Array, "layers"]
@@ -167,7 +186,7 @@ class Task:
         found: Found,
         loss_B: Float[Array, "..."],
         valid_B: Array,
-        metrics: dict[str, Array],
+        metrics: dict[str, Any],
         reward_BL: Float[Array, "B L"],
         valid_BL: Array,
         log_z_B: Array | float = 0.0,
@@ -212,6 +231,11 @@ def stack_config(config: Config) -> dict[str, Any]:
         "dtype": model.dtype,
         "remat": model.remat,
         "attention": model.attention,
+        "mod_capacity": model.mod_capacity,
+        "mod_every": model.mod_every,
+        "mod_predictor": model.mod_predictor,
+        "moa_experts": model.moa_experts,
+        "moa_k": model.moa_k,
         "every": moe.every,
         "first_dense": moe.first_dense,
         "moe": moe_config(config),
@@ -220,6 +244,7 @@ def stack_config(config: Config) -> dict[str, Any]:
         "expert_activation": moe.activation,
         "shared_experts": moe.shared_experts,
         "shared_gate": moe.shared_gate,
+        "residual": moe.residual,
         "balance_scope": moe.balance_scope,
     }
 

@@ -119,16 +119,24 @@ def zeros_like(tree: PyTree) -> PyTree:
 
 
 def active_parameters(run: Run) -> int:
-    """Parameters one token uses: of each MoE layer, only the experts it visits."""
+    """Parameters one token uses: of each MoE layer, only the experts it visits, and of a mixture of
+    attention heads its own."""
     model = run.task.model
     params = run.abstract_state.params
     total = count_parameters(params)
+
+    def size(*names: str) -> int:
+        return sum(
+            int(np.prod(x.shape))
+            for path, x in jax.tree_util.tree_leaves_with_path(params)
+            if str(getattr(path[-1], "key", "")) in names
+        )
+
+    heads = size("query_EDI", "out_EID")
+    if heads:
+        total += heads * model.moa_k // model.moa_experts - heads
     if not model.num_moe_layers:
         return total
-    experts = sum(
-        int(np.prod(x.shape))
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-        if str(getattr(path[-1], "key", "")) in ("gate_EDF", "up_EDF", "down_EFD")
-    )
+    experts = size("gate_EDF", "up_EDF", "down_EFD")
     visited = min(model.gate.columns(model.moe.num_experts), model.moe.num_experts)
     return total - experts + experts * visited // model.moe.num_experts

@@ -230,6 +230,10 @@ def _wants_bar(config: Any) -> bool:
 
 def _model_line(config: Any) -> str:
     model, moe = config.model, config.moe
+    if "num_layers" not in model:
+        return f"{config.task.name}: {moe.num_experts} experts of width {moe.d_ff}, " + (
+            f"gate {moe.gate.name}" if moe.every else "as one network without a gate"
+        )
     layers = f"{model.num_layers} layers of width {model.d_model}"
     if not moe.every:
         return f"{layers}, dense FFN of width {model.d_ff}"

@@ -17,6 +17,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
 _KERNELS = ("grouped_matmul", "grouped_ffn")
+_FIXED = ("head_queries", "head_outputs")
+"""Jitted functions whose grouped matmuls have the same number of rows whatever the routing."""
 # Work hidden in a kernel: its FLOPs cannot be read from operand shapes.
 _OPAQUE = frozenset({"pallas_call", "ragged_dot_general"})
 
@@ -24,8 +26,8 @@ _OPAQUE = frozenset({"pallas_call", "ragged_dot_general"})
 def count_flops(closed_jaxpr: ClosedJaxpr | Jaxpr, *, grouped: bool = True) -> float:
     """FLOPs that one call of a traced program executes, on all devices together.
 
-    With ``grouped=False``, without those of grouped matmuls: the share of a sparse model that does
-    not depend on the routing.
+    With ``grouped=False``, without those of experts' grouped matmuls: the share of a sparse model
+    that does not depend on the routing.
 
     * ``dot_general``: 2 * batch * M * N * K; a convolution likewise.
     * ``scan``: length x body. ``cond``: its most expensive branch. ``shard_map``: the body's shapes
@@ -63,6 +65,8 @@ def _equation_flops(eqn: Any, grouped: bool) -> float:
         flops = _grouped_ffn_flops(eqn) if is_ffn else _grouped_matmul_flops(eqn)
         if flops is not None:
             return flops if grouped else 0.0
+    if name in ("jit", "pjit") and str(params["name"]).startswith(_FIXED):
+        grouped = True
     count = partial(count_flops, grouped=grouped)
     if name == "cond":
         return max(map(count, params["branches"]))

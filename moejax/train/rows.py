@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from moejax.data.source import Source
-from moejax.tasks.task import Totals
+from moejax.tasks.task import Summed, Totals
 from moejax.train.state import TrainState
 from moejax.train.step import Metrics
 from moejax.types import MoEStats
@@ -103,8 +103,11 @@ def _all_finite(arrays: list[Array]) -> Array:
 def _means(totals: Totals) -> Row:
     items = max(int(totals.items), 1)
 
-    def mean(sums: dict[str, Array], prefix: str = "") -> Row:
-        return {f"{prefix}{name}": np.asarray(x / items).tolist() for name, x in sums.items()}
+    def of(x: Any) -> Any:
+        return x.value() if isinstance(x, Summed) else np.asarray(x / items).tolist()
+
+    def mean(sums: dict[str, Any], prefix: str = "") -> Row:
+        return {f"{prefix}{name}": of(x) for name, x in sums.items()}
 
     return {
         "loss": float(totals.loss) / items,

@@ -1,6 +1,6 @@
 """One picture of a run, ``summary.png``, from its ``config.json`` and ``metrics.jsonl`` alone.
 
-Above, the loss beside the n-gram baselines, and how many pairs were dropped and how uneven the load
+Above, the loss beside the baselines, and how many pairs were dropped and how uneven the load
 was; below, the load of every expert over time. A run without MoE layers shows its gradient norm,
 learning rate and accuracy instead.
 """
@@ -72,7 +72,7 @@ def summary_figure(workdir: str) -> Any:
     grid = top.add_gridspec(2, 2, width_ratios=(2.1, 1))
     _loss(top.add_subplot(grid[:, 0]), run)
     if run.load is None:
-        _lines(top.add_subplot(grid[0, 1]), run, "accuracy", "Accuracy", "next token")
+        _lines(top.add_subplot(grid[0, 1]), run, "accuracy", "Accuracy", f"by {run.item}")
         _lines(top.add_subplot(grid[1, 1]), run, "learning_rate", "Learning rate", "")
         _lines(bottom.subplots(), run, "grad_norm", "Gradient norm", "before clipping")
     else:
@@ -87,6 +87,8 @@ class _Run:
     name: str
     config: dict[str, Any]
     baselines: dict[str, float]
+    item: str
+    unit: str
     train: list[Row]
     held_out: list[Row]
 
@@ -121,7 +123,17 @@ def _read(workdir: Path) -> _Run:
     if not train:
         raise UserError(f"{workdir}/metrics.jsonl holds no training step yet; train first")
     held_out = [row for row in rows if row["split"] == "eval"]
-    return _Run(workdir.resolve().name, saved["config"], saved["baselines"], train, held_out)
+    # Runs from before there were tasks are of text.
+    units = saved.get("units", {"item": "token", "loss": "nats/token"})
+    return _Run(
+        workdir.resolve().name,
+        saved["config"],
+        saved["baselines"],
+        units["item"],
+        units["loss"],
+        train,
+        held_out,
+    )
 
 
 def _title(figure: Any, run: _Run) -> None:
@@ -130,9 +142,11 @@ def _title(figure: Any, run: _Run) -> None:
     axes = [f"{axis}={mesh[axis]}" for axis in ("data", "fsdp", "expert", "tensor")]
     axes = [axis for axis in axes if not axis.endswith("=1")]
     gate = "dense_ffn" if run.load is None else f"gate {moe['gate']['name']}"
-    facts = [gate, "mesh " + (" x ".join(axes) or "1 device"), f"{model['num_layers']} layers"]
+    facts = [gate, "mesh " + (" x ".join(axes) or "1 device")]
+    facts += [f"{model['num_layers']} layers"] if "num_layers" in model else []
     if run.load is not None:
-        facts += [f"{moe['num_experts']} experts", f"transport {moe['transport']}"]
+        facts.append(f"{moe['num_experts']} experts")
+        facts += [f"transport {moe['transport']}"] if "transport" in moe else []
     facts.append(_final_loss(run))
     name = run.name.replace("$", r"\$")  # matplotlib would read it as mathematics
     figure.text(0.012, 0.968, name, va="center", fontsize=15, fontweight="bold")
@@ -151,11 +165,12 @@ def _final_loss(run: _Run) -> str:
     row = (run.held_out or run.train)[-1]
     what = "held-out" if run.held_out else "training"
     bits = f" ({row['bits_per_byte']:.4f} bits/byte)" if "bits_per_byte" in row else ""
-    return f"{what} loss {row['loss']:.4f} nats/token{bits} at step {row['step']}"
+    right = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
+    return f"{what} loss {row['loss']:.4f} {run.unit}{bits}{right} at step {row['step']}"
 
 
 def _loss(axes: Any, run: _Run) -> None:
-    """Training and held-out loss; horizontal lines for the n-gram baselines."""
+    """Training and held-out loss; horizontal lines for the baselines."""
     steps, loss = run.series("train", "loss")
     half = len(loss) // 100
     if half:
@@ -180,7 +195,7 @@ def _loss(axes: Any, run: _Run) -> None:
     low, high = np.nanmin(shown), np.nanmax(shown)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
-    _label(axes, run, "Loss", "nats per token")
+    _label(axes, run, "Loss", run.unit)
     legend = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderaxespad": 0.1}
     axes.legend(**legend)
 

@@ -3,7 +3,8 @@
 Gate: its call on groups of one sequence in training, with all that it returns; backward, gradients
 of its parameters and of the tokens from gradients of the weights it gives. Parameters are those of
 a fresh layer. Experts: the FFN that ``dropless`` calls, on rows already packed, as many as the gate
-has active pairs, with the loads that this gate gives. Neither has the packing or the losses.
+has active pairs (or slots), with the loads that this gate gives. Neither has the packing (or the
+mixing) or the losses.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import experts, gating
-from moejax.types import Context, ExpertWeights, Gate, GateContext, GateOutput, GateSpec
+from moejax.types import Context, ExpertWeights, Gate, GateContext, GateOutput, GateSpec, Slots
 from scripts.layer_bench import gate_table, timing
 from scripts.layer_bench.problems import Problem, Shape, make_problem
 
@@ -97,6 +98,8 @@ def train_context(shape: Shape) -> GateContext:
 
 def weights_of(output: GateOutput) -> tuple:
     """What of a gate's output the layer's output depends on smoothly."""
+    if output.mixing is not None:
+        return (output.mixing,)
     identity_GT = output.identity_weight_GT
     return (output.routing.weight_GTK, *(() if identity_GT is None else (identity_GT,)))
 
@@ -116,7 +119,10 @@ def with_gradients(gate: Gate):
 
 
 def loads(output: GateOutput, num_experts: int) -> np.ndarray:
-    """Active pairs of each expert."""
+    """Rows of each expert: active pairs, or its slots of all groups."""
+    if isinstance(output.mixing, Slots):
+        groups, _, slots = output.mixing.combine_GTX.shape
+        return np.full(num_experts, groups * slots // num_experts)
     active_GTK = np.asarray(output.routing.weight_GTK) > 0
     expert_GTK = np.asarray(output.routing.expert_GTK)
     return np.bincount(expert_GTK[active_GTK], minlength=num_experts)

@@ -110,7 +110,7 @@ def unrolled(model: LM, token_BL, train):
         period = nnx.merge(graph, jax.tree.map(lambda p, i=index: p[i], stacked))
         own = dataclasses.replace(ctx, key=jax.random.fold_in(key, index))
         for block in period.blocks:
-            x_BLD, info, _ = block(x_BLD, own, (), train, None)
+            x_BLD, info, *_ = block(x_BLD, own, (), train, None)
             squares.append(jnp.mean(x_BLD**2))
             infos += [] if info is None else [info]
     x_BLD = x_BLD / jnp.sqrt(jnp.mean(x_BLD**2, -1, keepdims=True) + settings.norm_eps)

@@ -88,7 +88,10 @@ def test_a_gate_that_needs_more_than_the_shape_has_is_a_row_that_says_so(monkeyp
     assert not gate_table.shortfalls([row])
 
 
-LEARNED = ("base", "dense", "dselect_k", "gshard", "mixtral", "sbase", "shazeer", "switch", "top_k")
+LEARNED = (
+    "base", "dense", "dselect_k", "gshard", "mixtral", "sbase", "shazeer", "soft", "switch",
+    "top_k",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -100,7 +103,8 @@ def test_the_gradients_timed_are_those_of_parameters_and_tokens(name):
     assert (np.abs(d_x).max() > 0) == (name != "shazeer"), "its matrices start at zero"
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(d_params))
     pairs = gate_share.loads(call.output, TINY.E).sum() / TINY.T
-    visits = {"base": 1, "dense": TINY.E, "dselect_k": TINY.E}  # fresh codes decide nothing
+    slots = TINY.E / TINY.group  # one of every expert for a group
+    visits = {"base": 1, "dense": TINY.E, "dselect_k": TINY.E, "soft": slots}  # fresh codes: all
     if name != "gshard":
         assert pairs == visits.get(name, variant.fields.get("k"))
 

@@ -79,7 +79,7 @@ def test_verdicts_say_it_in_words():
 def test_what_only_holms_correction_forbids_is_said_to_be_so():
     seen = Difference((0, 1, 2), -0.25, 0.11, 0.04, 0.02)
     assert outcome(seen, 0.04) == "better" and outcome(seen, 0.2) == "better if alone"
-    assert verdict(seen, 0.2) == (
+    assert verdict(seen, 0.2, "nats/byte") == (
         "not distinguishable at 3 seeds among so many variants (alone better by 0.250 ± 0.110 "
         "nats/byte)"
     )
@@ -220,7 +220,7 @@ def announced(
     monkeypatch: pytest.MonkeyPatch, sweep: Sweep, finished: list[Result], **how: Any
 ) -> list[str]:
     monkeypatch.setattr(budget, "read_sweep", lambda *_: finished)
-    monkeypatch.setattr(budget, "count", lambda configs: [Counted(9, 1e6)] * len(configs))
+    monkeypatch.setattr(budget, "count", lambda configs: [Counted(9, 1e6, 16)] * len(configs))
     return budget.lines(with_configs(sweep), Path("."), **how)
 
 

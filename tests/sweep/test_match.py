@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from moejax import gating
 from moejax.config import load, to_dict
 from moejax.errors import UserError
 from moejax.sweep import count as counting
@@ -13,6 +15,7 @@ from moejax.sweep import match
 from moejax.sweep.count import Counted, count
 from moejax.sweep.definition import expand
 from moejax.sweep.match import Comparison, Solved
+from moejax.types import MoEConfig
 
 LAYERS, D, L, E, V = 2, 16, 8, 4, 257
 PAGE = """
@@ -86,6 +89,14 @@ def test_a_matched_width_costs_what_the_baseline_costs_by_hand(write: Write):
     assert counted.total_params == experts + V * D + LAYERS * (4 * D * D + 2 * D + D * E) + D
 
 
+def test_a_gate_that_mixes_counts_all_the_pairs_that_it_tells_of():
+    """Its slots are not for pairs: tests/train/test_budget.py has what one of these costs."""
+    model = SimpleNamespace(
+        num_moe_layers=LAYERS, moe=MoEConfig(E), gate=gating.make("soft", slots=3)
+    )
+    assert counting._nominal_pairs(model) == LAYERS * E
+
+
 def test_a_trial_reads_the_solved_width_as_a_number(write: Write, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(match, "count", linear)
     source = write(FLOPS, SOLVE)
@@ -104,7 +115,7 @@ def linear(configs: list[dict[str, Any]]) -> list[Counted]:
         experts = {"mixtral": 2, "switch": 1}.get(moe["gate"]["name"], 2)
         width = experts * moe["d_ff"] if moe["every"] else wide
         params = 4 * moe["d_ff"] if moe["every"] else wide
-        found.append(Counted(total_params=1000 + 10 * params, active_flops=500.0 + 3 * width))
+        found.append(Counted(1000 + 10 * params, 500.0 + 3 * width, tokens_per_row=1))
     return found
 
 

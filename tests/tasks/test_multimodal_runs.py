@@ -1,4 +1,4 @@
-"""configs/multimodal.py from the command line: train, resume, eval, report; what it learns."""
+"""The task of images and captions through the command line, the training loop and the report."""
 
 import json
 from pathlib import Path

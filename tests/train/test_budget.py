@@ -70,6 +70,19 @@ def test_the_cost_of_a_pair_does_not_depend_on_how_many_a_gate_may_send():
         assert routed == LAYERS * columns * counted.train_flops.per_pair
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_slots_cost_the_same_however_many_pairs_they_are_told_as(slots: int):
+    """A pair is a token and an expert; the experts' rows are E x slots of each sequence."""
+    counted = budget("soft", moe__gate__slots=slots, moe__allow_future_leak=True)
+    mixing = LAYERS * (2 * D + 2 * 2 * D) * E * slots  # logits, and both mixtures
+    experts = LAYERS * 3 * 2 * D * F * E * slots / L
+    for flops, passes in ((counted.eval_flops, 1), (counted.train_flops, PASSES)):
+        loss = passes * LAYERS * 2 * E  # the balance loss's product
+        by_hand = passes * (outside_the_experts(router=False) + mixing)
+        assert by_hand <= flops.fixed <= by_hand + loss
+        assert LAYERS * E * flops.per_pair == passes * experts
+
+
 @pytest.mark.parametrize("transport", ["cells", "all_experts"])
 def test_the_count_does_not_depend_on_transport_capacity_or_recomputation(transport: str):
     plain = budget(moe__transport="dropless")
@@ -82,3 +95,18 @@ def test_the_count_does_not_depend_on_transport_capacity_or_recomputation(transp
         train__grad_accum=2,
     )
     assert (other.train_flops, other.eval_flops) == (plain.train_flops, plain.eval_flops)
+
+
+@pytest.mark.parametrize(("gate", "span"), [("smear", L), ("lory", 4)])
+def test_merged_experts_cost_one_expert_per_token_and_the_merging_of_all_per_span(gate, span):
+    """Nothing is per pair. Backwards merging costs twice, and is done once more."""
+    fields: dict[str, Any] = {"moe__gate__segment": span} if gate == "lory" else {}
+    counted = budget(gate, moe__allow_future_leak=True, **fields)
+    expert, merging = LAYERS * 3 * 2 * D * F, LAYERS * E * 3 * 2 * D * F / span
+    # The router reads one mean per span.
+    router, loss = LAYERS * 2 * D * E / span, LAYERS * 2 * E
+    by_hand = outside_the_experts(router=False) + expert + router
+    assert counted.eval_flops.per_pair == counted.train_flops.per_pair == 0
+    assert by_hand + merging <= counted.eval_flops.fixed <= by_hand + merging + loss
+    total = PASSES * by_hand + (PASSES + 1) * merging
+    assert total <= counted.train_flops.fixed <= total + PASSES * loss

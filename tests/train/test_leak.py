@@ -16,6 +16,7 @@ L, MEASURED = 4, 4
 CAUSAL = {
     "hash": {"moe__gate__table": "balanced", "moe__gate__k": 2},
     "expert_choice_causal": {},
+    "lory": {"moe__gate__segment": 2},
 }
 LEAKING = {
     "expert_choice": {"moe__allow_future_leak": True, "optim__learning_rate": 0.1},
@@ -96,7 +97,7 @@ def test_a_leak_is_the_loss_of_sequences_cut_short_less_that_of_whole_ones(finis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", ["hash", "expert_choice_causal"])
+@pytest.mark.parametrize("gate", ["hash", "expert_choice_causal", "lory"])
 def test_a_causal_evaluation_has_none(finished, gate):
     workdir, row = finished(gate)
     # Masked or not, the same numbers are added: float32 rounding of a loss of about 5.

@@ -159,11 +159,9 @@ def test_tokens_of_python_source_carry_the_label_of_their_place_in_the_text(tmp_
     Recorder(run, tmp_path, None)
     tokens = read_tokens(tmp_path)
     assert tokens["label_names"].tolist() == ["code", "comment", "docstring", "english"]
-    labels_N = token_labels(runs.text_of(run).corpus)[1]
-    stream, length = (
-        bytes(runs.text_of(run).corpus.heldout_N.astype(np.uint8)),
-        run.config.train.seq_len,
-    )
+    corpus, length = runs.text_of(run).corpus, run.config.train.seq_len
+    labels_N = token_labels(corpus)[1]
+    stream = bytes(corpus.heldout_N.astype(np.uint8))
     available = (len(stream) - 1) // length
     for i, row in enumerate(tokens["row"]):
         at = row * available // 16 * length  # of the 16 rows of an evaluation

@@ -7,6 +7,7 @@ from moejax.analysis import figures
 from moejax.analysis.outcomes import Outcome, interval, outcomes
 from moejax.analysis.page import Block, Figure, Page, Table, Text
 from moejax.analysis.sweep import SweepData
+from moejax.sweep.results import PER_BYTE
 from moejax.train import units
 
 LOG_FROM = 3.0
@@ -25,9 +26,10 @@ def page(sweep: SweepData) -> Page:
         return Page("Comparison", [Text("No trial has finished: there is nothing to compare yet.")])
     summary = sweep.summary or {}
     cost = summary.get("cost") or {"name": "active_flops", "unit": "FLOP per token in training"}
-    blocks: list[Block] = [_table(variants, cost)]
+    unit = summary.get("unit", PER_BYTE)
+    blocks: list[Block] = [_table(variants, cost, unit)]
     if any(v["cost"] is not None for v in measured):
-        blocks.append(_scatter(measured, cost))
+        blocks.append(_scatter(measured, cost, unit))
     if any(v.get("difference") for v in measured):
         blocks.append(_forest(measured, summary))
     return Page("Comparison", blocks)
@@ -38,9 +40,9 @@ def _name(variant: Outcome) -> str:
     return f"{variant['variant']} {marks}".strip()
 
 
-def _table(variants: list[Outcome], cost: dict[str, str]) -> Table:
+def _table(variants: list[Outcome], cost: dict[str, str], unit: str) -> Table:
     header = (
-        "variant", "seeds", "loss, nats/byte", "difference", "p (Holm)", cost["name"], "verdict",
+        "variant", "seeds", f"loss, {unit}", "difference", "p (Holm)", cost["name"], "verdict",
         "leak",
     )  # fmt: skip
     rows = []
@@ -69,7 +71,7 @@ def _table(variants: list[Outcome], cost: dict[str, str]) -> Table:
     return Table([header[c] for c in said], [[row[c] for c in said] for row in rows], caption)
 
 
-def _scatter(measured: list[Outcome], cost: dict[str, str]) -> Figure:
+def _scatter(measured: list[Outcome], cost: dict[str, str], unit: str) -> Figure:
     """Every variant's mean with its interval, and every seed."""
     traces = []
     # Neighbours in loss have their names on different sides.
@@ -115,7 +117,7 @@ def _scatter(measured: list[Outcome], cost: dict[str, str]) -> Figure:
     spec = figures.chart(
         traces,
         f"{cost['name']}: {cost['unit']}",
-        "held-out loss, nats per byte",
+        f"held-out loss, {unit}",
         xaxis={"type": "log" if log else "linear", "range": [ends[0] - room, ends[1] + room]},
         yaxis={"range": _range(measured)},
     )
@@ -167,7 +169,7 @@ def _forest(measured: list[Outcome], summary: dict[str, Any]) -> Figure:
         )
     axes = {"yaxis": {"autorange": "reversed"}, "xaxis": {"zeroline": True, "zerolinewidth": 2}}
     baseline = summary.get("baseline", "?")
-    title = f"loss minus that of {figures.plain(baseline)}, nats per byte"
+    title = f"loss minus that of {figures.plain(baseline)}, {summary.get('unit', PER_BYTE)}"
     spec = figures.chart(traces, title, "", **axes, showlegend=False)
     caption = (
         "Mean difference at equal seeds and its 95 % interval: left of 0 is better than the "

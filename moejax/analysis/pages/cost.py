@@ -42,14 +42,15 @@ def page(run: RunData) -> Page:
 
 
 def _times(run: RunData) -> dict[str, list[Block]]:
+    items = f"{run.units.item}s"
     measures = {
         "step time": ("seconds_per_step", 1000, "ms per step"),
-        "tokens per second": ("tokens_per_second", 1, "tokens per second"),
+        f"{items} per second": (run.speeds, 1, f"{items} per second"),
         "MFU": ("mfu", 1, "share of peak"),
     }
     captions = {
         "step time": "Mean over the steps since the row before, without compilation.",
-        "tokens per second": "Training tokens of all devices together.",
+        f"{items} per second": f"Training {items} of all devices together.",
         "MFU": "FLOPs of the model's forward and backward pass per second over the devices' peak, "
         "measured by a matrix product where no peak is published.",
     }

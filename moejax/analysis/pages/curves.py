@@ -6,6 +6,14 @@ from moejax.analysis import figures
 from moejax.analysis.page import Block, Choice, Figure, Page
 from moejax.analysis.run import RunData
 
+OF_ONE_TASK = {
+    "mse": "Mean squared error of the task, in its target's units squared.",
+    "log_loss": "Log loss of the task, in nats.",
+    "accuracy": "Share of the task's examples whose target got the higher probability.",
+    "auc": "Chance that an example with target 1 scores higher than one with target 0.",
+}
+"""Rows of several tasks have these as mse/NAME and so on."""
+
 SETTLED = 25
 """The first 1/SETTLED of the logged steps are far above all that follows and are left off scale."""
 
@@ -16,7 +24,15 @@ def page(run: RunData) -> Page:
     others = {
         "gradient norm": ("grad_norm", "Norm of the gradient before clipping."),
         "learning rate": ("learning_rate", "Learning rate of the step."),
-        "accuracy": ("accuracy", "Share of next tokens that got the highest probability."),
+        "accuracy": (
+            "accuracy",
+            f"Share of {run.units.item}s whose target got the highest probability.",
+        ),
+        **{
+            key: (key, OF_ONE_TASK[key.partition("/")[0]])
+            for key in sorted({key for row in run.held_out for key in row if "/" in key})
+            if key.partition("/")[0] in OF_ONE_TASK
+        },
         **{
             key.removeprefix("aux/"): (
                 key,
@@ -56,14 +72,24 @@ def _loss(run: RunData) -> Figure:
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     margin = 0.06 * (high - low) or 0.1
     spec = figures.chart(
-        traces, "step", "nats per token", yaxis={"range": [low - margin, high + margin]}
+        traces, "step", run.units.loss, yaxis={"range": [low - margin, high + margin]}
     )
     caption = (
-        "Cross-entropy in nats per token, without auxiliary losses. Training: of the logged step's "
-        "own batch; held out: of all evaluation rows. Dotted: models of n-gram counts of the same "
-        "text (Witten-Bell), evaluated on the whole held-out text."
+        f"Loss in {run.units.loss}, without auxiliary losses. Training: of the logged step's own "
+        f"batch; held out: of all evaluation rows.{_dotted(run)}"
     )
     return Figure(spec, caption, height=430, name="loss")
+
+
+def _dotted(run: RunData) -> str:
+    if not run.saved.get("baselines"):
+        return ""
+    if run.units.item == "token":
+        return (
+            " Dotted: models of n-gram counts of the same text (Witten-Bell), evaluated on the "
+            "whole held-out text."
+        )
+    return " Dotted: what can be said without a model, evaluated on everything held out."
 
 
 def _metric(run: RunData, key: str, name: str, caption: str) -> Figure:

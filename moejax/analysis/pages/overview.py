@@ -9,6 +9,7 @@ from moejax.analysis.page import Block, Page, Table, Text, Warning
 from moejax.analysis.run import RunData
 from moejax.config import default, flatten, set_gate, to_dict
 from moejax.sweep.results import kept_pairs, step_seconds
+from moejax.task_table import LANGUAGE
 from moejax.train import units
 
 PAIRS = {"moe/experts_per_token", "moe/drop_rate"}
@@ -33,18 +34,19 @@ def verdict(run: RunData) -> str:
         if not run.train:
             return "Nothing has been logged yet."
         row = run.train[-1]
-        return (
-            f"Training loss {row['loss']:.4f} nats/token at step {row['step']}; not evaluated yet."
-        )
+        loss = f"{row['loss']:.4f} {run.units.loss}"
+        return f"Training loss {loss} at step {row['step']}; not evaluated yet."
     row = run.held_out[-1]
     bits = f" ({row['bits_per_byte']:.4f} bits/byte)" if "bits_per_byte" in row else ""
-    text = f"Held-out loss {row['loss']:.4f} nats/token{bits} at step {row['step']}"
+    text = f"Held-out loss {row['loss']:.4f} {run.units.loss}{bits} at step {row['step']}"
     beside = [
         f"{abs(row['loss'] - value):.4f} {'below' if row['loss'] < value else 'above'} the {name} "
         f"model's {value:.4f}"
         for name, value in run.saved.get("baselines", {}).items()
     ]
     text += f", {' and '.join(beside)}." if beside else "."
+    if "accuracy" in row:
+        text += f" {row['accuracy']:.2%} of {run.units.item}s are predicted right."
     if row.keys() >= {"moe/max_vio", "moe/drop_rate"}:
         text += (
             f" In that evaluation the busiest expert had {1 + row['moe/max_vio']:.2f} times the "
@@ -60,13 +62,13 @@ def _what(run: RunData) -> list[tuple[str, str]]:
     ]
     devices = run.saved.get("devices")
     on = f" on {devices['count']} {devices['kind']} device(s)" if devices else ""
-    layers, width = field("model.num_layers", "?"), field("model.d_model", "?")
+    layers, width = field("model.num_layers"), field("model.d_model", "?")
     rows = [
         ("run", str(run.workdir)),
-        ("model", f"{layers} layers of width {width}"),
+        ("model", f"{layers} layers of width {width}" if layers else str(field("task.name"))),
         ("experts", _experts(run)),
         ("mesh", " x ".join(mesh) + on),
-        ("text", str(run.saved.get("corpus", "?"))),
+        ("data", str(run.saved.get("corpus", "?"))),
         ("training", _training(run)),
         ("made from", " ".join([run.saved.get("source", "?"), *run.saved.get("overrides", [])])),
         ("moejax", str(run.saved.get("version", "?"))),
@@ -78,6 +80,12 @@ def _experts(run: RunData) -> str:
     field = run.field
     if not field("moe.every"):
         return "none: dense feed-forward layers"
+    if field("task.gate_input"):  # of several tasks
+        return (
+            f"{field('moe.num_experts')} of width {field('moe.d_ff')}, task.sharing="
+            f"{field('task.sharing')}; gate {field('moe.gate.name')}, which sees the "
+            f"{field('task.gate_input')}; every example visits all"
+        )
     where = "every layer" if field("moe.every") == 1 else f"one layer of {field('moe.every')}"
     shared = f", {field('moe.shared_experts')} shared" if field("moe.shared_experts") else ""
     return (
@@ -88,11 +96,12 @@ def _experts(run: RunData) -> str:
 
 
 def _training(run: RunData) -> str:
-    batch, length = run.field("train.batch_size"), run.field("train.seq_len")
+    batch, of = run.field("train.batch_size"), run.units
     text = f"{run.last_step} of {run.field('train.steps', '?')} steps"
-    if batch and length:
-        tokens = units.count(run.last_step * batch * length)
-        text += f" of {batch} x {length} tokens: {tokens} tokens"
+    if batch:
+        items = units.count(run.last_step * batch * of.items_per_row)
+        length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
+        text += f" of {batch}{length} {of.item}s: {items} {of.item}s"
     return text
 
 
@@ -113,10 +122,9 @@ def _cost(run: RunData) -> list[tuple[str, str]]:
     if math.isfinite(median):
         rows.append(("step", f"{1000 * median:.1f} ms (median)"))
         rows.append(("all steps", f"{units.duration(total)}, without compilation and evaluation"))
-    if run.timings:
-        rows.append(
-            ("speed at the end", f"{units.count(run.timings[-1]['tokens_per_second'])} tokens/s")
-        )
+    if run.timings and run.speeds in run.timings[-1]:
+        speed = units.count(run.timings[-1][run.speeds])
+        rows.append(("speed at the end", f"{speed} {run.units.item}s/s"))
     memory = run.saved.get("memory")
     if memory:
         total, state = units.size(sum(memory.values())), units.size(memory["state"])
@@ -136,7 +144,8 @@ def flops_per_token(run: RunData, split: str, phase: str) -> float | None:
 
 def _differences(config: dict[str, Any]) -> Table | Text:
     """Fields that are not at their defaults; the gate's own are compared with the gate's."""
-    before, now = flatten(to_dict(default())), flatten(config)
+    now = flatten(config)
+    before = flatten(to_dict(default(now.get("task.name", LANGUAGE))))
     before |= _gate_defaults(now.get("moe.gate.name"))
     rows = [
         (name, repr(value), repr(before[name]) if name in before else "no such field")

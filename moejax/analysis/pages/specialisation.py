@@ -28,6 +28,7 @@ LEAST = 10
 """Token ids seen less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
 FAVOURITES = 12
 SHUFFLES = 20
+LABELS = ("domain", "label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,19 @@ class Kinds:
     names: Sequence[str]
 
 
-def kinds_of(probe: Probe) -> list[Kinds]:
-    """By token, by the token that follows and, where the corpus has labels, by domain."""
+def kinds_of(probe: Probe, item: str) -> list[Kinds]:
+    """By token and, of text, by the token that follows; where there are labels, by these.
+
+    Labels of text are called domains.
+    """
     texts = [str(text) for text in probe.tokens["token_text"]]
-    found = [
-        Kinds("token", of_tokens(probe, "token"), texts),
-        Kinds("next token", of_tokens(probe, "target"), texts),
-    ]
+    found = [Kinds("token", of_tokens(probe, "token"), texts)]
+    if item == "token":
+        found.append(Kinds("next token", of_tokens(probe, "target"), texts))
     if "label" in probe.tokens:
         names = [str(name) for name in probe.tokens["label_names"]]
-        found.append(Kinds("domain", of_tokens(probe, "label"), names))
+        name = "domain" if item == "token" else "label"
+        found.append(Kinds(name, of_tokens(probe, "label"), names))
     return found
 
 
@@ -56,7 +60,7 @@ def page(run: RunData) -> Page:
     probe = run.probe
     if probe is None or not probe.steps:
         return Page("Specialisation", [])
-    last, kinds = routed(probe, probe.steps[-1]), kinds_of(probe)
+    last, kinds = routed(probe, probe.steps[-1]), kinds_of(probe, run.units.item)
     blocks: list[Block] = [
         Text(
             f"Of the probe's {last.first_MT.shape[1]} tokens, what each expert was chosen for at "
@@ -64,12 +68,12 @@ def page(run: RunData) -> Page:
             "is indifference, 2 is twice as much as that."
         )
     ]
-    domain = next((each for each in kinds if each.name == "domain"), None)
-    if domain is None:
+    labels = next((each for each in kinds if each.name in LABELS), None)
+    if labels is None:
         blocks.append(Text("The corpus has no domain labels: there is no picture by domain."))
     else:
-        by_domain = {str(m): [_domains(last, domain, m)] for m in last.layers}
-        blocks.append(Choice("domain and expert, layer", by_domain))
+        by_label = {str(m): [_labels(last, labels, m)] for m in last.layers}
+        blocks.append(Choice(f"{labels.name} and expert, layer", by_label))
     tables = {str(m): [_favourites(last, kinds[0], m)] for m in last.layers}
     blocks += [Choice("tokens of each expert, layer", tables), *_information(probe, last, kinds)]
     return Page("Specialisation", blocks)
@@ -79,13 +83,13 @@ def _counts(last: Routed, kinds: Kinds, layer: int) -> np.ndarray:
     return pair_counts(last.selected_MTE[layer], kinds.kind_T, len(kinds.names))
 
 
-def _domains(last: Routed, domain: Kinds, layer: int) -> Figure:
-    counts_CE = _counts(last, domain, layer)
-    tokens_C = np.bincount(domain.kind_T, minlength=len(domain.names))
+def _labels(last: Routed, labels: Kinds, layer: int) -> Figure:
+    counts_CE = _counts(last, labels, layer)
+    tokens_C = np.bincount(labels.kind_T, minlength=len(labels.names))
     seen_C = tokens_C > 0
     names = [
         f"{plain(name)} ({count})"
-        for name, count in zip(domain.names, tokens_C, strict=True)
+        for name, count in zip(labels.names, tokens_C, strict=True)
         if count
     ]
     trace = lift_cells(
@@ -100,9 +104,9 @@ def _domains(last: Routed, domain: Kinds, layer: int) -> Figure:
     )
     spec = figures.chart([trace], "expert", "", **cell_axes(1, last.experts))
     caption = (
-        f"Layer {layer}. A row is a domain with its number of tokens. Written: the share of the "
-        "domain's (token, expert) pairs that each expert gets, which sum to 100%. Colour: lift "
-        "over the expert's share of all pairs; red more, blue less."
+        f"Layer {layer}. A row is a {labels.name} with its number of tokens. Written: the share of "
+        f"the {labels.name}'s (token, expert) pairs that each expert gets, which sum to 100%. "
+        "Colour: lift over the expert's share of all pairs; red more, blue less."
     )
     return Figure(spec, caption, height=170 + 42 * len(names), name=f"domains-{layer}")
 
@@ -167,8 +171,9 @@ def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Blo
     return [
         Text(
             "OpenMoE found experts that care about the token and not about its context (Xue et "
-            "al., arXiv 2402.01739). Then the token explains much more of the routing than its "
-            "domain or the next token does beyond chance."
+            "al., arXiv 2402.01739). Then the token explains much more of the routing than "
+            f"{' or '.join(f'the {of.name}' for of in kinds[1:]) or 'anything else'} does beyond "
+            "chance."
         ),
         Figure(panels(found), caption, height=height, name="information"),
         _against_chance(last, kinds, share_SCM[-1], null_CMR),

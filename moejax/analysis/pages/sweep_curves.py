@@ -10,9 +10,9 @@ from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.statistics import estimate
 
-METRICS = {
-    "held-out loss": ("eval", "loss", "nats per token"),
-    "training loss": ("train", "loss", "nats per token"),
+METRICS = {  # without a unit: that of losses
+    "held-out loss": ("eval", "loss", ""),
+    "training loss": ("train", "loss", ""),
     "gradient norm": ("train", "grad_norm", "norm before clipping"),
     "imbalance": ("train", "moe/max_vio", "max load / mean load - 1"),
     "drops": ("train", "moe/drop_rate", "share of pairs dropped in training"),
@@ -25,8 +25,9 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 def page(sweep: SweepData) -> Page:
     options: dict[str, list[Block]] = {}
+    runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
     for name, (split, key, unit) in METRICS.items():
-        block = _metric(sweep, name, split, key, unit)
+        block = _metric(sweep, name, split, key, unit or (runs[0].units.loss if runs else ""))
         if block:
             options[name] = [block]
     return Page("Curves", [Choice("metric", dict(options))] if options else [])

@@ -6,7 +6,7 @@ from moejax.analysis import health
 from moejax.analysis.outcomes import interval, outcomes
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
-from moejax.sweep.results import step_seconds
+from moejax.sweep.results import PER_BYTE, step_seconds
 from moejax.train import units
 
 
@@ -37,9 +37,10 @@ def _verdict(sweep: SweepData) -> str:
     measured = [v for v in outcomes(sweep) if v["mean"] is not None]
     if not measured:
         return text
+    unit = summary.get("unit", PER_BYTE)
     best = min(measured, key=lambda v: v["mean"])
     leaks = " (it leaks: see below)" if best["leak"] else ""
-    text += f" The lowest held-out loss has {best['variant']}, {interval(best)} nats/byte{leaks}."
+    text += f" The lowest held-out loss has {best['variant']}, {interval(best)} {unit}{leaks}."
     honest = [v for v in measured if not v["leak"]]
     if best["leak"] and honest:
         causal = min(honest, key=lambda v: v["mean"])
@@ -104,11 +105,12 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
     runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
     if runs:
         first = runs[0]
-        batch, length = first.field("train.batch_size", 0), first.field("train.seq_len", 0)
+        of, batch = first.units, first.field("train.batch_size", 0)
+        length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
         steps = sorted({run.field("train.steps", 0) for run in runs})
         rows += [
-            ("text", str(first.saved.get("corpus", "?"))),
-            ("training", f"{' or '.join(map(str, steps))} steps of {batch} x {length} tokens"),
+            ("data", str(first.saved.get("corpus", "?"))),
+            ("training", f"{' or '.join(map(str, steps))} steps of {batch}{length} {of.item}s"),
         ]
         devices = first.saved.get("devices")
         if devices:
@@ -127,9 +129,9 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
         rows.append(
             (
                 "can be detected",
-                f"a difference of {found['difference']:.4f} nats/byte, with probability "
-                f"{found['power']:.0%} at level {found['level']} and {found['seeds']} seeds "
-                f"({found['source']})" + holm,
+                f"a difference of {found['difference']:.4f} {summary.get('unit', PER_BYTE)}, with "
+                f"probability {found['power']:.0%} at level {found['level']} and "
+                f"{found['seeds']} seeds ({found['source']})" + holm,
             )
         )
     return rows

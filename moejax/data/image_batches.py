@@ -1,0 +1,68 @@
+"""Batches of images as a pure function of the global step, and evaluation batches."""
+
+import numpy as np
+
+from moejax.data.batches import Batch, endless_order
+from moejax.data.images import Images
+from moejax.errors import UserError
+
+
+class ImageBatches:
+    """Shuffled batches of the training images, for any step, in any order.
+
+    Args:
+      images: the data.
+      batch_size: images per global batch (B).
+      seed: the permutations' seed, in [0, 2**32).
+    """
+
+    def __init__(self, images: Images, batch_size: int, seed: int):
+        if batch_size < 1:
+            raise UserError(f"train.batch_size: {batch_size} must be at least 1")
+        if not 0 <= seed < 1 << 32:
+            raise UserError(f"train.seed: {seed} is not in [0, 2**32)")
+        self.num_rows = len(images.train_NHWC)
+        self._images, self._batch_size = images, batch_size
+        self._order = endless_order(self.num_rows, seed)
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of one step.
+
+        Returns `image` float32 [B, H, W, C], normalised; `label` int32 [B]; `valid` bool [B], all
+        true; `row` int32 [B], the global row id `step*B + i` modulo 2**31.
+        """
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        positions = range(step * self._batch_size, (step + 1) * self._batch_size)
+        chosen = np.array([int(self._order[position]) for position in positions], dtype=np.int64)
+        return {
+            "image": self._images.normalise(self._images.train_NHWC[chosen]),
+            "label": self._images.train_label_N[chosen],
+            "valid": np.ones(len(positions), dtype=bool),
+            "row": np.array([position % (1 << 31) for position in positions], dtype=np.int32),
+        }
+
+
+def image_eval_batches(images: Images, batch_size: int, rows: int) -> list[Batch]:
+    """Batches of `rows` images spread evenly over the held-out side, the same at every call.
+
+    All of them if there are fewer. The last batch is filled up with blank images of label 0 that
+    are `valid=False`. Keys and shapes as in `ImageBatches.batch`; `row` counts the rows of this
+    list.
+    """
+    if rows < 1:
+        raise UserError(f"train.eval_rows: {rows} must be at least 1")
+    available = len(images.heldout_NHWC)
+    count = min(rows, available)
+    chosen = np.array([j * available // count for j in range(count)], dtype=np.int64)
+    batches = []
+    for begin in range(0, count, batch_size):
+        own = chosen[begin : begin + batch_size]
+        image = np.zeros((batch_size, *images.heldout_NHWC.shape[1:]), np.float32)
+        label, valid = np.zeros(batch_size, np.int32), np.zeros(batch_size, bool)
+        image[: len(own)] = images.normalise(images.heldout_NHWC[own])
+        label[: len(own)] = images.heldout_label_N[own]
+        valid[: len(own)] = True
+        row = np.arange(begin, begin + batch_size, dtype=np.int32)
+        batches.append({"image": image, "label": label, "valid": valid, "row": row})
+    return batches

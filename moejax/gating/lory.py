@@ -1,0 +1,121 @@
+"""Lory: one merged expert per segment, routed by the segment before."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.gating import ops, spans
+from moejax.types import (
+    GateContext,
+    GateOutput,
+    GateParams,
+    GateSpec,
+    MoEConfig,
+    Visibility,
+)
+
+FIRST_SEGMENTS = ("learned", "bos", "uniform", "paper")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lory(spans.MergesExperts):
+    r"""Every segment of a sequence is computed by one expert, a mean of the experts' weights.
+
+    .. math::
+       e_k = \operatorname{softmax}(W^\top \operatorname{mean}_{t \in k} x_t), \qquad
+       \bar\theta_k = \sum_i e_{k-1,i} \theta_i, \qquad y_t = f(x_t; \bar\theta_k), \; t \in k
+
+    Segments have ``segment`` tokens, the last of a sequence maybe fewer; means are over valid
+    tokens. A segment is merged by what the one before it says. The first of a sequence has none,
+    and neither has one behind a segment of nothing but padding; those are merged, by
+    ``first_segment``, with the softmax of
+
+    * "learned": one learned logit per expert, the same for all sequences, 0 at the start. The
+      default: it is causal, and does not ask the router, which reads means, about something else.
+    * "bos": the router's logits of the segment's first valid token alone. Causal, and different
+      from sequence to sequence where they do not all begin with the same token; a single token
+      varies more than a mean of many, hence its logits are larger.
+    * "uniform": zeros: the plain mean of the experts. Causal, learns nothing.
+    * "paper": the segment's own mean, through which no gradient flows. The gradient is stopped and
+      the value is not: tokens of this segment see later ones of it.
+
+    Nothing is selected, so the task loss alone trains the router; there is no auxiliary loss. A
+    layer costs one FFN per token, and E / ``segment`` FFNs per token for the merging.
+
+    The routing told to statistics has E columns, column e expert e, with the segment's weight.
+    ``transport`` and capacity are not used; other sequences are never seen, whatever the group.
+
+    Visibility: the past only; with first_segment=paper also later tokens of the first segment, in
+    training and in evaluation.
+
+    Reference: Zhong, Xia, Chen, Lewis, "Lory: Fully Differentiable Mixture-of-Experts for
+    Autoregressive Language Model Pre-training", arXiv 2405.03133. Deviations: the default first
+    segment; segments of 32 tokens (theirs: 256, of texts of 4096); sequences are not made of
+    similar documents; no dense warm-up that all experts are copies of, so that a mean of E
+    independent matrices is sqrt(E) times smaller at first; evaluation goes segment by segment as
+    training does (theirs also merges once, by the prompt: there is no generation here yet).
+    """
+
+    segment: Annotated[int, "tokens in a segment"] = 32
+    first_segment: Annotated[
+        str, "what merges the first: 'learned', 'bos', 'uniform', 'paper' (leaks)"
+    ] = "learned"
+    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+
+    causal: ClassVar[Mapping[str, Any]] = {"first_segment": "learned"}
+
+    def check(self, num_experts: int, train: bool) -> None:
+        ops.check_choice("first_segment", self.first_segment, FIRST_SEGMENTS)
+        ops.check_positive("segment", self.segment)
+        ops.check_positive("init_scale", self.init_scale)
+
+    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
+        """Raises ValueError where sequences of one segment would leave the router without use."""
+        if train_rows and length <= self.segment and self.first_segment != "bos":
+            raise ValueError(
+                f"gate.segment={self.segment} makes one segment of a sequence of {length} tokens, "
+                f"so the router learns nothing with gate.first_segment={self.first_segment}; use "
+                f"gate.segment={max(length // 4, 1)} or gate.first_segment=bos"
+            )
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        params = {"router_DE": ops.init_router(key, spec, self.init_scale)}
+        if self.first_segment == "learned":
+            params["first_E"] = jnp.zeros(spec.num_experts, jnp.float32)
+        return params
+
+    def __call__(
+        self, params: GateParams, state: tuple, x_GTD: Array, context: GateContext
+    ) -> GateOutput:
+        x_GRLD, valid_GRL = spans.by_sequence(x_GTD, context)
+        mean_GRND, some_GRN = spans.span_means(x_GRLD, valid_GRL, self.segment)
+        own_GRNE = spans.span_logits(mean_GRND, params["router_DE"])
+        if self.first_segment == "learned":
+            first_GRNE = jnp.broadcast_to(params["first_E"], own_GRNE.shape)
+        elif self.first_segment == "uniform":
+            first_GRNE = jnp.zeros_like(own_GRNE)
+        elif self.first_segment == "bos":
+            first_GRND = first_tokens(*spans.in_spans(x_GRLD, valid_GRL, self.segment))
+            first_GRNE = spans.span_logits(first_GRND, params["router_DE"])
+        else:
+            first_GRNE = jax.lax.stop_gradient(own_GRNE)
+        before = ((0, 0), (0, 0), (1, 0))
+        has_before_GRN1 = jnp.pad(some_GRN, before)[:, :, :-1, None]
+        before_GRNE = jnp.pad(own_GRNE, (*before, (0, 0)))[:, :, :-1]
+        logits_GRNE = jnp.where(has_before_GRN1, before_GRNE, first_GRNE)
+        weight_GRNE = jax.nn.softmax(logits_GRNE, axis=-1)
+        return spans.merge_output(logits_GRNE, weight_GRNE, self.segment, context)
+
+    def visibility(self, moe: MoEConfig) -> Visibility:
+        leaks = self.first_segment == "paper" and moe.num_experts > 1
+        return Visibility(train_future=leaks, eval_future=leaks)
+
+
+def first_tokens(x_GRNUD: Array, valid_GRNU: Array) -> Float[Array, "G R N D"]:
+    """The first valid token of each span."""
+    first_GRN = jnp.argmax(valid_GRNU, axis=3)
+    return jnp.take_along_axis(x_GRNUD, first_GRN[..., None, None], axis=3)[:, :, :, 0]

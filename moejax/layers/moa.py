@@ -1,0 +1,105 @@
+"""Mixture of Attention heads: every token is attended to by the k heads its router picks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moejax import losses
+from moejax.dispatch.heads import from_heads, to_heads
+from moejax.gating import TopK
+from moejax.gating.ops import imbalance
+from moejax.layers.attention import attend, rope
+from moejax.layers.basic import fan_in, project
+from moejax.layers.moe import expert_init
+from moejax.types import Context, GateOutput, GateSpec, Routing
+
+
+class MixtureOfHeads(nnx.Module):
+    r"""E attention experts with a query and an output matrix each, one key/value head for all.
+
+    .. math::
+       p = \operatorname{softmax}(x_t W_g), \quad S = \operatorname{top}_k(p), \quad
+       w_i = \frac{p_i}{\operatorname{stopgrad}(\sum_{j \in S} p_j)}, \quad
+       y_t = \sum_{i \in S} w_i \operatorname{Att}(x_t W^q_i, K, V) W^o_i
+
+    Only k queries of a token are computed. Nothing is dropped: a token sees what attention lets it
+    see, nothing else. Every device has all heads for its own tokens; along ``tensor`` they compute
+    the same. Balance and z-loss are those of `moejax.losses`, the former per sequence.
+
+    References: Zhang, Shen, Huang, Zhou, Rong, Xiong, "Mixture of Attention Heads", arXiv
+    2210.05144; the stopped gradient of the denominator as recalled from it (their released code has
+    the division commented out). Left out: noise on the router's logits. The router starts as
+    `moejax.gating.TopK`'s, theirs at zero.
+
+    Raises:
+      ValueError: k heads cannot be chosen from E.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        k: int,
+        head_dim: int,
+        *,
+        theta: float,
+        implementation: str,
+        causal: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"moa_k={k} must lie between 1 and moa_experts={num_experts}")
+        self.num_experts, self.theta, self.causal = num_experts, theta, causal
+        self.implementation, self.gate = implementation, TopK(k=k, renormalize=False)
+        params = self.gate.init(rngs.params(), GateSpec(d_model, num_experts))
+        self.router = nnx.data(jax.tree.map(nnx.Param, params))
+        wide, narrow = (num_experts, d_model, head_dim), (num_experts, head_dim, d_model)
+        self.query_EDI = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
+        self.key_DI = nnx.Param(fan_in(rngs.params(), wide[1:], jnp.float32))
+        self.value_DI = nnx.Param(fan_in(rngs.params(), wide[1:], jnp.float32))
+        self.out_EID = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], context: Context, train: bool, gaps: bool = False
+    ) -> tuple[Float[Array, "B L D"], dict[str, Array], dict[str, Array]]:
+        """Output, losses and means by name; ``gaps``: see ``Attention``."""
+        with jax.named_scope("router"):
+            output = self._route(x_BLD, context, train)
+        routing = output.routing
+        query = to_heads(x_BLD, routing, self.query_EDI[...])
+        key = project(x_BLD, self.key_DI[...])[:, :, None]
+        value = project(x_BLD, self.value_DI[...])[:, :, None]
+        if self.theta:
+            query, key = (rope(x, context.position_BL, self.theta) for x in (query, key))
+        seen_BL = context.valid_BL if gaps or not self.causal else None
+        mixed_BLKI = attend(query, key, value, seen_BL, self.causal, self.implementation)
+        y_BLD = from_heads(mixed_BLKI, routing, self.out_EID[...])
+        with jax.named_scope("router"):
+            return y_BLD, *self._report(output, context)
+
+    def _route(self, x_BLD: Array, context: Context, train: bool) -> GateOutput:
+        # Padding may hold anything, and must not reach a gradient.
+        x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
+        params = jax.tree.map(
+            lambda p: p[...], self.router, is_leaf=lambda p: isinstance(p, nnx.Variable)
+        )
+        output = self.gate(params, (), x_BLD, context.grouped(1, train))
+        weight_BLK = output.routing.weight_GTK
+        total_BL1 = jax.lax.stop_gradient(jnp.sum(weight_BLK, axis=-1, keepdims=True))
+        weight_BLK = weight_BLK / jnp.where(total_BL1 > 0, total_BL1, 1.0)
+        routing = Routing(output.routing.expert_GTK, weight_BLK)
+        return dataclasses.replace(output, routing=routing)
+
+    def _report(
+        self, output: GateOutput, context: Context
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        routing, stats, valid_BL = output.routing, output.stats, context.valid_BL
+        load_BE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, self.num_experts)
+        worst = imbalance(jnp.sum(load_BE, axis=0)[None, None])[0]
+        return {
+            "moa_load_balance": losses.load_balance(load_BE, stats.probs_GTE, valid_BL),
+            "moa_z": losses.z_loss(stats.logits_GTE, valid_BL),
+        }, {"moa/max_vio": worst}

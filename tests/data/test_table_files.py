@@ -1,0 +1,280 @@
+"""Tables from files: against pandas, and what is refused with which words."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.data.table_columns import parse_spec
+from moejax.data.table_files import _hash, load_table
+from moejax.errors import UserError
+
+N = 200
+
+
+def frame(seed=0, rows=N) -> Any:
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({
+        "city": rng.choice(["Oslo", "Rome", "Kyiv", "Łódź"], rows),
+        "code": rng.integers(10, 15, rows),
+        "size": rng.normal(5, 2, rows),
+        "member": rng.random(rows) < 0.5,
+        "price": rng.normal(100, 20, rows),
+        "bought": rng.integers(0, 2, rows),
+        "when": rng.permutation(rows),
+    })  # fmt: skip
+
+
+FIELDS: dict[str, Any] = {
+    "targets": ["price", "bought"],
+    "categorical": ["city", "code"],
+    "numeric": ["size"],
+}
+
+
+def write(data: Any, path) -> str:
+    if path.suffix == ".parquet":
+        data.to_parquet(path)
+    else:
+        data.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    return str(path)
+
+
+def heldout_of(rows=N, fraction=0.1) -> np.ndarray:
+    """The rows with the smallest hashes, as the documentation says."""
+    return np.isin(np.arange(rows), np.argsort(_hash(rows))[: round(fraction * rows)])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_every_value_is_that_of_pandas(tmp_path, suffix):
+    data = frame()
+    table = load_table(write(data, tmp_path / f"t{suffix}"), **FIELDS)
+    held = heldout_of()
+    assert (len(table.train), len(table.heldout)) == (180, 20)
+    mean, spread = data["size"][~held].mean(), data["size"][~held].std(ddof=0)
+    for rows, side in ((table.train, data[~held]), (table.heldout, data[held])):
+        np.testing.assert_allclose(rows.target_NM, side[["price", "bought"]], rtol=1e-6)
+        np.testing.assert_allclose(
+            rows.dense_NF[:, 0], (side["size"] - mean) / spread, rtol=1e-5, atol=1e-6
+        )
+        for c, name in enumerate(("city", "code")):
+            values = sorted(data[name][~held].unique())
+            assert rows.category_NC[:, c].tolist() == [1 + values.index(v) for v in side[name]]
+        assert rows.present_NM.all()
+    assert table.category_sizes == (5, 6) and table.dense == ("size",)
+    price, bought = table.targets
+    np.testing.assert_allclose([price.mean, price.scale], [
+        data["price"][~held].mean(), data["price"][~held].std(ddof=0)
+    ])  # fmt: skip
+    assert (price.kind, bought.kind, bought.mean, bought.scale) == ("regression", "binary", 0, 1)
+
+
+def test_a_csv_and_a_parquet_of_the_same_rows_are_the_same_data(tmp_path):
+    data = frame()
+    tables = [load_table(write(data, tmp_path / f"t{s}"), **FIELDS) for s in (".csv", ".parquet")]
+    assert tables[0].fingerprint == tables[1].fingerprint
+
+
+def test_columns_are_found_by_their_type_when_none_is_named(tmp_path):
+    table = load_table(
+        write(frame(), tmp_path / "t.parquet"), targets=["price"], time="when", split="time"
+    )
+    assert table.category == ("city", "member") and table.dense == ("code", "size", "bought")
+
+
+def test_a_split_by_time_holds_out_the_latest_rows(tmp_path):
+    data = frame()
+    for path in (tmp_path / "t.csv", tmp_path / "t.parquet"):
+        stamps = data.assign(when=pd.Timestamp("2020-01-01") + pd.to_timedelta(data["when"], "h"))
+        table = load_table(write(stamps, path), **FIELDS, split="time", time="when")
+        np.testing.assert_allclose(
+            table.heldout.target_NM[:, 0], data["price"][data["when"] >= 180], rtol=1e-6
+        )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 500), st.floats(0.01, 0.99))
+def test_the_hash_split_is_even_and_does_not_hang_on_other_rows(rows, fraction):
+    held = np.flatnonzero(heldout_of(rows, fraction))
+    more = np.flatnonzero(heldout_of(rows + 1, fraction))
+    # One more row moves at most one other row across, beside itself.
+    assert len(set(held) ^ set(more)) <= 2
+    assert len(np.unique(_hash(rows))) == rows
+
+
+def test_unknown_rare_and_missing_values_share_id_0(tmp_path):
+    data, held = frame(), heldout_of()
+    city = data["city"].astype(object)
+    city[np.flatnonzero(held)[0]] = "Nowhere"
+    city[np.flatnonzero(~held)[0]] = "Once"
+    city[np.flatnonzero(~held)[1]] = None
+    table = load_table(write(data.assign(city=city), tmp_path / "t.parquet"), **FIELDS)
+    assert table.category_sizes[0] == 5
+    assert table.heldout.category_NC[0, 0] == 0
+    assert (table.train.category_NC[:2, 0] == 0).all() and (
+        table.train.category_NC[2:, 0] > 0
+    ).all()
+    again = load_table(str(tmp_path / "t.parquet"), **FIELDS, min_count=1)
+    assert again.category_sizes[0] == 6 and again.train.category_NC[0, 0] > 0
+
+
+def test_missing_numbers_become_the_mean_and_missing_targets_absent(tmp_path):
+    data = frame()
+    data.loc[3, "size"] = np.nan
+    data.loc[[5, 6], "price"] = np.nan
+    for suffix in (".csv", ".parquet"):
+        table = load_table(write(data, tmp_path / f"t{suffix}"), **FIELDS)
+        present = np.concatenate([table.train.present_NM, table.heldout.present_NM])
+        assert (~present).sum(axis=0).tolist() == [2, 0]
+        dense = np.concatenate([table.train.dense_NF, table.heldout.dense_NF])
+        assert (dense == 0).sum() == 1 and np.isfinite(dense).all()
+        mean = data["price"][~heldout_of()].mean()  # of those that are there, as in pandas
+        np.testing.assert_allclose(table.targets[0].mean, mean)
+
+
+def test_a_bound_makes_a_binary_target(tmp_path):
+    data = frame()
+    path = write(data, tmp_path / "t.csv")
+    table = load_table(path, targets=["dear=price>=100", "price"], numeric=["size"])
+    assert [(t.name, t.kind) for t in table.targets] == [
+        ("dear", "binary"),
+        ("price", "regression"),
+    ]
+    np.testing.assert_array_equal(table.train.target_NM[:, 0], data["price"][~heldout_of()] >= 100)
+
+
+def test_a_target_is_written_in_three_ways():
+    columns = ["rating", "a=b"]
+    assert parse_spec("rating", columns) == ("rating", "rating", None)
+    assert parse_spec("stars=rating", columns) == ("stars", "rating", None)
+    assert parse_spec("liked=rating>=4", columns) == ("liked", "rating", 4.0)
+    assert parse_spec("a=b", columns) == ("a=b", "a=b", None)
+    for text in ("", "a>4", "rating>=x", "=rating"):
+        with pytest.raises(UserError, match="task.targets"):
+            parse_spec(text, columns)
+
+
+@pytest.fixture
+def movielens(tmp_path):
+    rng = np.random.default_rng(0)
+    ratings = pd.DataFrame({
+        "userId": rng.integers(1, 9, N), "movieId": rng.choice([10, 20, 30, 99], N),
+        "rating": rng.choice([1.0, 2.5, 4.0, 5.0], N),
+        "timestamp": rng.integers(10**9, 10**9 + 10**6, N),
+    })  # fmt: skip
+    movies = pd.DataFrame({
+        "movieId": [10, 20, 30], "title": ["A, a film", "B", "C"],
+        "genres": ["Drama|War", "(no genres listed)", "War"],
+    })  # fmt: skip
+    ratings.to_csv(tmp_path / "ratings.csv", index=False)
+    movies.to_csv(tmp_path / "movies.csv", index=False)
+    return tmp_path, ratings
+
+
+def test_movielens_needs_no_fields(movielens):
+    folder, ratings = movielens
+    table, held = load_table(str(folder)), heldout_of()
+    assert [(t.name, t.kind) for t in table.targets] == [
+        ("rating", "regression"),
+        ("liked", "binary"),
+    ]
+    assert table.category == ("userId", "movieId", "hour")
+    assert table.dense == ("genre=Drama", "genre=War")
+    train = ratings[~held]
+    np.testing.assert_array_equal(table.train.target_NM[:, 1], train["rating"] >= 4)
+    has = np.stack([train["movieId"] == 10, train["movieId"].isin([10, 30])], axis=1)
+    for g in range(2):  # standardised: two values, the larger for movies of the genre
+        assert len(np.unique(table.train.dense_NF[:, g])) == 2
+        np.testing.assert_array_equal(table.train.dense_NF[:, g] > 0, has[:, g])
+    by_time = load_table(str(folder), split="time")
+    latest = ratings.sort_values("timestamp", kind="stable").index[-20:]
+    np.testing.assert_array_equal(
+        by_time.heldout.target_NM[:, 0], ratings["rating"][sorted(latest)]
+    )
+
+
+BAD: dict[str, Any] = {
+    "column": ({"targets": ["prize"]}, r"task.targets: no column 'prize'; did you mean 'price'"),
+    "feature": ({"numeric": ["sise"]}, r"task.numeric: no column 'sise'; did you mean 'size'"),
+    "time": ({"split": "time", "time": "wen"}, r"task.time: no column 'wen'; did you mean 'when'"),
+    "no time": ({"split": "time"}, r"task.time: task.split=time needs"),
+    "split": ({"split": "random"}, r"task.split: 'random' is unknown; use one of hash, time"),
+    "fraction": ({"eval_fraction": 0.0}, r"data.eval_fraction: 0.0 is not between"),
+    "leak": ({"numeric": ["price"]}, r"task.targets: 'price' is a feature too"),
+    "twice": ({"targets": ["price", "price"]}, r"task.targets: two targets have one name"),
+    "text": ({"targets": ["city"], "categorical": []}, r"'city' is '\w+' in row 1, which is no"),
+    "no targets": ({"targets": []}, r"task.targets: name columns to predict; valid: bought"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_fields_are_one_line(tmp_path, case):
+    fields, message = BAD[case]
+    with pytest.raises(UserError, match=message) as caught:
+        load_table(write(frame(), tmp_path / "t.csv"), **{**FIELDS, **fields})
+    assert "\n" not in str(caught.value)
+
+
+FILES = {
+    "empty": (b"", r"data.path: '.*' is empty"),
+    "header": (b"x,y\n", r"data.path: '.*' has 0 rows"),
+    "constant": (b"x,y\n" + b"1,7\n2,7\n" * 9, r"task.targets: 'y' is 7 in every training row"),
+    "absent": (b"x,y\n" + b"1,\n2,\n" * 9, r"task.targets: 'y' is missing in every training row"),
+    "ragged": (b"x,y\n1,2\n3\n4,5\n", r"data.path: cannot parse '.*': .*columns"),
+    "word": (b"x,y\n1,2\n3,4\n5,six\n", r"task.targets: 'y' is 'six' in row 3, which is no number"),
+    "infinite": (b"x,y\n1,2\n3,inf\n5,6\n", r"task.targets: 'y' is inf in row 2; use finite"),
+    "bad feature": (b"x,y\n1,2\nfour,3\n5,6\n", r"task.numeric: 'x' is 'four' in row 2"),
+    "twice": (b"x,y,x\n1,2,3\n3,4,5\n", r"two columns called 'x'"),
+    "binary": (
+        b"\x93NUMPY\x00\xff\xfe,\n\xff\xff",
+        r"data.path: cannot parse|task.targets: no column",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_files_are_one_line(tmp_path, case):
+    content, message = FILES[case]
+    path = tmp_path / "t.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_table(str(path), targets=["y"], numeric=["x"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_word_far_below_numbers_is_found_in_its_row(tmp_path):
+    """Types are guessed from the first megabyte."""
+    path, rows = tmp_path / "t.csv", 200_000
+    lines = [f"{i % 7},{i % 5}.25" for i in range(rows)]
+    lines[-3] = "1,none at all"
+    path.write_text("x,y\n" + "\n".join(lines) + "\n")
+    assert path.stat().st_size > 2**20
+    with pytest.raises(UserError, match=rf"'y' is 'none at all' in row {rows - 2}"):
+        load_table(str(path), targets=["y"], numeric=["x"])
+
+
+def test_other_paths_and_types_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"data.path: '.*gone.csv' does not exist"):
+        load_table(str(tmp_path / "gone.csv"), targets=["y"])
+    with pytest.raises(UserError, match="is a folder without ratings.csv"):
+        load_table(str(tmp_path), targets=["y"])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="data.path: cannot parse"):
+        load_table(str(tmp_path / "bad.parquet"), targets=["y"])
+    nested = pd.DataFrame({"y": [1.0, 2.0, 3.0], "x": [[1], [2], [3]]})
+    with pytest.raises(UserError, match="column 'x' has type list"):
+        load_table(write(nested, tmp_path / "nested.parquet"), targets=["y"])
+    pd.DataFrame({"user": [1], "rating": [2]}).to_csv(tmp_path / "ratings.csv", index=False)
+    with pytest.raises(UserError, match=r"ratings.csv has no column 'userId'; did you mean 'user'"):
+        load_table(str(tmp_path))
+
+
+def test_without_pyarrow_the_remedy_is_named(tmp_path, monkeypatch):
+    path = write(frame(), tmp_path / "t.csv")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"needs pyarrow; pip install 'moejax\[tables\]'"):
+        load_table(path, **FIELDS)

@@ -1,0 +1,201 @@
+"""Mixture-of-Depths: who passes through a block, what that computes, and what learns from what."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.layers.depths import choose
+from moejax.models.stack import Block
+from moejax.types import Context, DepthsConfig
+from tests import lms
+from tests.layers import blocks
+
+B, L, D = 3, 8, lms.D
+CHOOSE = jax.jit(choose, static_argnames="count")
+LENGTHS = np.array([8, 6, 2])
+"""Valid tokens: all, some, and fewer than there is room for."""
+VALID = np.arange(L) < LENGTHS[:, None]
+CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+"""float32 against float64, through two norms, a softmax and sums of 24 products."""
+
+
+@functools.cache
+def built(predictor="mlp", capacity=0.4):
+    """The router predicts in a block that is not causal: such blocks may be routed too."""
+    config = lms.config(
+        every=0,
+        mod_capacity=capacity,
+        mod_every=1,
+        mod_predictor=predictor,
+        causal=predictor == "mlp",
+    )
+    return nnx.split(Block(config, False, 0, 0, rngs=nnx.Rngs(5))), config
+
+
+def block_of(params, predictor="mlp", capacity=0.4):
+    return nnx.merge(built(predictor, capacity)[0][0], params)
+
+
+def tokens(seed=1):
+    return 2.0 * jax.random.normal(jax.random.key(seed), (B, L, D))
+
+
+def context():
+    """Positions with holes, as of tokens that were packed before."""
+    position_BL = 3 * jnp.arange(L) + jnp.array([[0], [2], [5]])
+    return Context.of(B, L, valid_BL=jnp.asarray(VALID), position_BL=position_BL)
+
+
+@functools.cache
+def program(predictor, train, capacity=0.4):
+    def run(params, x_BLD):
+        y_BLD, _, _, said = block_of(params, predictor, capacity)(x_BLD, context(), (), train, None)
+        return y_BLD, said
+
+    return jax.jit(run)
+
+
+def scores(params, x_BLD, predictor):
+    """r and the logit of the prediction, in numpy."""
+    router = jax.tree.map(np.float64, nnx.to_pure_dict(params["depths"]["router"]))
+    x = np.asarray(x_BLD, np.float64)
+    r = x @ router["weight_D"]
+    if predictor == "router":
+        return r, r
+    hidden = x @ router["hidden_DF"] + router["hidden_bias_F"]
+    cube = hidden + 0.044715 * hidden**3
+    gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * cube))
+    return r, gelu @ router["out_F"] + router["out_bias"]
+
+
+def best(r_L, valid_L, count):
+    """The places of the best valid tokens, ascending; of equals the earlier."""
+    order = sorted(np.flatnonzero(valid_L), key=lambda t: (-r_L[t], t))
+    return sorted(order[:count])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    score=st.lists(st.integers(-2, 2), min_size=14, max_size=14),
+    length=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    count=st.sampled_from([1, 3, 7]),
+)
+def test_the_best_valid_tokens_are_chosen_in_ascending_order_and_ties_go_to_the_earlier(
+    score, length, count
+):
+    score_BL = np.array(score, np.float32).reshape(2, 7)
+    valid_BL = np.arange(7) < np.array(length)[:, None]
+    chosen = jax.device_get(CHOOSE(score_BL, valid_BL, count=count))
+    for row in range(2):
+        wanted = best(score_BL[row], valid_BL[row], count)
+        index, valid = chosen.index_BC[row], chosen.valid_BC[row]
+        assert (np.diff(index) > 0).all() and len(index) == count
+        assert list(index[valid]) == wanted and len(wanted) == min(count, length[row])
+        assert list(np.flatnonzero(chosen.slot_BL[row] < count)) == wanted
+        assert all(index[chosen.slot_BL[row, t]] == t for t in wanted)
+
+
+@pytest.mark.parametrize("predictor", ["mlp", "router"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_routed_block_is_a_loop_over_the_chosen_tokens_at_their_own_positions(predictor, train):
+    (_, params), config = built(predictor)
+    x_BLD, position_BL = tokens(), np.asarray(context().position_BL)
+    y_BLD, said = program(predictor, train)(params, x_BLD)
+    r_BL, logit_BL = scores(params, x_BLD, predictor)
+    wanted, through, right, nats = np.asarray(x_BLD, np.float64).copy(), [], [], []
+    for row in range(B):
+        top = best(r_BL[row], VALID[row], 4)  # ceil(0.4 * 8)
+        ahead = [t for t in np.flatnonzero(VALID[row]) if logit_BL[row, t] > 0]
+        chosen = top if train else ahead
+        member = np.isin(np.arange(L), top)
+        through += chosen
+        right += list((member == (logit_BL[row] > 0))[VALID[row]])
+        signed = np.where(member, 1, -1) * logit_BL[row]
+        nats += list(np.log1p(np.exp(-signed))[VALID[row]])
+        if chosen:
+            f = blocks.change(
+                block_of(params, predictor),
+                np.asarray(x_BLD, np.float64)[row, chosen],
+                position_BL[row, chosen],
+                config,
+            )
+            wanted[row, chosen] += r_BL[row, chosen, None] * f
+    assert 0 < len(through) < LENGTHS.sum(), "some tokens must pass and some must not"
+    CLOSE(y_BLD[VALID], wanted[VALID])
+    CLOSE(said.means["mod/selected"], len(through) / LENGTHS.sum())
+    CLOSE(said.means["mod/agreement"], np.mean(right))
+    CLOSE(said.losses["mod_predictor"], np.mean(nats))
+
+
+def test_with_room_for_all_and_weights_of_one_it_is_the_plain_block():
+    x_BLD = tokens().at[..., 0].set(1.0)
+    (_, params), _ = built(capacity=1.0)
+    params = jax.tree.map(jnp.asarray, params)
+    params["depths"]["router"]["weight_D"][...] = jnp.eye(D)[0]
+
+    def both(params, x_BLD):
+        block = block_of(params, capacity=1.0)
+        routed, *_ = block(x_BLD, context(), (), True, None)
+        block.depths = None
+        return routed, block(x_BLD, context(), (), True, None)[0]
+
+    routed, plain = jax.jit(both)(params, x_BLD)
+    assert np.abs(plain - x_BLD).max() > 0.1
+    # (x + a) + b against x + (a + b), in float32.
+    np.testing.assert_allclose(routed[VALID], plain[VALID], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("predictor", ["mlp", "router"])
+def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predictor):
+    @jax.jit
+    def gradients(params, x_BLD):
+        def of(loss):
+            def value(params, x_BLD):
+                y, _, _, said = block_of(params, predictor)(x_BLD, context(), (), True, None)
+                return loss(y, said)
+
+            return jax.grad(value, (0, 1))(params, x_BLD)
+
+        task = of(lambda y, said: jnp.sum(jnp.where(VALID[..., None], jnp.sin(y), 0)))
+        return task, of(lambda y, said: said.losses["mod_predictor"])
+
+    (task, _), (entropy, entropy_x) = gradients(built(predictor)[0][1], tokens())
+    largest = lambda tree: max(np.abs(g).max() for g in jax.tree.leaves(tree))
+    for grads in (task, entropy):
+        grads["router"] = grads["depths"]["router"].pop("weight_D")
+    assert largest(task["router"]) > 1e-3
+    if predictor == "mlp":
+        assert largest(task["depths"]) == 0 and largest(entropy["depths"]) > 1e-4
+        assert largest(entropy["router"]) == 0 and largest(entropy_x) == 0
+    else:
+        assert largest(entropy["router"]) > 1e-4 and largest(entropy_x) > 1e-4
+    assert largest({k: v for k, v in entropy.items() if k not in ("depths", "router")}) == 0
+
+
+def test_capacity_is_rounded_up_and_has_room_for_someone():
+    def chosen(capacity, length):
+        return DepthsConfig(capacity).chosen(length)
+
+    assert [chosen(0.125, n) for n in (8, 9, 16, 1)] == [1, 2, 2, 1]
+    assert chosen(0.1, 30) == 3 and chosen(1.0, 7) == 7 and chosen(1e-6, 5) == 1
+
+
+def test_choices_that_do_not_fit_are_named():
+    for fields, moe_every, text in (
+        ({"capacity": 1.5}, 0, "mod_capacity=1.5"),
+        ({"every": 0}, 0, "mod_every=0"),
+        ({"predictor": "none"}, 0, "mod_predictor='none'"),
+        ({"every": 2}, 1, "mod_every=2 must divide moe.every=1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            dataclasses.replace(DepthsConfig(0.5), **fields).check(moe_every)
+    DepthsConfig(0.5, every=2).check(4)
+    DepthsConfig(0.0, every=2).check(1)
+    assert [DepthsConfig(0.5, every=2).routes(i) for i in range(4)] == [False, True, False, True]
