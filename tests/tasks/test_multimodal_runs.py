@@ -89,6 +89,15 @@ def test_accumulation_is_refused_before_anything_is_written(tmp_path):
     assert files(tmp_path) == {}
 
 
+def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
+    """As another version of scikit-learn could bring; the task has no data.path to name."""
+    other = tmp_path / "run"
+    other.mkdir()
+    saved = json.loads((workdir / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**saved, "fingerprint": "0"}))
+    refused(["eval", f"--workdir={other}"], "multimodal", "not those the run began with")
+
+
 @pytest.mark.slow
 def test_it_names_the_digits_of_images_it_has_not_seen(tmp_path):
     """Chance is 0.1; 150 steps of the default page reach 0.93 on two cores in two minutes."""
