@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from moejax.layers.basic import fan_in, project
-from moejax.mesh import constrain
-from moejax.models.stack import BATCH, Found, Stack, StackConfig, Watch
+from moejax.mesh import BATCH_AXES, constrain
+from moejax.models.stack import Found, Stack, StackConfig, Watch
 from moejax.types import Context
 
 BYTES = 256
@@ -184,7 +184,7 @@ class LIMoE(Stack):
 def interleaved(image_B: Array, text_B: Array) -> Array:
     """[B, ...] of both -> [2 B, ...], image and text in turn: a pair stays on its device."""
     both = jnp.stack([image_B, text_B], axis=1)
-    return constrain(both.reshape(-1, *image_B.shape[1:]), BATCH)
+    return constrain(both.reshape(-1, *image_B.shape[1:]), BATCH_AXES)
 
 
 def by_pair(x_BL: Array) -> Array:
