@@ -229,7 +229,9 @@ def _genres(movies: dict[str, Column], rated: Column) -> list[Column]:
     lists = [str(text or "").split("|") for text in movies["genres"].values]
     names = sorted({genre for some in lists for genre in some} - {"", "(no genres listed)"})
     place = {str(movie): i for i, movie in enumerate(movies["movieId"].values)}
-    row_N = np.array([place.get(str(movie), len(place)) for movie in rated.values])
+    ids = rated.values.astype(str) if rated.is_text else rated.values
+    each, of_N = np.unique(ids, return_inverse=True)
+    row_N = np.array([place.get(str(movie), len(lists)) for movie in each])[of_N]
     found = []
     for genre in names:
         has = np.array([genre in some for some in lists] + [False], dtype=np.float64)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from moejax.experts import activate
 from moejax.layers.basic import fan_in
 from moejax.layers.mmoe import MultiGateMoE
-from moejax.mesh import constrain
-from moejax.models.stack import BATCH, Found, Watch, mean_square
+from moejax.mesh import BATCH_AXES, constrain
+from moejax.models.stack import Found, Watch, mean_square
 from moejax.types import Context, Gate, MoEConfig, MoEInfo, MoEStats
 
 Kind = Literal["regression", "binary"]
@@ -140,7 +140,7 @@ class MultiTask(nnx.Module):
         chex.assert_shape(category_BC, (len(dense_BF), len(config.category_sizes)))
         x_BD = self._features(dense_BF, category_BC)
         # Padding may hold anything, and a NaN would survive a loss of weight 0 backwards.
-        x_BD = constrain(jnp.where(context.valid_BL, x_BD, 0), BATCH)
+        x_BD = constrain(jnp.where(context.valid_BL, x_BD, 0), BATCH_AXES)
         if config.d_bottom:
             x_BD = activate(config.activation, None, self.bottom(x_BD))
         info: MoEInfo | None = None

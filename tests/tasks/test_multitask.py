@@ -273,24 +273,23 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trained, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arg", "changes", "share"),
+    ("arg", "share"),
     [
-        # What of the mean predictor's loss may be left; a linear model leaves 0.6 of the first.
-        ("data=correlated", {}, 0.59),
-        ("data=correlated,rho=1.0,sharing=omoe", {}, 0.59),
-        ("data=correlated,sharing=shared_bottom", {}, 0.59),
-        ("data=recommender", {}, 0.74),
-        ("data=groups,gate=dselect_k,gate_input=constant", {}, 0.05),
-        ("data=groups,gate=top_k", {}, 0.05),
+        ("data=correlated", 0.98),
+        ("data=recommender", 0.98),
+        ("data=groups,gate=dselect_k,gate_input=constant", 0.05),
+        ("data=groups,sharing=omoe", 0.05),
+        ("data=groups,sharing=shared_bottom", 0.05),
     ],
 )
-def test_every_kind_of_table_is_learned(tmp_path, arg, changes, share):
+def test_every_kind_of_table_is_learned_better_than_by_a_linear_model(tmp_path, arg, share):
+    """To a ``share`` of its loss. Groups can be told almost exactly, and not by a linear model."""
     ended = call([
         "train", f"--config={PAGE}:{arg}", f"--workdir={tmp_path}/run", "--config.train.steps=1000",
     ])  # fmt: skip
     assert ended.status == 0, ended.err
-    mean = float(ended.out.split("mean          ")[1].split()[0])
-    assert rows(tmp_path / "run", "eval")[-1]["loss"] < share * mean
+    linear = float(ended.out.split("linear        ")[1].split()[0])
+    assert rows(tmp_path / "run", "eval")[-1]["loss"] < share * linear
 
 
 @pytest.fixture
