@@ -274,3 +274,11 @@ def test_choices_of_the_schema_are_those_of_the_code():
 
     assert fields.ACTIVATIONS == experts.ACTIVATIONS
     assert set(fields.FIELDS["model.remat"].choices) == set(stack.REMAT)
+
+
+def test_where_nothing_is_predicted_from_the_past_only_other_rows_are_marked():
+    config = default("images")
+    set_gate(config, "expert_choice")
+    assert validate(config) == Visibility()
+    config.moe.group, config.moe.eval_transport = "4", "cells"
+    assert validate(config) == Visibility(eval_others=True)
