@@ -68,6 +68,7 @@ def visits(routing, shape):
 
 
 CASES = [(meshes.LARGE, 3), ({"expert": 2}, 5), ({"expert": 8}, 2)]
+SLOW_CASES = [({"expert": 2}, 5), (TENSOR, 3)]
 
 
 @pytest.mark.parametrize(("shape", "columns"), CASES, ids=str)
@@ -110,7 +111,9 @@ def both(shape, routing):
 
 
 @pytest.mark.parametrize(
-    ("shape", "columns"), [(meshes.LARGE, 3), ({"expert": 2}, 5), (TENSOR, 3)], ids=str
+    ("shape", "columns"),
+    [(meshes.LARGE, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    ids=str,
 )
 def test_outputs_and_gradients_are_those_of_dropless(shape, columns):
     routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, columns, EXPERTS))
@@ -121,6 +124,7 @@ def test_outputs_and_gradients_are_those_of_dropless(shape, columns):
     assert inactive.any() and not got[1][1][inactive].any(), "a gradient without a pair"
 
 
+@pytest.mark.slow
 def test_without_an_expert_axis_it_is_dropless():
     routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
     jax.tree.map(np.testing.assert_array_equal, *both({"data": 2}, routing))

@@ -96,6 +96,7 @@ def test_deepseek_moe_without_shared_experts_and_with_whole_ones_is_top_k():
     assert deepseek == gating.make("top_k", k=2, renormalize=False)
 
 
+@pytest.mark.slow
 def test_finer_experts_of_equal_probability_compute_what_the_whole_expert_did():
     """m = 2: both halves of an expert (columns of its hidden layer) are chosen together."""
     whole = moejax.MoE(D, F, 4, gate=gating.make("top_k", k=1, renormalize=False),

@@ -16,6 +16,7 @@ def call(layer, x, context):
     return jax.jit(lambda x, context: layer(x, context))(x, context)
 
 
+@pytest.mark.slow
 def test_it_is_the_sum_of_k_switch_layers_of_a_kth_of_the_experts():
     """Outputs, drops and balance loss; the Switch layers hold slices of its weights."""
     k, factor = 3, 0.75

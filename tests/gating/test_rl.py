@@ -101,6 +101,7 @@ def test_a_bandit_is_learned_with_its_baseline():
     np.testing.assert_allclose(value, -1, atol=0.3)
 
 
+@pytest.mark.slow
 def test_the_trainer_weighs_the_policys_losses_and_moves_router_and_baseline():
     run = steps.make({"data": 1}, "rl", model__num_layers=1)
     weights = run.config.moe.losses

@@ -27,6 +27,7 @@ def test_our_dense_step_and_the_plain_one_give_the_same_losses(against_plain):
     assert against_plain["loss"] < 5.4 and against_plain["ratio"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_the_same_are_not_compared(bench, monkeypatch):
     ffn = bench.plain_lm.ffn
     monkeypatch.setattr(bench.plain_lm, "ffn", lambda layer, x: 1.001 * ffn(layer, x))

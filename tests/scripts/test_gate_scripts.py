@@ -24,6 +24,7 @@ def test_the_table_of_gates_is_current():
     assert page.render(text) == text, "docs/gates.md: run python scripts/make_gates_docs.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_like_with_like(tmp_path, capsys):
     bench = script("bench_gates")
     out, picture = tmp_path / "rows.json", tmp_path / "rows.png"

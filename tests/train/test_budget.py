@@ -32,6 +32,7 @@ def test_a_pair_costs_one_expert_on_one_token(activation: str, matrices: int):
     assert counted.train_flops.per_pair == PASSES * matrices * 2 * D * F
 
 
+@pytest.mark.slow
 def test_everything_else_is_counted_once_per_token_whatever_the_routing():
     """But for products of routing alone: the balance loss's, of size E, and the gradient of the
     routing weights, K products of size D."""
@@ -51,6 +52,7 @@ def test_a_model_without_experts_has_no_pairs_and_its_ffn_is_fixed():
     assert counted.train_flops.fixed == PASSES * counted.eval_flops.fixed
 
 
+@pytest.mark.slow
 def test_a_shared_expert_is_fixed_and_a_dense_layer_takes_its_experts_with_it():
     plain, shared = budget(), budget(moe__shared_experts=1)
     one_expert = LAYERS * 3 * 2 * D * F
@@ -83,6 +85,7 @@ def test_slots_cost_the_same_however_many_pairs_they_are_told_as(slots: int):
         assert LAYERS * E * flops.per_pair == passes * experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["cells", "all_experts"])
 def test_the_count_does_not_depend_on_transport_capacity_or_recomputation(transport: str):
     plain = budget(moe__transport="dropless")

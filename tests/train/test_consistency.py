@@ -103,6 +103,7 @@ def test_a_gate_without_noise_agrees_with_itself():
     np.testing.assert_allclose(totals.auxiliary["consistency"], 0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_thor_trains_with_its_preset():
     run = steps.make({"data": 1}, "thor", model__num_layers=1)
     assert run.config.moe.losses.consistency == 0.5

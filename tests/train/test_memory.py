@@ -68,6 +68,7 @@ def activations(**changes) -> int:
     return count_budget(steps.make({"data": 2, "expert": 4}, **changes)).activation_bytes
 
 
+@pytest.mark.slow
 def test_expected_memory_knows_recomputation_and_the_transports_buffers(eight_devices):
     plain = activations()
     full, dots, exchange, experts = (

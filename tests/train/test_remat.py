@@ -65,10 +65,8 @@ def same(got: Outcome, wanted: Outcome) -> None:
     jax.tree.map(np.testing.assert_array_equal, got.gate_state, wanted.gate_state)
 
 
-@pytest.mark.parametrize(
-    "remat",
-    ["experts", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("exchange", "full"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["experts", "exchange", "full"])
 def test_on_a_mesh_loss_gradients_and_counts_are_those_without_recomputation(remat):
     same(outcome(remat), outcome("none"))
     assert outcome("none").totals.stats.dropped_E.sum() > 0

@@ -141,6 +141,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_bar_takes_the_place_of_the_lines_and_leaves_the_cursor(
     whole: Whole, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
