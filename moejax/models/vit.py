@@ -14,7 +14,8 @@ from moejax.models.stack import Found, Stack, StackConfig, Watch
 from moejax.types import Context
 
 POSITION_STD = 1.0
-"""Of the learned positions before the first step, as in the paper's code."""
+"""Of the learned positions before the first step, as large as the embedded patches. On the digits
+75 steps reached 80 % with it, and 400 steps 69 to 74 % with the 0.02 of the paper's code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class ViT(Stack):
 
     Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; with experts in some of
     the layers V-MoE, Riquelme et al., arXiv 2106.05974. Deviations: the mean over patches in place
-    of a class token, RMSNorm in place of LayerNorm, no biases within the layers, no dropout.
+    of a class token, RMSNorm in place of LayerNorm, no biases within the layers, no dropout, and
+    see ``POSITION_STD``.
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
