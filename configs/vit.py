@@ -52,15 +52,17 @@ SIZES = {
         "optim.warmup_steps": 10,
     },
     "digits": {
+        "task.shift": 1,
         "model.d_model": 64,
         "model.d_ff": 128,
         "moe.d_ff": 128,
-        "train.steps": 1000,
+        "train.steps": 2000,
         "train.eval_every": 250,
         "train.checkpoint_every": 250,
         "optim.learning_rate": 2e-3,
     },
     "photos": {
+        "task.shift": 4,
         "task.image_size": 64,
         "task.patch_size": 8,
         "task.channels": 3,

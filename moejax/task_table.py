@@ -144,6 +144,7 @@ TASKS: dict[str, TaskEntry] = {
             "image_size": Field(8, "pixels on a side; images are cut and resized to it", low=1),
             "patch_size": Field(2, "pixels on a side of a patch, which is a token", low=1),
             "channels": Field(1, "of the pixels: 1 (grey) or 3 (RGB)", low=1, high=3),
+            "shift": Field(0, "training images are moved by up to so many pixels", low=0),
         },
         without=(*OF_TEXT, *OF_MODALITIES),
         defaults={"data.eval_fraction": 0.2, "train.eval_rows": 1000},

@@ -1,6 +1,6 @@
 """Who keeps a slot when experts are full in evaluation: V-MoE's batch-prioritised routing.
 
-    python -m experiments.bpr.run --out runs/bpr.json [--seeds 6] [--steps 300]
+    python -m experiments.bpr.run --out runs/bpr.json [--seeds 6] [--steps 300] [--every 1]
 
 Trains vision transformers on the digits with slots for 1.05 times the mean load, first come, first
 served, and evaluates each with fewer slots and other priorities. Prints a table; the JSON has every
@@ -28,6 +28,7 @@ PAGE = "configs/vit.py:gate=top_k"
 SETTINGS = {
     # V-MoE's weights: a softmax over all experts, so that a token's largest says how sure it is.
     "moe.gate.renormalize": False,
+    "task.shift": 0,
     "optim.warmup_steps": 30,
     "report.probe_rows": 0,
 }
@@ -46,12 +47,23 @@ class Arm(NamedTuple):
 
 ARMS = [Arm(DROPLESS, 0.0), *(Arm(p, c) for c in CAPACITIES for p in PRIORITIES)]
 
+UNITS = {"accuracy": (100, 1), "loss": (1, 3), "dropped": (100, 1), "unserved": (100, 1)}
+"""What is measured: factor and decimals of its numbers in the table."""
+
 Found = dict[Arm, dict[int, dict[str, float]]]
 """By arm and seed: accuracy, loss, share of pairs dropped, share of tokens with no expert."""
 
 
-def config_of(steps: int, seed: int, **changes: Any) -> Config:
-    fields = {**SETTINGS, "train.steps": steps, "train.seed": seed, **changes}
+class Size(NamedTuple):
+    """Of what is trained. ``every``: each so-many-th layer has experts."""
+
+    steps: int
+    every: int
+
+
+def config_of(size: Size, seed: int, **changes: Any) -> Config:
+    own = {"train.steps": size.steps, "moe.every": size.every, "train.seed": seed}
+    fields = {**SETTINGS, **own, **changes}
     return load(PAGE, [f"--config.{name}={value}" for name, value in fields.items()]).config
 
 
@@ -74,9 +86,9 @@ def trained(run: Run, first: Run) -> TrainState:
     return state
 
 
-def measure(seeds: int, steps: int) -> Found:
+def measure(seeds: int, size: Size) -> Found:
     """Trains a model per seed and evaluates it in every way."""
-    runs = [setup.prepare(config_of(steps, seed)) for seed in range(seeds)]
+    runs = [setup.prepare(config_of(size, seed)) for seed in range(seeds)]
     with jax.set_mesh(runs[0].mesh):
         states = []
         for seed, run in enumerate(runs):
@@ -84,11 +96,11 @@ def measure(seeds: int, steps: int) -> Found:
             print(f"trained seed {seed}", file=sys.stderr, flush=True)
         found: Found = {}
         for arm in ARMS:
-            how = setup.prepare(config_of(steps, 0, **evaluated_as(arm)))
+            how = setup.prepare(config_of(size, 0, **evaluated_as(arm)))
             held_out = [how.put(batch) for batch in how.eval_batches()]
             found[arm] = {}
             for seed, state in enumerate(states):
-                row = eval_row(steps, how.evaluate(state, held_out), how.data, how.leak)
+                row = eval_row(size.steps, how.evaluate(state, held_out), how.data, how.leak)
                 found[arm][seed] = {
                     "accuracy": row["accuracy"],
                     "loss": row["loss"],
@@ -98,11 +110,12 @@ def measure(seeds: int, steps: int) -> Found:
     return found
 
 
-def interval(values: list[float], unit: float = 100.0) -> str:
-    """A mean with its 95 % interval over seeds, in percent."""
+def interval(values: list[float], key: str) -> str:
+    """A mean with its 95 % interval over seeds; shares in percent."""
     found = estimate(values)
-    half = "" if found.half_width is None else f" ± {unit * found.half_width:.1f}"
-    return f"{unit * found.mean:.1f}{half}"
+    unit, digits = UNITS[key]
+    half = "" if found.half_width is None else f" ± {unit * found.half_width:.{digits}f}"
+    return f"{unit * found.mean:.{digits}f}{half}"
 
 
 def gain(found: Found, arm: Arm, over: str, key: str) -> str:
@@ -111,25 +124,26 @@ def gain(found: Found, arm: Arm, over: str, key: str) -> str:
     ours, theirs = ({seed: row[key] for seed, row in rows.items()} for rows in pair)
     difference = paired(ours, theirs)
     assert difference is not None
-    half = difference.half_width
-    return f"{100 * difference.mean:+.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
+    unit, digits = UNITS[key]
+    half = "" if (of := difference.half_width) is None else f" ± {unit * of:.{digits}f}"
+    return f"{unit * difference.mean:+.{digits}f}{half}"
 
 
 def table(found: Found) -> str:
-    """Markdown: a row per arm, percentages with 95 % intervals over seeds."""
+    """Markdown: a row per arm, means with 95 % intervals over seeds."""
     lines = [
-        "| slots over mean load | priority | accuracy | pairs dropped | tokens with no expert | "
-        "gate - this |",
-        "|---|---|---|---|---|---|",
+        "| slots | priority | accuracy, % | loss, nats | pairs dropped, % | tokens without, % | "
+        "gate - this: accuracy | loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm, rows in found.items():
-        cells = [interval([row[key] for row in rows.values()]) for key in
-                 ("accuracy", "dropped", "unserved")]  # fmt: skip
-        more = ""
+        cells = [interval([row[key] for row in rows.values()], key) for key in UNITS]
+        gains = ["", ""]
         if arm.priority in BASELINES:
-            more = gain(found, Arm("gate", arm.capacity), arm.priority, "accuracy")
+            ours = Arm("gate", arm.capacity)
+            gains = [gain(found, ours, arm.priority, key) for key in ("accuracy", "loss")]
         slots = f"{arm.capacity:g}" if arm.capacity else "all"
-        lines.append(f"| {slots} | {arm.priority} | {' | '.join(cells)} | {more} |")
+        lines.append(f"| {slots} | {arm.priority} | {' | '.join([*cells, *gains])} |")
     return "\n".join(lines)
 
 
@@ -138,18 +152,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--seeds", type=int, default=6, help="models to train (6)")
     parser.add_argument("--steps", type=int, default=300, help="updates of each (300)")
+    parser.add_argument("--every", type=int, default=1, help="layers per layer with experts (1)")
     args = parser.parse_args(argv)
     try:
         if args.seeds < 1:
             raise UserError(f"--seeds={args.seeds} must be at least 1")
+        size = Size(args.steps, args.every)
         target = Path(args.out)
         make_workdir(target.parent)
-        found = measure(args.seeds, args.steps)
+        found = measure(args.seeds, size)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     saved = [{**arm._asdict(), "seeds": rows} for arm, rows in found.items()]
-    target.write_text(json.dumps({"steps": args.steps, "arms": saved}, indent=1) + "\n")
+    target.write_text(json.dumps({**size._asdict(), "arms": saved}, indent=1) + "\n")
     print(table(found))
     return 0
 

@@ -5,7 +5,7 @@ import numpy as np
 from experiments.dselect_k import gates
 from experiments.dselect_k.recovery import NUM_EXPERTS, RATES, paths
 from experiments.dselect_k.recovery import draw as draw_problems
-from experiments.dselect_k.training import Setting
+from experiments.dselect_k.training import STEPS_PER_EPOCH, Setting
 
 SEED = 0
 
@@ -30,14 +30,19 @@ def draw(path: str, epochs: int) -> None:
             for place, expert in enumerate(order):
                 true = true_E[expert] > 0
                 style = {"color": f"C{place}", "zorder": 3} if true else {"color": "0.75"}
-                axis.plot(weight_LSE[line, :, expert], linewidth=1.0, **style)
+                axis.plot(weight_LSE[line, :, expert], linewidth=0.8, **style)
                 if true:
                     axis.axhline(true_E[expert], color=f"C{place}", linestyle="--", linewidth=0.8)
             axis.set_title(f"{name}, learning rate {rate:g}", fontsize="medium")
+    # Logarithmic: a gate decides in the first hundreds of steps, top-k then wavers for thousands.
+    axes[0, 0].set(xscale="log", xlim=(1, epochs * STEPS_PER_EPOCH))
     for axis in axes[-1]:
         axis.set_xlabel("step")
     for axis in axes[:, 0]:
         axis.set_ylabel("weight of an expert")
-    figure.suptitle("Four true experts (colours; dashes: true weights) among 16, experts frozen")
+    figure.suptitle(
+        "Weights of 16 frozen experts: in colour the four that made the data (dashes: their true "
+        "weights)", fontsize="medium",
+    )  # fmt: skip
     figure.savefig(path, dpi=130)
     plt.close(figure)

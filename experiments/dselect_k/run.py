@@ -27,7 +27,7 @@ class Size(NamedTuple):
 
 
 FULL = {
-    "p1": Size(20, 100), "p2": Size(5, 40), "p3": Size(3, 30), "p4": Size(20, 0),
+    "p1": Size(20, 100), "p2": Size(3, 30), "p3": Size(3, 30), "p4": Size(20, 0),
     "p5": Size(20, 100),
 }  # fmt: skip
 QUICK = {

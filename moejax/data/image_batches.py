@@ -6,6 +6,9 @@ from moejax.data.batches import Batch, endless_order
 from moejax.data.images import Images
 from moejax.errors import UserError
 
+SHIFTS = 0x5F1F7
+"""Keeps the draws of shifts apart from others with the same seed."""
+
 
 class ImageBatches:
     """Shuffled batches of the training images, for any step, in any order.
@@ -13,16 +16,21 @@ class ImageBatches:
     Args:
       images: the data.
       batch_size: images per global batch (B).
-      seed: the permutations' seed, in [0, 2**32).
+      seed: of the permutations and the shifts, in [0, 2**32).
+      shift: every image is moved by up to so many pixels, down or up and right or left, each amount
+        equally likely, drawn from (seed, step, place in the batch); what comes in is 0, black.
     """
 
-    def __init__(self, images: Images, batch_size: int, seed: int):
+    def __init__(self, images: Images, batch_size: int, seed: int, shift: int = 0):
         if batch_size < 1:
             raise UserError(f"train.batch_size: {batch_size} must be at least 1")
         if not 0 <= seed < 1 << 32:
             raise UserError(f"train.seed: {seed} is not in [0, 2**32)")
+        size = images.train_NHWC.shape[1]
+        if not 0 <= shift < size:
+            raise UserError(f"task.shift: {shift} is not in [0, {size}), the size of an image")
         self.num_rows = len(images.train_NHWC)
-        self._images, self._batch_size = images, batch_size
+        self._images, self._batch_size, self._seed, self._shift = images, batch_size, seed, shift
         self._order = endless_order(self.num_rows, seed)
 
     def batch(self, step: int) -> Batch:
@@ -35,12 +43,26 @@ class ImageBatches:
             raise ValueError(f"step {step} is negative")
         positions = range(step * self._batch_size, (step + 1) * self._batch_size)
         chosen = np.array([int(self._order[position]) for position in positions], dtype=np.int64)
+        pixels = self._images.train_NHWC[chosen]
+        if self._shift:
+            rng = np.random.default_rng([self._seed, SHIFTS, step])
+            pixels = shifted(pixels, rng.integers(-self._shift, self._shift + 1, (len(pixels), 2)))
         return {
-            "image": self._images.normalise(self._images.train_NHWC[chosen]),
+            "image": self._images.normalise(pixels),
             "label": self._images.train_label_N[chosen],
             "valid": np.ones(len(positions), dtype=bool),
             "row": np.array([position % (1 << 31) for position in positions], dtype=np.int32),
         }
+
+
+def shifted(pixels_NHWC: np.ndarray, moves_N2: np.ndarray) -> np.ndarray:
+    """Every image moved down and right by its two amounts; what comes in is 0."""
+    count, height, width, _ = pixels_NHWC.shape
+    wide = int(np.abs(moves_N2).max())
+    padded = np.pad(pixels_NHWC, ((0, 0), (wide, wide), (wide, wide), (0, 0)))
+    row_NH = wide + np.arange(height) - moves_N2[:, :1]
+    column_NW = wide + np.arange(width) - moves_N2[:, 1:]
+    return padded[np.arange(count)[:, None, None], row_NH[:, :, None], column_NW[:, None]]
 
 
 def image_eval_batches(images: Images, batch_size: int, rows: int) -> list[Batch]:

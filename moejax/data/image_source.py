@@ -23,6 +23,8 @@ class ImageSource:
     patch_size: int
     batch_size: int
     seed: int
+    shift: int = 0
+    """Of training images: see ImageBatches."""
 
     @property
     def name(self) -> str:
@@ -39,7 +41,7 @@ class ImageSource:
 
     @functools.cached_property
     def train(self) -> ImageBatches:
-        return ImageBatches(self.images, self.batch_size, self.seed)
+        return ImageBatches(self.images, self.batch_size, self.seed, self.shift)
 
     def size(self) -> tuple[int, int]:
         return len(self.images.train_NHWC), len(self.images.heldout_NHWC)
@@ -83,16 +85,17 @@ class ImageSource:
 
     def told(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
         """A patch is called by its row and column; its target and its label are the image's class,
-        whose names follow those of the patches."""
+        whose names follow those of the patches. The file's labels are a byte: no more classes."""
         token_NL = self.tokens(batch)
         label_NL = np.broadcast_to(batch["label"][:, None], token_NL.shape)
         places = [f"row {i // self.side}, column {i % self.side}" for i in range(self.side**2)]
-        return {
+        found = {
             "token": token_NL,
             "target": label_NL + len(places),
             "valid": np.broadcast_to(batch["valid"][:, None], token_NL.shape),
             "row": batch["row"],
             "token_text": [*places, *self.images.classes],
-            "label": label_NL,
-            "label_names": list(self.images.classes),
         }
+        if len(self.images.classes) <= 256:
+            found |= {"label": label_NL, "label_names": list(self.images.classes)}
+        return found

@@ -174,7 +174,7 @@ def check_gate(gate: Gate, num_experts: int, gate_input: str) -> None:
         reason = "routes an example by others"
     if reason:
         raise ValueError(
-            f"gate={name} {reason}, which examples of tables do not allow; use a gate that looks "
+            f"{name} {reason}, which examples of tables do not allow; use a gate that looks "
             "at one example, such as dense, top_k or dselect_k"
         )
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from moejax.layers.basic import fan_in, project
 from moejax.mesh import BATCH_AXES, constrain
-from moejax.models.stack import Found, Stack, StackConfig, Watch
+from moejax.models.block import Watch
+from moejax.models.stack import Found, Stack, StackConfig
 from moejax.types import Context
 
 BYTES = 256

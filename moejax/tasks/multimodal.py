@@ -14,8 +14,8 @@ from moejax.data.pairs import PairSource, encode, load_digits, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.mesh import BATCH_AXES, ambient, axis_size
+from moejax.models.block import Watch
 from moejax.models.limoe import BYTES, LIMoE, LIMoEConfig, interleaved
-from moejax.models.stack import Watch
 from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
 from moejax.types import NeedsData
 

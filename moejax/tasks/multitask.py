@@ -21,6 +21,7 @@ from moejax.layers.mmoe import check_gate
 from moejax.mesh import AXES, resolve_shape
 from moejax.models.multitask import Head, MultiTask, MultiTaskConfig, head_losses
 from moejax.models.stack import Watch
+from moejax.resolve import gate_message
 from moejax.tasks.task import Batch, Output, Ratio, Task, Totals, Units, loss_weights
 from moejax.types import Context, MoEConfig
 
@@ -101,7 +102,7 @@ def _check(config: Config) -> None:
     try:
         check_gate(make_gate(config), moe.num_experts, task.gate_input)
     except ValueError as error:
-        raise UserError(f"moe.{error}") from error
+        raise UserError(gate_message(moe.gate.name, error)) from error
     sizes = {axis: config.mesh[axis] for axis in AXES}
     shards = resolve_shape(sizes, jax.device_count() if -1 in sizes.values() else None)["expert"]
     if moe.num_experts % shards:

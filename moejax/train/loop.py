@@ -234,9 +234,10 @@ def check_workdir(folder: Path, config: Config, fingerprint: str) -> None:
 def check_text(saved: dict[str, Any], config: Config, fingerprint: str, remedy: str) -> None:
     """Refuses other tokens than the run's, unless the config names other data."""
     if to_dict(config)["data"] == saved["config"]["data"] and fingerprint != saved["fingerprint"]:
+        own = f"data.path={config.data.path!r}" if "path" in config.data else config.task.name
         raise UserError(
-            f"the tokens of data.path={config.data.path!r} are not those the run began with; "
-            f"restore the old files or {remedy}"
+            f"the tokens of {own} are not those the run began with; restore the old files or "
+            f"{remedy}"
         )
 
 

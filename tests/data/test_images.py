@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from moejax.data.image_batches import ImageBatches, image_eval_batches
+from moejax.data.image_batches import ImageBatches, image_eval_batches, shifted
 from moejax.data.image_folder import read_image
 from moejax.data.images import Images, load_images, split_classes
 from moejax.errors import UserError
@@ -307,6 +307,26 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
     assert (other["image"] != forward[0]["image"]).any()
 
 
+def test_a_shift_moves_every_image_on_its_own_and_fills_with_black(digits):
+    pixels = digits.train_NHWC[:25]
+    moves = np.array([(down, right) for down in range(-2, 3) for right in range(-2, 3)])
+    for image, moved, (down, right) in zip(pixels, shifted(pixels, moves), moves, strict=True):
+        for i in range(8):
+            for j in range(8):
+                inside = 0 <= i - down < 8 and 0 <= j - right < 8
+                assert moved[i, j] == (image[i - down, j - right] if inside else 0)
+    plain, once, again, later = (
+        ImageBatches(digits, 200, 0, shift).batch(step)
+        for shift, step in ((0, 1), (1, 1), (1, 1), (1, 2))
+    )
+    np.testing.assert_array_equal(plain["label"], once["label"])
+    np.testing.assert_array_equal(once["image"], again["image"])
+    assert (once["image"] != later["image"]).any()
+    kept = (plain["image"] == once["image"]).all(axis=(1, 2, 3)).mean()
+    # One of nine moves is none: 0.111 +- 0.022 of 200 images; the bounds are 3 deviations away.
+    assert 0.04 < kept < 0.18
+
+
 @pytest.mark.parametrize("rows", [359, 10**6, 100])
 def test_evaluation_covers_the_heldout_side_up_to_so_many_rows(digits, rows):
     batches = image_eval_batches(digits, 64, rows)
@@ -327,6 +347,7 @@ def test_impossible_settings_are_refused(digits):
     for arguments, message in (
         ((0, 0), "train.batch_size: 0"),
         ((4, -1), "train.seed: -1"),
+        ((4, 0, 8), r"task.shift: 8 is not in \[0, 8\)"),
     ):
         with pytest.raises(UserError, match=message):
             ImageBatches(digits, *arguments)

@@ -1,6 +1,7 @@
 """Digits with captions: what batches hold, and that they are a function of the step."""
 
 import builtins
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_every_caption_names_the_digit_of_its_image():
     """Images are told apart by their pixels: those of a class are scikit-learn's of that class."""
     from sklearn import datasets
 
-    raw = datasets.load_digits()
+    raw: Any = datasets.load_digits()
     label_of = {image.tobytes(): label for image, label in zip(raw.images, raw.target, strict=True)}
     low, high = DIGITS.train_NHWC.min(), DIGITS.train_NHWC.max()
     for batch in (source().train_batch(3), *source().eval_batches(B, 40)[:2]):

@@ -240,10 +240,13 @@ def test_every_protocol_prints_a_table_and_writes_every_seed(tmp_path, capsys):
     run.main([f"--out={out}", f"--plot={plot}", "--quick"])
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(found) == ["p1", "p2", "p3", "p4", "p5"] and plot.stat().st_size > 10_000
+    assert "NaN" not in out.read_text()
     for name, part in found.items():
         assert f"{name.upper()}: " in printed
         for row in part["rows"]:
-            assert row["seeds"] and all(len(v) == part["seeds"] for v in row["seeds"].values())
+            noise = row.get("gate") in ("noisy_top_k", "gumbel_softmax")
+            seeds = part["seeds"] // 2 if name == "p1" and noise else part["seeds"]
+            assert row["seeds"] and all(len(value) == seeds for value in row["seeds"].values())
 
 
 @pytest.mark.slow

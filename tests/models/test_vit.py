@@ -172,7 +172,7 @@ def alone():
 @pytest.mark.parametrize(
     "shape",
     [
-        {"data": 2, "expert": 2},
+        pytest.param({"data": 2, "expert": 2}, marks=pytest.mark.slow),
         {"fsdp": 2, "expert": 2, "tensor": 2},
         pytest.param({"expert": 2}, marks=pytest.mark.slow),
         pytest.param({"data": 8}, marks=pytest.mark.slow),

@@ -92,7 +92,7 @@ def test_eval_prints_the_held_out_row_and_report_and_picture_speak_of_images(dri
     assert ended.status == 0
     assert json.loads(ended.out.splitlines()[-1]) == runs.rows(workdir, "eval")[-1]
     report = tmp_path / "report.html"
-    assert call(["report", str(workdir), f"--out={report}"]).status == 0
+    assert call(["report", str(workdir), f"--output={report}"]).status == 0
     text = report.read_text()
     last = runs.rows(workdir, "eval")[-1]
     for part in (
@@ -145,13 +145,15 @@ def alone():
     return steps_of({"data": 1}, moe__priority="gate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [
+        {"expert": 2},
         {"data": 2, "expert": 2},
-        pytest.param({"expert": 2}, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 2, "expert": 2}, marks=pytest.mark.slow),
+        {"fsdp": 2, "expert": 2},
+        {"data": 2, "expert": 2, "tensor": 2},
+        {"expert": 8},
     ],
     ids=meshes.name,
 )

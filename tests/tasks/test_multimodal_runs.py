@@ -71,16 +71,13 @@ def test_a_resumed_run_leaves_the_same_rows(workdir, tmp_path):
 @pytest.mark.slow
 def test_eval_gives_the_last_row_again_and_report_shows_experts_by_modality(workdir):
     with sharing():
-        ended = call(["eval", str(workdir)])
+        ended = call(["eval", f"--workdir={workdir}"])
     assert (ended.status, ended.err) == (0, "")
     last = rows(workdir, "eval")[-1]
-    found = json.loads(ended.out.strip().splitlines()[-1])
-    assert found["loss"] == last["loss"] and found["accuracy"] == last["accuracy"]
-    assert found["moe/load_by_task"] == last["moe/load_by_task"]
+    assert json.loads(ended.out) == last
     assert call(["report", str(workdir)]).status == 0
     page = (workdir / "report.html").read_text()
-    images = ((Probe.read(workdir) or pytest.fail()).tokens["label"] == 0).sum()
-    assert "domains-0" in page and "image (64)" in page and images == 4 * 26
+    assert "domains-0" in page and "image (64)" in page
 
 
 def test_accumulation_is_refused_before_anything_is_written(tmp_path):
@@ -90,6 +87,15 @@ def test_accumulation_is_refused_before_anything_is_written(tmp_path):
         "train.grad_accum=2", "whole batch",
     )  # fmt: skip
     assert files(tmp_path) == {}
+
+
+def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
+    """As another version of scikit-learn could bring; the task has no data.path to name."""
+    other = tmp_path / "run"
+    other.mkdir()
+    saved = json.loads((workdir / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**saved, "fingerprint": "0"}))
+    refused(["eval", f"--workdir={other}"], "multimodal", "not those the run began with")
 
 
 @pytest.mark.slow

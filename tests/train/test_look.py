@@ -11,9 +11,8 @@ import pytest
 from flax import nnx
 
 from moejax import types
-from moejax.layers import moe
+from moejax.layers import routing_stats
 from moejax.models.lm import LM
-from moejax.models.trees import from_tree
 from moejax.train.look import cosines, look, router_vectors
 from moejax.train.state import TrainState
 from moejax.types import Context
@@ -40,12 +39,11 @@ def looked(run, state=None, step=0):
 
 def taken_apart(run, state, batch):
     """Input and router's logits of each MoE layer, block by block, and the final logits."""
-    graph, template = run.task._split()
     length = run.config.train.seq_len
 
     @jax.jit
     def blocks(params, token_BL, valid_BL):
-        model: LM = nnx.merge(graph, from_tree(template, params))
+        model: LM = run.task.built(params)
         context = Context.of(len(token_BL), length, token_BL=token_BL, valid_BL=valid_BL)
         x_BLD = model.embed_VD[...][token_BL] * math.sqrt(run.config.model.d_model)
         period, stacked = nnx.split(model.periods)
@@ -212,7 +210,7 @@ def test_what_the_probe_asks_of_a_layer_leaves_no_trace_in_training(remat, monke
     def silent(**said):
         return types.MoEInfo(**{**said, "router": None})
 
-    monkeypatch.setattr(moe, "MoEInfo", silent)
+    monkeypatch.setattr(routing_stats, "MoEInfo", silent)
     assert with_probe == {which: program(which) for which in ("train_step", "eval_step")}
     run = steps.make({"data": 1})
     with pytest.raises(AttributeError, match="probs_GTE"):  # the probe needs what was left out

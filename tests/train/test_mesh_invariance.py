@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.layers import moe
+from moejax.layers import routing_stats
 from tests import meshes, steps
 
 STEPS = 5
@@ -98,7 +98,7 @@ def trained(mesh: tuple[tuple[str, int], ...], gate: str) -> Trace:
     # With this seed no token comes near a tie: see `check_it_was_a_test`.
     run = steps.make(dict(mesh), gate, moe__d_ff=24, train__seed=1, **GATES[gate])
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(run.mesh):
-        patch.setattr(moe, "collect_stats", recording(moe.collect_stats))
+        patch.setattr(routing_stats, "collect_stats", recording(routing_stats.collect_stats))
         state, metrics = run.init_state(), []
         for step in range(STEPS):
             state, seen = run.train_step(state, run.put(steps.batch(step)))
