@@ -27,7 +27,8 @@ images are decoded before the first step and stay in memory, one byte per pixel 
 
 Expect 98.6 to 98.9 % of the held-out digits right after the 2000 steps of the default (support
 vectors: 98.6 %; one image is 0.3 %), in two to three minutes of one idle core. Training images are
-shifted by up to a pixel (task.shift): without, the model learns them by heart and stays near 97.8 %.
+shifted by up to a pixel (task.shift): without it the model learns them by heart and stays near
+97.8 %.
 
 Papers: Dosovitskiy et al. 2020, arXiv 2010.11929 (the vision transformer); Riquelme et al. 2021,
 arXiv 2106.05974 (V-MoE: experts for patches, groups of images, batch-prioritised routing); Zhou et
