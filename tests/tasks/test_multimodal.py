@@ -323,6 +323,7 @@ REFUSED = {
     "task__image_experts=5": ["task.image_experts=5", "moe.num_experts=4"],
     "task__text_experts=4.5": ["task.text_experts=4.5", "moe.num_experts=4"],
     "task__text_experts=0.5": ["task.text_experts=0.5", ">= 1"],
+    "moe__gate__name=replay moe__gate__path=a.npz": ["moe.gate.name=replay", "two sequences"],
     "task__embed_dim=0": ["task.embed_dim=0", ">= 1"],
     "moe__losses__global_entropy_1=-1": ["moe.losses.global_entropy_1=-1.0", ">= 0"],
     "data__eval_fraction=0.999": ["data.eval_fraction=0.999", "0.2"],
