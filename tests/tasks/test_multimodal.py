@@ -323,7 +323,6 @@ REFUSED = {
     "task__image_experts=5": ["task.image_experts=5", "moe.num_experts=4"],
     "task__text_experts=4.5": ["task.text_experts=4.5", "moe.num_experts=4"],
     "task__text_experts=0.5": ["task.text_experts=0.5", ">= 1"],
-    "moe__gate__name=replay moe__gate__path=a.npz": ["moe.gate.name=replay", "two sequences"],
     "task__embed_dim=0": ["task.embed_dim=0", ">= 1"],
     "moe__losses__global_entropy_1=-1": ["moe.losses.global_entropy_1=-1.0", ">= 0"],
     "data__eval_fraction=0.999": ["data.eval_fraction=0.999", "0.2"],
@@ -341,3 +340,8 @@ def test_a_mistake_is_one_line_with_the_field_and_the_way_out(change):
     assert "\n" not in message
     for part in REFUSED[change]:
         assert part in message
+
+
+def test_a_recorded_routing_is_refused():
+    with pytest.raises(UserError, match=r"moe.gate.name=replay .* two sequences"):
+        build(config_with(moe__gate__name="replay", moe__gate__path="a.npz"))
