@@ -19,6 +19,22 @@ Argument, as key=value,key=value:
              tiny: 3 layers of width 64, 300 steps of 64 pairs (the default)
     experts  experts per MoE layer (8)
     entropy  on: LIMoE's entropy losses with the weights below moe.losses (the default); off: 0
+
+The default run is 300 steps, 13 epochs; expect 95 to 96 % of held-out digits named right (0.1 by
+chance) after three minutes on two busy cores, one of them of compilation. The loss counts all
+captions of a digit as right, so that even at its best it is not 0: in a batch of 64 each digit
+occurs about six times, and log 6 is 1.8. `accuracy` is zero-shot, `image_to_text` and
+`text_to_image` are retrieval in the batch; `moe/load_by_task`, `moe/experts_of_task` and
+`moe/task_split` say how the modalities share the experts (docs/multimodal.md).
+
+Routing is top-1; a token's weight is its right to a slot (priority "gate"), among the tokens of
+four pairs, as in the paper's batch-prioritised routing. moe.capacity_factor counts positions, of
+which a third is padding: 0.75 leaves room for 1.2 times the mean load.
+
+Papers: Mustafa et al. 2022, "Multimodal Contrastive Learning with LIMoE", arXiv 2206.02770 (one
+tower, entropy losses); Radford et al. 2021, arXiv 2103.00020 (CLIP: loss, temperature, prompts);
+Yang et al. 2022, "Unified Contrastive Learning", arXiv 2204.03610 (several captions are right);
+Riquelme et al. 2021, arXiv 2106.05974 (V-MoE: priority by weight).
 """
 
 from moejax.config import Config, choose, default, parse_arg, set_gate

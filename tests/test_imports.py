@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors"},
     **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "fields", "overrides"},
-    "tasks": LOWEST | CONFIG | {"data", "layers", "losses", "models"},
+    "tasks": LOWEST | CONFIG | {"data", "gating", "layers", "losses", "models"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},

@@ -129,7 +129,11 @@ class LIMoE(Stack):
         )
 
     def embed_texts(
-        self, text: Tokens, step: Int[Array, ""], gate_state: PyTree
+        self,
+        text: Tokens,
+        step: Int[Array, ""],
+        key: PRNGKeyArray | None,
+        gate_state: PyTree,
     ) -> Float[Array, "B Z"]:
         """Captions without images, in evaluation."""
         rows, length = text.id_BL.shape
@@ -140,6 +144,7 @@ class LIMoE(Stack):
             valid_BL=text.valid_BL,
             task_B=jnp.full(rows, TEXT, jnp.int32),
             step=step,
+            key=key,
         )
         x_BLD, _ = self.run_layers(text.x_BLD, context, gate_state, False, None)
         return unit(project(masked_mean(x_BLD, text.valid_BL), self.text_head_DZ[...]))

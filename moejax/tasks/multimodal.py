@@ -13,11 +13,11 @@ from moejax.config import Config
 from moejax.data.pairs import PairSource, encode, load_digits, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
+from moejax.gating import Replay
 from moejax.mesh import BATCH_AXES, ambient, axis_size
 from moejax.models.block import Watch
 from moejax.models.limoe import BYTES, LIMoE, LIMoEConfig, interleaved
 from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
-from moejax.types import NeedsData
 
 
 class Embeddings(NamedTuple):
@@ -32,8 +32,8 @@ def build(config: Config) -> tuple[Task, Source]:
     """The tower and the pairs.
 
     Raises:
-      UserError: sizes that do not fit the images or the captions, gradient accumulation, a gate
-        that needs data of another kind, scikit-learn missing.
+      UserError: sizes that do not fit the images or the captions, gradient accumulation, a
+        recorded routing, scikit-learn missing.
     """
     own, train = config.task, config.train
     if train.grad_accum > 1:
@@ -57,7 +57,7 @@ def build(config: Config) -> tuple[Task, Source]:
             )
     source = PairSource(digits, own.patch_size, own.caption_length, train.batch_size, train.seed)
     task = Multimodal.from_config(config, size)
-    if task.model.num_moe_layers and isinstance(task.model.gate, NeedsData):
+    if task.model.num_moe_layers and isinstance(task.model.gate, Replay):
         raise UserError(
             f"moe.gate.name={config.moe.gate.name} looks up routing by rows of text, and a pair is "
             "two sequences; use another gate"
@@ -155,7 +155,7 @@ class Multimodal(Task):
                 "text_to_image": retrieved(logits_BB.T, label_B, valid_B),
             }
         if self.prompts and not train:
-            class_XZ = self._classes(params, gate_state, step)
+            class_XZ = self._classes(params, gate_state, step, key)
             hits["accuracy"] = jnp.argmax(out.said.image_BZ @ class_XZ.T, axis=-1) == label_B
         hits = {name: hit_B.astype(jnp.int32) for name, hit_B in hits.items()}
         valid_BL = interleaved(*valid_tokens(batch, self.model))
@@ -167,7 +167,9 @@ class Multimodal(Task):
         loss_B = contrastive(similarities(said), batch["label"], batch["valid"])
         return jnp.broadcast_to(loss_B[:, None], (len(loss_B), 2 * self.model.length))
 
-    def _classes(self, params: PyTree, gate_state: PyTree, step: Array) -> Float[Array, "X Z"]:
+    def _classes(
+        self, params: PyTree, gate_state: PyTree, step: Array, key: Array
+    ) -> Float[Array, "X Z"]:
         """The prompts' embeddings; as many rows as mesh and groups ask for."""
         text, valid = encode(self.prompts, self.model.caption_length)
         shards = axis_size(ambient(), *BATCH_AXES)
@@ -175,7 +177,8 @@ class Multimodal(Task):
         rows = ((0, missing), (0, 0))
         model = self.built(params)
         tokens = model.texts(jnp.pad(jnp.asarray(text), rows), jnp.pad(jnp.asarray(valid), rows))
-        return model.embed_texts(tokens, step, gate_state)[: len(text)]
+        key = jax.random.fold_in(key, step)
+        return model.embed_texts(tokens, step, key, gate_state)[: len(text)]
 
 
 def valid_tokens(batch: Batch, model: LIMoEConfig) -> tuple[Array, Array]:

@@ -340,3 +340,8 @@ def test_a_mistake_is_one_line_with_the_field_and_the_way_out(change):
     assert "\n" not in message
     for part in REFUSED[change]:
         assert part in message
+
+
+def test_a_recorded_routing_is_refused():
+    with pytest.raises(UserError, match=r"moe.gate.name=replay .* two sequences"):
+        build(config_with(moe__gate__name="replay", moe__gate__path="a.npz"))

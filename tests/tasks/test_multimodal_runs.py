@@ -100,11 +100,11 @@ def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
 
 @pytest.mark.slow
 def test_it_names_the_digits_of_images_it_has_not_seen(tmp_path):
-    """Chance is 0.1; 150 steps of the default page reach 0.93 on two cores in two minutes."""
+    """Chance is 0.1; 200 steps of the default page reached 0.95 and 0.96 with two seeds."""
     ended = call([
-        "train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=150",
-        "--config.train.eval_every=150", "--config.train.checkpoint_every=150",
+        "train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=200",
+        "--config.train.eval_every=200", "--config.train.checkpoint_every=200",
         "--config.report.probe_rows=0",
     ])  # fmt: skip
     assert ended.status == 0
-    assert rows(tmp_path / "run", "eval")[-1]["accuracy"] >= 0.85
+    assert rows(tmp_path / "run", "eval")[-1]["accuracy"] >= 0.9
