@@ -30,7 +30,7 @@ SMALL = {
     "moe.d_ff": 4,
     "train.batch_size": 32,
     "train.steps": 60,
-    "train.log_every": 20,
+    "train.log_every": 10,
     "train.eval_every": 30,
     "train.checkpoint_every": 30,
     "train.eval_rows": 50,
