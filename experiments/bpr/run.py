@@ -1,6 +1,6 @@
 """Who keeps a slot when experts are full in evaluation: V-MoE's batch-prioritised routing.
 
-    python -m experiments.bpr.run --out runs/bpr.json [--seeds 6] [--steps 300] [--every 2]
+    python -m experiments.bpr.run --out runs/bpr.json [--seeds 6] [--steps 300] [--every 1]
 
 Trains vision transformers on the digits with slots for 1.05 times the mean load, first come, first
 served, and evaluates each with fewer slots and other priorities. Prints a table; the JSON has every
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--seeds", type=int, default=6, help="models to train (6)")
     parser.add_argument("--steps", type=int, default=300, help="updates of each (300)")
-    parser.add_argument("--every", type=int, default=2, help="layers per layer with experts (2)")
+    parser.add_argument("--every", type=int, default=1, help="layers per layer with experts (1)")
     args = parser.parse_args(argv)
     try:
         if args.seeds < 1:
