@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moejax.models.stack import REMAT
-from moejax.train.state import to_tree
+from moejax.models.trees import to_tree
 from moejax.types import Context
 from tests import lms, meshes
 from tests.lms import L, V, built, model_of, slow_unless
