@@ -94,6 +94,7 @@ def test_nothing_moves_where_everything_has_room():
     np.testing.assert_array_equal(got[1], weight)
 
 
+@pytest.mark.slow
 def test_a_layer_that_reroutes_drops_less_counts_it_and_is_the_same_on_a_mesh():
     choices = {"transport": "cells", "capacity_factor": 1.0}
     wanted = {

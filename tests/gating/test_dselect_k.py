@@ -96,6 +96,7 @@ def test_all_experts_are_visited_until_bits_decide_and_only_real_ones_then():
     assert active.min() >= 1 and active.max() <= 2
 
 
+@pytest.mark.slow
 def test_its_gradient_is_that_of_the_formula_through_every_transport():
     """Inactive pairs are not sent; their gradient is 0, as the formula has it."""
     x, grads = tokens(4, 8), {}

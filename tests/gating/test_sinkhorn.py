@@ -46,6 +46,7 @@ def test_the_worked_example():
     np.testing.assert_array_equal(np.argmax(plan, 1), [1, 0, 0, 1])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.floats(0.1, 30.0), st.integers(1, 50))
 def test_rows_are_exact_after_any_number_of_iterations(seed, scale, num_iters):

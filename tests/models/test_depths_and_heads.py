@@ -133,6 +133,7 @@ def same(got, wanted, tolerance):
         np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [

@@ -95,6 +95,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     return run(write_page(folder, text, VARIANTS + BROKEN), folder / "out")
 
 
+@pytest.mark.slow
 def test_what_can_run_has_run_and_what_failed_has_said_why(swept: Swept):
     assert (swept.status, swept.err) == (1, "")
     assert "[3/3] broken-seed0 failed with status 2" in swept.out
@@ -107,6 +108,7 @@ def test_what_can_run_has_run_and_what_failed_has_said_why(swept: Swept):
     assert "compiled, first step done" in (swept.workdir("top_2") / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_trials_run_has_the_config_of_its_id(swept: Swept):
     by_name = {trial.variant: trial for trial in expand(str(swept.page)).trials}
     index = json.loads((swept.folder / "sweep.json").read_text())
@@ -117,6 +119,7 @@ def test_a_trials_run_has_the_config_of_its_id(swept: Swept):
         assert swept.csv[variant]["id"] == by_name[variant].id
 
 
+@pytest.mark.slow
 def test_the_csv_holds_the_last_evaluation_and_the_means_of_the_run(swept: Swept):
     for variant, sparse in (("dense_ffn", False), ("top_2", True)):
         row, workdir = swept.csv[variant], swept.workdir(variant)
@@ -140,6 +143,7 @@ def test_the_csv_holds_the_last_evaluation_and_the_means_of_the_run(swept: Swept
         )
 
 
+@pytest.mark.slow
 def test_active_flops_are_those_of_the_pairs_that_were_counted(swept: Swept):
     """By hand: products outside the experts, plus one expert on each kept pair of the rows."""
     attention, head = LAYERS * (4 * 2 * D * D + 2 * 2 * L * D), 2 * D * V
@@ -167,6 +171,7 @@ def test_active_flops_are_those_of_the_pairs_that_were_counted(swept: Swept):
     assert float(row["eval_pairs_per_token"]) == 2
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_csv_holds(swept: Swept):
     # The last lines that begin with a variant's name.
     lines = {line.split()[0]: line.split() for line in swept.out.splitlines() if line}
@@ -185,6 +190,7 @@ def test_the_table_says_what_the_csv_holds(swept: Swept):
     assert "kFLOP" in swept.out and "held out" in swept.out
 
 
+@pytest.mark.slow
 def test_the_budget_is_said_before_the_first_trial(swept: Swept):
     before, _, _ = swept.out.partition("[1/3]")
     assert f"to run: 3 trials, {3 * SETTINGS['train.steps']} steps, " in before
@@ -193,6 +199,7 @@ def test_the_budget_is_said_before_the_first_trial(swept: Swept):
     assert "--filter='dense_ffn-seed*' first" in before, "there is no pilot"
 
 
+@pytest.mark.slow
 def test_the_summary_holds_the_csvs_numbers(swept: Swept):
     summary = json.loads((swept.folder / "summary.json").read_text())
     assert (summary["format"], summary["match"], summary["baseline"]) == (1, None, None)

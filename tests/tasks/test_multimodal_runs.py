@@ -34,6 +34,7 @@ def workdir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_losses_retrieval_and_sharing_and_gets_better(workdir):
     trained, held_out = rows(workdir, "train"), rows(workdir, "eval")
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
@@ -49,6 +50,7 @@ def test_a_run_logs_its_losses_retrieval_and_sharing_and_gets_better(workdir):
     assert saved["units"]["item"] == "pair" and "uniform" in saved["baselines"]
 
 
+@pytest.mark.slow
 def test_the_probe_has_both_modalities_of_every_row(workdir):
     probe = Probe.read(workdir)
     assert probe is not None and probe.steps == [0, 3, 6]
@@ -89,6 +91,7 @@ def test_accumulation_is_refused_before_anything_is_written(tmp_path):
     assert files(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
     """As another version of scikit-learn could bring; the task has no data.path to name."""
     other = tmp_path / "run"

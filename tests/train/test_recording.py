@@ -29,6 +29,7 @@ def recorded(tmp_path_factory):
     return folder, file, json.loads(ended.out)
 
 
+@pytest.mark.slow
 def test_the_file_holds_every_row_by_layer(recorded):
     _, file, row = recorded
     found = recording.load(str(file))
@@ -43,6 +44,7 @@ def test_the_file_holds_every_row_by_layer(recorded):
     assert found.eval.token.shape == (rows, length)
 
 
+@pytest.mark.slow
 def test_the_same_weights_under_their_own_routing_give_the_same_loss(recorded):
     folder, file, row = recorded
     ended = runs.call(
@@ -84,6 +86,7 @@ def test_a_run_trains_on_a_routing_that_never_moves(recorded):
     assert runs.rows(folder / "frozen", "eval")[-1]["moe/load"] == row["moe/load"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -104,6 +107,7 @@ def test_a_file_that_does_not_fit_is_one_line(recorded, changes, message, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_recording_that_cannot_be_written_is_refused_before_anything_is_evaluated(recorded):
     folder, _, _ = recorded
     workdir = f"--workdir={folder / 'run'}"
