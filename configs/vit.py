@@ -1,4 +1,4 @@
-"""A vision transformer whose every second feed-forward layer is a mixture of experts.
+"""A vision transformer whose feed-forward layers, or every second one, are mixtures of experts.
 
 An image is cut into patches; every patch is a token and is routed by the gate named in the
 argument. Nothing is predicted from what comes before it, so every gate and every priority may be
@@ -25,7 +25,7 @@ digits, of which 359, a fifth of every class, are held out. data.path names a fo
 with one folder of pictures per class, or with train/ and val/ (or test/) of such folders. All
 images are decoded before the first step and stay in memory, one byte per pixel and channel.
 
-Expect 97.5 to 98.9 % of the held-out digits right after the 2000 steps of the default, depending on
+Expect 98.3 to 98.9 % of the held-out digits right after the 2500 steps of the default, depending on
 the seed (support vectors: 98.6 %; one image is 0.3 %), in two minutes on two cores. Training images
 are shifted by up to a pixel (task.shift).
 
@@ -57,8 +57,12 @@ SIZES = {
         "task.shift": 1,
         "model.d_model": 64,
         "model.d_ff": 128,
+        "moe.every": 1,
         "moe.d_ff": 128,
-        "train.steps": 2000,
+        "optim.b2": 0.99,
+        "optim.final_fraction": 0.0,
+        "optim.weight_decay": 0.3,
+        "train.steps": 2500,
         "train.eval_every": 250,
         "train.checkpoint_every": 250,
         "optim.learning_rate": 2e-3,

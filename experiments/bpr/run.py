@@ -30,6 +30,9 @@ SETTINGS = {
     "moe.gate.renormalize": False,
     "task.shift": 0,
     "optim.warmup_steps": 30,
+    "optim.b2": 0.95,
+    "optim.final_fraction": 0.1,
+    "optim.weight_decay": 0.1,
     "report.probe_rows": 0,
 }
 CAPACITIES = (1.0, 0.5, 0.25)

@@ -17,8 +17,9 @@ class ImageBatches:
       images: the data.
       batch_size: images per global batch (B).
       seed: of the permutations and the shifts, in [0, 2**32).
-      shift: every image is moved by up to so many pixels, down or up and right or left, each amount
-        equally likely, drawn from (seed, step, place in the batch); what comes in is 0, black.
+      shift: every image is moved by up to so many pixels, down or up and right or left, small moves
+        more often than large ones (a difference of two uniform numbers), drawn from (seed, step,
+        place in the batch); what comes in is 0, black.
     """
 
     def __init__(self, images: Images, batch_size: int, seed: int, shift: int = 0):
@@ -46,7 +47,8 @@ class ImageBatches:
         pixels = self._images.train_NHWC[chosen]
         if self._shift:
             rng = np.random.default_rng([self._seed, SHIFTS, step])
-            pixels = shifted(pixels, rng.integers(-self._shift, self._shift + 1, (len(pixels), 2)))
+            there, back = rng.integers(0, self._shift + 1, (2, len(pixels), 2))
+            pixels = shifted(pixels, there - back)
         return {
             "image": self._images.normalise(pixels),
             "label": self._images.train_label_N[chosen],

@@ -178,12 +178,11 @@ def test_gates_that_look_at_the_whole_image_train(arguments):
 
 
 @pytest.mark.slow
-def test_the_page_reaches_97_percent(tmp_path):
+def test_the_page_reaches_98_percent(tmp_path):
     ended = call(["train", f"--config={ROOT}/configs/vit.py", f"--workdir={tmp_path / 'run'}"])
     assert ended.status == 0
     row = runs.rows(tmp_path / "run", "eval")[-1]
-    # 97.5 to 98.9 % by seed: docs/images.md; one of the 359 images is 0.3 %.
-    assert row["accuracy"] >= 0.97
+    assert row["accuracy"] >= 0.98  # what was asked of this page; docs/images.md has other seeds
 
 
 # What is refused.
