@@ -239,6 +239,7 @@ def test_the_number_of_collectives_does_not_grow_with_depth():
     assert counted(shallow) == counted(deep)
 
 
+@pytest.mark.slow
 def test_layers_that_are_laid_out_exchange_what_they_do_in_a_loop():
     """Four exchanges a layer of the same size, and no collective of another kind."""
     shape = tuple(meshes.LARGE.items())
@@ -253,6 +254,7 @@ def test_layers_that_are_laid_out_exchange_what_they_do_in_a_loop():
 # As on TPU and GPU.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transport",
     ["dropless", *(pytest.param(t, marks=pytest.mark.slow) for t in ("dropless_once", "gather"))],

@@ -71,7 +71,11 @@ CASES = [(meshes.LARGE, 3), ({"expert": 2}, 5), ({"expert": 8}, 2)]
 SLOW_CASES = [({"expert": 2}, 5), (TENSOR, 3)]
 
 
-@pytest.mark.parametrize(("shape", "columns"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "columns"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
+    ids=str,
+)
 def test_a_token_is_sent_once_to_each_shard_with_active_experts_of_it(shape, columns, monkeypatch):
     routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, columns, EXPERTS))
     tokens, pairs = visits(routing, shape)

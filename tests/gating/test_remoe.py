@@ -71,6 +71,7 @@ def test_only_active_experts_get_a_gradient_from_the_loss():
     np.testing.assert_array_equal(moved_E, (x[0, 0] @ params["router_DE"]) > 0)
 
 
+@pytest.mark.slow
 def test_lambda_is_what_a_controller_in_plain_python_makes_of_the_counts():
     """Over steps of the trainer, from the pairs it logged (cut ones too), layer by layer."""
     fields = {"k": 4, "max_active": 3, "lambda_init": 1e-3, "lambda_factor": 3.0}

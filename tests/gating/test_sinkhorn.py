@@ -92,6 +92,7 @@ def test_the_plan_routes_as_top_1_with_the_bias():
     np.testing.assert_allclose(jnp.mean(bias), 0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_small_epsilon_is_the_balanced_assignment():
     """The dual of the plan goes to that of the assignment, and so does its value."""
     score = normal(64, 4)

@@ -127,6 +127,7 @@ def test_values_out_of_range_are_refused(fields):
         gating.make("stablemoe", **fields).check(E, train=True)
 
 
+@pytest.mark.slow
 def test_the_trainer_leaves_the_distilled_router_bit_for_bit_alone_in_stage_2():
     """Momentum of stage 1 would move it on for a while, and Lion's sign of it for ever."""
     changes = {"moe__gate__stage_steps": 2, "optim__name": "lion", "model__num_layers": 1}

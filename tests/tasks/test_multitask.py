@@ -302,6 +302,7 @@ def sales(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_file_is_learned_from_the_command_line(sales, tmp_path):
     targets = "price,dear=price>=8"
     changes = {"data__path": sales, "task__targets": targets, "train__steps": 150}

@@ -59,6 +59,7 @@ def test_the_divergence_is_the_mean_symmetric_kl_over_valid_tokens():
     assert losses.symmetric_kl(p, q, jnp.zeros((2, 5), bool)) == 0
 
 
+@pytest.mark.slow
 def test_two_passes_are_averaged_and_compared():
     """Against the two passes one by one, and scipy's divergence of their logits."""
     run, state = made("thor", WEIGHT)

@@ -109,6 +109,7 @@ def test_an_instant_is_shared_among_what_computes_and_waiting_counts_only_alone(
     }
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace_and_a_table_that_adds_up(tmp_path, capsys):
     out = tmp_path / "profile"
     settings = ("train.batch_size=4", "train.seq_len=16", "mesh.expert=2")
