@@ -67,6 +67,8 @@ def program(name, mesh_name, train=True):
         total = jnp.sum(jnp.sin(2 * y)) + sum(jnp.sum(v) for v in info.losses.values())
         return total, (y, info)
 
+    # On the host: what was made under a mesh of some devices does not go with what was not.
+    params = jax.device_get(params)
     return jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True)), params
 
 
