@@ -273,19 +273,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trained, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arg", "share"),
+    ("arg", "steps", "share"),
     [
-        ("data=correlated", 0.98),
-        ("data=recommender", 0.98),
-        ("data=groups,gate=dselect_k,gate_input=constant", 0.05),
-        ("data=groups,sharing=omoe", 0.05),
-        ("data=groups,sharing=shared_bottom", 0.05),
+        ("data=correlated", 2000, 0.98),
+        ("data=recommender", 2000, 0.98),
+        ("data=groups,gate=dselect_k,gate_input=constant", 1000, 0.05),
+        ("data=groups,sharing=omoe", 1000, 0.05),
+        ("data=groups,sharing=shared_bottom", 1000, 0.05),
     ],
 )
-def test_every_kind_of_table_is_learned_better_than_by_a_linear_model(tmp_path, arg, share):
+def test_every_kind_of_table_is_learned_better_than_by_a_linear_model(tmp_path, arg, steps, share):
     """To a ``share`` of its loss. Groups can be told almost exactly, and not by a linear model."""
     ended = call([
-        "train", f"--config={PAGE}:{arg}", f"--workdir={tmp_path}/run", "--config.train.steps=1000",
+        "train", f"--config={PAGE}:{arg}", f"--workdir={tmp_path}/run",
+        f"--config.train.steps={steps}",
     ])  # fmt: skip
     assert ended.status == 0, ended.err
     linear = float(ended.out.split("linear        ")[1].split()[0])
