@@ -140,9 +140,13 @@ def steps_of(shape, page=PAGE, steps=3, **changes):
     return loss, held_out, counts, sum(int(t.items) for t in totals)
 
 
+IN_FOURS = {"moe__priority": "gate", "moe__group": "4"}
+"""Eight groups in a batch of 32: one for each of eight devices."""
+
+
 @pytest.fixture(scope="module")
 def alone():
-    return steps_of({"data": 1}, moe__priority="gate")
+    return steps_of({"data": 1}, **IN_FOURS)
 
 
 @pytest.mark.slow
@@ -158,7 +162,7 @@ def alone():
     ids=meshes.name,
 )
 def test_every_mesh_trains_the_same(shape, alone):
-    loss, held_out, counts, items = steps_of(shape, moe__priority="gate")
+    loss, held_out, counts, items = steps_of(shape, **IN_FOURS)
     # float32 sums in another order, over three steps.
     np.testing.assert_allclose(loss, alone[0], atol=1e-5)
     np.testing.assert_allclose(held_out, alone[1], atol=1e-5)
