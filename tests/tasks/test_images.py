@@ -3,6 +3,7 @@ cannot read."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -140,7 +141,7 @@ def steps_of(shape, page=PAGE, steps=3, **changes):
     return loss, held_out, counts, sum(int(t.items) for t in totals)
 
 
-IN_FOURS = {"moe__priority": "gate", "moe__group": "4"}
+IN_FOURS: dict[str, Any] = {"moe__priority": "gate", "moe__group": "4"}
 """Eight groups in a batch of 32: one for each of eight devices."""
 
 
