@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Int32
 
+from moejax.data.image_batches import ImageBatches, image_eval_batches
+from moejax.data.images import Images
 from moejax.data.source import Batch
 from moejax.errors import UserError
 
@@ -26,52 +28,8 @@ TEMPLATES = (
 MODALITIES = ("image", "text")
 """The tasks of the routing, in this order."""
 BYTES = 256
-SPLIT_SEED = 0
-"""Which images are held out is the same in all runs: their accuracies are compared."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Digits:
-    """Both sides of scikit-learn's digits, normalised by the training pixels' moments."""
-
-    train_NHWC: Float32[np.ndarray, "N H W C"]
-    train_label_N: Int32[np.ndarray, " N"]
-    heldout_NHWC: Float32[np.ndarray, "M H W C"]
-    heldout_label_N: Int32[np.ndarray, " M"]
-
-
-def load_digits(eval_fraction: float) -> Digits:
-    """1797 images of 8 x 8 pixels, grey; of each class at least ``eval_fraction`` is held out.
-
-    Raises:
-      UserError: scikit-learn is missing, or a side would have no image of some class.
-    """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise UserError(
-            "task multimodal: the digits come with scikit-learn, which is not installed; pip "
-            "install 'moejax[vision]'"
-        ) from error
-    found: Any = datasets.load_digits()
-    rng, held_out = np.random.default_rng(SPLIT_SEED), []
-    for label in range(len(CLASSES)):
-        own = rng.permutation(np.flatnonzero(found.target == label))
-        count = math.ceil(eval_fraction * len(own))
-        if count >= len(own):
-            raise UserError(
-                f"data.eval_fraction={eval_fraction} leaves no {CLASSES[label]!r} to train on; "
-                "use a smaller one, such as 0.2"
-            )
-        held_out.append(own[:count])
-    is_held_out = np.zeros(len(found.target), bool)
-    is_held_out[np.concatenate(held_out)] = True
-    pixels, label = found.images.astype(np.float64)[..., None], found.target.astype(np.int32)
-    train = pixels[~is_held_out]
-    pixels = ((pixels - train.mean()) / train.std()).astype(np.float32)
-    return Digits(
-        pixels[~is_held_out], label[~is_held_out], pixels[is_held_out], label[is_held_out]
-    )
+CAPTIONS = 1
+"""Keeps the draws of captions apart from others with the same seed."""
 
 
 def encode(
@@ -102,7 +60,7 @@ def prompts() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairSource:
-    """Images with captions; which caption of its class an image gets is drawn anew at each step.
+    """Images of digits with captions; which one of its class an image gets is drawn at each step.
 
     A batch: ``image`` float32[B, H, W, 1], ``text`` int32[B, T] (bytes), ``text_valid`` bool[B, T],
     ``label`` int32[B], ``valid`` bool[B], ``row`` int32[B].
@@ -111,7 +69,7 @@ class PairSource:
     the image, whose ids follow those of bytes, then the caption, each padded to L.
     """
 
-    digits: Digits
+    images: Images
     patch_size: int
     caption_length: int
     batch_size: int
@@ -123,18 +81,12 @@ class PairSource:
 
     @property
     def fingerprint(self) -> str:
-        return self._digest
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256(repr((CLASSES, TEMPLATES)).encode())
-        for array in dataclasses.astuple(self.digits):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        said = (self.images.fingerprint, CLASSES, TEMPLATES)
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
     @property
     def image_size(self) -> int:
-        return self.digits.train_NHWC.shape[1]
+        return self.images.train_NHWC.shape[1]
 
     @property
     def patches(self) -> int:
@@ -152,7 +104,7 @@ class PairSource:
         return encode(every, self.caption_length)
 
     def size(self) -> tuple[int, int]:
-        return len(self.digits.train_label_N), len(self.digits.heldout_label_N)
+        return len(self.images.train_label_N), len(self.images.heldout_label_N)
 
     def shapes(self, rows: int) -> Batch:
         size = self.image_size
@@ -165,35 +117,19 @@ class PairSource:
             "row": np.zeros(rows, np.int32),
         }
 
+    @functools.cached_property
+    def _train(self) -> ImageBatches:
+        return ImageBatches(self.images, self.batch_size, self.seed)
+
     def train_batch(self, step: int) -> Batch:
-        """Batch b is pairs b*B .. (b+1)*B of the epochs laid end to end, each a permutation."""
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        images = len(self.digits.train_label_N)
-        position_B = step * self.batch_size + np.arange(self.batch_size)
-        chosen_B = np.array([self._order(int(p) // images)[p % images] for p in position_B])
-        rng = np.random.default_rng((self.seed, 1, step))
+        rng = np.random.default_rng([self.seed, CAPTIONS, step])
         template_B = rng.integers(len(TEMPLATES), size=self.batch_size)
-        image, label = self.digits.train_NHWC[chosen_B], self.digits.train_label_N[chosen_B]
-        row_B = (position_B % (1 << 31)).astype(np.int32)
-        return self._batch(image, label, template_B, row_B)
+        return self._captioned(self._train.batch(step), template_B)
 
     def eval_batches(self, batch_size: int, rows: int) -> list[Batch]:
         """Row j has template j modulo their number."""
-        available = len(self.digits.heldout_label_N)
-        count = min(rows, available)
-        chosen = np.arange(count) * available // count
-        batches = []
-        for begin in range(0, count, batch_size):
-            own = chosen[begin : begin + batch_size]
-            row_B = np.arange(begin, begin + batch_size, dtype=np.int32)
-            image, label = self.digits.heldout_NHWC[own], self.digits.heldout_label_N[own]
-            real = self._batch(image, label, row_B[: len(own)] % len(TEMPLATES), row_B[: len(own)])
-            batch = self.shapes(batch_size)
-            for name, x in real.items():
-                batch[name][: len(own)] = x
-            batches.append({**batch, "row": row_B})
-        return batches
+        batches = image_eval_batches(self.images, batch_size, rows)
+        return [self._captioned(batch, batch["row"] % len(TEMPLATES)) for batch in batches]
 
     def baselines(self) -> dict[str, float]:
         """The loss of equal similarities."""
@@ -207,7 +143,7 @@ class PairSource:
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """Expected over the draw of captions, times their number so that they are whole."""
-        label_N = self.digits.train_label_N
+        label_N = self.images.train_label_N
         text_XT, valid_XT = self._captions
         images_X = np.repeat(np.bincount(label_N, minlength=len(CLASSES)), len(TEMPLATES))
         counts = np.zeros(vocab_size, np.int64)
@@ -244,27 +180,12 @@ class PairSource:
             "label_names": MODALITIES,
         }
 
-    def _batch(
-        self, image: np.ndarray, label_B: np.ndarray, template_B: np.ndarray, row_B: np.ndarray
-    ) -> Batch:
+    def _captioned(self, batch: Batch, template_B: np.ndarray) -> Batch:
+        """A batch of images with captions; none where there is no image."""
         text_XT, valid_XT = self._captions
-        caption_B = label_B * len(TEMPLATES) + template_B
+        caption_B, real_B1 = batch["label"] * len(TEMPLATES) + template_B, batch["valid"][:, None]
         return {
-            "image": image,
-            "text": text_XT[caption_B],
-            "text_valid": valid_XT[caption_B],
-            "label": label_B,
-            "valid": np.ones(len(label_B), bool),
-            "row": row_B,
+            **batch,
+            "text": np.where(real_B1, text_XT[caption_B], 0),
+            "text_valid": valid_XT[caption_B] & real_B1,
         }
-
-    @functools.cached_property
-    def _order(self) -> Any:
-        """The permutation of an epoch; the latest two are kept."""
-        images = len(self.digits.train_label_N)
-
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((self.seed, 0, epoch)).permutation(images)
-
-        return order

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moejax.config import Config
-from moejax.data.pairs import PairSource, encode, load_digits, prompts
+from moejax.data.images import load_images
+from moejax.data.pairs import PairSource, encode, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.gating import Replay
@@ -41,8 +42,8 @@ def build(config: Config) -> tuple[Task, Source]:
             f"train.grad_accum={train.grad_accum} would contrast a micro-batch with itself "
             "only; task multimodal needs the whole batch at once: use train.grad_accum=1"
         )
-    digits = load_digits(config.data.eval_fraction)
-    size = digits.train_NHWC.shape[1]
+    images = load_images(eval_fraction=config.data.eval_fraction)
+    size = images.train_NHWC.shape[1]
     if size % own.patch_size:
         fitting = [str(n) for n in range(1, size + 1) if size % n == 0]
         raise UserError(
@@ -55,7 +56,7 @@ def build(config: Config) -> tuple[Task, Source]:
                 f"task.{name}={own[name]:g} is more than moe.num_experts="
                 f"{config.moe.num_experts}; use at most that"
             )
-    source = PairSource(digits, own.patch_size, own.caption_length, train.batch_size, train.seed)
+    source = PairSource(images, own.patch_size, own.caption_length, train.batch_size, train.seed)
     task = Multimodal.from_config(config, size)
     if task.model.num_moe_layers and isinstance(task.model.gate, Replay):
         raise UserError(

@@ -1,17 +1,16 @@
 """Digits with captions: what batches hold, and that they are a function of the step."""
 
-import builtins
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moejax.data import pairs
-from moejax.data.pairs import BYTES, CLASSES, TEMPLATES, PairSource, load_digits
+from moejax.data.images import load_images
+from moejax.data.pairs import BYTES, CLASSES, TEMPLATES, PairSource
 from moejax.errors import UserError
 
 B = 16
-DIGITS = load_digits(0.2)
+DIGITS = load_images()
 
 
 def source(seed=0, batch_size=B, caption_length=26, patch_size=2) -> PairSource:
@@ -31,26 +30,12 @@ def test_every_caption_names_the_digit_of_its_image():
 
     raw: Any = datasets.load_digits()
     label_of = {image.tobytes(): label for image, label in zip(raw.images, raw.target, strict=True)}
-    low, high = DIGITS.train_NHWC.min(), DIGITS.train_NHWC.max()
     for batch in (source().train_batch(3), *source().eval_batches(B, 40)[:2]):
-        pixels = np.round(16 * (batch["image"][..., 0] - low) / (high - low)).astype(np.float64)
+        scaled = batch["image"][..., 0] * DIGITS.std_C + DIGITS.mean_C
+        pixels = np.round(16 * scaled).astype(np.float64)
         for image, label, caption in zip(pixels, batch["label"], captions(batch), strict=True):
             assert label_of[image.tobytes()] == label
             assert caption in {template.format(CLASSES[label]) for template in TEMPLATES}
-
-
-def test_a_fifth_of_every_class_is_held_out_and_no_image_is_on_both_sides():
-    train, held_out = DIGITS.train_label_N, DIGITS.heldout_label_N
-    share = np.bincount(held_out) / (np.bincount(held_out) + np.bincount(train))
-    assert len(train) + len(held_out) == 1797 and (share >= 0.2).all() and (share < 0.21).all()
-    sides = [{x.tobytes() for x in side} for side in (DIGITS.train_NHWC, DIGITS.heldout_NHWC)]
-    assert not sides[0] & sides[1]
-    # float32 sums of 91000 pixels
-    np.testing.assert_allclose(
-        [DIGITS.train_NHWC.mean(dtype=np.float64), DIGITS.train_NHWC.std(dtype=np.float64)],
-        [0, 1],
-        atol=1e-6,
-    )
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -117,21 +102,6 @@ def test_token_counts_are_those_of_all_captions_of_all_images():
     assert (counts[BYTES:] == len(TEMPLATES) * len(DIGITS.train_label_N)).all()
 
 
-def test_captions_that_do_not_fit_and_sides_without_images_are_refused_in_a_line():
+def test_a_caption_that_does_not_fit_is_refused_in_a_line():
     with pytest.raises(UserError, match="task.caption_length=25.*'a photo of the digit .*26"):
         source(caption_length=25).train_batch(0)
-    with pytest.raises(UserError, match="data.eval_fraction=0.999"):
-        load_digits(0.999)
-
-
-def test_without_scikit_learn_the_extra_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=r"pip install 'moejax\[vision\]'"):
-        pairs.load_digits(0.2)

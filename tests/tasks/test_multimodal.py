@@ -325,7 +325,6 @@ REFUSED = {
     "task__text_experts=0.5": ["task.text_experts=0.5", ">= 1"],
     "task__embed_dim=0": ["task.embed_dim=0", ">= 1"],
     "moe__losses__global_entropy_1=-1": ["moe.losses.global_entropy_1=-1.0", ">= 0"],
-    "data__eval_fraction=0.999": ["data.eval_fraction=0.999", "0.2"],
 }
 
 
