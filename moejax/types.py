@@ -1,4 +1,4 @@
-"""The types every part of moejax shares. Imports jax and ``choices`` only.
+"""The types every part of moejax shares. Imports jax, ``choices`` and ``context`` only.
 
 Axis legend. Letters after the last ``_`` of a name are its axes; lower case is this device's share.
 
@@ -16,7 +16,7 @@ Router mathematics (logits, probabilities, weights, statistics, gate state) is f
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from moejax.choices import MoEConfig as MoEConfig
 from moejax.choices import Priority as Priority
 from moejax.choices import Transport as Transport
 from moejax.choices import Visibility as Visibility
+from moejax.context import Context as Context
+from moejax.context import GateContext as GateContext
 
 GateParams = PyTree
 """Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""
@@ -130,79 +132,6 @@ class GateOutput:
     mixing: Slots | Merge | None = None
     """Of gates that mix tokens or experts instead of sending tokens. ``routing`` is then told, not
     followed: column e is expert e, with its share in the token's output as weight."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a model knows about its tokens besides their activations, sequence by sequence.
-
-    ``row_B`` are global ids of the sequences: noise is keyed by them, so a sequence draws the same
-    noise wherever it lies. ``key`` may be None when nothing random is asked for.
-    """
-
-    token_BL: Int[Array, "B L"]
-    position_BL: Int[Array, "B L"]
-    segment_BL: Int[Array, "B L"]
-    valid_BL: Bool[Array, "B L"]
-    row_B: Int[Array, "B"]
-    task_B: Int[Array, "B"]
-    step: Int[Array, ""]
-    key: PRNGKeyArray | None
-
-    @classmethod
-    def of(cls, batch: int, length: int, **known: Any) -> "Context":
-        """A context of ``batch`` sequences; what is not ``known`` is taken as all valid, all 0."""
-        zero_BL = jnp.zeros((batch, length), jnp.int32)
-        default: dict[str, Any] = {
-            "token_BL": zero_BL,
-            "position_BL": jnp.broadcast_to(jnp.arange(length), (batch, length)),
-            "segment_BL": zero_BL,
-            "valid_BL": jnp.ones((batch, length), bool),
-            "row_B": jnp.arange(batch),
-            "task_B": jnp.zeros(batch, jnp.int32),
-            "step": jnp.int32(0),
-            "key": None,
-        }
-        return cls(**{**default, **known})
-
-    def grouped(self, rows: int, train: bool) -> "GateContext":
-        """The same, in routing groups of ``rows`` sequences."""
-
-        def tokens(x_BL: Array) -> Array:
-            return x_BL.reshape(-1, rows * x_BL.shape[1])
-
-        return GateContext(
-            token_GT=tokens(self.token_BL),
-            position_GT=tokens(self.position_BL),
-            segment_GT=tokens(self.segment_BL),
-            valid_GT=tokens(self.valid_BL),
-            row_GR=self.row_B.reshape(-1, rows),
-            task_GR=self.task_B.reshape(-1, rows),
-            step=self.step,
-            key=self.key,
-            train=train,
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GateContext:
-    """Everything but the activations that a gate may look at, in routing groups.
-
-    ``key`` already depends on (seed, step, layer); gates fold in ``row_GR``, the global ids of the
-    sequences in each group, so that noise never depends on the device that draws it.
-    """
-
-    token_GT: Int[Array, "G T"]
-    position_GT: Int[Array, "G T"]
-    segment_GT: Int[Array, "G T"]
-    valid_GT: Bool[Array, "G T"]
-    row_GR: Int[Array, "G R"]
-    task_GR: Int[Array, "G R"]
-    step: Int[Array, ""]
-    key: PRNGKeyArray | None
-    train: bool = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ CONFIG = {
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "choices": set(),
-    "types": {"choices"},
+    "context": set(),
+    "types": {"choices", "context"},
     "mesh": {"errors"},
     "kernels": {"errors"},
     "losses": {"types"},

@@ -132,23 +132,7 @@ class MoE(nnx.Module):
             self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
         self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
         self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
-        self.shared = FFN(d_model, num_shared * d_ff, activation, rngs=rngs) if num_shared else None
-        if shared_gate and not num_shared:
-            raise ValueError("shared_gate=True weighs shared experts; set num_shared, or False")
-        self.shared_gate = shared_gate
-        if shared_gate:
-            self.shared_gate_D = nnx.Param(nnx.initializers.zeros(rngs.params(), (d_model,)))
-        if residual and (shared_gate or not num_shared):
-            raise ValueError(
-                "residual=True weighs routed against shared experts: it needs num_shared > 0 and "
-                "shared_gate=False"
-            )
-        self.residual = residual
-        if residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
-            limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
-            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), **limits)
-            self.residual_DN = nnx.Param(drawn[:-1])
-            self.residual_bias_N = nnx.Param(drawn[-1])
+        self._build_shared(d_model, num_shared * d_ff, shared_gate, residual, rngs)
 
     def __call__(
         self,
@@ -198,6 +182,28 @@ class MoE(nnx.Module):
             )
             info = info._replace(routing=sent.routing)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
+
+    def _build_shared(
+        self, d_model: int, d_ff: int, shared_gate: bool, residual: bool, rngs: nnx.Rngs
+    ) -> None:
+        """The shared experts, one FFN of width ``d_ff`` (0: none), and what weighs them."""
+        self.shared = FFN(d_model, d_ff, self.activation, rngs=rngs) if d_ff else None
+        if shared_gate and not d_ff:
+            raise ValueError("shared_gate=True weighs shared experts; set num_shared, or False")
+        self.shared_gate = shared_gate
+        if shared_gate:
+            self.shared_gate_D = nnx.Param(nnx.initializers.zeros(rngs.params(), (d_model,)))
+        if residual and (shared_gate or not d_ff):
+            raise ValueError(
+                "residual=True weighs routed against shared experts: it needs num_shared > 0 and "
+                "shared_gate=False"
+            )
+        self.residual = residual
+        if residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
+            limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
+            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), **limits)
+            self.residual_DN = nnx.Param(drawn[:-1])
+            self.residual_bias_N = nnx.Param(drawn[-1])
 
     def init_gate_state(
         self, layer: int | Array = 0, token_counts: Callable[[], np.ndarray] | None = None
