@@ -9,10 +9,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_SLOW := $(VENV)/.ready-slow
 # The TPU compiler, for ahead-of-time tests only: beside the environment, because wherever JAX can
-# import it, it looks for TPUs at every start.
+# import it, it looks for TPUs at every start. One process at a time may load it, and in a process
+# that has, JAX's profiler dies: so those tests run in a process of their own.
 TPU_COMPILER := $(VENV)/tpu-compiler
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-input --disable-pip-version-check \
 	--constraint constraints.txt
+
+# A worker that dies ends the suite: xdist may wait without end for the one that replaces it.
+PARALLEL := -n $(JOBS) --dist loadfile --max-worker-restart=0
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -40,7 +44,7 @@ train: $(READY)  ## train the default language model in runs/default (options: A
 	$(BIN)/moejax train --config=configs/lm.py --workdir=runs/default $(ARGS)
 
 test: $(READY)  ## run the CPU tests, on 8 virtual devices
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 exam: $(READY)  ## examine a gate from elsewhere: GATE="module:Gate field=value" (docs/add-a-gate.md)
 	MOEJAX_EXAM="$(GATE)" $(BIN)/python -m pytest -m "not slow" -q \
@@ -48,7 +52,8 @@ exam: $(READY)  ## examine a gate from elsewhere: GATE="module:Gate field=value"
 	  -k "not capacity_shows and not overflow and not balanced_batch and not dropless_evaluation" $(ARGS)
 
 test-slow: $(READY_SLOW)  ## run the slow suites (installs PyTorch, transformers and the TPU compiler first)
-	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not tpu" $(PARALLEL) $(ARGS)
+	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m "slow and tpu" $(ARGS)
 
 test-packages:  ## install what the slow suites use from Debian: SLURM and Chromium (as root)
 	apt-get update -qq

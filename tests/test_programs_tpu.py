@@ -10,7 +10,7 @@ from moejax.models import stack
 from tests import steps
 from tests.hlo import collectives
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.tpu]
 
 
 @pytest.fixture(scope="module")

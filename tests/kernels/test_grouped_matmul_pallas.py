@@ -70,6 +70,7 @@ def test_tpu_tiles_fit_the_vector_memory(dtype, num_rows, width, out_width):
 
 
 @pytest.mark.slow
+@pytest.mark.tpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_the_tpu_forms_compile_for_v5e(dtype):
     """megablox under check_vma=False, the ragged exchange under check_vma=True."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.probe import Probe
-from tests.train.runs import ROOT, Ended, call, files, refused, rows
+from tests.train.runs import ROOT, Ended, call, call_as_a_user, files, refused, rows
 from tests.train.sharing import sharing
 
 PAGE = f"{ROOT}/configs/multimodal.py"
@@ -104,7 +104,7 @@ def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
 @pytest.mark.slow
 def test_it_names_the_digits_of_images_it_has_not_seen(tmp_path):
     """Chance is 0.1; 200 steps of the default page reached 0.95 and 0.96 with two seeds."""
-    ended = call([
+    ended = call_as_a_user([
         "train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=200",
         "--config.train.eval_every=200", "--config.train.checkpoint_every=200",
         "--config.report.probe_rows=0",

@@ -19,7 +19,7 @@ from moejax.tasks.multitask import MultiTaskLearning, binned_area
 from moejax.train import setup
 from moejax.train.rows import eval_row
 from tests import meshes
-from tests.train.runs import ROOT, call, files, refused, rows
+from tests.train.runs import ROOT, call, call_as_a_user, files, refused, rows
 
 PAGE = f"{ROOT}/configs/multitask.py"
 SMALL = {
@@ -284,7 +284,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trained, tmp_path)
 )
 def test_every_kind_of_table_is_learned_better_than_by_a_linear_model(tmp_path, arg, steps, share):
     """To a ``share`` of its loss. Groups can be told almost exactly, and not by a linear model."""
-    ended = call([
+    ended = call_as_a_user([
         "train", f"--config={PAGE}:{arg}", f"--workdir={tmp_path}/run",
         f"--config.train.steps={steps}",
     ])  # fmt: skip
