@@ -12,7 +12,7 @@ from moejax import gating
 from moejax.config import Loaded, default, flatten, moe_config, set_gate, table_of
 from moejax.field import Field
 from moejax.fields import SECTIONS
-from moejax.types import Context, Gate, GateSpec, Visibility
+from moejax.types import Context, Gate, GateSpec, Mixes, Visibility
 
 LEGEND = "* set on the command line    ~ set by the config page    (others: defaults)"
 
@@ -108,8 +108,12 @@ def gates_table() -> str:
 
 COLUMNS = ("in training", "in evaluation", "experts", "router", "paper (arXiv)")
 
+MIXED = {"slots": "all, by slots", "weights": "all, merged"}
+"""Experts of a gate that mixes: no token is sent to one."""
+
 COST = (
-    "experts = visited per token; router = FLOPs of its matrix products per token in training,\n"
+    "experts = visited per token (by slots: each gets mixtures of the tokens; merged: one mixture\n"
+    "of the experts is visited); router = FLOPs of its matrix products per token in training,\n"
     f"with d_model={REFERENCE.d_model}, {REFERENCE.num_experts} experts and sequences of "
     f"{REFERENCE_TOKENS} tokens."
 )
@@ -120,13 +124,20 @@ def gate_row(name: str) -> tuple[str, ...]:
     config = default()
     set_gate(config, name)
     gate = gating.make(name)
-    few, more = gate.columns(8), gate.columns(16)
     return (
         *phases(gate.visibility(moe_config(config))),
-        str(few) if few == more else "up to all",
+        visited(gate),
         router_cost(gate),
         ", ".join(papers(name)),
     )
+
+
+def visited(gate: Gate) -> str:
+    """How many experts a token visits, in words."""
+    if isinstance(gate, Mixes):
+        return MIXED[gate.mixes]
+    few, more = gate.columns(8), gate.columns(16)
+    return str(few) if few == more else "up to all"
 
 
 def router_cost(gate: Gate) -> str:
