@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moejax.analysis.compared import up_to_date
 from moejax.analysis.run import RunData
 from moejax.errors import UserError
-from moejax.sweep.definition import Trial
+from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.folder import INDEX
-from moejax.sweep.results import Result, read_trial
+from moejax.sweep.results import Result, read_diverged, read_trial
 from moejax.train.loop import OUTPUT
 
 TAIL = 15
@@ -30,6 +32,10 @@ class TrialData:
     """The last lines of what it said."""
 
     @property
+    def defined(self) -> Trial:
+        return Trial(self.variant, self.seed, tuple(self.overrides), self.config)
+
+    @property
     def finished(self) -> bool:
         return self.run is not None and self.run.finished
 
@@ -46,14 +52,16 @@ class TrialData:
 class SweepData:
     """A sweep's folder: ``results`` in numbers, a finished trial each.
 
-    ``summary`` is summary.json (docs/sweeps.md), None if there is none.
+    ``summary`` is that of summary.json (docs/sweeps.md), or made anew of ``results`` if there is
+    none or it has other trials; ``stale`` then says which, in a sentence.
     """
 
     name: str
     folder: Path
     experiment: str
     trials: list[TrialData]
-    summary: dict[str, Any] | None
+    summary: dict[str, Any]
+    stale: str
     results: list[Result]
     problems: list[str]
 
@@ -73,13 +81,19 @@ class SweepData:
             raise UserError(f"{path} cannot be read: is {folder} the folder of a sweep?") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} was not written by `moejax sweep`; restore it") from error
+        if not trials:
+            raise UserError(f"{path} has no trials: `moejax sweep` did not write it; restore it")
+        sweep = Sweep(str(index.get("experiment", "?")), tuple(trial.defined for trial in trials))
+        results, diverged = _results(folder, trials, problems), _diverged(folder, sweep, trials)
+        summary, stale = up_to_date(folder, sweep, results, diverged, problems)
         return cls(
             name=folder.resolve().name,
             folder=folder,
-            experiment=str(index.get("experiment", "?")),
+            experiment=sweep.source,
             trials=trials,
-            summary=_summary(folder / "summary.json", problems),
-            results=_results(folder, trials, problems),
+            summary=summary,
+            stale=stale,
+            results=results,
             problems=problems,
         )
 
@@ -115,32 +129,25 @@ def _trial(folder: Path, entry: dict[str, Any], problems: list[str]) -> TrialDat
     )
 
 
-def _summary(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """summary.json, if this version can read it."""
-    if not path.exists():
-        problems.append(
-            "There is no summary.json, which `moejax sweep` writes when it has run: nothing is "
-            "compared with a baseline."
-        )
-        return None
-    try:
-        summary = json.loads(path.read_text())
-    except ValueError as error:
-        problems.append(f"summary.json is not valid JSON ({error}).")
-        return None
-    if not isinstance(summary, dict) or summary.get("format") != 1:
-        problems.append("summary.json is of another version of moejax.")
-        return None
-    return summary
+def _diverged(folder: Path, sweep: Sweep, trials: Iterable[TrialData]) -> set[tuple[str, int]]:
+    """Variant and seed of trials that ended at a value that was not finite."""
+    found = set()
+    for trial in trials:
+        if not trial.finished:
+            alone = dataclasses.replace(sweep, trials=(trial.defined,))
+            try:
+                found |= read_diverged(folder, alone)
+            except UserError:
+                pass  # a damaged file, which is among the problems of the sweep or of its run
+    return found
 
 
-def _results(folder: Path, trials: list[TrialData], problems: list[str]) -> list[Result]:
+def _results(folder: Path, trials: Iterable[TrialData], problems: list[str]) -> list[Result]:
     found = []
     for trial in trials:
         if trial.finished:
-            about = Trial(trial.variant, trial.seed, tuple(trial.overrides), trial.config)
             try:
-                found.append(read_trial(folder, about))
+                found.append(read_trial(folder, trial.defined))
             except (UserError, OSError) as error:
                 problems.append(f"{trial.name} is not in the comparison: {error}.")
             except KeyError as error:

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from moejax.analysis import report
+from moejax.analysis.page import Warning
 from moejax.analysis.pages import comparison, sweep_curves, sweep_load, sweep_overview
 from moejax.analysis.sweep import SweepData
 from moejax.errors import UserError
@@ -98,22 +99,104 @@ def test_leaks_and_missed_matches_are_marked_in_table_and_figure(tmp_path: Path)
     assert "it leaks" in said and "do not leak: top_2, 2.0210" in said
 
 
+NONE = {
+    "mean": None, "half_width": None, "cost": None, "cost_ratio": None, "seeds": [], "trials": [],
+    "difference": None, "verdict": "no finished seed: no verdict",
+}  # fmt: skip
+
+
+def diverge(folder: Path, trial: str) -> None:
+    """Makes a trial one that diverged at once."""
+    workdir = folder / "trials" / trial
+    workdirs.lines(workdir / "metrics.jsonl", [workdirs.row(10)])
+    (workdir / "log.txt").write_text("# moejax train\nmoejax: diverged at step 17: lower it\n")
+
+
 def test_diverged_trials_and_variants_without_numbers_are_in_the_table(tmp_path: Path):
-    none = {"mean": None, "half_width": None, "cost": None, "cost_ratio": None, "seeds": []}
-    sweep = compared(tmp_path, **none, trials=[], diverged=[0, 1], difference=None, verdict="")
+    switch = sweeps.outcome("switch", 2.0) | NONE | {"diverged": [0, 1]}
+    found = sweeps.summary(switch, sweeps.outcome("top_2", 2.021))
+    folder = sweeps.write(tmp_path / "sweep", summary=found)
+    for seed in (0, 1):
+        diverge(folder, f"switch-seed{seed}")
+    sweep = read(folder)
     row = blocks.table(comparison.page(sweep), "variant").rows[0]
     assert row[1] == "0/2 diverged" and row[2] == "-"
-    assert report.of_sweep(sweep)
+    assert not sweep.stale and report.of_sweep(sweep)
 
 
-@pytest.mark.parametrize("content", ["{", '{"format": 2}', "[]"])
+def test_trials_that_finished_after_summary_json_was_written_are_compared(tmp_path: Path):
+    """As after a pilot of the baseline alone."""
+    found = sweeps.summary(sweeps.outcome("switch", 2.0) | NONE, sweeps.outcome("top_2", 1.0))
+    sweep = read(sweeps.write(tmp_path / "sweep", seeds=(0, 1), summary=found))
+    own, other = ([r.loss for r in sweep.results if r.variant == v] for v in ("switch", "top_2"))
+    table = blocks.table(comparison.page(sweep), "variant")
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    mean, half = np.mean(own) - np.mean(other), stats.ttest_rel(own, other).confidence_interval()
+    assert rows[0]["seeds"] == "2/2" and rows[0]["difference"] == (
+        f"{mean:.4f} ± {(half.high - half.low) / 2:.4f}"
+    )
+    assert rows[0]["loss, nats/byte"].startswith(f"{np.mean(own):.4f} ± ")
+    best = min(("switch", own), ("top_2", other), key=lambda named: np.mean(named[1]))
+    page = sweep_overview.page(sweep)
+    said = blocks.said(page)
+    assert f"lowest held-out loss has {best[0]}, {np.mean(best[1]):.4f}" in said
+    assert "Against the baseline top_2: switch: " in said
+    first = page.blocks[0]
+    assert isinstance(first, Warning) and first == comparison.page(sweep).blocks[0]
+    assert "summary.json is older than the runs: it has other trials of switch than" in first.text
+    facts = blocks.facts(page, "what ran")
+    assert facts["matched"] == "active_flops, within 2% of the baseline"
+    assert "differences to top_2 in this sweep" in facts["can be detected"]
+
+
+@pytest.mark.parametrize("change", ["gone", "diverged", "more seeds"])
+def test_whatever_else_has_changed_since_summary_json_was_written_is_said(
+    tmp_path: Path, change: str
+):
+    folder = tmp_path / "sweep"
+    found = sweeps.summary(sweeps.outcome("switch", 2.0), sweeps.outcome("top_2", 1.0))
+    sweeps.write(folder, seeds=(0, 1, 2) if change == "more seeds" else (0, 1), summary=found)
+    if change == "gone":
+        shutil.rmtree(folder / "trials/top_2-seed1")
+    if change == "diverged":
+        diverge(folder, "top_2-seed1")
+    sweep = read(folder)
+    counts = [row[1] for row in blocks.table(comparison.page(sweep), "variant").rows]
+    if change == "more seeds":
+        assert "other trials of switch, top_2 than" in sweep.stale and counts == ["3/3", "3/3"]
+    else:
+        assert "other trials of top_2 than" in sweep.stale
+        assert counts == ["2/2", "1/2" + " diverged" * (change == "diverged")]
+
+
+def test_a_summary_that_has_every_trial_is_not_stale(tmp_path: Path):
+    sweep = compared(tmp_path)
+    assert not sweep.stale and "older than the runs" not in report.of_sweep(sweep)
+
+
+def damaged(**changes: object) -> str:
+    found = sweeps.summary(sweeps.outcome("switch", 2.0), sweeps.outcome("top_2", 1.0))
+    return json.dumps(found | changes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", '{"format": 2}', "[]", '{"format": 1}', damaged(variants=3), damaged(variants=[3]),
+        damaged(variants=[{"variant": "switch"}]), damaged(baseline="dense"), damaged(match="time"),
+        damaged(cost={}), damaged(detectable={}),
+        damaged(variants=[sweeps.outcome("switch", 2.0, seeds=None)]),
+        damaged(variants=[sweeps.outcome("switch", 2.0, trials=[{}])]),
+        damaged(variants=[sweeps.outcome("switch", 2.0, difference={"p": 0.1})]),
+    ],
+)  # fmt: skip
 def test_a_summary_that_cannot_be_read_is_said_and_the_trials_are_shown(
     tmp_path: Path, content: str
 ):
     folder = sweeps.write(tmp_path / "sweep")
     (folder / "summary.json").write_text(content)
     sweep = read(folder)
-    assert "summary.json is" in sweep.problems[0]
+    assert "summary.json is" in sweep.problems[0] and report.of_sweep(sweep)
     assert len(blocks.table(comparison.page(sweep), "variant").rows) == 2
 
 
@@ -229,7 +312,9 @@ def test_warnings_of_trials_are_gathered_by_variant(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"trials": 3}', '{"trials": [{"name": "a"}]}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", '{"trials": 3}', '{"trials": []}', '{"trials": [{"name": "a"}]}']
+)
 def test_what_is_no_sweep_is_refused_in_one_line(tmp_path: Path, content: str | None):
     if content is not None:
         (tmp_path / "sweep.json").write_text(content)

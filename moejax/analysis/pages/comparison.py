@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from moejax.analysis import figures
-from moejax.analysis.outcomes import Outcome, interval, outcomes
-from moejax.analysis.page import Block, Figure, Page, Table, Text
+from moejax.analysis.outcomes import Outcome, interval
+from moejax.analysis.page import Block, Figure, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE
 from moejax.train import units
@@ -20,14 +20,14 @@ MARKS = (
 
 
 def page(sweep: SweepData) -> Page:
-    variants = outcomes(sweep)
+    summary = sweep.summary
+    variants = summary["variants"]
     measured = [v for v in variants if v["mean"] is not None]
     if not measured:
         return Page("Comparison", [Text("No trial has finished: there is nothing to compare yet.")])
-    summary = sweep.summary or {}
-    cost = summary.get("cost") or {"name": "active_flops", "unit": "FLOP per token in training"}
-    unit = summary.get("unit", PER_BYTE)
-    blocks: list[Block] = [_table(variants, cost, unit)]
+    cost, unit = summary["cost"], summary.get("unit", PER_BYTE)
+    blocks: list[Block] = [Warning(sweep.stale)] if sweep.stale else []
+    blocks.append(_table(variants, cost, unit))
     if any(v["cost"] is not None for v in measured):
         blocks.append(_scatter(measured, cost, unit))
     if any(v.get("difference") for v in measured):

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from moejax.analysis import health
-from moejax.analysis.outcomes import interval, outcomes
+from moejax.analysis.outcomes import interval
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE, step_seconds
@@ -12,7 +12,8 @@ from moejax.train import units
 
 def page(sweep: SweepData) -> Page:
     finished = [trial for trial in sweep.trials if trial.finished]
-    blocks: list[Block] = [Text(_verdict(sweep))]
+    blocks: list[Block] = [Warning(sweep.stale)] if sweep.stale else []
+    blocks.append(Text(_verdict(sweep)))
     if len(finished) < len(sweep.trials):
         missing = len(sweep.trials) - len(finished)
         blocks.append(
@@ -33,8 +34,8 @@ def _verdict(sweep: SweepData) -> str:
     """The comparison's outcome in sentences; each variant's verdict is on the comparison page."""
     done = sum(trial.finished for trial in sweep.trials)
     text = f"{done} of {len(sweep.trials)} trials of {len(sweep.variants)} variants are finished."
-    summary = sweep.summary or {}
-    measured = [v for v in outcomes(sweep) if v["mean"] is not None]
+    summary = sweep.summary
+    measured = [v for v in summary["variants"] if v["mean"] is not None]
     if not measured:
         return text
     unit = summary.get("unit", PER_BYTE)
@@ -118,7 +119,7 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
         seconds = sum(step_seconds(run.timings)[1] for run in runs if run.timings)
         if seconds == seconds:
             rows.append(("time", f"{units.duration(seconds)} of training steps, all trials"))
-    summary = sweep.summary or {}
+    summary = sweep.summary
     if summary.get("match"):
         tolerance = f"within {summary['tolerance']:.0%}"
         rows.append(("matched", f"{summary['match']}, {tolerance} of the baseline"))
