@@ -94,7 +94,9 @@ def drops_verdict(found: list[Drops]) -> Verdict:
     first_come = {drops.text: drops for drops in found if drops.arm == TYPICAL}
     flat = next(drops for drops in found if drops.arm == FLAT)
     own, *others = first_come.values()
-    rising = [drops for drops in (own, *others) if drops.rise.low > 0]
+    # Parts of the own text are in the sentence, but are no text of another domain.
+    texts = [own, *(drops for drops in others if not drops.text.startswith(f"{own.text}, "))]
+    rising = [drops for drops in texts if drops.rise.low > 0]
     parts = [_curve(own), *(_compared(drops, own) for drops in others)]
     because = "; ".join(parts) + (
         f". Batch-prioritised, {flat.text} rises by {_percent(flat.rise)}."
@@ -102,7 +104,7 @@ def drops_verdict(found: list[Drops]) -> Verdict:
     if rising:
         where = "" if own in rising else " out of domain only"
         return Verdict(name, f"{APPEARS}{where}", because)
-    falling = all(drops.rise.high <= 0 for drops in (own, *others))
+    falling = all(drops.rise.high <= 0 for drops in texts)
     return Verdict(name, ABSENT if falling else UNKNOWN, because)
 
 

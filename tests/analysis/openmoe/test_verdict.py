@@ -109,5 +109,14 @@ def test_drops_that_rise_on_another_text_only_are_said_to():
     assert verdict.answer == "appears out of domain only"
 
 
+def test_a_part_of_the_own_text_is_not_out_of_domain():
+    """It is told of, and the verdict is that of the whole texts."""
+    flat = [*measured("held out", 0.25, 32), *measured("english", 0.25, 32)]
+    part = measured("held out, mostly code", 0.9)
+    verdict = drops_verdict([*flat, *part])
+    assert verdict.answer == drops_verdict(flat).answer == ABSENT
+    assert "held out, mostly code: " in verdict.because
+
+
 def test_without_drops_the_third_finding_does_not_appear():
     assert drops_verdict(measured("held out", 0.9, capacity=32)).answer == ABSENT
