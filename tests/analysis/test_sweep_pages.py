@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from moejax.analysis import report
-from moejax.analysis.page import Warning
+from moejax.analysis.page import Text, Warning
 from moejax.analysis.pages import comparison, sweep_curves, sweep_load, sweep_overview
 from moejax.analysis.sweep import SweepData
 from moejax.errors import UserError
@@ -97,6 +97,42 @@ def test_leaks_and_missed_matches_are_marked_in_table_and_figure(tmp_path: Path)
     assert top_2["name"] == "top_2" and top_2["marker"]["symbol"] == "circle"
     said = blocks.said(sweep_overview.page(sweep))
     assert "it leaks" in said and "do not leak: top_2, 2.0210" in said
+
+
+def test_no_sentence_names_a_marked_variant_without_its_mark(tmp_path: Path):
+    changes = {"missed_match": True, "cost_ratio": 1.5}
+    said = blocks.said(sweep_overview.page(compared(tmp_path, **changes)))
+    assert "switch ‡, 2.0000 ± 0.1270 nats/byte (at 1.50 times the baseline's cost)." in said
+    assert "Of those that do not miss the match: top_2, 2.0210" in said
+    assert f"Against the baseline top_2: switch ‡: {VERDICT}. †: " in said
+    found = sweeps.summary(
+        sweeps.outcome("switch", 2.0, verdict=VERDICT), sweeps.outcome("top_2", 1.0, leak=LEAK)
+    )
+    said = blocks.said(sweep_overview.page(read(sweeps.write(tmp_path / "b", summary=found))))
+    assert f"Against the baseline top_2 †: switch: {VERDICT}. †: " in said
+
+
+def test_without_a_mark_no_mark_is_explained(tmp_path: Path):
+    said = blocks.said(sweep_overview.page(compared(tmp_path)))
+    assert "†" not in said and "Of those" not in said
+
+
+def test_a_baseline_that_is_alone_has_no_verdict_against_it(tmp_path: Path):
+    found = sweeps.summary(sweeps.outcome("switch", 2.0) | NONE, sweeps.outcome("top_2", 1.0))
+    folder = sweeps.write(tmp_path / "sweep", summary=found)
+    for seed in (0, 1):
+        shutil.rmtree(folder / f"trials/switch-seed{seed}")
+    page = sweep_overview.page(read(folder))
+    assert "Against" not in blocks.said(page)
+    assert isinstance(page.blocks[0], Text) and page.blocks[0].text.endswith("0.1270 nats/byte.")
+
+
+def test_a_winner_that_lost_seeds_is_said_to(tmp_path: Path):
+    switch = sweeps.outcome("switch", 2.0, seeds=[0], diverged=[1])
+    found = sweeps.summary(switch, sweeps.outcome("top_2", 3.0))
+    folder = sweeps.write(tmp_path / "sweep", summary=found)
+    diverge(folder, "switch-seed1")
+    assert "nats/byte (1 of 2 seeds diverged)." in blocks.said(sweep_overview.page(read(folder)))
 
 
 NONE = {

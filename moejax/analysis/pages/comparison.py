@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from moejax.analysis import figures
-from moejax.analysis.outcomes import Outcome, interval
+from moejax.analysis.outcomes import MARKS, Outcome, interval, marked
 from moejax.analysis.page import Block, Figure, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE
@@ -12,11 +12,6 @@ from moejax.train import units
 
 LOG_FROM = 3.0
 """An axis whose largest value is this many times its smallest is logarithmic."""
-LEAKS, MISSED = "\N{DAGGER}", "\N{DOUBLE DAGGER}"
-MARKS = (
-    f"{LEAKS}: a token's output may depend on more than itself and its past, so that the loss is "
-    f"not that of a causal model. {MISSED}: the cost misses what the sweep matches."
-)
 
 
 def page(sweep: SweepData) -> Page:
@@ -35,11 +30,6 @@ def page(sweep: SweepData) -> Page:
     return Page("Comparison", blocks)
 
 
-def _name(variant: Outcome) -> str:
-    marks = (LEAKS if variant.get("leak") else "") + (MISSED if variant.get("missed_match") else "")
-    return f"{variant['variant']} {marks}".strip()
-
-
 def _table(variants: list[Outcome], cost: dict[str, str], unit: str) -> Table:
     header = (
         "variant", "seeds", f"loss, {unit}", "difference", "p (Holm)", cost["name"], "verdict",
@@ -52,14 +42,14 @@ def _table(variants: list[Outcome], cost: dict[str, str], unit: str) -> Table:
         ratio = f" ({v['cost_ratio']:.2f} x)" if v.get("cost_ratio") is not None else ""
         rows.append(
             (
-                _name(v),
+                marked(v),
                 f"{len(v['seeds'])}/{v['wanted']}" + (" diverged" if v.get("diverged") else ""),
                 interval(v) if v["mean"] is not None else "-",
                 interval(difference) if difference else "-",
                 "-" if p is None else f"{p:.2g}",
                 "-" if v["cost"] is None else units.count(v["cost"]) + ratio,
                 v.get("verdict") or "-",
-                v.get("leak") or "-",
+                v["leak"] or "-",
             )
         )
     caption = (
@@ -98,11 +88,11 @@ def _scatter(measured: list[Outcome], cost: dict[str, str], unit: str) -> Figure
             {
                 "type": "scatter",
                 "mode": "markers+text",
-                "name": figures.plain(_name(v)),
+                "name": figures.plain(marked(v)),
                 "legendgroup": v["variant"],
                 "x": [v["cost"]],
                 "y": [v["mean"]],
-                "text": [figures.plain(_name(v))],
+                "text": [figures.plain(marked(v))],
                 "textposition": "middle right" if sides[v["variant"]] else "middle left",
                 "textfont": {"color": colour},
                 "hovertemplate": "%{text}: %{y:.4f} at %{x:.4g}<extra></extra>",
@@ -129,9 +119,9 @@ def _scatter(measured: list[Outcome], cost: dict[str, str], unit: str) -> Figure
 
 
 def _symbol(v: Outcome) -> str:
-    if v.get("leak"):
+    if v["leak"]:
         return "diamond-open"
-    return "square-open" if v.get("missed_match") else "circle"
+    return "square-open" if v["missed_match"] else "circle"
 
 
 def _range(measured: list[Outcome]) -> list[float]:
@@ -159,9 +149,9 @@ def _forest(measured: list[Outcome], summary: dict[str, Any]) -> Figure:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": figures.plain(_name(v)),
+                "name": figures.plain(marked(v)),
                 "x": [difference["mean"]],
-                "y": [figures.plain(_name(v))],
+                "y": [figures.plain(marked(v))],
                 "error_x": {"type": "data", "array": [difference.get("half_width")]},
                 "marker": {"size": 10, "color": f"C{index % 8}", "symbol": _symbol(v)},
                 "hovertemplate": "%{y}: %{x:+.4f}<extra></extra>",

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from moejax.analysis import health
-from moejax.analysis.outcomes import interval
+from moejax.analysis.outcomes import Outcome, by_name, interval, legend, marked, marks
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE, step_seconds
@@ -40,20 +40,33 @@ def _verdict(sweep: SweepData) -> str:
         return text
     unit = summary.get("unit", PER_BYTE)
     best = min(measured, key=lambda v: v["mean"])
-    leaks = " (it leaks: see below)" if best["leak"] else ""
-    text += f" The lowest held-out loss has {best['variant']}, {interval(best)} {unit}{leaks}."
-    honest = [v for v in measured if not v["leak"]]
-    if best["leak"] and honest:
-        causal = min(honest, key=lambda v: v["mean"])
-        text += f" Of those that do not leak: {causal['variant']}, {interval(causal)}."
-    if summary.get("baseline"):
-        verdicts: dict[str, list[str]] = {}
-        for v in measured:
-            if v["variant"] != summary["baseline"] and v.get("verdict"):
-                verdicts.setdefault(v["verdict"], []).append(v["variant"])
+    text += f" The lowest held-out loss has {marked(best)}, {interval(best)} {unit}{_but(best)}."
+    fair = [v for v in measured if not marks(v)]
+    if marks(best) and fair:
+        which = ["do not miss the match"] * any(v["missed_match"] for v in measured)
+        which += ["do not leak"] * any(v["leak"] for v in measured)
+        first = min(fair, key=lambda v: v["mean"])
+        text += f" Of those that {' and '.join(which)}: {marked(first)}, "
+        text += f"{interval(first)}{_but(first)}."
+    baseline = by_name(summary).get(summary["baseline"])
+    verdicts: dict[str, list[str]] = {}
+    for v in measured:
+        if v is not baseline and v["verdict"]:
+            verdicts.setdefault(v["verdict"], []).append(marked(v))
+    if baseline and verdicts:
         said = "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items())
-        text += f" Against the baseline {summary['baseline']}: {said}."
-    return text
+        text += f" Against the baseline {marked(baseline)}: {said}."
+    return text + legend(summary)
+
+
+def _but(variant: Outcome) -> str:
+    """What its loss must not be read without, in brackets."""
+    buts = ["it leaks: see below"] if variant["leak"] else []
+    if variant["missed_match"]:
+        buts.append(f"at {variant['cost_ratio']:.2f} times the baseline's cost")
+    if variant["diverged"]:
+        buts.append(f"{len(variant['diverged'])} of {variant['wanted']} seeds diverged")
+    return f" ({'; '.join(buts)})" if buts else ""
 
 
 def _problems(sweep: SweepData) -> list[str]:
