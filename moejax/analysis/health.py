@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 def findings(run: RunData) -> list[Finding]:
     """All warnings of a run, the gravest first."""
     checks: list[Callable[[RunData], list[Finding]]] = [
-        _unfinished, _not_finite, _leak, _rose, _baseline, _falling, _dead, _collapse, _drops,
+        _unfinished, _not_finite, leak, _rose, _baseline, _falling, _dead, _collapse, _drops,
     ]  # fmt: skip
     return [finding for check in checks for finding in check(run)]
 
@@ -68,7 +68,8 @@ def _not_finite(run: RunData) -> list[Finding]:
     return found
 
 
-def _leak(run: RunData) -> list[Finding]:
+def leak(run: RunData) -> list[Finding]:
+    """What a token's output may depend on besides its past; losses are not shown without it."""
     marks = [row["leak"] for row in [*run.train, *run.held_out] if row.get("leak")]
     if not marks and not run.leak:
         return []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.analysis import report
-from moejax.analysis.page import Page
+from moejax.analysis.page import Page, Warning
 from moejax.analysis.pages import cost, curves, drops, load, overview
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics import balance
@@ -96,6 +96,14 @@ def test_curves_are_the_rows(run: RunData):
 
 
 # Load.
+
+
+def test_curves_of_a_run_that_leaks_say_so(run: RunData, tmp_path: Path):
+    assert not [block for block in curves.page(run).blocks if isinstance(block, Warning)]
+    rows = [workdirs.row(30, split, leak="train:future") for split in ("train", "eval")]
+    leaks = RunData.read(workdirs.write(tmp_path / "leaks", rows))
+    first = curves.page(leaks).blocks[0]
+    assert isinstance(first, Warning) and first.text.startswith("Leaks (train:future): a token's")
 
 
 def test_heatmaps_hold_load_over_mean_load(run: RunData):

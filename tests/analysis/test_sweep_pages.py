@@ -290,6 +290,24 @@ def test_load_is_offered_by_variant_and_side_by_side(tmp_path: Path):
     assert row[7].startswith(f"{np.mean(rates):.2f} ± ") and row[8] == "0.00 %"
 
 
+def test_curves_and_load_carry_the_marks_of_their_variants(tmp_path: Path):
+    sweep = compared(tmp_path, leak=LEAK, missed_match=True, cost_ratio=1.5)
+    drawn = blocks.figures(sweep_curves.page(sweep))["curves-held-out loss"]
+    means = {t["name"] for t in drawn.spec["data"] if t["line"]["width"] == 2.2}
+    thin = {t["name"] for t in drawn.spec["data"] if t["line"]["width"] == 0.8}
+    assert means == {"switch †‡", "top_2"} and {"switch-seed1 †‡", "top_2-seed1"} <= thin
+    page = sweep_load.page(sweep)
+    table, figures = blocks.table(page, "variant"), blocks.figures(page)
+    assert [row[0] for row in table.rows] == ["switch †‡", "top_2"]
+    panels = figures["load-side-by-side"]
+    assert [p["name"] for p in panels.spec["data"]] == ["switch †‡", "top_2"]
+    assert [a["text"] for a in panels.spec["layout"]["annotations"]] == ["switch †‡", "top_2"]
+    assert blocks.options(page, "variant") == ["switch †‡", "top_2"]
+    assert "Trial switch-seed0 †‡. †: " in blocks.said(page)
+    assert all("‡: the cost misses" in each.caption for each in (drawn, table, panels))
+    assert "switch-load-training" in figures  # links stay what they are
+
+
 # Sweeps that went wrong.
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from moejax.analysis import figures
-from moejax.analysis.page import Block, Choice, Figure, Page
+from moejax.analysis import figures, health
+from moejax.analysis.page import Block, Choice, Figure, Page, Warning
 from moejax.analysis.run import RunData
 
 OF_ONE_TASK = {
@@ -19,7 +19,9 @@ SETTLED = 25
 
 
 def page(run: RunData) -> Page:
-    blocks: list[Block] = [_loss(run)] if run.train or run.held_out else []
+    blocks: list[Block] = [Warning(finding.text) for finding in health.leak(run)]
+    if run.train or run.held_out:
+        blocks.append(_loss(run))
     auxiliary = sorted({key for row in run.train for key in row if key.startswith("aux/")})
     others = {
         "gradient norm": ("grad_norm", "Norm of the gradient before clipping."),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moejax.analysis import figures
+from moejax.analysis.outcomes import by_name, legend, marked
 from moejax.analysis.page import Block, Choice, Figure, Page
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
@@ -42,7 +43,10 @@ def _metric(sweep: SweepData, name: str, split: str, key: str, unit: str) -> Blo
         return None
     margin = 0.08 * (max(shown) - min(shown)) or 0.1
     axis = {"range": [min(shown) - margin, max(shown) + margin]}
-    end = "A click on a name hides its variant, a double click all others. Finished trials only."
+    end = (
+        "A click on a name hides its variant, a double click all others. Finished trials only."
+        + legend(sweep.summary)
+    )
 
     def drawn(traces: list[figures.Spec], what: str, suffix: str = "") -> Figure:
         spec = figures.chart(traces, "step", unit, yaxis=axis, showlegend=True)
@@ -66,20 +70,24 @@ def _traces(
 ) -> tuple[list[figures.Spec], list[figures.Spec]]:
     """Intervals and seeds of variants with several, and means of all."""
     bands, seeds, means = [], [], []
+    outcomes = by_name(sweep.summary)
     for index, variant in enumerate(sweep.variants):
+        about = outcomes[variant]
         curves = {run.name: run.series(split, key) for run in sweep.runs(variant)}
         curves = {name: curve for name, curve in curves.items() if len(curve[0])}
         if not curves:
             continue
         steps, mean, half = mean_curve(list(curves.values()))
-        means.append(figures.line(variant, steps, mean, legendgroup=variant, line=_style(index)))
+        means.append(
+            figures.line(marked(about), steps, mean, legendgroup=variant, line=_style(index))
+        )
         if len(curves) == 1:
             continue
         bands.append(_band(variant, index, steps, mean, half))
         for name, (x, y) in curves.items():
             thin = {"line": _style(index) | {"width": 0.8}, "opacity": 0.55, "mode": "lines"}
             quiet = {"legendgroup": variant, "showlegend": False}
-            seeds.append(figures.line(name, x, y, **thin, **quiet))
+            seeds.append(figures.line(marked(about, name), x, y, **thin, **quiet))
     return [*bands, *seeds], means
 
 

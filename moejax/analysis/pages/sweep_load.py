@@ -7,6 +7,7 @@ import numpy as np
 
 from moejax.analysis import figures
 from moejax.analysis.health import recent
+from moejax.analysis.outcomes import by_name, legend, marked
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages import load
 from moejax.analysis.pages.sweep_curves import variants_with_experts
@@ -23,15 +24,20 @@ def page(sweep: SweepData) -> Page:
     variants = variants_with_experts(sweep)
     if not variants:
         return Page("Load", [])
+    outcomes, end = by_name(sweep.summary), legend(sweep.summary)
+    names = {variant: marked(outcomes[variant]) for variant in variants}
     options: dict[str, list[Block]] = {}
     for variant, runs in variants.items():
         blocks = [_renamed(block, f"{variant}-") for block in load.page(runs[0]).blocks[1:]]
-        options[variant] = [Text(f"Trial {runs[0].name}."), *blocks]
-    return Page("Load", [_table(variants), _side_by_side(variants), Choice("variant", options)])
+        trial = marked(outcomes[variant], runs[0].name)
+        options[names[variant]] = [Text(f"Trial {trial}.{end}"), *blocks]
+    shown = {names[variant]: runs for variant, runs in variants.items()}
+    together: list[Block] = [_table(shown, end), _side_by_side(shown, end)]
+    return Page("Load", [*together, Choice("variant", options)])
 
 
-def _table(variants: dict[str, list[RunData]]) -> Table:
-    """Means over layers and seeds."""
+def _table(variants: dict[str, list[RunData]], end: str) -> Table:
+    """Means over layers and seeds; ``end`` is that of the caption."""
     header = (
         "variant", "seeds", "load entropy / log E", "effective experts", "MaxVio", "CV", "dead",
         "drops in training", "in evaluation",
@@ -60,7 +66,7 @@ def _table(variants: dict[str, list[RunData]]) -> Table:
         "seeds with the half width of their 95 % interval. dead: experts without a pair in these "
         "rows, all layers. Drops: share of pairs, in the same rows and in the last evaluation."
     )
-    return Table(header, rows, caption)
+    return Table(header, rows, caption + end)
 
 
 def _drop_rate(run: RunData, split: str) -> float:
@@ -76,7 +82,7 @@ def _spread(values: list[float], digits: str, unit: str = "") -> str:
     return f"{about.mean:{digits}}{half}{unit}"
 
 
-def _side_by_side(variants: dict[str, list[RunData]]) -> Figure:
+def _side_by_side(variants: dict[str, list[RunData]], end: str) -> Figure:
     """Layer x expert of the last evaluation, a panel per variant, on one colour scale."""
     maps = {}
     for variant, runs in variants.items():
@@ -124,7 +130,9 @@ def _side_by_side(variants: dict[str, list[RunData]]) -> Figure:
         "rows are MoE layers, columns experts."
     )
     spec = {"data": traces, "layout": layout}
-    return Figure(spec, caption, height=90 + rows * (70 + 26 * layers), name="load-side-by-side")
+    return Figure(
+        spec, caption + end, height=90 + rows * (70 + 26 * layers), name="load-side-by-side"
+    )
 
 
 def _renamed(block: Block, prefix: str) -> Block:
