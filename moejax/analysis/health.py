@@ -15,7 +15,8 @@ DROPS = 0.10
 UNSERVED = 0.05
 """Likewise for tokens that no expert served."""
 FALLING = 0.01
-"""A loss that fell by more than this share over the last quarter of the run still falls."""
+"""A loss that fell by more than this share since three quarters of the run, or the evaluation
+before, still falls."""
 RISEN = 0.01
 """A held-out loss this share above its lowest has risen."""
 
@@ -128,16 +129,18 @@ def _baseline(run: RunData) -> list[Finding]:
 
 
 def _falling(run: RunData) -> list[Finding]:
-    """Compares the held-out loss at the end with that at three quarters of the run."""
+    """Compares the held-out loss at the end with the last one of the first three quarters."""
     steps, loss = run.series("eval", "loss")
     if len(loss) < 2 or not math.isfinite(loss[-1]):
         return []
-    earlier = loss[np.flatnonzero(steps <= max(0.75 * steps[-1], steps[0]))[-1]]
+    before = np.flatnonzero(steps <= max(0.75 * steps[-1], steps[0]))[-1]
+    earlier = loss[before]
     if earlier - loss[-1] <= FALLING * earlier:
         return []
     text = (
-        f"Not converged: the held-out loss fell by {1 - loss[-1] / earlier:.1%} over the last "
-        "quarter of the run, so that comparisons may come out differently after more steps."
+        f"Not converged: the held-out loss fell by {1 - loss[-1] / earlier:.1%} since step "
+        f"{steps[before]} of {steps[-1]}, so that comparisons may come out differently after more "
+        "steps."
     )
     return [Finding("not converged", text)]
 

@@ -60,7 +60,16 @@ def test_a_loss_that_rose_and_one_that_beat_no_baseline(tmp_path: Path):
 def test_a_loss_that_still_falls_is_compared_with_three_quarters_of_the_run(tmp_path: Path):
     rows = losses(3.0, 2.4, 2.2, 2.0)
     about = workdirs.config(train__steps=40)
-    assert "fell by 9.1%" in found(run_of(tmp_path, rows, config=about))["not converged"]
+    said = found(run_of(tmp_path, rows, config=about))["not converged"]
+    assert "fell by 9.1% since step 30 of 40, so that" in said
+
+
+def test_the_step_it_is_compared_with_is_said_where_no_quarter_ends(tmp_path: Path):
+    said = found(run_of(tmp_path, losses(3.0, 2.2, 2.0)))["not converged"]  # 30 steps
+    assert "fell by 9.1% since step 20 of 30, so that" in said
+    two = workdirs.config(train__steps=20)
+    said = found(run_of(tmp_path / "b", losses(3.0, 2.0), config=two))["not converged"]
+    assert "fell by 33.3% since step 10 of 20, so that" in said
 
 
 def with_load(load: list[list[int]], step: int) -> dict[str, Any]:

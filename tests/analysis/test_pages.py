@@ -207,6 +207,21 @@ def test_drops_are_counted_by_layer_expert_choice_and_position(run: RunData):
     assert by_position == [n / (PAIRS / LENGTH) for n in last["moe/dropped_by_position"][0]]
 
 
+@pytest.mark.filterwarnings("error")
+def test_rows_without_a_pair_have_no_share_dropped(tmp_path: Path):
+    """As of a gate that has sent nothing in the last quarter of the rows."""
+    zeros = {
+        "moe/load": np.zeros((LAYERS, EXPERTS), int).tolist(), "moe/experts_per_token": 0.0,
+        "moe/dropped": np.zeros((LAYERS, EXPERTS), int).tolist(),
+        "moe/dropped_by_choice": np.zeros((LAYERS, 2), int).tolist(),
+        "moe/dropped_by_position": np.zeros((LAYERS, LENGTH), int).tolist(),
+    }  # fmt: skip
+    rows = [workdirs.row(10), workdirs.row(20) | zeros, workdirs.row(30) | zeros]
+    page = drops.page(RunData.read(workdirs.write(tmp_path / "none", rows)))
+    for name in ("choice", "position"):
+        assert not np.any(lines(page, f"drops-{name}-train")["layer 0"][1])
+
+
 def test_a_split_without_drops_says_so(run: RunData):
     page = drops.page(run)
     assert "No pair was dropped, held out (transport dropless)." in blocks.said(page)

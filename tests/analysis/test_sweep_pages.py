@@ -86,13 +86,25 @@ def test_differences_are_drawn_with_their_intervals(tmp_path: Path):
     assert (trace["x"], trace["y"], trace["error_x"]["array"]) == ([-0.021], ["switch"], [0.008])
 
 
+def test_intervals_beyond_the_axis_are_named_and_others_are_not(tmp_path: Path):
+    narrow = sweeps.outcome("switch", 2.0, half_width=0.01)
+    for number, (half, said) in enumerate([(0.02, "mean; small"), (9.0, "axis: top_2); small")]):
+        found = sweeps.summary(narrow, sweeps.outcome("top_2", 2.021, half_width=half))
+        sweep = read(sweeps.write(tmp_path / str(number), summary=found))
+        figure = blocks.figures(comparison.page(sweep))["loss-against-cost"]
+        assert said in figure.caption
+        low, high = figure.spec["layout"]["yaxis"]["range"]
+        assert (low <= 2.021 - half and 2.021 + half <= high) == (number == 0)
+
+
 def test_leaks_and_missed_matches_are_marked_in_table_and_figure(tmp_path: Path):
     sweep = compared(tmp_path, leak=LEAK, missed_match=True)
     page = comparison.page(sweep)
     table = blocks.table(page, "variant")
     assert table.rows[0][0] == "switch †‡" and table.rows[0][-1] == LEAK
     assert "†: " in table.caption and "‡: " in table.caption
-    switch, top_2 = blocks.figures(page)["loss-against-cost"].spec["data"][1::2]
+    seeds, switch, _, top_2 = blocks.figures(page)["loss-against-cost"].spec["data"]
+    assert seeds["name"] == "switch †‡"  # which a hover shows
     assert switch["name"] == "switch †‡" and switch["marker"]["symbol"] == "diamond-open"
     assert top_2["name"] == "top_2" and top_2["marker"]["symbol"] == "circle"
     said = blocks.said(sweep_overview.page(sweep))

@@ -63,7 +63,30 @@ def _table(variants: list[Outcome], cost: dict[str, str], unit: str) -> Table:
 
 def _scatter(measured: list[Outcome], cost: dict[str, str], unit: str) -> Figure:
     """Every variant's mean with its interval, and every seed."""
-    traces = []
+    costs = [t["cost"] for v in measured for t in v["trials"] if t["cost"]]
+    log = max(costs) >= LOG_FROM * min(costs)
+    ends = [math.log10(c) if log else c for c in (min(costs), max(costs))]
+    room = 0.12 * (ends[1] - ends[0]) or 0.01 * abs(ends[0])  # for names
+    shown = _range(measured)
+    spec = figures.chart(
+        _points(measured),
+        f"{cost['name']}: {cost['unit']}",
+        f"held-out loss, {unit}",
+        xaxis={"type": "log" if log else "linear", "range": [ends[0] - room, ends[1] + room]},
+        yaxis={"range": shown},
+    )
+    beyond = [marked(v) for v in measured if _beyond(v, shown)]
+    caption = (
+        "Large: mean over seeds, with the 95 % interval of the mean"
+        + (f" (beyond the axis: {', '.join(beyond)})" if beyond else "")
+        + f"; small: seeds. Open symbols are marked. {MARKS}"
+    )
+    return Figure(spec, caption, height=500, name="loss-against-cost")
+
+
+def _points(measured: list[Outcome]) -> list[figures.Spec]:
+    """Of each variant its seeds, and its mean with the interval."""
+    traces: list[figures.Spec] = []
     # Neighbours in loss have their names on different sides.
     order = sorted(measured, key=lambda v: v["mean"])
     sides = {v["variant"]: rank % 2 for rank, v in enumerate(order)}
@@ -74,7 +97,7 @@ def _scatter(measured: list[Outcome], cost: dict[str, str], unit: str) -> Figure
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": figures.plain(v["variant"]),
+                "name": figures.plain(marked(v)),
                 "legendgroup": v["variant"],
                 "showlegend": False,
                 "x": [t["cost"] for t in trials],
@@ -100,22 +123,7 @@ def _scatter(measured: list[Outcome], cost: dict[str, str], unit: str) -> Figure
                 "marker": {"color": colour, "size": 11, "symbol": symbol},
             }
         )
-    costs = [t["cost"] for v in measured for t in v["trials"] if t["cost"]]
-    log = max(costs) >= LOG_FROM * min(costs)
-    ends = [math.log10(c) if log else c for c in (min(costs), max(costs))]
-    room = 0.12 * (ends[1] - ends[0]) or 0.01 * abs(ends[0])  # for names
-    spec = figures.chart(
-        traces,
-        f"{cost['name']}: {cost['unit']}",
-        f"held-out loss, {unit}",
-        xaxis={"type": "log" if log else "linear", "range": [ends[0] - room, ends[1] + room]},
-        yaxis={"range": _range(measured)},
-    )
-    caption = (
-        "Large: mean over seeds, with the 95 % interval of the mean (intervals of two seeds reach "
-        f"beyond the axis); small: seeds. Open symbols are marked. {MARKS}"
-    )
-    return Figure(spec, caption, height=500, name="loss-against-cost")
+    return traces
 
 
 def _symbol(v: Outcome) -> str:
@@ -136,6 +144,12 @@ def _range(measured: list[Outcome]) -> list[float]:
         if half is not None and half <= reach:
             ends += [v["mean"] - half, v["mean"] + half]
     return [min(ends) - 0.12 * reach, max(ends) + 0.12 * reach]
+
+
+def _beyond(v: Outcome, axis: list[float]) -> bool:
+    """Whether its interval is cut off."""
+    half = v["half_width"] or 0.0
+    return v["mean"] - half < axis[0] or v["mean"] + half > axis[1]
 
 
 def _forest(measured: list[Outcome], summary: dict[str, Any]) -> Figure:

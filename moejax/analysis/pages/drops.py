@@ -63,7 +63,7 @@ def _where(run: RunData, split: str) -> dict[str, list[Block]]:
         "by expert": [_by_expert(split, dropped_NME, load_NME)],
     }
     if len(choice_NMK) == len(experts_N) == len(load_NME):
-        tokens_N = load_NME.sum(axis=-1).mean(axis=-1) / experts_N
+        tokens_N = _ratio(load_NME.sum(axis=-1).mean(axis=-1), experts_N)
         options["by choice"] = [_by_choice(split, choice_NMK, tokens_N)]
     if len(position_NML) == len(load_NME):
         options["by position"] = [_by_position(split, position_NML, load_NME)]
@@ -101,7 +101,8 @@ def _by_expert(split: str, dropped_NME: np.ndarray, load_NME: np.ndarray) -> Fig
 
 
 def _by_choice(split: str, counts_NMK: np.ndarray, tokens_N: np.ndarray) -> Figure:
-    share_MK = recent(counts_NMK).sum(axis=0) / recent(tokens_N).sum()
+    dropped_MK, tokens = recent(counts_NMK).sum(axis=0), recent(tokens_N).sum()
+    share_MK = _ratio(dropped_MK, np.broadcast_to(tokens, dropped_MK.shape))
     ranks = [str(rank + 1) for rank in range(share_MK.shape[1])]
     traces = [
         {"type": "bar", "name": f"layer {layer}", "x": ranks, "y": share_K.tolist()}
