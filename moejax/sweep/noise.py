@@ -107,8 +107,9 @@ def _pooled(groups: Iterable[list[float]]) -> tuple[float, int]:
 
 
 def losses_of(trials: Sequence[Result | Pilot]) -> Losses:
+    """Those that are finite: the others say nothing of how much seeds vary."""
     losses: dict[str, dict[int, float]] = {}
-    for trial in trials:
+    for trial in filter(lambda trial: math.isfinite(trial.loss), trials):
         losses.setdefault(trial.variant, {})[trial.seed] = trial.loss
     return losses
 

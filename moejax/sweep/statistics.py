@@ -27,7 +27,8 @@ ALONE = " if alone"
 class Estimate:
     """A mean over seeds with its interval, ``mean`` +- ``half_width``.
 
-    One value has no interval and no deviation: they are None.
+    One value has no interval and no deviation: they are None. Where a value is not finite, the mean
+    is NaN and has neither.
     """
 
     mean: float
@@ -38,7 +39,10 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Variant minus baseline over the seeds that both have; ``p`` of the paired t-test."""
+    """Variant minus baseline over the seeds that both have; ``p`` of the paired t-test.
+
+    ``mean`` and the rest are as those of an `Estimate`; without a deviation there is no p.
+    """
 
     seeds: tuple[int, ...]
     mean: float
@@ -91,6 +95,8 @@ def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and 95 % interval: t(n - 1) s / sqrt(n). At least one value."""
     count = len(values)
+    if not all(map(math.isfinite, values)):
+        return Estimate(math.nan, None, None)
     mean = statistics.fmean(values)
     if count == 1:
         return Estimate(mean, None, None)
@@ -132,6 +138,8 @@ def verdict(difference: Difference | None, p_holm: float | None, unit: str) -> s
     if difference is None:
         return f"no seed in common with the baseline: {NONE}"
     said = outcome(difference, p_holm)
+    if not math.isfinite(difference.mean):
+        return f"a difference is not finite: {NONE}"
     if difference.half_width is None or said == NONE:
         return f"one seed: {NONE}"
     undecided = f"{SAME} at {len(difference.seeds)} seeds"

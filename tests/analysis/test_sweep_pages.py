@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +170,23 @@ def test_load_is_offered_by_variant_and_side_by_side(tmp_path: Path):
     row = blocks.table(page, "variant").rows[0]
     rates = [100 * run.train[-1]["moe/drop_rate"] for run in sweep.runs("switch")]
     assert row[7].startswith(f"{np.mean(rates):.2f} ± ") and row[8] == "0.00 %"
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2)])
+def test_measures_that_do_not_exist_are_shown_as_such(tmp_path: Path, seeds: tuple[int, ...]):
+    """One expert has no entropy to be relative to, and a layer without pairs has no shares."""
+    folder = sweeps.write(tmp_path / "sweep", seeds=seeds)
+    loads = {"switch": [[8], [8]], "top_2": [[0, 0], [4, 4]]}
+    for variant, load in loads.items():
+        zeros = [[0] * len(row) for row in load]
+        changes: dict[str, Any] = {"moe__load": load, "moe__dropped": zeros}
+        rows = [workdirs.row(s, side, **changes) for s in (10, 30) for side in ("train", "eval")]
+        for seed in seeds:
+            workdirs.lines(folder / f"trials/{variant}-seed{seed}/metrics.jsonl", rows)
+    sweep = read(folder)
+    rows = blocks.table(sweep_load.page(sweep), "variant").rows
+    assert [row[2] for row in rows] == ["nan", "nan"]
+    assert report.of_sweep(sweep)
 
 
 # Sweeps that went wrong.

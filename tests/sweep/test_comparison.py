@@ -111,6 +111,18 @@ def test_diverged_trials_are_named_and_in_no_mean():
     assert own.difference is not None and own.difference.seeds == (0, 2)
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_a_diverged_trial(loss: float):
+    found = [dataclasses.replace(r, loss=loss) if r.variant == "worse" else r for r in results_of()]
+    known = compare(sweep_with(baseline="top_2"), found, set())
+    worse = known.of("worse")
+    assert (worse.seeds, worse.diverged, worse.mean) == ((), (0, 1, 2), None)
+    assert worse.marks == ("diverged",) and worse.difference is None
+    without = [r for r in found if r.variant != "worse"]
+    assert known.detectable == compare(sweep_with(baseline="top_2"), without, set()).detectable
+    json.dumps(summary.to_json(known), allow_nan=False)
+
+
 @pytest.mark.parametrize(
     "match, field, unit",
     [

@@ -302,9 +302,11 @@ def test_an_axis_is_logarithmic_only_where_values_are_far_apart():
         [PLAIN],
         [PLAIN, result(seed=1)],
         [result(seconds_per_step=math.nan, train_seconds=math.nan)],
+        [PLAIN, result(seed=1, loss=math.nan), result(variant="lost", loss=math.nan)],
+        [result(loss=math.nan)],
         [result(variant=f"variant_{i}", loss=2 + i / 100) for i in range(16)],
     ],
-    ids=["one", "coincident", "no-times", "many"],
+    ids=["one", "coincident", "no-times", "some-losses", "no-losses", "many"],
 )
 def test_odd_results_are_drawn_too(found: list[Result], tmp_path: Path):
     sweep = sweep_of(*((r.variant, r.seed) for r in found))

@@ -42,6 +42,19 @@ def test_a_mean_has_scipys_interval_and_one_value_has_none(count: int):
     assert statistics.estimate([2.5]) == statistics.Estimate(2.5, None, None)
 
 
+@pytest.mark.parametrize(
+    "values", [[math.nan], [1.0, math.nan], [math.inf, 1.0, 2.0], [math.inf, -math.inf]]
+)
+def test_values_that_are_not_finite_have_no_mean_and_no_interval(values: list[float]):
+    found = statistics.estimate(values)
+    assert math.isnan(found.mean) and found.half_width is None and found.deviation is None
+    seeds = dict(enumerate(values))
+    difference = statistics.paired(seeds, dict.fromkeys(seeds, 1.0))
+    assert difference is not None and math.isnan(difference.mean) and difference.p is None
+    said = statistics.verdict(difference, None, "nats")
+    assert said == "a difference is not finite: no verdict"
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_a_difference_is_scipys_paired_t_test(count: int):
     rng = np.random.default_rng(count)
