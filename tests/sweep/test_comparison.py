@@ -12,12 +12,12 @@ import pytest
 from scipy import stats
 
 from moejax.errors import UserError
-from moejax.sweep import budget, statistics, summary
+from moejax.sweep import budget, summary
 from moejax.sweep.comparison import Summary, compare
 from moejax.sweep.count import Counted
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import Comparison, Solved
-from moejax.sweep.noise import noise_of, read_pilot
+from moejax.sweep.noise import read_pilot
 from moejax.sweep.results import Result, write_csv
 from moejax.sweep.statistics import Difference, outcome, verdict
 from tests.sweep.test_results import LEAK, result, sweep_of
@@ -185,38 +185,6 @@ def test_times_that_nobody_measured_are_null_and_miss_nothing():
     known = compare(sweep_with(match="step_time", baseline="top_2"), found, set())
     assert known.of("close").cost is None and not known.of("close").missed_match
     json.dumps(summary.to_json(known), allow_nan=False)
-
-
-# What can be found.
-
-
-def test_noise_is_pooled_over_the_differences():
-    """Differences to a: +-0.01 (2 seeds), and 0.01, 0.02, 0.06 (3): variances 2e-4, 7e-4."""
-    losses = {
-        "a": {0: 2.0, 1: 2.1, 2: 2.2},
-        "b": {0: 2.01, 1: 2.09},
-        "c": {0: 2.01, 1: 2.12, 2: 2.26},
-    }
-    found = noise_of(losses, "a", "here")
-    assert found is not None and found.paired
-    assert found.deviation == pytest.approx(math.sqrt((2e-4 + 2 * 7e-4) / 3))
-    assert found.source == "5 differences to a in here"
-
-
-def test_a_pilot_of_one_variant_says_less():
-    found = noise_of({"a": {0: 2.0, 1: 2.02}}, "a", "runs/pilot")
-    assert found is not None and not found.paired
-    assert found.deviation == pytest.approx(math.sqrt(2) * 0.02 / math.sqrt(2))
-    assert noise_of({"a": {0: 2.0}}, "a", "") is None and noise_of({}, "a", "") is None
-
-
-def test_the_detectable_difference_scales_with_the_noise():
-    found = compared().detectable
-    assert found is not None and (found.seeds, found.comparisons) == (3, 3)
-    assert found.difference == pytest.approx(found.deviation * statistics.detectable(3))
-    limit = stats.t.isf(0.05 / 6, 2)
-    shift = found.difference_holm / found.deviation * math.sqrt(3)
-    assert stats.nct.sf(limit, 2, shift) == pytest.approx(0.8, abs=1e-4)
 
 
 # The budget.
