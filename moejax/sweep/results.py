@@ -83,8 +83,8 @@ def read_trial(folder: Path, trial: Trial) -> Result:
     workdir = folders.workdir_of(folder, trial)
     saved = read_config(workdir)
     rows = read_rows(workdir / "metrics.jsonl")
-    train = [row for row in rows if row["split"] == "train"]
-    held_out = [row for row in rows if row["split"] == "eval"][-1]
+    train = [row for row in rows if row.get("split") == "train"]
+    held_out = [row for row in rows if row.get("split") == "eval"][-1]
     weights = [
         row["step"] - before for row, before in zip(train, [0, *_steps(train)], strict=False)
     ]
