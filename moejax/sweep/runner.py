@@ -57,6 +57,7 @@ def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
         variants, trials = len(sweep.variants), len(sweep.trials)
         print(f"{sweep.source}: {variants} variants, {trials} trials in {folder}", flush=True)
         budget.announce(sweep, folder, chosen)
+        warn(sweep, how)
         ended = run_trials(sweep, folder, chosen, how, launcher)
         if ended == STOPPED:
             keep(sweep, folder)
@@ -81,8 +82,19 @@ def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
     run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in found)
     print(f"\n{status.summary(found)}; {run} would be run")
     budget.announce(sweep, folder, chosen)
+    warn(sweep, how)
     for problem in problems:
         print(problem)
+
+
+def warn(sweep: Sweep, how: How) -> None:
+    """Says a line if times are to be compared that cannot be: of trials that share this machine."""
+    if sweep.comparison.match == "step_time" and how.launcher == "local" and (how.jobs or 1) > 1:
+        print(
+            f'warning: MATCH = "step_time" with --jobs={how.jobs}: times of trials that share a '
+            "machine are not comparable; use --jobs=1",
+            flush=True,
+        )
 
 
 def report(sweep: Sweep, folder: Path) -> None:

@@ -190,18 +190,23 @@ def test_times_that_nobody_measured_are_null_and_miss_nothing():
 # The budget.
 
 
-def with_configs(sweep: Sweep) -> Sweep:
-    config = {"train": {"steps": 100, "batch_size": 8, "seq_len": 16}}
+def with_configs(sweep: Sweep, transport: str) -> Sweep:
+    train = {"steps": 100, "batch_size": 8, "seq_len": 16}
+    config = {"train": train, "moe": {"transport": transport}}
     trials = [dataclasses.replace(trial, config=config) for trial in sweep.trials]
     return dataclasses.replace(sweep, trials=tuple(trials))
 
 
 def announced(
-    monkeypatch: pytest.MonkeyPatch, sweep: Sweep, finished: list[Result], **how: Any
+    monkeypatch: pytest.MonkeyPatch,
+    sweep: Sweep,
+    finished: list[Result],
+    transport: str = "dropless",
+    **how: Any,
 ) -> list[str]:
     monkeypatch.setattr(budget, "read_sweep", lambda *_: finished)
     monkeypatch.setattr(budget, "count", lambda configs: [Counted(9, 1e6, 16)] * len(configs))
-    return budget.lines(with_configs(sweep), Path("."), **how)
+    return budget.lines(with_configs(sweep, transport), Path("."), **how)
 
 
 def test_the_budget_of_a_new_sweep(monkeypatch: pytest.MonkeyPatch):
@@ -221,16 +226,26 @@ def test_the_budget_of_what_is_left(monkeypatch: pytest.MonkeyPatch):
     others = (3 * 15 + 50) / 4
     assert f"about {(2 * 50 + 6 * others) / 60:.0f} min one after the other, as the 4" in time
     assert noise.startswith("3 seeds find a difference of ")
-    chosen = with_configs(sweep).trials[4:5]
+    chosen = with_configs(sweep, "dropless").trials[4:5]
     work, time, _ = announced(monkeypatch, sweep, finished, chosen=chosen)
     assert "1 trial, 100 steps" in work and "about 50 s" in time
 
 
-def test_matched_widths_are_in_the_budget(monkeypatch: pytest.MonkeyPatch):
-    sweep = sweep_with(match="active_flops", baseline="top_2")
+@pytest.mark.parametrize(
+    "match, transport, before",
+    [
+        ("active_flops", "dropless", ""),
+        ("active_flops", "cells", " before drops"),
+        ("total_params", "cells", ""),
+    ],
+)
+def test_matched_widths_are_in_the_budget(
+    match: str, transport: str, before: str, monkeypatch: pytest.MonkeyPatch
+):
+    sweep = sweep_with(match=match, baseline="top_2")
     sweep = dataclasses.replace(sweep, solved=(Solved("close", "moe.d_ff", 64, 0.998),))
-    first, *_ = announced(monkeypatch, sweep, [])
-    assert first == "matched to top_2's counted active_flops: close moe.d_ff=64 (0.998)"
+    first, *_ = announced(monkeypatch, sweep, [], transport)
+    assert first == f"matched to top_2's counted {match}{before}: close moe.d_ff=64 (0.998)"
 
 
 def test_a_finished_sweep_has_no_work_left_and_one_seed_tells_nothing(
