@@ -1,14 +1,19 @@
 """Where a config comes from: a page (a file or module with ``get_config``) or a finished run."""
 
+import contextlib
 import dataclasses
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import inspect
 import json
 import os
 import re
+import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError, suggest
@@ -63,7 +68,9 @@ class Page:
             result = function(self.arg) if self.takes_arg(function) else function()
             return list(result) if inspect.isgenerator(result) else result
 
-        return _guard(self.module.__file__ or self.path, run)
+        path = self.module.__file__ or self.path
+        with _own_imports(path):
+            return _guard(path, run)
 
 
 def open_page(source: str) -> Page | None:
@@ -95,8 +102,39 @@ def _run_file(path: str) -> types.ModuleType:
     module = types.ModuleType(os.path.splitext(os.path.basename(path))[0])
     module.__file__ = path
     # Not imported: no stale bytecode, and none written beside the page.
-    _guard(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
+    with _own_imports(path):
+        _guard(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
     return module
+
+
+@contextlib.contextmanager
+def _own_imports(path: str) -> Iterator[None]:
+    """Inside, a page may import from the packages that its own file is in, whatever the folder."""
+    finder = _Above(Path(path).absolute())
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Above(importlib.abc.MetaPathFinder):
+    """Finds, after everything else, the folders above a file as packages, the nearest first.
+
+    No other names: a folder beside them, say of results, is no package.
+    """
+
+    def __init__(self, file: Path):
+        self._folders = {folder.name: folder for folder in reversed(file.parents)}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        first, *others = fullname.split(".")
+        if first not in self._folders:
+            return None
+        within = self._folders[first].parent.joinpath(*[first, *others][:-1])
+        return importlib.machinery.PathFinder.find_spec(fullname, [str(within)], target)
 
 
 def _import(name: str) -> types.ModuleType:

@@ -1,6 +1,7 @@
 """Where configs come from: pages, modules and workdirs, and what is said of broken ones."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,38 @@ def test_page_is_found_as_a_module(page: str, monkeypatch: pytest.MonkeyPatch):
     (folder / "one.py").write_text(PAGE)
     monkeypatch.syspath_prepend(str(folder.parent))
     assert load("pages_of_test_config.one:experts=2").config.moe.num_experts == 2
+
+
+@pytest.mark.parametrize("shadowed", [False, True])
+def test_a_page_imports_from_the_folders_it_is_in_wherever_it_is_called(
+    shadowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the current folder has one of that name, without what the page wants."""
+    package = f"own_pages_{shadowed}"
+    page = tmp_path / "root" / package / "balance/sweep.py"
+    page.parent.mkdir(parents=True)
+    beside = page.parent.parent
+    (beside / "shared.py").write_text("from moejax.config import default\nEXPERTS = 3\n")
+    (beside / "late.py").write_text("FF = 24\n")
+    page.write_text(
+        f"from {package}.shared import EXPERTS, default\n\n\n"
+        "def get_config(arg=None):\n"
+        f"    from {package} import late\n\n"
+        "    config = default()\n"
+        "    config.moe.num_experts, config.moe.d_ff = EXPERTS, late.FF\n"
+        "    return config\n"
+    )
+    other = tmp_path / "other"
+    (other / package if shadowed else other).mkdir(parents=True)
+    monkeypatch.chdir(other)
+    monkeypatch.syspath_prepend(str(other))
+    before = list(sys.path), list(sys.meta_path)
+    config = load(str(page)).config
+    assert (config.moe.num_experts, config.moe.d_ff) == (3, 24)
+    assert (sys.path, sys.meta_path) == before
+    page.write_text("import no_folder_of_the_page\n")
+    with pytest.raises(UserError, match="No module named 'no_folder_of_the_page'"):
+        load(str(page))
 
 
 def test_workdir_is_a_source_and_gives_the_same_config(page: str, tmp_path: Path):

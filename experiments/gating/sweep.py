@@ -1,4 +1,4 @@
-"""Twelve ways to choose experts at equal active FLOPs and equal parameters.
+"""Twelve ways to choose experts at equal active FLOPs.
 
 Question: at one size, which gate learns most per unit of active compute, and is the difference
 more than seeds make?

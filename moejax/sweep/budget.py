@@ -41,9 +41,17 @@ def lines(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> 
 
 
 def _solved(sweep: Sweep) -> str:
+    """The widths. Cells drop pairs, of which nobody knows how many before the run."""
     match, baseline = sweep.comparison.match, sweep.comparison.baseline
+    names = (baseline, *(solved.variant for solved in sweep.solved))
+    drops = match == "active_flops" and any(
+        trial.config["moe"]["transport"] == "cells"
+        for trial in sweep.trials
+        if trial.variant in names
+    )
+    before = " before drops" if drops else ""
     widths = (f"{s.variant} {s.field}={s.width} ({s.ratio:.3f})" for s in sweep.solved)
-    return f"matched to {baseline}'s counted {match}: {', '.join(widths)}"
+    return f"matched to {baseline}'s counted {match}{before}: {', '.join(widths)}"
 
 
 def _work(trials: Sequence[Trial]) -> str:

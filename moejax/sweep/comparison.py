@@ -78,7 +78,12 @@ class Summary:
 
 
 def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, int]]) -> Summary:
-    """The comparison of what is finished; ``diverged`` are variant and seed of other trials."""
+    """The comparison of what is finished; ``diverged`` are variant and seed of other trials.
+
+    A trial whose last held-out loss is not finite has diverged, though it came to its end.
+    """
+    diverged = diverged | {(r.variant, r.seed) for r in results if not math.isfinite(r.loss)}
+    results = [r for r in results if math.isfinite(r.loss)]
     baseline = sweep.comparison.baseline
     cost = sweep.comparison.match or "active_flops"
     own = {name: [r for r in results if r.variant == name] for name in sweep.variants}

@@ -42,10 +42,14 @@ def write_figure(folder: Path, title: str, results: Sequence[Result], summary: S
 
 
 def figure(title: str, results: Sequence[Result], summary: Summary) -> Any:
-    """The picture as a ``matplotlib.figure.Figure``, outside pyplot: no window, no global state."""
+    """The picture as a ``matplotlib.figure.Figure``, outside pyplot: no window, no global state.
+
+    Results without a finite loss have no point.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    results = [result for result in results if math.isfinite(result.loss)]
     wide = bool(forest.rows(summary))
     size, ratios = ((17, 5.2), (1, 1, 0.75)) if wide else ((12, 5.2), (1, 1))
     drawn: Any = Figure(figsize=size, dpi=110, layout="constrained")
@@ -113,6 +117,8 @@ def _panels(axes: Sequence[Any], results: Sequence[Result], summary: Summary) ->
 def _limit_losses(axes: Any, results: Sequence[Result], summary: Summary) -> bool:
     """Sets the losses' axis; whether an interval leaves it (of two seeds it is nine deviations)."""
     losses = [result.loss for result in results]
+    if not losses:
+        return False
     low, high = min(losses), max(losses)
     reach = BEYOND * (high - low)
     intervals = [(v.mean, v.half_width) for v in summary.variants]

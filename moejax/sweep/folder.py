@@ -43,7 +43,7 @@ def finished(folder: Path, trial: Trial) -> bool:
     if config_id(read_config(workdir)["config"]) != trial.id:
         return False
     rows = read_rows(workdir / "metrics.jsonl")
-    return any(row["split"] == "eval" and row["step"] == trial.steps for row in rows)
+    return any(row.get("split") == "eval" and row["step"] == trial.steps for row in rows)
 
 
 def check(folder: Path, sweep: Sweep) -> None:

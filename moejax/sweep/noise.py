@@ -11,7 +11,10 @@ from typing import NamedTuple
 from moejax.errors import UserError
 from moejax.sweep.definition import Sweep
 from moejax.sweep.results import Result
-from moejax.sweep.statistics import LEVEL, detectable
+from moejax.sweep.statistics import LEVEL, detectable, spread
+
+ENOUGH = 4
+"""Degrees of freedom from which paired differences are preferred to more seeds without pairs."""
 
 Losses = Mapping[str, Mapping[int, float]]
 """Held-out losses by variant and seed."""
@@ -36,6 +39,7 @@ class Noise:
     paired: bool
     """False: from the deviation s over seeds as s sqrt(2), which is right if pairing is no help."""
     freedom: int
+    """Of the deviation; 0 for a number that was given."""
     source: str
 
 
@@ -44,6 +48,8 @@ class Detectable:
     """The smallest true difference that a paired t-test finds in 80 % of sweeps, at the 5 % level.
 
     ``difference_holm`` is it at the level of Holm's first step, 5 % over ``comparisons``.
+    ``factors`` are the ends of the 95 % interval of the deviation over it, and so of both
+    differences; None where the deviation is a given number and ``freedom`` 0.
     """
 
     difference: float
@@ -51,36 +57,49 @@ class Detectable:
     seeds: int
     comparisons: int
     deviation: float
+    freedom: int
+    factors: tuple[float, float] | None
     source: str
 
 
 def noise(sweep: Sweep, finished: Sequence[Result]) -> Noise | None:
     """The best of what the sweep's own trials and its PILOT tell; None if they tell nothing.
 
-    Paired differences are better than the deviation over seeds, and many better than few.
-
     Raises:
       UserError: the pilot's file cannot be read.
     """
     baseline, pilot = sweep.comparison.baseline, sweep.comparison.pilot
-    found = [noise_of(losses_of(finished), baseline, "this sweep")]
+    found = known(losses_of(finished), baseline, "this sweep")
     if isinstance(pilot, str):
-        found.append(noise_of(losses_of(read_pilot(pilot)), baseline, pilot))
+        found += known(losses_of(read_pilot(pilot)), baseline, pilot)
     elif pilot is not None:
         text = f"PILOT = {pilot:g}, the deviation over seeds, times \N{SQUARE ROOT}2"
         found.append(Noise(math.sqrt(2) * pilot, False, 0, text))
-    known = [each for each in found if each]
-    return max(known, key=lambda each: (each.paired, each.freedom), default=None)
+    return best(found)
 
 
-def noise_of(losses: Losses, baseline: str | None, where: str) -> Noise | None:
-    """From the differences to the baseline, or else from the deviation over seeds, pooled.
+def best(found: Sequence[Noise]) -> Noise | None:
+    """The one to rely on: many degrees of freedom are better than few.
+
+    Differences at equal seeds are better than the deviation over seeds, unless they are both few
+    and fewer: one of one degree of freedom is wrong by a factor of 30 now and then.
+    """
+    by_freedom = sorted(found, key=lambda each: each.freedom, reverse=True)
+    paired = next((each for each in by_freedom if each.paired), None)
+    if paired and (paired.freedom >= ENOUGH or paired.freedom == by_freedom[0].freedom):
+        return paired
+    return next(iter(by_freedom), None)
+
+
+def known(losses: Losses, baseline: str | None, where: str) -> list[Noise]:
+    """What losses tell: of the differences to the baseline, and of seeds, each pooled.
 
     Without a baseline among them the first variant is in its place.
     """
     reference = baseline if baseline in losses else next(iter(losses), None)
     if reference is None:
-        return None
+        return []
+    found = []
     pairs = [
         [loss - losses[reference][seed] for seed, loss in own.items() if seed in losses[reference]]
         for variant, own in losses.items()
@@ -90,12 +109,12 @@ def noise_of(losses: Losses, baseline: str | None, where: str) -> Noise | None:
     if freedom:
         count = freedom + sum(len(differences) > 1 for differences in pairs)
         text = f"{count} differences to {reference} in {where}"
-        return Noise(deviation, True, freedom, text)
+        found.append(Noise(deviation, True, freedom, text))
     deviation, freedom = _pooled([list(own.values()) for own in losses.values()])
     if freedom:
         text = f"the deviation over seeds in {where}, {deviation:.2g}, times \N{SQUARE ROOT}2"
-        return Noise(math.sqrt(2) * deviation, False, freedom, text)
-    return None
+        found.append(Noise(math.sqrt(2) * deviation, False, freedom, text))
+    return found
 
 
 def _pooled(groups: Iterable[list[float]]) -> tuple[float, int]:
@@ -107,8 +126,9 @@ def _pooled(groups: Iterable[list[float]]) -> tuple[float, int]:
 
 
 def losses_of(trials: Sequence[Result | Pilot]) -> Losses:
+    """Those that are finite: the others say nothing of how much seeds vary."""
     losses: dict[str, dict[int, float]] = {}
-    for trial in trials:
+    for trial in filter(lambda trial: math.isfinite(trial.loss), trials):
         losses.setdefault(trial.variant, {})[trial.seed] = trial.loss
     return losses
 
@@ -152,5 +172,7 @@ def detectable_difference(sweep: Sweep, found: Noise | None) -> Detectable | Non
         seeds=least,
         comparisons=many,
         deviation=found.deviation,
+        freedom=found.freedom,
+        factors=spread(found.freedom) if found.freedom else None,
         source=found.source,
     )

@@ -83,8 +83,8 @@ def read_trial(folder: Path, trial: Trial) -> Result:
     workdir = folders.workdir_of(folder, trial)
     saved = read_config(workdir)
     rows = read_rows(workdir / "metrics.jsonl")
-    train = [row for row in rows if row["split"] == "train"]
-    held_out = [row for row in rows if row["split"] == "eval"][-1]
+    train = [row for row in rows if row.get("split") == "train"]
+    held_out = [row for row in rows if row.get("split") == "eval"][-1]
     weights = [
         row["step"] - before for row, before in zip(train, [0, *_steps(train)], strict=False)
     ]
@@ -142,14 +142,15 @@ def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
     Each time the run was started, its first interval is left out of the median: caches are cold.
     An interval that was a compilation alone has no time of its own and counts as median steps.
     """
-    warm, sums, before, elapsed = [], [], 0, math.inf
-    for row in timings:
-        seconds, first = row["seconds_per_step"], row["elapsed"] < elapsed
-        if math.isfinite(seconds):
-            sums.append((seconds, row["step"] - before))
-            if not first:
-                warm.append(seconds)
-        before, elapsed = row["step"], row["elapsed"]
+    warm, sums, before = [], [], 0
+    for life in _lives(timings):
+        for row in life:
+            seconds = row["seconds_per_step"]
+            if math.isfinite(seconds):
+                sums.append((seconds, row["step"] - before))
+                if row is not life[0]:
+                    warm.append(seconds)
+            before = row["step"]
     measured = warm or [seconds for seconds, _ in sums]
     if not measured:
         return math.nan, math.nan
@@ -161,9 +162,25 @@ def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
 
 def elapsed_seconds(timings: Sequence[Row]) -> float:
     """The last ``elapsed`` of each time the run was started, together."""
-    elapsed = [row["elapsed"] for row in timings]
-    pairs = zip(elapsed, [*elapsed[1:], -math.inf], strict=False)
-    return sum((now for now, after in pairs if after < now), start=0.0)
+    return sum((life[-1]["elapsed"] for life in _lives(timings)), start=0.0)
+
+
+def _lives(timings: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each time the run was started.
+
+    Each has its own ``from_step``: rows after the step that a run resumes at are cut off first.
+    Older versions wrote none; there a start shows where ``elapsed`` falls.
+    """
+    lives: list[list[Row]] = []
+    for row in timings:
+        before = lives[-1][-1] if lives else None
+        if before is None or row.get("from_step") != before.get("from_step"):
+            lives.append([row])
+        elif "from_step" not in row and row["elapsed"] < before["elapsed"]:
+            lives.append([row])
+        else:
+            lives[-1].append(row)
+    return lives
 
 
 def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from moejax.errors import UserError
 from moejax.sweep import budget, choose, journal, launch, live, status, summary
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
@@ -35,7 +36,8 @@ class How:
 
 
 def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
-    """Runs a sweep in its folder, then prints and writes what all finished trials gave.
+    """Runs a sweep in its folder, then prints and writes what all finished trials gave; after a
+    signal it only writes.
 
     Returns the exit status: 0 the chosen trials are finished, 1 some failed, 75 stopped by a
     signal.
@@ -55,8 +57,11 @@ def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
         variants, trials = len(sweep.variants), len(sweep.trials)
         print(f"{sweep.source}: {variants} variants, {trials} trials in {folder}", flush=True)
         budget.announce(sweep, folder, chosen)
+        warn(sweep, how)
         ended = run_trials(sweep, folder, chosen, how, launcher)
-        if ended != STOPPED:
+        if ended == STOPPED:
+            keep(sweep, folder)
+        else:
             report(sweep, folder)
     return ended
 
@@ -77,8 +82,19 @@ def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
     run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in found)
     print(f"\n{status.summary(found)}; {run} would be run")
     budget.announce(sweep, folder, chosen)
+    warn(sweep, how)
     for problem in problems:
         print(problem)
+
+
+def warn(sweep: Sweep, how: How) -> None:
+    """Says a line if times are to be compared that cannot be: of trials that share this machine."""
+    if sweep.comparison.match == "step_time" and how.launcher == "local" and (how.jobs or 1) > 1:
+        print(
+            f'warning: MATCH = "step_time" with --jobs={how.jobs}: times of trials that share a '
+            "machine are not comparable; use --jobs=1",
+            flush=True,
+        )
 
 
 def report(sweep: Sweep, folder: Path) -> None:
@@ -88,6 +104,19 @@ def report(sweep: Sweep, folder: Path) -> None:
         print(f"\n{table}\n", flush=True)
     picture = "sweep.png, " if table else ""
     print(f"{folder}: results.csv, summary.json, {picture}trials/", flush=True)
+
+
+def keep(sweep: Sweep, folder: Path) -> None:
+    """After a stop: writes what `report` writes if a trial has finished, and prints no table.
+
+    It may be long before the sweep goes on. Files that cannot be read are said; they are no reason
+    for another exit status, since going on does not need them.
+    """
+    try:
+        if any(folders.finished(folder, trial) for trial in sweep.trials):
+            summary.write(sweep, folder)
+    except UserError as error:
+        print(f"moejax: {folder} has no new summary.json: {error}", file=sys.stderr)
 
 
 def run_trials(

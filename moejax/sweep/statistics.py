@@ -1,7 +1,7 @@
 """What a few seeds can tell: intervals, paired differences, Holm's correction, what is detectable.
 
-Everything rests on Student's t distribution, whose degrees of freedom are whole numbers here, so
-that its distribution function is a finite sum.
+Everything rests on Student's t and the chi-squared distribution, whose degrees of freedom are whole
+numbers here, so that their distribution functions are finite sums.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ ALONE = " if alone"
 class Estimate:
     """A mean over seeds with its interval, ``mean`` +- ``half_width``.
 
-    One value has no interval and no deviation: they are None.
+    One value has no interval and no deviation: they are None. Where a value is not finite, the mean
+    is NaN and has neither.
     """
 
     mean: float
@@ -38,7 +39,10 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Variant minus baseline over the seeds that both have; ``p`` of the paired t-test."""
+    """Variant minus baseline over the seeds that both have; ``p`` of the paired t-test.
+
+    ``mean`` and the rest are as those of an `Estimate`; without a deviation there is no p.
+    """
 
     seeds: tuple[int, ...]
     mean: float
@@ -81,6 +85,51 @@ def critical(confidence: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(angle)
 
 
+def spread(freedom: int) -> tuple[float, float]:
+    r"""Ends of the 95 % interval of a standard deviation, as multiples of the one that was found.
+
+    .. math::
+       \sqrt{\nu / \chi^2_{0.975;\nu}}, \qquad \sqrt{\nu / \chi^2_{0.025;\nu}}
+
+    of values that are normal, with ``freedom`` degrees of freedom: 0.45 and 31.9 for one.
+    """
+    low, high = (_chi_squared_quantile(tail, freedom) for tail in _TAILS)
+    return math.sqrt(freedom / high), math.sqrt(freedom / low)
+
+
+_TAILS = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+
+
+def chi_squared(x: float, freedom: int) -> float:
+    r"""P(:math:`\chi^2_\nu` <= x) with ``freedom`` degrees of freedom, for x >= 0.
+
+    .. math::
+       1 - e^{-x/2} \sum_{j < \nu/2} \frac{(x/2)^j}{j!} \text{ for even } \nu, \qquad
+       \operatorname{erf}\sqrt{x/2} - e^{-x/2} \sum_{j < (\nu-1)/2}
+       \frac{(x/2)^{j+1/2}}{\Gamma(j + 3/2)} \text{ for odd.}
+
+    Reference: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.4.4 and 26.4.5.
+    """
+    if freedom < 1:
+        raise ValueError(f"freedom={freedom} must be at least 1")
+    if x <= 0:
+        return 0.0
+    half, shift = x / 2, freedom % 2 / 2
+    whole = math.erf(math.sqrt(half)) if shift else 1.0
+    powers = (j + shift for j in range(freedom // 2))
+    # Each term in logarithms: its factors leave the range of floats at 300 degrees of freedom.
+    log_half = math.log(half)
+    return whole - sum(math.exp(p * log_half - half - math.lgamma(p + 1)) for p in powers)
+
+
+@functools.lru_cache
+def _chi_squared_quantile(share: float, freedom: int) -> float:
+    high = float(freedom)
+    while chi_squared(high, freedom) < share:
+        high *= 2
+    return _bisect(lambda x: chi_squared(x, freedom) - share, 0.0, high)
+
+
 def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
     """The root of a rising function between ``low`` and ``high``, to the last bits."""
     while low < (middle := (low + high) / 2) < high:
@@ -91,6 +140,8 @@ def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and 95 % interval: t(n - 1) s / sqrt(n). At least one value."""
     count = len(values)
+    if not all(map(math.isfinite, values)):
+        return Estimate(math.nan, None, None)
     mean = statistics.fmean(values)
     if count == 1:
         return Estimate(mean, None, None)
@@ -132,6 +183,8 @@ def verdict(difference: Difference | None, p_holm: float | None, unit: str) -> s
     if difference is None:
         return f"no seed in common with the baseline: {NONE}"
     said = outcome(difference, p_holm)
+    if not math.isfinite(difference.mean):
+        return f"a difference is not finite: {NONE}"
     if difference.half_width is None or said == NONE:
         return f"one seed: {NONE}"
     undecided = f"{SAME} at {len(difference.seeds)} seeds"

@@ -20,6 +20,8 @@ results.csv has every trial's numbers."""
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NOTE_WIDTH = 100
+SURE = 10
+"""Degrees of freedom from which a smallest detectable difference is said without its interval."""
 _LEFT = ("variant", "verdict", "marks")
 
 Column = tuple[str, str, list[str]]
@@ -155,7 +157,7 @@ def mark_notes(summary: Summary) -> list[str]:
 
 
 def detectable_note(found: Detectable, unit: str) -> str:
-    """The smallest difference that these seeds can find, in words."""
+    """The smallest difference that these seeds can find, in words; how far off it may be."""
     digits = decimals(found.difference)
     text = (
         f"{found.seeds} seeds find a difference of {found.difference:.{digits}f} {unit} in 80 % "
@@ -166,4 +168,12 @@ def detectable_note(found: Detectable, unit: str) -> str:
             f" ({found.difference_holm:.{digits}f} with Holm's correction for "
             f"{found.comparisons} variants)"
         )
-    return f"{text}; from {found.source}."
+    text += f"; from {found.source}"
+    if found.factors is None or found.freedom >= SURE:
+        return f"{text}."
+    low, high = found.factors
+    ends = " to ".join(f"{found.difference * factor:.{digits}f}" for factor in found.factors)
+    return (
+        f"{text}, {found.freedom} degree{'s' * (found.freedom > 1)} of freedom: the true one may "
+        f"be {low:.2g} to {high:.2g} times that, {ends} {unit} (95 % interval)."
+    )

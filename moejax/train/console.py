@@ -23,7 +23,7 @@ class Console:
         self._flops_per_step = 0.0
         self._peak = 0.0
         self._began = self._logged_at = time.perf_counter()
-        self._logged_step = 0
+        self._logged_step = self._from_step = 0
         self._last_eval: Row = {}
         self._last_train: Row = {}
         self._rate = self._seconds = math.nan
@@ -64,7 +64,7 @@ class Console:
     def start(self, step: int) -> None:
         """The loop begins at ``step``."""
         self._began = self._logged_at = time.perf_counter()
-        self._logged_step = step
+        self._logged_step = self._from_step = step
         if step:
             self._say(f"resuming {self._folder} at step {step}")
         self._say("compiling the training step ...")
@@ -107,6 +107,8 @@ class Console:
             f"{self._item}s_per_second": self._rate,
             "mfu": mfu,
             "elapsed": now - self._began,
+            # Of the rows that are kept no two starts have the same.
+            "from_step": self._from_step,
         }
 
     def evaluated(self, row: Row) -> None:

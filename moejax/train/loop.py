@@ -242,17 +242,22 @@ def check_text(saved: dict[str, Any], config: Config, fingerprint: str, remedy: 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The workdir's config.json."""
+    """The workdir's config.json.
+
+    Raises:
+      UserError: there is none, or it is not what a run writes.
+    """
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is {folder} the workdir of a run?") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also bytes that are no text
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it or use another --workdir"
         ) from error
-    if not isinstance(saved, dict) or not {"config", "fingerprint", "baselines"} <= saved.keys():
+    known = isinstance(saved, dict) and {"config", "fingerprint", "baselines"} <= saved.keys()
+    if not known or not isinstance(saved["config"], dict):
         raise UserError(f"{path} was not written by `moejax train`; use another --workdir")
     return saved
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,6 +319,23 @@ def test_curves_and_load_carry_the_marks_of_their_variants(tmp_path: Path):
     assert "Trial switch-seed0 †‡. †: " in blocks.said(page)
     assert all("‡: the cost misses" in each.caption for each in (drawn, table, panels))
     assert "switch-load-training" in figures  # links stay what they are
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2)])
+def test_measures_that_do_not_exist_are_shown_as_such(tmp_path: Path, seeds: tuple[int, ...]):
+    """One expert has no entropy to be relative to, and a layer without pairs has no shares."""
+    folder = sweeps.write(tmp_path / "sweep", seeds=seeds)
+    loads = {"switch": [[8], [8]], "top_2": [[0, 0], [4, 4]]}
+    for variant, load in loads.items():
+        zeros = [[0] * len(row) for row in load]
+        changes: dict[str, Any] = {"moe__load": load, "moe__dropped": zeros}
+        rows = [workdirs.row(s, side, **changes) for s in (10, 30) for side in ("train", "eval")]
+        for seed in seeds:
+            workdirs.lines(folder / f"trials/{variant}-seed{seed}/metrics.jsonl", rows)
+    sweep = read(folder)
+    rows = blocks.table(sweep_load.page(sweep), "variant").rows
+    assert [row[2] for row in rows] == ["nan", "nan"]
+    assert report.of_sweep(sweep)
 
 
 # Sweeps that went wrong.

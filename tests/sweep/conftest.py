@@ -1,7 +1,7 @@
 import pytest
 
-from moejax.sweep import budget, runner
-from tests.sweep.small import no_budget, no_report, small_command
+from moejax.sweep import budget, runner, summary
+from tests.sweep.small import no_budget, no_report, no_summary, small_command
 
 
 @pytest.fixture
@@ -10,3 +10,4 @@ def small_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "train_command", small_command)
     monkeypatch.setattr(runner, "report", no_report)
     monkeypatch.setattr(budget, "announce", no_budget)
+    monkeypatch.setattr(summary, "write", no_summary)

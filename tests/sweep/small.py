@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax import cli
-from moejax.sweep import budget, journal, runner
+from moejax.sweep import budget, journal, runner, summary
 from moejax.sweep import folder as folders
 from tests.sweep.trial import STEPS
 from tests.train.runs import ROOT, Ended, call
@@ -48,6 +48,12 @@ def small_command(trial: Any, sweep: Any, folder: Path) -> list[str]:
 
 def no_report(sweep: Any, folder: Path) -> None:
     print("the table")
+
+
+def no_summary(sweep: Any, folder: Path) -> str:
+    """Small trials have nothing to sum up."""
+    (folder / "summary.json").write_text("{}")
+    return ""
 
 
 def no_budget(sweep: Any, folder: Path, chosen: Any) -> None:
@@ -130,7 +136,7 @@ def at(condition: Callable[[], Any], number: int) -> threading.Thread:
 
 def main(argv: list[str]) -> int:
     runner.train_command, runner.report = small_command, no_report
-    budget.announce = no_budget
+    budget.announce, summary.write = no_budget, no_summary
     if argv[0].startswith("--die="):
         moment = argv.pop(0).removeprefix("--die=")
         setattr(journal.Journal, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))

@@ -12,12 +12,12 @@ import pytest
 from scipy import stats
 
 from moejax.errors import UserError
-from moejax.sweep import budget, statistics, summary
+from moejax.sweep import budget, summary
 from moejax.sweep.comparison import Summary, compare
 from moejax.sweep.count import Counted
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import Comparison, Solved
-from moejax.sweep.noise import noise_of, read_pilot
+from moejax.sweep.noise import read_pilot
 from moejax.sweep.results import Result, write_csv
 from moejax.sweep.statistics import Difference, outcome, verdict
 from tests.sweep.test_results import LEAK, result, sweep_of
@@ -111,6 +111,18 @@ def test_diverged_trials_are_named_and_in_no_mean():
     assert own.difference is not None and own.difference.seeds == (0, 2)
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_a_diverged_trial(loss: float):
+    found = [dataclasses.replace(r, loss=loss) if r.variant == "worse" else r for r in results_of()]
+    known = compare(sweep_with(baseline="top_2"), found, set())
+    worse = known.of("worse")
+    assert (worse.seeds, worse.diverged, worse.mean) == ((), (0, 1, 2), None)
+    assert worse.marks == ("diverged",) and worse.difference is None
+    without = [r for r in found if r.variant != "worse"]
+    assert known.detectable == compare(sweep_with(baseline="top_2"), without, set()).detectable
+    json.dumps(summary.to_json(known), allow_nan=False)
+
+
 @pytest.mark.parametrize(
     "match, field, unit",
     [
@@ -175,53 +187,26 @@ def test_times_that_nobody_measured_are_null_and_miss_nothing():
     json.dumps(summary.to_json(known), allow_nan=False)
 
 
-# What can be found.
-
-
-def test_noise_is_pooled_over_the_differences():
-    """Differences to a: +-0.01 (2 seeds), and 0.01, 0.02, 0.06 (3): variances 2e-4, 7e-4."""
-    losses = {
-        "a": {0: 2.0, 1: 2.1, 2: 2.2},
-        "b": {0: 2.01, 1: 2.09},
-        "c": {0: 2.01, 1: 2.12, 2: 2.26},
-    }
-    found = noise_of(losses, "a", "here")
-    assert found is not None and found.paired
-    assert found.deviation == pytest.approx(math.sqrt((2e-4 + 2 * 7e-4) / 3))
-    assert found.source == "5 differences to a in here"
-
-
-def test_a_pilot_of_one_variant_says_less():
-    found = noise_of({"a": {0: 2.0, 1: 2.02}}, "a", "runs/pilot")
-    assert found is not None and not found.paired
-    assert found.deviation == pytest.approx(math.sqrt(2) * 0.02 / math.sqrt(2))
-    assert noise_of({"a": {0: 2.0}}, "a", "") is None and noise_of({}, "a", "") is None
-
-
-def test_the_detectable_difference_scales_with_the_noise():
-    found = compared().detectable
-    assert found is not None and (found.seeds, found.comparisons) == (3, 3)
-    assert found.difference == pytest.approx(found.deviation * statistics.detectable(3))
-    limit = stats.t.isf(0.05 / 6, 2)
-    shift = found.difference_holm / found.deviation * math.sqrt(3)
-    assert stats.nct.sf(limit, 2, shift) == pytest.approx(0.8, abs=1e-4)
-
-
 # The budget.
 
 
-def with_configs(sweep: Sweep) -> Sweep:
-    config = {"train": {"steps": 100, "batch_size": 8, "seq_len": 16}}
+def with_configs(sweep: Sweep, transport: str) -> Sweep:
+    train = {"steps": 100, "batch_size": 8, "seq_len": 16}
+    config = {"train": train, "moe": {"transport": transport}}
     trials = [dataclasses.replace(trial, config=config) for trial in sweep.trials]
     return dataclasses.replace(sweep, trials=tuple(trials))
 
 
 def announced(
-    monkeypatch: pytest.MonkeyPatch, sweep: Sweep, finished: list[Result], **how: Any
+    monkeypatch: pytest.MonkeyPatch,
+    sweep: Sweep,
+    finished: list[Result],
+    transport: str = "dropless",
+    **how: Any,
 ) -> list[str]:
     monkeypatch.setattr(budget, "read_sweep", lambda *_: finished)
     monkeypatch.setattr(budget, "count", lambda configs: [Counted(9, 1e6, 16)] * len(configs))
-    return budget.lines(with_configs(sweep), Path("."), **how)
+    return budget.lines(with_configs(sweep, transport), Path("."), **how)
 
 
 def test_the_budget_of_a_new_sweep(monkeypatch: pytest.MonkeyPatch):
@@ -241,16 +226,26 @@ def test_the_budget_of_what_is_left(monkeypatch: pytest.MonkeyPatch):
     others = (3 * 15 + 50) / 4
     assert f"about {(2 * 50 + 6 * others) / 60:.0f} min one after the other, as the 4" in time
     assert noise.startswith("3 seeds find a difference of ")
-    chosen = with_configs(sweep).trials[4:5]
+    chosen = with_configs(sweep, "dropless").trials[4:5]
     work, time, _ = announced(monkeypatch, sweep, finished, chosen=chosen)
     assert "1 trial, 100 steps" in work and "about 50 s" in time
 
 
-def test_matched_widths_are_in_the_budget(monkeypatch: pytest.MonkeyPatch):
-    sweep = sweep_with(match="active_flops", baseline="top_2")
+@pytest.mark.parametrize(
+    "match, transport, before",
+    [
+        ("active_flops", "dropless", ""),
+        ("active_flops", "cells", " before drops"),
+        ("total_params", "cells", ""),
+    ],
+)
+def test_matched_widths_are_in_the_budget(
+    match: str, transport: str, before: str, monkeypatch: pytest.MonkeyPatch
+):
+    sweep = sweep_with(match=match, baseline="top_2")
     sweep = dataclasses.replace(sweep, solved=(Solved("close", "moe.d_ff", 64, 0.998),))
-    first, *_ = announced(monkeypatch, sweep, [])
-    assert first == "matched to top_2's counted active_flops: close moe.d_ff=64 (0.998)"
+    first, *_ = announced(monkeypatch, sweep, [], transport)
+    assert first == f"matched to top_2's counted {match}{before}: close moe.d_ff=64 (0.998)"
 
 
 def test_a_finished_sweep_has_no_work_left_and_one_seed_tells_nothing(

@@ -33,6 +33,18 @@ def test_several_run_at_once_and_never_more_than_asked_for(tmp_path: Path):
     assert "[4/4] bad-seed0 failed with status 1" in ended.out
 
 
+def test_times_of_trials_that_run_at_once_are_matched_with_a_warning(tmp_path: Path):
+    small = Small(tmp_path, "quick_1", "quick_2")
+    said = "not comparable; use --jobs=1"
+    assert said not in small.run("--jobs=2", "--dry-run").out
+    text = small.page.read_text()
+    small.page.write_text(f'{text}\nMATCH, BASELINE = "step_time", "quick_1"\n')
+    assert said not in small.run("--dry-run").out
+    assert small.run("--jobs=2", "--dry-run").out.count(said) == 1
+    ended = small.run("--jobs=2")
+    assert ended.status == 0 and ended.out.count(said) == 1
+
+
 def test_more_jobs_than_trials_are_no_mistake(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2")
     assert small.run("--jobs=50").status == 0

@@ -103,6 +103,16 @@ def test_elapsed_seconds_are_those_of_every_life():
     assert elapsed_seconds(rows) == 100 + 80 + 20 and elapsed_seconds([]) == 0
 
 
+def test_a_start_that_took_longer_than_the_one_before_it_is_a_start_too():
+    """The second row of the new one's is past the old one's last; so is a first."""
+    rows = timings((10, 1.0, 10), (20, 1.0, 20), (30, 9.0, 25), (40, 1.5, 30))
+    starts = [row | {"from_step": start} for row, start in zip(rows, (0, 0, 20, 20), strict=True)]
+    assert elapsed_seconds(starts) == 20 + 30
+    assert step_seconds(starts) == (1.25, 10 * (1 + 1 + 9 + 1.5))
+    # Begun by a version that did not write it.
+    assert elapsed_seconds(rows[:2] + starts[2:]) == 20 + 30
+
+
 def test_a_trial_diverged_if_its_last_attempt_says_so(tmp_path: Path):
     """Not an attempt before, and not one that somebody mentions."""
     said, again = "moejax: diverged at step 3: ...", "# 2026-01-01  moejax train"
@@ -302,9 +312,11 @@ def test_an_axis_is_logarithmic_only_where_values_are_far_apart():
         [PLAIN],
         [PLAIN, result(seed=1)],
         [result(seconds_per_step=math.nan, train_seconds=math.nan)],
+        [PLAIN, result(seed=1, loss=math.nan), result(variant="lost", loss=math.nan)],
+        [result(loss=math.nan)],
         [result(variant=f"variant_{i}", loss=2 + i / 100) for i in range(16)],
     ],
-    ids=["one", "coincident", "no-times", "many"],
+    ids=["one", "coincident", "no-times", "some-losses", "no-losses", "many"],
 )
 def test_odd_results_are_drawn_too(found: list[Result], tmp_path: Path):
     sweep = sweep_of(*((r.variant, r.seed) for r in found))

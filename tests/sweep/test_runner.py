@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moejax.sweep import pool, signals
+from moejax.errors import UserError
+from moejax.sweep import pool, signals, summary
 from moejax.sweep.definition import expand
 from moejax.train.lock import WorkdirLock
 from tests.sweep.small import ALL, COMMAND, Small, at, wait_until
@@ -58,12 +59,35 @@ def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
     assert ended.status == 75 and "[1/2] slow-seed0 stopped; the same command" in ended.out
     assert "stopping the trials" in capfd.readouterr().err and "the table" not in ended.out
     assert small.log("slow").endswith("saved\n")
+    assert not (small.folder / "summary.json").exists(), "nothing is finished"
     assert 1 <= len(small.steps("slow")) < STEPS and not small.workdir("quick").exists()
     assert signal.getsignal(number) == before
 
     assert small.run().status == 0
     assert small.steps("slow") == small.steps("quick") == ALL
     assert small.log("slow").count("begins") == 2
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_stopped_sweep_leaves_what_its_finished_trials_gave(
+    broken: bool,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def refuse(*_: object) -> str:
+        raise UserError("a file cannot be read")
+
+    small = Small(tmp_path, "quick", "slow")
+    if broken:
+        monkeypatch.setattr(summary, "write", refuse)
+    thread = at(lambda: small.steps("slow"), signal.SIGTERM)
+    ended = small.run()
+    thread.join()
+    assert ended.status == 75 and "the table" not in ended.out
+    assert (small.folder / "summary.json").exists() != broken
+    said = f"moejax: {small.folder} has no new summary.json: a file cannot be read"
+    assert (said in ended.err + capfd.readouterr().err) == broken
 
 
 def test_a_second_signal_reaches_the_trial_too(

@@ -23,6 +23,34 @@ def test_critical_values_are_scipys_quantiles(confidence: float, freedom: int):
     assert statistics.critical(confidence, freedom) == pytest.approx(wanted, rel=1e-9)
 
 
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 10, 25, 2000])
+def test_the_chi_squared_distribution_is_scipys(freedom: int):
+    for x in (0.0, 0.001, 0.5, 3.0, 20.0, 60.0, 1990.0):
+        wanted = stats.chi2.cdf(x, freedom)
+        # 1 minus a sum of up to 1000 terms, each exact to 1e-13 (logarithms of up to 1e4).
+        assert statistics.chi_squared(x, freedom) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 10, 25, 2000])
+def test_the_interval_of_a_deviation_is_scipys(freedom: int):
+    low, high = statistics.spread(freedom)
+    ends = stats.chi2.ppf([0.975, 0.025], freedom)
+    assert (low, high) == pytest.approx(tuple(np.sqrt(freedom / ends)), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_interval_of_a_deviation_holds_it_19_times_in_20(count: int):
+    found = np.random.default_rng(count).normal(0.0, 1.0, (40_000, count)).std(axis=1, ddof=1)
+    low, high = statistics.spread(count - 1)
+    held = (found * low <= 1) & (1 <= found * high)
+    assert held.mean() == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 40_000))
+
+
+def test_no_freedom_has_no_distribution():
+    with pytest.raises(ValueError, match="freedom=0 must be at least 1"):
+        statistics.chi_squared(1.0, 0)
+
+
 def test_intervals_of_a_printed_table():
     """Two-sided 95 % points of t, as in any textbook's table."""
     table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042}
@@ -40,6 +68,19 @@ def test_a_mean_has_scipys_interval_and_one_value_has_none(count: int):
     assert found.mean + found.half_width == pytest.approx(high, rel=1e-12)
     assert found.deviation == pytest.approx(values.std(ddof=1), rel=1e-12)
     assert statistics.estimate([2.5]) == statistics.Estimate(2.5, None, None)
+
+
+@pytest.mark.parametrize(
+    "values", [[math.nan], [1.0, math.nan], [math.inf, 1.0, 2.0], [math.inf, -math.inf]]
+)
+def test_values_that_are_not_finite_have_no_mean_and_no_interval(values: list[float]):
+    found = statistics.estimate(values)
+    assert math.isnan(found.mean) and found.half_width is None and found.deviation is None
+    seeds = dict(enumerate(values))
+    difference = statistics.paired(seeds, dict.fromkeys(seeds, 1.0))
+    assert difference is not None and math.isnan(difference.mean) and difference.p is None
+    said = statistics.verdict(difference, None, "nats")
+    assert said == "a difference is not finite: no verdict"
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])

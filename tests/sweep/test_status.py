@@ -51,7 +51,7 @@ def test_progress_is_what_the_last_rows_say(tmp_path: Path):
     assert progress.read(tmp_path) == Progress(step=7, loss=1 / 6, seconds_per_step=0.75)
     assert progress.read(tmp_path).seconds_left(steps=11) == 4 * 0.75
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "split": "train", "lo')  # torn by a kill
+        file.write('{"step": "9"}\n{"step": 9, "split": "train", "lo')  # damaged; torn by a kill
     assert progress.read(tmp_path) == Progress(step=7, loss=1 / 6, seconds_per_step=0.75)
 
 
@@ -177,6 +177,23 @@ def test_status_does_not_believe_a_journal_that_a_workdir_contradicts(tmp_path: 
     states = [row_of(ended.out, name)[0] for name in ("quick_1", "quick_2", "bad")]
     assert states == ["done", "pending", "unreadable"]
     assert "config.json is not valid JSON" in ended.out.splitlines()[-1]
+
+
+@small_sweep
+def test_damaged_rows_and_configs_are_said_in_a_line_by_status_and_by_the_runner(tmp_path: Path):
+    small = Small(tmp_path, "quick_1", "quick_2", "quick_3")
+    small.run()
+    whole = (small.workdir("quick_1") / "metrics.jsonl").read_text()
+    (small.workdir("quick_1") / "metrics.jsonl").write_text('{"step": 5}\n')
+    (small.workdir("quick_2") / "metrics.jsonl").write_text('{"step": 1}\n' + whole)
+    saved = {"config": ["moe"], "fingerprint": "", "baselines": {}}
+    (small.workdir("quick_3") / "config.json").write_text(json.dumps(saved))
+    ended = small.status()
+    assert (ended.status, ended.err) == (0, "")
+    states = [row_of(ended.out, f"quick_{i}")[0] for i in (1, 2, 3)]
+    assert states == ["pending", "done", "unreadable"]
+    assert "quick_3-seed0/config.json was not written by" in ended.out.splitlines()[-1]
+    refused(small.words, "quick_3-seed0/config.json was not written by")
 
 
 @small_sweep

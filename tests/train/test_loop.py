@@ -11,6 +11,7 @@ import pytest
 
 from moejax.tasks.task import Totals
 from moejax.train import rows
+from moejax.train.metrics import read_rows
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy
 from tests.train.sharing import Compilations, Shared, Whole, prepared
@@ -159,6 +160,9 @@ def test_on_another_mesh_a_run_goes_on_with_the_same_data_and_losses(
     for step, batch in enumerate(taken, start=3):
         for name, x in source.train_batch(step).items():
             np.testing.assert_array_equal(batch[name], x)
+    timings = read_rows(workdir / "timings.jsonl")
+    starts = {row["step"]: row["from_step"] for row in timings}
+    assert starts == {step: 0 if step <= 3 else 3 for step in starts} and len(starts) > 1
     found, expected = runs.rows(workdir), runs.rows(whole.workdir)
     assert [(r["step"], r["split"]) for r in found] == [(r["step"], r["split"]) for r in expected]
     for row, other in zip(found, expected, strict=True):

@@ -83,13 +83,20 @@ def test_changed_text_is_refused_in_training_and_evaluation(whole: Whole, text: 
 
 @pytest.mark.parametrize(
     "content, said",
-    [("{", "not valid JSON"), ("[]", "was not written by"), ('{"a": 1}', "was not written by")],
+    [
+        ("{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        ("[]", "was not written by"),
+        ('{"a": 1}', "was not written by"),
+        ('{"config": [], "fingerprint": "", "baselines": {}}', "was not written by"),
+    ],
 )
 def test_a_workdir_with_a_foreign_config_is_refused(
-    content: str, said: str, shared: Shared, text: Path, tmp_path: Path
+    content: str | bytes, said: str, shared: Shared, text: Path, tmp_path: Path
 ):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.json").write_text(content)
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "run/config.json").write_bytes(content)
     refused(command(tmp_path / "run", text), "run/config.json", said)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 

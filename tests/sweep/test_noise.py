@@ -1,0 +1,86 @@
+"""How much seeds vary, and what that lets a sweep find: numbers by scipy."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moejax.sweep import statistics
+from moejax.sweep.noise import Detectable, Noise, best, known, noise
+from moejax.sweep.table import detectable_note
+from tests.sweep.test_comparison import compared, results_of, sweep_with
+
+
+def test_noise_is_pooled_over_the_differences():
+    """Differences to a: +-0.01 (2 seeds), and 0.01, 0.02, 0.06 (3): variances 2e-4, 7e-4."""
+    losses = {
+        "a": {0: 2.0, 1: 2.1, 2: 2.2},
+        "b": {0: 2.01, 1: 2.09},
+        "c": {0: 2.01, 1: 2.12, 2: 2.26},
+    }
+    found, over_seeds = known(losses, "a", "here")
+    assert found.paired and found.freedom == 3 and found.source == "5 differences to a in here"
+    assert found.deviation == pytest.approx(math.sqrt((2e-4 + 2 * 7e-4) / 3))
+    groups = [list(own.values()) for own in losses.values()]
+    pooled = sum(np.var(group) * len(group) for group in groups) / 5
+    assert not over_seeds.paired and over_seeds.freedom == 5
+    assert over_seeds.deviation == pytest.approx(math.sqrt(2 * pooled))
+
+
+def test_a_pilot_of_one_variant_says_less():
+    (found,) = known({"a": {0: 2.0, 1: 2.02}}, "a", "runs/pilot")
+    assert not found.paired
+    assert found.deviation == pytest.approx(math.sqrt(2) * 0.02 / math.sqrt(2))
+    assert known({"a": {0: 2.0}}, "a", "") == known({}, "a", "") == []
+
+
+@pytest.mark.parametrize(
+    "paired, unpaired, wins", [(1, 10, False), (3, 4, False), (3, 3, True), (4, 99, True)]
+)
+def test_pairs_are_preferred_unless_they_are_few_and_fewer(paired: int, unpaired: int, wins: bool):
+    pairs, seeds = Noise(0.1, True, paired, "pairs"), Noise(0.2, False, unpaired, "seeds")
+    few = Noise(0.3, True, 1, "few pairs")
+    wanted = pairs if wins else seeds
+    assert best([few, pairs, seeds]) == best([seeds, few, pairs]) == wanted
+    assert best([few]) == few and best([]) is None
+
+
+def test_two_seeds_of_two_variants_are_told_by_their_spread_over_seeds():
+    """Of one difference of differences nothing follows; the seeds have one degree more."""
+    losses = {"top_2": (2.0, 2.3), "close": (2.01, 2.311)}
+    found = noise(sweep_with(losses, baseline="top_2"), results_of(losses))
+    assert found is not None and (found.paired, found.freedom) == (False, 2)
+
+
+def test_the_detectable_difference_scales_with_the_noise():
+    found = compared().detectable
+    assert found is not None and (found.seeds, found.comparisons) == (3, 3)
+    assert found.difference == pytest.approx(found.deviation * statistics.detectable(3))
+    assert found.freedom == 6 and found.factors is not None
+    assert found.factors == pytest.approx(np.sqrt(6 / stats.chi2.ppf([0.975, 0.025], 6)))
+    limit = stats.t.isf(0.05 / 6, 2)
+    shift = found.difference_holm / found.deviation * math.sqrt(3)
+    assert stats.nct.sf(limit, 2, shift) == pytest.approx(0.8, abs=1e-4)
+
+
+def found_with(freedom: int) -> Detectable:
+    factors = statistics.spread(freedom) if freedom else None
+    return Detectable(0.025, 0.05, 2, 2, 0.0016, freedom, factors, "runs/pilot")
+
+
+def test_how_far_off_the_detectable_difference_may_be_is_said_below_10_degrees():
+    said = detectable_note(found_with(1), "nats/byte")
+    assert said == (
+        "2 seeds find a difference of 0.025 nats/byte in 80 % of sweeps (0.050 with Holm's "
+        "correction for 2 variants); from runs/pilot, 1 degree of freedom: the true one may be "
+        "0.45 to 32 times that, 0.011 to 0.798 nats/byte (95 % interval)."
+    )
+    low, high = 0.025 * np.sqrt(9 / stats.chi2.ppf([0.975, 0.025], 9))
+    assert f"9 degrees of freedom: the true one may be 0.69 to 1.8 times that, {low:.3f} to " in (
+        nine := detectable_note(found_with(9), "nats")
+    )
+    assert nine.endswith(f"{low:.3f} to {high:.3f} nats (95 % interval).")
+    # Enough of them, and a number that was given.
+    for freedom in (10, 0):
+        assert detectable_note(found_with(freedom), "nats").endswith("; from runs/pilot.")
