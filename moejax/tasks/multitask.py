@@ -148,6 +148,10 @@ class MultiTaskLearning(Task):
     A regression's loss is its squared error in units of the training targets' variance, so that
     always saying the mean costs 1 whatever the units; a binary task's is its log loss in nats.
     Where a target is missing the example costs nothing in that task.
+
+    Gates' own losses are summed over gates too, so that a weight means the same to a gate beside
+    one task or many. What is logged of them is their mean over gates, as of layers: a balance loss
+    is 1 at perfect balance.
     """
 
     model: MultiTaskConfig
@@ -217,6 +221,11 @@ class MultiTaskLearning(Task):
 
     def token_losses(self, said: Array, batch: Batch) -> Float[Array, "B 1"]:
         return self._losses(said, batch)[:, None]
+
+    def objective(self, totals: Totals, items: Array) -> Array:
+        gates = self.model.num_moe_layers
+        summed = {name: gates * mean for name, mean in totals.auxiliary.items()}
+        return super().objective(totals._replace(auxiliary=summed), items)
 
     def countable(self) -> Task:
         """As it is: every expert is computed on every example."""

@@ -1,5 +1,7 @@
 """The task multitask: its sums and metrics, what it learns, and what it refuses."""
 
+import copy
+import dataclasses
 import functools
 import shutil
 
@@ -128,6 +130,53 @@ def test_the_binned_area_is_that_of_all_pairs(spread):
     wanted = area(np.clip(score, -20, 20)[counted], one[counted])
     np.testing.assert_allclose(summed.value(), wanted, atol=0.01)
     assert np.isnan(binned_area(jnp.zeros(3), jnp.ones(3), jnp.ones(3, bool)).value())
+
+
+# Losses of gates.
+
+
+def pushes(run, table, sharing="mmoe"):
+    """The gradients of the first gate's parameters when only the gates' own losses count."""
+    config = copy.deepcopy(run.config)
+    config.task.sharing = sharing
+    task = MultiTaskLearning.from_config(config, table)
+    batch = jax.device_put(TableSource(table, 16, 0).train_batch(0))
+    params = task.init(jax.random.key(0))
+    # The same gates beside one task and many, whatever keys they are drawn from.
+    rng = np.random.default_rng(0)
+    router = {
+        name: jnp.asarray(0.3 * np.resize(rng.standard_normal(w[0].size), w.shape), jnp.float32)
+        for name, w in sorted(params["mixture"]["router"].items())
+    }
+
+    def own(router):
+        changed = {**params, "mixture": {**params["mixture"], "router": router}}
+        state, key = task.init_gate_state(), jax.random.key(1)
+        totals = task.forward(changed, state, batch, jnp.int32(0), key, train=True)
+        return task.objective(totals._replace(loss=0.0), totals.items), totals
+
+    grads, totals = jax.jit(jax.grad(own, has_aux=True))(router)
+    return jax.tree.map(lambda w: np.asarray(w[0]), grads), jax.device_get(totals)
+
+
+@pytest.mark.parametrize("arg", ["data=groups,gate=dselect_k", "data=groups,gate=top_k"])
+def test_a_gates_own_losses_push_it_as_hard_beside_one_task_as_beside_sixteen(arg):
+    run, table = run_of(arg), groups(0, 200, 16)
+    first = [dataclasses.replace(rows, target_NM=rows.target_NM[:, :1],
+                                 present_NM=rows.present_NM[:, :1])
+             for rows in (table.train, table.heldout)]  # fmt: skip
+    single = dataclasses.replace(table, train=first[0], heldout=first[1], targets=table.targets[:1])
+    (alone, one), (beside, many) = pushes(run, single), pushes(run, table)
+    omoe, all_share = pushes(run, table, "omoe")
+    # Means over the same examples, in float32.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-8)
+    jax.tree.map(close, beside, alone)
+    jax.tree.map(close, omoe, alone)
+    assert max(np.abs(w).max() for w in jax.tree.leaves(alone)) > 1e-5
+    # All gates are alike here: what is logged is the mean, whatever their number.
+    for name, value in one.auxiliary.items():
+        close(many.auxiliary[name], value)
+        close(all_share.auxiliary[name], value)
 
 
 # Baselines.
