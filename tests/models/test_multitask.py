@@ -36,7 +36,11 @@ CONFIG = MultiTaskConfig(
     moe=MoEConfig(E),
     gate=gating.make("dense"),
 )
-DSELECT = {"gate": gating.make("dselect_k"), "gate_input": "constant", "d_bottom": 0}
+DSELECT = {
+    "gate": gating.make("dselect_k", per_example=False),
+    "gate_input": "constant",
+    "d_bottom": 0,
+}
 
 
 def model_of(**changes: Any) -> MultiTask:

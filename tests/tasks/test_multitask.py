@@ -369,6 +369,11 @@ BAD = {
     "sharing": ("sharing=all", {}, ("task.sharing='all' is unknown", "mmoe")),
     "gate input": ("gate_input=x", {}, ("task.gate_input='x' is unknown", "constant")),
     "gate": ("gate=expert_choice", {}, ("gate 'expert_choice'", "by others", "dselect_k")),
+    "static": (
+        "gate=dselect_k",
+        {"task.gate_input": "constant"},
+        ("moe.gate.per_example=True", "use per_example=False"),
+    ),
     "tokens": ("gate=hash", {}, ("gate 'hash'", "reads tokens")),
     "k": ("gate=top_k", {"moe.gate.k": 9}, ("moe.gate.k=9", "num_experts=4")),
     "every": ("", {"moe.every": 0}, ("task.sharing=mmoe with moe.every=0",)),
@@ -405,6 +410,25 @@ def test_mistakes_in_a_file_are_one_line(sales, tmp_path):
     ):
         changes = {"data__path": sales, "task__targets": targets}
         refused(command(tmp_path / "run", "data=file", **changes), part)
+
+
+@pytest.mark.parametrize("gate", ["dense", "top_k", "dselect_k", "shazeer"])
+def test_no_parameters_of_a_static_gate_are_one_number(gate):
+    """Two with the same gradients would be one that the optimizer moves twice as far."""
+    run, grads = run_of(f"data=groups,gate={gate},gate_input=constant", task__tasks=4), {}
+    state = run.task.init_gate_state()
+    batch = jax.device_put(run.data.train_batch(0))
+
+    def loss(params):
+        totals = run.task.forward(params, state, batch, jnp.int32(0), jax.random.key(1), True)
+        return run.task.objective(totals, totals.items)
+
+    grads = jax.jit(jax.grad(loss))(run.task.init(jax.random.key(0)))["mixture"]["router"]
+    by_shape = [np.sort(np.abs(np.asarray(g)).ravel()) for g in jax.tree.leaves(grads)]
+    assert all(g.max() > 0 for g in by_shape)
+    for i, first in enumerate(by_shape):
+        for second in by_shape[:i]:
+            assert first.shape != second.shape or not np.allclose(first, second, rtol=1e-3)
 
 
 def test_a_shared_bottom_routes_nothing(tmp_path):
