@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moejax.data.table_baselines import table_baselines
 from moejax.data.table_columns import parse_spec
 from moejax.data.table_files import _hash, load_table
 from moejax.errors import UserError
@@ -57,7 +58,8 @@ def test_every_value_is_that_of_pandas(tmp_path, suffix):
     assert (len(table.train), len(table.heldout)) == (180, 20)
     mean, spread = data["size"][~held].mean(), data["size"][~held].std(ddof=0)
     for rows, side in ((table.train, data[~held]), (table.heldout, data[held])):
-        np.testing.assert_allclose(rows.target_NM, side[["price", "bought"]], rtol=1e-6)
+        target_NM = table.in_units(rows.target_NM)
+        np.testing.assert_allclose(target_NM, side[["price", "bought"]], rtol=1e-6)
         np.testing.assert_allclose(
             rows.dense_NF[:, 0], (side["size"] - mean) / spread, rtol=1e-5, atol=1e-6
         )
@@ -92,7 +94,9 @@ def test_a_split_by_time_holds_out_the_latest_rows(tmp_path):
         stamps = data.assign(when=pd.Timestamp("2020-01-01") + pd.to_timedelta(data["when"], "h"))
         table = load_table(write(stamps, path), **FIELDS, split="time", time="when")
         np.testing.assert_allclose(
-            table.heldout.target_NM[:, 0], data["price"][data["when"] >= 180], rtol=1e-6
+            table.in_units(table.heldout.target_NM)[:, 0],
+            data["price"][data["when"] >= 180],
+            rtol=1e-6,
         )
 
 
@@ -192,9 +196,37 @@ def test_movielens_needs_no_fields(movielens):
         np.testing.assert_array_equal(table.train.dense_NF[:, g] > 0, has[:, g])
     by_time = load_table(str(folder), split="time")
     latest = ratings.sort_values("timestamp", kind="stable").index[-20:]
-    np.testing.assert_array_equal(
-        by_time.heldout.target_NM[:, 0], ratings["rating"][sorted(latest)]
-    )
+    rating_N = by_time.in_units(by_time.heldout.target_NM)[:, 0]
+    np.testing.assert_allclose(rating_N, ratings["rating"][sorted(latest)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("values", [
+    1.7e9 + np.random.default_rng(0).normal(0, 100, N), 1e9 + np.arange(N) % 7,
+    -1e37 + 1e36 * np.arange(N), 1e-30 * np.arange(N), 1e-200 * np.arange(N), 1e15 + np.arange(N),
+], ids=["times", "few", "huge", "small", "tiny", "large"])  # fmt: skip
+def test_a_target_keeps_its_changes_whatever_its_size(tmp_path, values):
+    """Float32 has steps of 128 at 1.7e9; the target's spread decides, not its size."""
+    path = write(frame().assign(price=values), tmp_path / "t.parquet")
+    table, held = load_table(path, targets=["price"], numeric=["size"]), heldout_of()
+    exact = values.astype(np.longdouble)[~held]
+    mean, scale = exact.mean(), exact.std()
+    step = np.spacing(np.abs(values).max()) / scale  # of the mean in float64: 0.002 at 1e15
+    for rows, side in ((table.train, values[~held]), (table.heldout, values[held])):
+        assert rows.target_NM.dtype == np.float32
+        assert len(np.unique(rows.target_NM)) == len(np.unique(side))
+        np.testing.assert_allclose(rows.target_NM[:, 0], (side - mean) / scale, atol=1e-5 + step)
+        error = table.in_units(rows.target_NM)[:, 0] - side
+        assert np.abs(error).max() < (1e-6 + step) * scale
+    baselines = table_baselines(table)  # nothing to learn from: as the mean does
+    assert abs(baselines["linear"] - baselines["mean"]) < 0.2 and baselines["mean"] < 2
+
+
+def test_a_column_of_one_fraction_does_not_vary(tmp_path):
+    """The spread of many 0.1 in float64 is not 0, and would blow up another value."""
+    size = np.where(np.arange(N) == np.flatnonzero(heldout_of())[0], 0.2, 0.1)
+    path = write(frame().assign(size=size), tmp_path / "t.parquet")
+    table = load_table(path, targets=["price"], numeric=["size"])
+    assert not table.train.dense_NF.any() and not table.heldout.dense_NF.any()
 
 
 BAD: dict[str, Any] = {
@@ -227,6 +259,11 @@ FILES = {
     "ragged": (b"x,y\n1,2\n3\n4,5\n", r"data.path: cannot parse '.*': .*columns"),
     "word": (b"x,y\n1,2\n3,4\n5,six\n", r"task.targets: 'y' is 'six' in row 3, which is no number"),
     "infinite": (b"x,y\n1,2\n3,inf\n5,6\n", r"task.targets: 'y' is inf in row 2; use finite"),
+    "large": (b"x,y\n1,2\n3,1e300\n5,6\n", r"targets: 'y' is 1e\+300 in row 2, beyond .* float32"),
+    "large feature": (
+        b"x,y\n1,2\n-1e39,3\n5,6\n",
+        r"task.numeric: 'x' is -1e\+39 in row 2, beyond",
+    ),
     "bad feature": (b"x,y\n1,2\nfour,3\n5,6\n", r"task.numeric: 'x' is 'four' in row 2"),
     "twice": (b"x,y,x\n1,2,3\n3,4,5\n", r"two columns called 'x'"),
     "binary": (
