@@ -10,7 +10,7 @@ from moejax.data.tables import Kind, Table, as_rows, make_table, mean_and_spread
 from moejax.errors import UserError
 
 MISSING = ("", "na", "nan", "n/a", "null", "none")
-"""Text that stands for no value where a number is wanted, in any case."""
+"""Text that stands for no value, among numbers and among categories, in any case."""
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -132,8 +132,12 @@ def numbers(column: Column, field: str) -> np.ndarray:
     return values
 
 
+def _is_missing(text: str | None) -> bool:
+    return text is None or text.strip().lower() in MISSING
+
+
 def _number(text: str | None, name: str, field: str, row: int) -> float:
-    if text is None or text.strip().lower() in MISSING:
+    if _is_missing(text):
         return np.nan
     try:
         return float(text)
@@ -189,7 +193,7 @@ def _ids(column: Column, heldout_N: np.ndarray, min_count: int) -> tuple[np.ndar
     """Ids from 1 in the order of the values, 0 for what is missing or unknown; and how many."""
     values = column.values
     if values.dtype == object:
-        missing = np.array([text is None or text == "" for text in values])
+        missing = np.array([_is_missing(text) for text in values])
         values = np.where(missing, "", values).astype(str)
     else:
         missing = np.isnan(values)

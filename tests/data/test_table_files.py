@@ -126,6 +126,24 @@ def test_unknown_rare_and_missing_values_share_id_0(tmp_path):
     assert again.category_sizes[0] == 6 and again.train.category_NC[0, 0] > 0
 
 
+def test_text_that_stands_for_no_value_does_so_among_categories_too(tmp_path):
+    """As among numbers, in any case and with spaces around; and text that has it in it does not."""
+    lines = ["city,size,y"] + ["NA,1,2", "nan,NA,3", " null ,n/a,4", "None,5,5", "Nancy,6,6"] * 4
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(lines) + "\n")
+    table = load_table(str(path), targets=["y"], categorical=["city"], numeric=["size"])
+    assert table.category_sizes == (2,)
+    y_N = table.in_units(table.train.target_NM)[:, 0].round()
+    np.testing.assert_array_equal(table.train.category_NC[:, 0] == 1, y_N == 6)
+    np.testing.assert_array_equal(table.train.dense_NF[:, 0] == 0, np.isin(y_N, (3, 4)))
+
+
+def test_a_table_of_a_target_and_a_time_has_no_features(tmp_path):
+    path = write(frame()[["price", "when"]], tmp_path / "t.csv")
+    with pytest.raises(UserError, match=r"no columns besides the targets and 'when' \(task.time\)"):
+        load_table(path, targets=["price"], split="time", time="when")
+
+
 def test_missing_numbers_become_the_mean_and_missing_targets_absent(tmp_path):
     data = frame()
     data.loc[3, "size"] = np.nan
@@ -236,6 +254,9 @@ BAD: dict[str, Any] = {
     "no time": ({"split": "time"}, r"task.time: task.split=time needs"),
     "split": ({"split": "random"}, r"task.split: 'random' is unknown; use one of hash, time"),
     "fraction": ({"eval_fraction": 0.0}, r"data.eval_fraction: 0.0 is not between"),
+    "categories": ({"categorical": ["city", "city"]}, r"task.categorical: 'city' is named twice"),
+    "numbers": ({"numeric": ["size", "size"]}, r"task.numeric: 'size' is named twice"),
+    "both": ({"numeric": ["size", "code"]}, r"numeric: 'code' is in task.categorical too"),
     "leak": ({"numeric": ["price"]}, r"task.targets: 'price' is a feature too"),
     "twice": ({"targets": ["price", "price"]}, r"task.targets: two targets have one name"),
     "text": ({"targets": ["city"], "categorical": []}, r"'city' is '\w+' in row 1, which is no"),
@@ -266,9 +287,14 @@ FILES = {
     ),
     "bad feature": (b"x,y\n1,2\nfour,3\n5,6\n", r"task.numeric: 'x' is 'four' in row 2"),
     "twice": (b"x,y,x\n1,2,3\n3,4,5\n", r"two columns called 'x'"),
+    "encoding": ("x,y\n1,2\nMünchen,3\n5,6\n".encode("latin-1"), r"'x' of '.*' is not UTF-8"),
+    "header's encoding": (
+        "x,y,ö\n1,2,3\n4,5,6\n".encode("latin-1"),
+        r"header of '.*' is not UTF-8",
+    ),
     "binary": (
         b"\x93NUMPY\x00\xff\xfe,\n\xff\xff",
-        r"data.path: cannot parse|task.targets: no column",
+        r"data.path: cannot parse",
     ),
 }
 
