@@ -132,12 +132,12 @@ def numbers(column: Column, field: str) -> np.ndarray:
     return values
 
 
-def _is_missing(text: str | None) -> bool:
-    return text is None or text.strip().lower() in MISSING
+def _is_missing(text: str) -> bool:
+    return text.strip().lower() in MISSING
 
 
 def _number(text: str | None, name: str, field: str, row: int) -> float:
-    if _is_missing(text):
+    if text is None or _is_missing(text):
         return np.nan
     try:
         return float(text)
@@ -193,7 +193,7 @@ def _ids(column: Column, heldout_N: np.ndarray, min_count: int) -> tuple[np.ndar
     """Ids from 1 in the order of the values, 0 for what is missing or unknown; and how many."""
     values = column.values
     if values.dtype == object:
-        missing = np.array([_is_missing(text) for text in values])
+        missing = np.array([text is None or _is_missing(text) for text in values])
         values = np.where(missing, "", values).astype(str)
     else:
         missing = np.isnan(values)
