@@ -18,6 +18,8 @@ from moejax.data.batches import Batch
 from moejax.errors import UserError
 
 Kind = Literal["regression", "binary"]
+FARTHEST = 1e18
+"""Spreads from the mean: float32 holds squares, and sums of them, up to 3e38."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,8 @@ def make_table(
     ``ideal_NM`` is in the targets' units. ``known``: the rest.
 
     Raises:
-      UserError: a target that is missing or the same in all training rows.
+      UserError: a target that is missing or the same in all training rows, or held-out values so
+        far from them that float32 cannot square them.
     """
     targets = []
     for m, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -133,6 +136,12 @@ def make_table(
 
     def standardised(rows: Rows) -> Rows:
         scaled_NM = np.where(rows.present_NM, (rows.target_NM - mean_M) / scale_M, 0.0)
+        for m in np.flatnonzero((np.abs(scaled_NM) > FARTHEST).any(axis=0)):
+            raise UserError(
+                f"task.targets: {targets[m].name!r} has a held-out value "
+                f"{np.abs(scaled_NM[:, m]).max():.2g} times the spread of the training rows away "
+                "from their mean; correct it or leave it empty"
+            )
         return dataclasses.replace(rows, target_NM=scaled_NM.astype(np.float32))
 
     if ideal_NM is not None:

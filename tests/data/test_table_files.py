@@ -239,6 +239,19 @@ def test_a_target_keeps_its_changes_whatever_its_size(tmp_path, values):
     assert abs(baselines["linear"] - baselines["mean"]) < 0.2 and baselines["mean"] < 2
 
 
+def test_a_held_out_value_that_float32_cannot_square_is_refused(tmp_path):
+    odd = np.flatnonzero(heldout_of())[0]
+    price = frame()["price"] * 1e-3
+    for name, value, known in (
+        ("price", 1e30, r"task.targets: 'price' has a held-out value 5e\+31 times the spread"),
+        ("size", 1e38, rf"task.numeric: 'size' is 1e\+38 in row {odd + 1}, 4.9e\+47 times"),
+    ):
+        data = frame().assign(price=price, size=frame()["size"] * 1e-10)
+        data.loc[odd, name] = value
+        with pytest.raises(UserError, match=known):
+            load_table(write(data, tmp_path / "t.parquet"), targets=["price"], numeric=["size"])
+
+
 def test_a_column_of_one_fraction_does_not_vary(tmp_path):
     """The spread of many 0.1 in float64 is not 0, and would blow up another value."""
     size = np.where(np.arange(N) == np.flatnonzero(heldout_of())[0], 0.2, 0.1)
