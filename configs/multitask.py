@@ -66,6 +66,8 @@ def get_config(arg: str | None = None) -> Config:
     set_gate(config, options.gate)
     config.update_from_flattened_dict(choose("data", options.data, DATA))
     config.update_from_flattened_dict(GATES.get(options.gate, {}))
+    if (options.gate, options.gate_input) == ("dselect_k", "constant"):
+        config.moe.gate.per_example = False
     config.task.data, config.task.rho = options.data, options.rho
     config.task.gate_input, config.task.sharing = options.gate_input, options.sharing
     config.moe.every = int(options.sharing != "shared_bottom")

@@ -19,7 +19,7 @@ def table_baselines(table: Table) -> dict[str, float]:
     rows; left out above 1000 columns. ``ideal``, of generated tables: the generator's expectation.
     """
     held, found = table.heldout, {}
-    mean_NM = np.broadcast_to([target.rate for target in table.targets], held.target_NM.shape)
+    mean_NM = np.broadcast_to([target.guess for target in table.targets], held.target_NM.shape)
     found["mean"] = loss_of(mean_NM, held, table.targets)
     width = 1 + len(table.dense) + sum(table.category_sizes)
     if width <= MOST_COLUMNS:
@@ -30,7 +30,7 @@ def table_baselines(table: Table) -> dict[str, float]:
 
 
 def loss_of(said_NM: Float[np.ndarray, "N M"], rows: Rows, targets: tuple[Target, ...]) -> float:
-    """The loss of predictions in the targets' units, probabilities for binary tasks."""
+    """The loss of predictions, standardised as targets are; probabilities for binary tasks."""
     total = 0.0
     for m, target in enumerate(targets):
         said_N, true_N = said_NM[:, m].astype(np.float64), rows.target_NM[:, m].astype(np.float64)
@@ -38,7 +38,7 @@ def loss_of(said_NM: Float[np.ndarray, "N M"], rows: Rows, targets: tuple[Target
             chance_N = np.clip(said_N, 1e-7, 1 - 1e-7)
             loss_N = -true_N * np.log(chance_N) - (1 - true_N) * np.log(1 - chance_N)
         else:
-            loss_N = np.square((said_N - true_N) / target.scale)
+            loss_N = np.square(said_N - true_N)
         total += float(np.mean(np.where(rows.present_NM[:, m], loss_N, 0.0)))
     return total
 
@@ -75,8 +75,7 @@ def _fit(
     ridge_XX = RIDGE * np.eye(len(gram_XX))
     ridge_XX[0, 0] = 1e-6
     if target.kind == "regression":
-        w_X = np.linalg.solve(gram_XX + ridge_XX, x_NX.T @ (y_N - target.rate))
-        return held_NX @ w_X + target.rate
+        return held_NX @ np.linalg.solve(gram_XX + ridge_XX, x_NX.T @ y_N)
     # The Hessian of log loss is at most X^T X / 4 (Boehning, 1992): every round goes down.
     inverse_XX = np.linalg.inv(gram_XX / 4 + ridge_XX)
     w_X = np.zeros(len(gram_XX))

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moejax.data.tables import Kind, Table, as_rows, make_table, take
+from moejax.data.tables import Kind, Table, as_rows, make_table, mean_and_spread, take
 from moejax.errors import UserError
 
 MISSING = ("", "na", "nan", "n/a", "null", "none")
-"""Text that stands for no value where a number is wanted, in any case."""
+"""Text that stands for no value, among numbers and among categories, in any case."""
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Column(NamedTuple):
@@ -107,7 +109,7 @@ def numbers(column: Column, field: str) -> np.ndarray:
     """The column as float64, NaN where a value is missing.
 
     Raises:
-      UserError: a value that is no finite number, with its row.
+      UserError: a value that is no finite number of float32's range, with its row.
     """
     values = column.values
     if values.dtype == object:
@@ -120,11 +122,22 @@ def numbers(column: Column, field: str) -> np.ndarray:
         raise UserError(
             f"task.{field}: {column.name!r} is {values[row]} in row {row + 1}; use finite numbers"
         )
+    large = np.flatnonzero(np.abs(values) > LARGEST)
+    if large.size:
+        row = large[0]
+        raise UserError(
+            f"task.{field}: {column.name!r} is {values[row]:g} in row {row + 1}, beyond the range "
+            f"of float32 ({LARGEST:.2g}); use other units, or leave it empty"
+        )
     return values
 
 
+def _is_missing(text: str) -> bool:
+    return text.strip().lower() in MISSING
+
+
 def _number(text: str | None, name: str, field: str, row: int) -> float:
-    if text is None or text.strip().lower() in MISSING:
+    if text is None or _is_missing(text):
         return np.nan
     try:
         return float(text)
@@ -153,21 +166,34 @@ def _target(spec: Spec, column: Column) -> tuple[np.ndarray, Kind]:
 
 
 def _standardised(column: Column, heldout_N: np.ndarray) -> np.ndarray:
-    """(x - mean) / spread by the training rows; 0 where x is missing or does not vary."""
+    """(x - mean) / spread by the training rows; 0 where x is missing or does not vary.
+
+    Raises:
+      UserError: a held-out value too many spreads away for float32, with its row.
+    """
     values = numbers(column, "numeric")
     known = values[~heldout_N]
     known = known[~np.isnan(known)]
-    mean, spread = (known.mean(), known.std()) if known.size else (0.0, 0.0)
-    if spread == 0:
+    # By the values: rounding leaves a spread to a column of nothing but 0.1.
+    if not known.size or known.min() == known.max():
         return np.zeros(len(values))
-    return np.where(np.isnan(values), 0.0, (values - mean) / spread)
+    mean, spread = mean_and_spread(known)
+    scaled = np.where(np.isnan(values), 0.0, (values - mean) / spread)
+    large = np.flatnonzero(np.abs(scaled) > LARGEST)
+    if large.size:
+        row = large[0]
+        raise UserError(
+            f"task.numeric: {column.name!r} is {values[row]:g} in row {row + 1}, "
+            f"{scaled[row]:.2g} times the spread of the training rows; leave the column out"
+        )
+    return scaled
 
 
 def _ids(column: Column, heldout_N: np.ndarray, min_count: int) -> tuple[np.ndarray, int]:
     """Ids from 1 in the order of the values, 0 for what is missing or unknown; and how many."""
     values = column.values
     if values.dtype == object:
-        missing = np.array([text is None or text == "" for text in values])
+        missing = np.array([text is None or _is_missing(text) for text in values])
         values = np.where(missing, "", values).astype(str)
     else:
         missing = np.isnan(values)

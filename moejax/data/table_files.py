@@ -57,8 +57,9 @@ def load_table(
     the training rows. Missing numbers become the mean.
 
     Raises:
-      UserError: in one line: a file that is missing, empty or cannot be parsed; an unknown column;
-        a number that is none, with its row; a target that is constant, or a feature too.
+      UserError: in one line: a file that is missing, empty, not UTF-8 or cannot be parsed; a column
+        that is unknown or named twice; a number that is none, with its row; a target that is
+        constant, or a feature too.
     """
     check_fraction(eval_fraction)
     if split not in SPLITS:
@@ -124,10 +125,25 @@ def _choose(
     for name in (*categorical, *numeric):
         if name in [spec.column for spec in specs]:
             raise UserError(f"task.targets: {name!r} is a feature too, which would give it away")
+    _check_features(categorical, numeric)
     if not (categorical or numeric):
-        raise UserError("task.categorical: the file has no columns besides the targets")
+        besides = f"the targets and {time!r} (task.time)" if time else "the targets"
+        raise UserError(f"task.categorical: the file has no columns besides {besides}")
     choice = Choice(tuple(targets), tuple(categorical), tuple(numeric), time)
     return choice, [(spec, columns[spec.column]) for spec in specs]
+
+
+def _check_features(categorical: Sequence[str], numeric: Sequence[str]) -> None:
+    """Raises UserError for a feature that is named twice: it would be there twice."""
+    for field, some in (("categorical", categorical), ("numeric", numeric)):
+        for name in some:
+            if list(some).count(name) > 1:
+                raise UserError(f"task.{field}: {name!r} is named twice; name it once")
+    for name in categorical:
+        if name in numeric:
+            raise UserError(
+                f"task.numeric: {name!r} is in task.categorical too; leave it out of one of them"
+            )
 
 
 def _hash(rows: int) -> np.ndarray:
@@ -172,7 +188,7 @@ def _arrow(path: str) -> Any:
             return parquet.read_table(path)
         parse = csv.ParseOptions(delimiter="\t" if path.endswith(".tsv") else ",")
         try:
-            return csv.read_csv(path, parse_options=parse)
+            return _utf8(csv.read_csv(path, parse_options=parse), path)
         except pyarrow.ArrowInvalid as error:
             if "conversion error" not in str(error):
                 raise
@@ -182,9 +198,23 @@ def _arrow(path: str) -> Any:
             types = {name: pyarrow.string() for name in reader.schema.names}
         text = csv.ConvertOptions(column_types=types)
         return csv.read_csv(path, parse_options=parse, convert_options=text)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data.path: the header of {path!r} is not UTF-8; save the file as UTF-8"
+        ) from error
+    except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"data.path: cannot parse {path!r}: {reason}") from error
+
+
+def _utf8(table: Any, path: str) -> Any:
+    """The table of a CSV, in which pyarrow gives text that is not UTF-8 the type binary."""
+    for name, kind in zip(table.column_names, table.schema.types, strict=True):
+        if str(kind) == "binary":
+            raise UserError(
+                f"data.path: column {name!r} of {path!r} is not UTF-8; save the file as UTF-8"
+            )
+    return table
 
 
 def _columns(table: Any) -> dict[str, Column]:

@@ -18,6 +18,8 @@ from moejax.data.batches import Batch
 from moejax.errors import UserError
 
 Kind = Literal["regression", "binary"]
+FARTHEST = 1e18
+"""Spreads from the mean: float32 holds squares, and sums of them, up to 3e38."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,19 @@ class Target:
     scale: float
     rate: float
 
+    @property
+    def guess(self) -> float:
+        """What somebody says who always says the mean, as ``Rows`` have it."""
+        return 0.0 if self.kind == "regression" else self.rate
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """N rows. A target that is missing is 0 and not ``present``."""
+    """N rows. A target that is missing is 0 and not ``present``.
+
+    A table's targets are float32, those of regressions in standard deviations from the mean of the
+    training rows; ``as_rows`` gives them in their own units, float64, for ``make_table``.
+    """
 
     dense_NF: Float[np.ndarray, "N F"]
     category_NC: Int[np.ndarray, "N C"]
@@ -57,7 +68,8 @@ class Table:
         tables from files id 0 stands for values that the training rows do not have.
       name: where the rows came from.
       ideal_NM: of generated tables, what somebody who knows the generator would predict for the
-        held-out rows: expected values, or probabilities of binary targets.
+        held-out rows: expected values, standardised as targets are, or probabilities of binary
+        ones.
     """
 
     train: Rows
@@ -81,48 +93,86 @@ class Table:
                 digest.update(repr((array.shape, array.dtype.str)).encode() + array.tobytes())
         return digest.hexdigest()
 
+    def in_units(self, target_NM: Float[np.ndarray, "N M"]) -> Float[np.ndarray, "N M"]:
+        """Targets as rows have them, in their own units."""
+        mean_M = np.array([target.mean for target in self.targets])
+        return target_NM * np.array([target.scale for target in self.targets]) + mean_M
+
 
 def make_table(
     train: Rows,
     heldout: Rows,
     names: Sequence[str],
     kinds: Sequence[Kind],
+    ideal_NM: Float[np.ndarray, "N M"] | None = None,
     **known: Any,
 ) -> Table:
-    """A table from its rows: describes every target by its training rows. ``known``: the rest.
+    """A table from ``as_rows``: describes every target by its training rows and standardises it.
+
+    All in float64, of which float32 has too few digits for times or amounts with small changes.
+    ``ideal_NM`` is in the targets' units. ``known``: the rest.
 
     Raises:
-      UserError: a target that is missing or the same in all training rows.
+      UserError: a target that is missing or the same in all training rows, or held-out values so
+        far from them that float32 cannot square them.
     """
     targets = []
     for m, (name, kind) in enumerate(zip(names, kinds, strict=True)):
-        values = train.target_NM[train.present_NM[:, m], m].astype(np.float64)
+        values = train.target_NM[train.present_NM[:, m], m]
         if not len(values):
             raise UserError(
                 f"task.targets: {name!r} is missing in every training row; leave it out"
             )
         if values.min() == values.max():
             raise UserError(
-                f"task.targets: {name!r} is {values[0]:g} in every training row, so there is "
+                f"task.targets: {name!r} is {values[0]:.12g} in every training row, so there is "
                 "nothing to learn; leave it out"
             )
-        mean, scale = float(values.mean()), float(values.std())
+        mean, scale = mean_and_spread(values)
         own = (mean, scale) if kind == "regression" else (0.0, 1.0)
         targets.append(Target(name, kind, *own, rate=mean))
-    return Table(train, heldout, tuple(targets), **known)
+    mean_M = np.array([target.mean for target in targets])
+    scale_M = np.array([target.scale for target in targets])
+
+    def standardised(rows: Rows) -> Rows:
+        scaled_NM = np.where(rows.present_NM, (rows.target_NM - mean_M) / scale_M, 0.0)
+        for m in np.flatnonzero((np.abs(scaled_NM) > FARTHEST).any(axis=0)):
+            raise UserError(
+                f"task.targets: {targets[m].name!r} has a held-out value "
+                f"{np.abs(scaled_NM[:, m]).max():.2g} times the spread of the training rows away "
+                "from their mean; correct it or leave it empty"
+            )
+        return dataclasses.replace(rows, target_NM=scaled_NM.astype(np.float32))
+
+    if ideal_NM is not None:
+        ideal_NM = (ideal_NM - mean_M) / scale_M
+    sides = (standardised(train), standardised(heldout))
+    return Table(*sides, tuple(targets), ideal_NM=ideal_NM, **known)
+
+
+def mean_and_spread(values_N: Float[np.ndarray, "N"]) -> tuple[float, float]:
+    """Mean and standard deviation of values that are not all the same.
+
+    Counted from the least value and in units of the range: large values that change little keep
+    their digits, and small ones squares above 0.
+    """
+    least = values_N.min()
+    span = values_N.max() - least
+    share_N = (values_N - least) / span
+    return float(least + span * share_N.mean()), float(span * share_N.std())
 
 
 def as_rows(
     dense_NF: np.ndarray | None, category_NC: np.ndarray | None, target_NM: np.ndarray
 ) -> Rows:
-    """Rows in the types of a batch; a target that is NaN is missing."""
+    """Rows for ``make_table``: targets float64 in their own units; one that is NaN is missing."""
     count, present_NM = len(target_NM), ~np.isnan(target_NM)
     dense = np.zeros((count, 0)) if dense_NF is None else dense_NF
     category = np.zeros((count, 0)) if category_NC is None else category_NC
     return Rows(
         dense.astype(np.float32),
         category.astype(np.int32),
-        np.where(present_NM, target_NM, 0.0).astype(np.float32),
+        np.where(present_NM, target_NM, 0.0).astype(np.float64),
         present_NM,
     )
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from moejax.dispatch.multi_gate import SharedExperts, multi_gate
 from moejax.experts import ACTIVATIONS, is_gated
-from moejax.gating import Forced, Hash, Replay, Sentence, StableMoE, Task
+from moejax.gating import DSelectK, Forced, Hash, Replay, Sentence, StableMoE, Task
 from moejax.layers.moe import expert_init
 from moejax.layers.routing_stats import collect_stats, router_losses, sum_over_groups, with_cuts
 from moejax.mesh import constrain
@@ -57,6 +57,7 @@ class MultiGateMoE(nnx.Module):
       gate: the gating function; every task has its own parameters, state and noise.
       gate_input: "example": the gate sees x. "constant": it sees the number 1, so its choice is
         the same for all examples (static gating) and a router has one free logit per expert.
+        DSelect-k needs ``per_example=False`` then, which makes its codes such free numbers.
       activation: of the experts, "relu" or "gelu".
 
     Raises:
@@ -162,6 +163,12 @@ def check_gate(gate: Gate, num_experts: int, gate_input: str) -> None:
             f"gate_input={gate_input!r} is unknown; use one of {', '.join(GATE_INPUTS)}"
         )
     gate.check(num_experts, train=False)
+    if gate_input == "constant" and isinstance(gate, DSelectK) and gate.per_example:
+        # z = a + b * 1: two parameters with one gradient, which Adam moves twice as far.
+        raise ValueError(
+            "gate.per_example=True with gate_input=constant makes two parameters of every number "
+            "of the code; use per_example=False"
+        )
     sees = gate.visibility(MoEConfig(num_experts, "dropless"))
     name, reason = type(gate).__name__, ""
     if isinstance(gate, Mixes):

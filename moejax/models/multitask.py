@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -22,7 +23,7 @@ SHARINGS: tuple[str, ...] = ("mmoe", "omoe", "shared_bottom")
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One task: its name, what it predicts, and the units of a regression's target."""
+    """One task: its name, what it predicts, and a regression's y = mean + scale * what is said."""
 
     name: str
     kind: Kind = "regression"
@@ -219,21 +220,24 @@ def _found(y_MBO: Array, value_MB: Array, info: MoEInfo | None, watched: PyTree)
     return Found(squares, losses, {}, None if info is None else info.stats, None, watched)
 
 
-def predict(value_BM: Float[Array, "B M"], heads: tuple[Head, ...]) -> Float[Array, "B M"]:
-    """Values of regressions in their targets' units, logits of binary tasks as they are."""
-    mean_M = jnp.asarray([head.mean for head in heads], jnp.float32)
-    scale_M = jnp.asarray([head.scale for head in heads], jnp.float32)
-    return value_BM * scale_M + mean_M
+def predict(value_BM: Any, heads: tuple[Head, ...]) -> Float[np.ndarray, "B M"]:
+    """Values of regressions in their targets' units, logits of binary tasks as they are.
+
+    On the host, in float64: float32 has too few digits for a large mean with a small spread.
+    """
+    mean_M = np.array([head.mean for head in heads])
+    return np.asarray(value_BM, np.float64) * np.array([head.scale for head in heads]) + mean_M
 
 
 def head_losses(
     value_BM: Float[Array, "B M"], target_BM: Float[Array, "B M"], heads: tuple[Head, ...]
 ) -> Float[Array, "B M"]:
-    """Each task's loss: squared error in units of the target's spread, or log loss in nats."""
-    mean_M = jnp.asarray([head.mean for head in heads], jnp.float32)
-    scale_M = jnp.asarray([head.scale for head in heads], jnp.float32)
+    """Each task's loss: squared error, or log loss in nats.
+
+    Targets of regressions are standardised, (y - mean) / scale: errors are in units of the spread.
+    """
     binary_M = jnp.asarray([head.kind == "binary" for head in heads])
-    square_BM = jnp.square(value_BM - (target_BM - mean_M) / scale_M)
+    square_BM = jnp.square(value_BM - target_BM)
     # log(1 + e^v) - t v, without overflow.
     log_BM = jax.nn.softplus(value_BM) - target_BM * value_BM
     return jnp.where(binary_M, log_BM, square_BM)

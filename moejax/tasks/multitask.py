@@ -1,6 +1,7 @@
 """Several regressions and binary tasks on the rows of a table, with experts that they share."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -141,6 +142,24 @@ def binned_area(logit_B: Array, target_B: Array, counted_B: Array) -> BinnedArea
     return BinnedArea(count(target_B > 0.5), count(target_B <= 0.5))
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["total", "count"], meta_fields=["scale"]
+)
+@dataclasses.dataclass(frozen=True)
+class MeanSquare:
+    """A mean squared error in the target's units, from sums in units of its ``scale``.
+
+    The square of a scale may be beyond float32, so that the units come last and on the host.
+    """
+
+    total: Any
+    count: Any
+    scale: float
+
+    def value(self) -> float:
+        return self.scale**2 * Ratio(self.total, self.count).value()
+
+
 @dataclasses.dataclass(frozen=True)
 class MultiTaskLearning(Task):
     """A multi-task model with its loss: the tasks' losses, added up.
@@ -148,6 +167,10 @@ class MultiTaskLearning(Task):
     A regression's loss is its squared error in units of the training targets' variance, so that
     always saying the mean costs 1 whatever the units; a binary task's is its log loss in nats.
     Where a target is missing the example costs nothing in that task.
+
+    Gates' own losses are summed over gates too, so that a weight means the same to a gate beside
+    one task or many. What is logged of them is their mean over gates, as of layers: a balance loss
+    is 1 at perfect balance.
     """
 
     model: MultiTaskConfig
@@ -218,6 +241,11 @@ class MultiTaskLearning(Task):
     def token_losses(self, said: Array, batch: Batch) -> Float[Array, "B 1"]:
         return self._losses(said, batch)[:, None]
 
+    def objective(self, totals: Totals, items: Array) -> Array:
+        gates = self.model.num_moe_layers
+        summed = {name: gates * mean for name, mean in totals.auxiliary.items()}
+        return super().objective(totals._replace(auxiliary=summed), items)
+
     def countable(self) -> Task:
         """As it is: every expert is computed on every example."""
         return self
@@ -236,21 +264,22 @@ class MultiTaskLearning(Task):
         loss_BM = head_losses(said_BM, batch["target"], self.model.heads)
         return jnp.sum(jnp.where(batch["present"], loss_BM, 0.0), axis=1)
 
-    def _metrics(self, said_BM: Array, batch: Batch) -> dict[str, Ratio]:
+    def _metrics(self, said_BM: Array, batch: Batch) -> dict[str, Any]:
         """By task, over the examples that have its target."""
         loss_BM = head_losses(said_BM, batch["target"], self.model.heads)
         found = {}
         for m, head in enumerate(self.model.heads):
             here_B = batch["present"][:, m]
-            per_example = {f"mse/{head.name}": loss_BM[:, m] * head.scale**2}
-            if head.kind == "binary":
-                right_B = (said_BM[:, m] > 0) == (batch["target"][:, m] > 0.5)
-                per_example = {
-                    f"log_loss/{head.name}": loss_BM[:, m],
-                    f"accuracy/{head.name}": right_B.astype(jnp.float32),
-                }
-            for name, x_B in per_example.items():
-                found[name] = Ratio(jnp.where(here_B, x_B, 0.0), here_B.astype(jnp.int32))
+            count_B = here_B.astype(jnp.int32)
+            loss_B = jnp.where(here_B, loss_BM[:, m], 0.0)
+            if head.kind == "regression":
+                found[f"mse/{head.name}"] = MeanSquare(loss_B, count_B, head.scale)
+                continue
+            right_B = (said_BM[:, m] > 0) == (batch["target"][:, m] > 0.5)
+            found[f"log_loss/{head.name}"] = Ratio(loss_B, count_B)
+            found[f"accuracy/{head.name}"] = Ratio(
+                jnp.where(here_B, right_B.astype(jnp.float32), 0.0), count_B
+            )
         return found
 
     def _areas(self, said_BM: Array, batch: Batch) -> dict[str, BinnedArea]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moejax.data.table_baselines import table_baselines
 from moejax.data.table_columns import parse_spec
 from moejax.data.table_files import _hash, load_table
 from moejax.errors import UserError
@@ -57,7 +58,8 @@ def test_every_value_is_that_of_pandas(tmp_path, suffix):
     assert (len(table.train), len(table.heldout)) == (180, 20)
     mean, spread = data["size"][~held].mean(), data["size"][~held].std(ddof=0)
     for rows, side in ((table.train, data[~held]), (table.heldout, data[held])):
-        np.testing.assert_allclose(rows.target_NM, side[["price", "bought"]], rtol=1e-6)
+        target_NM = table.in_units(rows.target_NM)
+        np.testing.assert_allclose(target_NM, side[["price", "bought"]], rtol=1e-6)
         np.testing.assert_allclose(
             rows.dense_NF[:, 0], (side["size"] - mean) / spread, rtol=1e-5, atol=1e-6
         )
@@ -92,7 +94,9 @@ def test_a_split_by_time_holds_out_the_latest_rows(tmp_path):
         stamps = data.assign(when=pd.Timestamp("2020-01-01") + pd.to_timedelta(data["when"], "h"))
         table = load_table(write(stamps, path), **FIELDS, split="time", time="when")
         np.testing.assert_allclose(
-            table.heldout.target_NM[:, 0], data["price"][data["when"] >= 180], rtol=1e-6
+            table.in_units(table.heldout.target_NM)[:, 0],
+            data["price"][data["when"] >= 180],
+            rtol=1e-6,
         )
 
 
@@ -120,6 +124,24 @@ def test_unknown_rare_and_missing_values_share_id_0(tmp_path):
     ).all()
     again = load_table(str(tmp_path / "t.parquet"), **FIELDS, min_count=1)
     assert again.category_sizes[0] == 6 and again.train.category_NC[0, 0] > 0
+
+
+def test_text_that_stands_for_no_value_does_so_among_categories_too(tmp_path):
+    """As among numbers, in any case and with spaces around; and text that has it in it does not."""
+    lines = ["city,size,y"] + ["NA,1,2", "nan,NA,3", " null ,n/a,4", "None,5,5", "Nancy,6,6"] * 4
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(lines) + "\n")
+    table = load_table(str(path), targets=["y"], categorical=["city"], numeric=["size"])
+    assert table.category_sizes == (2,)
+    y_N = table.in_units(table.train.target_NM)[:, 0].round()
+    np.testing.assert_array_equal(table.train.category_NC[:, 0] == 1, y_N == 6)
+    np.testing.assert_array_equal(table.train.dense_NF[:, 0] == 0, np.isin(y_N, (3, 4)))
+
+
+def test_a_table_of_a_target_and_a_time_has_no_features(tmp_path):
+    path = write(frame()[["price", "when"]], tmp_path / "t.csv")
+    with pytest.raises(UserError, match=r"no columns besides the targets and 'when' \(task.time\)"):
+        load_table(path, targets=["price"], split="time", time="when")
 
 
 def test_missing_numbers_become_the_mean_and_missing_targets_absent(tmp_path):
@@ -192,9 +214,50 @@ def test_movielens_needs_no_fields(movielens):
         np.testing.assert_array_equal(table.train.dense_NF[:, g] > 0, has[:, g])
     by_time = load_table(str(folder), split="time")
     latest = ratings.sort_values("timestamp", kind="stable").index[-20:]
-    np.testing.assert_array_equal(
-        by_time.heldout.target_NM[:, 0], ratings["rating"][sorted(latest)]
-    )
+    rating_N = by_time.in_units(by_time.heldout.target_NM)[:, 0]
+    np.testing.assert_allclose(rating_N, ratings["rating"][sorted(latest)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("values", [
+    1.7e9 + np.random.default_rng(0).normal(0, 100, N), 1e9 + np.arange(N) % 7,
+    -1e37 + 1e36 * np.arange(N), 1e-30 * np.arange(N), 1e-200 * np.arange(N), 1e15 + np.arange(N),
+], ids=["times", "few", "huge", "small", "tiny", "large"])  # fmt: skip
+def test_a_target_keeps_its_changes_whatever_its_size(tmp_path, values):
+    """Float32 has steps of 128 at 1.7e9; the target's spread decides, not its size."""
+    path = write(frame().assign(price=values), tmp_path / "t.parquet")
+    table, held = load_table(path, targets=["price"], numeric=["size"]), heldout_of()
+    exact = values.astype(np.longdouble)[~held]
+    mean, scale = exact.mean(), exact.std()
+    step = np.spacing(np.abs(values).max()) / scale  # of the mean in float64: 0.002 at 1e15
+    for rows, side in ((table.train, values[~held]), (table.heldout, values[held])):
+        assert rows.target_NM.dtype == np.float32
+        assert len(np.unique(rows.target_NM)) == len(np.unique(side))
+        np.testing.assert_allclose(rows.target_NM[:, 0], (side - mean) / scale, atol=1e-5 + step)
+        error = table.in_units(rows.target_NM)[:, 0] - side
+        assert np.abs(error).max() < (1e-6 + step) * scale
+    baselines = table_baselines(table)  # nothing to learn from: as the mean does
+    assert abs(baselines["linear"] - baselines["mean"]) < 0.2 and baselines["mean"] < 2
+
+
+def test_a_held_out_value_that_float32_cannot_square_is_refused(tmp_path):
+    odd = np.flatnonzero(heldout_of())[0]
+    price = frame()["price"] * 1e-3
+    for name, value, known in (
+        ("price", 1e30, r"task.targets: 'price' has a held-out value 5e\+31 times the spread"),
+        ("size", 1e38, rf"task.numeric: 'size' is 1e\+38 in row {odd + 1}, 4.9e\+47 times"),
+    ):
+        data = frame().assign(price=price, size=frame()["size"] * 1e-10)
+        data.loc[odd, name] = value
+        with pytest.raises(UserError, match=known):
+            load_table(write(data, tmp_path / "t.parquet"), targets=["price"], numeric=["size"])
+
+
+def test_a_column_of_one_fraction_does_not_vary(tmp_path):
+    """The spread of many 0.1 in float64 is not 0, and would blow up another value."""
+    size = np.where(np.arange(N) == np.flatnonzero(heldout_of())[0], 0.2, 0.1)
+    path = write(frame().assign(size=size), tmp_path / "t.parquet")
+    table = load_table(path, targets=["price"], numeric=["size"])
+    assert not table.train.dense_NF.any() and not table.heldout.dense_NF.any()
 
 
 BAD: dict[str, Any] = {
@@ -204,6 +267,9 @@ BAD: dict[str, Any] = {
     "no time": ({"split": "time"}, r"task.time: task.split=time needs"),
     "split": ({"split": "random"}, r"task.split: 'random' is unknown; use one of hash, time"),
     "fraction": ({"eval_fraction": 0.0}, r"data.eval_fraction: 0.0 is not between"),
+    "categories": ({"categorical": ["city", "city"]}, r"task.categorical: 'city' is named twice"),
+    "numbers": ({"numeric": ["size", "size"]}, r"task.numeric: 'size' is named twice"),
+    "both": ({"numeric": ["size", "code"]}, r"numeric: 'code' is in task.categorical too"),
     "leak": ({"numeric": ["price"]}, r"task.targets: 'price' is a feature too"),
     "twice": ({"targets": ["price", "price"]}, r"task.targets: two targets have one name"),
     "text": ({"targets": ["city"], "categorical": []}, r"'city' is '\w+' in row 1, which is no"),
@@ -227,11 +293,21 @@ FILES = {
     "ragged": (b"x,y\n1,2\n3\n4,5\n", r"data.path: cannot parse '.*': .*columns"),
     "word": (b"x,y\n1,2\n3,4\n5,six\n", r"task.targets: 'y' is 'six' in row 3, which is no number"),
     "infinite": (b"x,y\n1,2\n3,inf\n5,6\n", r"task.targets: 'y' is inf in row 2; use finite"),
+    "large": (b"x,y\n1,2\n3,1e300\n5,6\n", r"targets: 'y' is 1e\+300 in row 2, beyond .* float32"),
+    "large feature": (
+        b"x,y\n1,2\n-1e39,3\n5,6\n",
+        r"task.numeric: 'x' is -1e\+39 in row 2, beyond",
+    ),
     "bad feature": (b"x,y\n1,2\nfour,3\n5,6\n", r"task.numeric: 'x' is 'four' in row 2"),
     "twice": (b"x,y,x\n1,2,3\n3,4,5\n", r"two columns called 'x'"),
+    "encoding": ("x,y\n1,2\nMünchen,3\n5,6\n".encode("latin-1"), r"'x' of '.*' is not UTF-8"),
+    "header's encoding": (
+        "x,y,ö\n1,2,3\n4,5,6\n".encode("latin-1"),
+        r"header of '.*' is not UTF-8",
+    ),
     "binary": (
         b"\x93NUMPY\x00\xff\xfe,\n\xff\xff",
-        r"data.path: cannot parse|task.targets: no column",
+        r"data.path: cannot parse",
     ),
 }
 

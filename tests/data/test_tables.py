@@ -1,5 +1,7 @@
 """Tables of several tasks: generators against their formulas, batches by step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -153,7 +155,7 @@ def test_ids_lie_below_the_sizes_of_their_columns():
 def numbered(count):
     """Rows whose only feature is their number."""
     rows = as_rows(np.arange(count)[:, None], None, np.arange(count)[:, None] % 2.0)
-    return rows
+    return dataclasses.replace(rows, target_NM=rows.target_NM.astype(np.float32))
 
 
 @settings(max_examples=20, deadline=None)
@@ -207,6 +209,7 @@ def test_missing_targets_are_absent_and_zero():
         dense=("x",), category=(), category_sizes=(), name="t",
     )  # fmt: skip
     assert (table.targets[0].mean, table.targets[0].scale) == (1.5, 0.5)
+    assert table.train.target_NM.tolist() == [[-1, 0], [1, 0], [0, 1]]
     assert (table.targets[1].mean, table.targets[1].scale, table.targets[1].rate) == (0, 1, 0.5)
 
 

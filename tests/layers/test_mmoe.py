@@ -258,6 +258,9 @@ def test_gates_that_need_more_than_one_example_are_refused(gate, message):
 def test_wrong_choices_are_refused_by_name():
     with pytest.raises(ValueError, match="gate_input='always' is unknown"):
         check_gate(gating.make("dense"), E, "always")
+    check_gate(gating.make("dselect_k", per_example=False), E, "constant")
+    with pytest.raises(ValueError, match=r"gate.per_example=True with gate_input=constant"):
+        check_gate(gating.make("dselect_k"), E, "constant")
     with pytest.raises(ValueError, match="use relu or gelu"):
         MultiGateMoE(
             D, F, O, E, M, gate=gating.make("dense"), activation="swiglu", rngs=nnx.Rngs(0)

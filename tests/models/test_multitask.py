@@ -36,7 +36,11 @@ CONFIG = MultiTaskConfig(
     moe=MoEConfig(E),
     gate=gating.make("dense"),
 )
-DSELECT = {"gate": gating.make("dselect_k"), "gate_input": "constant", "d_bottom": 0}
+DSELECT = {
+    "gate": gating.make("dselect_k", per_example=False),
+    "gate_input": "constant",
+    "d_bottom": 0,
+}
 
 
 def model_of(**changes: Any) -> MultiTask:
@@ -171,11 +175,13 @@ def test_padding_may_hold_anything():
 
 
 def test_losses_are_squared_error_in_units_of_the_spread_and_log_loss():
-    _, _, target = batch()
+    _, _, target = batch()  # the rating's is standardised, as a table's
     value = jnp.asarray(np.random.default_rng(2).normal(size=(B, M)), jnp.float32)
     loss = np.asarray(head_losses(value, target, HEADS))
-    predicted = np.asarray(predict(value, HEADS))
-    np.testing.assert_allclose(loss[:, 0], ((predicted - target) ** 2)[:, 0] / 4, rtol=1e-4)
+    error_BM = predict(value, HEADS) - predict(target, HEADS)
+    np.testing.assert_allclose(loss[:, 0], error_BM[:, 0] ** 2 / 4, rtol=1e-4)
+    np.testing.assert_allclose(predict(value, HEADS)[:, 0], 3.5 + 2 * value[:, 0], rtol=1e-6)
+    np.testing.assert_array_equal(predict(value, HEADS)[:, 1], value[:, 1])
     chance = 1 / (1 + np.exp(-np.asarray(value[:, 1])))
     t = np.asarray(target[:, 1])
     wanted = -t * np.log(chance) - (1 - t) * np.log(1 - chance)
