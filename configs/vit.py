@@ -22,8 +22,9 @@ Argument, as key=value,key=value:
 
 The default images are scikit-learn's digits (pip install 'moejax[vision]'): 1,797 handwritten
 digits, of which 359, a fifth of every class, are held out. data.path names a folder of your own,
-with one folder of pictures per class, or with train/ and val/ (or test/) of such folders. All
-images are decoded before the first step and stay in memory, one byte per pixel and channel.
+with one folder of pictures per class, or with train/ and val/ of such folders (or, for val/,
+validation/, valid/, dev/ or test/). All images are decoded before the first step and stay in
+memory, one byte per pixel and channel.
 
 Expect 98.3 to 98.9 % of the held-out digits right after the 2500 steps of the default, depending on
 the seed (support vectors: 98.6 %; one image is 0.3 %), in two minutes on two cores. Training images
