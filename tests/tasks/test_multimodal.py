@@ -20,6 +20,7 @@ from moejax.models.limoe import LARGEST_SCALE
 from moejax.overrides import apply_overrides
 from moejax.tasks.multimodal import Multimodal, build, contrastive, retrieved
 from moejax.train.rows import routing
+from moejax.train.step import split_batch
 from tests import meshes
 
 B, KEY = 16, 9
@@ -313,7 +314,32 @@ def test_a_sharded_batch_trains_as_the_whole_batch(shape):
     assert totals.stats.dropped_E.sum() > 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train__batch_size=4",
+        "train__batch_size=12",
+        "train__batch_size=64 moe__group=128",
+        "train__batch_size=32 mesh__data=8",
+        "train__batch_size=3 moe__group=batch moe__transport=dropless",
+    ],
+)
+def test_a_group_counts_sequences_two_for_each_pair(change):
+    """Each would be refused if pairs were counted."""
+    validate(config_with(**{"moe__group": "8", **dict(one.split("=") for one in change.split())}))
+
+
+def test_a_batch_smaller_than_a_group_is_one_part_as_it_is():
+    found = {"valid": jnp.arange(4), "image": jnp.ones((4, 2))}
+    parts = split_batch(found, 1, 8)
+    jax.tree.map(lambda x, whole: np.testing.assert_array_equal(x[0], whole), parts, found)
+    assert parts["image"].shape == (1, 4, 2)
+
+
 REFUSED = {
+    "train__batch_size=6 moe__group=8": ["x 2 = 12 sequences", "moe.group=8", "batch_size=8"],
+    "train__batch_size=4 moe__group=3": ["x 2 = 8 sequences", "moe.group=3", "batch_size=6"],
+    "train__batch_size=24 moe__group=8 mesh__data=4": ["6 groups", "48 sequences", "batch_size=32"],
     "train__grad_accum=2 moe__balance_scope=sequence": [
         "train.grad_accum=2",
         "micro-batch",

@@ -91,6 +91,16 @@ def test_accumulation_is_refused_before_anything_is_written(tmp_path):
     assert files(tmp_path) == {}
 
 
+def test_a_segment_of_a_whole_caption_is_refused_since_its_router_would_learn_nothing(tmp_path):
+    """A pair has 52 tokens, and each of its two sequences 26."""
+    refused(
+        ["train", f"--config={PAGE}:size=debug,gate=lory", "--config.moe.gate.segment=32",
+         f"--workdir={tmp_path / 'run'}"],
+        "moe.gate.segment=32", "26 tokens", "learns nothing", "gate.segment=6",
+    )  # fmt: skip
+    assert files(tmp_path) == {}
+
+
 @pytest.mark.slow
 def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
     """As another version of scikit-learn could bring; the task has no data.path to name."""
