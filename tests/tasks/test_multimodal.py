@@ -139,6 +139,18 @@ def test_the_loss_is_least_where_the_captions_of_a_digit_are_equally_similar():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 
+def test_the_baseline_is_the_held_out_loss_of_equal_similarities_though_the_last_batch_is_short():
+    _, whole = built()
+    step = jax.jit(contrastive)
+    for rows, last in ((40, 8), (48, 16), (5, 5)):
+        own = dataclasses.replace(whole, eval_rows=rows)
+        batches = own.eval_batches(B, rows)
+        assert batches[-1]["valid"].sum() == last
+        losses = [step(jnp.zeros((B, B)), x["label"], x["valid"]).sum() for x in batches]
+        # float32 sums of 16 logarithms
+        np.testing.assert_allclose(own.baselines()["uniform"], sum(losses) / rows, rtol=1e-5)
+
+
 def test_retrieval_counts_any_caption_of_the_digit_and_none_that_is_padding():
     logits = jnp.asarray([[1.0, 3.0, 9.0], [0.0, 1.0, 9.0], [0.0, 0.0, 0.0]])
     valid = jnp.asarray([True, True, False])
