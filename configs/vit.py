@@ -3,7 +3,7 @@
 An image is cut into patches; every patch is a token and is routed by the gate named in the
 argument. Nothing is predicted from what comes before it, so every gate and every priority may be
 used as it is: patches see the whole image, and with moe.group=8 (the default here, as in V-MoE)
-eight images share the slots of the experts.
+eight images share the slots of the experts. A segment of lory is a row of patches.
 
     moejax train --config=configs/vit.py --workdir=runs/digits
     moejax train --config=configs/vit.py:gate=expert_choice --workdir=runs/expert_choice
@@ -100,4 +100,6 @@ def get_config(arg: str | None = None) -> Config:
     set_gate(config, options.gate)
     config.moe.num_experts = options.experts
     config.moe.priority = options.priority
+    if options.gate == "lory":  # its own is longer than an image of digits
+        config.moe.gate.segment = config.task.image_size // config.task.patch_size
     return config
