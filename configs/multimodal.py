@@ -14,7 +14,8 @@ Needs scikit-learn: pip install 'moejax[vision]'.
 
 Argument, as key=value,key=value:
 
-    gate     a name from `moejax gates` (switch: top-1)
+    gate     a name from `moejax gates` but replay (switch: top-1); lory gets segments of 4 tokens,
+             a row of patches
     size     debug: 1 layer of width 16, 20 steps, learns little
              tiny: 3 layers of width 64, 300 steps of 64 pairs (the default)
     experts  experts per MoE layer (8)
@@ -72,4 +73,6 @@ def get_config(arg: str | None = None) -> Config:
     config.moe.num_experts = options.experts
     config.update_from_flattened_dict(choose("size", options.size, SIZES))
     config.update_from_flattened_dict(choose("entropy", options.entropy, ENTROPY))
+    if options.gate == "lory":  # its own is longer than a caption
+        config.moe.gate.segment = 4
     return config

@@ -19,13 +19,15 @@ class TaskEntry:
     """A task's place in the config. ``build``: "module:function", config -> (Task, Source).
 
     ``without``: names of fields it has no use for, and of whole sections (ending in a dot).
-    ``defaults``: values that differ from the table's.
+    ``defaults``: values that differ from the table's. ``sequences_per_row``: how many sequences the
+    layers see of a row of a batch; groups and what gates are told of the data count these.
     """
 
     build: str
     fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
     without: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sequences_per_row: int = 1
 
     def has(self, name: str) -> bool:
         """Whether a field of the common table is one of this task's."""
@@ -181,6 +183,7 @@ TASKS: dict[str, TaskEntry] = {
             "train.eval_rows": 320,
             "data.eval_fraction": 0.2,
         },
+        sequences_per_row=2,  # image and caption
     ),
     "multitask": MULTITASK,
 }

@@ -13,6 +13,7 @@ from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.resolve import gate_message, make_gate, moe_config
 from moejax.schema import Config, get_field, table_of
+from moejax.task_table import TASKS
 from moejax.types import Gate, Mixes, MoEConfig, Visibility
 from moejax.validate_layers import check_depths, check_layers
 
@@ -135,13 +136,20 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
         raise UserError(
             f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
         )
-    micro = config.train.batch_size // config.train.grad_accum
-    rows = choices.rows_per_group(micro)
-    if micro % rows:
+    accum, per_row = config.train.grad_accum, TASKS[config.task.name].sequences_per_row
+    sequences = config.train.batch_size // accum * per_row
+    rows = choices.rows_per_group(sequences)
+
+    def fitting(unit: int) -> int:
+        """The next batch size whose sequences are a multiple of ``unit`` in each part."""
+        unit = math.lcm(unit, per_row)
+        return math.ceil(sequences / unit) * unit // per_row * accum
+
+    if sequences % rows:
+        each = f" x {per_row}" if per_row > 1 else ""
         raise UserError(
-            f"train.batch_size / train.grad_accum = {micro} sequences are not a multiple of "
-            f"moe.group={choices.group}; use train.batch_size="
-            f"{math.ceil(micro / rows) * rows * config.train.grad_accum}"
+            f"train.batch_size / train.grad_accum{each} = {sequences} sequences are not a multiple "
+            f"of moe.group={choices.group}; use train.batch_size={fitting(rows)}"
         )
     least = gate.least_rows(choices.num_experts) if isinstance(gate, NeedsRows) else 1
     if rows < least:
@@ -151,12 +159,11 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
             f"moe.group={least} or more"
         )
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
-    if cause and (micro // rows) % shards:
-        fit = math.ceil(micro / (rows * shards)) * rows * shards * config.train.grad_accum
+    if cause and (sequences // rows) % shards:
         raise UserError(
-            f"moe.group={choices.group} makes {micro // rows} groups of a batch of {micro} "
+            f"moe.group={choices.group} makes {sequences // rows} groups of a batch of {sequences} "
             f"sequences, not a multiple of mesh.data x mesh.fsdp x mesh.expert = {shards}; use "
-            f"train.batch_size={fit} or {cure}"
+            f"train.batch_size={fitting(rows * shards)} or {cure}"
         )
 
 

@@ -36,9 +36,12 @@ def test_a_routed_block_marks_training_with_the_future_with_and_without_experts(
             ["model.mod_capacity=0.5", "moe.every=0", "model.num_layers=5"],
             "not a multiple of model.mod_every=2; use model.num_layers=6",
         ),
-        (
-            ["model.mod_capacity=0.5", "model.mod_every=1", "moe.gate.name=rl"],
-            "moe.gate.name=rl needs every token",
+        *(
+            (
+                ["model.mod_capacity=0.5", "model.mod_every=1", f"moe.gate.name={gate}", *fields],
+                f"moe.gate.name={gate} needs every token",
+            )
+            for gate, *fields in (("rl",), ("lory",), ("replay", "moe.gate.path=a.npz"))
         ),
         (["model.moa_experts=2", "model.moa_k=3"], "model.moa_k=3 must be at most"),
         (["moe.residual=True"], "moe.residual=True weighs routed against shared experts"),

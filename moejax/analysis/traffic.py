@@ -21,6 +21,7 @@ import numpy as np
 from moejax.analysis.run import Row, RunData
 from moejax.config import from_dict, make_gate, moe_config
 from moejax.errors import UserError
+from moejax.task_table import TASKS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -47,15 +48,16 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
     if "transport" not in resolved.moe:  # experts that all examples visit: no rows are sent
         return None
     train, shards = resolved.train, _expert_shards(run)
-    length = run.units.tokens_per_row
-    tokens = train.batch_size * length
+    per_row = TASKS[resolved.task.name].sequences_per_row
+    sequences, length = train.batch_size * per_row, run.units.tokens_per_row // per_row
+    tokens = sequences * length
     load_ME, dropped_ME = np.asarray(row["moe/load"]), np.asarray(row["moe/dropped"])
     pairs = load_ME.sum() / len(load_ME)
     kept = pairs - dropped_ME.sum() / len(load_ME)
     if moe.transport == "cells":
-        rows = moe.rows_per_group(train.batch_size // train.grad_accum)
+        rows = moe.rows_per_group(sequences // train.grad_accum)
         capacity = gate.capacity(rows * length, moe.num_experts, moe.capacity_factor)
-        computed = sent = train.batch_size // rows * moe.num_experts * capacity
+        computed = sent = sequences // rows * moe.num_experts * capacity
     else:
         computed = tokens * moe.num_experts if moe.transport == "all_experts" else kept
         sent = {"dropless": pairs, "dropless_once": None}.get(moe.transport, tokens * shards)

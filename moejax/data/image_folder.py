@@ -14,7 +14,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 MODES = {1: "L", 3: "RGB"}
 """Pillow's name of the pixels, by number of channels."""
 
-EVAL_FOLDERS = ("val", "test")
+EVAL_FOLDERS = ("val", "validation", "valid", "dev", "test")
+"""Names of the held-out side beside ``train``; the first there is counts."""
+
+SIDES = ("train", "training", *EVAL_FOLDERS)
+"""Names that folders of a split have, and classes hardly ever."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Folder:
 
 
 def find_images(path: str) -> Folder:
-    """Lists ``path/CLASS/**`` or ``path/train/CLASS/**`` with ``path/val`` (else ``path/test``).
+    """Lists ``path/CLASS/**``, or ``path/train/CLASS/**`` with ``path/val`` beside it (else the
+    next of ``EVAL_FOLDERS`` that is there).
 
     This is the layout of torchvision's ImageFolder: classes are numbered in the order of their
     names, files are found below their class at any depth. Hidden files and folders (a leading
@@ -44,7 +49,8 @@ def find_images(path: str) -> Folder:
 
     Raises:
       UserError: not a folder; fewer than 2 classes; a class without images or on one side only;
-        images beside the classes; something that cannot be read.
+        images beside the classes; a side of a split without the other; something that cannot be
+        read.
     """
     root = os.path.expanduser(path)
     if not os.path.isdir(root):
@@ -52,6 +58,7 @@ def find_images(path: str) -> Folder:
     try:
         sides = _sides(root)
         if sides is None:
+            _refuse_half_a_split(root)
             classes, train = _scan(root)
             return Folder(classes, train, None)
         (classes, train), (others, heldout) = (_scan(side) for side in sides)
@@ -66,13 +73,26 @@ def find_images(path: str) -> Folder:
 
 
 def _sides(root: str) -> tuple[str, str] | None:
-    """The folders ``train`` and ``val`` or ``test``, or None where ``root`` holds the classes."""
+    """The folders ``train`` and held out, or None where ``root`` holds the classes."""
     train = os.path.join(root, "train")
     for name in EVAL_FOLDERS:
         heldout = os.path.join(root, name)
         if os.path.isdir(train) and os.path.isdir(heldout):
             return train, heldout
     return None
+
+
+def _refuse_half_a_split(root: str) -> None:
+    """Sides under names that ``_sides`` does not know would be trained as classes."""
+    with os.scandir(root) as entries:
+        found = sorted(e.name for e in entries if e.is_dir() and e.name.lower() in SIDES)
+    if found:
+        raise UserError(
+            f"data.path: {root!r} has {', '.join(map(repr, found))}, which looks like a split and "
+            "would be trained as classes; call its sides 'train' and 'val' (or "
+            f"{', '.join(map(repr, EVAL_FOLDERS[1:]))}), or name the training folder itself, of "
+            "which a share is held out; rename a class that is called so"
+        )
 
 
 def _scan(folder: str) -> tuple[tuple[str, ...], Listing]:

@@ -54,7 +54,8 @@ def load_images(
     """Reads a folder of images (see ``find_images``), or the built-in digits for an empty path.
 
     Args:
-      path: a folder with one folder per class, or with ``train`` and ``val`` or ``test`` of these.
+      path: a folder with one folder per class, or with ``train`` and ``val`` of these (or one
+        of ``image_folder.EVAL_FOLDERS``).
       image_size: height and width every image is cut and resized to (see ``read_images``).
       channels: 1 (grey) or 3 (RGB).
       eval_fraction: share of each class to hold out, in (0, 1), at least one image; unused where

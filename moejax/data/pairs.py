@@ -74,6 +74,8 @@ class PairSource:
     caption_length: int
     batch_size: int
     seed: int
+    eval_rows: int
+    """Pairs of an evaluation, at most: what the baseline is of."""
 
     @property
     def name(self) -> str:
@@ -132,8 +134,11 @@ class PairSource:
         return [self._captioned(batch, batch["row"] % len(TEMPLATES)) for batch in batches]
 
     def baselines(self) -> dict[str, float]:
-        """The loss of equal similarities."""
-        return {"uniform": math.log(self.batch_size)}
+        """The held-out loss of equal similarities: log n for each of the n valid pairs of a batch,
+        and its mean over pairs. The last batch may have fewer than the others."""
+        batches = self.eval_batches(self.batch_size, self.eval_rows)
+        pairs = [int(batch["valid"].sum()) for batch in batches]
+        return {"uniform": sum(n * math.log(n) for n in pairs) / sum(pairs)}
 
     def about(self) -> dict[str, Any]:
         return {"classes": CLASSES, "templates": TEMPLATES}

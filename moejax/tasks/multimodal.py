@@ -56,7 +56,9 @@ def build(config: Config) -> tuple[Task, Source]:
                 f"task.{name}={own[name]:g} is more than moe.num_experts="
                 f"{config.moe.num_experts}; use at most that"
             )
-    source = PairSource(images, own.patch_size, own.caption_length, train.batch_size, train.seed)
+    source = PairSource(
+        images, own.patch_size, own.caption_length, train.batch_size, train.seed, train.eval_rows
+    )
     task = Multimodal.from_config(config, size)
     if task.model.num_moe_layers and isinstance(task.model.gate, Replay):
         raise UserError(

@@ -108,11 +108,11 @@ class Run:
         model, train = self.task.model, self.config.train
         if not (model.num_moe_layers and isinstance(model.gate, NeedsData)):
             return
-        rows, length = self.eval_rows(), self.task.units.tokens_per_row
+        per_row = TASKS[self.config.task.name].sequences_per_row
+        length = self.task.units.tokens_per_row // per_row
+        train_rows, rows = train_steps * train.batch_size * per_row, self.eval_rows() * per_row
         try:
-            model.gate.check_data(
-                model.num_moe_layers, length, train_steps * train.batch_size, rows
-            )
+            model.gate.check_data(model.num_moe_layers, length, train_rows, rows)
         except ValueError as error:
             raise UserError(f"moe.{error}") from error
 

@@ -74,8 +74,11 @@ def split_batch(batch: Batch, parts: int, rows: int) -> Batch:
     """``[B, ...] -> [parts, B / parts, ...]`` in runs of ``rows`` sequences, dealt in turn.
 
     Dealing in turn gives every device its share of every part without moving rows, and keeping
-    runs whole gives a routing group the same sequences however many parts there are.
+    runs whole gives a routing group the same sequences however many parts there are. One part is
+    the batch as it is, also where a row holds several sequences and a group fewer rows.
     """
+    if parts == 1:
+        return jax.tree.map(lambda x: x[None], batch)
 
     def split(x: Array) -> Array:
         dealt = x.reshape(x.shape[0] // (parts * rows), parts, rows, *x.shape[1:])

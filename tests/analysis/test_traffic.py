@@ -8,6 +8,7 @@ import pytest
 
 from moejax.analysis import traffic
 from moejax.analysis.run import Row, RunData
+from moejax.config import default, to_dict
 from scripts.layer_bench import traffic as measured
 from scripts.layer_bench.problems import SHAPES
 from tests.analysis import workdirs
@@ -52,6 +53,20 @@ def test_half_precision_sends_half_the_bytes_and_groups_round_capacity_once():
     by_four = found(moe__capacity_factor=factor, moe__group="4")
     assert by_one.computed_over_kept * 60 == pytest.approx(4 * 4 * 5)
     assert by_four.computed_over_kept * 60 == pytest.approx(4 * 18)
+
+
+def test_groups_of_pairs_are_of_sequences_two_for_each_pair():
+    config = default("multimodal")
+    changes = {
+        "train.batch_size": 8, "moe.group": "4", "moe.num_experts": 8, "moe.capacity_factor": 1.25,
+    }  # fmt: skip
+    config.update_from_flattened_dict(changes)
+    units = {"item": "pair", "loss": "nats/pair", "tokens_per_row": 52, "items_per_row": 1}
+    saved = workdirs.saved(to_dict(config), units=units)
+    run = RunData("run", Path(), saved["config"], saved, train=[], held_out=[], timings=[])
+    about = traffic.of_row(run, {"moe/load": [[52] * 8], "moe/dropped": [[0] * 8]})
+    # 16 sequences in groups of 4, each with ceil(4 x 26 x 2 / 8 x 1.25) = 33 slots for 8 experts.
+    assert about is not None and about.computed_over_kept == pytest.approx(4 * 8 * 33 / 416)
 
 
 def test_what_is_not_in_the_counts_or_not_sent_is_not_claimed():

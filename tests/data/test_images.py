@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from moejax.data.image_folder import read_image
+from moejax.data.image_folder import EVAL_FOLDERS, SIDES, read_image
 from moejax.data.images import Images, load_images, split_classes
 from moejax.errors import UserError
 
@@ -183,7 +183,12 @@ def test_the_fingerprint_is_of_pixels_labels_and_split(folder):
 
 
 @pytest.mark.parametrize(
-    "others, chosen", [(["val"], "val"), (["test"], "test"), (["val", "test"], "val")]
+    "others, chosen",
+    [
+        *(([name], name) for name in EVAL_FOLDERS),
+        (["val", "test"], "val"),
+        (["test", "validation"], "validation"),
+    ],
 )
 def test_a_folder_may_bring_its_own_split(tmp_path, others, chosen):
     for seed, side in enumerate(["train", *others]):
@@ -226,6 +231,33 @@ def test_a_class_on_one_side_only_is_named(tmp_path):
     assert "class 'c' is in" in message and f"not in '{tmp_path / 'val'}'" in message
     (tmp_path / "train" / "c").rename(tmp_path / "val" / "d")
     assert f"class 'd' is in '{tmp_path / 'val'}'" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train", "holdout"],
+        ["training", "validation"],
+        ["Train", "Val"],
+        ["test", "train2"],
+        ["bus", "train", "car"],
+    ],
+)
+def test_a_side_of_a_split_is_not_taken_for_a_class(tmp_path, names):
+    for name in names:
+        for seed, inner in enumerate("ab"):
+            save(tmp_path / name / inner / "0.png", picture(seed))
+    message = refused(tmp_path)
+    for name in names:
+        assert (repr(name) in message) == (name.lower() in SIDES)
+    assert "'train' and 'val'" in message and "rename a class" in message
+
+
+def test_a_class_may_be_called_train_where_the_sides_are_told(tmp_path):
+    for side in ("train", "dev"):
+        for seed, name in enumerate(("bus", "train")):
+            save(tmp_path / side / name / "0.png", picture(seed))
+    assert load_images(str(tmp_path), 6, 3).classes == ("bus", "train")
 
 
 def test_a_folder_without_classes_or_images_is_refused(tmp_path, folder):

@@ -13,8 +13,8 @@ B = 16
 DIGITS = load_images()
 
 
-def source(seed=0, batch_size=B, caption_length=26, patch_size=2) -> PairSource:
-    return PairSource(DIGITS, patch_size, caption_length, batch_size, seed)
+def source(seed=0, batch_size=B, caption_length=26, patch_size=2, eval_rows=40) -> PairSource:
+    return PairSource(DIGITS, patch_size, caption_length, batch_size, seed, eval_rows)
 
 
 def captions(batch) -> list[str]:

@@ -205,6 +205,17 @@ def pictures(tmp_path):
     return root
 
 
+@pytest.mark.parametrize("size", ["digits", "debug", "photos"])
+def test_the_page_cuts_images_into_segments_for_lory(size):
+    page = load(f"{ROOT}/configs/vit.py:gate=lory,size={size}").config
+    task, gate = page.task, page.moe.gate
+    assert gate.segment * gate.segment == (task.image_size // task.patch_size) ** 2
+
+
+def test_the_router_of_lory_has_a_use_on_the_page_as_it_is():
+    setup.prepare(load(f"{ROOT}/configs/vit.py:gate=lory").config).check_gate_data(train_steps=1)
+
+
 def test_bad_pictures_are_one_line_and_nothing_is_written(pictures, tmp_path):
     argv = command(tmp_path / "run", data__path=pictures)
     damaged = pictures / "val" / "dog" / "0.png"

@@ -20,6 +20,7 @@ from moejax.models.limoe import LARGEST_SCALE
 from moejax.overrides import apply_overrides
 from moejax.tasks.multimodal import Multimodal, build, contrastive, retrieved
 from moejax.train.rows import routing
+from moejax.train.step import split_batch
 from tests import meshes
 
 B, KEY = 16, 9
@@ -136,6 +137,18 @@ def test_the_loss_is_least_where_the_captions_of_a_digit_are_equally_similar():
     gradient, loss = jax.jit(jax.grad(total, has_aux=True))(logits)
     np.testing.assert_allclose(loss, np.log([3, 3, 3, 2, 2, 1]), atol=1e-6)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+
+
+def test_the_baseline_is_the_held_out_loss_of_equal_similarities_though_the_last_batch_is_short():
+    _, whole = built()
+    step = jax.jit(contrastive)
+    for rows, last in ((40, 8), (48, 16), (5, 5)):
+        own = dataclasses.replace(whole, eval_rows=rows)
+        batches = own.eval_batches(B, rows)
+        assert batches[-1]["valid"].sum() == last
+        losses = [step(jnp.zeros((B, B)), x["label"], x["valid"]).sum() for x in batches]
+        # float32 sums of 16 logarithms
+        np.testing.assert_allclose(own.baselines()["uniform"], sum(losses) / rows, rtol=1e-5)
 
 
 def test_retrieval_counts_any_caption_of_the_digit_and_none_that_is_padding():
@@ -313,7 +326,32 @@ def test_a_sharded_batch_trains_as_the_whole_batch(shape):
     assert totals.stats.dropped_E.sum() > 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train__batch_size=4",
+        "train__batch_size=12",
+        "train__batch_size=64 moe__group=128",
+        "train__batch_size=32 mesh__data=8",
+        "train__batch_size=3 moe__group=batch moe__transport=dropless",
+    ],
+)
+def test_a_group_counts_sequences_two_for_each_pair(change):
+    """Each would be refused if pairs were counted."""
+    validate(config_with(**{"moe__group": "8", **dict(one.split("=") for one in change.split())}))
+
+
+def test_a_batch_smaller_than_a_group_is_one_part_as_it_is():
+    found = {"valid": jnp.arange(4), "image": jnp.ones((4, 2))}
+    parts = split_batch(found, 1, 8)
+    jax.tree.map(lambda x, whole: np.testing.assert_array_equal(x[0], whole), parts, found)
+    assert parts["image"].shape == (1, 4, 2)
+
+
 REFUSED = {
+    "train__batch_size=6 moe__group=8": ["x 2 = 12 sequences", "moe.group=8", "batch_size=8"],
+    "train__batch_size=4 moe__group=3": ["x 2 = 8 sequences", "moe.group=3", "batch_size=6"],
+    "train__batch_size=24 moe__group=8 mesh__data=4": ["6 groups", "48 sequences", "batch_size=32"],
     "train__grad_accum=2 moe__balance_scope=sequence": [
         "train.grad_accum=2",
         "micro-batch",

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moejax.config import load
 from moejax.probe import Probe
+from moejax.train import setup
 from tests.train.runs import ROOT, Ended, call, call_as_a_user, files, refused, rows
 from tests.train.sharing import sharing
 
@@ -87,6 +89,20 @@ def test_accumulation_is_refused_before_anything_is_written(tmp_path):
         ["train", f"--config={PAGE}", "--config.train.grad_accum=2",
          "--config.moe.balance_scope=sequence", f"--workdir={tmp_path / 'run'}"],
         "train.grad_accum=2", "whole batch",
+    )  # fmt: skip
+    assert files(tmp_path) == {}
+
+
+def test_the_router_of_lory_has_a_use_on_the_page_as_it_is():
+    setup.prepare(load(f"{PAGE}:gate=lory").config).check_gate_data(train_steps=1)
+
+
+def test_a_segment_of_a_whole_caption_is_refused_since_its_router_would_learn_nothing(tmp_path):
+    """A pair has 52 tokens, and each of its two sequences 26."""
+    refused(
+        ["train", f"--config={PAGE}:size=debug,gate=lory", "--config.moe.gate.segment=32",
+         f"--workdir={tmp_path / 'run'}"],
+        "moe.gate.segment=32", "26 tokens", "learns nothing", "gate.segment=6",
     )  # fmt: skip
     assert files(tmp_path) == {}
 
