@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from moejax import recording
@@ -30,11 +31,13 @@ class Replay(ops.Stateless):
 
     For studies of router drift: the experts of one checkpoint under the routing of another, or a
     run trained on a routing that never moves. ``moejax eval --record-routing=FILE`` writes the
-    file; rows of the training data are in it with ``--record-steps``. Shorter sequences take the
-    beginning of each row. Nothing is learned; a recorded weight is a constant.
+    file; rows of the training data are in it with ``--record-steps``. The rows of a run must be
+    those that were recorded. Nothing is learned; a recorded weight is a constant. In a layer of
+    your own, shorter sequences take the beginning of each row.
 
-    Visibility: what the recorded router saw is in the file already. Here a token sees itself alone:
-    who competes with it for a slot, and who wins, is recorded too.
+    Visibility: that of the recorded run in evaluation, in both phases, since its training rows are
+    routed as in evaluation too. A routing that was chosen with a look at later tokens still tells
+    of them.
     """
 
     path: Annotated[str, "a file that `moejax eval --record-routing` wrote"] = ""
@@ -58,7 +61,7 @@ class Replay(ops.Stateless):
         """Raises ValueError unless the file has these layers, positions and rows."""
         for split, rows, remedy in (
             ("train", train_rows, "record training rows with --record-steps"),
-            ("eval", eval_rows, "lower train.eval_rows, or record more"),
+            ("eval", eval_rows, "record with the same train.eval_rows"),
         ):
             found = getattr(self._recording(), split).expert.shape[:3]
             short = found[1] < rows
@@ -68,6 +71,18 @@ class Replay(ops.Stateless):
                     f"{found[2]} positions, but {layers} x {rows} x {length} are needed; "
                     f"{remedy if short else 'record with the same model and train.seq_len'}"
                 )
+
+    def check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
+        """Raises ValueError unless these rows are those that were recorded."""
+        split = "train" if train else "eval"
+        differ_N = getattr(self._recording(), split).digest[row_N] != digest_N
+        if np.any(differ_N):
+            raise ValueError(
+                f"gate.path={self.path!r} was recorded of other data: {split} row "
+                f"{row_N[np.argmax(differ_N)]} is not the one it routes; use the data, "
+                f"train.seq_len{', train.seed' if train else ''} and train.eval_rows of the "
+                "recorded run, or record again"
+            )
 
     def columns(self, num_experts: int) -> int:
         return self._recording().eval.expert.shape[-1] if self.path else 1
@@ -121,7 +136,10 @@ class Replay(ops.Stateless):
         return ops.token_choice_capacity(num_tokens, num_experts, k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return Visibility()
+        if not self.path:
+            return Visibility()
+        future, others = (self._recording().sees(what) for what in recording.SEEN)
+        return Visibility(future, others, future, others)
 
     def _recording(self) -> recording.Recording:
         try:

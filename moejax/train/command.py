@@ -59,6 +59,8 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(
             f"--measure-leak={args.measure_leak} must be a number of sequences, or none"
         )
+    if args.record_routing == "":
+        raise UserError("--record-routing= must name a file to write")
     if args.record_steps < 0 or (args.record_steps and not args.record_routing):
         raise UserError(
             f"--record-steps={args.record_steps} must be 0 or more, and needs --record-routing"

@@ -119,17 +119,24 @@ def _write(found: Recording, path: str) -> None:
 def _record(found: Opened, train_steps: int) -> Recording:
     this, state, at = found
     routed = jax.jit(functools.partial(route, task=this.task))
-    about = {
-        "num_experts": this.config.moe.num_experts,
-        "gate": this.config.moe.gate.name,
-        "step": at,
-        "fingerprint": this.data.fingerprint,
-    }
     return Recording(
         _routed(this, state, routed, this.eval_batches()),
         _routed(this, state, routed, [this.data.train_batch(i) for i in range(train_steps)]),
-        about,
+        about(this, at),
     )
+
+
+def about(run: Run, step: int) -> dict[str, Any]:
+    """What a recording says of itself: see ``moejax.recording``."""
+    model = run.task.model
+    seen = model.gate.visibility(model.moe)
+    return {
+        "num_experts": run.config.moe.num_experts,
+        "gate": run.config.moe.gate.name,
+        "step": step,
+        "fingerprint": run.data.fingerprint,
+        "sees": [what for what in recording.SEEN if getattr(seen, f"eval_{what}")],
+    }
 
 
 def route(state: TrainState, batch: Batch, *, task: Task) -> dict[str, Array]:
@@ -152,14 +159,16 @@ def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Rou
             np.zeros(shape, np.float32),
             np.zeros(shape, bool),
             np.zeros((0, length), np.int32),
+            np.zeros(0, np.uint64),
         )
     ]
     for batch in batches:
         found = on_host(route(state, this.put(batch)))
         real = real_rows(batch)
         routed = {name: x[:, real] for name, x in found.items()}
-        parts.append(Routed(**routed, token=this.data.tokens(batch)[real]))
-    rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0}
+        token, digest = this.data.tokens(batch)[real], recording.row_digests(batch)[real]
+        parts.append(Routed(**routed, token=token, digest=digest))
+    rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0, "digest": 0}
     return Routed(
         **{
             field: np.concatenate([getattr(part, field) for part in parts], axis)
