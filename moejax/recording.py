@@ -6,6 +6,8 @@
     data["eval_expert"]   int32[layers, rows, positions, columns], by global row id from 0
     data["eval_weight"]   float32, the same shape; 0 where a column is inactive or padding
     data["eval_kept"]     bool, whether the pair found room
+    data["eval_identity"] float32[layers, rows, positions], what the output keeps of the input: 0
+                          but for gates that say so (BASE)
     data["eval_token"]    int32[rows, positions], the tokens that were routed
     data["eval_digest"]   uint64[rows], of all that a row of the data holds: see ``row_digests``
     data["about"]         JSON: num_experts, gate, step, the corpus's fingerprint, and ``sees``:
@@ -39,6 +41,7 @@ class Routed(NamedTuple):
     expert: Int[np.ndarray, "M N L K"]
     weight: Float[np.ndarray, "M N L K"]
     kept: Bool[np.ndarray, "M N L K"]
+    identity: Float[np.ndarray, "M N L"]
     token: Int[np.ndarray, "N L"]
     digest: UInt64[np.ndarray, " N"]
 
@@ -147,7 +150,7 @@ def _problem_of_part(part: Routed, num_experts: int) -> str:
     if len(shape) != 4 or not shape[0] or not shape[3]:
         return f"expert has shape {shape}, not [layers, rows, positions, columns]"
     fields = {"weight": (shape, "f"), "kept": (shape, "b"), "token": (shape[1:3], "iu")}
-    fields["digest"] = (shape[1:2], "u")
+    fields |= {"identity": (shape[:3], "f"), "digest": (shape[1:2], "u")}
     for name, (expected, kinds) in {"expert": (shape, "iu"), **fields}.items():
         array = getattr(part, name)
         if array.shape != expected or array.dtype.kind not in kinds:
@@ -157,6 +160,8 @@ def _problem_of_part(part: Routed, num_experts: int) -> str:
         return f"expert has ids {ids}, but num_experts={num_experts}"
     if not np.all(np.isfinite(part.weight) & (part.weight >= 0)):
         return "weight has numbers that are not finite or below 0"
+    if not np.all(np.isfinite(part.identity)):
+        return "identity has numbers that are not finite"
     # Inactive columns may repeat any id: each counts as a number of its own.
     own_K = -1 - np.arange(shape[3])
     sorted_MNLK = np.sort(np.where(part.weight > 0, part.expert, own_K), axis=-1)

@@ -268,3 +268,5 @@ class MoEInfo(NamedTuple):
     """Active pairs that found room."""
     router: RouterStats
     policy: Policy | None = None
+    identity_weight_GT: Float[Array, "G T"] | None = None
+    """See ``GateOutput``."""

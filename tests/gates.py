@@ -81,6 +81,7 @@ def recorded(layers: int = 2, rows: int = 8) -> str:
         expert,
         weight,
         weight > 0,
+        np.zeros(shape, np.float32),
         rng.integers(0, V, shape[1:]).astype(np.int32),
         np.arange(rows, dtype=np.uint64),
     )

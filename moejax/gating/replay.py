@@ -26,14 +26,19 @@ from moejax.types import (
 class Replay(ops.Stateless):
     r"""Every token visits the experts that were recorded for its row and position.
 
-    .. math:: y_{rl} = \sum_k w_{rlk} f_{e_{rlk}}(x_{rl}), \qquad
-       (e, w) \text{ as in the file, by layer, global row id and position}
+    .. math:: y_{rl} = a_{rl} x_{rl} + \sum_k w_{rlk} f_{e_{rlk}}(x_{rl}), \qquad
+       (a, e, w) \text{ as in the file, by layer, global row id and position}
 
     For studies of router drift: the experts of one checkpoint under the routing of another, or a
     run trained on a routing that never moves. ``moejax eval --record-routing=FILE`` writes the
     file; rows of the training data are in it with ``--record-steps``. The rows of a run must be
     those that were recorded. Nothing is learned; a recorded weight is a constant. In a layer of
     your own, shorter sequences take the beginning of each row.
+
+    a is 0 but for gates that keep a share of the input (BASE, StableMoE). w is 0 where the recorded
+    pair found no room: what was dropped stays dropped, and is counted so. The recorded weights
+    had room; transport ``cells`` may drop more of them here. The balance losses and the router's
+    probabilities are made of the weights, not those of the recorded router.
 
     Visibility: that of the recorded run in evaluation, in both phases, since its training rows are
     routed as in evaluation too. A routing that was chosen with a look at later tokens still tells
@@ -91,16 +96,20 @@ class Replay(ops.Stateless):
         return {}
 
     def init_state(self, spec: GateSpec) -> GateState:
-        """This layer's tables."""
+        """This layer's tables; what is 0 everywhere in the file has none."""
         found = self._recording()
-        return {
-            split: {
-                "expert_NLK": jnp.asarray(routed.expert, jnp.int32)[spec.layer],
-                "weight_NLK": jnp.asarray(routed.weight, jnp.float32)[spec.layer],
-            }
-            for split, routed in (("eval", found.eval), ("train", found.train))
-            if routed.expert.shape[1]
-        }
+        states = {}
+        for split, routed in (("eval", found.eval), ("train", found.train)):
+            weight = np.where(routed.kept, routed.weight, 0.0)
+            dropped = np.where(routed.kept, 0.0, routed.weight) > 0
+            tables = {"expert_NLK": routed.expert.astype(np.int32), "weight_NLK": weight}
+            if dropped.any():
+                tables["dropped_NLK"] = dropped
+            if routed.identity.any():
+                tables["identity_NL"] = routed.identity
+            if routed.expert.shape[1]:
+                states[split] = {k: jnp.asarray(v)[spec.layer] for k, v in tables.items()}
+        return states
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -115,9 +124,9 @@ class Replay(ops.Stateless):
         groups, rows = context.row_GR.shape
         length = context.valid_GT.shape[1] // rows
 
-        def recorded(table_NLK: Array) -> Array:
-            found_GRLK = table_NLK[:, :length][context.row_GR]
-            return found_GRLK.reshape(groups, rows * length, -1)
+        def recorded(table_NL: Array) -> Array:
+            found_GRL = table_NL[:, :length][context.row_GR]
+            return found_GRL.reshape(groups, rows * length, *table_NL.shape[2:])
 
         expert_GTK, weight_GTK = recorded(table["expert_NLK"]), recorded(table["weight_NLK"])
         num_experts = self._recording().num_experts
@@ -126,9 +135,17 @@ class Replay(ops.Stateless):
         mass_GTE = jnp.where(jnp.any(mass_GTE > 0, axis=-1, keepdims=True), mass_GTE, 1.0)
         probs_GTE = mass_GTE / jnp.sum(mass_GTE, axis=-1, keepdims=True)
         logits_GTE = jnp.log(jnp.maximum(probs_GTE, jnp.finfo(jnp.float32).tiny))
+        cut_GTE = identity_GT = None
+        if "dropped_NLK" in table:
+            dropped_GTK = recorded(table["dropped_NLK"]) & context.valid_GT[..., None]
+            cut_GTE = jnp.any(hit_GTKE & dropped_GTK[..., None], axis=2)
+        if "identity_NL" in table:
+            identity_GT = jnp.where(context.valid_GT, recorded(table["identity_NL"]), 0.0)
         return GateOutput(
             ops.masked(expert_GTK, weight_GTK, context.valid_GT),
             RouterStats(logits_GTE, probs_GTE, probs_GTE),
+            identity_weight_GT=identity_GT,
+            cut_GTE=cut_GTE,
         )
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:

@@ -15,6 +15,7 @@ from moejax import recording
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
+from moejax.resolve import make_gate
 from moejax.tasks.task import Batch, Task
 from moejax.train import compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
@@ -24,6 +25,7 @@ from moejax.train.processes import is_first, on_host
 from moejax.train.reading import Part
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
+from moejax.types import Mixes, MoEInfo
 from moejax.validate import has_experts
 
 ROUTER = "router"
@@ -102,6 +104,12 @@ def evaluate(
 def _check_target(config: Config, path: str) -> None:
     if not has_experts(config):
         raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
+    gate = make_gate(config)
+    if isinstance(gate, Mixes):
+        raise UserError(
+            f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {gate.mixes} and sends "
+            "no token anywhere, so there is no routing to follow; leave the flag out"
+        )
     folder = Path(path).expanduser().absolute().parent
     if not folder.is_dir():
         raise UserError(f"--record-routing={path}: the folder {folder} does not exist")
@@ -139,11 +147,19 @@ def about(run: Run, step: int) -> dict[str, Any]:
     }
 
 
+def followed(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
+    """Of a layer, by sequence: all of its routing that made its output, by fields of ``Routed``."""
+    zeros_BL = jax.numpy.zeros(x_BLD.shape[:2])
+    identity_GT = info.identity_weight_GT
+    identity_BL = zeros_BL if identity_GT is None else identity_GT.reshape(zeros_BL.shape)
+    return {**sent(x_BLD, info), "identity": identity_BL}
+
+
 def route(state: TrainState, batch: Batch, *, task: Task) -> dict[str, Array]:
-    """How the MoE layers of a state route a batch in evaluation: see ``sent``."""
+    """How the MoE layers of a state route a batch in evaluation: see ``followed``."""
     key = jax.random.wrap_key_data(state.key)
     out = task.apply(
-        state.params, state.gate_state, batch, state.step, key, train=False, watch=sent
+        state.params, state.gate_state, batch, state.step, key, train=False, watch=followed
     )
     return out.found.watched
 
@@ -158,6 +174,7 @@ def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Rou
             np.zeros(shape, np.int32),
             np.zeros(shape, np.float32),
             np.zeros(shape, bool),
+            np.zeros(shape[:3], np.float32),
             np.zeros((0, length), np.int32),
             np.zeros(0, np.uint64),
         )
@@ -168,7 +185,7 @@ def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Rou
         routed = {name: x[:, real] for name, x in found.items()}
         token, digest = this.data.tokens(batch)[real], recording.row_digests(batch)[real]
         parts.append(Routed(**routed, token=token, digest=digest))
-    rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0, "digest": 0}
+    rows_axis = {"expert": 1, "weight": 1, "kept": 1, "identity": 1, "token": 0, "digest": 0}
     return Routed(
         **{
             field: np.concatenate([getattr(part, field) for part in parts], axis)
