@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,11 +92,13 @@ def evaluate(
       Divergence: the loss is not finite.
     """
     if record_routing:
-        _check_target(config, record_routing)
+        _check_target(config, record_routing, record_steps)
     if leak_rows:
         leak.check(config)
     with opened(config, workdir, step, record_steps) as found:
         this, state, at = found
+        if record_routing:
+            _check_size(size(this, record_steps), record_routing)
         totals = this.evaluate(state, map(this.put, this.eval_batches()))
         row = rows.eval_row(at, totals, this.data, this.leak)
         if record_routing:
@@ -101,7 +106,7 @@ def evaluate(
         return row | leak.measure(this, state, leak_rows) if leak_rows else row
 
 
-def _check_target(config: Config, path: str) -> None:
+def _check_target(config: Config, path: str, steps: int) -> None:
     if not has_experts(config):
         raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
     gate = make_gate(config)
@@ -113,6 +118,33 @@ def _check_target(config: Config, path: str) -> None:
     folder = Path(path).expanduser().absolute().parent
     if not folder.is_dir():
         raise UserError(f"--record-routing={path}: the folder {folder} does not exist")
+    if Path(path).expanduser().is_dir():
+        raise UserError(f"--record-routing={path} is a folder; name a file")
+    if steps > config.train.steps:
+        raise UserError(
+            f"--record-steps={steps} is more than the run's train.steps={config.train.steps}; "
+            f"lower it, or give a longer run's --config.train.steps={steps}"
+        )
+
+
+def size(run: Run, train_steps: int) -> int:
+    """Bytes of a recording, before it is compressed."""
+    empty = _no_rows(run)
+    rows = run.eval_rows() + train_steps * run.config.train.batch_size
+    return rows * sum(x.dtype.itemsize * math.prod(n or 1 for n in x.shape) for x in empty)
+
+
+def _check_size(needed: int, path: str) -> None:
+    """Says how large a recording becomes; refuses one that this machine cannot hold."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * needed > memory:  # the batches, and all of them in one
+        raise UserError(
+            f"--record-routing={path} would take {2 * needed / 2**30:.1f} GiB of memory and this "
+            f"machine has {memory / 2**30:.1f}; lower --record-steps or train.eval_rows"
+        )
+    if is_first():
+        megabytes = needed / 1e6
+        print(f"moejax: recording {megabytes:.1f} MB, less when compressed", file=sys.stderr)
 
 
 def _write(found: Recording, path: str) -> None:
@@ -166,19 +198,7 @@ def route(state: TrainState, batch: Batch, *, task: Task) -> dict[str, Array]:
 
 def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:
     """The batches' rows that hold tokens, one after the other."""
-    model, length = this.task.model, this.task.units.tokens_per_row
-    columns = model.gate.columns(model.moe.num_experts)
-    shape = (model.num_moe_layers, 0, length, columns)
-    parts = [
-        Routed(
-            np.zeros(shape, np.int32),
-            np.zeros(shape, np.float32),
-            np.zeros(shape, bool),
-            np.zeros(shape[:3], np.float32),
-            np.zeros((0, length), np.int32),
-            np.zeros(0, np.uint64),
-        )
-    ]
+    parts = [_no_rows(this)]
     for batch in batches:
         found = on_host(route(state, this.put(batch)))
         real = real_rows(batch)
@@ -191,6 +211,19 @@ def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Rou
             field: np.concatenate([getattr(part, field) for part in parts], axis)
             for field, axis in rows_axis.items()
         }
+    )
+
+
+def _no_rows(this: Run) -> Routed:
+    model, length = this.task.model, this.task.units.tokens_per_row
+    shape = (model.num_moe_layers, 0, length, model.gate.columns(model.moe.num_experts))
+    return Routed(
+        expert=np.zeros(shape, np.int32),
+        weight=np.zeros(shape, np.float32),
+        kept=np.zeros(shape, bool),
+        identity=np.zeros(shape[:3], np.float32),
+        token=np.zeros((0, length), np.int32),
+        digest=np.zeros(0, np.uint64),
     )
 
 

@@ -278,3 +278,27 @@ def test_a_gate_that_mixes_has_no_routing_to_record(text, tmp_path, gate, words)
     config = load(runs.PAGE, runs.flags(text, **{**PLAIN, "moe__gate__name": gate})).config
     with pytest.raises(UserError, match=rf"--record-routing=.*gate '{gate}' {words}"):
         evaluate.evaluate(config, str(tmp_path), record_routing=str(tmp_path / "a.npz"))
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_the_size_that_is_announced_is_that_of_the_arrays(text, recorded):
+    arrays = [*recorded.eval, *recorded.train]
+    assert evaluate.size(prepared(text), STEPS) == sum(x.nbytes for x in arrays)
+
+
+def test_a_recording_this_machine_cannot_hold_is_refused(capsys):
+    evaluate._check_size(3_000_000, "a.npz")
+    assert capsys.readouterr().err == "moejax: recording 3.0 MB, less when compressed\n"
+    with pytest.raises(UserError, match=r"--record-routing=a.npz would take .* GiB of memory"):
+        evaluate._check_size(10**17, "a.npz")
+
+
+def test_more_steps_than_the_run_has_are_refused_before_anything_is_opened(text, tmp_path):
+    config = load(runs.PAGE, runs.flags(text, **PLAIN)).config
+    file = str(tmp_path / "a.npz")
+    with pytest.raises(UserError, match=r"--record-steps=1000000 is more than .* train.steps=3"):
+        evaluate.evaluate(config, str(tmp_path), record_routing=file, record_steps=10**6)
+    with pytest.raises(UserError, match=r"is a folder; name a file"):
+        evaluate.evaluate(config, str(tmp_path), record_routing=str(tmp_path))
