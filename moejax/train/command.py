@@ -38,14 +38,17 @@ def add_command(commands: Any) -> None:
         help="loss with and without the future, on N sequences (default 8; seq_len forward passes)",
     )
     parser.add_argument(
-        "--record-routing", metavar="FILE", help="also write which experts every token visited"
+        "--record-routing",
+        metavar="FILE",
+        help="also write which experts every token visited, for moe.gate.name=replay",
     )
     parser.add_argument(
         "--record-steps",
         type=int,
         default=0,
         metavar="N",
-        help="with --record-routing: the training batches of the first N steps too",
+        help="with --record-routing: the training batches of the first N steps too, at most "
+        "train.steps",
     )
     parser.set_defaults(run=_eval, takes_overrides=True)
 
