@@ -102,11 +102,14 @@ class Replay(ops.Stateless):
         for split, routed in (("eval", found.eval), ("train", found.train)):
             weight = np.where(routed.kept, routed.weight, 0.0)
             dropped = np.where(routed.kept, 0.0, routed.weight) > 0
-            tables = {"expert_NLK": routed.expert.astype(np.int32), "weight_NLK": weight}
+            tables = {
+                "expert_NLK": routed.expert.astype(np.int32),
+                "weight_NLK": weight.astype(np.float32),
+            }
             if dropped.any():
-                tables["dropped_NLK"] = dropped
+                tables["dropped_NLK"] = dropped.astype(np.int32)
             if routed.identity.any():
-                tables["identity_NL"] = routed.identity
+                tables["identity_NL"] = routed.identity.astype(np.float32)
             if routed.expert.shape[1]:
                 states[split] = {k: jnp.asarray(v)[spec.layer] for k, v in tables.items()}
         return states
@@ -137,7 +140,7 @@ class Replay(ops.Stateless):
         logits_GTE = jnp.log(jnp.maximum(probs_GTE, jnp.finfo(jnp.float32).tiny))
         cut_GTE = identity_GT = None
         if "dropped_NLK" in table:
-            dropped_GTK = recorded(table["dropped_NLK"]) & context.valid_GT[..., None]
+            dropped_GTK = (recorded(table["dropped_NLK"]) > 0) & context.valid_GT[..., None]
             cut_GTE = jnp.any(hit_GTKE & dropped_GTK[..., None], axis=2)
         if "identity_NL" in table:
             identity_GT = jnp.where(context.valid_GT, recorded(table["identity_NL"]), 0.0)

@@ -142,9 +142,9 @@ def _check_size(needed: int, path: str) -> None:
             f"--record-routing={path} would take {2 * needed / 2**30:.1f} GiB of memory and this "
             f"machine has {memory / 2**30:.1f}; lower --record-steps or train.eval_rows"
         )
-    if is_first():
-        megabytes = needed / 1e6
-        print(f"moejax: recording {megabytes:.1f} MB, less when compressed", file=sys.stderr)
+    megabytes = needed / 1e6
+    if megabytes >= 1 and is_first():
+        print(f"moejax: recording {megabytes:.0f} MB, less when compressed", file=sys.stderr)
 
 
 def _write(found: Recording, path: str) -> None:

@@ -248,8 +248,9 @@ def test_the_size_that_is_announced_is_that_of_the_arrays(text, recorded):
 
 
 def test_a_recording_this_machine_cannot_hold_is_refused(capsys):
+    evaluate._check_size(3_000, "a.npz")  # too little to speak of
     evaluate._check_size(3_000_000, "a.npz")
-    assert capsys.readouterr().err == "moejax: recording 3.0 MB, less when compressed\n"
+    assert capsys.readouterr().err == "moejax: recording 3 MB, less when compressed\n"
     with pytest.raises(UserError, match=r"--record-routing=a.npz would take .* GiB of memory"):
         evaluate._check_size(10**17, "a.npz")
 
