@@ -205,6 +205,16 @@ class NeedsData(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsRows(Protocol):
+    """A gate whose routing is of certain rows of the data, whatever the model makes of them."""
+
+    def check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
+        """Raises ValueError unless rows with these ids, of training or held-out data, hold what it
+        knows of them. ``digest_N``: see ``moejax.recording.row_digests``."""
+        ...
+
+
 class ExpertWeights(NamedTuple):
     """FFN weights of all experts, stacked; every leaf leads with E.
 
@@ -258,3 +268,5 @@ class MoEInfo(NamedTuple):
     """Active pairs that found room."""
     router: RouterStats
     policy: Policy | None = None
+    identity_weight_GT: Float[Array, "G T"] | None = None
+    """See ``GateOutput``."""

@@ -77,10 +77,18 @@ def recorded(layers: int = 2, rows: int = 8) -> str:
     shape = (layers, rows, T)
     expert = np.argsort(rng.random((*shape, E)), axis=-1)[..., :2].astype(np.int32)
     weight = rng.random((*shape, 2)).astype(np.float32)
-    routed = Routed(expert, weight, weight > 0, rng.integers(0, V, shape[1:]).astype(np.int32))
+    routed = Routed(
+        expert,
+        weight,
+        weight > 0,
+        np.zeros(shape, np.float32),
+        rng.integers(0, V, shape[1:]).astype(np.int32),
+        np.arange(rows, dtype=np.uint64),
+    )
+    about = {"num_experts": E, "sees": []}
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    recording.save(folder / "routing.npz", Recording(routed, routed, {"num_experts": E}))
+    recording.save(folder / "routing.npz", Recording(routed, routed, about))
     return str(folder / "routing.npz")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from moejax import recording
@@ -25,16 +26,23 @@ from moejax.types import (
 class Replay(ops.Stateless):
     r"""Every token visits the experts that were recorded for its row and position.
 
-    .. math:: y_{rl} = \sum_k w_{rlk} f_{e_{rlk}}(x_{rl}), \qquad
-       (e, w) \text{ as in the file, by layer, global row id and position}
+    .. math:: y_{rl} = a_{rl} x_{rl} + \sum_k w_{rlk} f_{e_{rlk}}(x_{rl}), \qquad
+       (a, e, w) \text{ as in the file, by layer, global row id and position}
 
     For studies of router drift: the experts of one checkpoint under the routing of another, or a
     run trained on a routing that never moves. ``moejax eval --record-routing=FILE`` writes the
-    file; rows of the training data are in it with ``--record-steps``. Shorter sequences take the
-    beginning of each row. Nothing is learned; a recorded weight is a constant.
+    file; rows of the training data are in it with ``--record-steps``. The rows of a run must be
+    those that were recorded. Nothing is learned; a recorded weight is a constant. In a layer of
+    your own, shorter sequences take the beginning of each row.
 
-    Visibility: what the recorded router saw is in the file already. Here a token sees itself alone:
-    who competes with it for a slot, and who wins, is recorded too.
+    a is 0 but for gates that keep a share of the input (BASE, StableMoE). w is 0 where the recorded
+    pair found no room: what was dropped stays dropped, and is counted so. The recorded weights
+    had room; transport ``cells`` may drop more of them here. The balance losses and the router's
+    probabilities are made of the weights, not those of the recorded router.
+
+    Visibility: that of the recorded run in evaluation, in both phases, since its training rows are
+    routed as in evaluation too. A routing that was chosen with a look at later tokens still tells
+    of them.
     """
 
     path: Annotated[str, "a file that `moejax eval --record-routing` wrote"] = ""
@@ -58,7 +66,7 @@ class Replay(ops.Stateless):
         """Raises ValueError unless the file has these layers, positions and rows."""
         for split, rows, remedy in (
             ("train", train_rows, "record training rows with --record-steps"),
-            ("eval", eval_rows, "lower train.eval_rows, or record more"),
+            ("eval", eval_rows, "record with the same train.eval_rows"),
         ):
             found = getattr(self._recording(), split).expert.shape[:3]
             short = found[1] < rows
@@ -69,6 +77,18 @@ class Replay(ops.Stateless):
                     f"{remedy if short else 'record with the same model and train.seq_len'}"
                 )
 
+    def check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
+        """Raises ValueError unless these rows are those that were recorded."""
+        split = "train" if train else "eval"
+        differ_N = getattr(self._recording(), split).digest[row_N] != digest_N
+        if np.any(differ_N):
+            raise ValueError(
+                f"gate.path={self.path!r} was recorded of other data: {split} row "
+                f"{row_N[np.argmax(differ_N)]} is not the one it routes; use the data, "
+                f"train.seq_len{', train.seed' if train else ''} and train.eval_rows of the "
+                "recorded run, or record again"
+            )
+
     def columns(self, num_experts: int) -> int:
         return self._recording().eval.expert.shape[-1] if self.path else 1
 
@@ -76,16 +96,23 @@ class Replay(ops.Stateless):
         return {}
 
     def init_state(self, spec: GateSpec) -> GateState:
-        """This layer's tables."""
+        """This layer's tables; what is 0 everywhere in the file has none."""
         found = self._recording()
-        return {
-            split: {
-                "expert_NLK": jnp.asarray(routed.expert, jnp.int32)[spec.layer],
-                "weight_NLK": jnp.asarray(routed.weight, jnp.float32)[spec.layer],
+        states = {}
+        for split, routed in (("eval", found.eval), ("train", found.train)):
+            weight = np.where(routed.kept, routed.weight, 0.0)
+            dropped = np.where(routed.kept, 0.0, routed.weight) > 0
+            tables = {
+                "expert_NLK": routed.expert.astype(np.int32),
+                "weight_NLK": weight.astype(np.float32),
             }
-            for split, routed in (("eval", found.eval), ("train", found.train))
-            if routed.expert.shape[1]
-        }
+            if dropped.any():
+                tables["dropped_NLK"] = dropped.astype(np.int32)
+            if routed.identity.any():
+                tables["identity_NL"] = routed.identity.astype(np.float32)
+            if routed.expert.shape[1]:
+                states[split] = {k: jnp.asarray(v)[spec.layer] for k, v in tables.items()}
+        return states
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -100,9 +127,9 @@ class Replay(ops.Stateless):
         groups, rows = context.row_GR.shape
         length = context.valid_GT.shape[1] // rows
 
-        def recorded(table_NLK: Array) -> Array:
-            found_GRLK = table_NLK[:, :length][context.row_GR]
-            return found_GRLK.reshape(groups, rows * length, -1)
+        def recorded(table_NL: Array) -> Array:
+            found_GRL = table_NL[:, :length][context.row_GR]
+            return found_GRL.reshape(groups, rows * length, *table_NL.shape[2:])
 
         expert_GTK, weight_GTK = recorded(table["expert_NLK"]), recorded(table["weight_NLK"])
         num_experts = self._recording().num_experts
@@ -111,9 +138,17 @@ class Replay(ops.Stateless):
         mass_GTE = jnp.where(jnp.any(mass_GTE > 0, axis=-1, keepdims=True), mass_GTE, 1.0)
         probs_GTE = mass_GTE / jnp.sum(mass_GTE, axis=-1, keepdims=True)
         logits_GTE = jnp.log(jnp.maximum(probs_GTE, jnp.finfo(jnp.float32).tiny))
+        cut_GTE = identity_GT = None
+        if "dropped_NLK" in table:
+            dropped_GTK = (recorded(table["dropped_NLK"]) > 0) & context.valid_GT[..., None]
+            cut_GTE = jnp.any(hit_GTKE & dropped_GTK[..., None], axis=2)
+        if "identity_NL" in table:
+            identity_GT = jnp.where(context.valid_GT, recorded(table["identity_NL"]), 0.0)
         return GateOutput(
             ops.masked(expert_GTK, weight_GTK, context.valid_GT),
             RouterStats(logits_GTE, probs_GTE, probs_GTE),
+            identity_weight_GT=identity_GT,
+            cut_GTE=cut_GTE,
         )
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
@@ -121,7 +156,10 @@ class Replay(ops.Stateless):
         return ops.token_choice_capacity(num_tokens, num_experts, k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return Visibility()
+        if not self.path:
+            return Visibility()
+        future, others = (self._recording().sees(what) for what in recording.SEEN)
+        return Visibility(future, others, future, others)
 
     def _recording(self) -> recording.Recording:
         try:

@@ -58,6 +58,7 @@ def layer_info(
         kept_GTK=kept_GTK,
         router=output.stats,
         policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
+        identity_weight_GT=output.identity_weight_GT,
     )
 
 

@@ -38,14 +38,17 @@ def add_command(commands: Any) -> None:
         help="loss with and without the future, on N sequences (default 8; seq_len forward passes)",
     )
     parser.add_argument(
-        "--record-routing", metavar="FILE", help="also write which experts every token visited"
+        "--record-routing",
+        metavar="FILE",
+        help="also write which experts every token visited, for moe.gate.name=replay",
     )
     parser.add_argument(
         "--record-steps",
         type=int,
         default=0,
         metavar="N",
-        help="with --record-routing: the training batches of the first N steps too",
+        help="with --record-routing: the training batches of the first N steps too, at most "
+        "train.steps",
     )
     parser.set_defaults(run=_eval, takes_overrides=True)
 
@@ -59,6 +62,8 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(
             f"--measure-leak={args.measure_leak} must be a number of sequences, or none"
         )
+    if args.record_routing == "":
+        raise UserError("--record-routing= must name a file to write")
     if args.record_steps < 0 or (args.record_steps and not args.record_routing):
         raise UserError(
             f"--record-steps={args.record_steps} must be 0 or more, and needs --record-routing"

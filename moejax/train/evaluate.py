@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from moejax import recording
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
+from moejax.resolve import make_gate
 from moejax.tasks.task import Batch, Task
 from moejax.train import compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
@@ -24,6 +28,7 @@ from moejax.train.processes import is_first, on_host
 from moejax.train.reading import Part
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
+from moejax.types import Mixes, MoEInfo
 from moejax.validate import has_experts
 
 ROUTER = "router"
@@ -87,11 +92,13 @@ def evaluate(
       Divergence: the loss is not finite.
     """
     if record_routing:
-        _check_target(config, record_routing)
+        _check_target(config, record_routing, record_steps)
     if leak_rows:
         leak.check(config)
     with opened(config, workdir, step, record_steps) as found:
         this, state, at = found
+        if record_routing:
+            _check_size(size(this, record_steps), record_routing)
         totals = this.evaluate(state, map(this.put, this.eval_batches()))
         row = rows.eval_row(at, totals, this.data, this.leak)
         if record_routing:
@@ -99,12 +106,45 @@ def evaluate(
         return row | leak.measure(this, state, leak_rows) if leak_rows else row
 
 
-def _check_target(config: Config, path: str) -> None:
+def _check_target(config: Config, path: str, steps: int) -> None:
     if not has_experts(config):
         raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
+    gate = make_gate(config)
+    if isinstance(gate, Mixes):
+        raise UserError(
+            f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {gate.mixes} and sends "
+            "no token anywhere, so there is no routing to follow; leave the flag out"
+        )
     folder = Path(path).expanduser().absolute().parent
     if not folder.is_dir():
         raise UserError(f"--record-routing={path}: the folder {folder} does not exist")
+    if Path(path).expanduser().is_dir():
+        raise UserError(f"--record-routing={path} is a folder; name a file")
+    if steps > config.train.steps:
+        raise UserError(
+            f"--record-steps={steps} is more than the run's train.steps={config.train.steps}; "
+            f"lower it, or give a longer run's --config.train.steps={steps}"
+        )
+
+
+def size(run: Run, train_steps: int) -> int:
+    """Bytes of a recording, before it is compressed."""
+    empty = _no_rows(run)
+    rows = run.eval_rows() + train_steps * run.config.train.batch_size
+    return rows * sum(x.dtype.itemsize * math.prod(n or 1 for n in x.shape) for x in empty)
+
+
+def _check_size(needed: int, path: str) -> None:
+    """Says how large a recording becomes; refuses one that this machine cannot hold."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * needed > memory:  # the batches, and all of them in one
+        raise UserError(
+            f"--record-routing={path} would take {2 * needed / 2**30:.1f} GiB of memory and this "
+            f"machine has {memory / 2**30:.1f}; lower --record-steps or train.eval_rows"
+        )
+    megabytes = needed / 1e6
+    if megabytes >= 1 and is_first():
+        print(f"moejax: recording {megabytes:.0f} MB, less when compressed", file=sys.stderr)
 
 
 def _write(found: Recording, path: str) -> None:
@@ -119,52 +159,71 @@ def _write(found: Recording, path: str) -> None:
 def _record(found: Opened, train_steps: int) -> Recording:
     this, state, at = found
     routed = jax.jit(functools.partial(route, task=this.task))
-    about = {
-        "num_experts": this.config.moe.num_experts,
-        "gate": this.config.moe.gate.name,
-        "step": at,
-        "fingerprint": this.data.fingerprint,
-    }
     return Recording(
         _routed(this, state, routed, this.eval_batches()),
         _routed(this, state, routed, [this.data.train_batch(i) for i in range(train_steps)]),
-        about,
+        about(this, at),
     )
 
 
+def about(run: Run, step: int) -> dict[str, Any]:
+    """What a recording says of itself: see ``moejax.recording``."""
+    model = run.task.model
+    seen = model.gate.visibility(model.moe)
+    return {
+        "num_experts": run.config.moe.num_experts,
+        "gate": run.config.moe.gate.name,
+        "step": step,
+        "fingerprint": run.data.fingerprint,
+        "sees": [what for what in recording.SEEN if getattr(seen, f"eval_{what}")],
+    }
+
+
+def followed(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
+    """Of a layer, by sequence: all of its routing that made its output, by fields of ``Routed``."""
+    zeros_BL = jax.numpy.zeros(x_BLD.shape[:2])
+    identity_GT = info.identity_weight_GT
+    identity_BL = zeros_BL if identity_GT is None else identity_GT.reshape(zeros_BL.shape)
+    return {**sent(x_BLD, info), "identity": identity_BL}
+
+
 def route(state: TrainState, batch: Batch, *, task: Task) -> dict[str, Array]:
-    """How the MoE layers of a state route a batch in evaluation: see ``sent``."""
+    """How the MoE layers of a state route a batch in evaluation: see ``followed``."""
     key = jax.random.wrap_key_data(state.key)
     out = task.apply(
-        state.params, state.gate_state, batch, state.step, key, train=False, watch=sent
+        state.params, state.gate_state, batch, state.step, key, train=False, watch=followed
     )
     return out.found.watched
 
 
 def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:
     """The batches' rows that hold tokens, one after the other."""
-    model, length = this.task.model, this.task.units.tokens_per_row
-    columns = model.gate.columns(model.moe.num_experts)
-    shape = (model.num_moe_layers, 0, length, columns)
-    parts = [
-        Routed(
-            np.zeros(shape, np.int32),
-            np.zeros(shape, np.float32),
-            np.zeros(shape, bool),
-            np.zeros((0, length), np.int32),
-        )
-    ]
+    parts = [_no_rows(this)]
     for batch in batches:
         found = on_host(route(state, this.put(batch)))
         real = real_rows(batch)
         routed = {name: x[:, real] for name, x in found.items()}
-        parts.append(Routed(**routed, token=this.data.tokens(batch)[real]))
-    rows_axis = {"expert": 1, "weight": 1, "kept": 1, "token": 0}
+        token, digest = this.data.tokens(batch)[real], recording.row_digests(batch)[real]
+        parts.append(Routed(**routed, token=token, digest=digest))
+    rows_axis = {"expert": 1, "weight": 1, "kept": 1, "identity": 1, "token": 0, "digest": 0}
     return Routed(
         **{
             field: np.concatenate([getattr(part, field) for part in parts], axis)
             for field, axis in rows_axis.items()
         }
+    )
+
+
+def _no_rows(this: Run) -> Routed:
+    model, length = this.task.model, this.task.units.tokens_per_row
+    shape = (model.num_moe_layers, 0, length, model.gate.columns(model.moe.num_experts))
+    return Routed(
+        expert=np.zeros(shape, np.int32),
+        weight=np.zeros(shape, np.float32),
+        kept=np.zeros(shape, bool),
+        identity=np.zeros(shape[:3], np.float32),
+        token=np.zeros((0, length), np.int32),
+        digest=np.zeros(0, np.uint64),
     )
 
 

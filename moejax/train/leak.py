@@ -12,6 +12,7 @@ from jaxtyping import Array
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.mesh import BATCH_AXES, axis_size
+from moejax.resolve import make_gate
 from moejax.task_table import LANGUAGE
 from moejax.tasks.language import LanguageModel
 from moejax.tasks.task import Batch
@@ -19,6 +20,8 @@ from moejax.train.processes import compiled_together
 from moejax.train.rows import Divergence
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
+from moejax.types import KnowsRows
+from moejax.validate import has_experts
 
 
 def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
@@ -60,11 +63,17 @@ def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Raises UserError unless the config's task predicts what comes next."""
+    """Raises UserError unless the config's task predicts what comes next, by a gate that would
+    route otherwise without it."""
     if config.task.name != LANGUAGE:
         raise UserError(
             f"--measure-leak: task {config.task.name!r} does not predict from what comes before: "
             "there is no future to leak; leave the flag out"
+        )
+    if has_experts(config) and isinstance(make_gate(config), KnowsRows):
+        raise UserError(
+            f"--measure-leak: the routing of gate {config.moe.gate.name!r} stays whatever is "
+            "masked, so nothing would be measured; measure the run that was recorded"
         )
 
 

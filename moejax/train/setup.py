@@ -15,13 +15,14 @@ from moejax import mesh as meshes
 from moejax.config import Config, configure_devices, validate
 from moejax.data.source import Source
 from moejax.errors import UserError
+from moejax.recording import row_digests
 from moejax.task_table import TASKS
 from moejax.tasks.task import Batch, Task, Totals
 from moejax.train.optim import make_optimizer
 from moejax.train.processes import compiled_together
 from moejax.train.state import TrainState, abstract
 from moejax.train.step import eval_step, train_step
-from moejax.types import NeedsData
+from moejax.types import KnowsRows, NeedsData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,12 @@ class Run:
         train_rows, rows = train_steps * train.batch_size * per_row, self.eval_rows() * per_row
         try:
             model.gate.check_data(model.num_moe_layers, length, train_rows, rows)
+            if isinstance(model.gate, KnowsRows):
+                for batch in self.eval_batches():
+                    real = real_rows(batch)
+                    model.gate.check_rows(False, batch["row"][real], row_digests(batch)[real])
+                for batch in map(self.data.train_batch, range(train_steps)):
+                    model.gate.check_rows(True, batch["row"], row_digests(batch))
         except ValueError as error:
             raise UserError(f"moe.{error}") from error
 

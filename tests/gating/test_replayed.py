@@ -1,0 +1,51 @@
+"""Gate `replay` in a layer: the recorded layer's own output."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax import MoE, gating, recording
+from moejax.recording import Recording, Routed
+from moejax.train import evaluate
+
+EXPERTS, LENGTH = 4, 16
+
+
+def layer(gate, **choices):
+    """With one seed all have the same experts, whatever the gate."""
+    rngs = nnx.Rngs(0)
+    return MoE(
+        8, 8, EXPERTS, gate=gate, vocab_size=4, rngs=rngs, eval_capacity_factor=0.5, **choices
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "choices"),
+    [
+        (gating.make("base"), {}),
+        (gating.make("stablemoe"), {}),
+        (gating.make("switch"), {"eval_transport": "cells"}),
+        (gating.make("top_k", k=2), {"eval_transport": "cells", "reroute": 1}),
+    ],
+    ids=["base", "stablemoe", "switch, dropping", "top_k, rerouting"],
+)
+def test_a_layer_under_its_own_routing_gives_its_own_output(gate, choices, tmp_path):
+    x_BLD = jax.random.normal(jax.random.key(1), (2, LENGTH, 8))
+    own_BLD, info = layer(gate, **choices)(x_BLD, train=False)
+    arrays = {name: np.asarray(x)[None] for name, x in evaluate.followed(x_BLD, info).items()}
+    token, digest = np.zeros((2, LENGTH), np.int32), np.arange(2, dtype=np.uint64)
+    part = Routed(**arrays, token=token, digest=digest)
+    about = {"num_experts": EXPERTS, "sees": []}
+    recording.save(tmp_path / "routing.npz", Recording(part, part, about))
+
+    replay = layer(gating.make("replay", path=str(tmp_path / "routing.npz")))
+    again_BLD, replayed = replay(x_BLD, train=False)
+    # Both are sums of the same two terms or three, in float32; another transport, another order.
+    np.testing.assert_allclose(again_BLD, own_BLD, atol=1e-6)
+    for counted in ("load_E", "dropped_E", "unserved_tokens"):
+        np.testing.assert_array_equal(
+            getattr(replayed.stats, counted), getattr(info.stats, counted), counted
+        )
+    assert (int(info.stats.dropped_E.sum()) > 0) == ("eval_transport" in choices)
+    assert (arrays["identity"] != 0).any() == (info.identity_weight_GT is not None)
