@@ -117,7 +117,7 @@ class ExpertChoice:
         elif policy == "position":
             chosen_GTE = self._by_position(score_GTE, context)
         # A probability that underflows to 0 would mean: not sent.
-        weight_GTE = jnp.maximum(stats.probs_GTE, jnp.finfo(jnp.float32).tiny)
+        weight_GTE = ops.at_least_tiny(stats.probs_GTE)
         weight_GTE = jnp.where(chosen_GTE, weight_GTE, 0.0)
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         return GateOutput(routing, stats, means=means, cut_GTE=cut_GTE)
