@@ -292,6 +292,17 @@ def test_nan_never_makes_an_expert_that_does_not_exist(row, train):
     assert (out.routing.expert_GTK >= 0).all() and (out.routing.expert_GTK < E).all()
 
 
+@both_phases
+@every_row
+def test_parameters_that_are_nan_show_in_the_statistics(row, train):
+    """A NaN weight sends nothing: by the output alone a broken router goes unseen."""
+    gate = row.make()
+    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), gates.drawn(gate))
+    given = gates.context(train, step=row.step, keyed=train or row.noisy_eval)
+    out = gates.program(row)(params, gate.init_state(gates.spec()), gates.tokens(), given)
+    assert jnp.isnan(gates.stats_of(out, given.valid_GT).entropy) == bool(jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize("case", ["one expert", "fewer tokens than experts", "all experts"])
 @every_row
 def test_small_numbers_of_experts_and_tokens(row, case):

@@ -94,7 +94,8 @@ class ReMoE:
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         total_GT1 = jnp.sum(weight_GTE, axis=-1, keepdims=True)
         share_GTE = weight_GTE / jnp.maximum(total_GT1, TINY)
-        probs_GTE = jnp.where(total_GT1 > TINY, share_GTE, 1.0 / logits_GTE.shape[-1])
+        # A total that is NaN is not small: it must show.
+        probs_GTE = jnp.where(total_GT1 <= TINY, 1.0 / logits_GTE.shape[-1], share_GTE)
         losses, means = {}, {}
         if context.train:
             losses["remoe_l1"] = state["lambda"] * self._l1(weight_GTE, context.valid_GT)
