@@ -46,7 +46,8 @@ class ExpertChoice:
     * "choice": the paper's.
     * "threshold": a token visits the experts with p above the moving average, over training steps,
       of the C-th largest p of a group (state, one number per expert). Causal and independent of
-      other tokens; load is equal only on average, and capacity is that of token choice.
+      other tokens; load is equal only on average. With ``policy="threshold"`` capacity is that of
+      token choice; after training by choice it stays C, whatever the evaluation's factor.
     * "position": each expert chooses among the sequences of a group at one position. Causal, but
       sequences see each other; needs ``moe.group`` of E/c sequences or more, and ``dropless``.
 
