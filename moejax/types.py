@@ -15,7 +15,7 @@ Router mathematics (logits, probabilities, weights, statistics, gate state) is f
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -202,6 +202,18 @@ class NeedsData(Protocol):
     def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
         """Raises ValueError unless it can route rows 0 .. n-1 of both kinds, of ``length`` tokens,
         in each of the MoE layers."""
+        ...
+
+
+@runtime_checkable
+class FitsMesh(Protocol):
+    """A gate that saves time on a mesh its fields describe. Results are the same on every mesh."""
+
+    def advice(self, rows: int, mesh: Mapping[str, int]) -> str:
+        """What to set so that it does, in one line; empty where it does, or nothing is to save.
+
+        ``rows``: sequences of a batch per device; ``mesh``: the sizes of its axes.
+        """
         ...
 
 

@@ -185,7 +185,7 @@ def totals_of(**changes: Any) -> Totals:
     return Totals(**{**fine, **changes})
 
 
-def entropies(*layers: float) -> MoEStats:
+def entropies(*layers: float | np.floating) -> MoEStats:
     """Statistics of MoE layers, of which only the routers' entropies are looked at."""
     fields = {f.name: np.zeros(len(layers)) for f in dataclasses.fields(MoEStats)}
     return MoEStats(**{**fields, "entropy": np.asarray(layers)})
