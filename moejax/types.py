@@ -253,6 +253,8 @@ class MoEStats:
     """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
     load_ME: Int[Array, "M E"] | None = None
     """Pairs of the routing by task (modality); None where there is one task."""
+    train: bool = dataclasses.field(default=True, metadata={"static": True})
+    """Of a call in training: an evaluation moves no gate's state."""
 
     @property
     def pairs(self) -> Int[Array, ""]:

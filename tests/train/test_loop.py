@@ -187,7 +187,8 @@ def totals_of(**changes: Any) -> Totals:
 
 def entropies(*layers: float | np.floating) -> MoEStats:
     """Statistics of MoE layers, of which only the routers' entropies are looked at."""
-    fields = {f.name: np.zeros(len(layers)) for f in dataclasses.fields(MoEStats)}
+    counts = [f.name for f in dataclasses.fields(MoEStats) if f.default is dataclasses.MISSING]
+    fields = {name: np.zeros(len(layers)) for name in counts}
     return MoEStats(**{**fields, "entropy": np.asarray(layers)})
 
 
