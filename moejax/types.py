@@ -2,20 +2,26 @@
 
 Axis legend. Letters after the last ``_`` of a name are its axes; lower case is this device's share.
 
-====  =================================   ====  ==========================================
+====  =================================   ====  ===================================        ...
+
+
+@runtime_checkable
 B     batch (sequences)                   E     experts
 L     length (positions in a sequence)    K     columns of a routing (choices per token)
 G     routing groups                      C     capacity: slots per expert and group
 T     tokens per group                    S     shards of the ``expert`` mesh axis
 R     sequences (rows) per group          N     rows of a matmul, pairs of a group
 D     model width                         F     hidden width of one expert
-====  =================================   ====  ==========================================
+====  =================================   ====  ===================================        ...
+
+
+@runtime_checkable
 
 Router mathematics (logits, probabilities, weights, statistics, gate state) is float32 everywhere.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -215,6 +221,18 @@ class KnowsRows(Protocol):
         ...
 
 
+@runtime_checkable
+class FitsMesh(Protocol):
+    """A gate that saves time on a mesh its fields describe. Results are the same on every mesh."""
+
+    def advice(self, rows: int, mesh: Mapping[str, int]) -> str:
+        """What to set so that it does, in one line; empty where it does, or nothing is to save.
+
+        ``rows``: sequences of a batch per device; ``mesh``: the sizes of its axes.
+        """
+        ...
+
+
 class ExpertWeights(NamedTuple):
     """FFN weights of all experts, stacked; every leaf leads with E.
 
@@ -251,6 +269,8 @@ class MoEStats:
     """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
     load_ME: Int[Array, "M E"] | None = None
     """Pairs of the routing by task (modality); None where there is one task."""
+    train: bool = dataclasses.field(default=True, metadata={"static": True})
+    """Of a call in training: an evaluation moves no gate's state."""
 
     @property
     def pairs(self) -> Int[Array, ""]:

@@ -115,6 +115,11 @@ def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
     except ValueError as error:
         raise UserError(gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
+    if moe.get("shared_gate") and not moe.shared_experts:
+        raise UserError(
+            "moe.shared_gate=True weighs the shared experts, but moe.shared_experts="
+            f"{moe.shared_experts}; use moe.shared_experts=1 or more, or moe.shared_gate=False"
+        )
     if moe.get("residual") and (moe.shared_gate or not moe.shared_experts):
         raise UserError(
             "moe.residual=True weighs routed against shared experts, but moe.shared_experts="

@@ -41,6 +41,7 @@ class Row:
       untrained: parameters that nothing moves at this step, by name.
       noisy_eval: draws random numbers in evaluation too.
       never_drops: its capacity is what it routes, in evaluation too.
+      thins: visits fewer experts the further its logits lie apart.
       label: its name in test ids (default: made of gate and fields).
       slow: another row has the same code with other numbers; this one is for the slow suite.
     """
@@ -54,6 +55,7 @@ class Row:
     untrained: tuple[str, ...] = ()
     noisy_eval: bool = False
     never_drops: bool = False
+    thins: bool = False
     label: str = ""
     slow: bool = False
 
@@ -103,8 +105,8 @@ ROWS = [
     row("base", exact_load=True),
     row("sbase"),
     row("sbase", fields={"rounding": "balanced"}, exact_load=True),
-    row("dselect_k"),
-    row("dselect_k", fields={"max_active": 3}),
+    row("dselect_k", thins=True),
+    row("dselect_k", fields={"max_active": 3}, thins=True),
     # Independent of the token, and experts that choose.
     row("hash"),
     row("hash", fields={"table": "balanced", "k": 2}, slow=True),
@@ -135,7 +137,7 @@ ROWS = [
     row("remoe"),
     row("remoe", fields={"max_active": 3}, slow=True),
     row("evomoe", fields={"temperature": 0.2, "min_temperature": 0.1}),
-    row("evomoe", fields={"max_active": 3, "weights": "gumbel"}, slow=True),
+    row("evomoe", fields={"max_active": 3, "weights": "gumbel"}, thins=True, slow=True),
     row("evomoe", fields={"hard_step": 5}, step=5),
     row("rl"),
     row("random", equivariant=False, noisy_eval=True),

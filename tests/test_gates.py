@@ -53,6 +53,24 @@ def test_no_token_visits_an_expert_twice(row, train):
     assert hits.sum(2).max() == 1
 
 
+@both_phases
+@every_row
+def test_large_logits_take_no_pair_from_a_token(row, train):
+    """A weight that underflows to 0 would be a pair that does not exist."""
+    gate = row.make()
+    given = gates.context(train, step=row.step, keyed=train or row.noisy_eval)
+    params, state = gates.drawn(gate), gate.init_state(gates.spec())
+
+    def routed(scale):
+        out = gates.program(row)(params, state, scale * gates.tokens(), given)
+        assert jnp.isfinite(out.routing.weight_GTK).all()
+        return (out.routing.weight_GTK > 0).all()
+
+    few, many = routed(0.01), routed(100.0)
+    fixed = few and not row.thins and gates.example(row, train).mixing is None
+    assert many or not fixed
+
+
 @every_row
 def test_load_is_exact_where_promised(row):
     routing = gates.example(row, True).routing
@@ -272,6 +290,17 @@ def test_nan_never_makes_an_expert_that_does_not_exist(row, train):
     x = gates.tokens().at[0, 3].set(jnp.nan)
     out = gates.program(row)(gates.drawn(gate), gate.init_state(gates.spec()), x, given)
     assert (out.routing.expert_GTK >= 0).all() and (out.routing.expert_GTK < E).all()
+
+
+@both_phases
+@every_row
+def test_parameters_that_are_nan_show_in_the_statistics(row, train):
+    """A NaN weight sends nothing: by the output alone a broken router goes unseen."""
+    gate = row.make()
+    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), gates.drawn(gate))
+    given = gates.context(train, step=row.step, keyed=train or row.noisy_eval)
+    out = gates.program(row)(params, gate.init_state(gates.spec()), gates.tokens(), given)
+    assert jnp.isnan(gates.stats_of(out, given.valid_GT).entropy) == bool(jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("case", ["one expert", "fewer tokens than experts", "all experts"])

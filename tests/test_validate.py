@@ -82,6 +82,12 @@ REFUSED = {
     "moe.balance_scope=global": ["moe.balance_scope='global'", "batch"],
     "moe.group=all": ["moe.group='all'", "'sequence'"],
     "moe.group=0": ["moe.group='0'"],
+    "moe.shared_gate=true": [
+        "moe.shared_gate=True",
+        "moe.shared_experts=0",
+        "use moe.shared_experts=1 or more, or moe.shared_gate=False",
+    ],
+    "moe.gate.name=qwen_moe moe.shared_experts=0": ["moe.shared_gate=True", "moe.shared_experts=0"],
     "moe.losses.z=-1": ["moe.losses.z=-1.0", ">= 0"],
     # groups and batch
     "train.batch_size=6 mesh.data=2 mesh.expert=2": ["train.batch_size=6", "= 4", "batch_size=8"],

@@ -86,13 +86,26 @@ def test_a_token_sees_what_its_gate_declares(row, priority, group, train):
         assert (dropped > 0).any(), "a capacity that never binds proves nothing"
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_overflow_that_finds_another_expert_has_seen_later_tokens(train):
-    row = gates.row("switch")
+def rerouted():
+    """Quick: a gate whose overflow finds other experts, and gates without any other to find."""
+    for row in ROWS:
+        for train in (True, False) if not row.slow else ():
+            quick = row.gate in ("switch", "hash", "remoe") and not row.fields
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(row, train, id=f"{row.name}-{train}", marks=marks)
+
+
+@pytest.mark.parametrize(("row", "train"), list(rerouted()))
+def test_overflow_that_finds_another_expert_has_seen_later_tokens(row, train):
     run, layer = program(row, "position", "sequence", train, reroute=2)
-    seen = layer.gate.visibility(layer.config)
-    assert seen.train_future and seen.eval_future and not seen.train_others
-    check(run, seen, train)
+    check(run, layer.gate.visibility(layer.config), train)
+
+
+def test_only_a_gate_whose_overflow_finds_another_expert_declares_it():
+    moe = moejax.types.MoEConfig(E, capacity_factor=0.6, eval_transport="cells", reroute=2)
+    for name, leaks in {"switch": True, "hash": False, "remoe": False, "dselect_k": False}.items():
+        seen = gating.make(name).visibility(moe)
+        assert seen.train_future == seen.eval_future == leaks
 
 
 @pytest.mark.parametrize("priority", ["choice", "gate", "random"])

@@ -62,7 +62,7 @@ def _report(args: argparse.Namespace) -> int:
         try:
             found = report.with_leak(found, args.measure_leak)
         except Divergence as problem:
-            print(f"moejax: the held-out loss is not finite at {problem}", file=sys.stderr)
+            print(f"moejax: the evaluation is not finite at {problem}", file=sys.stderr)
             return FAILED
     lines = tensorboard.export(found) if args.tensorboard else []
     more = findings.pages(found, args, target.parent, print)

@@ -62,7 +62,6 @@ __all__ = [
     "ExpertChoice",
     "GShard",
     "Hierarchical",
-    "NoisyTopK",
     "Random",
     "ReMoE",
     "GatingDropout",
@@ -122,8 +121,16 @@ OF_SEQUENCES = {"transport": "dropless", "balance_scope": "batch"}
 
 GATES: dict[str, Entry] = {
     "top_k": Entry(TopK),
-    "switch": Entry(TopK, {"k": 1, "renormalize": False, "jitter": 0.01}),
-    "mixtral": Entry(TopK, {"k": 2, "renormalize": True}),
+    "switch": Entry(
+        TopK,
+        {"k": 1, "renormalize": False, "jitter": 0.01},
+        source="Fedus, Zoph, Shazeer (Switch; no z-loss there), arXiv 2101.03961",
+    ),
+    "mixtral": Entry(
+        TopK,
+        {"k": 2, "renormalize": True},
+        source="Jiang et al. (Mixtral; dropless and no z-loss there), arXiv 2401.04088",
+    ),
     # Coefficients of losses are converted to losses that are 1 at balance, not for the number of
     # layers (docs/losses.md).
     "deepseek_moe": Entry(
@@ -205,7 +212,7 @@ GATES: dict[str, Entry] = {
     "shazeer": Entry(
         NoisyTopK, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}
     ),
-    "gshard": Entry(GShard),
+    "gshard": Entry(GShard, source="Lepikhin et al. (GShard; no z-loss there), arXiv 2006.16668"),
     "dense": Entry(Dense, moe={"transport": "all_experts", "losses.load_balance": 0.0}),
     "base": Entry(Base, moe=UNBALANCED),
     "sbase": Entry(SBase, moe=UNBALANCED),

@@ -87,7 +87,7 @@ class Base(ops.Stateless):
         alpha_GT = jax.nn.sigmoid(ops.at_expert(score_GTE, expert_GT[..., None])[..., 0])
         identity_GT = jnp.where(context.valid_GT, 1.0 - alpha_GT, 0.0) if self.residual else None
         # An alpha that underflows to 0 would mean: not sent.
-        weight_GTK = jnp.maximum(alpha_GT, jnp.finfo(jnp.float32).tiny)[..., None]
+        weight_GTK = ops.at_least_tiny(alpha_GT)[..., None]
         return GateOutput(
             ops.masked(expert_GT[..., None], weight_GTK, context.valid_GT),
             ops.softmax_stats(score_GTE),

@@ -53,7 +53,8 @@ class Dense(ops.Stateless):
         expert_GTE = jnp.broadcast_to(
             jnp.arange(logits_GTE.shape[-1], dtype=jnp.int32), logits_GTE.shape
         )
-        return GateOutput(ops.masked(expert_GTE, stats.probs_GTE, context.valid_GT), stats)
+        weight_GTE = ops.at_least_tiny(stats.probs_GTE)
+        return GateOutput(ops.masked(expert_GTE, weight_GTE, context.valid_GT), stats)
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
         return num_tokens

@@ -115,7 +115,7 @@ class EvoMoE(ops.Stateless):
         visited_GTE = jnp.where(hard, best_GTE, share_GTE > self.threshold)
         value_GTE = share_GTE if self.weights == "gumbel" else stats.probs_GTE
         # A probability that underflows to 0 would mean: not sent.
-        value_GTE = jnp.maximum(value_GTE, jnp.finfo(jnp.float32).tiny)
+        value_GTE = ops.at_least_tiny(value_GTE)
         weight_GTE = jnp.where(visited_GTE, value_GTE, 0.0)
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         return GateOutput(routing, stats, means=means, cut_GTE=cut_GTE)

@@ -46,7 +46,8 @@ class ExpertChoice:
     * "choice": the paper's.
     * "threshold": a token visits the experts with p above the moving average, over training steps,
       of the C-th largest p of a group (state, one number per expert). Causal and independent of
-      other tokens; load is equal only on average, and capacity is that of token choice.
+      other tokens; load is equal only on average. With ``policy="threshold"`` capacity is that of
+      token choice; after training by choice it stays C, whatever the evaluation's factor.
     * "position": each expert chooses among the sequences of a group at one position. Causal, but
       sequences see each other; needs ``moe.group`` of E/c sequences or more, and ``dropless``.
 
@@ -117,7 +118,7 @@ class ExpertChoice:
         elif policy == "position":
             chosen_GTE = self._by_position(score_GTE, context)
         # A probability that underflows to 0 would mean: not sent.
-        weight_GTE = jnp.maximum(stats.probs_GTE, jnp.finfo(jnp.float32).tiny)
+        weight_GTE = ops.at_least_tiny(stats.probs_GTE)
         weight_GTE = jnp.where(chosen_GTE, weight_GTE, 0.0)
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         return GateOutput(routing, stats, means=means, cut_GTE=cut_GTE)

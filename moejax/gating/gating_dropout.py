@@ -1,6 +1,7 @@
 """Gating dropout: in a random share of steps every token stays on its own shard's experts."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated
 
 import jax
@@ -31,8 +32,9 @@ class GatingDropout(TopK):
     experts i E/N .. (i+1) E/N - 1, and runs of ``local_rows`` sequences live on shards 0, 1, ...,
     N - 1, 0, ... in turn. That is where they lie on a mesh with expert = N when ``local_rows`` is
     the batch size over data x fsdp x expert; local steps then send no token anywhere with
-    transport ``dropless`` (docs/gates.md counts bytes). ``cells`` sends its buffers as they are,
-    and would drop most pairs of a local step, since a sequence then has E/N experts.
+    transport ``dropless`` (docs/gates.md counts bytes). A run says at its start where fields and
+    mesh do not fit. ``cells`` sends its buffers as they are, and would drop most pairs of a local
+    step, since a sequence then has E/N experts.
 
     On a local step a sequence alone cannot be balanced, a batch can: the preset takes balance
     losses over the batch. Logged: ``moe/gate/local``, 1 on local steps (the mean over layers).
@@ -68,6 +70,18 @@ class GatingDropout(TopK):
                 f"gate.local_shards={self.local_shards} (num_experts={num_experts}); lower gate.k "
                 "or gate.local_shards"
             )
+
+    def advice(self, rows: int, mesh: Mapping[str, int]) -> str:
+        wanted = {"local_shards": mesh["expert"], "local_rows": rows}
+        at_home = all(getattr(self, field) == value for field, value in wanted.items())
+        off = not (self.local_shards and self.local_share)
+        if off or at_home or mesh["expert"] == 1:
+            return ""
+        return (
+            f"gate.local_shards={self.local_shards} and gate.local_rows={self.local_rows} are not "
+            f"this mesh's, so local steps save no traffic; use gate.local_shards={mesh['expert']} "
+            f"and gate.local_rows={rows}"
+        )
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext

@@ -121,9 +121,10 @@ class Hash(ops.Stateless):
         return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Weights are equal, so that priority "gate" serves by position; columns share no expert.
-        if moe.priority == "gate":
-            moe = dataclasses.replace(moe, priority="position")
+        # Weights are equal, so that priority "gate" serves by position; columns share no expert. To
+        # reroute there is nowhere: experts that a token does not visit have probability 0.
+        by_place = "position" if moe.priority == "gate" else moe.priority
+        moe = dataclasses.replace(moe, priority=by_place, reroute=0)
         return ops.capacity_visibility(self.k, moe, columns=1)
 
 

@@ -147,7 +147,7 @@ class Hierarchical(ops.Stateless):
         weight_GTPS = share_GTP[..., None] * jnp.take_along_axis(within_GTAS, at_GTP1, axis=2)
         flat = (*group_GTP.shape[:2], self.k_groups * self.k)
         # A product of small weights may underflow, and 0 would mean: not sent.
-        weight_GTK = jnp.maximum(weight_GTPS.reshape(flat), jnp.finfo(jnp.float32).tiny)
+        weight_GTK = ops.at_least_tiny(weight_GTPS.reshape(flat))
         weight_GTK, order_GTK = jax.lax.top_k(weight_GTK, flat[-1])
         expert_GTK = jnp.take_along_axis(expert_GTPS.reshape(flat), order_GTK, axis=-1)
         return expert_GTK, weight_GTK, jnp.any(at_GTP1 == jnp.arange(self.groups), axis=2)

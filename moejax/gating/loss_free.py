@@ -105,7 +105,7 @@ class LossFree:
         log_GTK = ops.at_expert(log_GTE, expert_GTK)
         weight_GTK = jax.nn.softmax(log_GTK) if self.renormalize else jnp.exp(log_GTK)
         # A weight of 0 would mean that the pair does not exist.
-        weight_GTK = jnp.maximum(self.route_scale * weight_GTK, jnp.finfo(jnp.float32).tiny)
+        weight_GTK = ops.at_least_tiny(self.route_scale * weight_GTK)
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         own = {}
         if self.sequence_loss:

@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+# Under this roof too: `ops.top_k_routing`.
+from moejax.gating.weights import SCORES as SCORES
+from moejax.gating.weights import at_least_tiny as at_least_tiny
+from moejax.gating.weights import softmax_of
+from moejax.gating.weights import top_k_routing as top_k_routing
 from moejax.kernels.platform import resolve_platform
 from moejax.mesh import group_local
 from moejax.types import (
@@ -20,8 +25,6 @@ from moejax.types import (
     Routing,
     Visibility,
 )
-
-SCORES: tuple[str, ...] = ("softmax", "sigmoid")
 
 
 class Stateless:
@@ -52,37 +55,6 @@ def router_logits(x_GTD: Array, weight_DE: Array) -> Float[Array, "G T E"]:
         weight_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-
-
-def top_k_routing(
-    logits_TE: Float[Array, "*T E"], k: int, *, score: str = "softmax", renormalize: bool = False
-) -> tuple[Int[Array, "*T K"], Float[Array, "*T K"]]:
-    """The k experts with the largest logits, best first, and their combine weights.
-
-    ``score="softmax"``: weights are softmax probabilities over all E; with ``renormalize`` they are
-    divided by their sum, which equals a softmax over the k kept logits (and is computed so).
-    ``score="sigmoid"``: weights are sigmoids of the logits, optionally divided by their sum.
-    Ties go to the lower expert id. Works on any leading axes.
-
-    Raises:
-      ValueError: k not in [1, E], or an unknown score.
-    """
-    num_experts = logits_TE.shape[-1]
-    if not 1 <= k <= num_experts:
-        raise ValueError(f"k={k} must lie in [1, num_experts={num_experts}]")
-    if score not in SCORES:
-        raise ValueError(f"score={score!r} is unknown; use one of {', '.join(SCORES)}")
-    logits_TE = logits_TE.astype(jnp.float32)
-    top_TK, expert_TK = jax.lax.top_k(logits_TE, k)
-    if score == "sigmoid":
-        weight_TK = jax.nn.sigmoid(top_TK)
-        if renormalize:
-            weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
-    elif renormalize:
-        weight_TK = jax.nn.softmax(top_TK, axis=-1)
-    else:
-        weight_TK = jnp.exp(top_TK - jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True))
-    return expert_TK.astype(jnp.int32), weight_TK
 
 
 def masked(expert_GTK: Array, weight_GTK: Array, valid_GT: Array) -> Routing:
@@ -154,10 +126,7 @@ def local_best(score_GTE: Array, k: int) -> Int[Array, "G T K"]:
 
 def softmax_weights(logits_GTE: Array, expert_GTK: Array, renormalize: bool) -> Array:
     """Softmax weights of experts chosen by other scores, as ``top_k_routing`` weighs its own."""
-    chosen_GTK = at_expert(logits_GTE, expert_GTK)
-    if renormalize:
-        return jax.nn.softmax(chosen_GTK, axis=-1)
-    return jnp.exp(chosen_GTK - jax.nn.logsumexp(logits_GTE, axis=-1, keepdims=True))
+    return softmax_of(at_expert(logits_GTE, expert_GTK), logits_GTE, renormalize)
 
 
 def heaviest(

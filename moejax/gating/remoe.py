@@ -24,7 +24,8 @@ from moejax.types import (
 SMALLEST, LARGEST = 1e-20, 1e20
 """Bounds of lambda: at 0 it could never rise again."""
 TINY = 1e-6
-"""Tokens whose weights add up to less have no distribution to speak of; it is taken as uniform."""
+"""Where weights add up to less, their shares have no gradient: it would be huge. Without any weight
+the shares are uniform."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,12 @@ class ReMoE:
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         total_GT1 = jnp.sum(weight_GTE, axis=-1, keepdims=True)
         share_GTE = weight_GTE / jnp.maximum(total_GT1, TINY)
-        probs_GTE = jnp.where(total_GT1 > TINY, share_GTE, 1.0 / logits_GTE.shape[-1])
+        positive_GT1 = total_GT1 > 0
+        small_GTE = weight_GTE / jnp.where(positive_GT1, total_GT1, 1.0)
+        small_GTE = jnp.where(positive_GT1, small_GTE, 1.0 / logits_GTE.shape[-1])
+        # A total that is NaN is not small: it must show.
+        fixed_GTE = jax.lax.stop_gradient(small_GTE)
+        probs_GTE = jnp.where(total_GT1 <= TINY, fixed_GTE, share_GTE)
         losses, means = {}, {}
         if context.train:
             losses["remoe_l1"] = state["lambda"] * self._l1(weight_GTE, context.valid_GT)
@@ -123,4 +129,6 @@ class ReMoE:
     def visibility(self, moe: MoEConfig) -> Visibility:
         # Without cuts column e is expert e, so that serving column by column favours nobody.
         cuts = self.columns(moe.num_experts) < moe.num_experts
+        # To reroute there is nowhere either: experts that are not visited have probability 0.
+        moe = moe if cuts else dataclasses.replace(moe, reroute=0)
         return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)

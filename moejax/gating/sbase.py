@@ -122,7 +122,7 @@ class SBase:
         stats = ops.softmax_stats(logits_GTE)
         score_GTE = stats.probs_GTE if self.score == "softmax" else jax.nn.sigmoid(logits_GTE)
         weight_GTK = ops.at_expert(score_GTE, expert_GTK)
-        weight_GTK = jnp.maximum(weight_GTK, jnp.finfo(jnp.float32).tiny)
+        weight_GTK = ops.at_least_tiny(weight_GTK)
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         if context.train:
             plan_GTE = jax.nn.softmax(biased_GTE / self.epsilon, axis=-1)

@@ -95,7 +95,7 @@ class Soft(ops.Stateless):
         )
         share_GTE = jnp.sum(self._by_expert(mixing.combine_GTX), axis=-1)
         # A share that underflows to 0 would mean: not there.
-        share_GTE = jnp.maximum(share_GTE, jnp.finfo(jnp.float32).tiny)
+        share_GTE = ops.at_least_tiny(share_GTE)
         routing, _ = ops.heaviest(share_GTE, 0, context.valid_GT)
         stats = ops.softmax_stats(jax.nn.logsumexp(self._by_expert(logits_GTX), axis=-1))
         means = self._similarities(params, mixing, context.valid_GT)

@@ -115,7 +115,7 @@ class StableMoE(ops.Stateless):
             losses = {name: jnp.where(learning, loss, 0.0) for name, loss in losses.items()}
         identity_GT = jnp.where(context.valid_GT, 1.0 - alpha_GT, 0.0) if self.residual else None
         # An alpha that underflows to 0 would mean: not sent.
-        weight_GTK = jnp.maximum(alpha_GT, jnp.finfo(jnp.float32).tiny)[..., None]
+        weight_GTK = ops.at_least_tiny(alpha_GT)[..., None]
         agreed_GT = (greedy_GT == learned_GT).astype(jnp.float32)
         used_GTE = jnp.where(learning, score_GTE, jax.lax.stop_gradient(distilled_GTE))
         return GateOutput(

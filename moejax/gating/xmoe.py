@@ -109,7 +109,6 @@ class XMoE(ops.Stateless):
         log_scale = jnp.minimum(params["log_scale"], -math.log(self.min_temperature))
         logits_GTE = jnp.exp(log_scale) * cosine_scores(token_GTR, params["centroid_RE"])
         expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
-        weight_GTK = jnp.maximum(weight_GTK, jnp.finfo(jnp.float32).tiny)
         means = {"temperature": jnp.broadcast_to(jnp.exp(-log_scale), len(x_GTD))}
         return GateOutput(
             ops.masked(expert_GTK, weight_GTK, context.valid_GT),

@@ -13,7 +13,13 @@ from moejax.dispatch.multi_gate import SharedExperts, multi_gate
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating import DSelectK, Forced, Hash, Replay, Sentence, StableMoE, Task
 from moejax.layers.moe import expert_init
-from moejax.layers.routing_stats import collect_stats, router_losses, sum_over_groups, with_cuts
+from moejax.layers.routing_stats import (
+    collect_stats,
+    of_training,
+    router_losses,
+    sum_over_groups,
+    with_cuts,
+)
 from moejax.mesh import constrain
 from moejax.types import (
     Context,
@@ -128,6 +134,7 @@ class MultiGateMoE(nnx.Module):
             gates = jnp.arange(self.num_gates)
             weight_MBE, info = jax.vmap(one_gate)(self._gate_params(), state, gates)
         y_BMO = multi_gate(x_BD, jnp.moveaxis(weight_MBE, 0, 1), self.experts(), self.activation)
+        info = info._replace(stats=dataclasses.replace(info.stats, train=train))
         return constrain(jnp.moveaxis(y_BMO, 1, 0), None, ("data", "fsdp", "expert")), info
 
     def init_gate_state(self) -> GateState:
@@ -136,7 +143,12 @@ class MultiGateMoE(nnx.Module):
         return jax.vmap(lambda task: self.gate.init_state(self._spec(task)))(gates)
 
     def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
-        """The states after an optimizer step that saw ``stats`` (summed over micro-batches)."""
+        """The states after an optimizer step that saw ``stats`` (summed over micro-batches).
+
+        Raises:
+          ValueError: ``stats`` are of a call with ``train=False``.
+        """
+        of_training(stats)
         if not jax.tree.leaves(state):
             return state
         return jax.vmap(self.gate.update)(state, stats)

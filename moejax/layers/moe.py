@@ -17,7 +17,7 @@ from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.basic import FFN
-from moejax.layers.routing_stats import layer_info
+from moejax.layers.routing_stats import layer_info, of_training
 from moejax.mesh import constrain, group_local
 from moejax.types import (
     SCOPES,
@@ -180,7 +180,8 @@ class MoE(nnx.Module):
             info = layer_info(
                 chosen, kept_GTK, context, self.balance_scope, self.num_tasks, self.entropy_floors
             )
-            info = info._replace(routing=sent.routing)
+            stats = dataclasses.replace(info.stats, train=train)
+            info = info._replace(routing=sent.routing, stats=stats)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 
     def _build_shared(
@@ -213,8 +214,10 @@ class MoE(nnx.Module):
         return self.gate.init_state(spec)
 
     def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
-        """The state after an optimizer step that saw ``stats`` (summed over micro-batches)."""
-        return self.gate.update(state, stats)
+        """The state after an optimizer step that saw ``stats`` (summed over micro-batches).
+
+        Raises ValueError if they are an evaluation's."""
+        return self.gate.update(state, of_training(stats))
 
     def expert_weights(self) -> ExpertWeights:
         """The experts' stacked weights."""

@@ -62,6 +62,20 @@ def layer_info(
     )
 
 
+def of_training(stats: MoEStats) -> MoEStats:
+    """The same statistics, for a gate's update.
+
+    Raises:
+      ValueError: they are of an evaluation.
+    """
+    if not stats.train:
+        raise ValueError(
+            "update_gate_state got the stats of an evaluation (train=False), which moves no gate's "
+            "state; pass those of a call with train=True, or keep the state as it is"
+        )
+    return stats
+
+
 @jax.jit
 def with_cuts(stats: MoEStats, cut_BLE: Array) -> MoEStats:
     """The same, with pairs the gate wanted but had no column for: wanted, and dropped."""

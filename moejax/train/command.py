@@ -83,7 +83,7 @@ def _eval(args: argparse.Namespace) -> int:
             args.measure_leak or 0,
         )
     except rows.Divergence as problem:
-        print(f"moejax: the held-out loss is not finite at {problem}", file=sys.stderr)
+        print(f"moejax: the evaluation is not finite at {problem}", file=sys.stderr)
         return FAILED
     print(json.dumps(row))
     return 0

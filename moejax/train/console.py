@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moejax.mesh import AXES
+from moejax.mesh import AXES, BATCH_AXES
 from moejax.train import flops, units
 from moejax.train.budget import Budget
 from moejax.train.processes import is_first
 from moejax.train.rows import Row
 from moejax.train.setup import Run
 from moejax.train.summary import write_summary_png
+from moejax.types import FitsMesh
 
 
 class Console:
@@ -60,6 +61,8 @@ class Console:
         )
         if run.leak:
             self._say(f"visibility  {run.leak} (a token's output depends on these)")
+        if advice := gate_advice(run):
+            self._say(f"gate        {advice}")
 
     def start(self, step: int) -> None:
         """The loop begins at ``step``."""
@@ -190,6 +193,16 @@ class Console:
             self._bar.say(line)
         elif is_first():
             print(line, flush=True)
+
+
+def gate_advice(run: Run) -> str:
+    """What the gate would have set otherwise on this mesh; empty if nothing."""
+    model, mesh = run.task.model, run.mesh.shape
+    if not (model.num_moe_layers and isinstance(model.gate, FitsMesh)):
+        return ""
+    rows = run.config.train.batch_size // math.prod(mesh[axis] for axis in BATCH_AXES)
+    advice = model.gate.advice(rows, mesh)
+    return f"moe.{advice}" if advice else ""
 
 
 class _ProgressBar:

@@ -25,7 +25,7 @@ def train_row(step: int, metrics: Metrics, leak: str) -> Row:
     """The row of one training step.
 
     Raises:
-      Divergence: the loss or the gradient is not finite.
+      Divergence: the loss, a router or the gradient is not finite.
     """
     metrics = jax.device_get(metrics)
     totals: Totals = metrics["totals"]
@@ -46,7 +46,7 @@ def eval_row(step: int, totals: list[Totals], data: Source, leak: str) -> Row:
     """The row of one evaluation, from the totals of its batches of held-out ``data``.
 
     Raises:
-      Divergence: the loss is not finite.
+      Divergence: the loss or a router is not finite.
     """
     summed: Totals = jax.tree.map(lambda *xs: sum(xs), *jax.device_get(totals))
     check_finite(step, summed)
@@ -64,18 +64,32 @@ def eval_row(step: int, totals: list[Totals], data: Source, leak: str) -> Row:
 def check_finite(
     step: int, totals: Totals, total_loss: float = 0.0, grad_norm: float = 0.0
 ) -> None:
-    """Raises Divergence, naming step and layer, unless losses and gradient are finite."""
+    """Raises Divergence, naming step and layer, unless losses, routers and gradient are finite."""
     losses_finite = math.isfinite(float(totals.loss)) and math.isfinite(total_loss)
-    if losses_finite and math.isfinite(grad_norm):
+    bad_routers = _bad_routers(totals.stats)
+    if losses_finite and not bad_routers.size and math.isfinite(grad_norm):
         return
     bad = np.flatnonzero(~np.isfinite(totals.mean_square))
     if bad.size:
         where = f"the output of layer {bad[0]} (counting from 0) is not finite"
+    elif bad_routers.size:
+        where = (
+            f"the router of MoE layer {bad_routers[0]} (counting from 0 among the MoE layers) is "
+            "not finite"
+        )
     elif not losses_finite:
         where = "every layer's output is finite but the loss is not"
     else:
         where = "the loss is finite but its gradient is not"
     raise Divergence(f"step {step}: {where}")
+
+
+def _bad_routers(stats: MoEStats | None) -> np.ndarray:
+    """MoE layers whose router said something that is no number.
+
+    A weight that is NaN sends nothing, so that outputs and loss may well be finite.
+    """
+    return np.flatnonzero(() if stats is None else ~np.isfinite(stats.entropy))
 
 
 def check_state(step: int, state: TrainState) -> None:

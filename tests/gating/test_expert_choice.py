@@ -74,6 +74,10 @@ def test_every_expert_is_filled_and_weights_are_probabilities():
     visits = (weight > 0).sum(-1)
     assert visits.mean() == 1.5 and visits.min() == 0 and visits.max() > 2
     assert gate.capacity(T, E, 0.1) == gate.capacity(T, E, 9.0) == 3, "of any capacity factor"
+    causal = ExpertChoice(factor=1.5, eval_policy="threshold")
+    assert causal.capacity(T, E, 0.1) == causal.capacity(T, E, 9.0) == 3, "in evaluation as well"
+    throughout = ExpertChoice(factor=1.5, policy="threshold", eval_policy="threshold")
+    assert throughout.capacity(T, E, 0.5) == 2 and throughout.capacity(T, E, 2.0) == 6
 
 
 def test_padding_is_not_chosen_and_takes_no_slots():

@@ -1,6 +1,8 @@
 """Gating dropout: one coin per step, tokens at home on local steps, and the bytes that saves."""
 
 import functools
+from types import SimpleNamespace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import pytest
 from moejax import gating
 from moejax.dispatch import exchange, pack
 from moejax.mesh import batch_spec
+from moejax.train.console import gate_advice
+from moejax.train.setup import Run
 from moejax.types import Context
 from tests import meshes
 
@@ -87,6 +91,32 @@ def test_a_home_follows_from_the_row_not_from_its_place():
     np.testing.assert_array_equal(later.routing.expert_GTK, whole.routing.expert_GTK)
     part, _ = route(gate, batch=8, row_B=jnp.arange(8) + 8)
     assert (part.routing.expert_GTK // 2 == (jnp.arange(8)[:, None, None] + 8) // 4 % 4).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expert", "advice"),
+    [
+        ({}, 4, ""),
+        ({}, 1, ""),
+        ({"local_share": 0.0}, 2, ""),
+        ({"local_shards": 0}, 2, ""),
+        ({}, 2, "use gate.local_shards=2 and gate.local_rows=8"),
+        ({"local_rows": 2}, 4, "use gate.local_shards=4 and gate.local_rows=4"),
+    ],
+)
+def test_a_run_says_at_its_start_where_fields_and_mesh_do_not_fit(fields, expert, advice):
+    mesh = {"data": 1, "fsdp": 1, "expert": expert, "tensor": 2}
+    model = SimpleNamespace(num_moe_layers=1, gate=gating.make("gating_dropout", **fields))
+    run = SimpleNamespace(
+        task=SimpleNamespace(model=model),
+        mesh=SimpleNamespace(shape=mesh),
+        config=SimpleNamespace(train=SimpleNamespace(batch_size=B)),
+    )
+    said = gate_advice(cast(Run, run))
+    assert said.endswith(advice) and bool(said) == bool(advice) and "\n" not in said
+    assert not said or said.startswith("moe.gate.local_shards=")
+    model.gate = gating.make("mixtral")
+    assert gate_advice(cast(Run, run)) == ""
 
 
 def rows_sent(shape, routing):

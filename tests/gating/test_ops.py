@@ -52,6 +52,32 @@ def test_top_k_routing_is_float32_for_bfloat16_logits_and_survives_large_ones():
     np.testing.assert_allclose(weight, [[1.0, 0.0]], atol=1e-30)
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_weight_that_underflows_is_still_that_of_a_pair_and_has_a_finite_gradient(
+    score, renormalize
+):
+    logits = jnp.asarray([[200.0, 0.0, -50.0, -100.0], [-200.0, -240.0, -400.0, -500.0]])
+
+    def weights(logits):
+        return top_k_routing(logits, 2, score=score, renormalize=renormalize)[1]
+
+    weight = np.asarray(weights(logits))
+    assert (weight > 0).all() and np.isfinite(weight).all()
+    assert jnp.isfinite(jax.jacobian(weights)(logits)).all()
+    if renormalize:
+        np.testing.assert_allclose(weight.sum(-1), 1.0, rtol=1e-6)
+    if (score, renormalize) == ("sigmoid", True):
+        # sigmoid(-200) : sigmoid(-240) is e^40 : 1, although both underflow.
+        np.testing.assert_allclose(weight[1, 1], np.exp(-40.0), rtol=1e-4)  # float32 of 240
+
+
+def test_a_logit_of_minus_infinity_leaves_an_expert_out():
+    for renormalize in (True, False):
+        _, weight = top_k_routing(jnp.asarray([1.0, -jnp.inf]), 2, renormalize=renormalize)
+        np.testing.assert_array_equal(weight, [1.0, 0.0])
+
+
 @pytest.mark.parametrize(("k", "score"), [(0, "softmax"), (4, "softmax"), (1, "relu")])
 def test_top_k_routing_refuses_what_it_cannot_do(k, score):
     with pytest.raises(ValueError, match="must lie in|is unknown"):

@@ -191,3 +191,18 @@ def test_state_is_read_and_never_written_by_the_layer():
     np.testing.assert_array_equal(trained.routing.expert_GTK, unbiased.routing.expert_GTK)
     _, evaluated = layer(tokens(), gate_state=state, train=False)
     assert (evaluated.routing.expert_GTK == E - 1).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("gate", "fields"),
+    [("sbase", {"evaluation": "ema"}), ("expert_choice_causal", {}), ("loss_free", {})],
+)
+def test_statistics_of_an_evaluation_move_no_state(gate, fields):
+    layer = make(gate, transport="dropless", gate_fields=fields)
+    state = layer.init_gate_state()
+    _, info = layer(tokens(), context(), gate_state=state, train=False)
+    with pytest.raises(ValueError, match="stats of an evaluation .* train=True"):
+        layer.update_gate_state(state, info.stats)
+    _, info = layer(tokens(), context(), gate_state=state)
+    moved = layer.update_gate_state(state, info.stats)
+    assert jax.tree.structure(moved) == jax.tree.structure(state)

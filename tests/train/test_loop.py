@@ -1,5 +1,6 @@
 """What the loop computes: the plain loop, compiled once, on any mesh, in any number of parts."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from moejax.tasks.task import Totals
 from moejax.train import rows
 from moejax.train.metrics import read_rows
+from moejax.types import MoEStats
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy
 from tests.train.sharing import Compilations, Shared, Whole, prepared
@@ -187,10 +189,19 @@ def totals_of(**changes: Any) -> Totals:
     return Totals(**{**fine, **changes})
 
 
+def entropies(*layers: float | np.floating) -> MoEStats:
+    """Statistics of MoE layers, of which only the routers' entropies are looked at."""
+    counts = [f.name for f in dataclasses.fields(MoEStats) if f.default is dataclasses.MISSING]
+    fields = {name: np.zeros(len(layers)) for name in counts}
+    return MoEStats(**{**fields, "entropy": np.asarray(layers)})
+
+
 @pytest.mark.parametrize(
     "totals, others, where",
     [
         (totals_of(loss=NAN, mean_square=np.array([1, INF, NAN])), (1, 1), "layer 1 "),
+        (totals_of(stats=entropies(1, NAN, NAN)), (1, 1), "the router of MoE layer 1 "),
+        (totals_of(loss=NAN, stats=entropies(1, 1)), (1, 1), "every layer's output is finite"),
         (totals_of(loss=NAN), (NAN, NAN), "every layer's output is finite but the loss"),
         (totals_of(), (INF, 1), "every layer's output is finite but the loss is not"),
         (totals_of(), (1, INF), "the loss is finite but its gradient is not"),
