@@ -19,6 +19,7 @@ from moejax.config import Config
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
 from moejax.resolve import make_gate
+from moejax.task_table import TASKS
 from moejax.tasks.task import Batch, Task
 from moejax.train import compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
@@ -109,6 +110,11 @@ def evaluate(
 def _check_target(config: Config, path: str, steps: int) -> None:
     if not has_experts(config):
         raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
+    if TASKS[config.task.name].sequences_per_row > 1:
+        raise UserError(
+            f"--record-routing={path}: a row of the task {config.task.name!r} is more than one "
+            "sequence, which no recording holds; leave the flag out"
+        )
     gate = make_gate(config)
     if isinstance(gate, Mixes):
         raise UserError(

@@ -80,6 +80,9 @@ def test_eval_gives_the_last_row_again_and_report_shows_experts_by_modality(work
     last = rows(workdir, "eval")[-1]
     assert json.loads(ended.out) == last
     assert call(["report", str(workdir)]).status == 0
+    file = workdir.parent / "routing.npz"
+    refused(["eval", f"--workdir={workdir}", f"--record-routing={file}"], "more than one sequence")
+    assert not file.exists()
     page = (workdir / "report.html").read_text()
     assert "domains-0" in page and "image (64)" in page
 
