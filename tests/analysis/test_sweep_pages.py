@@ -195,7 +195,10 @@ def test_trials_that_finished_after_summary_json_was_written_are_compared(tmp_pa
     assert "summary.json is older than the runs: it has other trials of switch than" in first.text
     facts = blocks.facts(page, "what ran")
     assert facts["matched"] == "active_flops, within 2% of the baseline"
-    assert "differences to top_2 in this sweep" in facts["can be detected"]
+    assert "the deviation over seeds in this sweep" in facts["can be detected"]
+    assert facts["can be detected"].endswith(
+        "; 2 degrees of freedom: the true one may be 0.52 to 6.3 times that"
+    )
 
 
 @pytest.mark.parametrize("change", ["gone", "diverged", "more seeds"])

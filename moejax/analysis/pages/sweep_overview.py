@@ -1,12 +1,14 @@
 """What a sweep ran and how far it is, what came out, and what to beware of."""
 
 from collections import Counter
+from typing import Any
 
 from moejax.analysis import health
 from moejax.analysis.outcomes import Outcome, by_name, interval, legend, marked, marks
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE, step_seconds
+from moejax.sweep.table import SURE
 from moejax.train import units
 
 
@@ -145,10 +147,22 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
                 "can be detected",
                 f"a difference of {found['difference']:.4f} {summary.get('unit', PER_BYTE)}, with "
                 f"probability {found['power']:.0%} at level {found['level']} and "
-                f"{found['seeds']} seeds ({found['source']})" + holm,
+                f"{found['seeds']} seeds ({found['source']})" + holm + _how_sure(found),
             )
         )
     return rows
+
+
+def _how_sure(found: dict[str, Any]) -> str:
+    """How far off a detectable difference may be that rests on few degrees of freedom."""
+    freedom, factors = found.get("freedom", 0), found.get("factors")
+    if not factors or freedom >= SURE:
+        return ""
+    low, high = factors
+    return (
+        f"; {freedom} degree{'s' * (freedom > 1)} of freedom: the true one may be {low:.2g} to "
+        f"{high:.2g} times that"
+    )
 
 
 def _variants(sweep: SweepData) -> Table:
