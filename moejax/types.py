@@ -2,20 +2,14 @@
 
 Axis legend. Letters after the last ``_`` of a name are its axes; lower case is this device's share.
 
-====  =================================   ====  ===================================        ...
-
-
-@runtime_checkable
+====  =================================   ====  ==========================================
 B     batch (sequences)                   E     experts
 L     length (positions in a sequence)    K     columns of a routing (choices per token)
 G     routing groups                      C     capacity: slots per expert and group
 T     tokens per group                    S     shards of the ``expert`` mesh axis
 R     sequences (rows) per group          N     rows of a matmul, pairs of a group
 D     model width                         F     hidden width of one expert
-====  =================================   ====  ===================================        ...
-
-
-@runtime_checkable
+====  =================================   ====  ==========================================
 
 Router mathematics (logits, probabilities, weights, statistics, gate state) is float32 everywhere.
 """
