@@ -129,6 +129,7 @@ def test_the_number_of_parameters_is_the_formula(settings):
 def test_shapes():
     out = run(MIXED, tokens())
     assert out.logits_BLV.shape == (B, L, V) and set(out.found.losses) >= {"load_balance", "z"}
-    found = {k: x for k, x in vars(out.found.stats).items() if k not in ("gate", "load_ME", "train")}
+    others = ("gate", "load_ME", "train")
+    found = {k: x for k, x in vars(out.found.stats).items() if k not in others}
     shapes = {name: x.shape for name, x in found.items()}
     assert shapes["load_E"] == (2, E) and shapes["dropped_L"] == (2, L) and shapes["tokens"] == (2,)
