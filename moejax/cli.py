@@ -114,6 +114,11 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--workdir", required=True, **WORKDIR, help="where checkpoints and metrics are written"
     )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="start again at step 0 although checkpoints of the run were lost",
+    )
     parser.set_defaults(run=_train, takes_overrides=True)
 
 
@@ -125,7 +130,9 @@ def _train(args: argparse.Namespace) -> int:
 
     from moejax.train import loop
 
-    return loop.run(loaded.config, args.workdir, source=loaded.source, overrides=loaded.overrides)
+    return loop.run(
+        loaded.config, args.workdir, loaded.source, loaded.overrides, restart=args.restart
+    )
 
 
 def _add_config(commands: Any) -> None:

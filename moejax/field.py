@@ -6,7 +6,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A config field. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not."""
+    """A config field. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not.
+
+    ``before``: what a run had that was written before there was the field; None: the default.
+    ``may_change``: a run may go on with another value of it.
+    """
 
     default: Any
     comment: str
@@ -15,6 +19,8 @@ class Field:
     above: int | float | None = None
     high: int | float | None = None
     below: int | float | None = None
+    before: Any = None
+    may_change: bool = False
 
     @property
     def type(self) -> type:

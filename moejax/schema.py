@@ -71,14 +71,8 @@ def default(task: str = LANGUAGE) -> Config:
     Raises:
       UserError: unknown task; the message lists the valid ones.
     """
-    tree: dict[str, Any] = {}
-    for name, field in fields_for(DEFAULT_GATE, task).items():
-        *path, leaf = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = field.default
-    config = Config(tree)
+    table = fields_for(DEFAULT_GATE, task)
+    config = Config(nested({name: field.default for name, field in table.items()}))
     config.lock()
     set_gate(config, DEFAULT_GATE)
     return config
@@ -131,6 +125,18 @@ def flatten(tree: dict[str, Any] | ml_collections.ConfigDict, prefix: str = "") 
         else:
             flat[name] = value
     return flat
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
 
 
 def get_field(config: Config, name: str) -> Any:

@@ -6,7 +6,6 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
-import json
 import os
 import re
 import sys
@@ -18,7 +17,8 @@ from typing import Any
 
 from moejax.errors import UserError, suggest
 from moejax.overrides import check_fields, unknown_field
-from moejax.schema import Config, default, flatten, set_field, set_gate, table_of
+from moejax.saved import CONFIG, read_config
+from moejax.schema import Config, default, flatten, nested, set_field, set_gate, table_of
 from moejax.task_table import LANGUAGE
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -191,18 +191,8 @@ def _describe(error: Exception) -> str:
 
 
 def _read_workdir(source: str) -> Config:
-    path = source if source.endswith(".json") else os.path.join(source, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-    except OSError as error:
-        folder = os.path.dirname(path)
-        raise UserError(f"{path}: {error.strerror}; is {folder!r} the workdir of a run?") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path} has no entry 'config'; it was not written by moejax")
-    return from_dict(saved["config"], path)
+    path = Path(source if source.endswith(".json") else os.path.join(source, CONFIG))
+    return from_dict(read_config(path, ("config",))["config"], str(path))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -210,14 +200,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
     Survives JSON: an int stays an int, a float a float, and a tuple comes back as a tuple.
     """
-    flat, tree = flatten(config), {}
-    for name in table_of(config):
-        *sections, leaf = name.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = flat[name]
-    return tree
+    flat = flatten(config)
+    return nested({name: flat[name] for name in table_of(config)})
 
 
 def from_dict(tree: dict[str, Any], origin: str = "config") -> Config:

@@ -7,11 +7,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.resolve import gate_message, make_gate, moe_config
+from moejax.saved import holds_run
 from moejax.schema import Config, get_field, table_of
 from moejax.task_table import TASKS
 from moejax.types import Gate, Mixes, MoEConfig, Visibility
@@ -244,7 +246,7 @@ def _check_paths(config: Config) -> None:
         "data.path": (os.path.exists, "does not exist"),
         "data.tokenizer": (os.path.isfile, "is not a file"),
         "train.init_from": (
-            lambda path: os.path.isfile(os.path.join(path, "config.json")),
+            lambda path: holds_run(Path(path)),
             "is not the workdir of a run (it has no config.json)",
         ),
     }

@@ -155,7 +155,15 @@ class Loop(types.ModuleType):
         super().__init__("moejax.train.loop")
         self.calls: list[tuple[Any, ...]] = []
 
-    def run(self, config: Any, workdir: str, source: str, overrides: tuple[str, ...]) -> int:
+    def run(
+        self,
+        config: Any,
+        workdir: str,
+        source: str,
+        overrides: tuple[str, ...],
+        restart: bool,
+    ) -> int:
+        assert not restart
         self.calls.append((config, workdir, source, overrides))
         return 75
 

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "moejax"
 
 LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
-RECORDED = {"probe", "recording"}
+RECORDED = {"files", "probe", "recording"}
 CONFIG = {
-    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "sources",
-    "task_table", "validate", "validate_layers",
+    "config", "devices", "field", "fields", "overrides", "resolve", "saved", "schema", "sources",
+    "task_table", "validate", "validate_layers", "versions",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"types"},
     "probe": {"errors"},
     "recording": {"errors"},
+    "files": {"errors"},
     "gating": LOWEST | {"recording"},
     "experts": LOWEST,
     "dispatch": LOWEST | {"experts"},
@@ -36,15 +37,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": LOWEST | SIBLINGS - {"reference"},
     "models": LOWEST | SIBLINGS - {"reference"} | {"layers"},
     "data": {"errors"},
-    **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
+    **{part: CONFIG | {"errors", "files", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "fields", "overrides"},
     "tasks": LOWEST | CONFIG | {"data", "gating", "layers", "losses", "models"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
-    "sweep": {"errors", "flags", "train", "types"} | CONFIG,
+    "sweep": {"errors", "files", "flags", "train", "types"} | CONFIG,
     "analysis": CONFIG
-    | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
+    | {"data", "errors", "files", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
     | {"train"},
     "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
     | CONFIG,

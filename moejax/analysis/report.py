@@ -27,6 +27,7 @@ from moejax.analysis.sweep import SweepData
 from moejax.config import load as load_config
 from moejax.config import validate
 from moejax.errors import UserError
+from moejax.saved import holds_run
 from moejax.sweep.folder import INDEX
 
 PAGES: tuple[Callable[[RunData], Page], ...] = (
@@ -72,7 +73,7 @@ def read(folder: Path) -> RunData | SweepData:
     """
     if (folder / INDEX).exists():
         return SweepData.read(folder)
-    if (folder / "config.json").exists():
+    if holds_run(folder):
         return RunData.read(folder)
     what = "does not exist" if not folder.exists() else "holds neither a run nor a sweep"
     raise UserError(

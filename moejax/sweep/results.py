@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
+from moejax.files import read_rows, write_whole
+from moejax.saved import METRICS, TIMINGS, missing, read_config, stand_for
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
-from moejax.train.loop import read_config
-from moejax.train.metrics import read_rows
 
 Row = dict[str, Any]
 
 DIVERGED = "moejax: diverged at"
 """How `moejax train` begins the line that says so."""
 
+
+LOGGED = "train.log_every"
+"""The interval of rows of training."""
 
 PER_BYTE = "nats/byte"
 """Text is compared per byte, whatever its tokens are."""
@@ -67,6 +70,8 @@ class Result:
     """What a token's output may depend on besides its past; empty when nothing."""
     unit: str = PER_BYTE
     """Of the loss."""
+    missing_steps: int = 0
+    """Steps whose rows are missing in metrics.jsonl; means over training are without them."""
 
 
 def unit_of(results: Sequence[Result]) -> str:
@@ -82,14 +87,15 @@ def read_trial(folder: Path, trial: Trial) -> Result:
     """
     workdir = folders.workdir_of(folder, trial)
     saved = read_config(workdir)
-    rows = read_rows(workdir / "metrics.jsonl")
+    rows = read_rows(workdir / METRICS)
     train = [row for row in rows if row.get("split") == "train"]
     held_out = [row for row in rows if row.get("split") == "eval"][-1]
-    weights = [
-        row["step"] - before for row, before in zip(train, [0, *_steps(train)], strict=False)
-    ]
-    timings = read_rows(workdir / "timings.jsonl")
-    seconds, total_seconds = step_seconds(timings)
+    steps = [row["step"] for row in train]
+    weights = stand_for(steps, saved, LOGGED)
+    gaps = missing(steps, saved, LOGGED, held_out["step"])
+    timings = read_rows(workdir / TIMINGS)
+    own = stand_for([row["step"] for row in timings], saved, LOGGED)
+    seconds, total_seconds = step_seconds(timings, own, held_out["step"])
 
     def mean(values: Iterable[float | None]) -> float | None:
         pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None]
@@ -117,12 +123,9 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         eval_drop_rate=held_out.get("moe/drop_rate"),
         total_parameters=saved["parameters"]["total"],
         leak=held_out["leak"],
+        missing_steps=sum(last - first + 1 for first, last in gaps),
         unit=PER_BYTE if "heldout_bytes_per_token" in saved else saved["units"]["loss"],
     )
-
-
-def _steps(rows: Sequence[Row]) -> list[int]:
-    return [row["step"] for row in rows]
 
 
 def kept_pairs(row: Row) -> float | None:
@@ -136,18 +139,24 @@ def _flops(counted: dict[str, float], layers: int, pairs: float | None) -> float
     return counted["fixed"] + counted["per_pair"] * layers * (pairs or 0.0)
 
 
-def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
+def step_seconds(
+    timings: Sequence[Row], own: Sequence[int] | None = None, steps: int = 0
+) -> tuple[float, float]:
     """Seconds of the median step and of all steps, from the rows of ``timings.jsonl``.
 
     Each time the run was started, its first interval is left out of the median: caches are cold.
-    An interval that was a compilation alone has no time of its own and counts as median steps.
+    An interval that was a compilation alone has no time of its own and counts as median steps, as
+    do steps whose row is missing. ``own``: how many steps each row speaks for (default: those since
+    the row before). ``steps``: of the run (default: the last row's).
     """
     warm, sums, before = [], [], 0
+    lengths = iter(own) if own is not None else None
     for life in _lives(timings):
         for row in life:
             seconds = row["seconds_per_step"]
+            length = next(lengths) if lengths else row["step"] - before
             if math.isfinite(seconds):
-                sums.append((seconds, row["step"] - before))
+                sums.append((seconds, length))
                 if row is not life[0]:
                     warm.append(seconds)
             before = row["step"]
@@ -157,7 +166,7 @@ def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
     median = statistics.median(measured)
     counted = sum(steps for _, steps in sums)
     total = sum(seconds * steps for seconds, steps in sums)
-    return median, total + median * (before - counted)
+    return median, total + median * (max(before, steps) - counted)
 
 
 def elapsed_seconds(timings: Sequence[Row]) -> float:
@@ -242,4 +251,4 @@ def write_csv(
             known = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
         known |= more.get((trial.variant, trial.seed), {})
         writer.writerow({**known, "finished": int(result is not None)})
-    folders.write_whole(folder / "results.csv", text.getvalue())
+    write_whole(folder / "results.csv", text.getvalue())

@@ -19,7 +19,7 @@ from moejax.sweep.launch import Launcher
 from moejax.sweep.pool import STOPPED, Place, Pool
 from moejax.sweep.signals import Signals
 from moejax.train.lock import WorkdirLock
-from moejax.train.loop import make_workdir
+from moejax.train.workdir import make_workdir
 
 
 @dataclasses.dataclass(frozen=True)

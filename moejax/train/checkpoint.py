@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moejax.errors import UserError
+from moejax.saved import committed_steps
 from moejax.train import manifest as manifests
 from moejax.train import reading
 from moejax.train.checksum import checksums
@@ -47,6 +48,7 @@ class Checkpointer:
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
+        self._told: int | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -56,7 +58,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending; no save that is still running or was killed."""
-        return reading.committed_steps(self._directory)
+        return committed_steps(self._directory)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
         """Starts saving `state` and returns once it may be overwritten (donated).
@@ -100,6 +102,14 @@ class Checkpointer:
         if step is not None:
             with self._write_errors(step):
                 self._open().wait_until_finished()
+
+    def just_committed(self) -> bool:
+        """Whether the save that was running is committed by now; true once."""
+        step = self._saving
+        if step is None or step == self._told or step not in self.steps():
+            return False
+        self._told = step
+        return True
 
     def close(self) -> None:
         """Waits and releases the threads; raises what `wait` raises."""

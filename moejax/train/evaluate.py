@@ -19,16 +19,18 @@ from moejax.config import Config
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
 from moejax.resolve import make_gate
+from moejax.saved import read_config
 from moejax.task_table import TASKS
 from moejax.tasks.task import Batch, Task
 from moejax.train import compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
 from moejax.train.look import sent
-from moejax.train.loop import check_text, read_config
+from moejax.train.metrics import warn
 from moejax.train.processes import is_first, on_host
 from moejax.train.reading import Part
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
+from moejax.train.workdir import check_identity, check_text, missing_checkpoints
 from moejax.types import Mixes, MoEInfo
 from moejax.validate import has_experts
 
@@ -61,6 +63,8 @@ def opened(
     saved = read_config(folder)
     remedy = "name the text to evaluate on with --config.data.path"
     check_text(saved, config, this.data.fingerprint, remedy)
+    check_identity(folder, saved)
+    lost = missing_checkpoints(folder, saved)
     with (
         compile_cache.kept(config.report.compile_cache),
         jax.set_mesh(this.mesh),
@@ -70,7 +74,10 @@ def opened(
         restore = _own if own_gate or _has_router(this) else _without_router
         restored = restore(this, checkpoints, step)
         if restored is None:
-            raise UserError(f"{workdir} has no checkpoint to evaluate; train first")
+            lost = lost and f"{lost}; put the folder back"
+            raise UserError(lost or f"{workdir} has no checkpoint to evaluate; train first")
+        if lost and step is None and is_first():
+            warn(f"{lost}; that one is evaluated")
         yield Opened(this, restored.state, restored.step)
 
 

@@ -26,7 +26,7 @@ def make_optimizer(
 
     Args:
       optim_cfg: the config's ``optim`` section.
-      steps: ``train.steps``, over which the schedule stretches.
+      steps: ``train.steps``, over which the schedule stretches unless ``decay_steps`` is set.
       params: the parameters or their shapes; only names and shapes are read.
 
     Returns:
@@ -54,8 +54,8 @@ def make_schedule(optim_cfg: Any, steps: int) -> optax.Schedule:
     r"""Learning rate of the update that follows ``step`` completed ones.
 
     Warm-up is linear: update 1 has peak / warmup_steps, update ``warmup_steps`` the peak. The last
-    update of ``steps`` has r = ``final_fraction`` of it. With p in [0, 1] the share of the decay's
-    updates done, the factor is
+    update of ``decay_steps``, or of ``steps`` where that is 0, has r = ``final_fraction`` of it, as
+    have all that follow. With p in [0, 1] the share of the decay's updates done, the factor is
 
     * cosine: r + (1 - r) (1 + cos(pi p)) / 2, from the end of warm-up (arXiv 1608.03983);
     * wsd: 1 - (1 - r) p, over the last ``decay_fraction`` of all steps (warm-up, stable, decay;
@@ -65,6 +65,7 @@ def make_schedule(optim_cfg: Any, steps: int) -> optax.Schedule:
     A run shorter than its warm-up never reaches the peak.
     """
     name, peak, warmup = optim_cfg.schedule, optim_cfg.learning_rate, optim_cfg.warmup_steps
+    steps = optim_cfg.decay_steps or steps
     decay_start = {
         "cosine": warmup,
         "wsd": max(warmup, steps - round(optim_cfg.decay_fraction * steps)),
@@ -230,6 +231,7 @@ def _check(optim_cfg: Any) -> None:
         ("b2", 0.0, 1.0 - 1e-9, "at least 0 and below 1"),
         ("eps", 1e-30, math.inf, "a positive number such as 1e-8"),
         ("warmup_steps", 0, math.inf, "0 or more"),
+        ("decay_steps", 0, math.inf, "0 (train.steps) or more"),
         ("decay_fraction", 0.0, 1.0, "between 0 and 1"),
         ("final_fraction", 0.0, 1.0, "between 0 and 1"),
         ("clip_norm", 0.0, math.inf, "0 (off) or more"),
@@ -237,3 +239,9 @@ def _check(optim_cfg: Any) -> None:
         value = optim_cfg[field]
         if not (low <= value <= high and math.isfinite(value)):
             raise UserError(f"optim.{field}={value} must be {remedy}")
+    decay, warmup = optim_cfg.decay_steps, optim_cfg.warmup_steps
+    if 0 < decay <= warmup and optim_cfg.schedule != "constant":
+        raise UserError(
+            f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}, or 0 for "
+            "train.steps"
+        )

@@ -6,7 +6,6 @@ learning rate and accuracy instead.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.train.metrics import read_rows
+from moejax.files import read_rows, replacing
+from moejax.saved import METRICS, read_config
 
 Row = dict[str, Any]
 
@@ -54,10 +54,8 @@ def write_summary_png(workdir: str) -> None:
     import matplotlib
 
     path = Path(workdir) / "summary.png"
-    temporary = path.with_name("summary.tmp.png")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), replacing(path, ".png") as temporary:
         summary_figure(workdir).savefig(temporary)
-    temporary.replace(path)
 
 
 def summary_figure(workdir: str) -> Any:
@@ -112,9 +110,9 @@ class _Run:
 
 
 def _read(workdir: Path) -> _Run:
+    saved = read_config(workdir, ("config", "baselines"))
     try:
-        saved = json.loads((workdir / "config.json").read_text())
-        rows = read_rows(workdir / "metrics.jsonl")
+        rows = read_rows(workdir / METRICS)
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename} does not exist: is {workdir} the workdir of a run?"

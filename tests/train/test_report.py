@@ -95,7 +95,8 @@ def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Who
     memory = {"state": budget.state_bytes, "activations": budget.activation_bytes}
     assert saved["memory"] == memory and saved["devices"] == {"kind": "cpu", "count": 2}
     assert sorted(path.name for path in whole.workdir.iterdir()) == [
-        ".lock", "checkpoints", "config.json", "metrics.jsonl", "summary.png", "timings.jsonl",
+        ".lock", "checkpoints", "config.json", "metrics.jsonl", "saved.json",
+        "summary.png", "timings.jsonl",
     ]  # fmt: skip
 
 

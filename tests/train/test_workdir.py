@@ -62,7 +62,7 @@ def test_raising_the_steps_goes_on_where_the_shorter_run_ended(
 
 @pytest.mark.parametrize(
     "field, value",
-    [("train.seed", 1), ("optim.learning_rate", 0.02), ("moe.capacity_factor", 2.0)],
+    [("train.seed", 1), ("optim.b1", 0.8), ("moe.capacity_factor", 2.0)],
 )
 def test_a_changed_field_is_refused_by_name(field: str, value: Any, whole: Whole, text: Path):
     before = runs.files(whole.workdir)

@@ -8,6 +8,7 @@ from moejax.analysis import health
 from moejax.analysis.page import Block, Page, Table, Text, Warning
 from moejax.analysis.run import RunData
 from moejax.config import default, flatten, set_gate, to_dict
+from moejax.saved import told
 from moejax.sweep.results import kept_pairs, step_seconds
 from moejax.task_table import LANGUAGE
 from moejax.train import units
@@ -73,7 +74,7 @@ def _what(run: RunData) -> list[tuple[str, str]]:
         ("made from", " ".join([run.saved.get("source", "?"), *run.saved.get("overrides", [])])),
         ("moejax", str(run.saved.get("version", "?"))),
     ]
-    return rows
+    return rows + [("history", told(entry)) for entry in run.saved.get("history", ())]
 
 
 def _experts(run: RunData) -> str:
