@@ -168,12 +168,17 @@ def missing(
     return found
 
 
+def first_value(known: dict[str, Any], field: str) -> Any:
+    """The value of a field at the run's first start."""
+    changes = [entry for entry in known.get("history", ()) if entry.get("field") == field]
+    section, _, leaf = field.partition(".")
+    return changes[0]["old"] if changes else known["config"][section][leaf]
+
+
 def _largest(known: dict[str, Any], field: str, after: int, until: int) -> int:
     """The largest value that a field had in the steps after one until another."""
-    section, _, leaf = field.partition(".")
     changes = [entry for entry in known.get("history", ()) if entry.get("field") == field]
-    values = [changes[0]["old"] if changes else known["config"][section][leaf]]
-    values += [entry["new"] for entry in changes]
+    values = [first_value(known, field), *(entry["new"] for entry in changes)]
     begins = [0, *(entry["step"] for entry in changes)]
     ends = [*begins[1:], max(until, begins[-1]) + 1]
     held = [

@@ -55,7 +55,7 @@ def run(
     this.data.train_batch(0)  # data that are too few are refused here,
     this.eval_batches()  # before anything is written
     this.check_gate_data(config.train.steps)
-    probe.check(this, folder)
+    probe.check(this, folder, found.eval_rows)
     console, costs = Console(this, folder), budget.count_budget(this)
     console.announce(costs)
     about = {
@@ -109,7 +109,9 @@ def _train(
         if restored:
             life.saved()
         state = restored.state if restored else _first_state(this, warm)
-        recorder = probe.Recorder(this, folder, resume_step=start if restored else None)
+        recorder = probe.Recorder(
+            this, folder, start if restored else None, life.found.eval_rows if restored else None
+        )
         with log:
             if stop.requested(start):  # before the first step: all there is to save is saved
                 console.finish(start, PREEMPTED)

@@ -18,7 +18,7 @@ from moejax import __version__, files, probe, saved
 from moejax.config import Config, all_differences, config_differences, to_dict
 from moejax.errors import UserError
 from moejax.saved import CHECKPOINTS, CONFIG, METRICS, SAVED, TIMINGS, committed_steps
-from moejax.train.metrics import warn
+from moejax.train.metrics import Gap, warn
 from moejax.train.processes import is_first
 
 OUTPUT = "log.txt"
@@ -45,6 +45,12 @@ class Found:
     @property
     def history(self) -> list[Entry]:
         return list(self.config_json.get("history", ()))
+
+    @property
+    def eval_rows(self) -> int | None:
+        """``train.eval_rows`` of the run's first start; None for a new run."""
+        known = self.config_json
+        return saved.first_value(known, "train.eval_rows") if known else None
 
     @property
     def id(self) -> str:
@@ -214,19 +220,23 @@ def new_id() -> str:
 
 
 def history(
-    found: Found, step: int, gaps: list[Any], restart: bool, lost: list[str]
+    found: Found, step: int, gaps: list[Gap], restart: bool, lost: list[str]
 ) -> list[Entry]:
-    """The history of a run that starts at a step: what it was, and what this start adds."""
+    """The history of a run that starts at a step: what it was, and what this start adds.
+
+    A run that starts at step 0 has none, whatever an earlier attempt was.
+    """
+    if step == 0:
+        return [stamped(0, {"restarted": True})] if restart and found.config_json else []
     # What happened after the step that the run goes on from holds from there on.
     before = [{**entry, "step": min(entry["step"], step)} for entry in found.history]
-    new: list[Entry] = [{"restarted": True}] if restart and found.config_json else []
-    new += [{"field": name, "old": old, "new": value} for name, old, value in found.changes]
+    new: list[Entry] = [{"field": name, "old": old, "new": x} for name, old, x in found.changes]
     new += [gap_entry(gap) for gap in gaps]
     new += [{"missing": name} for name in lost]
     return before + [stamped(step, entry) for entry in new]
 
 
-def gap_entry(gap: Any) -> Entry:
+def gap_entry(gap: Gap) -> Entry:
     """A gap of a log, for the history."""
     return {"log": gap.log, "rows_missing": gap.rows, "rows": gap.of}
 

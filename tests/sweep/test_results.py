@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moejax.config import load, to_dict
 from moejax.errors import UserError
 from moejax.sweep import figure, table
 from moejax.sweep.comparison import compare
@@ -24,6 +25,7 @@ from moejax.sweep.results import (
     read_sweep,
     step_seconds,
 )
+from tests.train.runs import ROOT
 
 PLAIN = Result(
     variant="switch",
@@ -84,7 +86,7 @@ def test_kept_pairs_are_those_not_dropped():
 
 
 def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
-    config = {"train": {"steps": 3}}
+    config = to_dict(load(f"{ROOT}/configs/lm.py", ["train.steps=3"]).config)
     sweep = Sweep("page.py", (Trial("a", 0, (), config),))
     workdir = tmp_path / "trials/a-seed0"
     workdir.mkdir(parents=True)
