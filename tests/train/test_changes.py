@@ -56,7 +56,7 @@ def test_decay_steps_keep_a_schedule_when_the_steps_are_raised(name: str):
 
 def test_decay_steps_within_the_warm_up_are_refused():
     with pytest.raises(UserError, match="optim.decay_steps=5 must be above optim.warmup_steps=50"):
-        make_optimizer(optim("decay_steps=5"), 100, {})
+        make_optimizer(optim("decay_steps=5", "warmup_steps=50"), 100, {})
 
 
 def run_of(steps: int, *overrides: str) -> Any:
