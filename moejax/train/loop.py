@@ -176,6 +176,8 @@ def _loop(
             if save_now or stopping:
                 rows.check_state(step, state)
                 log.flush()
+                checkpoints.wait()
+                life.saved()  # the one before
                 checkpoints.save(step, state, life.meta(step, log))
             elif checkpoints.just_committed():
                 life.saved()

@@ -189,8 +189,8 @@ def _check_saved(folder: Path, known: dict[str, Any], restart: bool) -> tuple[st
 
 def note_saved(folder: Path) -> None:
     """Writes down which checkpoints there are."""
-    if is_first():
-        steps = committed_steps(folder / CHECKPOINTS)
+    steps = committed_steps(folder / CHECKPOINTS) if is_first() else []
+    if steps:
         files.write_whole(folder / SAVED, json.dumps({"steps": steps}) + "\n")
 
 
