@@ -206,6 +206,11 @@ class Console:
             print(line, flush=True)
 
 
+def _rate(schedule: Any, step: int) -> float:
+    """The learning rate of the update that follows ``step`` completed ones."""
+    return float(schedule(step))
+
+
 def _schedule_line(run: Run, step: int) -> str:
     """What the learning rate will do: now, at its peak if that is to come, and at the end."""
     optim, steps = run.config.optim, run.config.train.steps
@@ -213,8 +218,8 @@ def _schedule_line(run: Run, step: int) -> str:
     peak = f"{optim.learning_rate:.3g} at step {optim.warmup_steps}, "
     to_come = step + 1 < optim.warmup_steps <= steps
     return (
-        f"{optim.schedule}{decay}: learning rate {float(run.schedule(step)):.3g} at step "
-        f"{step + 1}, {peak if to_come else ''}{float(run.schedule(steps - 1)):.3g} at step {steps}"
+        f"{optim.schedule}{decay}: learning rate {_rate(run.schedule, step):.3g} at step "
+        f"{step + 1}, {peak if to_come else ''}{_rate(run.schedule, steps - 1):.3g} at step {steps}"
     )
 
 
@@ -233,7 +238,7 @@ def rise(run: Run, step: int, before: dict[str, Any] | None) -> str:
         f"{name} from {old[name]} to {new[name]}" for name in OF_RATE if old[name] != new[name]
     ]
     schedule = make_schedule(ConfigDict(before["optim"]), before["train"]["steps"])
-    was, is_now = float(schedule(step)), float(run.schedule(step))
+    was, is_now = _rate(schedule, step), _rate(run.schedule, step)
     if not changed or is_now <= was * (1 + 1e-6):
         return ""
     length = old["optim.decay_steps"] or old["train.steps"]
@@ -242,7 +247,7 @@ def rise(run: Run, step: int, before: dict[str, Any] | None) -> str:
     )
     remedy = (
         f"; --config.optim.decay_steps={length} keeps the schedule as it was, and "
-        f"{float(schedule(length)):.3g} after its end"
+        f"{_rate(schedule, length):.3g} after its end"
         if stretched
         else ""
     )
@@ -258,11 +263,11 @@ def _longer(run: Run, step: int) -> str:
     if optim.schedule == "constant" or optim.decay_steps:
         return ""
     longer = make_schedule(optim, 2 * steps)
-    if float(longer(step)) <= float(run.schedule(step)):
+    if _rate(longer, step) <= _rate(run.schedule, step):
         return ""
     return (
         f"; that stretches the {optim.schedule} schedule, and the learning rate goes up again, "
-        f"unless optim.decay_steps={steps} keeps it at {float(run.schedule(step)):.3g}"
+        f"unless optim.decay_steps={steps} keeps it at {_rate(run.schedule, step):.3g}"
     )
 
 

@@ -40,7 +40,7 @@ class Recorder:
         self, run: Run, folder: Path, resume_step: int | None, eval_rows: int | None = None
     ):
         self._run, self._folder = run, folder
-        eval_rows = eval_rows or run.config.train.eval_rows
+        eval_rows = int(eval_rows or run.config.train.eval_rows)
         held_out = _eval_batches(run, eval_rows)
         self._rows = probe_rows(run, held_out)
         if is_first():

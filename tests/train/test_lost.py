@@ -87,6 +87,7 @@ def test_restart_is_refused_where_there_are_checkpoints(half: Path, text: Path):
     assert runs.files(half) == before
 
 
+@pytest.mark.slow
 def test_a_missing_newest_checkpoint_is_said_and_the_one_before_is_taken(
     half: Path, whole: Whole, text: Path
 ):
@@ -126,6 +127,7 @@ def test_what_was_surely_saved_follows_from_rows_and_folder(tmp_path: Path):
 # ---------------------------------------------------------------- config.json
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["deleted", "empty", "cut"])
 def test_config_json_is_made_anew_from_a_checkpoint(
     how: str, half: Path, whole: Whole, text: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +171,7 @@ def test_a_run_of_a_newer_version_is_refused_in_one_line(half: Path, text: Path)
         assert f"schema {versions.SCHEMA + 1}" in ended.err and "upgrade" in ended.err
 
 
+@pytest.mark.slow
 def test_a_field_that_an_older_version_lacks_gets_what_it_meant_there(
     half: Path, whole: Whole, text: Path
 ):
@@ -234,6 +237,7 @@ def test_a_copied_workdir_goes_on(half: Path, whole: Whole, text: Path, tmp_path
 # ---------------------------------------------------------------- rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log", ["metrics.jsonl", "timings.jsonl"])
 @pytest.mark.parametrize("how", ["cut", "removed", "altered"])
 def test_rows_that_are_missing_when_a_run_goes_on_are_said_and_kept_in_its_history(
