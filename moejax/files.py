@@ -7,6 +7,7 @@ turns back.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -28,28 +29,66 @@ _BLOCK = 1 << 16
 # ---------------------------------------------------------------- whole or not at all
 
 
-@contextlib.contextmanager
-def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end, also after a power cut.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""A disk or a quota that is full, one that cannot be written to, a file as large as it may be."""
 
-    It is hidden: a folder that holds nothing else counts as empty. ``suffix``: what its name ends
-    with, for writers that read the format off it.
+
+def cannot_write(path: str | Path, error: OSError) -> str:
+    """A line about a file that could not be written, with the remedy."""
+    why = error.strerror or str(error)
+    return f"{path} cannot be written: {why}; make room or mend the disk and run again"
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Inside, what cannot be written is one line that names the file.
+
+    Raises:
+      UserError: in the place of OSError.
     """
-    temporary = path.with_name(f".{path.name}{suffix}")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        yield
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from error
+
+
+@contextlib.contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """A file to write in the place of ``path``, which it takes in one rename when all is there.
+
+    Whatever goes wrong inside, ``path`` stays as it was and nothing is left beside it. It is there
+    after a power cut, too. Its name is hidden until then: a folder that holds nothing else counts
+    as empty.
+
+    Raises:
+      UserError: in the place of OSError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _sync(path: Path) -> None:
+    """Blocks until a file or a folder is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file of text (UTF-8, its line ends as they are) or bytes."""
-    with replacing(path) as temporary:
+    with replaced(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

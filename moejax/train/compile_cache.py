@@ -34,7 +34,6 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from moejax.files import write_whole
 from moejax.train import trust
 from moejax.train.processes import is_first
 
@@ -116,7 +115,10 @@ class Cache:
                 os.fchmod(file.fileno(), 0o600)
                 os.fsync(file.fileno())
             if not (self.folder / name).exists():  # another process may have been faster
-                write_whole(self.folder / _digest_name(name), _digest(entry))
+                digest = self.view / _digest_name(name)
+                digest.write_text(_digest(entry))
+                digest.chmod(0o600)
+                digest.replace(self.folder / digest.name)
                 with contextlib.suppress(FileExistsError):
                     os.link(entry, self.folder / name)
             self._known.add(name)

@@ -176,14 +176,16 @@ class _Log:
 
     def flush(self) -> None:
         self._look()
-        os.fsync(self._file)
+        with files.writing(self._path.name):
+            os.fsync(self._file)
 
     def close(self) -> None:
         os.fsync(self._file)
         os.close(self._file)
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with files.writing(self._path):
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
     def _look(self) -> None:
         """Makes sure that the path still leads to the file, and the file holds what was written."""
@@ -205,20 +207,18 @@ class _Log:
         """Writes the file again that somebody removed or put another one in the place of."""
         content = _whole_of(self._file, os.fstat(self._file).st_size)
         name, folder, n = self._path.name, self._path.parent, 0
-        try:
-            if self._path.exists():
-                while (other := folder / f"{name}.other-{n}").exists():
-                    n += 1
-                self._path.rename(other)
-                what = f"{name} was replaced by another file, which is {other.name} now"
-            else:
-                what = f"{name} was removed"
-            files.write_whole(self._path, content)
-        except OSError as error:
+        if not folder.is_dir():
             raise UserError(
-                f"{self._path} was removed and cannot be written again: {error.strerror}; the run "
-                "cannot go on without its folder"
-            ) from error
+                f"{self._path} was removed with its folder, and the run cannot go on without that"
+            )
+        what = f"{name} was removed"
+        if self._path.exists():
+            while (other := folder / f"{name}.other-{n}").exists():
+                n += 1
+            with files.writing(other):
+                self._path.rename(other)
+            what = f"{name} was replaced by another file, which is {other.name} now"
+        files.write_whole(self._path, content)
         os.close(self._file)
         self._file = self._open()
         warn(f"{what} while the run goes on; written again with all of its rows")

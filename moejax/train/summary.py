@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.files import read_rows, replacing
+from moejax.files import read_rows, replaced
 from moejax.saved import METRICS, read_config
 
 Row = dict[str, Any]
@@ -54,8 +54,10 @@ def write_summary_png(workdir: str) -> None:
     import matplotlib
 
     path = Path(workdir) / "summary.png"
-    with matplotlib.rc_context(STYLE), replacing(path, ".png") as temporary:
-        summary_figure(workdir).savefig(temporary)
+    with matplotlib.rc_context(STYLE):
+        figure = summary_figure(workdir)
+        with replaced(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def summary_figure(workdir: str) -> Any:
