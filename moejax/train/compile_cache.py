@@ -97,11 +97,12 @@ class Cache:
             named = ", ".join(name.rpartition("-")[0].rpartition("-")[0] for name in damaged[:3])
             more = ", ..." if len(damaged) > 3 else ""
             _say(
-                f"{len(damaged)} compiled programs in {self.folder} were damaged (no digest, or "
-                f"another one) and are removed: {named}{more}; compiled anew"
+                f"compiled programs in {self.folder} are damaged (no digest, or another one) and "
+                f"removed: {named}{more}; compiled anew"
             )
         if foreign:
-            _say(f"{self.folder}: {len(foreign)} compiled programs are not used: {foreign[0]}")
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            _say(f"compiled programs in {self.folder} are not used: {foreign[0]}{more}")
 
     def publish(self) -> None:
         """Adds to the folder what JAX has added; nothing may be compiling meanwhile."""
