@@ -152,7 +152,8 @@ FIELDS: dict[str, Field] = {
     "optim.output_z_loss": Field(0.0, "weight of the z-loss on the output logits", low=0.0),
     "data.path": Field("", "a text file or a folder (empty: the built-in corpus)"),
     "data.tokenizer": Field("", "a tokenizer.json (empty: bytes)"),
-    "data.eval_fraction": Field(0.05, "share of the documents held out", above=0.0, below=1.0),
+    "data.eval_fraction": Field(0.05, "share of the data held out", above=0.0, below=1.0),
+    "data.eval_path": Field("", "a held-out text (empty: what data.path says, or a share of it)"),
     "distributed.mode": Field(
         "auto",
         "auto: join the processes a launcher started, if one did",

@@ -243,6 +243,7 @@ def _check_paths(config: Config) -> None:
     checks = {
         "data.path": (os.path.exists, "does not exist"),
         "data.tokenizer": (os.path.isfile, "is not a file"),
+        "data.eval_path": (os.path.exists, "does not exist"),
         "train.init_from": (
             lambda path: os.path.isfile(os.path.join(path, "config.json")),
             "is not the workdir of a run (it has no config.json)",
