@@ -83,11 +83,11 @@ def make(
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     optimizer, schedule = make_optimizer(config.optim, config.train.steps, params)
     nothing = np.zeros(0, np.uint16)
-    corpus = Corpus(nothing, nothing, VOCAB, 1.0, "", "none", 0)
+    corpus = Corpus(nothing, nothing, VOCAB, nothing, "", "none", 0)
     return Run(
         config=config,
         leak="",
-        data=TextSource(corpus, LENGTH, BATCH, config.train.seed),
+        data=TextSource(corpus, LENGTH, BATCH, config.train.seed, config.train.eval_rows),
         mesh=make_mesh(shape, devices[: math.prod(shape.values())]),
         task=task,
         optimizer=optimizer,

@@ -23,6 +23,8 @@ class TableSource:
     table: Table
     batch_size: int
     seed: int
+    eval_rows: int
+    """Rows of an evaluation, at most: what the baselines are of."""
 
     @property
     def name(self) -> str:
@@ -57,7 +59,11 @@ class TableSource:
         return table_eval_batches(self.table.heldout, batch_size, rows)
 
     def baselines(self) -> dict[str, float]:
-        return table_baselines(self.table)
+        return self._baselines
+
+    @functools.cached_property
+    def _baselines(self) -> dict[str, float]:
+        return table_baselines(self.table, self.eval_rows)
 
     def about(self) -> dict[str, Any]:
         """The tasks, and how many values each feature has (0: a number)."""

@@ -70,8 +70,19 @@ class Result:
 
 
 def unit_of(results: Sequence[Result]) -> str:
-    """The unit of the losses, which all of them share."""
-    return results[0].unit if results else PER_BYTE
+    """The unit of the losses, which all of them share.
+
+    Raises:
+      UserError: they do not.
+    """
+    units = {result.unit: result for result in results}
+    if len(units) > 1:
+        said = ", ".join(f"{unit} of {result.variant}" for unit, result in units.items())
+        raise UserError(
+            f"losses of several units cannot be compared: {said}; shards of an older version do "
+            "not say which bytes their tokens stand for, so prepare them again"
+        )
+    return next(iter(units), PER_BYTE)
 
 
 def read_trial(folder: Path, trial: Trial) -> Result:
@@ -96,6 +107,7 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         return sum(v * w for v, w in pairs) / sum(w for _, w in pairs) if pairs else None
 
     layers = len(held_out.get("moe/load", ()))
+    bytes_per_token = evaluated_bytes_per_token(saved, workdir)
     train_pairs = mean(kept_pairs(row) for row in train)
     eval_pairs = kept_pairs(held_out)
     return Result(
@@ -103,7 +115,7 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         seed=trial.seed,
         id=trial.id,
         step=held_out["step"],
-        loss=held_out["loss"] / saved.get("heldout_bytes_per_token", 1.0),
+        loss=held_out["loss"] / (bytes_per_token or 1.0),
         train_flops_per_token=_flops(saved["flops"]["train"], layers, train_pairs),
         eval_flops_per_token=_flops(saved["flops"]["eval"], layers, eval_pairs),
         train_pairs_per_token=train_pairs,
@@ -117,8 +129,27 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         eval_drop_rate=held_out.get("moe/drop_rate"),
         total_parameters=saved["parameters"]["total"],
         leak=held_out["leak"],
-        unit=PER_BYTE if "heldout_bytes_per_token" in saved else saved["units"]["loss"],
+        unit=PER_BYTE if bytes_per_token else saved["units"]["loss"],
     )
+
+
+def evaluated_bytes_per_token(saved: dict[str, Any], workdir: Path) -> float | None:
+    """Bytes of text per token, of the very targets that were evaluated; None where losses are not
+    of text, or of shards that do not say.
+
+    Raises:
+      UserError: an older version divided by a ratio of other tokens.
+    """
+    seen = saved.get("evaluated")
+    if seen:
+        return seen["bytes"] / seen["tokens"] if "bytes" in seen else None
+    of_all = saved.get("heldout_bytes_per_token")
+    if of_all not in (None, 1.0):
+        raise UserError(
+            f"{workdir} was run by an older version of moejax, which does not say how many bytes "
+            "its evaluated tokens stand for; remove that folder and run the sweep again"
+        )
+    return of_all
 
 
 def _steps(rows: Sequence[Row]) -> list[int]:

@@ -35,7 +35,7 @@ def build(config: Config) -> tuple[Task, Source]:
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
             f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
         )
-    source = TextSource(corpus, train.seq_len, train.batch_size, train.seed)
+    source = TextSource(corpus, train.seq_len, train.batch_size, train.seed, train.eval_rows)
     return LanguageModel.from_config(config, corpus.vocab_size), source
 
 

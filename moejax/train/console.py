@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moejax.data.source import Remarks
 from moejax.mesh import AXES, BATCH_AXES
 from moejax.train import flops, units
 from moejax.train.budget import Budget
@@ -54,6 +55,11 @@ class Console:
             f"data        {run.data.name}: {units.count(there)} training {of.item}s, "
             f"{units.count(held_out)} held out"
         )
+        if is_first() and isinstance(run.data, Remarks):
+            for heading, said in run.data.facts().items():
+                self._say(f"{heading:<12}{said}")
+            for said in run.data.warnings():
+                print(f"moejax: warning: {said}", file=sys.stderr, flush=True)
         length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
         self._say(
             f"training    {train.steps} steps of {train.batch_size}{length} {of.item}s, "

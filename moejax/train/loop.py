@@ -263,14 +263,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_config(this: Run, folder: Path, about: dict[str, Any]) -> None:
-    """Writes config.json, in one rename; keeps what the run's first start measured.
+    """Writes config.json, in one rename.
 
     ``about``: where the config is from, and what a token costs.
     """
     if not is_first():
         return
     path = folder / "config.json"
-    known = read_config(folder) if path.exists() else {}
     data = this.data
     content = {
         # How these processes found each other is no part of the run: one alone may evaluate it.
@@ -281,7 +280,7 @@ def write_config(this: Run, folder: Path, about: dict[str, Any]) -> None:
         "fingerprint": data.fingerprint,
         **data.about(),
         "units": this.task.units._asdict(),
-        "baselines": known.get("baselines") or data.baselines(),
+        "baselines": data.baselines(),
         "parameters": {
             "total": count_parameters(this.abstract_state.params),
             "active": budget.active_parameters(this),

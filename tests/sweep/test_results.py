@@ -98,6 +98,19 @@ def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
         read_sweep(tmp_path, sweep)
 
 
+def test_a_loss_of_text_is_divided_by_the_bytes_of_the_targets_it_is_of(tmp_path: Path):
+    per_token = results.evaluated_bytes_per_token
+    saved = {"evaluated": {"rows": 2, "tokens": 32, "bytes": 120}, "heldout_bytes_per_token": 3.0}
+    assert per_token(saved, tmp_path) == 120 / 32
+    assert (
+        per_token({"evaluated": {"rows": 2, "tokens": 32}}, tmp_path) is None
+    )  # shards that do not say
+    assert per_token({"heldout_bytes_per_token": 1.0}, tmp_path) == 1.0  # an older run on bytes
+    assert per_token({"classes": ["a"]}, tmp_path) is None
+    with pytest.raises(UserError, match="older version.*run the sweep again"):
+        per_token({"heldout_bytes_per_token": 3.1}, tmp_path)
+
+
 def test_elapsed_seconds_are_those_of_every_life():
     rows = timings((10, 9.0, 90), (20, 1.0, 100), (30, 3.0, 30), (40, 8.0, 80), (50, 2.0, 20))
     assert elapsed_seconds(rows) == 100 + 80 + 20 and elapsed_seconds([]) == 0

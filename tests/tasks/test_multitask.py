@@ -77,7 +77,7 @@ def gaps():
     """A run's task on that table, its totals, and what it said of every row."""
     run, table = run_of("data=correlated"), table_with_gaps()
     task = MultiTaskLearning.from_config(run.config, table)
-    source = TableSource(table, 16, 0)
+    source = TableSource(table, 16, 0, 1000)
     params, key = task.init(jax.random.key(0)), jax.random.key(1)
     state = task.init_gate_state()
 
@@ -148,7 +148,7 @@ def pushes(run, table, sharing="mmoe"):
     config = copy.deepcopy(run.config)
     config.task.sharing = sharing
     task = MultiTaskLearning.from_config(config, table)
-    batch = jax.device_put(TableSource(table, 16, 0).train_batch(0))
+    batch = jax.device_put(TableSource(table, 16, 0, 1000).train_batch(0))
     params = task.init(jax.random.key(0))
     # The same gates beside one task and many, whatever keys they are drawn from.
     rng = np.random.default_rng(0)
@@ -193,7 +193,7 @@ def test_a_gates_own_losses_push_it_as_hard_beside_one_task_as_beside_sixteen(ar
 def test_the_linear_baseline_is_at_the_optimum_of_its_loss():
     """Least squares against numpy's; of logistic regression the gradient is 0."""
     table = table_with_gaps()
-    found = table_baselines(table)
+    found = table_baselines(table, len(table.heldout))
     x_NX = design(table.train, ())
     here_N = table.train.present_NM[:, 0]
     augmented = np.concatenate([x_NX[here_N], np.diag([0.0, 1.0, 1.0, 1.0])])
@@ -216,10 +216,22 @@ def test_the_linear_baseline_is_at_the_optimum_of_its_loss():
 
 def test_the_ideal_of_a_generated_table_has_the_noise_as_its_loss():
     table = groups(0, 2000, 4)
-    found = table_baselines(table)
+    found = table_baselines(table, len(table.heldout))
     noise = sum(0.01**2 / target.scale**2 for target in table.targets)
     np.testing.assert_allclose(found["ideal"], noise, rtol=0.2)  # 800 draws
     np.testing.assert_allclose(found["mean"], 4.0, rtol=0.2)  # a variance per task
+
+
+@pytest.mark.parametrize("rows", [7, 10_000])
+def test_baselines_of_a_table_are_of_the_evaluated_rows(rows):
+    table = groups(0, 600, 4)
+    source = TableSource(table, 16, 0, rows)
+    batches = source.eval_batches(16, rows)
+    target_NM = np.concatenate([batch["target"][batch["valid"]] for batch in batches])
+    assert len(target_NM) == min(rows, len(table.heldout))
+    guess_M = np.array([target.guess for target in table.targets])
+    expected = np.mean(np.square(guess_M - target_NM), axis=0).sum()
+    np.testing.assert_allclose(source.baselines()["mean"], expected, rtol=1e-6)  # float32 targets
 
 
 # The source.

@@ -42,7 +42,7 @@ def test_rows_have_the_agreed_keys_and_every_value_is_finite(whole: Whole):
     common = {"step", "split", "loss", "accuracy", *AUX_KEYS, *MOE_KEYS}
     keys = {
         "train": common | {"total_loss", "grad_norm", "learning_rate"},
-        "eval": common | {"bits_per_byte"},
+        "eval": common | {"bits_per_byte", "baseline/bigram", "baseline/trigram"},
     }
     for row in runs.rows(whole.workdir):
         assert set(row) == keys[row["split"]]
@@ -86,7 +86,14 @@ def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Who
     assert from_dict(saved["config"]) == loaded.config
     assert saved["source"] == runs.PAGE and saved["overrides"] == runs.flags(text)
     assert saved["fingerprint"] == corpus.fingerprint and len(corpus.fingerprint) == 64
-    assert saved["baselines"] == ngram_baselines(corpus.train_N, corpus.heldout_N, 256)
+    seen = np.concatenate([b["tokens"][b["valid"].any(axis=1)] for b in whole.run.eval_batches()])
+    assert saved["baselines"] == ngram_baselines(corpus.train_N, [seen], 256)
+    for row in runs.rows(whole.workdir, "eval"):
+        assert saved["baselines"] == {n: row[f"baseline/{n}"] for n in ("bigram", "trigram")}
+    tokens = seen[:, 1:].size
+    assert saved["evaluated"] == {"rows": len(seen), "tokens": tokens, "bytes": tokens}
+    assert saved["text"]["heldout_documents"] == 1 and saved["text"]["train_documents"] == 4
+    assert 0 <= saved["text"]["overlap"]["share"] < 1
     assert saved["parameters"] == {"total": 9552, "active": 8016}
     budget = count_budget(whole.run)
     for phase, counted in (("train", budget.train_flops), ("eval", budget.eval_flops)):
@@ -115,6 +122,12 @@ def test_parameters_memory_and_mesh_are_said_before_compiling(whole: Whole):
     kib = (outside + LAYERS * EXPERTS // 2 * expert) * 4 * 4 / 1024
     said = re.search(r"memory +\S+ KiB expected per device \((\S+) KiB state and gradients", before)
     assert said and float(said[1]) == pytest.approx(kib, rel=2e-3)
+    assert "held out    20% of the bytes, by a hash of the names: 1 document beside 4" in before
+    assert re.search(
+        r"evaluation  \d+ rows, (\d+) tokens, \1 bytes of the 110 tokens held out", before
+    )
+    assert "of held-out bytes are in a 50-byte window that the training text has too" in before
+    assert "moejax: warning: only 110 tokens are held out" in whole.ended.err
     assert "mesh        data=1 x fsdp=1 x expert=2 x tensor=1 on 2 cpu device(s)\n" in before
     assert f"training    {STEPS} steps of 8 x 16 tokens" in before
 

@@ -150,6 +150,12 @@ def test_eval_prints_the_held_out_row_of_a_checkpoint_and_writes_nothing(
     ended = call(["eval", f"--workdir={whole.workdir}"])
     assert (ended.status, ended.err) == (0, "")
     assert json.loads(ended.out) == runs.rows(whole.workdir, "eval")[-1]
+    fewer = json.loads(
+        call(["eval", f"--workdir={whole.workdir}", "--config.train.eval_rows=2"]).out
+    )
+    all_of_it = runs.rows(whole.workdir, "eval")[-1]
+    for name in ("bigram", "trigram"):  # baselines follow the evaluated rows, as the loss does
+        assert fewer[f"baseline/{name}"] != all_of_it[f"baseline/{name}"]
     ended = call(["eval", f"--workdir={whole.workdir}", "--step=6"])
     assert json.loads(ended.out)["step"] == 6
     refused(["eval", f"--workdir={whole.workdir}", "--step=4"], "step 4", "6, 8")

@@ -89,9 +89,9 @@ def _dotted(run: RunData) -> str:
     if run.units.item == "token":
         return (
             " Dotted: models of n-gram counts of the same text (Witten-Bell), evaluated on the "
-            "whole held-out text."
+            "same rows."
         )
-    return " Dotted: what can be said without a model, evaluated on everything held out."
+    return " Dotted: what can be said without a model, evaluated on the same rows."
 
 
 def _metric(run: RunData, key: str, name: str, caption: str) -> Figure:
