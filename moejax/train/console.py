@@ -59,7 +59,7 @@ class Console:
             for heading, said in run.data.facts().items():
                 self._say(f"{heading:<12}{said}")
             for said in run.data.warnings():
-                print(f"moejax: warning: {said}", file=sys.stderr, flush=True)
+                self._say(f"warning     {said}")
         length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
         self._say(
             f"training    {train.steps} steps of {train.batch_size}{length} {of.item}s, "

@@ -141,14 +141,19 @@ def test_text_is_not_taken_for_a_container(tmp_path, name, text):
     assert kind_of(str(tmp_path / name)) is None
 
 
+def looks_like(path: str) -> str:
+    kind = kind_of(path)
+    return kind.name if kind else ""
+
+
 def test_json_records_are_told_by_content(tmp_path):
     (tmp_path / "a.json").write_bytes(RECORDS)
-    assert kind_of(str(tmp_path / "a.json")).name == "JSON lines"
+    assert looks_like(str(tmp_path / "a.json")) == "JSON lines"
     (tmp_path / "b.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=1))
-    assert kind_of(str(tmp_path / "b.json")).name == "a JSON list of records"
+    assert looks_like(str(tmp_path / "b.json")) == "a JSON list of records"
     long = json.dumps({"text": "x" * 200_000})  # no line ends in the first bytes
     (tmp_path / "c.txt").write_text(f"{long}\n{long}\n")
-    assert kind_of(str(tmp_path / "c.txt")).name == "JSON lines"
+    assert looks_like(str(tmp_path / "c.txt")) == "JSON lines"
 
 
 def test_what_does_not_look_like_text_is_counted_once_a_document(tmp_path):

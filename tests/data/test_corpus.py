@@ -34,6 +34,7 @@ def test_training_and_heldout_text_are_the_files_each_once(folder):
     assert sorted(train + heldout) == sorted(path.read_bytes() for path in folder.iterdir())
     assert (corpus.vocab_size, corpus.separator, corpus.name) == (256, 0, "text")
     assert corpus.train_N.dtype == corpus.heldout_N.dtype == np.uint16
+    assert corpus.heldout_size_M is not None
     assert corpus.heldout_size_M.tolist() == [1] * len(corpus.heldout_N)
 
 
@@ -72,6 +73,7 @@ def test_bytes_of_held_out_tokens_are_exact_with_a_tokenizer(folder, tmp_path):
     assert corpus.vocab_size == 280
     assert len(corpus.heldout_N) < len(as_bytes.heldout_N)
     text = as_bytes.heldout_N.astype(np.uint8).tobytes()
+    assert corpus.origin is not None and corpus.heldout_size_M is not None
     tokenizer = corpus.origin.tokenizer
     at = 0
     for token, size in zip(corpus.heldout_N, corpus.heldout_size_M, strict=True):

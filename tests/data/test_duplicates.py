@@ -118,6 +118,7 @@ def test_a_corpus_and_its_shards_say_the_same_overlap(tmp_path):
     half = letters(2000)
     documents_of(tmp_path / "text", {"train/a": half, "val/b": half[:1000] + letters(1000)})
     corpus = load_corpus(str(tmp_path / "text"))
+    assert corpus.overlap is not None
     assert corpus.overlap.share == pytest.approx(0.5, abs=0.002)
     prepare(str(tmp_path / "text"), "", str(tmp_path / "shards"))
     assert load_corpus(str(tmp_path / "shards")).overlap == corpus.overlap

@@ -150,6 +150,6 @@ def test_a_held_out_text_of_its_own_is_held_out_and_not_trained_on(tmp_path):
 def test_the_train_folder_alone_is_trained_on_beside_a_held_out_text(tmp_path):
     files = {"t/train/a": "a" * 50, "t/test/a": "b" * 50, "own.txt": "c" * 50}
     root = write(tmp_path, files)
-    split = load_corpus(f"{root}/t", eval_path=f"{root}/own.txt").origin.split
+    split = open_text(f"{root}/t", 0.05, f"{root}/own.txt").split
     assert (names(split.train), names(split.heldout)) == ({"train/a"}, {"own.txt"})
     assert split.unread == 1

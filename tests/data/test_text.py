@@ -34,6 +34,7 @@ def mixed(tmp_path_factory):
 def test_bits_per_byte_divide_by_the_bytes_of_the_evaluated_targets(mixed, with_bpe, rows):
     corpus = load_corpus(str(mixed / "text"), str(mixed / "bpe.json") if with_bpe else "")
     source = TextSource(corpus, 16, 4, 0, rows)
+    assert corpus.origin is not None
     sizes = corpus.origin.tokenizer.token_bytes()
     batches = source.eval_batches(4, rows)
     targets = np.concatenate([b["tokens"][:, 1:][b["valid"]] for b in batches])

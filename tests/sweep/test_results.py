@@ -19,6 +19,7 @@ from moejax.sweep.match import Comparison
 from moejax.sweep.results import (
     Result,
     elapsed_seconds,
+    evaluated_bytes_per_token,
     kept_pairs,
     read_diverged,
     read_sweep,
@@ -99,7 +100,7 @@ def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
 
 
 def test_a_loss_of_text_is_divided_by_the_bytes_of_the_targets_it_is_of(tmp_path: Path):
-    per_token = results.evaluated_bytes_per_token
+    per_token = evaluated_bytes_per_token
     saved = {"evaluated": {"rows": 2, "tokens": 32, "bytes": 120}, "heldout_bytes_per_token": 3.0}
     assert per_token(saved, tmp_path) == 120 / 32
     assert (

@@ -127,7 +127,7 @@ def test_parameters_memory_and_mesh_are_said_before_compiling(whole: Whole):
         r"evaluation  \d+ rows, (\d+) tokens, \1 bytes of the 110 tokens held out", before
     )
     assert "of held-out bytes are in a 50-byte window that the training text has too" in before
-    assert "moejax: warning: only 110 tokens are held out" in whole.ended.err
+    assert "warning     only 110 tokens are held out" in before
     assert "mesh        data=1 x fsdp=1 x expert=2 x tensor=1 on 2 cpu device(s)\n" in before
     assert f"training    {STEPS} steps of 8 x 16 tokens" in before
 
