@@ -70,14 +70,15 @@ def _tokenizer(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from moejax.config import flatten
     from moejax.data.prepare import prepare
     from moejax.data.text import FEW, few_held_out
 
     _check_out(args)
     index = prepare(args.path, args.tokenizer, args.out, args.eval_fraction, args.eval_path)
-    for field, value in flatten(dataclasses.asdict(index)).items():
-        print(f"{field:<24} {value}")
+    for field, value in dataclasses.asdict(index).items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for name, part in parts:
+            print(f"{f'{field}.{name}' if name else field:<24} {part}")
     _warn(index.facts["warning"])
     if index.heldout_tokens < FEW:
         _warn(few_held_out(index.heldout_tokens))
