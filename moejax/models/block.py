@@ -87,15 +87,16 @@ class Block(nnx.Module):
         """Output, what the MoE layer said, what ``watch`` made of it, and what else was said."""
         run = functools.partial(self._run, state=state, train=train, watch=watch)
         if self.depths is None:
-            mixed_BLD, y_BLD, rest = run(x_BLD, context, gaps=False)
+            mixed_BLD, y_BLD, rest = run(x_BLD, context)
             return constrain(x_BLD + mixed_BLD + y_BLD, BATCH_AXES), *rest
 
         def change(x: Array, context: Context) -> tuple[Array, Any]:
-            # The chosen lie close together; in evaluation the others stay where they are.
-            mixed, y, rest = run(x, context, gaps=not train)
+            mixed, y, rest = run(x, context)
             return mixed + y, rest
 
         x_BLD, (info, watched, said), losses, means = self.depths(x_BLD, context, train, change)
+        if info is not None:
+            means |= {"mod/to_experts": means["mod/selected"]}
         said = Said({**said.losses, **losses}, {**said.means, **means})
         return constrain(x_BLD, BATCH_AXES), info, watched, said
 
@@ -103,7 +104,6 @@ class Block(nnx.Module):
         self,
         x_BLD: Array,
         context: Context,
-        gaps: bool,
         state: GateState,
         train: bool,
         watch: Watch | None,
@@ -113,11 +113,11 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             normed_BLD = self.attention_norm(x_BLD)
             if isinstance(self.attention, MixtureOfHeads):
-                mixed_BLD, *named = self.attention(normed_BLD, context, train, gaps)
+                mixed_BLD, *named = self.attention(normed_BLD, context, train)
                 said = Said(*named)
             else:
-                known = (context.position_BL, context.valid_BL)
-                mixed_BLD = self.attention(normed_BLD, *known, gaps=gaps)
+                known = (context.position_BL, context.valid_BL, context.segment_BL)
+                mixed_BLD = self.attention(normed_BLD, *known, context.padded_behind)
         normed_BLD, watched = self.ffn_norm(x_BLD + mixed_BLD), None
         if isinstance(self.ffn, MoE):
             y_BLD, info = self.ffn(normed_BLD, context, state, train)

@@ -126,10 +126,15 @@ def _steps(rows: Sequence[Row]) -> list[int]:
 
 
 def kept_pairs(row: Row) -> float | None:
-    """Pairs per token and MoE layer that were computed; None for a model without experts."""
+    """Pairs that were computed, per MoE layer and token of the rows; None without experts.
+
+    ``moe/experts_per_token`` is of the tokens that reached the experts, under Mixture-of-Depths a
+    share.
+    """
     if "moe/load" not in row:
         return None
-    return row["moe/experts_per_token"] * (1 - row["moe/drop_rate"])
+    reached = row.get("mod/to_experts", 1.0)
+    return reached * row["moe/experts_per_token"] * (1 - row["moe/drop_rate"])
 
 
 def _flops(counted: dict[str, float], layers: int, pairs: float | None) -> float:

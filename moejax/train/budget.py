@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,8 +22,9 @@ class TokenFlops:
     """Floating-point operations per token of a model whose routing decides what it costs.
 
     ``fixed`` is everything but the routed experts; each (token, expert) pair, in any MoE layer,
-    adds ``per_pair``. The pairs are in ``metrics.jsonl``: a token of a row has
-    layers * experts_per_token * (1 - drop_rate) of them.
+    adds ``per_pair``: one expert on one token. The pairs are in ``metrics.jsonl``: a token of a row
+    has layers * experts_per_token * (1 - drop_rate) of them, under Mixture-of-Depths times
+    ``mod/to_experts``, the share of tokens that reached the experts.
     """
 
     fixed: float
@@ -64,8 +66,8 @@ def count_budget(run: Run) -> Budget:
         parameters=count_parameters(params),
         active_parameters=active_parameters(run),
         flops_per_step=flops.count_flops(backward) * config.train.grad_accum,
-        train_flops=_token_flops(run, backward),
-        eval_flops=_token_flops(run, forward),
+        train_flops=_token_flops(run, backward, train=True),
+        eval_flops=_token_flops(run, forward, train=False),
         state_bytes=memory.tree_bytes_per_device(run.abstract_state)
         + memory.tree_bytes_per_device(params),
         activation_bytes=kept // shards,
@@ -74,7 +76,19 @@ def count_budget(run: Run) -> Budget:
 
 def train_flops(run: Run) -> TokenFlops:
     """``count_budget(run).train_flops`` alone, and sooner."""
-    return _token_flops(run, _countable_pass(run, train=True))
+    return _token_flops(run, _countable_pass(run, train=True), train=True)
+
+
+def routed_share(model: Any, length: int, train: bool) -> float:
+    """Share of a sequence's tokens in the experts' rows of the traced program.
+
+    Mixture-of-Depths takes a share out in training. In evaluation all tokens are rows, and those
+    that stay behind padding.
+    """
+    depths = getattr(model, "depths", None)
+    if not train or depths is None or not depths.capacity:
+        return 1.0
+    return depths.chosen(length) / length
 
 
 def _micro_batch(config: Config) -> int:
@@ -99,17 +113,18 @@ def _without_shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _token_flops(run: Run, jaxpr: ClosedJaxpr) -> TokenFlops:
+def _token_flops(run: Run, jaxpr: ClosedJaxpr, train: bool) -> TokenFlops:
     """Splits the count of a pass over a micro-batch: only routed experts are grouped matmuls.
 
-    The traced program hands them every column of every token's routing.
+    The traced program hands them every column of the routing of every token that it takes to them.
     """
-    model, tokens = run.task.model, _micro_batch(run.config) * run.task.units.tokens_per_row
+    model, per_row = run.task.model, run.task.units.tokens_per_row
+    tokens = _micro_batch(run.config) * per_row
     fixed = flops.count_flops(jaxpr, grouped=False)
     if not model.num_moe_layers:
         return TokenFlops(fixed / tokens, 0.0)
     columns = model.gate.columns(model.moe.num_experts)
-    pairs = tokens * model.num_moe_layers * columns
+    pairs = tokens * routed_share(model, per_row, train) * model.num_moe_layers * columns
     return TokenFlops(fixed / tokens, (flops.count_flops(jaxpr) - fixed) / pairs)
 
 

@@ -3,8 +3,12 @@
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from moejax.sweep.results import kept_pairs
+from moejax.train import rows
 from moejax.train.budget import Budget, TokenFlops, count_budget
 from tests import steps
 
@@ -113,3 +117,43 @@ def test_merged_experts_cost_one_expert_per_token_and_the_merging_of_all_per_spa
     assert by_hand + merging <= counted.eval_flops.fixed <= by_hand + merging + loss
     total = PASSES * by_hand + (PASSES + 1) * merging
     assert total <= counted.train_flops.fixed <= total + PASSES * loss
+
+
+def routed_blocks() -> Any:
+    """One of two layers has experts, and room for 5 of 16 tokens in training."""
+    return steps.make(
+        {"expert": 1},
+        moe__every=2,
+        model__mod_every=2,
+        model__mod_capacity=0.3,
+        train__grad_accum=2,
+    )
+
+
+ROOM = 5  # ceil(0.3 * 16)
+
+
+def test_a_pair_costs_the_same_in_a_block_that_only_some_tokens_pass_through():
+    counted = count_budget(routed_blocks())
+    assert counted.eval_flops.per_pair == 3 * 2 * D * F
+    assert counted.train_flops.per_pair == PASSES * 3 * 2 * D * F
+    pairs = 2 * ROOM / L  # a token has, in training, in the one layer with experts
+    whole = counted.train_flops.fixed + pairs * counted.train_flops.per_pair
+    assert counted.flops_per_step == pytest.approx(steps.BATCH * L * whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_measured_flops_of_routed_blocks_are_those_of_the_pairs_that_were_computed(train: bool):
+    """Pairs are counted in the experts' layer, which some of the tokens reach; FLOPs are per token
+    of the rows."""
+    run = routed_blocks()
+    batch = {name: jnp.asarray(x) for name, x in steps.batch(0).items()}
+    state = jax.jit(lambda: run.task.init(jax.random.key(0)))()
+    forward = jax.jit(functools.partial(run.task.forward, train=train))
+    totals = jax.device_get(forward(state, (), batch, jnp.int32(0), jax.random.key(1)))
+    row = rows.eval_row(0, [totals], run.data, "")
+    tokens = int(steps.batch(0)["valid"].sum())
+    computed = int(totals.stats.load_E.sum() - totals.stats.dropped_E.sum())
+    assert 0 < int(totals.stats.tokens.sum()) < tokens, "some tokens must stay behind"
+    pairs = kept_pairs(row)
+    assert pairs == pytest.approx(computed / tokens, rel=1e-6)
