@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moejax.experts import ffn_one, is_gated
 from moejax.types import ExpertWeights
@@ -23,6 +23,13 @@ def project(x: Float[Array, "... D"], weight: Array, contract: int = 1) -> Array
         rows *= size
     flat = x.reshape(-1, rows) @ weight.reshape(rows, -1).astype(x.dtype)
     return flat.reshape(*lead, *width)
+
+
+def masked_mean(x_BLD: Float[Array, "B L D"], valid_BL: Bool[Array, "B L"]) -> Array:
+    """Over valid tokens, float32; 0 without any."""
+    total_BD = jnp.sum(jnp.where(valid_BL[..., None], x_BLD.astype(jnp.float32), 0.0), axis=1)
+    count_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
+    return total_BD / jnp.maximum(count_B, 1.0)[:, None]
 
 
 class RMSNorm(nnx.Module):

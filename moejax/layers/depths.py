@@ -129,7 +129,9 @@ class Depths(nnx.Module):
             with jax.named_scope("unpack"):
                 f_BLD = group_local(_put_back)(f_BCD, chosen)
         else:
-            f_BLD, said = change(x_BLD, dataclasses.replace(context, valid_BL=through_BL))
+            # Those that stay behind are padding between valid tokens.
+            through = dataclasses.replace(context, valid_BL=through_BL, padded_behind=False)
+            f_BLD, said = change(x_BLD, through)
             f_BLD = jnp.where(through_BL[..., None], f_BLD, 0)
         y_BLD = x_BLD + (score_BL[..., None] * f_BLD).astype(x_BLD.dtype)
         losses, means = _report(logit_BL, chosen.member_BL, through_BL, context.valid_BL)
@@ -149,7 +151,8 @@ class Depths(nnx.Module):
 
 def _context_of(context: Context, chosen: Chosen) -> Context:
     """What is known of the chosen tokens."""
-    names = ("token_BL", "position_BL", "segment_BL")
+    names = ["token_BL", "position_BL"]
+    names += ["segment_BL"] if context.segment_BL is not None else []
 
     def take(chosen: Chosen, *known: Array) -> tuple[Array, ...]:
         return tuple(jnp.take_along_axis(x_BL, chosen.index_BC, axis=1) for x_BL in known)
@@ -167,7 +170,7 @@ def _report(
 
     def mean(value_BL: Array) -> Array:
         total = jnp.sum(jnp.where(valid_BL, value_BL, 0.0))
-        return total / jnp.maximum(jnp.sum(valid_BL), 1)
+        return total / jnp.maximum(jnp.sum(valid_BL, dtype=jnp.float32), 1.0)
 
     nats_BL = -jax.nn.log_sigmoid(jnp.where(member_BL, logit_BL, -logit_BL))
     right_BL = (logit_BL > 0) == member_BL

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from moejax.layers.basic import RMSNorm
 from moejax.layers.moe import MoE
@@ -159,7 +159,7 @@ class Period(nnx.Module):
         squares, losses, means, stats, policy, watched = [], [], [], None, None, None
         for block in self.blocks:
             x_BLD, info, watched, said = block(x_BLD, context, state, train, watch)
-            squares.append(mean_square(x_BLD))
+            squares.append(mean_square(x_BLD, context.valid_BL))
             losses.append(said.losses)
             means.append(said.means)
             if info is not None:
@@ -178,8 +178,11 @@ def _over_layers(layers: list[dict[str, Array]]) -> dict[str, Float[Array, ""]]:
     return {name: jnp.mean(jnp.stack(values)) for name, values in found.items()}
 
 
-def mean_square(x_BLD: Array) -> Float[Array, ""]:
-    return jnp.mean(jnp.square(x_BLD.astype(jnp.float32)))
+def mean_square(x_BLD: Float[Array, "*B D"], valid_BL: Bool[Array, "*B"]) -> Float[Array, ""]:
+    """Of the valid tokens; 0 without any."""
+    wide_BLD = jnp.where(valid_BL[..., None], x_BLD.astype(jnp.float32), 0.0)
+    count = jnp.sum(valid_BL, dtype=jnp.float32) * x_BLD.shape[-1]
+    return jnp.sum(jnp.square(wide_BLD)) / jnp.maximum(count, 1.0)
 
 
 class Stack(nnx.Module):
@@ -208,11 +211,13 @@ class Stack(nnx.Module):
         self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
     ) -> tuple[Array, Found]:
         """The normalised output of the last layer, and what all of them found."""
+        # Padding may hold anything, and must reach neither a valid token nor a gradient.
+        x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH_AXES)
         first = []
         for block in self.first:
             x_BLD, *_ = block(x_BLD, context, (), train, None)
-            first.append(mean_square(x_BLD))
+            first.append(mean_square(x_BLD, context.valid_BL))
         x_BLD, found = self._scan(x_BLD, context, gate_state, train, watch)
         squares = [jnp.asarray(first, jnp.float32), found.mean_square.reshape(-1)]
         return self.final_norm(x_BLD), found._replace(

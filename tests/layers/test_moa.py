@@ -78,13 +78,13 @@ def test_every_token_is_attended_to_by_its_k_best_heads(causal):
     CLOSE(losses["moa_z"], np.mean(np.log(np.exp(logits).sum(-1)) ** 2))
 
 
-def test_padding_between_valid_tokens_is_masked_where_it_is_announced():
+def test_padding_between_valid_tokens_is_masked():
     layer, x_BLD = make(), tokens()
     valid = VALID.copy()
     valid[:, ::3] = False
     given = context(valid)
     wanted, _ = loop(layer, 2, x_BLD, valid, np.asarray(given.position_BL))
-    CLOSE(run(layer, x_BLD, given, gaps=True)[0][valid], wanted[valid])
+    CLOSE(run(layer, x_BLD, given)[0][valid], wanted[valid])
 
 
 @pytest.mark.parametrize("heads", [1, 3])
