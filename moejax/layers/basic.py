@@ -1,5 +1,8 @@
 """Norm, dense FFN and the matmul they share."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +10,15 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.experts import ffn_one, is_gated
 from moejax.types import ExpertWeights
+
+
+@contextlib.contextmanager
+def own_promotion() -> Iterator[None]:
+    """JAX's standard promotion of types and ranks, whatever the program around asks of its own
+    code. Also a decorator."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
 
 fan_in = nnx.initializers.lecun_normal()
 

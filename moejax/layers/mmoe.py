@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from moejax.dispatch.multi_gate import SharedExperts, multi_gate
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating import DSelectK, Forced, Hash, Replay, Sentence, StableMoE, Task
+from moejax.layers.basic import own_promotion
 from moejax.layers.moe import expert_init
 from moejax.layers.routing_stats import (
     collect_stats,
@@ -104,6 +105,7 @@ class MultiGateMoE(nnx.Module):
         self.out_EFO = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
         self.shift_EO = nnx.Param(jnp.zeros((num_experts, d_out), jnp.float32))
 
+    @own_promotion()
     def __call__(
         self,
         x_BD: Float[Array, "B D"],

@@ -16,7 +16,7 @@ from moejax.dispatch import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
-from moejax.layers.basic import FFN
+from moejax.layers.basic import FFN, own_promotion
 from moejax.layers.routing_stats import layer_info, of_training
 from moejax.mesh import constrain, group_local
 from moejax.types import (
@@ -75,6 +75,7 @@ class MoE(nnx.Module):
       ValueError: a choice that cannot work, naming field, value and remedy.
     """
 
+    @own_promotion()
     def __init__(
         self,
         d_model: int,
@@ -134,6 +135,7 @@ class MoE(nnx.Module):
         self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
         self._build_shared(d_model, num_shared * d_ff, shared_gate, residual, rngs)
 
+    @own_promotion()
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],
@@ -147,6 +149,8 @@ class MoE(nnx.Module):
         initial state; it is read, never written (see ``update_gate_state``).
         """
         chex.assert_shape(x_BLD, (None, None, self.d_model))
+        if not x_BLD.size:
+            return self._of_nothing(x_BLD, context, gate_state, train)
         self.gate.check(self.config.num_experts, train)
         batch, length, _ = x_BLD.shape
         context = Context.of(batch, length) if context is None else context
@@ -184,6 +188,17 @@ class MoE(nnx.Module):
             info = info._replace(routing=sent.routing, stats=stats)
         return constrain(y_BLD, ("data", "fsdp", "expert")), info
 
+    def _of_nothing(
+        self, x_BLD: Array, context: Context | None, gate_state: GateState | None, train: bool
+    ) -> tuple[Array, MoEInfo]:
+        """An empty batch: its empty output, and what the layer says of a group of padding."""
+        batch, length, width = x_BLD.shape
+        shape = (max(batch, self.config.rows_per_group(1)), max(length, 1))
+        known = {} if context is None else {"key": context.key, "step": context.step}
+        padding = Context.of(*shape, valid_BL=jnp.zeros(shape, bool), **known)
+        y_BLD, info = self(jnp.zeros((*shape, width), x_BLD.dtype), padding, gate_state, train)
+        return y_BLD[:batch, :length], info
+
     def _build_shared(
         self, d_model: int, d_ff: int, shared_gate: bool, residual: bool, rngs: nnx.Rngs
     ) -> None:
@@ -202,10 +217,11 @@ class MoE(nnx.Module):
         self.residual = residual
         if residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
             limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
-            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), **limits)
+            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), jnp.float32, **limits)
             self.residual_DN = nnx.Param(drawn[:-1])
             self.residual_bias_N = nnx.Param(drawn[-1])
 
+    @own_promotion()
     def init_gate_state(
         self, layer: int | Array = 0, token_counts: Callable[[], np.ndarray] | None = None
     ) -> GateState:
@@ -213,6 +229,7 @@ class MoE(nnx.Module):
         spec = dataclasses.replace(self._spec(layer), token_counts=token_counts)
         return self.gate.init_state(spec)
 
+    @own_promotion()
     def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
         """The state after an optimizer step that saw ``stats`` (summed over micro-batches).
 
