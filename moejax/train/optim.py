@@ -174,7 +174,7 @@ def scale_by_factored_squares() -> optax.GradientTransformation:
         return FactoredSquares(jnp.zeros((), jnp.int32), squares)
 
     def update(
-        updates: PyTree, state: FactoredSquares, params: PyTree | None = None
+        updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, FactoredSquares]:
         del params
         beta = 1.0 - (state.count + 1).astype(jnp.float32) ** -0.8
@@ -186,7 +186,7 @@ def scale_by_factored_squares() -> optax.GradientTransformation:
         updates = jax.tree_util.tree_map_with_path(
             lambda path, grad, found: _scaled(rule(path, grad), grad, found), updates, squares
         )
-        return updates, FactoredSquares(optax.safe_increment(state.count), squares)
+        return updates, FactoredSquares(jnp.asarray(optax.safe_increment(state.count)), squares)
 
     return optax.GradientTransformation(init, update)
 
