@@ -83,7 +83,10 @@ def row_noise(
       ValueError: the context has no key.
     """
     if context.key is None:
-        raise ValueError("this gate draws random numbers: pass a context with a PRNG key")
+        raise ValueError(
+            "this gate draws random numbers: pass a context with a PRNG key, "
+            "moejax.Context.of(B, L, key=...), or rngs=nnx.Rngs(...)"
+        )
     groups, rows = context.row_GR.shape
     length = context.token_GT.shape[1] // rows
     key = jax.random.fold_in(context.key, tag)

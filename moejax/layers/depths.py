@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.dispatch import pack
 from moejax.gating.ops import router_logits
-from moejax.layers.basic import fan_in
+from moejax.layers.basic import TrainOrEval, fan_in, is_training
 from moejax.mesh import group_local
 from moejax.types import Context, DepthsConfig
 
@@ -67,7 +67,7 @@ def _put_back(x_BCD: Array, chosen: Chosen) -> Array:
     return tokens_tD.reshape(*chosen.slot_BL.shape, -1)
 
 
-class Depths(nnx.Module):
+class Depths(TrainOrEval):
     r"""Routes tokens through a block f or around it.
 
     .. math::
@@ -108,11 +108,12 @@ class Depths(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         context: Context,
-        train: bool,
+        train: bool | None,
         change: Callable[[Array, Context], tuple[Array, Any]],
     ) -> tuple[Array, Any, dict[str, Array], dict[str, Array]]:
         """``change(x, context)`` is f and whatever else the block says. Returns the output, what
         else the block said, losses and means by name."""
+        train = is_training(self, train)
         with jax.named_scope("router"):
             # Padding may hold anything, and must not reach a gradient.
             score_BL, logit_BL = self._scores(jnp.where(context.valid_BL[..., None], x_BLD, 0))

@@ -12,12 +12,12 @@ from moejax.dispatch.heads import from_heads, to_heads
 from moejax.gating import TopK
 from moejax.gating.ops import imbalance
 from moejax.layers.attention import attend, rope
-from moejax.layers.basic import fan_in, project
+from moejax.layers.basic import TrainOrEval, fan_in, is_training, project
 from moejax.layers.moe import expert_init
 from moejax.types import Context, GateOutput, GateSpec, Routing
 
 
-class MixtureOfHeads(nnx.Module):
+class MixtureOfHeads(TrainOrEval):
     r"""E attention experts with a query and an output matrix each, one key/value head for all.
 
     .. math::
@@ -63,11 +63,15 @@ class MixtureOfHeads(nnx.Module):
         self.out_EID = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], context: Context, train: bool, gaps: bool = False
+        self,
+        x_BLD: Float[Array, "B L D"],
+        context: Context,
+        train: bool | None = None,
+        gaps: bool = False,
     ) -> tuple[Float[Array, "B L D"], dict[str, Array], dict[str, Array]]:
         """Output, losses and means by name; ``gaps``: see ``Attention``."""
         with jax.named_scope("router"):
-            output = self._route(x_BLD, context, train)
+            output = self._route(x_BLD, context, is_training(self, train))
         routing = output.routing
         query = to_heads(x_BLD, routing, self.query_EDI[...])
         key = project(x_BLD, self.key_DI[...])[:, :, None]

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from moejax.layers.attention import Attention
-from moejax.layers.basic import FFN, RMSNorm
+from moejax.layers.basic import FFN, RMSNorm, is_training
 from moejax.layers.depths import Depths
 from moejax.layers.moa import MixtureOfHeads
 from moejax.layers.moe import MoE
@@ -82,17 +82,23 @@ class Block(nnx.Module):
         self.depths = Depths(width, config.depths, rngs=rngs) if routed else None
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        state: GateState,
+        train: bool | None,
+        watch: Watch | None,
     ) -> tuple[Array, MoEInfo | None, PyTree, Said]:
         """Output, what the MoE layer said, what ``watch`` made of it, and what else was said."""
         run = functools.partial(self._run, state=state, train=train, watch=watch)
         if self.depths is None:
             mixed_BLD, y_BLD, rest = run(x_BLD, context, gaps=False)
             return constrain(x_BLD + mixed_BLD + y_BLD, BATCH_AXES), *rest
+        chosen_only = is_training(self.depths, train)
 
         def change(x: Array, context: Context) -> tuple[Array, Any]:
             # The chosen lie close together; in evaluation the others stay where they are.
-            mixed, y, rest = run(x, context, gaps=not train)
+            mixed, y, rest = run(x, context, gaps=not chosen_only)
             return mixed + y, rest
 
         x_BLD, (info, watched, said), losses, means = self.depths(x_BLD, context, train, change)
@@ -105,7 +111,7 @@ class Block(nnx.Module):
         context: Context,
         gaps: bool,
         state: GateState,
-        train: bool,
+        train: bool | None,
         watch: Watch | None,
     ) -> tuple[Array, Array, tuple[MoEInfo | None, PyTree, Said]]:
         """What attention and feed-forward layer add to the input, and what they say."""

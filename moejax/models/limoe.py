@@ -102,7 +102,7 @@ class LIMoE(Stack):
         step: Int[Array, ""],
         key: PRNGKeyArray | None,
         gate_state: PyTree,
-        train: bool,
+        train: bool | None = None,
         watch: Watch | None = None,
     ) -> LIMoEOutput:
         """The embeddings of B pairs. ``watch``: what it returns is laid out by pair, [B, 2 L, ...],

@@ -133,7 +133,7 @@ class MultiTask(nnx.Module):
         category_BC: Int[Array, "B C"],
         context: Context,
         gate_state: PyTree,
-        train: bool,
+        train: bool | None = None,
         watch: Watch | None = None,
     ) -> MultiTaskOutput:
         config = self.config

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from moejax.layers.basic import RMSNorm
+from moejax.layers.basic import RMSNorm, TrainOrEval, is_training
 from moejax.layers.moe import MoE
 from moejax.mesh import BATCH_AXES, constrain
 from moejax.models.block import Block, Watch
@@ -153,7 +153,12 @@ class Period(nnx.Module):
         )
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        state: GateState,
+        train: bool | None,
+        watch: Watch | None,
     ) -> tuple[Array, Found]:
         """Output, and what all layers or the sparse one found."""
         squares, losses, means, stats, policy, watched = [], [], [], None, None, None
@@ -182,11 +187,12 @@ def mean_square(x_BLD: Array) -> Float[Array, ""]:
     return jnp.mean(jnp.square(x_BLD.astype(jnp.float32)))
 
 
-class Stack(nnx.Module):
+class Stack(TrainOrEval):
     """The layers of a model, which is a class derived from this one: it embeds before, reads after.
 
     ``gate_state`` (from ``init_gate_state``) leads with the MoE layers. ``watch(x_BLD, info)`` may
     look at every MoE layer's input and ``MoEInfo``; what it returns is in ``Found.watched``.
+    ``train``: None is what ``model.train()`` or ``model.eval()`` said last.
     """
 
     def build_layers(self, config: StackConfig, rngs: nnx.Rngs) -> None:
@@ -205,7 +211,12 @@ class Stack(nnx.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
 
     def run_layers(
-        self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        gate_state: PyTree,
+        train: bool | None,
+        watch: Watch | None,
     ) -> tuple[Array, Found]:
         """The normalised output of the last layer, and what all of them found."""
         x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH_AXES)
@@ -241,7 +252,12 @@ class Stack(nnx.Module):
         return ffn
 
     def _scan(
-        self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        gate_state: PyTree,
+        train: bool | None,
+        watch: Watch | None,
     ) -> Any:
         graph, params = nnx.split(self.periods)
         key = context.key
@@ -253,7 +269,7 @@ class Stack(nnx.Module):
             return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train, watch)
 
         periods = self.config.num_periods
-        unroll = train and periods <= MOST_UNROLLED
+        unroll = is_training(self, train) and periods <= MOST_UNROLLED
         if self.config.remat != "none":
             # Outside a loop XLA would merge what is recomputed with what it recomputes.
             unroll = False

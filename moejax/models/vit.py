@@ -78,7 +78,7 @@ class ViT(Stack):
         image_BHWC: Float[Array, "B H W C"],
         context: Context,
         gate_state: PyTree,
-        train: bool,
+        train: bool | None = None,
         watch: Watch | None = None,
     ) -> ViTOutput:
         patch_BLP = patches(image_BHWC, self.patch_size).astype(jnp.dtype(self.config.dtype))
