@@ -5,7 +5,7 @@ A page is a file with ``get_config(arg=None)``::
     from moejax.config import default, parse_arg, set_gate
 
     def get_config(arg=None):
-        options = parse_arg(arg, gate="mixtral", experts=8)
+        options = parse_arg(arg, gate="top_k", experts=8)
         config = default()
         set_gate(config, options.gate)
         config.moe.num_experts = options.experts

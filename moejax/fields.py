@@ -9,7 +9,7 @@ from moejax.task_table import LANGUAGE, TASKS
 from moejax.types import PREDICTORS, PRIORITIES, SCOPES, TRANSPORTS
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
-DEFAULT_GATE = "mixtral"
+DEFAULT_GATE = "top_k"
 
 SECTIONS: dict[str, str] = {
     "task": "What is learned, chosen by the config page; and the task's own fields.",

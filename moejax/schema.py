@@ -66,7 +66,7 @@ def table_of(config: Config) -> dict[str, Field]:
 
 
 def default(task: str = LANGUAGE) -> Config:
-    """The config of all defaults of a task, with gate ``mixtral``: a locked tree to set fields on.
+    """The config of all defaults of a task, with gate ``top_k``: a locked tree to set fields on.
 
     Raises:
       UserError: unknown task; the message lists the valid ones.

@@ -68,7 +68,7 @@ class Biased(TopK):
 
 def make(
     shape: Mapping[str, int],
-    gate: str = "mixtral",
+    gate: str = "top_k",
     devices: Sequence[jax.Device] | None = None,
     **changes: Any,
 ) -> Run:

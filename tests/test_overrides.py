@@ -55,8 +55,8 @@ def test_naming_the_gate_a_page_has_changes_nothing(tmp_path: Path):
         "def get_config():\n    config = default()\n    config.moe.gate.k = 4\n    return config\n"
     )
     source = str(page)
-    assert load(source, ["moe.gate.name=mixtral"]).config.moe.gate.k == 4
-    assert load(source, ["moe.gate.name=top_k"]).config.moe.gate.k == 2
+    assert load(source, ["moe.gate.name=top_k"]).config.moe.gate.k == 4
+    assert load(source, ["moe.gate.name=mixtral"]).config.moe.gate.k == 2
 
 
 def test_gate_of_ones_own_has_its_fields_in_the_config(
@@ -107,10 +107,10 @@ BAD_OVERRIDES = {
     "moe.qqqqq=4": ["moe.qqqqq", "fields of moe", "moe.num_experts"],
     "qqqqq=4": ["qqqqq", "sections", "moe"],
     "moe=4": ["moe is a section", "--config.moe.num_experts=8"],
-    "moe.gate=switch": ["moe.gate is a section", "--config.moe.gate.name=mixtral"],
+    "moe.gate=switch": ["moe.gate is a section", "--config.moe.gate.name=top_k"],
     "moe.gate.name=swich": ["'swich'", "did you mean 'switch'"],
-    "moe.gate.kk=1": ["gate 'mixtral' has no field 'kk'", "did you mean 'k'"],
-    "moe.gate.min_std=1": ["'mixtral'", "a field of gate hierarchical, shazeer"],
+    "moe.gate.kk=1": ["gate 'top_k' has no field 'kk'", "did you mean 'k'"],
+    "moe.gate.min_std=1": ["'top_k'", "a field of gate hierarchical, shazeer"],
     "train.steps": ["train.steps", "needs a value"],
 }
 

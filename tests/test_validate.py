@@ -138,7 +138,7 @@ REFUSED = {
     "distributed.num_processes=2": ["distributed.num_processes=2", "distributed.mode=explicit"],
     # visibility
     "moe.eval_transport=cells moe.priority=choice": [
-        "moe.gate.name=mixtral",
+        "moe.gate.name=top_k",
         "moe.priority=choice",
         "moe.eval_capacity_factor=1.25",
         "moe.priority=position, moe.eval_transport=dropless, moe.eval_capacity_factor=8",

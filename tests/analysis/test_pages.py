@@ -65,7 +65,7 @@ def test_config_fields_that_differ_are_listed_and_the_gates_own_compared_with_th
     fresh = default()
     set_gate(fresh, "dselect_k")
     assert rows.pop("moe.gate.gamma") == ("0.5", repr(fresh.moe.gate.gamma))
-    assert rows.pop("moe.gate.name") == ("'dselect_k'", "'mixtral'")
+    assert rows.pop("moe.gate.name") == ("'dselect_k'", "'top_k'")
     preset = {name for name in rows if name.startswith("moe.")}
     assert not {name for name in rows if name.startswith("moe.gate")} and set(rows) == preset
 

@@ -19,7 +19,7 @@ def test_a_run_is_its_files(tmp_path: Path):
     assert run.saved == workdirs.saved() and run.config == run.saved["config"]
     assert run.train == [rows[0], rows[1], rows[3]] and run.held_out == [rows[2]]
     assert run.timings == [workdirs.timing(step) for step in (10, 20, 30)]
-    assert run.field("moe.gate.name") == "mixtral" and run.field("moe.nothing.here", 7) == 7
+    assert run.field("moe.gate.name") == "top_k" and run.field("moe.nothing.here", 7) == 7
     steps, load = run.arrays("train", "moe/load")
     assert steps.tolist() == [10, 20, 30]
     assert np.array_equal(load, [row["moe/load"] for row in run.train])

@@ -28,7 +28,7 @@ def get_config():
 
 def sweep(arg=None):
     yield {{"name": "dense_ffn", "moe.every": 0, "seeds": 2}}
-    yield {{"name": "top_2", "moe.gate.name": "mixtral", {top_2}}}
+    yield {{"name": "top_2", "moe.gate.name": "top_k", {top_2}}}
     yield {{"name": "switch", "moe.gate.name": "switch", {switch}}}
 """
 FIELDS = {
@@ -112,7 +112,7 @@ def linear(configs: list[dict[str, Any]]) -> list[Counted]:
     found = []
     for config in configs:
         moe, wide = config["moe"], config["model"]["d_ff"]
-        experts = {"mixtral": 2, "switch": 1}.get(moe["gate"]["name"], 2)
+        experts = {"top_k": 2, "switch": 1}.get(moe["gate"]["name"], 2)
         width = experts * moe["d_ff"] if moe["every"] else wide
         params = 4 * moe["d_ff"] if moe["every"] else wide
         found.append(Counted(1000 + 10 * params, 500.0 + 3 * width, tokens_per_row=1))

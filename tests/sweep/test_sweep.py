@@ -25,7 +25,7 @@ D_FF = 64  # of configs/lm.py:size=debug
 PASSES = 3  # forward, gradient of the input, gradient of the weights
 VARIANTS = """
     yield {"name": "dense_ffn", "moe.every": 0}
-    yield {"name": "top_2", "moe.gate.name": "mixtral", "moe.capacity_factor": 1.0}
+    yield {"name": "top_2", "moe.gate.name": "top_k", "moe.capacity_factor": 1.0}
 """
 BROKEN = '    yield {"name": "broken", "train.seq_len": 5000}\n'
 PAGE = """
@@ -48,7 +48,7 @@ sys.exit(status)
 
 
 def write_page(folder: Path, text: Path, body: str, **changes: Any) -> Path:
-    changes = {"moe__gate__name": "mixtral", "mesh__expert": 1, **changes}
+    changes = {"moe__gate__name": "top_k", "mesh__expert": 1, **changes}
     page = folder / "page.py"
     overrides = runs.flags(text, **changes)
     page.write_text(PAGE.format(page=runs.PAGE, overrides=overrides, body=body))

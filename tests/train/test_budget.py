@@ -13,7 +13,7 @@ PASSES = 3  # forward, gradient of the input, gradient of the weights
 
 
 @functools.cache
-def budget(gate: str = "mixtral", **changes: Any) -> Budget:
+def budget(gate: str = "top_k", **changes: Any) -> Budget:
     return count_budget(steps.make({"expert": 1}, gate, **changes))
 
 

@@ -87,11 +87,11 @@ def test_without_a_weight_and_in_evaluation_there_is_one_pass():
     """By the traced program itself, and by its FLOPs."""
     key = jax.random.key(0)
     traced = {
-        (weight, train): jax.make_jaxpr(forward("mixtral", weight, train=train, jit=False))(key)
+        (weight, train): jax.make_jaxpr(forward("top_k", weight, train=train, jit=False))(key)
         for weight in (0.0, WEIGHT)
         for train in (True, False)
     }
-    run, state = made("mixtral", 0.0)
+    run, state = made("top_k", 0.0)
     batch = jax.tree.map(jnp.asarray, steps.batch(0))
     alone = jax.make_jaxpr(lambda key: one_pass(run, state, batch, key)[0])(key)
     assert str(traced[0.0, True]) == str(alone)
@@ -101,7 +101,7 @@ def test_without_a_weight_and_in_evaluation_there_is_one_pass():
 
 
 def test_a_gate_without_noise_agrees_with_itself():
-    totals = forward("mixtral", WEIGHT)(jax.random.key(0))
+    totals = forward("top_k", WEIGHT)(jax.random.key(0))
     np.testing.assert_allclose(totals.auxiliary["consistency"], 0.0, atol=1e-6)
 
 

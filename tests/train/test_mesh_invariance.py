@@ -12,7 +12,7 @@ from tests import meshes, steps
 
 STEPS = 5
 GATES = {
-    "mixtral": {},
+    "top_k": {},
     "shazeer": {},
     "tests.steps:Biased": {"moe__losses__load_balance": 0.1},
     "base": {"moe__group": "batch", "moe__transport": "dropless"},
