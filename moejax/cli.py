@@ -14,7 +14,10 @@ FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
-CONFIG_HELP = "path.py[:arg], package.module[:arg] or a run's workdir; arg is key=value,key=value"
+CONFIG_HELP = (
+    "a page of moejax's own (lm, vit, multitask, multimodal), path.py, package.module or a run's "
+    "workdir; :key=value,key=value behind a page is its argument"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

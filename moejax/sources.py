@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax import shipped
 from moejax.errors import UserError, suggest
 from moejax.overrides import check_fields, unknown_field
 from moejax.schema import Config, default, flatten, set_field, set_gate, table_of
@@ -28,22 +29,32 @@ _UNKNOWN_KEY = re.compile(r'Key "([^"]+)" does not exist')
 def read(source: str) -> Config:
     """The config that ``source`` names, its fields checked.
 
-    ``path.py[:arg]``, ``package.module[:arg]``, a workdir, or its config.json.
+    ``path.py[:arg]``, ``package.module[:arg]``, the name of a page that comes with moejax
+    (``lm[:arg]``), a workdir, or its config.json.
 
     Raises:
       UserError: nothing there, an error inside the page (with its line), or a field that does not
         belong to the table or has another type.
     """
     source = os.path.expanduser(source)
-    if os.path.isdir(source) or source.endswith(".json"):
+    if is_workdir(source):
         return _read_workdir(source)
     page = open_page(source)
     if page is None:
         raise UserError(
             f"config {source!r} is neither a file 'path.py[:arg]', a module 'package.module[:arg]' "
-            "nor the workdir of a run"
+            f"nor the workdir of a run, nor a page of moejax's own; "
+            f"{suggest(source.partition(':')[0], shipped.pages())}"
         )
     return _call_get_config(page)
+
+
+def is_workdir(source: str) -> bool:
+    """Whether ``source`` is a folder or a config.json. A page's name is a folder's only if that is
+    the workdir of a run."""
+    if os.path.isdir(source) and shipped.path_of(source):
+        return os.path.exists(os.path.join(source, "config.json"))
+    return os.path.isdir(source) or source.endswith(".json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +85,14 @@ class Page:
 
 
 def open_page(source: str) -> Page | None:
-    """The page that ``path.py[:arg]`` or ``package.module[:arg]`` names; None if it is neither.
+    """The page that ``path.py[:arg]``, ``package.module[:arg]`` or the name of a page that comes
+    with moejax stands for; None if it is none of these.
 
     Raises:
       UserError: nothing there, or an error inside the page (with its line).
     """
     path, _, arg = source.partition(":")
+    path = shipped.path_of(path) or path
     if path.endswith(".py"):
         return Page(_run_file(path), path, arg or None)
     if _MODULE.fullmatch(path):

@@ -15,8 +15,8 @@ LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
 RECORDED = {"probe", "recording"}
 CONFIG = {
-    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "sources",
-    "task_table", "validate", "validate_layers",
+    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "shipped",
+    "sources", "task_table", "validate", "validate_layers",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
