@@ -15,7 +15,7 @@ from moejax.dispatch.exchange import Site, sum_over_tensor
 from moejax.dispatch.merge import merge_experts
 from moejax.dispatch.slots import mix_slots
 from moejax.dispatch.transports import Job, Tokens
-from moejax.kernels import kernels_pass_check_vma
+from moejax.kernels import forward_mode, kernels_pass_check_vma
 from moejax.kernels.vma import vary_over, varying_axes
 from moejax.types import ExpertWeights, Merge, Priority, Routing, Slots, Transport
 
@@ -61,7 +61,8 @@ def dispatch(
     check_divides(mesh, len(weights.up_EDF))
     tokens = Tokens(x_GTD, routing.expert_GTK, routing.weight_GTK, score_GT)
     job = Job(len(weights.up_EDF), activation, site_on(mesh), capacity, priority)
-    return _run(tokens, weights, transport=transport, job=job, mesh=mesh)
+    with forward_mode.refused('transport="all_experts" (equal to "dropless")'):
+        return _run(tokens, weights, transport=transport, job=job, mesh=mesh)
 
 
 def mix(
@@ -79,7 +80,8 @@ def mix(
     if isinstance(mixing, Merge):
         x_BLD = x_GTD.reshape(len(mixing.weight_BNE), -1, x_GTD.shape[-1])
         return _mix(x_BLD, mixing, weights, activation=activation, mesh=mesh).reshape(x_GTD.shape)
-    return _mix(x_GTD, mixing, weights, activation=activation, mesh=mesh)
+    with forward_mode.refused("a gate that does not mix into slots"):
+        return _mix(x_GTD, mixing, weights, activation=activation, mesh=mesh)
 
 
 def check_divides(mesh: AbstractMesh | None, num_experts: int) -> None:

@@ -226,3 +226,44 @@ def test_messages_of_the_layer_do_not_speak_of_config_fields(mesh):
 def test_a_train_that_is_no_choice_is_refused(train):
     with pytest.raises(ValueError, match="train=.* must be True, False or None"):
         make()(x_of(4, L, D), train=train)
+
+
+@pytest.mark.parametrize(
+    "gate", ["mixtral", *(pytest.param(g, marks=pytest.mark.slow) for g in ("smear", "lory"))]
+)
+def test_forward_mode_passes_all_experts_and_merged_ones(gate):
+    """jvp, linearize and jacfwd against reverse mode; a Hessian-vector product against it twice."""
+    layer = make(gate, transport="all_experts")
+    x = jax.random.normal(jax.random.key(1), (1, 3, D))
+    direction = jax.random.normal(jax.random.key(2), x.shape)
+    run = jax.jit(lambda x: layer(x, moejax.Context.of(1, 3, key=jax.random.key(0)))[0])
+    total = lambda x: jnp.sum(jnp.sin(run(x)))
+    y, slope = jax.jvp(run, (x,), (direction,))
+    np.testing.assert_allclose(jax.linearize(run, x)[1](direction), slope, rtol=1e-5, atol=1e-5)
+    back = jax.vjp(run, x)[1]
+    other = jax.random.normal(jax.random.key(3), y.shape)
+    np.testing.assert_allclose(
+        jnp.vdot(back(other)[0], direction), jnp.vdot(other, slope), rtol=1e-4, atol=1e-5
+    )
+    hvp = jax.jvp(jax.grad(total), (x,), (direction,))[1]
+    twice = jax.grad(lambda x: jnp.vdot(jax.grad(total)(x), direction))(x)
+    np.testing.assert_allclose(hvp, twice, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gate", "transport", "instead"),
+    [
+        ("mixtral", "cells", 'transport="all_experts"'),
+        ("mixtral", "dropless", 'transport="all_experts"'),
+        ("mixtral", "gather", 'transport="all_experts"'),
+        ("soft", "cells", "a gate that does not mix"),
+    ],
+)
+def test_forward_mode_is_refused_elsewhere_with_what_to_use(gate, transport, instead):
+    layer, x = make(gate, transport=transport), x_of(2, L, D)
+    for differentiate in (
+        lambda f: jax.jvp(f, (x,), (x,)),
+        lambda f: jax.jvp(jax.grad(lambda x: jnp.sum(f(x))), (x,), (x,)),
+    ):
+        with pytest.raises(TypeError, match=f"forward-mode .* use {instead}"):
+            differentiate(lambda x: layer(x)[0])
