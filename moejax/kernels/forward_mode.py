@@ -20,5 +20,5 @@ def refused(instead: str) -> Iterator[None]:
         raise TypeError(
             "forward-mode differentiation (jax.jvp, jacfwd, linearize) cannot pass the kernels of "
             f"this layer, which have a backward pass only; use {instead}, reverse mode (jax.grad, "
-            "vjp, jacrev) or finite differences"
+            "vjp, jacrev), forward over reverse (jax.jvp of jax.grad) or finite differences"
         ) from error

@@ -261,9 +261,23 @@ def test_forward_mode_passes_all_experts_and_merged_ones(gate):
 )
 def test_forward_mode_is_refused_elsewhere_with_what_to_use(gate, transport, instead):
     layer, x = make(gate, transport=transport), x_of(2, L, D)
-    for differentiate in (
-        lambda f: jax.jvp(f, (x,), (x,)),
-        lambda f: jax.jvp(jax.grad(lambda x: jnp.sum(f(x))), (x,), (x,)),
-    ):
-        with pytest.raises(TypeError, match=f"forward-mode .* use {instead}"):
-            differentiate(lambda x: layer(x)[0])
+    with pytest.raises(TypeError, match=f"forward-mode .* use {instead}"):
+        jax.jvp(lambda x: layer(x)[0], (x,), (x,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [None, README_MESH])
+@pytest.mark.parametrize("transport", ["cells", "dropless", "dropless_once", "gather"])
+def test_a_hessian_vector_product_passes_every_transport(transport, shape):
+    """jvp of grad, against the same through all_experts, which is plain JAX."""
+    x, direction = (jax.random.normal(jax.random.key(i), (4, L, D)) for i in (1, 2))
+
+    def product(transport):
+        layer = make("mixtral", transport=transport, capacity_factor=float(E))
+        total = lambda x: jnp.sum(jnp.sin(layer(x)[0]))
+        return jax.jit(lambda x, v: jax.jvp(jax.grad(total), (x,), (v,))[1])(x, direction)
+
+    wanted = product("all_experts")
+    with meshes.entered(shape):
+        got = product(transport)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
