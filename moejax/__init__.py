@@ -1,6 +1,6 @@
 """moejax: research on expert-parallel mixture-of-experts transformers in JAX and Flax NNX.
 
-layer = moejax.MoE(256, 512, 8, gate=moejax.gating.make("mixtral", k=2), rngs=nnx.Rngs(0))
+layer = moejax.MoE(256, 512, 8, gate="mixtral", rngs=nnx.Rngs(0))
 y_BLD, info = layer(x_BLD)
 """
 
