@@ -142,8 +142,12 @@ class MoE(TrainOrEval):
         check_sizes(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts, num_tasks=num_tasks)
         check_sizes(0, num_shared=chosen["num_shared"], reroute=reroute, vocab_size=vocab_size)
         check_rngs(rngs)
-        num_shared, shared_gate = chosen.pop("num_shared"), chosen.pop("shared_gate")
-        residual, self.balance_scope = chosen.pop("residual"), chosen.pop("balance_scope")
+        shared = (
+            chosen.pop("num_shared") * d_ff,
+            chosen.pop("shared_gate"),
+            chosen.pop("residual"),
+        )
+        self.balance_scope: str = chosen.pop("balance_scope")
         self.config = MoEConfig(num_experts=num_experts, reroute=reroute, **chosen)
         for field, value, valid in (
             ("activation", activation, ACTIVATIONS),
@@ -169,7 +173,7 @@ class MoE(TrainOrEval):
             self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, self.param_dtype))
         self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, self.param_dtype))
         self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, self.param_dtype))
-        self._build_shared(d_model, num_shared * d_ff, shared_gate, residual, rngs)
+        self._build_shared(d_model, *shared, rngs)
 
     def __call__(
         self,

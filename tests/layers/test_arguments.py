@@ -85,7 +85,10 @@ def test_a_name_is_a_gate_with_what_the_model_sets_around_it():
     preset = gating.preset_overrides("deepseek_moe")
     assert layer.gate == gating.make("deepseek_moe")
     assert layer.config.transport == preset["transport"] == "dropless"
-    assert layer.shared.up_DF[...].shape == (D, preset["shared_experts"] * F)
+    assert layer.shared is not None and layer.shared.up_DF[...].shape == (
+        D,
+        preset["shared_experts"] * F,
+    )
     given = make_by_name("deepseek_moe", transport="cells", num_shared=0)
     assert given.config.transport == "cells" and given.shared is None
 
@@ -114,6 +117,7 @@ def test_dtype_is_that_of_the_computation_and_param_dtype_that_of_the_experts():
     half = make_by_name("qwen_moe", dtype=jnp.bfloat16, param_dtype="bfloat16")
     y, info = half(x)
     assert y.dtype == jnp.bfloat16 and info.routing.weight_GTK.dtype == jnp.float32
+    assert half.shared is not None
     assert half.up_EDF[...].dtype == half.shared.up_DF[...].dtype == jnp.bfloat16
     assert half.router["router_DE"][...].dtype == half.shared_gate_D[...].dtype == jnp.float32
     # The router sees the float32 input, not a rounded one.

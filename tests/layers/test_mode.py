@@ -1,6 +1,7 @@
 """Flax's switch between training and evaluation, and its other tools, on this library's modules."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def test_eval_and_train_switch_what_capacity_and_noise_do():
     layer.train()
     assert dropped(layer) > 0
     noisy, quiet = make("shazeer"), make("shazeer", gate_fields={"min_std": 1.0})
-    noisy.eval(), quiet.eval()
+    noisy.eval()
+    quiet.eval()
     np.testing.assert_array_equal(noisy(tokens())[0], quiet(tokens())[0])
 
 
@@ -88,7 +90,7 @@ def test_the_multi_gate_layer_and_the_heads_evaluate_after_eval():
     tables.eval()
     assert not tables(x_BD)[1].stats.train
     sizes = {"theta": 0.0, "implementation": "xla"}
-    heads = MixtureOfHeads(D, 4, 1, 8, **sizes, rngs=nnx.Rngs(0))
+    heads: Any = MixtureOfHeads(D, 4, 1, 8, **sizes, rngs=nnx.Rngs(0))
     heads.gate = gating.make("shazeer")
     heads.router = nnx.data(
         jax.tree.map(nnx.Param, heads.gate.init(jax.random.key(0), moejax.types.GateSpec(D, 4)))
@@ -119,7 +121,7 @@ def test_a_model_hands_the_switch_to_its_layers():
     ctx = moejax.Context.of(2, 16, token_BL=ids)
 
     def lost(**call):
-        stats = model(ids, ctx, model.init_gate_state(), **call).found.stats
+        stats: Any = model(ids, ctx, model.init_gate_state(), **call).found.stats
         return int(stats.dropped_E.sum()), stats.train
 
     assert lost()[0] > 0 and lost()[1]
