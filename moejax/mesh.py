@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from moejax.errors import UserError
+from moejax.errors import UserError, suggest
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -53,8 +53,23 @@ def resolve_shape(shape: Mapping[str, int], num_devices: int | None = None) -> d
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all four axes, over ``devices`` (default: all of them)."""
+    """The mesh of all four axes, over ``devices`` (default: all of them).
+
+    Raises:
+      UserError: an axis that is none of them, or sizes that do not fit the devices.
+    """
     devices = jax.devices() if devices is None else list(devices)
+    for axis in shape:
+        if axis not in AXES:
+            raise UserError(f"mesh axis {axis!r} is unknown; {suggest(axis, AXES)}")
+    wanted = math.prod(shape.values())
+    if wanted > 0 and wanted != len(devices) and all(size > 0 for size in shape.values()):
+        named = " x ".join(f"{axis}={size}" for axis, size in shape.items())
+        raise UserError(
+            f"mesh {named or 'of no axes'} needs {wanted} devices but there are {len(devices)}; "
+            "change an axis, set one to -1 (the rest), or pass the devices to use, "
+            f"devices=jax.devices()[:{wanted}]"
+        )
     sizes = resolve_shape(shape, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices

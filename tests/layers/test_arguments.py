@@ -285,3 +285,17 @@ def test_a_hessian_vector_product_passes_every_transport(transport, shape):
     with meshes.entered(shape):
         got = product(transport)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"model": 8}, "mesh axis 'model' is unknown; .*data, expert, fsdp, tensor"),
+        ({"data": 3}, "mesh data=3 needs 3 devices but there are 8; .*devices=jax.devices"),
+        ({"expert": -1, "data": 3}, "cannot fill: 8 devices are not a multiple"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_in_words_of_its_own(shape, message):
+    with pytest.raises(moejax.UserError, match=message) as found:
+        moejax.make_mesh(shape)
+    assert "cpu_devices" not in str(found.value)
