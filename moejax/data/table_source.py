@@ -87,8 +87,7 @@ class TableSource:
         rows that it would be in, or for a binary task 0 or 1."""
         token_N1, names = self.tokens(batch), ["example"]
         if self._named is not None:
-            size = self.table.category_sizes[self._named]
-            names = [f"{self.table.category[self._named]} {i}" for i in range(size)]
+            names = self._values(self._named)
         label_N, labels = self._labels(batch)
         return {
             "token": token_N1,
@@ -99,6 +98,13 @@ class TableSource:
             "label": label_N[:, None].astype(np.uint8),
             "label_names": labels,
         }
+
+    def _values(self, column: int) -> list[str]:
+        """What each id of a categorical column stands for; of generated tables its number."""
+        name, values = self.table.category[column], self.table.category_values
+        if not values:
+            return [f"{name} {i}" for i in range(self.table.category_sizes[column])]
+        return [f"{name} unknown", *(f"{name} {value}" for value in values[column])]
 
     @property
     def _named(self) -> int | None:
