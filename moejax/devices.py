@@ -6,6 +6,7 @@ import warnings
 
 import jax
 
+from moejax import settings
 from moejax.errors import UserError
 from moejax.mesh import AXES, resolve_shape
 from moejax.schema import Config
@@ -14,7 +15,7 @@ CPU_DEVICES = "jax_num_cpu_devices"
 
 
 def configure_devices(config: Config) -> None:
-    """Joins the run's processes and sets the number of virtual CPU devices.
+    """Fixes JAX's settings, joins the run's processes, sets the number of virtual CPU devices.
 
     Call once, after ``validate`` and before anything touches a device: JAX fixes both when its
     first backend starts. Where that has happened already (in a notebook, a test) the devices stay
@@ -26,6 +27,7 @@ def configure_devices(config: Config) -> None:
     Raises:
       UserError: processes that cannot be joined, or a mesh that does not divide over them.
     """
+    settings.fix(config)
     if backend_is_running():
         if config.distributed.mode == "explicit" and not jax.distributed.is_initialized():
             raise UserError(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 import moejax
+from moejax import settings
 from moejax.devices import CPU_DEVICES, backend_is_running
 from moejax.mesh import AXES, make_mesh
 
@@ -28,6 +29,7 @@ def report(cpu_devices: int) -> int:
 
     ``cpu_devices`` virtual CPU devices are made, unless JAX has started devices before.
     """
+    settings.fix()
     if not backend_is_running():
         jax.config.update(CPU_DEVICES, cpu_devices)
     _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")

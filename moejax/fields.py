@@ -50,6 +50,11 @@ FIELDS: dict[str, Field] = {
         "of activations and matmuls; weights and router are float32",
         choices=("float32", "bfloat16"),
     ),
+    "model.matmul_precision": Field(
+        "default",
+        "of float32 matmuls on TPU and GPU; the router's are always exact",
+        choices=("default", "tensorfloat32", "high", "highest"),
+    ),
     "model.remat": Field(
         "none",
         "what backward recomputes: nothing, the cheap, experts too, exchanges too, everything",

@@ -15,8 +15,8 @@ LOWEST = {"errors", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
 RECORDED = {"probe", "recording"}
 CONFIG = {
-    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "sources",
-    "task_table", "validate", "validate_layers",
+    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "settings",
+    "sources", "task_table", "validate", "validate_layers",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "fields", "overrides"},
     "tasks": LOWEST | CONFIG | {"data", "gating", "layers", "losses", "models"},
-    "doctor": {"moejax", "devices", "mesh"},
+    "doctor": {"moejax", "devices", "mesh", "settings"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
     "sweep": {"errors", "flags", "train", "types"} | CONFIG,

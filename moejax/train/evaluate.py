@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from moejax import recording
+from moejax import recording, settings
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
@@ -59,6 +59,7 @@ def opened(
     this.check_gate_data(train_steps)
     folder = Path(workdir)
     saved = read_config(folder)
+    settings.say_changes(saved)
     remedy = "name the text to evaluate on with --config.data.path"
     check_text(saved, config, this.data.fingerprint, remedy)
     with (

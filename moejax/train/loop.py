@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from moejax import __version__
+from moejax import __version__, settings
 from moejax.config import Config, config_differences, default, to_dict
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
@@ -56,6 +56,7 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
             "eval": dataclasses.asdict(costs.eval_flops),
         },
         "memory": {"state": costs.state_bytes, "activations": costs.activation_bytes},
+        "environment": settings.environment(),
         "devices": {"kind": this.mesh.devices.flat[0].device_kind, "count": this.mesh.size},
     }
     cached = compile_cache.kept(config.report.compile_cache)
@@ -223,6 +224,7 @@ def check_workdir(folder: Path, config: Config, fingerprint: str) -> None:
             raise UserError(f"--workdir={folder} is not empty and holds no run; name a new folder")
         return
     saved = read_config(folder)
+    settings.say_changes(saved)
     for name, old, new in config_differences(saved["config"], to_dict(config)):
         raise UserError(
             f"{name}={new} but the run in {folder} has {name}={old}; use another --workdir, or "
