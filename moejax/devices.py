@@ -1,8 +1,12 @@
 """Starts what a config asks for before JAX does: virtual CPU devices, several processes."""
 
+import contextlib
 import math
 import os
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
 
 import jax
 
@@ -64,19 +68,23 @@ def _join(config: Config) -> int:
     """Joins the processes as ``distributed.mode`` says; how many there are."""
     distributed = config.distributed
     if distributed.mode == "explicit":
-        jax.distributed.initialize(
-            distributed.coordinator, distributed.num_processes, distributed.process_id
-        )
+        with _waiting(distributed.num_processes, f"process 0 at {distributed.coordinator}"):
+            jax.distributed.initialize(
+                distributed.coordinator, distributed.num_processes, distributed.process_id
+            )
         return distributed.num_processes
     launched = _launched_processes()
     if distributed.mode == "off" or launched == 1:
         return 1
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _waiting(launched, "distributed.mode=auto"):
             # In a plain pod, without the client that a JobSet would need: not a cluster for us.
             warnings.filterwarnings("ignore", message="Kubernetes environment detected")
-            jax.distributed.initialize()
+            jax.distributed.initialize(num_processes=launched)
     except ValueError:  # JAX found no launcher that it knows
+        _check_no_other_launcher()
+        if launched:
+            print("moejax: none has been launched: one process goes on alone", file=sys.stderr)
         return 1
     except RuntimeError as error:
         reason = " ".join(str(error).split())
@@ -88,10 +96,89 @@ def _join(config: Config) -> int:
     return launched or 1
 
 
+WAIT = 300.0
+"""Seconds until processes that do not come are given up."""
+
+
+@contextlib.contextmanager
+def _waiting(processes: int | None, found: str) -> Iterator[None]:
+    """Inside, JAX waits for the other processes of the run: says for how many, and until when.
+
+    When its own time is up JAX ends the process with SIGABRT and a stack of C++, which nothing in
+    Python can catch; so the wait ends shortly before that, in one line and with exit status 2.
+
+    Raises:
+      UserError: processes that were named one by one cannot be joined.
+    """
+    if processes is None:  # a launcher that knows, and starts them all
+        yield
+        return
+    what = f"{processes} processes ({found})"
+
+    def give_up() -> None:
+        print(
+            f"moejax: error: waited {WAIT:.0f} s for {what}, and not all have come; start them "
+            "all, or use distributed.mode=off for one process alone",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    print(f"moejax: waiting for all of {what}, {WAIT:.0f} s at most", file=sys.stderr, flush=True)
+    timer = threading.Timer(WAIT, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _launched_processes() -> int | None:
-    """How many processes SLURM or Open MPI started together; None if neither did."""
-    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+    """How many processes Open MPI or SLURM started together; None if neither did.
+
+    The innermost launcher counts: mpirun inside an allocation of SLURM, and of SLURM the step. An
+    interactive step has one task, whatever the job has.
+    """
+    for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
         count = os.environ.get(variable, "")
         if count.isdecimal():
             return int(count)
     return None
+
+
+def _check_no_other_launcher() -> None:
+    """Refuses to be one of several processes that know nothing of each other.
+
+    Raises:
+      UserError: a launcher that JAX does not know has started several.
+    """
+    for size, rank in (("PMI_SIZE", "PMI_RANK"), ("PMIX_SIZE", "PMIX_RANK"),
+                       ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")):  # fmt: skip
+        count = os.environ.get(size, "")
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(
+                f"distributed.mode=auto: {size}={count}, so that many processes were started, by a "
+                "launcher that JAX does not know; use distributed.mode=explicit with coordinator, "
+                f"num_processes={count} and process_id=${rank}, or distributed.mode=off"
+            )
+
+
+def started_devices() -> list[jax.Device]:
+    """All devices; JAX starts them now, if it has not yet.
+
+    Raises:
+      UserError: what the environment asks for is not there, or cannot be used.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of CUDA without its plugin
+        asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no plugin of JAX is installed"
+        reason = " ".join(reason.split())
+        if not asked:
+            raise UserError(f"JAX cannot start its devices: {reason}") from error
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: there is no such device here ({reason}); unset it, set it to "
+            "cpu, or install the extra for it (pip install 'moejax[gpu]' or 'moejax[tpu]')"
+        ) from error

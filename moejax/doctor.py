@@ -15,7 +15,8 @@ from jaxtyping import PyTree
 
 import moejax
 from moejax import settings
-from moejax.devices import CPU_DEVICES, backend_is_running
+from moejax.devices import CPU_DEVICES, backend_is_running, started_devices
+from moejax.errors import UserError
 from moejax.mesh import AXES, make_mesh
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -28,6 +29,9 @@ def report(cpu_devices: int) -> int:
     """Prints the findings; 0 if moejax can train here, 1 if something it needs does not work.
 
     ``cpu_devices`` virtual CPU devices are made, unless JAX has started devices before.
+
+    Raises:
+      UserError: there are no devices as the environment asks for.
     """
     settings.fix()
     if not backend_is_running():
@@ -35,7 +39,11 @@ def report(cpu_devices: int) -> int:
     _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     _line("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     _line("host", f"{_cores()} cores, {_memory()}")
-    devices = jax.devices()
+    try:
+        devices = started_devices()
+    except UserError:
+        _line("devices", "none: moejax cannot train here")
+        raise
     count = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     _line("devices", f"{count}, {jax.process_count()} process(es)")
     mesh = make_mesh({AXIS: -1})

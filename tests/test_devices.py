@@ -1,5 +1,8 @@
 """Devices and processes are set up before JAX starts, and left alone afterwards."""
 
+import importlib.util
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from moejax import devices
 from moejax.config import configure_devices, default
 from moejax.devices import backend_is_running
 from moejax.errors import UserError
@@ -30,8 +34,102 @@ def test_joining_processes_after_the_devices_started_is_refused():
         configure_devices(config)
 
 
+LAUNCHED = {
+    "nothing": ({}, None),
+    "SLURM": ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, 4),
+    "a batch script of SLURM": ({"SLURM_NTASKS": "4"}, 4),
+    "an interactive step": ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, 1),
+    "a step of some tasks": ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"}, 2),
+    "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
+    "mpirun in an allocation": (
+        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "OMPI_COMM_WORLD_SIZE": "1"},
+        1,
+    ),
+    "a word": ({"SLURM_NTASKS": "four"}, None),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_the_innermost_launcher_says_how_many_processes_there_are(launcher, monkeypatch):
+    variables, expected = LAUNCHED[launcher]
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert devices._launched_processes() == expected
+
+
+def test_processes_of_a_launcher_that_jax_does_not_know_are_refused(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "4")
+    with pytest.raises(
+        UserError, match=r"PMI_SIZE=4, .* num_processes=4 and process_id=\$PMI_RANK"
+    ):
+        devices._check_no_other_launcher()
+    monkeypatch.setenv("PMI_SIZE", "1")
+    devices._check_no_other_launcher()
+
+
+ALONE = """
+from moejax import devices
+from moejax.config import default
+devices.WAIT = 1.0
+config = default()
+config.distributed.mode = "explicit"
+config.distributed.coordinator = "127.0.0.1:{port}"
+config.distributed.num_processes, config.distributed.process_id = 2, {rank}
+devices.configure_devices(config)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wait_for_processes_is_said_at_once_and_ends_in_one_line(rank):
+    """JAX would abort with a stack of C++."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = ALONE.format(port=port, rank=rank)
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("moejax")]
+    assert lines[0].startswith(
+        f"moejax: waiting for all of 2 processes (process 0 at 127.0.0.1:{port}"
+    )
+    assert "waited 1 s" in lines[-1] and "distributed.mode=off" in lines[-1]
+    assert "stack trace" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpux"])
+def test_an_absent_accelerator_is_one_line(platform, tmp_path):
+    """Of the doctor too, which says what is there; and no folder is made."""
+    if platform == "cuda" and importlib.util.find_spec("jax_plugins"):
+        pytest.skip("this installation has the plugin")
+    env = os.environ | {"JAX_PLATFORMS": platform}
+    code = (
+        "import sys; from moejax import cli\n"
+        "codes = [cli.main(['doctor']), cli.main(['train', '--config=configs/lm.py:size=debug', "
+        "'--workdir=' + sys.argv[1]]), cli.main(['profile', '--config=configs/lm.py:size=debug', "
+        "'--out=' + sys.argv[1]])]\n"
+        "assert codes == [2, 2, 2], codes"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "new")], capture_output=True, text=True,
+        cwd=ROOT, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("moejax: error:")]
+    assert len(errors) == 3 and not (tmp_path / "new").exists()
+    for line in errors:
+        assert f"JAX_PLATFORMS={platform}: there is no such device here" in line
+        assert "moejax[gpu]" in line
+    assert "devices            none: moejax cannot train here" in done.stdout
+
+
 FRESH = """
 import sys
+from moejax import devices
 from moejax.config import configure_devices, default, validate
 from moejax.devices import backend_is_running
 config = default()

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "fields", "overrides"},
     "tasks": LOWEST | CONFIG | {"data", "gating", "layers", "losses", "models"},
-    "doctor": {"moejax", "devices", "mesh", "settings"},
+    "doctor": {"moejax", "devices", "errors", "mesh", "settings"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
     "sweep": {"errors", "flags", "train", "types"} | CONFIG,

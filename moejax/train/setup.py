@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from moejax import mesh as meshes
 from moejax.config import Config, configure_devices, validate
 from moejax.data.source import Source
+from moejax.devices import started_devices
 from moejax.errors import UserError
 from moejax.recording import row_digests
 from moejax.task_table import TASKS
@@ -183,7 +184,7 @@ def _build(config: Config) -> tuple[Task, Source]:
 
 def _devices(config: Config) -> list[jax.Device]:
     """All devices; of virtual CPU devices that were started before us, as many as the mesh has."""
-    devices = jax.devices()
+    devices = started_devices()
     fixed = [config.mesh[axis] for axis in meshes.AXES]
     if devices[0].platform == "cpu" and jax.process_count() == 1 and -1 not in fixed:
         return devices[: int(np.prod(fixed))]
