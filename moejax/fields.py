@@ -135,7 +135,7 @@ FIELDS: dict[str, Field] = {
     "train.steps": Field(300, "optimizer updates", low=1),
     "train.batch_size": Field(16, "sequences per step, over all devices", low=1),
     "train.seq_len": Field(128, "tokens per sequence", low=1),
-    "train.seed": Field(0, "of initial weights, data order and noise", low=0),
+    "train.seed": Field(0, "of initial weights, data order and noise", low=0, high=2**32 - 1),
     "train.grad_accum": Field(1, "micro-batches per step", low=1),
     "train.log_every": Field(10, "steps between rows of metrics.jsonl", low=1),
     "train.eval_every": Field(100, "steps between evaluations", low=1),

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from moejax.errors import UserError
 from moejax.fields import FIELDS
-from moejax.overrides import PREFIX
+from moejax.overrides import PREFIX, known_as
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +36,9 @@ def check_flag(word: str, command: Parser) -> None:
     name, equals, value = word.partition("=")
     if name in command.flags:
         return
-    if name.removeprefix("--") in FIELDS:
-        hint = f"did you mean {PREFIX}{name.removeprefix('--')}{equals}{value}?"
+    field = known_as(name.removeprefix("--"), FIELDS)
+    if field and not difflib.get_close_matches(name, command.flags, n=1, cutoff=0.75):
+        hint = f"did you mean {PREFIX}{field}{equals}{value}?"
     else:
         flags = [*command.flags, *(PREFIX + field for field in FIELDS)]
         near = difflib.get_close_matches(name, flags, n=1)

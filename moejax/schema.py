@@ -8,6 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
+import numpy as np
 
 from moejax import gating
 from moejax.errors import UserError, suggest
@@ -23,6 +24,20 @@ class Config(ml_collections.ConfigDict):
 
         def __getattr__(self, attribute: str) -> Any: ...
         def __getitem__(self, key: str) -> Any: ...
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, _plain(value, self[key] if key in self else None))
+
+
+def _plain(value: Any, known: Any) -> Any:
+    """A number of NumPy or JAX as Python's, and 1e3 as 1000 where a whole number is ``known``."""
+    if isinstance(known, tuple) and isinstance(value, (list, tuple, np.ndarray)):
+        return tuple(_plain(item, known[0] if known else None) for item in value)
+    if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if type(known) is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def fields_for(gate: str, task: str) -> dict[str, Field]:
@@ -78,10 +93,15 @@ def default(task: str = LANGUAGE) -> Config:
         for part in path:
             node = node.setdefault(part, {})
         node[leaf] = field.default
-    config = Config(tree)
+    config = _sections(tree)
     config.lock()
     set_gate(config, DEFAULT_GATE)
     return config
+
+
+def _sections(tree: dict[str, Any]) -> Config:
+    """The tree with every section as a Config, where ConfigDict has sections of its own type."""
+    return Config({k: _sections(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
 class GateConfig(Config):

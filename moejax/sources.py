@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 import types
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def open_page(source: str) -> Page | None:
     Raises:
       UserError: nothing there, or an error inside the page (with its line).
     """
-    path, _, arg = source.partition(":")
+    path, arg = split_source(source)
     if path.endswith(".py"):
         return Page(_run_file(path), path, arg or None)
     if _MODULE.fullmatch(path):
@@ -87,20 +88,36 @@ def open_page(source: str) -> Page | None:
     return None
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """The name of a page and the argument that follows it. Which colon is between them is told by
+    the file or folder that is there: these may have colons in their names."""
+    colons = [at for at, letter in enumerate(source) if letter == ":"]
+    for is_there in (os.path.isfile, os.path.isdir):
+        for at in [len(source), *reversed(colons)]:
+            if is_there(source[:at]):
+                return source[:at], source[at + 1 :]
+    after = [at for at in colons if source[:at].endswith(".py")]
+    at = after[0] if after else len(source) if source.endswith(".py") else source.find(":")
+    return (source, "") if at < 0 else (source[:at], source[at + 1 :])
+
+
 def _run_file(path: str) -> types.ModuleType:
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        with open(path, "rb") as file:
+            text = file.read()  # Python reads the mark at its beginning and its coding itself
     except OSError as error:
         folder = os.path.dirname(path)
         pages = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
         pages = [os.path.join(folder, page) for page in pages if page.endswith(".py")]
         hint = f"; {suggest(path, pages)}" if pages else ""
         raise UserError(f"config file {path!r}: {error.strerror}{hint}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config file {path!r} is not UTF-8 text: {error.reason}") from error
-    module = types.ModuleType(os.path.splitext(os.path.basename(path))[0])
+    stem = os.path.splitext(os.path.basename(path))[0]
+    number = zlib.crc32(os.fsencode(os.path.abspath(path)))
+    module = types.ModuleType(f"{stem}_{number:08x}")
     module.__file__ = path
+    # As an import would: dataclasses and typing look a class's module up. The name is the path's
+    # own, since a page may be called as a module that is there.
+    sys.modules[module.__name__] = module
     # Not imported: no stale bytecode, and none written beside the page.
     with _own_imports(path):
         _guard(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
@@ -172,6 +189,8 @@ def _guard(path: str, run: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except SyntaxError as error:
+        if "codec can't decode" in str(error.msg) or "null bytes" in str(error.msg):
+            raise UserError(f"config file {path!r} is not UTF-8 text: {error.msg}") from error
         raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     except SystemExit as error:
         raise UserError(f"config {path!r} called sys.exit({error.code!r})") from error

@@ -83,6 +83,8 @@ def _check_ranges(config: Config) -> None:
         value = get_field(config, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} must be a finite number")
+        if beyond := field.beyond(value):
+            raise UserError(f"{name}={value} must be {beyond}; default {field.default}")
         if field.allows(value):
             continue
         if field.choices:

@@ -51,8 +51,8 @@ def _report(args: argparse.Namespace) -> int:
     from moejax.analysis.openmoe import report as findings
     from moejax.train.rows import Divergence
 
-    folder = Path(args.folder).expanduser()
-    target = Path(args.output).expanduser() if args.output else folder / "report.html"
+    folder = Path(os.path.expanduser(args.folder))
+    target = Path(os.path.expanduser(args.output)) if args.output else folder / "report.html"
     if args.measure_leak is not None and args.measure_leak < 1:
         raise UserError(f"--measure-leak={args.measure_leak} must be a number of sequences")
     openmoe.check(args)

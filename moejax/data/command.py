@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,6 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _check_out(args: argparse.Namespace) -> None:
     """What is written into the folder of texts would be text itself from then on."""
-    path, out = (Path(name).expanduser().resolve() for name in (args.path, args.out))
+    path, out = (Path(os.path.expanduser(name)).resolve() for name in (args.path, args.out))
     if args.path and path.is_dir() and out.is_relative_to(path):
         raise UserError(f"--out={args.out} lies in --path={args.path}; write it somewhere else")

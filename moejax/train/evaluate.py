@@ -122,10 +122,10 @@ def _check_target(config: Config, path: str, steps: int) -> None:
             f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {gate.mixes} and sends "
             "no token anywhere, so there is no routing to follow; leave the flag out"
         )
-    folder = Path(path).expanduser().absolute().parent
+    folder = Path(os.path.expanduser(path)).absolute().parent
     if not folder.is_dir():
         raise UserError(f"--record-routing={path}: the folder {folder} does not exist")
-    if Path(path).expanduser().is_dir():
+    if Path(os.path.expanduser(path)).is_dir():
         raise UserError(f"--record-routing={path} is a folder; name a file")
     if steps > config.train.steps:
         raise UserError(
@@ -158,7 +158,7 @@ def _write(found: Recording, path: str) -> None:
     if not is_first():
         return
     try:
-        recording.save(Path(path).expanduser(), found)
+        recording.save(Path(os.path.expanduser(path)), found)
     except OSError as error:
         raise UserError(f"--record-routing={path} cannot be written: {error.strerror}") from error
 

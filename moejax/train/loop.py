@@ -180,7 +180,7 @@ def _warm_start(this: Run, folder: Path) -> PyTree | None:
     if not source or begun:
         return None
     try:
-        checkpoints = Path(source).expanduser() / "checkpoints"
+        checkpoints = Path(os.path.expanduser(source)) / "checkpoints"
         return restore_subtree(checkpoints, this.abstract_state.params).state
     except UserError as error:
         raise UserError(f"train.init_from={source!r}: {error}") from error
