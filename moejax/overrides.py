@@ -227,7 +227,7 @@ SYNONYMS: dict[str, str] = {
     "mesh.data": "dp data_parallel devices gpus num_gpus n_gpus",
     "mesh.expert": "ep expert_parallel ep_size",
     "mesh.tensor": "tp tensor_parallel tp_size mp model_parallel",
-    "data.path": "dataset data corpus train_path text data_path dataset_path data_dir",
+    "data.path": "dataset corpus train_path text data_path dataset_path data_dir",
     "data.tokenizer": "tok tokenizer_path",
     "data.eval_fraction": "val_fraction valid_fraction test_size val_split split_fraction",
     "report.compile_cache": "cache compilation_cache",
