@@ -1,11 +1,13 @@
 """The ``moejax`` command. Each subcommand imports what it needs when it runs."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from moejax import files
 from moejax.errors import UserError, suggest
 from moejax.flags import OVERRIDES, WORKDIR, Parser, check_flag
 from moejax.overrides import take_overrides
@@ -27,19 +29,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A page's or a gate's module beside the user is found, as it is under `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks, or that is no text, is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(argv)
     except UserError as error:
         print(f"moejax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print("moejax: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
         return FAILED if stopped_short else 0
+    except OSError as error:
+        if error.errno not in files.FULL:
+            raise
+        print(
+            f"moejax: error: {files.cannot_write(error.filename or 'a file', error)}",
+            file=sys.stderr,
+        )
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("moejax: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(argv: list[str]) -> int:

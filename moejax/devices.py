@@ -3,10 +3,12 @@
 import contextlib
 import math
 import os
+import resource
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -162,6 +164,57 @@ def _check_no_other_launcher() -> None:
                 "launcher that JAX does not know; use distributed.mode=explicit with coordinator, "
                 f"num_processes={count} and process_id=${rank}, or distributed.mode=off"
             )
+
+
+def memory_of(device: jax.Device, sharing: int) -> int | None:
+    """Bytes that a device has for arrays; None where its driver does not say.
+
+    Virtual CPU devices have the host's memory together: ``sharing`` of them.
+    """
+    if device.platform == "cpu":
+        return host_memory() // sharing
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may take: the host's, or less where a container, a batch
+    system or ``ulimit -v`` allows less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()]
+    of_process, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if of_process != resource.RLIM_INFINITY:
+        limits.append(of_process)
+    return min(limits)
+
+
+def _cgroup_limits(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> list[int]:
+    """The limits of the control groups that this process is in, and of those above them."""
+    try:
+        lines = Path(proc).read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers not in ("", "memory"):  # version 2 has none in its name
+            continue
+        base, name = Path(root), "memory.max"
+        if controllers:
+            base, name = base / "memory", "memory.limit_in_bytes"
+        # Inside a container the path may be the host's, of which only the root is there.
+        group = base / place.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base):
+                found += _limit(folder / name)
+    return found
+
+
+def _limit(path: Path) -> list[int]:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return []
+    return [int(text)] if text.isdecimal() else []  # "max": none
 
 
 def started_devices() -> list[jax.Device]:

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 import moejax
 from moejax import settings
-from moejax.devices import CPU_DEVICES, backend_is_running, started_devices
+from moejax.devices import CPU_DEVICES, backend_is_running, host_memory, started_devices
 from moejax.errors import UserError
 from moejax.mesh import AXES, make_mesh
 
@@ -82,9 +82,7 @@ def _cores() -> int:
 
 
 def _memory() -> str:
-    """The host's memory; containers may allow less."""
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{gib:.1f} GiB memory"
+    return f"{host_memory() / 2**30:.1f} GiB memory"
 
 
 def _try(mesh: Mesh, fn: Callable[[jax.Array], jax.Array], expected: np.ndarray) -> str:

@@ -34,6 +34,9 @@ FIELDS: dict[str, Field] = {
     "mesh.cpu_devices": Field(
         0, "virtual CPU devices per process (0: the mesh's product / processes)", low=0
     ),
+    "mesh.device_gib": Field(
+        0.0, "GiB that a run may expect to take per device (0: what the device has)", low=0.0
+    ),
     "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
     "model.d_model": Field(192, "model width", low=1),
     "model.d_ff": Field(512, "hidden width of a dense FFN", low=1),

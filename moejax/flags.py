@@ -50,11 +50,12 @@ def workdir(text: str) -> str:
     """What ``--workdir`` names: a folder, old or new. ``~`` is the home folder.
 
     Raises:
-      UserError: it is empty, a file or below one, too long, or cannot be looked at.
+      UserError: it is empty, a file or below one, too long, not UTF-8, or cannot be looked at.
     """
     path, problem = os.path.expanduser(text), "" if text else "is empty"
+    problem = problem or not_text(path)
     try:
-        if text and not stat.S_ISDIR(os.stat(path).st_mode):
+        if not problem and not stat.S_ISDIR(os.stat(path).st_mode):
             problem = "is a file"
     except FileNotFoundError:
         pass  # new
@@ -63,6 +64,18 @@ def workdir(text: str) -> str:
     if problem:
         raise UserError(f"--workdir={text} {problem}; name a folder, new or of a run")
     return path
+
+
+def not_text(path: str) -> str:
+    """What is wrong with a path that holds bytes which are no UTF-8; empty if it holds none.
+
+    Such names exist on disks written under Latin-1. What writes checkpoints cannot take them.
+    """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8 (with the folders it is in)"
+    return ""
 
 
 WORKDIR: dict[str, Any] = {"type": workdir, "metavar": "DIR"}

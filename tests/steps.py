@@ -87,7 +87,7 @@ def make(
     return Run(
         config=config,
         leak="",
-        data=TextSource(corpus, LENGTH, BATCH, config.train.seed),
+        data=TextSource(corpus, config.train.seq_len, config.train.batch_size, config.train.seed),
         mesh=make_mesh(shape, devices[: math.prod(shape.values())]),
         task=task,
         optimizer=optimizer,

@@ -87,6 +87,8 @@ MISTAKES = {
     "train {lm} {workdir} --config.moe.gate.name=swich": ["did you mean 'switch'"],
     "train {lm} {workdir} --config.moe.gate.name=:x": ["gate ':x' cannot be imported"],
     "train {lm} {workdir} --config.model.attention=cudnn": ["model.dtype=float32", "auto"],
+    "train {lm} --workdir=a\udce9": ["not UTF-8", "name a folder"],
+    "profile {lm} --out=a\udce9": ["not UTF-8", "name another folder"],
     # semantics
     "train {lm} {workdir} --config.mesh.expert=3": ["moe.num_experts=8", "mesh.expert=3"],
     "train {lm}:experts=6 {workdir}": ["moe.num_experts=6", "mesh.expert=4", "4 or 8"],

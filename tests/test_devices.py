@@ -127,6 +127,34 @@ def test_an_absent_accelerator_is_one_line(platform, tmp_path):
     assert "devices            none: moejax cannot train here" in done.stdout
 
 
+def groups(tmp_path: Path, lines: str, limits: dict[str, str]) -> list[int]:
+    """The limits found in a tree of control groups of these files."""
+    for name, text in limits.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "self").write_text(lines)
+    return devices._cgroup_limits(str(tmp_path / "self"), str(tmp_path / "cgroup"))
+
+
+def test_limits_of_control_groups_count_up_to_the_root(tmp_path: Path):
+    two = {"memory.max": "900", "job/memory.max": "max", "job/step/memory.max": "300"}
+    assert groups(tmp_path / "2", "0::/job/step\n", two) == [300, 900]
+    one = {"memory/job/memory.limit_in_bytes": "500", "cpu/job/memory.limit_in_bytes": "1"}
+    assert groups(tmp_path / "1", "4:memory:/job\n3:cpu:/job\n", one) == [500]
+    assert groups(tmp_path / "container", "0::/of/the/host\n", {"memory.max": "700"}) == [700]
+    assert groups(tmp_path / "none", "0::/\n", {}) == []
+
+
+def test_memory_is_what_this_process_may_take(monkeypatch):
+    whole = devices.host_memory()
+    assert 2**20 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(devices, "_cgroup_limits", lambda: [2**40, 2**20])
+    assert devices.host_memory() == 2**20
+    assert devices.memory_of(jax.devices()[0], sharing=4) == 2**18
+
+
 FRESH = """
 import sys
 from moejax import devices

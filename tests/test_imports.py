@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moejax"
 
-LOWEST = {"errors", "types", "mesh", "kernels"}
+LOWEST = {"errors", "files", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
 RECORDED = {"probe", "recording"}
 CONFIG = {
@@ -21,14 +21,15 @@ CONFIG = {
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "choices": set(),
     "context": set(),
     "types": {"choices", "context"},
     "mesh": {"errors"},
     "kernels": {"errors"},
     "losses": {"types"},
-    "probe": {"errors"},
-    "recording": {"errors"},
+    "probe": {"errors", "files"},
+    "recording": {"files"},
     "gating": LOWEST | {"recording"},
     "experts": LOWEST,
     "dispatch": LOWEST | {"experts"},
@@ -42,11 +43,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"moejax", "devices", "errors", "mesh", "settings"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
-    "sweep": {"errors", "flags", "train", "types"} | CONFIG,
+    "sweep": {"errors", "files", "flags", "train", "types"} | CONFIG,
     "analysis": CONFIG
-    | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
+    | {"data", "errors", "files", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
     | {"train"},
-    "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
+    "cli": {
+        "moejax",
+        "analysis",
+        "data",
+        "doctor",
+        "errors",
+        "files",
+        "flags",
+        "show",
+        "sweep",
+        "train",
+    }
     | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.files import replaced
 from moejax.sweep import forest
 from moejax.sweep.comparison import Compared, Summary
 from moejax.sweep.labels import Box, Pixel, around, place
@@ -35,10 +36,10 @@ def write_figure(folder: Path, title: str, results: Sequence[Result], summary: S
     """Draws ``<folder>/sweep.png`` in place of an older one."""
     import matplotlib
 
-    temporary = folder / ".sweep.tmp.png"
     with matplotlib.rc_context(STYLE):
-        figure(title, results, summary).savefig(temporary)
-    temporary.replace(folder / "sweep.png")
+        drawn = figure(title, results, summary)
+        with replaced(folder / "sweep.png") as temporary:
+            drawn.savefig(temporary, format="png")
 
 
 def figure(title: str, results: Sequence[Result], summary: Summary) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from moejax.config import flatten
 from moejax.errors import UserError
+from moejax.files import replaced
 from moejax.sweep.definition import Sweep, Trial, computed, config_id
 from moejax.train.loop import OUTPUT, read_config
 from moejax.train.metrics import read_rows
@@ -126,9 +127,7 @@ def write_index(folder: Path, sweep: Sweep) -> None:
 
 def write_whole(path: Path, content: str) -> None:
     """Writes a text file that is there as a whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="") as file:
+    with replaced(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)

@@ -143,7 +143,7 @@ def read_pilot(folder: str) -> list[Pilot]:
     path = Path(os.path.expanduser(folder)) / "results.csv"
     kinds = Pilot.__annotations__
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return [
                 Pilot(**{name: kind(row[name]) for name, kind in kinds.items()})
                 for row in csv.DictReader(file)

@@ -10,8 +10,9 @@ from jaxtyping import PyTree
 
 from moejax import mesh as meshes
 from moejax.config import Config
+from moejax.devices import host_memory, memory_of
 from moejax.tasks.task import Batch, Task
-from moejax.train import flops, memory
+from moejax.train import flops, memory, processes, units
 from moejax.train.setup import Run
 from moejax.train.state import count_parameters
 
@@ -44,6 +45,8 @@ class Budget:
     state_bytes: int
     activation_bytes: int
     """Per device: the training state with gradients, and what is kept for the backward pass."""
+    product_bytes: int = 0
+    """Per device: the largest product of the forward pass, which is there for a moment."""
 
 
 def count_budget(run: Run) -> Budget:
@@ -56,8 +59,10 @@ def count_budget(run: Run) -> Budget:
     batch = run.data.shapes(_micro_batch(config))
     backward, forward = (_countable_pass(run, train=train) for train in (True, False))
     with jax.set_mesh(run.mesh):
-        kept = memory.residual_bytes(
-            lambda p: _loss(run, run.task, p, zeros_like(batch)), _without_shardings(params)
+        kept, product = memory.forward_bytes(
+            lambda p: _loss(run, run.task, p, zeros_like(batch)),
+            _without_shardings(params),
+            devices=run.mesh.size,
         )
     shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
     return Budget(
@@ -66,10 +71,74 @@ def count_budget(run: Run) -> Budget:
         flops_per_step=flops.count_flops(backward) * config.train.grad_accum,
         train_flops=_token_flops(run, backward),
         eval_flops=_token_flops(run, forward),
-        state_bytes=memory.tree_bytes_per_device(run.abstract_state)
-        + memory.tree_bytes_per_device(params),
+        state_bytes=_state_bytes(run),
         activation_bytes=kept // shards,
+        product_bytes=product,
     )
+
+
+def checked_budget(run: Run) -> Budget:
+    """What a run costs, if it fits in its devices; before anything is compiled.
+
+    The estimate leaves out what XLA needs for a moment, and what it saves by fusing; a user who
+    knows better sets ``mesh.device_gib``.
+
+    Raises:
+      UserError: it does not fit; naming what to reduce.
+    """
+    # What is too large for itself is not traced, which may fail or take minutes.
+    processes.raise_together(_batch_problem(run) or _memory_problem(run, _state_bytes(run), 0))
+    costs = count_budget(run)
+    largest = max(costs.activation_bytes, costs.product_bytes)
+    processes.raise_together(_memory_problem(run, costs.state_bytes, largest))
+    return costs
+
+
+def _batch_problem(run: Run) -> str:
+    """What is wrong with a global batch that this process cannot hold; empty if it can."""
+    train, there = run.config.train, host_memory()
+    needed = train.batch_size * sum(x.nbytes for x in run.data.shapes(1).values())
+    if needed <= there:
+        return ""
+    return (
+        f"train.batch_size={train.batch_size} needs {units.size(needed)} of memory for one batch "
+        f"of data, and this machine has {units.size(there)}; lower it"
+    )
+
+
+def _memory_problem(run: Run, state: int, activations: int) -> str:
+    """What to do about bytes that a device does not have; empty if it has them."""
+    config, local = run.config, run.mesh.local_devices
+    own, needed = round(config.mesh.device_gib * 2**30), state + activations
+    there = own or memory_of(local[0], len(local))
+    if there is None or needed <= there:
+        return ""
+    train = config.train
+    if activations > state:
+        what = f"train.batch_size={train.batch_size}"
+        cures = ["lower it"]
+        if "seq_len" in train:
+            what, cures = f"{what} x train.seq_len={train.seq_len}", ["lower one of them"]
+        cures.append(f"raise train.grad_accum={train.grad_accum}")
+        if config.model.get("remat", "full") != "full":
+            cures.append("set model.remat=full")
+    else:
+        what = f"a model of {units.count(count_parameters(run.abstract_state.params))} parameters"
+        cures = ["make it smaller", "split it over more devices (mesh.fsdp, mesh.expert)"]
+    parts = f"{units.size(state)} state and gradients"
+    parts += f", {units.size(activations)} activations" if activations else ""
+    has = f"mesh.device_gib={config.mesh.device_gib:g} allows" if own else "has"
+    return (
+        f"{what} needs {units.size(needed)} of memory per device ({parts}), and a device {has} "
+        f"{units.size(there)}; {', '.join(cures)}, or set mesh.device_gib to what you know it may "
+        "take"
+    )
+
+
+def _state_bytes(run: Run) -> int:
+    """Per device: the training state with gradients."""
+    whole = memory.tree_bytes_per_device(run.abstract_state)
+    return whole + memory.tree_bytes_per_device(run.abstract_state.params)
 
 
 def train_flops(run: Run) -> TokenFlops:

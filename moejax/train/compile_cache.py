@@ -141,13 +141,19 @@ def folder_of(choice: str) -> Path | None:
     if choice == OFF:
         return None
     if choice != AUTO:
-        return Path(choice).expanduser().absolute()
+        return Path(os.path.expanduser(choice)).absolute()
     if getattr(jax.config, _FOLDER) or not getattr(jax.config, _SWITCH):
         return None
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The standard has relative values ignored.
-    root = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
-    return root / "moejax" / "jax"
+    root = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
+    if not os.path.isabs(root):  # a batch system's user by number, whom the container does not know
+        _say(
+            "compiled programs are not kept: this user has no home folder; report.compile_cache "
+            "names a folder or is off"
+        )
+        return None
+    return Path(root) / "moejax" / "jax"
 
 
 def machine() -> str:

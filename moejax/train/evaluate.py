@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from moejax import recording, settings
 from moejax.config import Config
+from moejax.devices import host_memory
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
 from moejax.resolve import make_gate
@@ -143,7 +144,7 @@ def size(run: Run, train_steps: int) -> int:
 
 def _check_size(needed: int, path: str) -> None:
     """Says how large a recording becomes; refuses one that this machine cannot hold."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = host_memory()
     if 2 * needed > memory:  # the batches, and all of them in one
         raise UserError(
             f"--record-routing={path} would take {2 * needed / 2**30:.1f} GiB of memory and this "
@@ -159,8 +160,8 @@ def _write(found: Recording, path: str) -> None:
         return
     try:
         recording.save(Path(os.path.expanduser(path)), found)
-    except OSError as error:
-        raise UserError(f"--record-routing={path} cannot be written: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"--record-routing={path}: {error}") from error
 
 
 def _record(found: Opened, train_steps: int) -> Recording:

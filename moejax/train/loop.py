@@ -15,7 +15,9 @@ from moejax import __version__, settings
 from moejax.config import Config, config_differences, default, to_dict
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
-from moejax.train import budget, compile_cache, probe, rows, setup
+from moejax.files import replaced
+from moejax.flags import not_text
+from moejax.train import budget, compile_cache, mirrors, probe, rows, setup
 from moejax.train.checkpoint import Checkpointer, restore_subtree
 from moejax.train.console import Console
 from moejax.train.lock import WorkdirLock
@@ -41,12 +43,14 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     """
     this = setup.prepare(config)
     folder = Path(workdir)
+    mirrors.check(config.report.tensorboard, config.report.wandb)
     check_workdir(folder, config, this.data.fingerprint)
+    costs = budget.checked_budget(this)
     this.data.train_batch(0)  # data that are too few are refused here,
     this.eval_batches()  # before anything is written
     this.check_gate_data(config.train.steps)
     probe.check(this, folder)
-    console, costs = Console(this, folder), budget.count_budget(this)
+    console = Console(this, folder)
     console.announce(costs)
     about = {
         "source": source,
@@ -216,6 +220,8 @@ def check_workdir(folder: Path, config: Config, fingerprint: str) -> None:
     Raises:
       UserError: naming the field that differs.
     """
+    if problem := not_text(str(folder)):
+        raise UserError(f"--workdir={folder} {problem}; name another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file; name a folder")
     path = folder / "config.json"
@@ -290,9 +296,8 @@ def write_config(this: Run, folder: Path, about: dict[str, Any]) -> None:
         },
         "visibility": this.leak,
     }
-    temporary = folder / ".config.json.tmp"  # hidden: alone, it does not make a folder a run's
-    with open(temporary, "w") as file:
+    # The temporary file is hidden: alone, it does not make a folder a run's.
+    with replaced(path) as temporary, open(temporary, "w") as file:
         file.write(json.dumps(content, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)

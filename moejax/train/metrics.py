@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.files import writing
 from moejax.train.mirrors import Mirror, TensorBoard, Wandb
 from moejax.train.processes import is_first
 
@@ -59,9 +60,11 @@ class MetricsLog:
             self._mirrors.append(Wandb(workdir))
         paths = {name: workdir / f"{name}.jsonl" for name in ("metrics", "timings")}
         for path in paths.values():
-            _prepare(path, resume_step)
+            with writing(path):
+                _prepare(path, resume_step)
         for name, path in paths.items():
-            self._files[name] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            with writing(path):
+                self._files[name] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -79,8 +82,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Blocks until all rows are on the disk. Call it before a checkpoint of the same step."""
-        for file in self._files.values():
-            os.fsync(file)
+        for name, file in self._files.items():
+            with writing(f"{name}.jsonl"):
+                os.fsync(file)
         for mirror in self._mirrors:
             mirror.flush()
 

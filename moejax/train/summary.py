@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.files import replaced
 from moejax.train.metrics import read_rows
 
 Row = dict[str, Any]
@@ -49,15 +50,15 @@ def write_summary_png(workdir: str) -> None:
     """Draws ``<workdir>/summary.png``, 1320 x 880 pixels, in place of an older one.
 
     Raises:
-      UserError: the workdir holds no run, or one that has not logged a step yet.
+      UserError: the workdir holds no run, or one that has not logged a step yet; or the disk takes
+        no more.
     """
     import matplotlib
 
-    path = Path(workdir) / "summary.png"
-    temporary = path.with_name("summary.tmp.png")
     with matplotlib.rc_context(STYLE):
-        summary_figure(workdir).savefig(temporary)
-    temporary.replace(path)
+        figure = summary_figure(workdir)
+        with replaced(Path(workdir) / "summary.png") as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def summary_figure(workdir: str) -> Any:

@@ -5,11 +5,78 @@ from typing import Any
 
 import pytest
 
-from moejax.train.budget import Budget, TokenFlops, count_budget
+from moejax.errors import UserError
+from moejax.train import budget as budgets
+from moejax.train.budget import Budget, TokenFlops, checked_budget, count_budget
 from tests import steps
 
 D, V, L, E, F, LAYERS = 16, steps.VOCAB, steps.LENGTH, 8, steps.F, 2
 PASSES = 3  # forward, gradient of the input, gradient of the weights
+
+
+@pytest.fixture
+def gib(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What this machine has, for tests on machines of any size."""
+    monkeypatch.setattr(budgets, "host_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(budgets, "memory_of", lambda device, sharing: 16 * 2**30 // sharing)
+    return 16.0
+
+
+TOO_LARGE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "kept activations": (
+        {"train__seq_len": 20_000},
+        [
+            "train.batch_size=8 x train.seq_len=20000 needs",
+            "train.grad_accum=1",
+            "model.remat=full",
+        ],
+    ),
+    "a product that is not kept": (
+        {"train__seq_len": 200_000, "model__remat": "full"},
+        ["train.batch_size=8 x train.seq_len=200000 needs", "lower one of them"],
+    ),
+    "a model": (
+        {"model__d_model": 200_000},
+        ["a model of", "parameters needs", "mesh.fsdp, mesh.expert"],
+    ),
+    "a model too large to be traced": (
+        {"moe__num_experts": 2**31 - 8},
+        ["a model of", "GiB state and gradients)", "make it smaller"],
+    ),
+    "a batch of data": (
+        {"train__batch_size": 2**31 - 8},
+        ["train.batch_size=2147483640 needs", "for one batch of data, and this machine has 16.0"],
+    ),
+    "a limit of the user's": (
+        {"mesh__device_gib": 0.0001},
+        ["a device mesh.device_gib=0.0001 allows 104.9 KiB"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_a_run_that_does_not_fit_is_refused_before_it_compiles(case: str, gib: float):
+    changes, parts = TOO_LARGE[case]
+    with pytest.raises(UserError) as caught:
+        checked_budget(steps.make({"expert": 2}, **changes))
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+def test_a_run_that_fits_is_not_refused_and_the_user_may_know_better(gib: float):
+    fits = checked_budget(steps.make({"expert": 2}))
+    assert fits == count_budget(steps.make({"expert": 2}))
+    large = {"train__seq_len": 20_000}
+    assert checked_budget(steps.make({"expert": 2}, mesh__device_gib=1e6, **large))
+
+
+def test_scores_of_attention_are_the_largest_product_on_each_device():
+    """B x H x L x L float32, shared out over the devices; kept or not."""
+    for remat in ("none", "full"):
+        run = steps.make({"expert": 2}, train__seq_len=512, model__remat=remat)
+        assert count_budget(run).product_bytes == steps.BATCH * 4 * 512 * 512 * 4 // 2
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,17 @@ def test_cudnn_attention_is_refused_where_there_is_no_gpu(
 ):
     changes = {"model.attention": "cudnn", "model.dtype": "bfloat16"}
     refused(command(tmp_path / "run", text, **changes), "model.attention=cudnn", "cpu", "auto")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_mirror_without_its_package_is_refused_before_anything_is_written(
+    name: str, shared: Shared, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    changes = {f"report.{name}": True}
+    refused(command(tmp_path / "run", text, **changes), f"report.{name}=True needs", "pip install")
     assert not (tmp_path / "run").exists()
 
 
