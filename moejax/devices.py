@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import resource
+import subprocess
 import sys
 import threading
 import warnings
@@ -164,6 +165,32 @@ def _check_no_other_launcher() -> None:
                 "launcher that JAX does not know; use distributed.mode=explicit with coordinator, "
                 f"num_processes={count} and process_id=${rank}, or distributed.mode=off"
             )
+
+
+_STARTS = """
+import sys
+from moejax.devices import started_devices
+from moejax.errors import UserError
+try:
+    started_devices()
+except UserError as error:
+    sys.exit(f"moejax: {error}")
+"""
+
+
+def check_for_children() -> None:
+    """Asks, for processes that this one will start, whether the devices that the environment names
+    are there. Another process starts them and ends: this one must not hold them.
+
+    Raises:
+      UserError: they are not.
+    """
+    if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+        return
+    done = subprocess.run([sys.executable, "-c", _STARTS], capture_output=True, text=True)
+    found = [line for line in done.stderr.splitlines() if line.startswith("moejax: ")]
+    if done.returncode and found:
+        raise UserError(found[-1].removeprefix("moejax: "))
 
 
 def memory_of(device: jax.Device, sharing: int) -> int | None:

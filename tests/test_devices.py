@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from moejax import devices
+from moejax import cli, devices
 from moejax.config import configure_devices, default
 from moejax.devices import backend_is_running
 from moejax.errors import UserError
@@ -125,6 +125,17 @@ def test_an_absent_accelerator_is_one_line(platform, tmp_path):
         assert f"JAX_PLATFORMS={platform}: there is no such device here" in line
         assert "moejax[gpu]" in line
     assert "devices            none: moejax cannot train here" in done.stdout
+
+
+def test_a_sweep_asks_for_its_devices_before_it_makes_anything(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "gpux")
+    line = ["sweep", f"--experiment={ROOT}/experiments/gating", f"--workdir={tmp_path}/new"]
+    assert cli.main(line) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moejax: error: JAX_PLATFORMS=gpux: there is no such device here")
+    assert said.count("\n") == 1 and not (tmp_path / "new").exists()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    devices.check_for_children()
 
 
 def groups(tmp_path: Path, lines: str, limits: dict[str, str]) -> list[int]:
