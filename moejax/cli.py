@@ -225,8 +225,10 @@ def _add_gates(commands: Any) -> None:
 
 
 def _gates(args: argparse.Namespace) -> int:
+    from moejax.devices import need_no_accelerator
     from moejax.show import gate_page, gates_table
 
+    need_no_accelerator()
     print(gate_page(args.name) if args.name else gates_table())
     return 0
 

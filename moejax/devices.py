@@ -244,6 +244,13 @@ def _limit(path: Path) -> list[int]:
     return [int(text)] if text.isdecimal() else []  # "max": none
 
 
+def need_no_accelerator() -> None:
+    """For what only counts: the host will do, also where the accelerator that the environment asks
+    for is absent, or another process has it."""
+    if not backend_is_running():
+        jax.config.update("jax_platforms", "cpu")
+
+
 def started_devices() -> list[jax.Device]:
     """All devices; JAX starts them now, if it has not yet.
 

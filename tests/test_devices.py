@@ -109,6 +109,7 @@ def test_an_absent_accelerator_is_one_line(platform, tmp_path):
     env = os.environ | {"JAX_PLATFORMS": platform}
     code = (
         "import sys; from moejax import cli\n"
+        "assert cli.main(['config']) == 0\n"
         "codes = [cli.main(['doctor']), cli.main(['train', '--config=configs/lm.py:size=debug', "
         "'--workdir=' + sys.argv[1]]), cli.main(['profile', '--config=configs/lm.py:size=debug', "
         "'--out=' + sys.argv[1]])]\n"
@@ -136,6 +137,13 @@ def test_a_sweep_asks_for_its_devices_before_it_makes_anything(monkeypatch, tmp_
     assert said.count("\n") == 1 and not (tmp_path / "new").exists()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     devices.check_for_children()
+
+
+def test_a_list_of_gates_needs_no_accelerator():
+    env = os.environ | {"JAX_PLATFORMS": "gpux", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    command = [sys.executable, "-m", "moejax", "gates", "switch"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def groups(tmp_path: Path, lines: str, limits: dict[str, str]) -> list[int]:
