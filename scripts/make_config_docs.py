@@ -14,8 +14,9 @@ INTRODUCTION = """\
 <!-- Written by scripts/make_config_docs.py from moejax/fields.py: edit that, then run it again. -->
 
 A config page (`configs/*.py`) sets fields of this tree; a command overrides them with
-`--config.SECTION.FIELD=VALUE`. A value is read as the type of the field's default. `moejax config
---config=PAGE` prints the resolved tree.
+`--config.SECTION.FIELD=VALUE`. A value is read as the type of the field's default; a whole number
+may be written 1000, 1_000 or 1e3, and is at most 2147483647 where nothing else is said. `moejax
+config --config=PAGE` prints the resolved tree.
 
 `moe.gate` holds the gate's name and the gate's own fields, which `moejax gates` lists.
 `--config.moe.gate.name=NAME` (in a page: `set_gate(config, NAME)`) brings that gate's fields at

@@ -4,6 +4,7 @@ A column stays as the file has it until it is known what it is for: a category i
 and only a quantity becomes a float.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Container, Sequence
@@ -114,7 +115,12 @@ def table_of(
     found = [_target(spec, column) for spec, column in targets]
     target_NM = np.stack([values for values, _ in found], axis=1)
     ids = [categories(column, heldout_N, min_count) for column in categorical]
-    scaled = [_standardised(column, heldout_N) for column in numeric]
+    scales = [_mean_and_spread(column, heldout_N) for column in numeric]
+    scaled = [_standardised(column, *scale) for column, scale in zip(numeric, scales, strict=True)]
+    encoding = (
+        [(column.name, one.values) for column, one in zip(categorical, ids, strict=True)],
+        [(column.name, *scale[1:]) for column, scale in zip(numeric, scales, strict=True)],
+    )
     rows = as_rows(
         np.stack(scaled, axis=1) if scaled else None,
         np.stack([one.id_N for one in ids], axis=1) if ids else None,
@@ -129,6 +135,7 @@ def table_of(
         category=tuple(column.name for column in categorical),
         category_sizes=tuple(len(one.values) + 1 for one in ids),
         category_values=tuple(one.values for one in ids),
+        encoding=hashlib.sha256(repr(encoding).encode()).hexdigest(),
         name=name,
     )
 
@@ -263,19 +270,25 @@ def _target(spec: Spec, column: Column) -> tuple[np.ndarray, Kind]:
     return values, "binary" if np.isin(present, (0.0, 1.0)).all() else "regression"
 
 
-def _standardised(column: Column, heldout_N: np.ndarray) -> np.ndarray:
-    """(x - mean) / spread by the training rows; 0 where x is missing or does not vary.
-
-    Raises:
-      UserError: a held-out value too many spreads away for float32, with its row.
-    """
+def _mean_and_spread(column: Column, heldout_N: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """The column's numbers, with mean and spread of the training rows; spread 0 if none vary."""
     values = numbers(column, "numeric")
     known = values[~heldout_N]
     known = known[~np.isnan(known)]
     # By the values: rounding leaves a spread to a column of nothing but 0.1.
     if not known.size or known.min() == known.max():
+        return values, 0.0, 0.0
+    return values, *mean_and_spread(known)
+
+
+def _standardised(column: Column, values: np.ndarray, mean: float, spread: float) -> np.ndarray:
+    """(x - mean) / spread; 0 where x is missing or does not vary.
+
+    Raises:
+      UserError: a held-out value too many spreads away for float32, with its row.
+    """
+    if not spread:
         return np.zeros(len(values))
-    mean, spread = mean_and_spread(known)
     scaled = np.where(np.isnan(values), 0.0, (values - mean) / spread)
     large = np.flatnonzero(np.abs(scaled) > LARGEST)
     if large.size:

@@ -60,12 +60,14 @@ class TableSource:
         return table_baselines(self.table)
 
     def about(self) -> dict[str, Any]:
-        """The tasks, and how many values each feature has (0: a number)."""
+        """The tasks, how many values each feature has (0: a number), and of a file a digest of
+        what they stand for."""
         table = self.table
         features = dict.fromkeys(table.dense, 0)
         return {
             "targets": [dataclasses.asdict(target) for target in table.targets],
             "features": features | dict(zip(table.category, table.category_sizes, strict=True)),
+            **({"encoding": table.encoding} if table.encoding else {}),
         }
 
     def eval_extras(self, loss: float) -> dict[str, float]:

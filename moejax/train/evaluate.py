@@ -63,6 +63,7 @@ def opened(
     settings.say_changes(saved)
     remedy = "name the text to evaluate on with --config.data.path"
     check_text(saved, config, this.data.fingerprint, remedy)
+    _check_encoding(saved, this)
     with (
         compile_cache.kept(config.report.compile_cache),
         jax.set_mesh(this.mesh),
@@ -233,6 +234,20 @@ def _no_rows(this: Run) -> Routed:
         token=np.zeros((0, length), np.int32),
         digest=np.zeros(0, np.uint64),
     )
+
+
+def _check_encoding(saved: dict[str, Any], this: Run) -> None:
+    """Refuses a table whose features stand for something else than those of the run's.
+
+    Raises:
+      UserError: they do.
+    """
+    if saved.get("encoding", "") and this.data.about().get("encoding") != saved["encoding"]:
+        raise UserError(
+            f"data.path={this.config.data.path!r}: its categories, or mean and spread of its "
+            "numbers, are not those of the run's training rows, so that the same id or number "
+            "would mean something else; evaluate on the run's own table"
+        )
 
 
 def _own(this: Run, checkpoints: Checkpointer, step: int | None) -> Restored | None:

@@ -243,6 +243,21 @@ def test_movielens_ids_are_those_of_both_files_as_written(movielens):
         load_table(str(folder))
 
 
+def test_a_table_says_what_its_ids_and_numbers_stand_for(tmp_path):
+    """Equal for the same training rows in another file, not for another value in the same place."""
+    data = frame()
+    first, again = (
+        load_table(write(data, tmp_path / f"t{s}"), **FIELDS) for s in (".csv", ".parquet")
+    )
+    assert first.encoding == again.encoding
+    for other in (data.assign(city=data["city"].replace("Oslo", "Nice")), data.assign(
+        size=data["size"] * 2
+    )):  # fmt: skip
+        table = load_table(write(other, tmp_path / "other.csv"), **FIELDS)
+        assert table.encoding != first.encoding
+        np.testing.assert_array_equal(table.train.category_NC[:, 1], first.train.category_NC[:, 1])
+
+
 def test_examples_in_a_report_are_named_by_the_values_of_the_file(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("who,y\n" + "".join(f"{v},{i}\n" for i, v in enumerate(["07", "7", "x"] * 30)))

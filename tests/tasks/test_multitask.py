@@ -369,6 +369,11 @@ def test_a_file_is_learned_from_the_command_line(sales, tmp_path):
     last = rows(tmp_path / "run", "eval")[-1]
     # The price varies by 3.7 around its mean, and can be told to 0.1.
     assert last["mse/price"] < 2.0 and last["auc/dear"] > 0.95 and last["accuracy/dear"] > 0.85
+    # Shop D is where shop A was: the run would take it for A.
+    other = tmp_path / "other.csv"
+    other.write_text(sales.read_text().replace("A,", "D,"))
+    ended = call(["eval", f"--workdir={tmp_path}/run", f"--config.data.path={other}"])
+    assert ended.status == 2 and "the same id or number would mean something else" in ended.err
 
 
 BAD = {
