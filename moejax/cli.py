@@ -51,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USER_ERROR
+    except RuntimeError as error:  # JAX's own type is one, and is not imported for this
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"moejax: error: a device ran out of memory ({reason}); lower train.batch_size or "
+            "train.seq_len, raise train.grad_accum, set model.remat, or split the model over more "
+            "devices (mesh.fsdp, mesh.expert)",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     except KeyboardInterrupt:
         print("moejax: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -156,7 +156,8 @@ def _check_no_other_launcher() -> None:
     Raises:
       UserError: a launcher that JAX does not know has started several.
     """
-    for size, rank in (("PMI_SIZE", "PMI_RANK"), ("PMIX_SIZE", "PMIX_RANK"),
+    for size, rank in (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+                       ("PMI_SIZE", "PMI_RANK"), ("PMIX_SIZE", "PMIX_RANK"),
                        ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")):  # fmt: skip
         count = os.environ.get(size, "")
         if count.isdecimal() and int(count) > 1:
@@ -167,6 +168,7 @@ def _check_no_other_launcher() -> None:
             )
 
 
+_PLATFORM = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 _STARTS = """
 import sys
 from moejax.devices import started_devices
@@ -185,7 +187,7 @@ def check_for_children() -> None:
     Raises:
       UserError: they are not.
     """
-    if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+    if {os.environ.get(name, "") for name in _PLATFORM} <= {"", "cpu"}:
         return
     done = subprocess.run([sys.executable, "-c", _STARTS], capture_output=True, text=True)
     found = [line for line in done.stderr.splitlines() if line.startswith("moejax: ")]
@@ -260,12 +262,16 @@ def started_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter of CUDA without its plugin
-        asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        asked = [
+            f"{name}={getattr(jax.config, name.lower())}"
+            for name in _PLATFORM
+            if getattr(jax.config, name.lower())
+        ]
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no plugin of JAX is installed"
         reason = " ".join(reason.split())
         if not asked:
             raise UserError(f"JAX cannot start its devices: {reason}") from error
         raise UserError(
-            f"JAX_PLATFORMS={asked}: there is no such device here ({reason}); unset it, set it to "
+            f"{asked[0]}: there is no such device here ({reason}); unset it, set it to "
             "cpu, or install the extra for it (pip install 'moejax[gpu]' or 'moejax[tpu]')"
         ) from error

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -115,6 +117,17 @@ def test_a_disk_that_fills_anywhere_else_is_one_line_too(number: int, monkeypatc
     assert cli.main(["gates"]) == cli.USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"moejax: error: some/file cannot be written: {os.strerror(number)}")
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
+    def run(argv: list[str]) -> int:
+        jax.block_until_ready(jax.jit(lambda: jnp.zeros((2**20, 2**20, 2**10)))())
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["gates"]) == cli.USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a device ran out of memory (RESOURCE_EXHAUSTED: " in line and "train.grad_accum" in line
 
 
 def test_other_errors_of_the_system_are_not_hidden(monkeypatch):
