@@ -176,7 +176,7 @@ from moejax.errors import UserError
 try:
     started_devices()
 except UserError as error:
-    sys.exit(f"moejax: {error}")
+    sys.exit(str(error))
 """
 
 
@@ -190,9 +190,9 @@ def check_for_children() -> None:
     if {os.environ.get(name, "") for name in _PLATFORM} <= {"", "cpu"}:
         return
     done = subprocess.run([sys.executable, "-c", _STARTS], capture_output=True, text=True)
-    found = [line for line in done.stderr.splitlines() if line.startswith("moejax: ")]
-    if done.returncode and found:
-        raise UserError(found[-1].removeprefix("moejax: "))
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise UserError(last[0])
 
 
 def memory_of(device: jax.Device, sharing: int) -> int | None:
@@ -262,16 +262,15 @@ def started_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter of CUDA without its plugin
-        asked = [
-            f"{name}={getattr(jax.config, name.lower())}"
-            for name in _PLATFORM
-            if getattr(jax.config, name.lower())
-        ]
+        platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        asked = f"JAX_PLATFORMS={platforms}" if platforms else ""
+        if name := os.environ.get("JAX_PLATFORM_NAME"):
+            asked = asked or f"JAX_PLATFORM_NAME={name}"
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no plugin of JAX is installed"
         reason = " ".join(reason.split())
         if not asked:
             raise UserError(f"JAX cannot start its devices: {reason}") from error
         raise UserError(
-            f"{asked[0]}: there is no such device here ({reason}); unset it, set it to "
+            f"{asked}: there is no such device here ({reason}); unset it, set it to "
             "cpu, or install the extra for it (pip install 'moejax[gpu]' or 'moejax[tpu]')"
         ) from error
