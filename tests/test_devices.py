@@ -130,6 +130,7 @@ def test_an_absent_accelerator_is_one_line(platform, tmp_path):
 
 def test_a_sweep_asks_for_its_devices_before_it_makes_anything(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "gpux")
+    monkeypatch.setattr("moejax.sweep.runner.make_workdir", pytest.fail)  # no trial is begun
     line = ["sweep", f"--experiment={ROOT}/experiments/gating", f"--workdir={tmp_path}/new"]
     assert cli.main(line) == 2
     said = capsys.readouterr().err
