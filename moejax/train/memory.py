@@ -49,7 +49,7 @@ def _largest_product(jaxpr: Jaxpr, devices: int) -> int:
     largest = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            out = eqn.outvars[0].aval
+            out: Any = eqn.outvars[0].aval
             largest = max(largest, out.size * out.dtype.itemsize // devices)
         shards = num_shards(eqn.params) if eqn.primitive.name == "shard_map" else 1
         for body in jaxprs_in_params(eqn.params):

@@ -143,7 +143,7 @@ def test_text_that_stands_for_no_value_does_so_among_categories_too(tmp_path):
 
 
 IDS = [1_500_000_000_000_000_000 + i for i in range(40)]
-EXACT: dict[str, list[Any]] = {
+EXACT: dict[str, Any] = {
     "int64": IDS,
     "uint64": [2**64 - 1 - i for i in range(40)],
     "decimal": [Decimal(10**30 + i) for i in range(40)],
