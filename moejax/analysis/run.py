@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.probe import Probe
 from moejax.tasks.task import Units
+from moejax.train import units
 from moejax.train.metrics import revive
 
 Row = dict[str, Any]
@@ -26,6 +28,8 @@ OF_TIMING = ("seconds_per_step", "elapsed")
 """Without these a row is of no use."""
 
 LEAK = "leak/nats_per_token"
+OF_LEAK = (LEAK, "leak/with_future", "leak/without_future")
+BITS = "bits_per_byte"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,8 @@ class RunData:
     probe: Probe | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
     leak: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bytes_per_token: float = 1.0
+    """By which losses were divided that are not recorded per byte: see ``per_byte``."""
 
     @classmethod
     def read(cls, workdir: str | Path) -> "RunData":
@@ -113,8 +119,35 @@ class RunData:
     def units(self) -> Units:
         """What numbers are of; of a run from before there were tasks, those of text."""
         length = self.field("train.seq_len", 1)
-        return Units(
-            **self.saved.get("units", Units("token", "nats/token", length, length)._asdict())
+        of = Units("token", units.PER_TOKEN, length, length)._asdict() | self.saved.get("units", {})
+        return Units(**of | {"loss": units.loss_unit(self.saved)})
+
+    def per_byte(self) -> "RunData":
+        """The same run with every loss in nats per byte of text; itself where that is no text.
+
+        Held-out losses are those of each row. The bytes of training batches are not recorded:
+        training losses, baselines and the leak are divided by the bytes per token of the last
+        held-out rows, and ``bytes_per_token`` then says so.
+        """
+        known = [row for row in self.held_out if row.get(BITS) and row["loss"]]
+        if self.units.loss != units.PER_TOKEN or not known:
+            return self
+        factor = known[-1][BITS] * math.log(2) / known[-1]["loss"]
+        saved = self.saved | {
+            "units": self.units._asdict() | {"loss": units.PER_BYTE},
+            "baselines": {n: x * factor for n, x in self.saved.get("baselines", {}).items()},
+        }
+        of_leak = {key: x * factor for key, x in self.leak.items() if key in OF_LEAK}
+        return dataclasses.replace(
+            self,
+            saved=saved,
+            train=[row | {"loss": row["loss"] * factor} for row in self.train],
+            held_out=[
+                row | {"loss": row[BITS] * math.log(2) if row.get(BITS) else math.nan}
+                for row in self.held_out
+            ],
+            leak=self.leak | of_leak,
+            bytes_per_token=1 / factor,
         )
 
     @property

@@ -113,7 +113,7 @@ def _trial(folder: Path, entry: dict[str, Any], problems: list[str]) -> TrialDat
     workdir, run = folder / "trials" / name, None
     if (workdir / "config.json").exists():
         try:
-            run = RunData.read(workdir)
+            run = RunData.read(workdir).per_byte()  # as the comparison is
         except UserError as error:
             problems.append(f"{name}: {error}.")
     log = workdir / OUTPUT

@@ -18,15 +18,12 @@ from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
 from moejax.train.loop import read_config
 from moejax.train.metrics import read_rows
+from moejax.train.units import PER_BYTE  # in which text is compared, whatever its tokens are
 
 Row = dict[str, Any]
 
 DIVERGED = "moejax: diverged at"
 """How `moejax train` begins the line that says so."""
-
-
-PER_BYTE = "nats/byte"
-"""Text is compared per byte, whatever its tokens are."""
 
 
 @dataclasses.dataclass(frozen=True)

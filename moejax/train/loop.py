@@ -20,6 +20,7 @@ from moejax.train.checkpoint import Checkpointer, restore_subtree
 from moejax.train.console import Console
 from moejax.train.lock import WorkdirLock
 from moejax.train.metrics import MetricsLog
+from moejax.train.origin import origin
 from moejax.train.processes import from_first, is_first
 from moejax.train.setup import Run
 from moejax.train.signals import Stop
@@ -51,6 +52,7 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
     about = {
         "source": source,
         "overrides": list(overrides),
+        **origin(),
         "flops": {
             "train": dataclasses.asdict(costs.train_flops),
             "eval": dataclasses.asdict(costs.eval_flops),

@@ -1,5 +1,23 @@
 """Numbers as people read them."""
 
+from collections.abc import Mapping
+from typing import Any
+
+PER_BYTE = "nats/byte"
+PER_TOKEN = "nats/token"
+
+
+def loss_unit(saved: Mapping[str, Any]) -> str:
+    """The unit of a run's losses, from its config.json: of text whose tokens are bytes, per byte.
+
+    So that pictures and pages of one run, which also say bits per byte, and those of a sweep, which
+    compares text per byte, name one unit for one number.
+    """
+    if saved.get("heldout_bytes_per_token") == 1.0:
+        return PER_BYTE
+    # Runs from before there were tasks are of text.
+    return saved.get("units", {"loss": PER_TOKEN})["loss"]
+
 
 def count(number: float) -> str:
     """With a letter for thousands, millions, billions: 5.37M."""

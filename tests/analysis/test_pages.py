@@ -36,7 +36,7 @@ def column(rows: list[dict], key: str) -> tuple[list, list]:
 def test_the_verdict_has_the_last_held_out_loss_beside_the_baselines(run: RunData):
     loss = run.held_out[-1]["loss"]
     said = overview.verdict(run)
-    assert f"{loss:.4f} nats/token (4.0000 bits/byte) at step 30" in said
+    assert f"{loss:.4f} nats/byte (4.0000 bits/byte) at step 30" in said
     assert f"{3.0 - loss:.4f} below the unigram model's 3.0000" in said
 
 
