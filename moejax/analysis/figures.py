@@ -14,6 +14,8 @@ Spec = dict[str, Any]
 
 COLUMNS = 200
 """A heatmap over more logged steps than this averages neighbours."""
+TITLE = 34
+"""Letters of an axis title that fit beside a figure."""
 MARKED = 12
 """A line of at most so many points has markers."""
 
@@ -36,7 +38,9 @@ class Scale:
 
     @property
     def title(self) -> str:
-        return f"{self.quantity}, {self.unit}"
+        """Quantity and unit, the latter on a line of its own where both are long."""
+        whole = f"{self.quantity}, {self.unit}"
+        return whole if len(whole) <= TITLE else f"{self.quantity},<br>{self.unit}"
 
     def axis(self, values: Iterable[float] = ()) -> Spec:
         """The axis over these values, with its range."""

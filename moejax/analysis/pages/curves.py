@@ -99,7 +99,7 @@ def loss(run: RunData, name: str = "loss") -> Figure:
     caption = (
         f"Loss in {run.units.loss}, one run, without auxiliary losses. Training: of the logged "
         f"step's own batch; held out: of all evaluation rows.{_dotted(run)} The axis spans at "
-        f"least {scale.least:.2g} {run.units.loss}."
+        f"least {scale.least:.2g} {run.units.loss}; the first steps may lie above it."
     )
     return Figure(spec, caption, height=430, name=name)
 
