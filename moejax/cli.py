@@ -202,8 +202,9 @@ def _add_gates(commands: Any) -> None:
     parser = commands.add_parser(
         "gates",
         help="list the gating functions",
-        description="Lists every gate: what a token's output may depend on, what routing costs and "
-        "the\npaper. With a name: its equation, the fields below moe.gate and their defaults.",
+        description="Lists every gate in a line: what a token's output may depend on, and what the"
+        "\ngate does. With a name: its equation, cost and paper, the fields below moe.gate and "
+        "their\ndefaults.",
         epilog="Examples:\n  moejax gates\n  moejax gates switch",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="explain this gate")

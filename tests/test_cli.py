@@ -1,5 +1,6 @@
 """The command line: what users type, what they get wrong, and what they are told."""
 
+import io
 import json
 import subprocess
 import sys
@@ -216,6 +217,38 @@ def test_eval_reads_the_runs_config_and_prints_one_json_row(
     assert rest == [str(tmp_path), 5, "", 0, 0]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("flags", "terminal", "short"),
+    [([], False, False), ([], True, True), (["--summary"], False, True), (["--json"], True, False)],
+)
+def test_eval_is_short_for_people_and_whole_for_scripts(
+    flags: list[str],
+    terminal: bool,
+    short: bool,
+    loop: Loop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    saved = {
+        "config": to_dict(default()), "baselines": {"bigram": 2.0}, "heldout_bytes_per_token": 1.0,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(sys, "stdout", out := Terminal() if terminal else io.StringIO())
+    assert cli.main(["eval", f"--workdir={tmp_path}", *flags]) == 0
+    said = out.getvalue()
+    if short:
+        assert said.splitlines()[0] == "held-out loss   1.5000 nats/byte  at step 5"
+        assert "  bigram        2.0000 nats/byte  0.5000 above the model's" in said.splitlines()
+        assert "--json" in said.splitlines()[-1] and len(said.splitlines()) < 10
+    else:
+        assert json.loads(said) == {"step": 5, "split": "eval", "loss": 1.5}
+
+
 @pytest.mark.parametrize(("flag", "rows"), [("--measure-leak", 8), ("--measure-leak=3", 3)])
 def test_eval_measures_the_leak_on_request(loop: Loop, tmp_path: Path, flag: str, rows: int):
     (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(default())}))
@@ -293,17 +326,16 @@ def test_gates_lists_every_gate(capsys: pytest.CaptureFixture[str]):
     assert [line.split()[0] for line in lines[1 : 1 + len(gating.names())]] == gating.names()
 
 
-def test_gates_prints_paper_and_cost_of_every_gate(capsys: pytest.CaptureFixture[str]):
-    from moejax import gating
-
-    assert cli.main(["gates"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: line for line in lines[1 : 1 + len(gating.names())]}
+def test_the_page_of_a_gate_has_its_paper_and_cost(capsys: pytest.CaptureFixture[str]):
     # A product with a [1024, 64] matrix, in multiplications and additions.
-    assert rows["switch"].split()[3:5] == ["1", "131.1k"] and "2101.03961" in rows["switch"]
-    assert rows["shazeer"].split()[4] == "262.1k", "noise has a matrix of its own"
-    assert rows["hash"].split()[4] == "0"
-    assert any("d_model=1024, 64 experts" in line for line in lines)
+    for gate, cost, paper in (
+        ("switch", "experts: 1; router: 131.1k", "2101.03961"),
+        ("shazeer", "experts: 2; router: 262.1k", "1701.06538"),  # noise has a matrix of its own
+        ("hash", "experts: 1; router: 0", "2106.04426"),
+    ):
+        assert cli.main(["gates", gate]) == 0
+        page = capsys.readouterr().out
+        assert cost in page and paper in page and "d_model=1024, 64 experts" in page
 
 
 def test_gates_explains_one_gate(capsys: pytest.CaptureFixture[str]):

@@ -22,6 +22,7 @@ CONFIG = {
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "choices": set(),
+    "equations": set(),
     "context": set(),
     "types": {"choices", "context"},
     "mesh": {"errors"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"errors", "fields", "overrides"},
     "tasks": LOWEST | CONFIG | {"data", "gating", "layers", "losses", "models"},
     "doctor": {"moejax", "devices", "mesh"},
-    "show": CONFIG | {"errors", "types", "gating", "train"},
+    "show": CONFIG | {"equations", "errors", "types", "gating", "train"},
     "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
     "sweep": {"errors", "flags", "train", "types"} | CONFIG,
     "analysis": CONFIG
