@@ -13,6 +13,7 @@ from moejax.types import Context, Gate, GateContext, GateOutput, MoEInfo, MoESta
 
 if TYPE_CHECKING:
     from moejax.layers.moe import MoE
+    from moejax.notebook import load
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Routing",
     "UserError",
     "gating",
+    "load",
     "make_mesh",
 ]
 
@@ -38,6 +40,10 @@ def __getattr__(name: str) -> Any:
         from moejax.layers.moe import MoE
 
         return MoE
+    if name == "load":  # a run for a notebook: brings the trainer and the report
+        from moejax.notebook import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": CONFIG
     | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
     | {"train"},
+    "notebook": CONFIG | {"analysis", "data", "errors", "mesh", "tasks", "train"},
     "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
     | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
@@ -56,8 +57,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 "moejax" is the package's front, ``__init__.py`` and ``__main__.py``.
 """
 
-ENTRY_POINTS = {"__main__.py": {"cli"}, "train/__main__.py": {"cli"}}
-"""`python -m moejax` and `python -m moejax.train` are the command line under another name."""
+ENTRY_POINTS = {
+    "__init__.py": {"notebook"}, "__main__.py": {"cli"}, "train/__main__.py": {"cli"},
+}  # fmt: skip
+"""`python -m moejax` and `python -m moejax.train` are the command line under another name, and
+``moejax.load`` imports the trainer and the report when it is first asked for."""
 
 FLAX = {"layers", "models", "tasks", "doctor"}
 

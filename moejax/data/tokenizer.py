@@ -36,6 +36,10 @@ class ByteTokenizer:
         """Token ids of each piece."""
         return [np.frombuffer(piece.data, dtype=np.uint8) for piece in pieces]
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8 become replacement characters."""
+        return bytes(tokens).decode("utf-8", "replace")
+
     def token_bytes(self) -> Int[np.ndarray, " V"]:
         """How many bytes of text each token id stands for."""
         return np.ones(self.vocab_size, dtype=np.int64)
@@ -83,6 +87,10 @@ class JsonTokenizer:
                     f"{piece.document.path!r} (it is not lossless); use a byte-level tokenizer"
                 )
         return [np.array(row, dtype=np.uint32) for row in ids]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, separators as they are spelled."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     @property
     def is_byte_level(self) -> bool:
