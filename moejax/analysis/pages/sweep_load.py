@@ -32,7 +32,7 @@ def page(sweep: SweepData) -> Page:
         trial = marked(outcomes[variant], runs[0].name)
         options[names[variant]] = [Text(f"Trial {trial}.{end}"), *blocks]
     shown = {names[variant]: runs for variant, runs in variants.items()}
-    together: list[Block] = [_table(shown, end), _side_by_side(shown, end)]
+    together: list[Block] = [_table(shown, end), _first_seeds(shown, end)]
     return Page("Load", [*together, Choice("variant", options)])
 
 
@@ -82,11 +82,21 @@ def spread(values: list[float], digits: str, unit: str = "") -> str:
     return f"{about.mean:{digits}}{half}{unit}"
 
 
-def _side_by_side(variants: dict[str, list[RunData]], end: str) -> Figure:
+def _first_seeds(variants: dict[str, list[RunData]], end: str) -> Figure:
     """Layer x expert of the last evaluation, a panel per variant."""
-    maps = {}
-    for variant, runs in variants.items():
-        maps[variant] = load.relative(np.asarray(runs[0].held_out[-1]["moe/load"]))
+    maps = {
+        variant: load.relative(np.asarray(runs[0].held_out[-1]["moe/load"]))
+        for variant, runs in variants.items()
+    }
+    caption = (
+        "Load over the layer's mean in the last evaluation of each variant's first finished seed "
+        "(n = 1 each)."
+    )
+    return side_by_side(maps, caption + end)
+
+
+def side_by_side(maps: dict[str, np.ndarray], caption: str) -> Figure:
+    """Load over the mean [layers, experts] by name, a panel each."""
     rows, columns = -(-len(maps) // COLUMNS), min(COLUMNS, len(maps))
     layers = max(len(z) for z in maps.values())
     layout: dict[str, Any] = {
@@ -126,14 +136,8 @@ def _side_by_side(variants: dict[str, list[RunData]], end: str) -> Figure:
                 "showarrow": False,
             }
         )
-    caption = (
-        "Load over the layer's mean in the last evaluation of each variant's first finished seed "
-        "(n = 1 each)."
-    )
-    spec = {"data": traces, "layout": layout}
-    return Figure(
-        spec, caption + end, height=90 + rows * (110 + 26 * layers), name="load-side-by-side"
-    )
+    height = 90 + rows * (110 + 26 * layers)
+    return Figure({"data": traces, "layout": layout}, caption, height, "load-side-by-side")
 
 
 def _renamed(block: Block, prefix: str) -> Block:
