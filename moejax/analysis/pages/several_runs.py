@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moejax.analysis import figures, health
+from moejax.analysis.outcomes import LEAKS
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
 from moejax.analysis.pages import load
 from moejax.analysis.pages.curves import SETTLED
@@ -79,7 +80,7 @@ def _losses(runs: Runs, unit: str) -> Figure:
             steps, values = run.series(split, "loss")
             if not len(steps):
                 continue
-            label = f"{name}, {'training' if split == 'train' else 'held out'}"
+            label = f"{_marked(name, run)}, {'training' if split == 'train' else 'held out'}"
             line = {"color": f"C{index}", "width": style}
             mode = {"mode": "lines" if split == "train" else "lines+markers"}
             traces.append(figures.line(label, steps, values, line=line, opacity=opacity, **mode))
@@ -94,14 +95,19 @@ def _losses(runs: Runs, unit: str) -> Figure:
     return Figure(spec, caption, height=430, name="loss")
 
 
+def _marked(name: str, run: RunData) -> str:
+    """The run's name, with the sign of a leak."""
+    return name if _leak(run) == "none" else f"{name} {LEAKS}"
+
+
 def _curve(runs: Runs, name: str, split: str, key: str, unit: str) -> Figure | None:
     found = {label: run.series(split, key) for label, run in runs.items()}
     found = {label: curve for label, curve in found.items() if len(curve[0])}
     if not found:
         return None
     traces = [
-        figures.line(label, *found[label], line={"color": f"C{index}"})
-        for index, label in enumerate(runs)
+        figures.line(_marked(label, run), *found[label], line={"color": f"C{index}"})
+        for index, (label, run) in enumerate(runs.items())
         if label in found
     ]
     shown = [x for _, y in found.values() for x in y[len(y) // SETTLED :] if np.isfinite(x)]
@@ -210,7 +216,7 @@ def _warnings(several: Several) -> list[Block]:
         said.append(f"The runs are at different steps ({at}): their last losses are not at equal")
         said[-1] += " lengths of training."
     for name, run in runs.items():
-        said += [f"{name}: {finding.text}" for finding in health.leak(run)]
+        said += [f"{name} {LEAKS}: {finding.text}" for finding in health.leak(run)]
         said += [f"{name}: {problem}" for problem in run.problems]
         if not run.finished:
             said.append(f"{name} is not finished: it has logged step {run.last_step}.")
