@@ -214,7 +214,9 @@ def _add_gates(commands: Any) -> None:
 def _gates(args: argparse.Namespace) -> int:
     from moejax.show import gate_page, gates_table
 
-    print(gate_page(args.name) if args.name else gates_table())
+    text = gate_page(args.name) if args.name else gates_table()
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal without Greek letters gets escapes
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 

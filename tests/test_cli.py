@@ -397,3 +397,10 @@ def test_module_form_takes_the_same_flags(tmp_path: Path):
         "moejax: error: train.stepps is not a config field; did you mean 'train.steps'?\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_terminal_without_greek_letters_gets_escapes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert cli.main(["gates", "switch"]) == 0
+    out.seek(0)
+    assert "\\u2208 S" in out.read()
