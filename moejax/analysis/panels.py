@@ -33,8 +33,12 @@ def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
     data, named = [], set()
     for number, panel in enumerate(found, start=1):
         suffix = "" if number == 1 else str(number)
-        layout[f"xaxis{suffix}"] = figures.axis_of(panel.x, panel.traces, "x") | panel.x_axis
-        layout[f"yaxis{suffix}"] = figures.axis_of(panel.y, panel.traces, "y") | panel.axis
+        layout[f"xaxis{suffix}"] = {
+            **figures.axis_of(panel.x, panel.traces, "x"), **panel.x_axis,
+        }  # fmt: skip
+        layout[f"yaxis{suffix}"] = {
+            **figures.axis_of(panel.y, panel.traces, "y"), **panel.axis,
+        }  # fmt: skip
         for trace in panel.traces:
             name = trace.get("name", "")
             data.append(

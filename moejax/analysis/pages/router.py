@@ -126,7 +126,8 @@ def _histograms(probe: Probe, layer: int) -> Figure:
         value_MT = at_tokens(probe, step, name).astype(np.float64)
         value_T = value_MT[layer][np.isfinite(value_MT[layer])]
         axis = scale.axis(value_MT.ravel())
-        edges = np.linspace(*axis["range"], BINS + 1)
+        low, high = axis["range"]
+        edges = np.linspace(low, high, BINS + 1)
         bars = {
             "type": "bar",
             "x": ((edges[1:] + edges[:-1]) / 2).tolist(),

@@ -48,12 +48,12 @@ def curves(several: Several) -> Page:
 
 def loads(several: Several) -> Page:
     """The last evaluation of each run that has experts."""
-    runs = {name: run for name, run in several.runs.items() if _loads(run) is not None}
-    if not runs:
+    found = {name: _load(run) for name, run in several.runs.items()}
+    found = {name: load_ME for name, load_ME in found.items() if load_ME.size}
+    if not found:
         return Page("Load", [])
     rows = []
-    for name, run in runs.items():
-        load_ME = _loads(run)
+    for name, load_ME in found.items():
         cells = [
             f"{float(np.mean(measure(load_ME))):.3f}"
             for key, (measure, _) in load.MEASURES.items()
@@ -62,14 +62,15 @@ def loads(several: Several) -> Page:
         rows.append((name, *cells))
     names = [key for key in load.MEASURES if key != "idle experts"]
     table = Table(("run", *names), rows, "Of the last evaluation, means over layers.")
-    maps = {name: load.relative(np.asarray(_loads(run))) for name, run in runs.items()}
+    maps = {name: load.relative(load_ME) for name, load_ME in found.items()}
     caption = "Load over the layer's mean in the last evaluation (n = 1 run each)."
     return Page("Load", [table, side_by_side(maps, caption)])
 
 
-def _loads(run: RunData) -> np.ndarray | None:
+def _load(run: RunData) -> np.ndarray:
+    """Of the last evaluation [layers, experts]; empty of a dense run."""
     rows = [row for row in run.held_out if row.get("moe/load")]
-    return np.asarray(rows[-1]["moe/load"], float) if rows else None
+    return np.asarray(rows[-1]["moe/load"] if rows else [], float)
 
 
 def _losses(runs: Runs, unit: str) -> Figure:
