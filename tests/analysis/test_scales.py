@@ -119,6 +119,10 @@ def test_every_figure_of_a_sweep_has_units_and_a_scale(tmp_path: Path, seeds: tu
             check(name, figure)
             if name.startswith(("overview-losses", "loss-against", "curves-")):
                 assert re.search(r"n = \d|\d seeds|one seed", figure.caption), figure.caption
+            if name.startswith("curves-held-out"):
+                low, high = figure.spec["layout"]["yaxis"]["range"]
+                lines = [t["y"] for t in figure.spec["data"] if "fill" not in t]
+                assert all(low <= min(y) and max(y) <= high for y in lines), "a seed is cut off"
 
 
 def test_every_figure_of_openmoes_page_has_units_and_a_scale():

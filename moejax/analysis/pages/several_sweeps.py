@@ -1,7 +1,7 @@
 """Sweeps beside each other: the losses of all variants, and what the sweeps do not share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,25 +73,7 @@ def _losses(sweeps: Sweeps, unit: str) -> Figure:
         found = _measured(sweep)
         rows = [figures.plain(f"{marked(v)}, {name}") for v in found]
         beyond += [f"{marked(v)}, {name}" for v in found if is_beyond(v, shown)]
-        points = [
-            (row, t["loss"], t["seed"])
-            for row, v in zip(rows, found, strict=True)
-            for t in v["trials"]
-            if t["loss"] is not None
-        ]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": figures.plain(f"{name}, seeds"),
-                "x": [loss for _, loss, _ in points],
-                "y": [row for row, _, _ in points],
-                "text": [f"seed {seed}" for _, _, seed in points],
-                "hovertemplate": "%{y}, %{text}: %{x:.4f}<extra></extra>",
-                "marker": {"color": f"C{index}", "size": 5, "opacity": 0.6},
-                "showlegend": False,
-            }
-        )
+        traces.append(_seeds(name, f"C{index}", rows, found))
         traces.append(
             {
                 "type": "scatter",
@@ -126,6 +108,27 @@ def _losses(sweeps: Sweeps, unit: str) -> Figure:
         + (MARKS if any(map(marks, everything)) else "")
     )
     return Figure(spec, caption, height=150 + 26 * len(order), name="losses")
+
+
+def _seeds(name: str, colour: str, rows: Sequence[str], found: Sequence[Outcome]) -> figures.Spec:
+    """Every finished seed of a sweep's variants, as small points in the variants' rows."""
+    points = [
+        (row, t["loss"], t["seed"])
+        for row, v in zip(rows, found, strict=True)
+        for t in v["trials"]
+        if t["loss"] is not None
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": figures.plain(f"{name}, seeds"),
+        "x": [loss for _, loss, _ in points],
+        "y": [row for row, _, _ in points],
+        "text": [f"seed {seed}" for _, _, seed in points],
+        "hovertemplate": "%{y}, %{text}: %{x:.4f}<extra></extra>",
+        "marker": {"color": colour, "size": 5, "opacity": 0.6},
+        "showlegend": False,
+    }
 
 
 def _table(several: Several) -> Table:

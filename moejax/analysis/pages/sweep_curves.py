@@ -69,7 +69,8 @@ def _metric(sweep: SweepData, name: str, split: str, key: str) -> Block | None:
     """One figure, or of many variants two: the means, and with seeds and intervals."""
     unit = sweep.summary.get("unit", PER_BYTE)
     extras, means = _traces(sweep, split, key)
-    settled = [mean["y"][len(mean["y"]) // SETTLED :] for mean in means]
+    lines = [*means, *(trace for trace in extras if "fill" not in trace)]  # bands may be cut
+    settled = [line["y"][len(line["y"]) // SETTLED :] for line in lines]
     shown = [value for values in settled for value in values if np.isfinite(value)]
     if not shown:
         return None
