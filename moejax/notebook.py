@@ -76,9 +76,17 @@ class LoadedRun:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.state, self.tokenizer, self.config))
 
-    def batch(self, rows: int = 8) -> Batch:
-        """The first of ``rows`` held-out rows: arrays by name, for ``apply``."""
-        return {name: jax.numpy.asarray(x) for name, x in self._rows(rows).items()}
+    def batch(self, number: int = 0) -> Batch:
+        """One of the batches that the run's evaluations are of: arrays by name, for ``apply``.
+
+        Raises:
+          UserError: there are not so many.
+        """
+        train = self.config.train
+        batches = self.data.eval_batches(train.batch_size, train.eval_rows)
+        if not 0 <= number < len(batches):
+            raise UserError(f"batch({number}): an evaluation has {len(batches)} batches, from 0")
+        return {name: jax.numpy.asarray(x) for name, x in batches[number].items()}
 
     def apply(self, batch: Batch) -> Output:
         """The model on a batch, in evaluation: what it ``said``, and what its layers ``found``."""
@@ -103,14 +111,22 @@ class LoadedRun:
                 )
             text = self.tokenizer.encode(text)[None]
         token_BL = np.asarray(text, np.int32)
-        rows = np.arange(len(token_BL), dtype=np.int32)
+        # Whole routing groups, as the run's batches have; the rows that fill up are padding.
+        more = (
+            0
+            if self.config.moe.group == "sequence"
+            else -len(token_BL) % self.config.train.batch_size
+        )
+        rows = len(token_BL) + more
         batch = {
             # A target for each token is in a batch, which logits do not depend on.
-            "tokens": jax.numpy.asarray(np.pad(token_BL, ((0, 0), (0, 1)))),
-            "valid": jax.numpy.ones(token_BL.shape, bool),
-            "row": jax.numpy.asarray(rows),
+            "tokens": jax.numpy.asarray(np.pad(token_BL, ((0, more), (0, 1)))),
+            "valid": jax.numpy.broadcast_to(
+                np.arange(rows)[:, None] < len(token_BL), (rows, token_BL.shape[1])
+            ),
+            "row": jax.numpy.arange(rows, dtype=np.int32),
         }
-        return self.apply(batch).said
+        return self.apply(batch).said[: len(token_BL)]
 
     @functools.cached_property
     def recorded(self) -> RunData:
@@ -140,11 +156,6 @@ class LoadedRun:
     @functools.cached_property
     def _applied(self) -> Any:
         return jax.jit(functools.partial(self.task.apply, train=False))
-
-    def _rows(self, rows: int) -> dict[str, np.ndarray]:
-        if rows < 1:
-            raise UserError(f"batch: rows={rows} must be at least 1")
-        return self.data.eval_batches(rows, rows)[0]
 
 
 def load(

@@ -80,7 +80,7 @@ def test_mistakes_are_one_line(whole: Whole, tmp_path: Path, monkeypatch: pytest
         "step": lambda: moejax.load(whole.workdir, step=10**6),
         "train.stepps": lambda: moejax.load(whole.workdir, overrides=["train.stepps=1"]),
         "there are overview-loss, loss": lambda: run.figure("nonsense"),
-        "rows=0": lambda: run.batch(0),
+        "batches, from 0": lambda: run.batch(-1),
         "pip install pandas": lambda: run.metrics(),
     }.items():
         with monkeypatch.context() as patch, pytest.raises(UserError, match=said) as refused:
