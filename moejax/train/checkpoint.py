@@ -26,6 +26,19 @@ from moejax.train.processes import from_first, is_first
 from moejax.train.reading import WHOLE, Part, Restored
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves preemption to the training loop.
+
+    At a step that JAX's preemption service names, orbax measures the time since the save before. Of
+    a checkpoint that was there when it started it knows none (``lightweight_initialize`` puts a
+    time without a zone there), and the subtraction fails: the second notice in a run's life was a
+    TypeError, after which nothing old was removed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer:
     """Saves and restores the training state in `directory`.
 
@@ -160,9 +173,7 @@ class Checkpointer:
                 ocp.args.PyTreeSave,
                 ocp.PyTreeCheckpointHandler(type_handler_registry=types),
             )
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, handler_registry=handlers
-            )
+            self._manager = _Manager(self._directory, options=options, handler_registry=handlers)
         return self._manager
 
     def _bad_folder(self) -> Path:
