@@ -21,6 +21,7 @@ CONFIG = {
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "job": {"errors"},
     "choices": set(),
     "context": set(),
     "types": {"choices", "context"},
@@ -36,17 +37,39 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": LOWEST | SIBLINGS - {"reference"},
     "models": LOWEST | SIBLINGS - {"reference"} | {"layers"},
     "data": {"errors"},
-    **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
+    **{part: CONFIG | {"errors", "job", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "fields", "overrides"},
     "tasks": LOWEST | CONFIG | {"data", "gating", "layers", "losses", "models"},
     "doctor": {"moejax", "devices", "mesh"},
     "show": CONFIG | {"errors", "types", "gating", "train"},
-    "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
+    "train": LOWEST
+    | CONFIG
+    | RECORDED
+    | {
+        "moejax",
+        "data",
+        "flags",
+        "job",
+        "losses",
+        "models",
+        "tasks",
+    },
     "sweep": {"errors", "flags", "train", "types"} | CONFIG,
     "analysis": CONFIG
     | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
     | {"train"},
-    "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
+    "cli": {
+        "moejax",
+        "analysis",
+        "data",
+        "doctor",
+        "errors",
+        "flags",
+        "job",
+        "show",
+        "sweep",
+        "train",
+    }
     | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
@@ -67,7 +90,7 @@ COLLECTIVES = {
 MAY_COMMUNICATE = {"dispatch", "kernels", "train/checksum.py", "doctor.py"}
 """Tokens travel in dispatch; checksums are sums over devices; doctor tries each collective."""
 
-MAY_AGREE = {"train/processes.py", "train/signals.py", "train/checkpoint.py"}
+MAY_AGREE = {"train/processes.py", "train/checkpoint.py"}
 """Where processes agree on something or wait for each other, through ``multihost_utils``."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
