@@ -6,13 +6,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from moejax import job
 from moejax.errors import UserError, suggest
 from moejax.flags import OVERRIDES, WORKDIR, Parser, check_flag
 from moejax.overrides import take_overrides
+from moejax.train.signals import Stopped, stopping
 
 FAILED = 1
 USER_ERROR = 2
+PREEMPTED = 75
 INTERRUPTED = 130
+
+TOGETHER = ("train", "eval")
+"""Commands that several processes may run together."""
 
 CONFIG_HELP = "path.py[:arg], package.module[:arg] or a run's workdir; arg is key=value,key=value"
 
@@ -27,19 +33,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A page's or a gate's module beside the user is found, as it is under `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    with job.farewell():
+        return _exit_status(argv)
+
+
+def _exit_status(argv: list[str]) -> int:
     try:
         return _run(argv)
     except UserError as error:
-        print(f"moejax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return USER_ERROR
+        problem = " ".join(str(error).splitlines())
+        return _leave(argv, USER_ERROR, "error: {}", problem)
+    except Stopped as stopped:
+        problem = f"was stopped by {stopped} before the first step"
+        return _leave(
+            argv, PREEMPTED, "stopped before the first step; the same command begins", problem
+        )
     except KeyboardInterrupt:
-        print("moejax: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _leave(argv, INTERRUPTED, "interrupted", "was interrupted")
     except BrokenPipeError:
         # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
         return FAILED if stopped_short else 0
+
+
+def _leave(argv: list[str], status: int, line: str, problem: str) -> int:
+    """Says the line, and ends the job that this process is in or was meant to be in.
+
+    The status, for a process alone; the others of a job say the problem.
+    """
+    place = None
+    if argv and argv[0] in TOGETHER and job.current() is None:
+        from moejax.devices import place_of_command
+
+        place = place_of_command(argv)
+    print(f"moejax: {line.format(job.named(problem, place))}", file=sys.stderr, flush=True)
+    if place:
+        job.tell(place, problem, status)
+    return job.leave(status, problem)
 
 
 def _run(argv: list[str]) -> int:
@@ -118,14 +149,15 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from moejax.config import load, validate
+    with stopping():  # what is imported and read below takes seconds
+        from moejax.config import load, validate
 
-    loaded = load(args.config, args.overrides)
-    validate(loaded.config)
+        loaded = load(args.config, args.overrides)
+        validate(loaded.config)
 
-    from moejax.train import loop
+        from moejax.train import loop
 
-    return loop.run(loaded.config, args.workdir, source=loaded.source, overrides=loaded.overrides)
+        return loop.run(loaded.config, args.workdir, loaded.source, loaded.overrides)
 
 
 def _add_config(commands: Any) -> None:

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from moejax.devices import configure_devices
+from moejax.devices import configure_devices, join_processes
 from moejax.field import Field
 from moejax.fields import FIELDS, SECTIONS
 from moejax.overrides import apply_overrides, choose, parse_arg, take_overrides
@@ -40,6 +40,7 @@ __all__ = [
     "default",
     "flatten",
     "from_dict",
+    "join_processes",
     "load",
     "make_gate",
     "moe_config",

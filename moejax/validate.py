@@ -57,7 +57,7 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
         check_layers(config, mesh)
         seen = check_depths(config)
     _check_batch(config, mesh)
-    _check_distributed(config)
+    check_distributed(config)
     _check_paths(config)
     if has_experts(config):
         _check_moe(config, mesh)
@@ -216,7 +216,12 @@ def _check_visibility(config: Config) -> Visibility:
     )
 
 
-def _check_distributed(config: Config) -> None:
+def check_distributed(config: Config) -> None:
+    """Refuses a place among processes that is none.
+
+    Raises:
+      UserError: naming the field.
+    """
     given = config.distributed
     if given.mode != "explicit":
         for field, unset in (("coordinator", ""), ("num_processes", 0), ("process_id", -1)):

@@ -21,7 +21,7 @@ from moejax.recording import Recording, Routed
 from moejax.resolve import make_gate
 from moejax.task_table import TASKS
 from moejax.tasks.task import Batch, Task
-from moejax.train import compile_cache, leak, rows, setup
+from moejax.train import agreement, compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
 from moejax.train.look import sent
 from moejax.train.loop import check_text, read_config
@@ -59,6 +59,8 @@ def opened(
     this.check_gate_data(train_steps)
     folder = Path(workdir)
     saved = read_config(folder)
+    steps = Checkpointer(folder / "checkpoints", read_only=True).steps()
+    agreement.on_run(folder, (folder / "config.json").read_bytes(), steps)
     remedy = "name the text to evaluate on with --config.data.path"
     check_text(saved, config, this.data.fingerprint, remedy)
     with (

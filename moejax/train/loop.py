@@ -15,6 +15,7 @@ from moejax import __version__
 from moejax.config import Config, config_differences, default, to_dict
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
+from moejax.job import telling
 from moejax.train import budget, compile_cache, probe, rows, setup
 from moejax.train.checkpoint import Checkpointer, restore_subtree
 from moejax.train.console import Console
@@ -22,7 +23,7 @@ from moejax.train.lock import WorkdirLock
 from moejax.train.metrics import MetricsLog
 from moejax.train.processes import from_first, is_first
 from moejax.train.setup import Run
-from moejax.train.signals import Stop
+from moejax.train.signals import Stop, stopping
 from moejax.train.state import TrainState, count_parameters
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
@@ -38,8 +39,14 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
 
     Raises:
       UserError: a mistake in the config or the workdir, before anything is written.
+      Stopped: a signal came before there was anything to save.
     """
-    this = setup.prepare(config)
+    with stopping() as stop:
+        return _run(config, workdir, source, overrides, stop)
+
+
+def _run(config: Config, workdir: str, source: str, overrides: tuple[str, ...], stop: Stop) -> int:
+    this = setup.prepare(config, workdir)
     folder = Path(workdir)
     check_workdir(folder, config, this.data.fingerprint)
     this.data.train_batch(0)  # data that are too few are refused here,
@@ -59,8 +66,9 @@ def run(config: Config, workdir: str, source: str = "", overrides: tuple[str, ..
         "devices": {"kind": this.mesh.devices.flat[0].device_kind, "count": this.mesh.size},
     }
     cached = compile_cache.kept(config.report.compile_cache)
-    with cached, jax.set_mesh(this.mesh), closing(console), Stop() as stop:
+    with cached, jax.set_mesh(this.mesh), closing(console):
         warm = _warm_start(this, folder)
+        stop.begin()
         make_workdir(folder)
         with WorkdirLock(folder):
             return _train(this, folder, warm, stop, console, about)
@@ -75,7 +83,8 @@ def _train(
     about: dict[str, Any],
 ) -> int:
     config = this.config.train
-    with Checkpointer(folder / "checkpoints", keep=config.keep_checkpoints) as checkpoints:
+    saves = Checkpointer(folder / "checkpoints", keep=config.keep_checkpoints)
+    with saves as checkpoints, telling():
         restored = checkpoints.restore(this.abstract_state)
         start = restored.step if restored else 0
         if restored and start >= config.steps:

@@ -462,12 +462,14 @@ def test_a_resumed_run_that_is_preempted_saves_and_keeps_only_the_newest(two, mo
     """Orbax subtracts the times of the last two checkpoints then, and knows only one of them."""
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: True)
     with Checkpointer(two, keep=2) as checkpoints:
-        assert checkpoints.restore(describe(make_state(0))).step == 2
+        restored = checkpoints.restore(describe(make_state(0)))
+        assert restored is not None and restored.step == 2
         for step in (3, 4):
             assert checkpoints.save(step, make_state(step), {})
     assert checkpoints.steps() == [3, 4]
     with Checkpointer(two, keep=2) as checkpoints:
-        assert same(checkpoints.restore(describe(make_state(0))).state, make_state(4))
+        restored = checkpoints.restore(describe(make_state(0)))
+        assert restored is not None and same(restored.state, make_state(4))
 
 
 # ---------------------------------------------------------------- several processes
