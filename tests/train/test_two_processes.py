@@ -298,3 +298,19 @@ def test_what_one_process_alone_is_refused_for_reaches_the_other(rank, mistake, 
     for lines in said:
         assert len(lines) == 1 and lines[0].startswith(f"moejax: error: process {rank}: {name}")
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_a_launcher_started_on_this_machine_meet_on_its_loopback(tmp_path):
+    """Open MPI's variables; the address that it names is of no machine here."""
+    processes = [
+        start(
+            "train", CONFIG, f"--workdir={tmp_path / 'run'}", *flags(**{"train.seed": rank}),
+            OMPI_MCA_orte_hnp_uri="1531576320.0;tcp://192.0.2.1,192.0.2.2:34911",
+            OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_SIZE="2",
+            OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = errors(finish(*processes, status=2))
+    assert [len(lines) for lines in said] == [1, 1]
+    assert all("train.seed is 0 in process 0 and 1 in process 1" in x[0] for x in said)
