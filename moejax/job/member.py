@@ -187,10 +187,12 @@ class Job:
                 self._take(message)
         self._wire.close()
         self._go.set()
-        if not (self._parted or self._leaving):
-            self._others_failed(
-                {"process": 0, "problem": "has died, or can no longer be reached", "status": 1}
-            )
+        if not (self._parted or self._leaving or self._failing.is_set()):
+            # At once: JAX aborts this process as soon as it sees the same.
+            problem = "has died, or can no longer be reached"
+            self._failure = {"process": 0, "problem": problem, "status": 1}
+            self.told.set()
+            self.follow()
 
     def _take(self, message: dict[str, Any]) -> None:
         if "failed" in message:
