@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moejax import losses
 from moejax.gating import load_probability
+from moejax.types import Policy
 
 # The router probabilities of V-MoE's routing_test.py, with its published loss values.
 VMOE_PROBS = jnp.asarray([[[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]]])
@@ -181,6 +182,19 @@ def test_token_weighted_micro_batches_give_the_loss_of_the_batch(valid_tokens, s
     whole = values(slice(0, 4))
     halves = jax.tree.map(jnp.add, values(slice(0, 2)), values(slice(2, 4)))
     np.testing.assert_allclose(halves, whole, rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+def test_the_policys_losses_are_means_over_layers_and_valid_tokens():
+    """By hand: advantages are (1, -2) and (0, 3); the third token is padding."""
+    policy = Policy(
+        log_prob_GT=jnp.asarray([[[-1.0, -0.5, -9.0]], [[-2.0, -0.25, -9.0]]]),
+        baseline_GT=jnp.asarray([[[-2.0, -1.0, 7.0]], [[-1.0, -6.0, 7.0]]]),
+    )
+    reward_BL = jnp.asarray([[-1.0, -3.0, 100.0]])
+    valid_BL = jnp.asarray([[True, True, False]])
+    found = losses.policy_gradient(policy, reward_BL, valid_BL)
+    # -(1 * -1 + -2 * -0.5 + 0 * -2 + 3 * -0.25) / 4 and (1 + 4 + 0 + 9) / 4.
+    assert found == {"policy": 0.1875, "baseline": 3.5}
 
 
 def test_shazeer_load_is_the_frequency_of_selection_under_redrawn_noise():
