@@ -197,6 +197,30 @@ def test_the_policys_losses_are_means_over_layers_and_valid_tokens():
     assert found == {"policy": 0.1875, "baseline": 3.5}
 
 
+def test_the_balance_loss_has_no_gradient_in_what_it_counts():
+    load, probs = jnp.asarray([[3.0, 1.0]]), jnp.full((1, 4, 2), 0.5)
+    np.testing.assert_array_equal(jax.grad(losses.load_balance)(load, probs, ALL), 0.0)
+
+
+def test_reward_and_baseline_are_constants_to_the_policy_and_the_reward_to_both():
+    policy = Policy(jnp.full((1, 1, 2), -1.0), jnp.full((1, 1, 2), 0.5))
+    valid, reward = jnp.ones((1, 2), bool), jnp.asarray([[2.0, 3.0]])
+
+    def of(name):
+        def value(policy, reward):
+            return losses.policy_gradient(policy, reward, valid)[name]
+
+        return jax.grad(value, (0, 1))(policy, reward)
+
+    moved, by_reward = of("policy")
+    np.testing.assert_array_equal(moved.log_prob_GT, [[[-0.75, -1.25]]])
+    np.testing.assert_array_equal(moved.baseline_GT, 0.0)
+    moved, also_by_reward = of("baseline")
+    np.testing.assert_array_equal(moved.baseline_GT, [[[-1.5, -2.5]]])
+    np.testing.assert_array_equal(moved.log_prob_GT, 0.0)
+    np.testing.assert_array_equal([by_reward, also_by_reward], 0.0)
+
+
 def test_shazeer_load_is_the_frequency_of_selection_under_redrawn_noise():
     """Monte Carlo: redraw the noise of one expert, count how often it is among the top k."""
     k, draws = 2, 200_000

@@ -179,6 +179,14 @@ def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predic
     assert largest({k: v for k, v in entropy.items() if k not in ("depths", "router")}) == 0
 
 
+def test_a_token_with_even_odds_goes_around_the_block_in_evaluation():
+    """Of zeros both predictors say sigmoid(0), which is not above 1/2."""
+    for predictor in ("mlp", "router"):
+        y_BLD, said = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))
+        np.testing.assert_array_equal(y_BLD, 0.0)
+        assert said.means["mod/selected"] == 0.0
+
+
 def test_capacity_is_rounded_up_and_has_room_for_someone():
     def chosen(capacity, length):
         return DepthsConfig(capacity).chosen(length)

@@ -76,6 +76,15 @@ def test_every_token_is_attended_to_by_its_k_best_heads(causal):
     CLOSE(means["moa/max_vio"], load.max() / load.mean() - 1)
     logits = (np.asarray(x_BLD, np.float64) @ leaf(layer.router["router_DE"]))[VALID]
     CLOSE(losses["moa_z"], np.mean(np.log(np.exp(logits).sum(-1)) ** 2))
+    balance = 0.0
+    for row, length in zip(np.asarray(x_BLD, np.float64), LENGTHS, strict=True):
+        probs = np.stack(
+            [blocks.softmax(h) for h in row[:length] @ leaf(layer.router["router_DE"])]
+        )
+        best = np.argsort(-probs)[:, :2]
+        share = np.bincount(best.ravel(), minlength=5) / best.size
+        balance += length * 5 * (share * probs.mean(0)).sum()
+    CLOSE(losses["moa_load_balance"], balance / LENGTHS.sum())
 
 
 def test_padding_between_valid_tokens_is_masked_where_it_is_announced():

@@ -167,6 +167,28 @@ def test_priority_random_needs_no_key_where_nothing_competes():
         layer(tokens())
 
 
+@pytest.mark.parametrize(("train", "dropped"), [(True, 8), (False, 6)])
+def test_training_and_evaluation_have_a_capacity_factor_each(train, dropped):
+    """A router of zeros sends all six tokens to experts 0 and 1, with slots for two or three."""
+    choices = {"capacity_factor": 1.0, "eval_transport": "cells", "eval_capacity_factor": 2.0}
+    layer = make("mixtral", **choices)
+    layer.router["router_DE"][...] = jnp.zeros((D, E))
+    _, info = layer(tokens(), train=train)
+    np.testing.assert_array_equal(info.stats.dropped_E, [B * dropped / 2] * 2 + [0] * 6)
+    assert info.stats.train == train
+
+
+def test_who_is_served_first_at_random_has_nothing_to_do_with_the_gates_own_draw():
+    """GShard keeps second experts where U < 2 g2: by the same U it would serve them last."""
+    known = moejax.Context.of(64, 32, key=jax.random.key(0)).grouped(1, True)
+    layer = make("gshard", priority="random")
+    routing = moejax.Routing(jnp.zeros((64, 32, 2), jnp.int32), jnp.ones((64, 32, 2)))
+    order_GT = layer._priority_score(routing, known, "cells")
+    drawn_GT = gating.ops.row_noise(jax.random.uniform, known, ())
+    correlation = np.corrcoef(np.ravel(order_GT), np.ravel(drawn_GT))[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(64 * 32)
+
+
 class WithAndWithoutJit(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)  # pyright: ignore[reportCallIssue]
     def test_a_layer_gives_one_result_called_plainly_and_compiled(self):

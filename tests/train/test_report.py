@@ -17,6 +17,8 @@ from moejax.data.baselines import ngram_baselines
 from moejax.errors import UserError
 from moejax.train.budget import count_budget
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.rows import routing
+from moejax.types import MoEStats
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy
 from tests.train.sharing import Shared, Whole
@@ -69,6 +71,36 @@ def test_rows_agree_with_themselves(whole: Whole):
     for row in runs.rows(whole.workdir, "eval"):
         assert row["moe/drop_rate"] == 0  # evaluation is dropless
         assert row["bits_per_byte"] == row["loss"] / math.log(2)  # bytes are tokens
+
+
+def test_balance_and_drops_of_two_layers_are_those_worked_by_hand():
+    """Four tokens; loads of 4, 4, 0, 0 and 2, 2, 2, 2 pairs, of which the first layer drops 3."""
+    load = np.array([[4, 4, 0, 0], [2, 2, 2, 2]])
+    row = routing(
+        MoEStats(
+            tokens=np.array([4, 4]),
+            load_E=load,
+            dropped_E=np.array([[2, 1, 0, 0], [0, 0, 0, 0]]),
+            dropped_L=np.array([[0, 1, 2], [0, 0, 0]]),
+            dropped_K=np.array([[1, 2], [0, 0]]),
+            unserved_tokens=np.array([1, 0]),
+            prob_E=load / 2,
+            entropy=np.array([3.0, 5.0]),
+            gate={"temperature": np.array([8.0, 4.0]), "price": np.ones((2, 4))},
+        )
+    )
+    assert row == {
+        "moe/max_vio": (4 / 2 - 1 + 0) / 2,
+        "moe/drop_rate": 3 / 16,
+        "moe/unserved_rate": 1 / 8,
+        "moe/experts_per_token": 2.0,
+        "moe/router_entropy": 1.0,
+        "moe/gate/temperature": 1.5,
+        "moe/load": load.tolist(),
+        "moe/dropped": [[2, 1, 0, 0], [0, 0, 0, 0]],
+        "moe/dropped_by_position": [[0, 1, 2], [0, 0, 0]],
+        "moe/dropped_by_choice": [[1, 2], [0, 0]],
+    }
 
 
 def test_floats_read_back_exactly(whole: Whole):
