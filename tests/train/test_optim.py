@@ -139,6 +139,25 @@ def test_adamw_is_optax_adamw():
     jax.tree.map(close, three_updates(ours, params, grads), three_updates(theirs, params, grads))
 
 
+def test_lion_looks_back_by_b1_and_remembers_by_b2():
+    """By hand, b1 = 0.5 and b2 = 0.9: the direction is the sign of (memory + gradient) / 2."""
+    params = {"scale_D": jnp.zeros(2)}
+    optimizer, _ = make_optimizer(config(name="lion", b1=0.5, b2=0.9), 10, params)
+    state, directions = optimizer.init(params), []
+    for gradient in ([1.0, 1.0], [-0.08, -0.12], [-0.08, -0.08]):
+        updates, state = optimizer.update({"scale_D": jnp.asarray(gradient)}, state, params)
+        directions.append(np.sign(-updates["scale_D"]).tolist())
+    # Memories: 0, then 0.1, then 0.09 - 0.008 = 0.082 and 0.09 - 0.012 = 0.078.
+    assert directions == [[1, 1], [1, -1], [1, -1]]
+
+
+def test_a_gradient_of_the_size_of_eps_moves_adam_half_as_far():
+    params = {"scale_D": jnp.ones(3)}
+    grads = {"scale_D": jnp.full(3, 0.25)}
+    updates = one_update(config(name="adamw", eps=0.25, learning_rate=1.0), params, grads)
+    np.testing.assert_allclose(updates["scale_D"], -0.5, rtol=1e-6)  # float32
+
+
 def test_muon_on_a_plain_matrix_is_optax_muon():
     params = {"w_DF": jnp.float32(np.random.default_rng(0).normal(size=(6, 4)))}
     ours = one_update(config(name="muon"), params, params)
@@ -184,6 +203,8 @@ def test_names_without_axis_letters_stand_for_matrices_in_the_last_two_axes():
     assert dimensions["kernel"] == ((-2,), (-1,))
     assert dimensions["vector"] is None and dimensions["scale"] is None
     assert decay_mask(params) == {"kernel": True, "vector": False, "scale": False}
+    assert decay_mask({"bias": jnp.ones((2, 3))}) == {"bias": False}
+    assert decay_mask({"gate": {"kernel": jnp.ones((2, 3))}}) == {"gate": {"kernel": False}}
 
 
 def test_weight_decay_spares_norms_biases_and_gates():
@@ -241,6 +262,10 @@ def test_wsd_is_flat_until_its_linear_decay():
     assert np.all(rate[9:80] == 1.0)
     np.testing.assert_allclose(rate[80:], 1 - np.arange(1, 21) / 20, atol=1e-6)
     assert np.all(rates(100, schedule="wsd", decay_fraction=0.0) == 1.0)
+    # A decay that would begin before the end of warm-up begins there: over ten updates, not 18.
+    rate = rates(20, warmup_steps=10, schedule="wsd", decay_fraction=0.9, final_fraction=0.0)
+    np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(rate[10:], 1 - np.arange(1, 11) / 10, atol=1e-6)
 
 
 def test_a_run_shorter_than_its_warm_up_only_warms_up():
