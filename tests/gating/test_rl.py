@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from moejax import gating
 from moejax.losses import policy_gradient
@@ -99,6 +100,17 @@ def test_a_bandit_is_learned_with_its_baseline():
     # Rewards are -1 nearly always by now; the entropy bonus keeps a few others.
     value = kinds @ params["baseline_D"] + params["baseline"]
     np.testing.assert_allclose(value, -1, atol=0.3)
+
+
+def test_the_entropy_bonus_lowers_the_loss_by_its_weight_times_the_mean_entropy():
+    gate = gating.make("rl", entropy_weight=0.25)
+    params = drawn(gate)
+    x = jax.random.normal(jax.random.key(2), (2, 4, D))
+    valid = jnp.asarray([[True] * 4, [True, False, False, False]])
+    known = Context.of(2, 4, key=jax.random.key(0), valid_BL=valid).grouped(1, True)
+    probs = np.asarray(jax.nn.softmax(x @ params["router_DE"]), np.float64)
+    wanted = -0.25 * scipy.stats.entropy(probs, axis=-1)[np.asarray(valid)].mean()
+    np.testing.assert_allclose(gate(params, (), x, known).losses["rl_entropy"], wanted, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from moejax.errors import UserError
-from moejax.sweep import figure, table
+from moejax.sweep import figure, results, table
 from moejax.sweep.comparison import compare
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.match import Comparison
@@ -81,6 +81,43 @@ def test_a_single_interval_is_better_than_none_and_none_is_not_a_number():
 def test_kept_pairs_are_those_not_dropped():
     row = {"moe/load": [[6, 2]], "moe/experts_per_token": 2.0, "moe/drop_rate": 0.25}
     assert kept_pairs(row) == 1.5 and kept_pairs({"loss": 1.0}) is None
+
+
+def test_a_trials_numbers_are_means_over_its_steps_and_those_of_its_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows after steps 2 and 10 stand for two steps and for eight."""
+
+    def row(step: int, split: str, violation: float, drops: float, **more: Any) -> str:
+        known = {"moe/max_vio": violation, "moe/drop_rate": drops, "moe/experts_per_token": 2.0}
+        said = {"step": step, "split": split, "leak": "", "moe/load": [[6, 2], [4, 4]], **known}
+        return json.dumps(said | more)
+
+    workdir = tmp_path / "trials/a-seed0"
+    workdir.mkdir(parents=True)
+    lines = [
+        row(2, "train", 1.0, 0.5),
+        row(5, "eval", 3.0, 0.9, loss=9.0),
+        row(10, "train", 0.5, 0.25),
+        row(10, "eval", 0.125, 0.0, loss=2.5),
+    ]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (workdir / "timings.jsonl").write_text("")
+    flops = {"fixed": 100.0, "per_pair": 10.0}
+    saved = {
+        "flops": {"train": flops, "eval": flops},
+        "parameters": {"total": 7},
+        "units": {"loss": "nats/image"},
+    }
+    monkeypatch.setattr(results, "read_config", lambda folder: saved)
+    found = results.read_trial(tmp_path, Trial("a", 0, (), {}))
+    assert (found.step, found.loss, found.unit) == (10, 2.5, "nats/image")
+    assert found.train_max_vio == (2 * 1.0 + 8 * 0.5) / 10 and found.eval_max_vio == 0.125
+    assert found.train_drop_rate == (2 * 0.5 + 8 * 0.25) / 10 and found.eval_drop_rate == 0.0
+    assert found.train_pairs_per_token == (2 * 1.0 + 8 * 1.5) / 10
+    # In each of two layers.
+    assert found.train_flops_per_token == 100 + 10 * 2 * 1.4
+    assert found.eval_flops_per_token == 100 + 10 * 2 * 2.0
 
 
 def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
