@@ -146,6 +146,12 @@ def test_a_width_is_a_multiple_of_8_and_says_by_how_much_it_misses(
     assert solved.ratio == (500 + 6 * solved.width) / (500 + 3 * 72)
 
 
+def test_the_smallest_width_is_a_solution(write: Write, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(match, "count", linear)
+    page = write('MATCH, BASELINE = "total_params", "switch"', SOLVE, '"moe.d_ff": 8')
+    assert expand(page).solved == (Solved("top_2", "moe.d_ff", 8, 1.0),)
+
+
 def test_nothing_is_counted_where_nothing_is_asked(write: Write, monkeypatch: pytest.MonkeyPatch):
     def never(configs: Any) -> Any:
         raise AssertionError("counted")

@@ -68,6 +68,11 @@ def test_the_median_step_leaves_out_the_first_interval_of_each_life():
     assert step_seconds(rows) == (2.0, 10 * (9 + 1 + 3 + 8 + 2))
 
 
+def test_one_slow_interval_moves_the_total_and_not_the_median():
+    rows = timings((10, 9.0, 90), (20, 1.0, 100), (30, 1.5, 115), (40, 8.0, 195))
+    assert step_seconds(rows) == (1.5, 10 * (9 + 1 + 1.5 + 8))
+
+
 def test_an_interval_that_was_a_compilation_alone_counts_as_median_steps():
     rows = timings((1, math.nan, 0), (3, 2.0, 4), (6, 4.0, 16))
     assert step_seconds(rows) == (3.0, 1 * 3.0 + 2 * 2.0 + 3 * 4.0)
