@@ -77,6 +77,26 @@ def test_overflow_moves_as_in_a_plain_loop_and_nobody_else_is_displaced(k, prior
     assert lost == (~after).sum()
 
 
+@pytest.mark.parametrize(
+    ("second", "weight", "prob", "wanted", "new_weight"),
+    [
+        (2, 0.5, [0.5, 0.25, 0.25], 1, 0.25),
+        (1, 0.5, [0.5, 0.25, 0.25], 1, 0.25),  # a column of weight 0 visits nobody
+        (2, 0.5, [1.0, 0.0, 0.0], 0, 0.5),  # nobody else has a chance: it stays, to be dropped
+        (2, 1e-20, [1.0, 1e-30, 0.0], 1, np.finfo(np.float32).tiny),  # not 0: it is sent
+    ],
+)
+def test_the_second_token_of_a_full_expert_moves_by_hand(second, weight, prob, wanted, new_weight):
+    """Both want expert 0, which has one slot."""
+    expert_GTK = jnp.asarray([[[0, 1], [0, second]]], jnp.int32)
+    weight_GTK = jnp.asarray([[[0.5, 0.0], [weight, 0.0]]], jnp.float32)
+    prob_GTE = jnp.asarray([[[0.5, 0.5, 0.0], prob]], jnp.float32)
+    choices = {"capacity": 1, "priority": "position", "rounds": 2}
+    got, got_weight = reroute(expert_GTK, weight_GTK, prob_GTE, jnp.zeros((1, 2)), **choices)
+    np.testing.assert_array_equal(got, [[[0, 1], [wanted, second]]])
+    np.testing.assert_allclose(got_weight, [[[0.5, 0.0], [new_weight, 0.0]]], rtol=1e-6)
+
+
 def test_moved_top_1_tokens_weigh_the_probability_of_where_they_go():
     expert, weight, prob, score = example(1)
     got, got_weight = reroute(

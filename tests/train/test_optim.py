@@ -158,6 +158,14 @@ def test_a_gradient_of_the_size_of_eps_moves_adam_half_as_far():
     np.testing.assert_allclose(updates["scale_D"], -0.5, rtol=1e-6)  # float32
 
 
+@pytest.mark.parametrize("name", sorted(DIRECTIONS))
+def test_the_first_update_of_a_vector_is_the_learning_rate_whatever_its_gradient(name):
+    params = {"scale_D": jnp.ones(2)}
+    updates = one_update(config(name=name), params, {"scale_D": jnp.asarray([0.5, -0.5])})
+    # Adam's eps is 1e-8 of a gradient of 0.5.
+    np.testing.assert_allclose(updates["scale_D"], [-0.03, 0.03], rtol=1e-5)
+
+
 def test_muon_on_a_plain_matrix_is_optax_muon():
     params = {"w_DF": jnp.float32(np.random.default_rng(0).normal(size=(6, 4)))}
     ours = one_update(config(name="muon"), params, params)
