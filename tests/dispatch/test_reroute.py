@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import moejax
+from moejax import gating
 from moejax.dispatch.pack import plan_cells, serving_order
 from moejax.dispatch.reroute import reroute
 from moejax.gating import top_k_routing
@@ -112,6 +115,22 @@ def test_nothing_moves_where_everything_has_room():
     got = reroute(expert, weight, prob, score, capacity=T, priority="choice", rounds=2)
     np.testing.assert_array_equal(got[0], expert)
     np.testing.assert_array_equal(got[1], weight)
+
+
+def test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose():
+    """Four equal tokens want experts 0 and 1, with two slots each: two of them move to 2 and 3."""
+    layer = moejax.MoE(
+        4, 8, E, gate=gating.make("mixtral"), capacity_factor=1.0, reroute=1, rngs=nnx.Rngs(0)
+    )
+    layer.router["router_DE"][...] = jnp.diag(jnp.asarray([3.0, 2.0, 1.0, 0.0]))
+    _, info = layer(jnp.ones((1, 4, 4)))
+    np.testing.assert_array_equal(info.routing.expert_GTK, [[[0, 1], [0, 1], [2, 3], [2, 3]]])
+    assert info.kept_GTK.all()
+    np.testing.assert_array_equal(info.stats.load_E, [4, 4, 0, 0])
+    assert info.stats.gate["rerouted"] == 4, "pairs, not tokens"
+    chance_E = np.exp([3, 2, 1, 0]) / np.exp([3, 2, 1, 0]).sum()
+    wanted = 4 * (0.5 * chance_E[0] + 0.5 * chance_E[1])
+    np.testing.assert_allclose(info.losses["load_balance"], wanted, rtol=1e-6)  # float32
 
 
 @pytest.mark.slow
