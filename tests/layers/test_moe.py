@@ -95,6 +95,17 @@ def test_shared_experts_are_added_to_the_routed_ones():
     np.testing.assert_allclose(y, routed + layer.shared(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_shared_gate_weighs_the_shared_experts_by_a_sigmoid_of_the_token():
+    layer, x = make(num_shared=1, shared_gate=True), tokens()
+    layer.shared_gate_D[...] = jax.random.normal(jax.random.key(5), (D,))
+    y, info = layer(x)
+    routed = reference.moe(x, info.routing, layer.expert_weights(), "swiglu", info.kept_GTK)
+    share = 1 / (1 + np.exp(-np.asarray(x @ layer.shared_gate_D[...], np.float64)))
+    assert layer.shared is not None
+    wanted = routed + share[..., None] * layer.shared(x)
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)  # float32
+
+
 @pytest.mark.parametrize(("gate", "fields"), [
     ("switch", {}), ("top_k", {"k": 1, "renormalize": False}), ("mixtral", {"k": 2}),
     ("top_k", {"k": 3, "renormalize": False}), ("top_k", {"k": 8}), ("shazeer", {"k": 2}),
