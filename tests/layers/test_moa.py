@@ -140,6 +140,18 @@ def test_the_router_learns_from_the_task_with_a_single_head_and_everything_has_a
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-4, path
 
 
+def test_the_routers_losses_have_finite_gradients_though_padding_holds_nan():
+    graph, params = nnx.split(make())
+    x_BLD = jnp.where(VALID[..., None], tokens(), jnp.nan)
+
+    def loss(params, x_BLD):
+        return sum(nnx.merge(graph, params)(x_BLD, context(), True)[1].values())
+
+    by_params, by_x = jax.jit(jax.grad(loss, (0, 1)))(params, x_BLD)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(by_params))
+    assert np.isfinite(by_x).all() and (by_x[~VALID] == 0).all()
+
+
 def test_more_heads_per_token_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="moa_k=3 must lie between 1 and moa_experts=2"):
         make(2, 3)
