@@ -113,6 +113,22 @@ def test_the_entropy_bonus_lowers_the_loss_by_its_weight_times_the_mean_entropy(
     np.testing.assert_allclose(gate(params, (), x, known).losses["rl_entropy"], wanted, rtol=1e-5)
 
 
+def test_the_baseline_learns_without_moving_what_the_router_sees():
+    gate = gating.make("rl")
+    params = drawn(gate) | {"baseline_D": jnp.ones(D)}
+    x = jax.random.normal(jax.random.key(2), (1, 3, D))
+
+    def baseline(params, x):
+        policy = call(gate, params, x, jax.random.key(0)).policy
+        assert policy is not None
+        return jnp.sum(policy.baseline_GT)
+
+    by_params, by_x = jax.grad(baseline, (0, 1))(params, x)
+    np.testing.assert_array_equal(by_x, 0.0)
+    np.testing.assert_allclose(by_params["baseline_D"], x[0].sum(0), rtol=1e-6)
+    assert by_params["baseline"] == 3 and not by_params["router_DE"].any()
+
+
 @pytest.mark.slow
 def test_the_trainer_weighs_the_policys_losses_and_moves_router_and_baseline():
     run = steps.make({"data": 1}, "rl", model__num_layers=1)

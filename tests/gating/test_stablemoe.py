@@ -96,6 +96,12 @@ def test_the_losses_are_the_papers_sums_over_the_number_of_tokens():
     assert call(gate, params, train=False).losses == {}
 
 
+def test_the_distilled_router_is_frozen_from_the_first_step_of_stage_2_on():
+    gate, _ = made()
+    for step, still in ((0, False), (STAGE - 1, False), (STAGE, True), (999, True)):
+        assert gate.frozen(jnp.int32(step)) == {"embed_VR": still, "distill_RE": still}
+
+
 def test_distillation_moves_the_distilled_router_alone_and_no_gradient_does_in_stage_2():
     gate, params = made(balance_weight=0.0)
 

@@ -14,6 +14,7 @@ from moejax.losses import CONSISTENCY
 from moejax.models.stack import Found
 from moejax.tasks.language import LanguageModel
 from moejax.tasks.task import Output, Task
+from moejax.types import Policy
 
 KEY = jax.random.key(3)
 BATCH = {
@@ -54,6 +55,19 @@ def test_a_batch_adds_up_the_valid_tokens_targets_and_nothing_else():
     np.testing.assert_allclose(totals.log_z_square, 4 * math.log(4) ** 2, rtol=1e-6)
     assert totals.metrics["accuracy"] == 2
     assert totals.auxiliary == {"load_balance": 4.0} and totals.mean_square == 4.0
+
+
+def test_a_policy_is_rewarded_by_the_log_likelihood_of_valid_targets():
+    """Of one layer; three of four choices have the log-probability 0, the fourth -2."""
+    log_prob_BL = jnp.asarray([[0.0, -2.0, 0.0], [0.0, -5.0, -5.0]])
+    policy = Policy(log_prob_BL[None], jnp.zeros((1, 2, 3)))
+    found = Found(jnp.ones(1), {}, {}, None, policy, None)
+    said = logits([math.log(3), 0.0])
+    totals = Fixed(None, (), **WEIGHTS)._totals(Output(said, found), BATCH)
+    # The second target is 0, with a share of 3/4; the sum is the mean of four times four.
+    np.testing.assert_allclose(totals.auxiliary["policy"], 2 * math.log(3 / 4), rtol=1e-6)
+    squares = 2 * math.log(4) ** 2 + 2 * math.log(4 / 3) ** 2
+    np.testing.assert_allclose(totals.auxiliary["baseline"], squares, rtol=1e-6)
 
 
 @pytest.mark.parametrize("train", [True, False])
