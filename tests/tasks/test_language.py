@@ -115,7 +115,8 @@ class Seeing(LanguageModel):
         self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, watch=None
     ) -> Output:
         assert not train
-        return Output(9.0 * jax.nn.one_hot(batch["tokens"][:, :-1], 7), None)
+        nothing: Any = None
+        return Output(9.0 * jax.nn.one_hot(batch["tokens"][:, :-1], 7), nothing)
 
 
 def test_nats_of_masked_tokens_do_not_know_what_is_masked():
@@ -132,8 +133,8 @@ def test_nats_of_masked_tokens_do_not_know_what_is_masked():
 def test_only_a_gates_own_parameters_are_held_and_only_when_it_says_so():
     gate = SimpleNamespace(frozen=lambda step: {"embed_VR": step >= 2})
     task = Task(SimpleNamespace(gate=gate, num_moe_layers=1), (), 0.0)
-    updates = {"router": {"embed_VR": jnp.ones(2), "router_DE": jnp.ones(2)}}
-    updates["embed_VR"] = jnp.ones(2)
+    router = {"embed_VR": jnp.ones(2), "router_DE": jnp.ones(2)}
+    updates = {"router": router, "embed_VR": jnp.ones(2)}
     for step, left in ((1, 1.0), (2, 0.0)):
         held = task.hold(updates, jnp.int32(step))
         np.testing.assert_array_equal(held["router"]["embed_VR"], left)

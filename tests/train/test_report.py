@@ -76,19 +76,18 @@ def test_rows_agree_with_themselves(whole: Whole):
 def test_balance_and_drops_of_two_layers_are_those_worked_by_hand():
     """Four tokens; loads of 4, 4, 0, 0 and 2, 2, 2, 2 pairs, of which the first layer drops 3."""
     load = np.array([[4, 4, 0, 0], [2, 2, 2, 2]])
-    row = routing(
-        MoEStats(
-            tokens=np.array([4, 4]),
-            load_E=load,
-            dropped_E=np.array([[2, 1, 0, 0], [0, 0, 0, 0]]),
-            dropped_L=np.array([[0, 1, 2], [0, 0, 0]]),
-            dropped_K=np.array([[1, 2], [0, 0]]),
-            unserved_tokens=np.array([1, 0]),
-            prob_E=load / 2,
-            entropy=np.array([3.0, 5.0]),
-            gate={"temperature": np.array([8.0, 4.0]), "price": np.ones((2, 4))},
-        )
-    )
+    stats: dict[str, Any] = {
+        "tokens": np.array([4, 4]),
+        "load_E": load,
+        "dropped_E": np.array([[2, 1, 0, 0], [0, 0, 0, 0]]),
+        "dropped_L": np.array([[0, 1, 2], [0, 0, 0]]),
+        "dropped_K": np.array([[1, 2], [0, 0]]),
+        "unserved_tokens": np.array([1, 0]),
+        "prob_E": load / 2,
+        "entropy": np.array([3.0, 5.0]),
+        "gate": {"temperature": np.array([8.0, 4.0]), "price": np.ones((2, 4))},
+    }
+    row = routing(MoEStats(**stats))
     assert row == {
         "moe/max_vio": (4 / 2 - 1 + 0) / 2,
         "moe/drop_rate": 3 / 16,
