@@ -845,6 +845,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/tasks/test_multimodal.py",
         "test_captions_are_retrieved_by_images_and_images_by_captions",
     ),
+    Mutant(
+        "binary_tasks_say_one_above_a_half",
+        "moejax/tasks/multitask.py",
+        "right_B = (said_BM[:, m] > 0) ==",
+        "right_B = (said_BM[:, m] > 0.5) ==",
+        "tests/tasks/test_multitask.py",
+        "test_a_binary_task_says_one_where_its_logit_is_above_0",
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """The table of mutants fits the tree as it is, and a mutant is told from what is noticed."""
 
 import ast
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -25,11 +26,15 @@ def test_what_a_mutant_replaces_occurs_once_and_the_rest_is_still_python(mutant:
     assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), "it changes a program"
 
 
+@functools.cache
+def functions(test_file: str) -> list[ast.FunctionDef]:
+    tree = ast.parse((ROOT / test_file).read_text())
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=IDS)
 def test_the_test_that_must_notice_a_mutant_exists_and_is_fast(mutant: Mutant):
-    tree = ast.parse((ROOT / mutant.test_file).read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    (found,) = [function for function in functions if function.name == mutant.test]
+    (found,) = [f for f in functions(mutant.test_file) if f.name == mutant.test]
     assert not any("mark.slow" in ast.unparse(mark) for mark in found.decorator_list)
 
 

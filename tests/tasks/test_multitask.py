@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from moejax.data.synthetic_tables import groups
 from moejax.data.table_baselines import design, loss_of, table_baselines
 from moejax.data.table_source import TableSource
 from moejax.data.tables import as_rows, make_table
+from moejax.models.multitask import Head
 from moejax.probe import OF_LABELS, OF_TOKENS, Probe
 from moejax.tasks.multitask import MeanSquare, MultiTaskLearning, binned_area
 from moejax.train import setup
@@ -110,6 +113,20 @@ def test_metrics_are_means_over_the_examples_that_have_the_target(gaps):
     summed = np.where(held.present_NM[:, 0], square_N, 0) + np.where(here_N, nats_N, 0)
     np.testing.assert_allclose(row["loss"], summed.mean(), rtol=1e-4)
     np.testing.assert_allclose(row["auc/sign"], area(logit_N[here_N], one_N[here_N]), atol=0.02)
+
+
+def test_a_binary_task_says_one_where_its_logit_is_above_0():
+    """A logit of 0.3 says one, one of 0 does not; the last example lacks the target."""
+    model: Any = SimpleNamespace(heads=(Head("sign", "binary"),))
+    task = MultiTaskLearning(model, (), 0.0)
+    batch = {
+        "target": jnp.asarray([[1.0], [0.0], [1.0], [0.0], [1.0]]),
+        "present": jnp.asarray([[True], [True], [True], [True], [False]]),
+    }
+    found = task._metrics(jnp.asarray([[0.3], [-0.3], [0.0], [0.3], [9.0]]), batch)
+    right = found["accuracy/sign"]
+    np.testing.assert_array_equal(right.total, [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(right.count, [1, 1, 1, 1, 0])
 
 
 def area(score_N, one_N) -> float:
