@@ -853,6 +853,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/tasks/test_multitask.py",
         "test_a_binary_task_says_one_where_its_logit_is_above_0",
     ),
+    Mutant(
+        "areas_of_padding",
+        "moejax/tasks/multitask.py",
+        'batch["present"] & batch["valid"][:, None]',
+        'batch["present"]',
+        "tests/tasks/test_multitask.py",
+        "test_padding_has_no_share_in_an_area_under_the_curve",
+    ),
 )
 
 

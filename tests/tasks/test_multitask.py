@@ -129,6 +129,18 @@ def test_a_binary_task_says_one_where_its_logit_is_above_0():
     np.testing.assert_array_equal(right.count, [1, 1, 1, 1, 0])
 
 
+def test_padding_has_no_share_in_an_area_under_the_curve():
+    """A one above a zero, and a padding row that would be a zero above both."""
+    model: Any = SimpleNamespace(heads=(Head("sign", "binary"),))
+    batch = {
+        "target": jnp.asarray([[1.0], [0.0], [0.0]]),
+        "present": jnp.ones((3, 1), bool),
+        "valid": jnp.asarray([True, True, False]),
+    }
+    areas = MultiTaskLearning(model, (), 0.0)._areas(jnp.asarray([[1.0], [-1.0], [5.0]]), batch)
+    assert areas["auc/sign"].value() == 1.0
+
+
 def area(score_N, one_N) -> float:
     """The area under the ROC curve by comparing all pairs."""
     ones, zeros = score_N[one_N > 0.5], score_N[one_N <= 0.5]
