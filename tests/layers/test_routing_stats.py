@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax.layers.routing_stats import (
     collect_stats,
@@ -44,6 +45,21 @@ def test_pairs_are_counted_by_expert_position_and_column_and_tokens_that_nobody_
     np.testing.assert_array_equal(found.dropped_L, [1, 0, 2])
     np.testing.assert_array_equal(found.dropped_K, [1, 2])
     assert found.unserved_tokens == 2, "the third, both of whose pairs were dropped, and the fifth"
+
+
+@pytest.mark.parametrize(
+    ("weight", "kept", "unserved"),
+    [
+        ([0.5, 0.5], [True, False], 0),
+        ([0.5, 0.5], [False, False], 1),
+        ([0.0, 0.0], [True, True], 1),
+    ],
+)
+def test_a_token_is_served_if_one_of_its_pairs_found_room(weight, kept, unserved):
+    routing = Routing(jnp.asarray([[[0, 1]]], jnp.int32), jnp.asarray([[weight]]))
+    valid = jnp.asarray([[True]])
+    found = collect_stats(routing, jnp.full((1, 1, 2), 0.5), jnp.asarray([[kept]]), valid)
+    assert found.unserved_tokens == unserved
 
 
 def test_probabilities_and_entropies_are_summed_over_valid_tokens():
