@@ -123,7 +123,7 @@ def test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose():
         4, 8, E, gate=gating.make("mixtral"), capacity_factor=1.0, reroute=1, rngs=nnx.Rngs(0)
     )
     layer.router["router_DE"][...] = jnp.diag(jnp.asarray([3.0, 2.0, 1.0, 0.0]))
-    _, info = layer(jnp.ones((1, 4, 4)))
+    _, info = jax.jit(lambda x_BLD: layer(x_BLD))(jnp.ones((1, 4, 4)))
     np.testing.assert_array_equal(info.routing.expert_GTK, [[[0, 1], [0, 1], [2, 3], [2, 3]]])
     assert info.kept_GTK.all()
     np.testing.assert_array_equal(info.stats.load_E, [4, 4, 0, 0])

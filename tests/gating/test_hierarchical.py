@@ -141,7 +141,7 @@ def test_load_is_the_published_product_of_smooth_loads():
 def test_in_training_too_probabilities_and_the_z_losses_logits_are_those_without_noise():
     gate = gating.make("hierarchical")
     params = drawn(gate)
-    stats = call(gate, params, train=True).stats
+    stats = jax.jit(lambda params: call(gate, params, train=True).stats)(params)
     outer, inner = by_level(params, 4)
     flat = (outer[..., None] * inner).reshape(G, T, E)
     np.testing.assert_allclose(stats.probs_GTE, flat, rtol=1e-4, atol=1e-6)  # float32 products

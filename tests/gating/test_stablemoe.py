@@ -99,7 +99,7 @@ def test_the_losses_are_the_papers_sums_over_the_number_of_tokens():
 
 
 def test_the_distilled_router_is_frozen_from_the_first_step_of_stage_2_on():
-    gate: Any = made()[0]
+    gate: Any = gating.make("stablemoe", stage_steps=STAGE)
     for step, still in ((0, False), (STAGE - 1, False), (STAGE, True), (999, True)):
         assert gate.frozen(jnp.int32(step)) == {"embed_VR": still, "distill_RE": still}
 
