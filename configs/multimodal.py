@@ -14,8 +14,8 @@ Needs scikit-learn: pip install 'moejax[vision]'.
 
 Argument, as key=value,key=value:
 
-    gate     a name from `moejax gates` but replay (switch: top-1); lory gets segments of 4 tokens,
-             a row of patches
+    gate     a name from `moejax gates` but replay (top_k, here with one expert by a softmax over
+             all); lory gets segments of 4 tokens, a row of patches
     size     debug: 1 layer of width 16, 20 steps, learns little
              tiny: 3 layers of width 64, 300 steps of 64 pairs (the default)
     experts  experts per MoE layer (8)
@@ -67,9 +67,11 @@ ENTROPY = {
 
 
 def get_config(arg: str | None = None) -> Config:
-    options = parse_arg(arg, gate="switch", size="tiny", experts=8, entropy="on")
+    options = parse_arg(arg, gate="top_k", size="tiny", experts=8, entropy="on")
     config = default("multimodal")
     set_gate(config, options.gate)
+    if options.gate == "top_k":  # LIMoE's: one expert, by a softmax over all
+        config.moe.gate.update(k=1, renormalize=False, jitter=0.01)
     config.moe.num_experts = options.experts
     config.update_from_flattened_dict(choose("size", options.size, SIZES))
     config.update_from_flattened_dict(choose("entropy", options.entropy, ENTROPY))

@@ -12,7 +12,7 @@ eight images share the slots of the experts. A segment of lory is a row of patch
 
 Argument, as key=value,key=value:
 
-    gate      a name from `moejax gates` (mixtral: top-2, weights that add up to 1)
+    gate      a name from `moejax gates` (top_k: top-2, weights that add up to 1)
     priority  who keeps a slot when an expert is full: position (first come), or gate (the largest
               weight: V-MoE's batch-prioritised routing)
     size      digits: 4 layers of width 64 on 8 x 8 pixels in patches of 2 x 2 (the default)
@@ -94,7 +94,7 @@ COMMON = {
 
 
 def get_config(arg: str | None = None) -> Config:
-    options = parse_arg(arg, gate="mixtral", priority="position", size="digits", experts=8)
+    options = parse_arg(arg, gate="top_k", priority="position", size="digits", experts=8)
     config = default("images")
     config.update_from_flattened_dict({**COMMON, **choose("size", options.size, SIZES)})
     set_gate(config, options.gate)

@@ -34,12 +34,13 @@ carry the mark.
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.small_lm import TOP_1
 from moejax.config import Config, choose, default, parse_arg
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense_ffn": {"moe.every": 0},
-    "top_2": {"moe.gate.name": "mixtral"},
-    "switch": {"moe.gate.name": "switch"},
+    "top_2": {"moe.gate.name": "top_k"},
+    "switch": TOP_1,
     "base": {"moe.gate.name": "base"},
     "sbase": {"moe.gate.name": "sbase"},
     "dselect_k": {"moe.gate.name": "dselect_k", "moe.transport": "dropless"},

@@ -21,6 +21,15 @@ WIDTH = 256
 """Of the dense feed-forward layer, and of the routed experts of a token together."""
 
 
+TOP_1: Variant = {
+    "moe.gate.name": "top_k",
+    "moe.gate.k": 1,
+    "moe.gate.renormalize": False,
+    "moe.gate.jitter": 0.01,
+}
+"""Switch's gate, with the drops and losses of the page in place of Switch's own."""
+
+
 def small_lm(longer: int = 1) -> Config:
     """The config that every variant starts from."""
     config = default()

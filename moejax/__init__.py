@@ -1,6 +1,6 @@
 """moejax: research on expert-parallel mixture-of-experts transformers in JAX and Flax NNX.
 
-layer = moejax.MoE(256, 512, 8, gate=moejax.gating.make("mixtral", k=2), rngs=nnx.Rngs(0))
+layer = moejax.MoE(256, 512, 8, gate="mixtral", rngs=nnx.Rngs(0))
 y_BLD, info = layer(x_BLD)
 """
 
@@ -13,6 +13,7 @@ from moejax.types import Context, Gate, GateContext, GateOutput, MoEInfo, MoESta
 
 if TYPE_CHECKING:
     from moejax.layers.moe import MoE
+    from moejax.notebook import load
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Routing",
     "UserError",
     "gating",
+    "load",
     "make_mesh",
 ]
 
@@ -38,6 +40,10 @@ def __getattr__(name: str) -> Any:
         from moejax.layers.moe import MoE
 
         return MoE
+    if name == "load":  # a run for a notebook: brings the trainer and the report
+        from moejax.notebook import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,20 +1,30 @@
 """The ``moejax`` command. Each subcommand imports what it needs when it runs."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from moejax import files, job
 from moejax.errors import UserError, suggest
 from moejax.flags import OVERRIDES, WORKDIR, Parser, check_flag
 from moejax.overrides import take_overrides
+from moejax.train.signals import Stopped, stopping
 
 FAILED = 1
 USER_ERROR = 2
+PREEMPTED = 75
 INTERRUPTED = 130
 
-CONFIG_HELP = "path.py[:arg], package.module[:arg] or a run's workdir; arg is key=value,key=value"
+TOGETHER = ("train", "eval")
+"""Commands that several processes may run together."""
+
+CONFIG_HELP = (
+    "a page of moejax's own (lm, vit, multitask, multimodal), path.py, package.module or a run's "
+    "workdir; :key=value,key=value behind a page is its argument"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,19 +37,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A page's or a gate's module beside the user is found, as it is under `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks, or that is no text, is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with job.farewell():
+        return _exit_status(argv)
+
+
+def _exit_status(argv: list[str]) -> int:
     try:
         return _run(argv)
     except UserError as error:
-        print(f"moejax: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return USER_ERROR
+        problem = " ".join(str(error).splitlines())
+        return _leave(argv, USER_ERROR, "error: {}", problem)
+    except Stopped as stopped:
+        problem = f"was stopped by {stopped} before the first step"
+        return _leave(
+            argv, PREEMPTED, "stopped before the first step; the same command begins", problem
+        )
     except KeyboardInterrupt:
-        print("moejax: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _leave(argv, INTERRUPTED, "interrupted", "was interrupted")
     except BrokenPipeError:
         # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
         return FAILED if stopped_short else 0
+    except OSError as error:
+        if error.errno not in files.FULL:
+            raise
+        problem = files.cannot_write(error.filename or "a file", error)
+        return _leave(argv, USER_ERROR, "error: {}", problem)
+    except RuntimeError as error:  # JAX's own type is one, and is not imported for this
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        problem = (
+            f"a device ran out of memory ({reason}); lower train.batch_size or train.seq_len, "
+            "raise train.grad_accum, set model.remat, or split the model over more devices "
+            "(mesh.fsdp, mesh.expert)"
+        )
+        return _leave(argv, USER_ERROR, "error: {}", problem)
+
+
+def _leave(argv: list[str], status: int, line: str, problem: str) -> int:
+    """Says the line, and ends the job that this process is in or was meant to be in.
+
+    The status, for a process alone; the others of a job say the problem.
+    """
+    place = None
+    if argv and argv[0] in TOGETHER and job.current() is None:
+        from moejax.devices import place_of_command
+
+        place = place_of_command(argv)
+    print(f"moejax: {line.format(job.named(problem, place))}", file=sys.stderr, flush=True)
+    if place:
+        job.tell(place, problem, status)
+    return job.leave(status, problem)
 
 
 def _run(argv: list[str]) -> int:
@@ -114,18 +168,26 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--workdir", required=True, **WORKDIR, help="where checkpoints and metrics are written"
     )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="start again at step 0 although checkpoints of the run were lost",
+    )
     parser.set_defaults(run=_train, takes_overrides=True)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from moejax.config import load, validate
+    with stopping():  # what is imported and read below takes seconds
+        from moejax.config import load, validate
 
-    loaded = load(args.config, args.overrides)
-    validate(loaded.config)
+        loaded = load(args.config, args.overrides)
+        validate(loaded.config)
 
-    from moejax.train import loop
+        from moejax.train import loop
 
-    return loop.run(loaded.config, args.workdir, source=loaded.source, overrides=loaded.overrides)
+        return loop.run(
+            loaded.config, args.workdir, loaded.source, loaded.overrides, restart=args.restart
+        )
 
 
 def _add_config(commands: Any) -> None:
@@ -202,8 +264,9 @@ def _add_gates(commands: Any) -> None:
     parser = commands.add_parser(
         "gates",
         help="list the gating functions",
-        description="Lists every gate: what a token's output may depend on, what routing costs and "
-        "the\npaper. With a name: its equation, the fields below moe.gate and their defaults.",
+        description="Lists every gate in a line: what a token's output may depend on, and what the"
+        "\ngate does. With a name: its equation, cost and paper, the fields below moe.gate and "
+        "their\ndefaults.",
         epilog="Examples:\n  moejax gates\n  moejax gates switch",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="explain this gate")
@@ -211,9 +274,13 @@ def _add_gates(commands: Any) -> None:
 
 
 def _gates(args: argparse.Namespace) -> int:
+    from moejax.devices import need_no_accelerator
     from moejax.show import gate_page, gates_table
 
-    print(gate_page(args.name) if args.name else gates_table())
+    need_no_accelerator()
+    text = gate_page(args.name) if args.name else gates_table()
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal without Greek letters gets escapes
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 

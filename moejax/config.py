@@ -5,7 +5,7 @@ A page is a file with ``get_config(arg=None)``::
     from moejax.config import default, parse_arg, set_gate
 
     def get_config(arg=None):
-        options = parse_arg(arg, gate="mixtral", experts=8)
+        options = parse_arg(arg, gate="top_k", experts=8)
         config = default()
         set_gate(config, options.gate)
         config.moe.num_experts = options.experts
@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from moejax.devices import configure_devices
+from moejax.devices import configure_devices, join_processes
 from moejax.field import Field
 from moejax.fields import FIELDS, SECTIONS
 from moejax.overrides import apply_overrides, choose, parse_arg, take_overrides
@@ -34,12 +34,14 @@ __all__ = [
     "Config",
     "Field",
     "Loaded",
+    "all_differences",
     "choose",
     "config_differences",
     "configure_devices",
     "default",
     "flatten",
     "from_dict",
+    "join_processes",
     "load",
     "make_gate",
     "moe_config",
@@ -51,8 +53,8 @@ __all__ = [
     "validate",
 ]
 
-MAY_CHANGE = ("train.steps", "train.keep_checkpoints", "report.", "mesh.", "distributed.")
-"""Fields, and sections ending in a dot, that may differ when a run is resumed in its workdir."""
+MAY_CHANGE = tuple(name for name, field in FIELDS.items() if field.may_change)
+"""Fields that may differ when a run is resumed in its workdir."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,14 @@ def load(source: str, overrides: Sequence[str] = ()) -> Loaded:
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Fields in which two configs (from ``to_dict``) differ and a resumed run may not.
 
+    See `all_differences`.
+    """
+    return [found for found in all_differences(old, new) if found[0] not in MAY_CHANGE]
+
+
+def all_differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Fields in which two configs (from ``to_dict``) differ.
+
     A list of (dotted name, old value, new value); a field that one of them lacks (another gate's)
     counts as None there. The gate's name comes first, since its other fields follow from it.
     """
@@ -92,8 +102,6 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[s
     names = sorted(before | after, key=lambda name: (name != "moe.gate.name", name))
     differences = []
     for name in names:
-        if name in MAY_CHANGE or f"{name.partition('.')[0]}." in MAY_CHANGE:
-            continue
         pair = tuple(
             list(value) if isinstance(value, tuple) else value
             for value in (before.get(name), after.get(name))

@@ -13,52 +13,91 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 class Context:
     """What a model knows about its tokens besides their activations, sequence by sequence.
 
+    ``valid_BL``: False is padding, which may lie anywhere and hold anything: nothing attends to it,
+    it visits no expert and counts in no mean. ``segment_BL``: texts packed into one sequence, told
+    apart by a number each; tokens attend to their own segment only. None: one segment.
     ``row_B`` are global ids of the sequences: noise is keyed by them, so a sequence draws the same
     noise wherever it lies. ``key`` may be None when nothing random is asked for.
+
+    ``padded_behind`` promises that no padding lies before a valid token of its sequence. Fused
+    causal attention then leaves out a mask that would hide nothing.
     """
 
     token_BL: Int[Array, "B L"]
     position_BL: Int[Array, "B L"]
-    segment_BL: Int[Array, "B L"]
+    segment_BL: Int[Array, "B L"] | None
     valid_BL: Bool[Array, "B L"]
     row_B: Int[Array, "B"]
     task_B: Int[Array, "B"]
     step: Int[Array, ""]
     key: PRNGKeyArray | None
+    padded_behind: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, batch: int, length: int, **known: Any) -> "Context":
-        """A context of ``batch`` sequences; what is not ``known`` is taken as all valid, all 0."""
-        zero_BL = jnp.zeros((batch, length), jnp.int32)
+        """A context of ``batch`` sequences; what is not ``known`` is taken as all valid, all 0.
+
+        Positions count from the first valid token of a sequence, or of a segment, as 0.
+        """
         default: dict[str, Any] = {
-            "token_BL": zero_BL,
-            "position_BL": jnp.broadcast_to(jnp.arange(length), (batch, length)),
-            "segment_BL": zero_BL,
+            "token_BL": jnp.zeros((batch, length), jnp.int32),
+            "segment_BL": None,
             "valid_BL": jnp.ones((batch, length), bool),
-            "row_B": jnp.arange(batch),
+            "row_B": jnp.arange(batch, dtype=jnp.int32),
             "task_B": jnp.zeros(batch, jnp.int32),
             "step": jnp.int32(0),
             "key": None,
         }
-        return cls(**{**default, **known})
+        given = {**default, **known}
+        if "position_BL" not in given:
+            of_tokens = [x for x in (given["valid_BL"], given["segment_BL"]) if x is not None]
+            if all(jnp.shape(x) == (batch, length) for x in of_tokens):
+                given["position_BL"] = positions(given["valid_BL"], given["segment_BL"])
+            else:  # a mistake, which the layer that gets the context names
+                given["position_BL"] = jnp.zeros((batch, length), jnp.int32)
+        return cls(**given)
 
     def grouped(self, rows: int, train: bool) -> "GateContext":
         """The same, in routing groups of ``rows`` sequences."""
 
+        segment_BL = self.segment_BL
+
         def tokens(x_BL: Array) -> Array:
-            return x_BL.reshape(-1, rows * x_BL.shape[1])
+            batch, length = x_BL.shape
+            return x_BL.reshape(batch // rows, rows * length)
 
         return GateContext(
             token_GT=tokens(self.token_BL),
             position_GT=tokens(self.position_BL),
-            segment_GT=tokens(self.segment_BL),
+            segment_GT=tokens(jnp.zeros_like(self.token_BL) if segment_BL is None else segment_BL),
             valid_GT=tokens(self.valid_BL),
-            row_GR=self.row_B.reshape(-1, rows),
-            task_GR=self.task_B.reshape(-1, rows),
+            row_GR=self.row_B.reshape(len(self.row_B) // rows, rows),
+            task_GR=self.task_B.reshape(len(self.task_B) // rows, rows),
             step=self.step,
             key=self.key,
             train=train,
         )
+
+
+def positions(
+    valid_BL: Bool[Array, "B L"], segment_BL: Int[Array, "B L"] | None
+) -> Int[Array, "B L"]:
+    """Places counted from the first valid token, which has 0, as has padding before it.
+
+    Padding between valid tokens keeps its place. Where a valid token's segment is another than that
+    of the valid token before it, the count starts anew.
+    """
+    valid_BL = jnp.asarray(valid_BL)
+    index_BL = jnp.broadcast_to(jnp.arange(valid_BL.shape[1], dtype=jnp.int32), valid_BL.shape)
+    last_BL = jax.lax.cummax(jnp.where(valid_BL, index_BL, -1), axis=1)
+    before_BL = jnp.pad(last_BL, ((0, 0), (1, 0)), constant_values=-1)[:, : valid_BL.shape[1]]
+    starts_BL = before_BL < 0
+    if segment_BL is not None:
+        segment_BL = jnp.asarray(segment_BL)
+        own_BL = jnp.take_along_axis(segment_BL, jnp.maximum(before_BL, 0), axis=1)
+        starts_BL |= own_BL != segment_BL
+    start_BL = jax.lax.cummax(jnp.where(valid_BL & starts_BL, index_BL, -1), axis=1)
+    return jnp.where(start_BL < 0, 0, index_BL - start_BL)
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 import moejax
-from moejax.devices import CPU_DEVICES, backend_is_running
+from moejax import settings
+from moejax.devices import CPU_DEVICES, backend_is_running, host_memory, started_devices
+from moejax.errors import UserError
 from moejax.mesh import AXES, make_mesh
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -27,13 +29,21 @@ def report(cpu_devices: int) -> int:
     """Prints the findings; 0 if moejax can train here, 1 if something it needs does not work.
 
     ``cpu_devices`` virtual CPU devices are made, unless JAX has started devices before.
+
+    Raises:
+      UserError: there are no devices as the environment asks for.
     """
+    settings.fix()
     if not backend_is_running():
         jax.config.update(CPU_DEVICES, cpu_devices)
     _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     _line("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     _line("host", f"{_cores()} cores, {_memory()}")
-    devices = jax.devices()
+    try:
+        devices = started_devices()
+    except UserError:
+        _line("devices", "none: moejax cannot train here")
+        raise
     count = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     _line("devices", f"{count}, {jax.process_count()} process(es)")
     mesh = make_mesh({AXIS: -1})
@@ -72,9 +82,7 @@ def _cores() -> int:
 
 
 def _memory() -> str:
-    """The host's memory; containers may allow less."""
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{gib:.1f} GiB memory"
+    return f"{host_memory() / 2**30:.1f} GiB memory"
 
 
 def _try(mesh: Mesh, fn: Callable[[jax.Array], jax.Array], expected: np.ndarray) -> str:

@@ -3,10 +3,22 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+WHOLE = 2**31 - 1
+"""The largest whole number of a field that states no other: step counters and arrays are int32."""
+TINY, HUGE = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
+"""The smallest and the largest number above 0 that arithmetic in float32 has."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A config field. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not."""
+    """A config field. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not.
+
+    ``before``: what a run had that was written before there was the field, or before it had this
+    default; None: the default.
+    ``may_change``: a run may go on with another value of it.
+    """
 
     default: Any
     comment: str
@@ -15,6 +27,8 @@ class Field:
     above: int | float | None = None
     high: int | float | None = None
     below: int | float | None = None
+    before: Any = None
+    may_change: bool = False
 
     @property
     def type(self) -> type:
@@ -25,11 +39,23 @@ class Field:
         """The allowed values in words; empty when every value of the type is."""
         if self.choices:
             return " | ".join(self.choices)
-        low = f">= {self.low:g}" if self.low is not None else ""
-        low = f"> {self.above:g}" if self.above is not None else low
-        high = f"<= {self.high:g}" if self.high is not None else ""
-        high = f"< {self.below:g}" if self.below is not None else high
+        low = f">= {_shown(self.low)}" if self.low is not None else ""
+        low = f"> {_shown(self.above)}" if self.above is not None else low
+        high = f"<= {_shown(self.high)}" if self.high is not None else ""
+        high = f"< {_shown(self.below)}" if self.below is not None else high
         return " and ".join(part for part in (low, high) if part)
+
+    def beyond(self, value: Any) -> str:
+        """What a number of the right type is too large or too small for; empty if it is neither."""
+        if isinstance(value, tuple):
+            return next(filter(None, map(self.beyond, value)), "")
+        if type(value) is int and self.high is None and abs(value) > WHOLE:
+            return f"at most {WHOLE}, the largest whole number of int32"
+        if isinstance(value, float) and abs(value) > HUGE:
+            return f"at most {HUGE:.2g}, the largest number of float32"
+        if isinstance(value, float) and 0 < abs(value) < TINY:
+            return f"0 or at least {TINY:.2g}, the smallest number of float32"
+        return ""
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the right type is a choice or within the range."""
@@ -41,3 +67,7 @@ class Field:
             and (self.high is None or value <= self.high)
             and (self.below is None or value < self.below)
         )
+
+
+def _shown(bound: int | float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"

@@ -9,7 +9,7 @@ from moejax.task_table import LANGUAGE, TASKS
 from moejax.types import PREDICTORS, PRIORITIES, SCOPES, TRANSPORTS
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
-DEFAULT_GATE = "mixtral"
+DEFAULT_GATE = "top_k"
 
 SECTIONS: dict[str, str] = {
     "task": "What is learned, chosen by the config page; and the task's own fields.",
@@ -27,12 +27,21 @@ SECTIONS: dict[str, str] = {
 
 FIELDS: dict[str, Field] = {
     "task.name": Field(LANGUAGE, "the page's task", choices=tuple(TASKS)),
-    "mesh.data": Field(1, "replicas of the model"),
-    "mesh.fsdp": Field(1, "shards of every weight"),
-    "mesh.expert": Field(1, "shards of the experts"),
-    "mesh.tensor": Field(1, "shards of attention heads and hidden widths"),
+    "mesh.data": Field(1, "replicas of the model", may_change=True),
+    "mesh.fsdp": Field(1, "shards of every weight", may_change=True),
+    "mesh.expert": Field(1, "shards of the experts", may_change=True),
+    "mesh.tensor": Field(1, "shards of attention heads and hidden widths", may_change=True),
     "mesh.cpu_devices": Field(
-        0, "virtual CPU devices per process (0: the mesh's product / processes)", low=0
+        0,
+        "virtual CPU devices per process (0: the mesh's product / processes)",
+        low=0,
+        may_change=True,
+    ),
+    "mesh.device_gib": Field(
+        0.0,
+        "GiB that a run may expect to take per device (0: what the device has)",
+        low=0.0,
+        may_change=True,
     ),
     "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
     "model.d_model": Field(192, "model width", low=1),
@@ -49,6 +58,11 @@ FIELDS: dict[str, Field] = {
         "float32",
         "of activations and matmuls; weights and router are float32",
         choices=("float32", "bfloat16"),
+    ),
+    "model.matmul_precision": Field(
+        "default",
+        "of float32 matmuls on TPU and GPU; the router's are always exact",
+        choices=("default", "tensorfloat32", "high", "highest"),
     ),
     "model.remat": Field(
         "none",
@@ -126,44 +140,75 @@ FIELDS: dict[str, Field] = {
     "moe.losses.local_entropy_1": Field(0.0, "LIMoE: decided routing, of text", low=0.0),
     "moe.losses.global_entropy_0": Field(0.0, "LIMoE: spread routing, of images", low=0.0),
     "moe.losses.global_entropy_1": Field(0.0, "LIMoE: spread routing, of text", low=0.0),
-    "moe.gate.name": Field(DEFAULT_GATE, "a name from `moejax gates`, or my_package.module:MyGate"),
-    "train.steps": Field(300, "optimizer updates", low=1),
+    "moe.gate.name": Field(
+        DEFAULT_GATE,
+        "a name from `moejax gates`, or my_package.module:MyGate",
+        before="mixtral",  # which was the same gate and set nothing else
+    ),
+    "train.steps": Field(300, "optimizer updates", low=1, may_change=True),
     "train.batch_size": Field(16, "sequences per step, over all devices", low=1),
     "train.seq_len": Field(128, "tokens per sequence", low=1),
-    "train.seed": Field(0, "of initial weights, data order and noise", low=0),
+    "train.seed": Field(0, "of initial weights, data order and noise", low=0, high=2**32 - 1),
     "train.grad_accum": Field(1, "micro-batches per step", low=1),
-    "train.log_every": Field(10, "steps between rows of metrics.jsonl", low=1),
-    "train.eval_every": Field(100, "steps between evaluations", low=1),
-    "train.eval_rows": Field(256, "held-out sequences per evaluation", low=1),
-    "train.checkpoint_every": Field(100, "steps between checkpoints", low=1),
-    "train.keep_checkpoints": Field(2, "newest checkpoints kept", low=1),
+    "train.log_every": Field(10, "steps between rows of metrics.jsonl", low=1, may_change=True),
+    "train.eval_every": Field(100, "steps between evaluations", low=1, may_change=True),
+    "train.eval_rows": Field(256, "held-out sequences per evaluation", low=1, may_change=True),
+    "train.checkpoint_every": Field(100, "steps between checkpoints", low=1, may_change=True),
+    "train.keep_checkpoints": Field(2, "newest checkpoints kept", low=1, may_change=True),
     "train.init_from": Field("", "workdir whose weights the run starts from (empty: random)"),
     "optim.name": Field("adamw", "optimizer", choices=("adamw", "muon", "lion", "adafactor")),
-    "optim.learning_rate": Field(3e-3, "peak learning rate", above=0.0),
-    "optim.weight_decay": Field(0.1, "decoupled, on matrices", low=0.0),
+    "optim.learning_rate": Field(3e-3, "peak learning rate", above=0.0, may_change=True),
+    "optim.weight_decay": Field(0.1, "decoupled, on matrices", low=0.0, may_change=True),
     "optim.b1": Field(0.9, "decay of the first moment", low=0.0, below=1.0),
     "optim.b2": Field(0.95, "decay of the second moment", low=0.0, below=1.0),
     "optim.eps": Field(1e-8, "added to the root of the second moment", above=0.0),
-    "optim.schedule": Field("cosine", "after warm-up", choices=("cosine", "wsd", "constant")),
+    "optim.schedule": Field(
+        "cosine", "after warm-up", choices=("cosine", "wsd", "constant"), may_change=True
+    ),
     "optim.warmup_steps": Field(50, "steps from 0 to the peak", low=0),
-    "optim.decay_fraction": Field(0.2, "wsd: share of the steps in the decay", low=0.0, high=1.0),
-    "optim.final_fraction": Field(0.1, "final / peak learning rate", low=0.0, high=1.0),
-    "optim.clip_norm": Field(1.0, "largest global gradient norm (0: off)", low=0.0),
+    "optim.decay_steps": Field(
+        0, "steps that the schedule stretches over (0: train.steps)", low=0, may_change=True
+    ),
+    "optim.decay_fraction": Field(
+        0.2, "wsd: share of the steps in the decay", low=0.0, high=1.0, may_change=True
+    ),
+    "optim.final_fraction": Field(
+        0.1, "final / peak learning rate", low=0.0, high=1.0, may_change=True
+    ),
+    "optim.clip_norm": Field(
+        1.0, "largest global gradient norm (0: off)", low=0.0, may_change=True
+    ),
     "optim.output_z_loss": Field(0.0, "weight of the z-loss on the output logits", low=0.0),
     "data.path": Field("", "a text file or a folder (empty: the built-in corpus)"),
     "data.tokenizer": Field("", "a tokenizer.json (empty: bytes)"),
-    "data.eval_fraction": Field(0.05, "share of the documents held out", above=0.0, below=1.0),
+    "data.eval_fraction": Field(0.05, "share of the data held out", above=0.0, below=1.0),
+    "data.split": Field(
+        "bytes",
+        "the share held out is of bytes, or of documents as up to version 0.1.0",
+        choices=("bytes", "documents"),
+        before="documents",
+    ),
+    "data.eval_path": Field("", "a held-out text (empty: what data.path says, or a share of it)"),
     "distributed.mode": Field(
         "auto",
         "auto: join the processes a launcher started, if one did",
         choices=("auto", "off", "explicit"),
+        may_change=True,
     ),
-    "distributed.coordinator": Field("", "explicit: host:port of process 0"),
-    "distributed.num_processes": Field(0, "explicit: processes in all", low=0),
-    "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1),
-    "report.tensorboard": Field(False, "also TensorBoard events (pip install moejax[tensorboard])"),
-    "report.wandb": Field(False, "also Weights & Biases (pip install moejax[wandb])"),
-    "report.progress": Field(True, "progress bar on a terminal"),
-    "report.probe_rows": Field(32, "held-out sequences whose routing is recorded (0: none)", low=0),
-    "report.compile_cache": Field("auto", "compiled programs: auto (user's cache), off, or folder"),
+    "distributed.coordinator": Field("", "explicit: host:port of process 0", may_change=True),
+    "distributed.num_processes": Field(0, "explicit: processes in all", low=0, may_change=True),
+    "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1, may_change=True),
+    "report.tensorboard": Field(
+        False, "also TensorBoard events (pip install moejax[tensorboard])", may_change=True
+    ),
+    "report.wandb": Field(
+        False, "also Weights & Biases (pip install moejax[wandb])", may_change=True
+    ),
+    "report.progress": Field(True, "progress bar on a terminal", may_change=True),
+    "report.probe_rows": Field(
+        32, "held-out sequences whose routing is recorded (0: none)", low=0, may_change=True
+    ),
+    "report.compile_cache": Field(
+        "auto", "compiled programs: auto (user's cache), off, or folder", may_change=True
+    ),
 }

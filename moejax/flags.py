@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from moejax.errors import UserError
 from moejax.fields import FIELDS
-from moejax.overrides import PREFIX
+from moejax.overrides import PREFIX, known_as
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +36,9 @@ def check_flag(word: str, command: Parser) -> None:
     name, equals, value = word.partition("=")
     if name in command.flags:
         return
-    if name.removeprefix("--") in FIELDS:
-        hint = f"did you mean {PREFIX}{name.removeprefix('--')}{equals}{value}?"
+    field = known_as(name.removeprefix("--"), FIELDS)
+    if field and not difflib.get_close_matches(name, command.flags, n=1, cutoff=0.75):
+        hint = f"did you mean {PREFIX}{field}{equals}{value}?"
     else:
         flags = [*command.flags, *(PREFIX + field for field in FIELDS)]
         near = difflib.get_close_matches(name, flags, n=1)
@@ -49,11 +50,12 @@ def workdir(text: str) -> str:
     """What ``--workdir`` names: a folder, old or new. ``~`` is the home folder.
 
     Raises:
-      UserError: it is empty, a file or below one, too long, or cannot be looked at.
+      UserError: it is empty, a file or below one, too long, not UTF-8, or cannot be looked at.
     """
     path, problem = os.path.expanduser(text), "" if text else "is empty"
+    problem = problem or not_text(path)
     try:
-        if text and not stat.S_ISDIR(os.stat(path).st_mode):
+        if not problem and not stat.S_ISDIR(os.stat(path).st_mode):
             problem = "is a file"
     except FileNotFoundError:
         pass  # new
@@ -62,6 +64,18 @@ def workdir(text: str) -> str:
     if problem:
         raise UserError(f"--workdir={text} {problem}; name a folder, new or of a run")
     return path
+
+
+def not_text(path: str) -> str:
+    """What is wrong with a path that holds bytes which are no UTF-8; empty if it holds none.
+
+    Such names exist on disks written under Latin-1. What writes checkpoints cannot take them.
+    """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8 (with the folders it is in)"
+    return ""
 
 
 WORKDIR: dict[str, Any] = {"type": workdir, "metavar": "DIR"}

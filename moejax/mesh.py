@@ -1,9 +1,10 @@
 """The device mesh: its axes, how tokens lie on it, and how group-local work runs on it.
 
 Axes: ``data`` (replicas), ``fsdp`` (weights sharded), ``expert`` (experts sharded) and ``tensor``
-(heads and hidden widths sharded). Tokens are sharded over the first three jointly, so a batch must
-be a multiple of their product. All axes are ``AxisType.Auto``: outside ``shard_map`` XLA places
-the work, inside it every axis is manual. Nothing in this module communicates.
+(heads and hidden widths sharded). Tokens are sharded over the first three jointly; a batch that is
+not a multiple of their product costs what the next multiple does. All axes are ``AxisType.Auto``:
+outside ``shard_map`` XLA places the work, inside it every axis is manual. Nothing in this module
+communicates.
 """
 
 import math
@@ -11,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from moejax.errors import UserError
+from moejax.errors import UserError, suggest
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -51,8 +53,23 @@ def resolve_shape(shape: Mapping[str, int], num_devices: int | None = None) -> d
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all four axes, over ``devices`` (default: all of them)."""
+    """The mesh of all four axes, over ``devices`` (default: all of them).
+
+    Raises:
+      UserError: an axis that is none of them, or sizes that do not fit the devices.
+    """
     devices = jax.devices() if devices is None else list(devices)
+    for axis in shape:
+        if axis not in AXES:
+            raise UserError(f"mesh axis {axis!r} is unknown; {suggest(axis, AXES)}")
+    wanted = math.prod(shape.values())
+    if wanted > 0 and wanted != len(devices) and all(size > 0 for size in shape.values()):
+        named = " x ".join(f"{axis}={size}" for axis, size in shape.items())
+        raise UserError(
+            f"mesh {named or 'of no axes'} needs {wanted} devices but there are {len(devices)}; "
+            "change an axis, set one to -1 (the rest), or pass the devices to use, "
+            f"devices=jax.devices()[:{wanted}]"
+        )
     sizes = resolve_shape(shape, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
@@ -98,24 +115,53 @@ def batch_spec(mesh: AbstractMesh | None = None) -> PartitionSpec:
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     """``with_sharding_constraint`` on the ambient mesh; the identity when there is none.
 
-    Axis names the mesh lacks are left out of ``spec``.
+    Axis names the mesh lacks are left out of ``spec``, and so are those over which an axis of ``x``
+    does not divide.
     """
     mesh = ambient()
     if mesh is None:
         return x
 
-    def known(entry: Any) -> Any:
+    def known(entry: Any, size: int) -> Any:
         if entry is None:
             return None
         present = axes_in(mesh, (entry,) if isinstance(entry, str) else entry)
-        return present or None
+        return present if present and size % axis_size(mesh, *present) == 0 else None
 
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(known, spec)))
+    axes = (known(entry, size) for entry, size in zip(spec, x.shape, strict=False))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def spreads(groups: int) -> bool:
     """Whether ``groups`` routing groups divide over the ambient mesh, each on one device."""
     return groups % axis_size(ambient(), *BATCH_AXES) == 0
+
+
+def on_batch_shards(run: Callable[..., Any], mesh: AbstractMesh, specs: Any, **options: Any) -> Any:
+    """``run(tokens, *others)`` in a ``shard_map`` in which tokens are split over the batch axes.
+
+    All arrays of ``tokens`` and of the result lead with sequences or groups; ``specs`` are those of
+    the others. Where their number does not divide over the shards, zeros are appended before and
+    cut off after: as weights of a routing they send nothing anywhere.
+    """
+    by_token = batch_spec(mesh)
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(by_token, *specs), out_specs=by_token, **options
+    )
+
+    def on_all(tokens: Any, *others: Any) -> Any:
+        number = len(jax.tree.leaves(tokens)[0])
+        missing = -number % axis_size(mesh, *BATCH_AXES)
+        if not missing:
+            return mapped(tokens, *others)
+
+        def filled(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
+
+        result = mapped(jax.tree.map(filled, tokens), *others)
+        return jax.tree.map(lambda x: x[:number], result)
+
+    return on_all
 
 
 def group_local(fn: Callable[..., Any]) -> Callable[..., Any]:

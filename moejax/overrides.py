@@ -7,6 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,7 +113,22 @@ def _typed(text: str, default: Any) -> Any:
         if not math.isfinite(value):
             raise ValueError(text)
         return value
-    return type(default)(text)
+    return _whole(text) if isinstance(default, int) else type(default)(text)
+
+
+def _whole(text: str) -> int:
+    """A whole number, however it is written: 1000, 1_000, 1e3, 1000.0."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = Decimal(text.strip().replace("_", ""))
+    except InvalidOperation:
+        raise ValueError(text) from None
+    if not number.is_finite() or number.adjusted() > 30 or number != number.to_integral_value():
+        raise ValueError(text)
+    return int(number)
 
 
 def _show(value: Any) -> str:
@@ -132,6 +148,8 @@ def unknown_field(name: str, table: Mapping[str, Field], config: Config) -> str:
         )
     section, _, leaf = name.rpartition(".")
     if section == "moe.gate":
+        if (other := known_as(name, table)).startswith("moe.gate."):
+            return f"{name} is not a config field; did you mean {other!r}?"
         own = {field.rpartition(".")[2] for field in table if field.startswith("moe.gate.")}
         others = [other for other in gating.names() if leaf in gating.fields(other)]
         has_it = f" (a field of gate {', '.join(others)})" if others else ""
@@ -147,12 +165,74 @@ def unknown_field(name: str, table: Mapping[str, Field], config: Config) -> str:
 
 
 def _nearest(name: str, table: Mapping[str, Field]) -> str:
-    """The field most like ``name``: by its own last part in any section, else by the whole."""
-    leaf = name.rpartition(".")[2]
+    """The field most like ``name``: by its own last part in any section, by what others call it,
+    else by the whole."""
+    return known_as(name, table) or next(iter(difflib.get_close_matches(name, table, n=1)), "")
+
+
+def known_as(name: str, table: Mapping[str, Field]) -> str:
+    """The field that has the last part of ``name`` as its own, in any section, or as a synonym."""
+    if name in table:
+        return name
+    leaf = name.rpartition(".")[2].replace("-", "_").lower()
     for field in table:
         if field.rpartition(".")[2] == leaf:
             return field
-    return next(iter(difflib.get_close_matches(name, table, n=1)), "")
+    found = next((field for field, words in SYNONYMS.items() if leaf in words.split()), "")
+    return found if found in table else ""
+
+
+SYNONYMS: dict[str, str] = {
+    "optim.learning_rate": "lr rate max_lr peak_lr base_lr eta alpha step_size",
+    "optim.weight_decay": "wd decay l2 weightdecay",
+    "optim.b1": "beta1 beta_1 adam_beta1 betas momentum",
+    "optim.b2": "beta2 beta_2 adam_beta2",
+    "optim.eps": "epsilon adam_eps adam_epsilon",
+    "optim.name": "optimizer optimiser opt",
+    "optim.schedule": "scheduler lr_schedule lr_scheduler lr_scheduler_type",
+    "optim.warmup_steps": "warmup warm_up warmup_iters num_warmup_steps lr_warmup",
+    "optim.clip_norm": "clip clipping grad_clip clip_grad max_grad_norm grad_norm",
+    "optim.final_fraction": "min_lr final_lr end_lr lr_min",
+    "train.batch_size": "bs batch batchsize batch_sz global_batch_size micro_batch_size",
+    "train.steps": "step num_steps n_steps max_steps total_steps train_steps iters num_iters "
+    "max_iters iterations epochs num_epochs n_epochs epoch",
+    "train.seq_len": "seq seqlen seq_length sequence_length context context_length ctx ctx_len "
+    "block_size max_len max_length max_seq_len length",
+    "train.seed": "random_seed rng prng rng_seed",
+    "train.grad_accum": "accum accumulation grad_acc gradient_accumulation accumulate_grad_batches "
+    "gradient_accumulation_steps grad_accum_steps microbatches",
+    "train.log_every": "log_interval log_steps logging_steps log_freq",
+    "train.eval_every": "eval_interval eval_steps eval_freq val_every",
+    "train.eval_rows": "eval_size eval_samples eval_batches eval_iters",
+    "train.checkpoint_every": "save_every save_steps save_interval checkpoint_interval ckpt_every",
+    "train.keep_checkpoints": "save_total_limit keep max_to_keep",
+    "train.init_from": "init pretrained resume_from load_from checkpoint init_checkpoint",
+    "model.d_model": "dim width hidden hidden_size n_embd embed_dim emb_dim model_dim d",
+    "model.d_ff": "ffn ffn_dim intermediate_size mlp_dim hidden_dim ff",
+    "model.num_layers": "layers n_layers n_layer depth num_hidden_layers num_blocks blocks",
+    "model.num_heads": "heads n_heads n_head num_attention_heads",
+    "model.num_kv_heads": "kv_heads n_kv_heads num_key_value_heads",
+    "model.vocab_size": "vocab n_vocab num_tokens",
+    "model.dtype": "precision bf16 mixed_precision compute_dtype amp fp16",
+    "model.remat": "checkpointing gradient_checkpointing recompute activation_checkpointing",
+    "model.activation": "act act_fn hidden_act",
+    "model.attention": "attn attn_implementation flash flash_attention",
+    "moe.num_experts": "experts n_experts num_local_experts n_routed_experts e",
+    "moe.gate.k": "top_k topk num_experts_per_tok experts_per_token moe_topk",
+    "moe.gate.name": "gate gating router gate_name",
+    "moe.capacity_factor": "capacity cf capacity_fac",
+    "moe.losses.load_balance": "aux aux_loss aux_loss_coef router_aux_loss_coef balance lb_loss",
+    "moe.losses.z": "z_loss zloss router_z_loss_coef",
+    "moe.transport": "dispatch dispatcher",
+    "mesh.data": "dp data_parallel devices gpus num_gpus n_gpus",
+    "mesh.expert": "ep expert_parallel ep_size",
+    "mesh.tensor": "tp tensor_parallel tp_size mp model_parallel",
+    "data.path": "dataset corpus train_path text data_path dataset_path data_dir",
+    "data.tokenizer": "tok tokenizer_path",
+    "data.eval_fraction": "val_fraction valid_fraction test_size val_split split_fraction",
+    "report.compile_cache": "cache compilation_cache",
+}
+"""What fields are called elsewhere."""
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Any:

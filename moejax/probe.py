@@ -10,6 +10,7 @@ positions, K columns of a routing, E experts, V tokens of the vocabulary, C labe
 """
 
 import contextlib
+import io
 import json
 import re
 import zipfile
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.files import replaced
 
 FORMAT = 1
 """Kept in every file as ``format``; a file with another number is not read."""
@@ -185,6 +187,7 @@ def _save(path: Path, arrays: Mapping[str, Any], table: dict[str, tuple[str, str
 
     Raises:
       ValueError: an array is missing, is not in the table, or has other axes.
+      UserError: the disk takes no more.
     """
     if arrays.keys() != table.keys():
         raise ValueError(f"{path.name} holds {sorted(table)}, but {sorted(arrays)} were given")
@@ -198,11 +201,10 @@ def _save(path: Path, arrays: Mapping[str, Any], table: dict[str, tuple[str, str
         if array.ndim != len(axes) or array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, but its axes {axes} are {sizes}")
         content[name] = array
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **content)
-    temporary.replace(path)
+    whole = io.BytesIO()
+    np.savez_compressed(whole, **content)
+    with replaced(path) as temporary:
+        temporary.write_bytes(whole.getbuffer())
 
 
 def _evaluated(workdir: Path) -> list[int]:

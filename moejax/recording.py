@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
+from moejax.files import replaced
+
 FORMAT = 2
 """Raised when replay needs what older files lack."""
 
@@ -73,16 +75,17 @@ def row_digests(batch: Mapping[str, np.ndarray]) -> UInt64[np.ndarray, " N"]:
 
 
 def save(path: str | Path, recording: Recording) -> None:
-    """Writes a recording, in one rename."""
+    """Writes a recording, in one rename.
+
+    Raises:
+      UserError: the disk takes no more, or the folder no file.
+    """
     about = json.dumps(recording.about)
     arrays: dict[str, Any] = {"format": np.asarray(FORMAT), "about": np.asarray(about)}
     for split in ("eval", "train"):
         arrays |= {f"{split}_{k}": v for k, v in getattr(recording, split)._asdict().items()}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with replaced(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
-    temporary.replace(path)
 
 
 def load(path: str) -> Recording:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
+import numpy as np
 
 from moejax import gating
 from moejax.errors import UserError, suggest
@@ -23,6 +24,20 @@ class Config(ml_collections.ConfigDict):
 
         def __getattr__(self, attribute: str) -> Any: ...
         def __getitem__(self, key: str) -> Any: ...
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, _plain(value, self[key] if key in self else None))
+
+
+def _plain(value: Any, known: Any) -> Any:
+    """A number of NumPy or JAX as Python's, and 1e3 as 1000 where a whole number is ``known``."""
+    if isinstance(known, tuple) and isinstance(value, (list, tuple, np.ndarray)):
+        return tuple(_plain(item, known[0] if known else None) for item in value)
+    if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if type(known) is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def fields_for(gate: str, task: str) -> dict[str, Field]:
@@ -66,22 +81,21 @@ def table_of(config: Config) -> dict[str, Field]:
 
 
 def default(task: str = LANGUAGE) -> Config:
-    """The config of all defaults of a task, with gate ``mixtral``: a locked tree to set fields on.
+    """The config of all defaults of a task, with gate ``top_k``: a locked tree to set fields on.
 
     Raises:
       UserError: unknown task; the message lists the valid ones.
     """
-    tree: dict[str, Any] = {}
-    for name, field in fields_for(DEFAULT_GATE, task).items():
-        *path, leaf = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = field.default
-    config = Config(tree)
+    table = fields_for(DEFAULT_GATE, task)
+    config = _sections(nested({name: field.default for name, field in table.items()}))
     config.lock()
     set_gate(config, DEFAULT_GATE)
     return config
+
+
+def _sections(tree: dict[str, Any]) -> Config:
+    """The tree with every section as a Config, where ConfigDict has sections of its own type."""
+    return Config({k: _sections(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
 class GateConfig(Config):
@@ -131,6 +145,18 @@ def flatten(tree: dict[str, Any] | ml_collections.ConfigDict, prefix: str = "") 
         else:
             flat[name] = value
     return flat
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
 
 
 def get_field(config: Config, name: str) -> Any:

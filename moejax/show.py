@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import textwrap
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import numpy as np
 
 from moejax import gating
 from moejax.config import Loaded, default, flatten, moe_config, set_gate, table_of
+from moejax.equations import readable
 from moejax.field import Field
 from moejax.fields import SECTIONS
 from moejax.types import Context, Gate, GateSpec, Mixes, Visibility
 
+PARAGRAPH = "\n\n"
 LEGEND = "* set on the command line    ~ set by the config page    (others: defaults)"
 
 
@@ -87,23 +90,86 @@ REFERENCE = GateSpec(
 REFERENCE_TOKENS = 256
 
 
+IN_SHORT = {
+    "base": "Experts get equally many tokens, at the highest total affinity",
+    "dense": "All experts, weighted by a softmax: E times the compute",
+    "evomoe": "Experts whose Gumbel-softmax share is above a threshold",
+    "expert_choice": "Each expert takes the C tokens of a group that score highest",
+    "expert_choice_causal": "expert_choice, evaluated by a threshold instead of top-C",
+    "deepseek_v2": "DeepSeek-V2's: top-6 of 160 experts, on 3 of 8 devices",
+    "deepseek_v3": "DeepSeek-V3's: loss_free, top-8 of 256 experts, on 4 of 8 nodes",
+    "dselect_k": "k selectors, each a product of smoothed bits, then a softmax",
+    "gating_dropout": "Top-k, in a share of steps over the token's own shard alone",
+    "gshard": "Two experts; the second at random, in proportion to its weight",
+    "hash": "A table, drawn once, gives the experts of each token id",
+    "hierarchical": "Top-k of groups of experts, then top-k within each of them",
+    "loss_free": "Top-k with a bias that grows while an expert has too few tokens",
+    "lory": "A merged expert for every segment, from the segment before it",
+    "prototypes": "Experts in k prototypes; a token visits the best one of each",
+    "quantile": "Top-k of logits minus prices that balance the load",
+    "random": "k experts drawn anew for every token, step and layer",
+    "remoe": "Every expert with a positive router output, its weight",
+    "replay": "The experts that were recorded for a token's row and position",
+    "rl": "One expert, drawn from the softmax; a reward trains the router",
+    "sbase": "Top-k of an entropic transport plan with equal columns",
+    "sentence": "Experts chosen by an average over the token's sequence",
+    "shazeer": "Top-k of logits perturbed by learned Gaussian noise",
+    "smear": "One expert per sequence, merged from the experts' weights",
+    "soft": "Slots that are mixtures of all tokens, and back again",
+    "stablemoe": "A router distilled into a table of token ids, then frozen",
+    "task": "Experts chosen by the task of the token's sequence",
+    "thor": "One expert per step and layer, drawn at random, for all tokens",
+    "top_k": "The k experts with the largest router logits",
+    "xmoe": "Top-k of cosines between projected tokens and centroids",
+}
+"""Of gates whose first sentence is too long for the list."""
+
+WIDTH = 100
+"""Columns of a terminal that the list of gates fits into."""
+
+
 def gates_table() -> str:
-    """Every gate name: what its tokens may see with default capacities, cost and papers."""
-    rows = [("name", *COLUMNS)]
-    rows += [(name, *gate_row(name)) for name in gating.names()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """A line for each gate: its name, what its tokens may see, and what it does."""
+    rows = [("name", "sees", "what it does")]
+    rows += [(name, sees(name), "") for name in gating.names()]
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    room = WIDTH - first - second - 4
+    lines = [
+        f"{name:<{first}}  {seen:<{second}}  {text or told(name, room)}"
+        for name, seen, text in rows
+    ]
     return "\n".join(
         [
-            *("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
-              for row in rows),
+            *lines,
             "",
-            "A token's output may depend on: causal = itself and earlier tokens of its sequence;",
-            "future = later tokens too; others = other sequences too. Capacity factor 1.25 in",
-            "training, dropless evaluation.",
-            COST,
-            "`moejax gates NAME` explains one gate.",
+            "sees: what a token's output may depend on besides itself and earlier tokens of its",
+            "sequence: causal = nothing; future = later tokens; others = other sequences; A/B = A",
+            "in training, B in evaluation (capacity factor 1.25 in training, dropless evaluation).",
+            "`moejax gates NAME` has equation, fields, cost and paper.",
         ]
-    )  # fmt: skip
+    )
+
+
+def sees(name: str) -> str:
+    """What a gate's tokens see, in training and in evaluation, in a word where both are equal."""
+    config = default()
+    set_gate(config, name)
+    return "/".join(dict.fromkeys(phases(gating.make(name).visibility(moe_config(config)))))
+
+
+def told(name: str, room: int) -> str:
+    """What a gate does, in at most ``room`` letters; of a preset, of which gate and model."""
+    gate = type(gating.make(name))
+    base = next(other for other in gating.GATES if gating.GATES[other].gate is gate)
+    text = " ".join((inspect.getdoc(gate) or "").partition("\n\n")[0].split())
+    if base != name and gating.source(name):
+        model = re.search(r"\(([^;)]*)", gating.source(name))
+        text = f"{base}, preset as in {model[1] if model else gating.source(name)}"
+    elif base != name:
+        preset = ", ".join(f"{key}={value}" for key, value in gating.GATES[name].preset.items())
+        text = f"{base} with {preset}"
+    text = IN_SHORT.get(name, text.replace("``", "").rstrip("."))
+    return textwrap.shorten(text, room, placeholder=" ...")
 
 
 COLUMNS = ("in training", "in evaluation", "experts", "router", "paper (arXiv)")
@@ -193,14 +259,14 @@ def gate_page(name: str) -> str:
     fields, preset = gating.fields(name), gating.preset_overrides(name)
     width = max((len(field) for field in fields), default=0)
     facts = [f"{column}: {cell}" for column, cell in zip(COLUMNS, gate_row(name), strict=True)]
-    lines = [f"{name}: {inspect.getdoc(type(gating.make(name)))}"]
+    first, _, rest = readable(inspect.getdoc(type(gating.make(name))) or "").partition(PARAGRAPH)
+    lines = textwrap.wrap(f"{name}: {first}", WIDTH) + (["", *rest.split("\n")] if rest else [])
     if gating.source(name):
-        lines += ["", f"preset: {gating.source(name)}"]
+        lines += ["", *textwrap.wrap(f"preset: {gating.source(name)}", WIDTH)]
     lines += ["", "; ".join(facts[:-1]), COST, "", "config.moe.gate:"]
-    lines += [
-        f"  {field:<{width}}  {value!r:<10}  {comment}"
-        for field, (value, comment) in fields.items()
-    ]
+    for field, (value, comment) in fields.items():
+        head = f"  {field:<{width}}  {value!r:<10}  "
+        lines += textwrap.wrap(head + comment, WIDTH, subsequent_indent=" " * len(head)) or [head]
     if preset:
         lines += ["", "also sets:", *(f"  moe.{key} = {value!r}" for key, value in preset.items())]
     return "\n".join(lines)

@@ -6,19 +6,21 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
-import json
 import os
 import re
 import sys
 import traceback
 import types
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax import shipped
 from moejax.errors import UserError, suggest
 from moejax.overrides import check_fields, unknown_field
-from moejax.schema import Config, default, flatten, set_field, set_gate, table_of
+from moejax.saved import CONFIG, read_config
+from moejax.schema import Config, default, flatten, nested, set_field, set_gate, table_of
 from moejax.task_table import LANGUAGE
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -28,22 +30,32 @@ _UNKNOWN_KEY = re.compile(r'Key "([^"]+)" does not exist')
 def read(source: str) -> Config:
     """The config that ``source`` names, its fields checked.
 
-    ``path.py[:arg]``, ``package.module[:arg]``, a workdir, or its config.json.
+    ``path.py[:arg]``, ``package.module[:arg]``, the name of a page that comes with moejax
+    (``lm[:arg]``), a workdir, or its config.json.
 
     Raises:
       UserError: nothing there, an error inside the page (with its line), or a field that does not
         belong to the table or has another type.
     """
     source = os.path.expanduser(source)
-    if os.path.isdir(source) or source.endswith(".json"):
+    if is_workdir(source):
         return _read_workdir(source)
     page = open_page(source)
     if page is None:
         raise UserError(
             f"config {source!r} is neither a file 'path.py[:arg]', a module 'package.module[:arg]' "
-            "nor the workdir of a run"
+            f"nor the workdir of a run, nor a page of moejax's own; "
+            f"{suggest(source.partition(':')[0], shipped.pages())}"
         )
     return _call_get_config(page)
+
+
+def is_workdir(source: str) -> bool:
+    """Whether ``source`` is a folder or a config.json. A page's name is a folder's only if that is
+    the workdir of a run."""
+    if os.path.isdir(source) and shipped.path_of(source):
+        return os.path.exists(os.path.join(source, "config.json"))
+    return os.path.isdir(source) or source.endswith(".json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +86,14 @@ class Page:
 
 
 def open_page(source: str) -> Page | None:
-    """The page that ``path.py[:arg]`` or ``package.module[:arg]`` names; None if it is neither.
+    """The page that ``path.py[:arg]``, ``package.module[:arg]`` or the name of a page that comes
+    with moejax stands for; None if it is none of these.
 
     Raises:
       UserError: nothing there, or an error inside the page (with its line).
     """
-    path, _, arg = source.partition(":")
+    path, arg = split_source(source)
+    path = shipped.path_of(path) or path
     if path.endswith(".py"):
         return Page(_run_file(path), path, arg or None)
     if _MODULE.fullmatch(path):
@@ -87,20 +101,36 @@ def open_page(source: str) -> Page | None:
     return None
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """The name of a page and the argument that follows it. Which colon is between them is told by
+    the file or folder that is there: these may have colons in their names."""
+    colons = [at for at, letter in enumerate(source) if letter == ":"]
+    for is_there in (os.path.isfile, os.path.isdir):
+        for at in [len(source), *reversed(colons)]:
+            if is_there(source[:at]):
+                return source[:at], source[at + 1 :]
+    after = [at for at in colons if source[:at].endswith(".py")]
+    at = after[0] if after else len(source) if source.endswith(".py") else source.find(":")
+    return (source, "") if at < 0 else (source[:at], source[at + 1 :])
+
+
 def _run_file(path: str) -> types.ModuleType:
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        with open(path, "rb") as file:
+            text = file.read()  # Python reads the mark at its beginning and its coding itself
     except OSError as error:
         folder = os.path.dirname(path)
         pages = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
         pages = [os.path.join(folder, page) for page in pages if page.endswith(".py")]
         hint = f"; {suggest(path, pages)}" if pages else ""
         raise UserError(f"config file {path!r}: {error.strerror}{hint}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config file {path!r} is not UTF-8 text: {error.reason}") from error
-    module = types.ModuleType(os.path.splitext(os.path.basename(path))[0])
+    stem = os.path.splitext(os.path.basename(path))[0]
+    number = zlib.crc32(os.fsencode(os.path.abspath(path)))
+    module = types.ModuleType(f"{stem}_{number:08x}")
     module.__file__ = path
+    # As an import would: dataclasses and typing look a class's module up. The name is the path's
+    # own, since a page may be called as a module that is there.
+    sys.modules[module.__name__] = module
     # Not imported: no stale bytecode, and none written beside the page.
     with _own_imports(path):
         _guard(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
@@ -172,6 +202,8 @@ def _guard(path: str, run: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except SyntaxError as error:
+        if "codec can't decode" in str(error.msg) or "null bytes" in str(error.msg):
+            raise UserError(f"config file {path!r} is not UTF-8 text: {error.msg}") from error
         raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     except SystemExit as error:
         raise UserError(f"config {path!r} called sys.exit({error.code!r})") from error
@@ -191,18 +223,8 @@ def _describe(error: Exception) -> str:
 
 
 def _read_workdir(source: str) -> Config:
-    path = source if source.endswith(".json") else os.path.join(source, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-    except OSError as error:
-        folder = os.path.dirname(path)
-        raise UserError(f"{path}: {error.strerror}; is {folder!r} the workdir of a run?") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path} has no entry 'config'; it was not written by moejax")
-    return from_dict(saved["config"], path)
+    path = Path(source if source.endswith(".json") else os.path.join(source, CONFIG))
+    return from_dict(read_config(path, ("config",))["config"], str(path))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -210,14 +232,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
     Survives JSON: an int stays an int, a float a float, and a tuple comes back as a tuple.
     """
-    flat, tree = flatten(config), {}
-    for name in table_of(config):
-        *sections, leaf = name.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = flat[name]
-    return tree
+    flat = flatten(config)
+    return nested({name: flat[name] for name in table_of(config)})
 
 
 def from_dict(tree: dict[str, Any], origin: str = "config") -> Config:

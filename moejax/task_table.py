@@ -48,6 +48,8 @@ OF_TEXT = (
     "moe.losses.consistency",
     "train.seq_len",
     "data.tokenizer",
+    "data.split",
+    "data.eval_path",
 )
 """Fields of tasks that read text from left to right."""
 

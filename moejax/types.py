@@ -284,3 +284,13 @@ class MoEInfo(NamedTuple):
     policy: Policy | None = None
     identity_weight_GT: Float[Array, "G T"] | None = None
     """See ``GateOutput``."""
+
+
+class MoEOutput(NamedTuple):
+    """What ``moejax.MoE`` returns, ``y, info = layer(x)``.
+
+    A plain tuple would do, but ``nnx.tabulate`` cannot show one that holds ``MoEInfo``.
+    """
+
+    y: Float[Array, "..."]
+    info: MoEInfo

@@ -7,11 +7,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.resolve import gate_message, make_gate, moe_config
+from moejax.saved import holds_run
 from moejax.schema import Config, get_field, table_of
 from moejax.task_table import TASKS
 from moejax.types import Gate, Mixes, MoEConfig, Visibility
@@ -57,7 +59,7 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
         check_layers(config, mesh)
         seen = check_depths(config)
     _check_batch(config, mesh)
-    _check_distributed(config)
+    check_distributed(config)
     _check_paths(config)
     if has_experts(config):
         _check_moe(config, mesh)
@@ -83,6 +85,8 @@ def _check_ranges(config: Config) -> None:
         value = get_field(config, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} must be a finite number")
+        if beyond := field.beyond(value):
+            raise UserError(f"{name}={value} must be {beyond}; default {field.default}")
         if field.allows(value):
             continue
         if field.choices:
@@ -216,7 +220,12 @@ def _check_visibility(config: Config) -> Visibility:
     )
 
 
-def _check_distributed(config: Config) -> None:
+def check_distributed(config: Config) -> None:
+    """Refuses a place among processes that is none.
+
+    Raises:
+      UserError: naming the field.
+    """
     given = config.distributed
     if given.mode != "explicit":
         for field, unset in (("coordinator", ""), ("num_processes", 0), ("process_id", -1)):
@@ -243,8 +252,9 @@ def _check_paths(config: Config) -> None:
     checks = {
         "data.path": (os.path.exists, "does not exist"),
         "data.tokenizer": (os.path.isfile, "is not a file"),
+        "data.eval_path": (os.path.exists, "does not exist"),
         "train.init_from": (
-            lambda path: os.path.isfile(os.path.join(path, "config.json")),
+            lambda path: holds_run(Path(path)),
             "is not the workdir of a run (it has no config.json)",
         ),
     }

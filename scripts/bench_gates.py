@@ -243,7 +243,11 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set(title=kind, yscale="log")
         axis.set_xticks(range(len(shapes)), shapes, rotation=60)
-    axes[0, 0].set_ylabel("time / moejax's solver")
+    axes[0, 0].set_ylabel("time / moejax's solver, ratio")
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(min(low, 0.5), max(high, 2.0))  # a factor 2 both ways, whatever was timed
+    for axis in axes[0]:
+        axis.set_xlabel("tokens x experts")
     axes[0, -1].legend(fontsize="small")
     figure.suptitle("Balanced assignment of T tokens to E experts (TxE): time over moejax's")
     figure.savefig(path, dpi=120)

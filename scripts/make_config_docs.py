@@ -14,8 +14,9 @@ INTRODUCTION = """\
 <!-- Written by scripts/make_config_docs.py from moejax/fields.py: edit that, then run it again. -->
 
 A config page (`configs/*.py`) sets fields of this tree; a command overrides them with
-`--config.SECTION.FIELD=VALUE`. A value is read as the type of the field's default. `moejax config
---config=PAGE` prints the resolved tree.
+`--config.SECTION.FIELD=VALUE`. A value is read as the type of the field's default; a whole number
+may be written 1000, 1_000 or 1e3, and is at most 2147483647 where nothing else is said. `moejax
+config --config=PAGE` prints the resolved tree.
 
 `moe.gate` holds the gate's name and the gate's own fields, which `moejax gates` lists.
 `--config.moe.gate.name=NAME` (in a page: `set_gate(config, NAME)`) brings that gate's fields at
@@ -30,12 +31,17 @@ that mean nothing to a task are missing from its tree, and its own are below `ta
 RESUMING = """\
 ## Resuming
 
-Running a command again in its workdir goes on from the last checkpoint. These fields may differ
-then:
+Running a command again in its workdir goes on from the last checkpoint. These fields may have
+another value then; each change is kept in the run's history, in `config.json`, and shown in its
+report. Any other difference is refused.
 
 {fields}
 
-Any other difference is refused.
+A `cosine` or `wsd` schedule stretches over `train.steps`, so raising that makes the learning rate
+go up again; a run says so when it starts. `optim.decay_steps` fixes the schedule's length on its
+own: with the old number of steps the rate stays at its final value from there on. To train on at a
+high rate and end whenever it is enough, use `optim.schedule=wsd` with a large `train.steps`, and
+lower that when the decay is to begin.
 """
 
 
@@ -46,8 +52,9 @@ def render() -> str:
         rows = [(n, f) for n, f in FIELDS.items() if n.rpartition(".")[0] == section]
         parts.append("\n".join([f"## {section}", "", text, "", *table(rows)]) + "\n")
     parts += [of_task(name, entry) for name, entry in TASKS.items()]
-    fields = ", ".join(f"`{name}*`" if name.endswith(".") else f"`{name}`" for name in MAY_CHANGE)
-    parts.append(RESUMING.format(fields=fields))
+    rows = ["| field | meaning |", "| --- | --- |"]
+    rows += [f"| `{name}` | {FIELDS[name].comment} |" for name in MAY_CHANGE]
+    parts.append(RESUMING.format(fields="\n".join(rows)))
     return "\n".join(parts)
 
 

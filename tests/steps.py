@@ -68,7 +68,7 @@ class Biased(TopK):
 
 def make(
     shape: Mapping[str, int],
-    gate: str = "mixtral",
+    gate: str = "top_k",
     devices: Sequence[jax.Device] | None = None,
     **changes: Any,
 ) -> Run:
@@ -83,11 +83,17 @@ def make(
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     optimizer, schedule = make_optimizer(config.optim, config.train.steps, params)
     nothing = np.zeros(0, np.uint16)
-    corpus = Corpus(nothing, nothing, VOCAB, 1.0, "", "none", 0)
+    corpus = Corpus(nothing, nothing, VOCAB, None, "", "none", 0)
     return Run(
         config=config,
         leak="",
-        data=TextSource(corpus, LENGTH, BATCH, config.train.seed),
+        data=TextSource(
+            corpus,
+            config.train.seq_len,
+            config.train.batch_size,
+            config.train.seed,
+            config.train.eval_rows,
+        ),
         mesh=make_mesh(shape, devices[: math.prod(shape.values())]),
         task=task,
         optimizer=optimizer,

@@ -1,5 +1,6 @@
 """The command line: what users type, what they get wrong, and what they are told."""
 
+import io
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ MISTAKES = {
     "train {workdir}": ["--config", "moejax train --help"],
     "train {lm}": ["--workdir", "moejax train --help"],
     "train {lm} --workdr=x": ["unknown flag --workdr", "did you mean --workdir?"],
-    "train {lm} {workdir} --confg.moe.every=2": ["did you mean --config.moe.every?"],
+    "train {lm} {workdir} --confg.moe.every=2": ["did you mean --config.moe.every=2?"],
     "train {lm} {workdir} --train.steps=2": ["did you mean --config.train.steps=2?"],
     "train {lm} {workdir} --verbosity=2": ["unknown flag --verbosity", "--workdir"],
     "train {lm} {workdir} train.steps=2": ["unexpected argument 'train.steps=2'"],
@@ -76,6 +77,10 @@ MISTAKES = {
     "train {lm} {workdir} --config.moe.num_expert=16": ["did you mean 'moe.num_experts'"],
     "train {lm} {workdir} --config.train.steps=1.5": ["train.steps='1.5'", "whole number"],
     "train {lm} {workdir} --config.train.steps many": ["train.steps='many'"],
+    "train {lm} {workdir} --config.train.steps=3e9": ["train.steps=3000000000", "2147483647"],
+    "train {lm} {workdir} --lr=0.1": ["did you mean --config.optim.learning_rate=0.1?"],
+    "train {lm} {workdir} --batch-size=8": ["did you mean --config.train.batch_size=8?"],
+    "train {lm} {workdir} --config.optim.lr=1": ["did you mean 'optim.learning_rate'?"],
     "train {lm} {workdir} --config.optim.b1=big": ["optim.b1='big'", "number"],
     "train {lm} {workdir} --config.report.progress=maybe": ["'maybe'", "true or false"],
     "train {lm} {workdir} --config.moe=1": ["moe is a section"],
@@ -83,6 +88,8 @@ MISTAKES = {
     "train {lm} {workdir} --config.moe.gate.name=swich": ["did you mean 'switch'"],
     "train {lm} {workdir} --config.moe.gate.name=:x": ["gate ':x' cannot be imported"],
     "train {lm} {workdir} --config.model.attention=cudnn": ["model.dtype=float32", "auto"],
+    "train {lm} --workdir=a\udce9": ["not UTF-8", "name a folder"],
+    "profile {lm} --out=a\udce9": ["not UTF-8", "name another folder"],
     # semantics
     "train {lm} {workdir} --config.mesh.expert=3": ["moe.num_experts=8", "mesh.expert=3"],
     "train {lm}:experts=6 {workdir}": ["moe.num_experts=6", "mesh.expert=4", "4 or 8"],
@@ -155,7 +162,15 @@ class Loop(types.ModuleType):
         super().__init__("moejax.train.loop")
         self.calls: list[tuple[Any, ...]] = []
 
-    def run(self, config: Any, workdir: str, source: str, overrides: tuple[str, ...]) -> int:
+    def run(
+        self,
+        config: Any,
+        workdir: str,
+        source: str,
+        overrides: tuple[str, ...],
+        restart: bool,
+    ) -> int:
+        assert not restart
         self.calls.append((config, workdir, source, overrides))
         return 75
 
@@ -214,6 +229,38 @@ def test_eval_reads_the_runs_config_and_prints_one_json_row(
     config, *rest = loop.calls[0]
     assert (config.train.seed, config.moe.eval_transport) == (3, "cells")
     assert rest == [str(tmp_path), 5, "", 0, 0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("flags", "terminal", "short"),
+    [([], False, False), ([], True, True), (["--summary"], False, True), (["--json"], True, False)],
+)
+def test_eval_is_short_for_people_and_whole_for_scripts(
+    flags: list[str],
+    terminal: bool,
+    short: bool,
+    loop: Loop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    saved = {
+        "config": to_dict(default()), "baselines": {"bigram": 2.0}, "heldout_bytes_per_token": 1.0,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(sys, "stdout", out := Terminal() if terminal else io.StringIO())
+    assert cli.main(["eval", f"--workdir={tmp_path}", *flags]) == 0
+    said = out.getvalue()
+    if short:
+        assert said.splitlines()[0] == "held-out loss   1.5000 nats/byte  at step 5"
+        assert "  bigram        2.0000 nats/byte  0.5000 above the model's" in said.splitlines()
+        assert "--json" in said.splitlines()[-1] and len(said.splitlines()) < 10
+    else:
+        assert json.loads(said) == {"step": 5, "split": "eval", "loss": 1.5}
 
 
 @pytest.mark.parametrize(("flag", "rows"), [("--measure-leak", 8), ("--measure-leak=3", 3)])
@@ -293,17 +340,16 @@ def test_gates_lists_every_gate(capsys: pytest.CaptureFixture[str]):
     assert [line.split()[0] for line in lines[1 : 1 + len(gating.names())]] == gating.names()
 
 
-def test_gates_prints_paper_and_cost_of_every_gate(capsys: pytest.CaptureFixture[str]):
-    from moejax import gating
-
-    assert cli.main(["gates"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: line for line in lines[1 : 1 + len(gating.names())]}
+def test_the_page_of_a_gate_has_its_paper_and_cost(capsys: pytest.CaptureFixture[str]):
     # A product with a [1024, 64] matrix, in multiplications and additions.
-    assert rows["switch"].split()[3:5] == ["1", "131.1k"] and "2101.03961" in rows["switch"]
-    assert rows["shazeer"].split()[4] == "262.1k", "noise has a matrix of its own"
-    assert rows["hash"].split()[4] == "0"
-    assert any("d_model=1024, 64 experts" in line for line in lines)
+    for gate, cost, paper in (
+        ("switch", "experts: 1; router: 131.1k", "2101.03961"),
+        ("shazeer", "experts: 2; router: 262.1k", "1701.06538"),  # noise has a matrix of its own
+        ("hash", "experts: 1; router: 0", "2106.04426"),
+    ):
+        assert cli.main(["gates", gate]) == 0
+        page = capsys.readouterr().out
+        assert cost in page and paper in page and "d_model=1024, 64 experts" in page
 
 
 def test_gates_explains_one_gate(capsys: pytest.CaptureFixture[str]):
@@ -365,3 +411,10 @@ def test_module_form_takes_the_same_flags(tmp_path: Path):
         "moejax: error: train.stepps is not a config field; did you mean 'train.steps'?\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_terminal_without_greek_letters_gets_escapes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert cli.main(["gates", "switch"]) == 0
+    out.seek(0)
+    assert "\\u2208 S" in out.read()

@@ -32,7 +32,7 @@ def test_default_has_every_field_the_task_uses_and_its_own_and_the_gates(task: s
     config, entry = default(task), TASKS[task]
     used = {name for name in FIELDS if entry.has(name)}
     assert all(any(name.startswith(out) for name in FIELDS) for out in entry.without)
-    gate = {f"moe.gate.{field}" for field in gating.fields("mixtral")}
+    gate = {f"moe.gate.{field}" for field in gating.fields("top_k")}
     assert set(flatten(config)) == used | gate | {f"task.{own}" for own in entry.fields}
     assert config.task.name == task
     assert config == from_dict(json.loads(json.dumps(to_dict(config))))
@@ -40,7 +40,7 @@ def test_default_has_every_field_the_task_uses_and_its_own_and_the_gates(task: s
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_default_is_allowed_and_has_a_comment(task: str):
-    for name, field in fields_for("mixtral", task).items():
+    for name, field in fields_for("top_k", task).items():
         assert field.allows(field.default), name
         assert field.comment, name
         assert name.rpartition(".")[0] in configs.SECTIONS, name
@@ -80,7 +80,7 @@ def test_set_gate_brings_fields_and_preset_and_takes_the_old_preset_back():
     set_gate(config, "dense")
     assert config.moe.transport == "all_experts"
     assert "k" not in config.moe.gate
-    set_gate(config, "mixtral")
+    set_gate(config, "top_k")
     assert config == default()
 
 
@@ -88,7 +88,7 @@ def test_set_gate_keeps_what_was_changed_after_the_old_preset():
     config = default()
     set_gate(config, "dense")
     config.moe.losses.load_balance = 0.5
-    set_gate(config, "mixtral")
+    set_gate(config, "top_k")
     assert config.moe.losses.load_balance == 0.5
 
 
@@ -98,7 +98,7 @@ def test_gate_name_cannot_be_assigned_past_its_fields():
 
 
 @pytest.mark.parametrize("size", ["debug", "tiny", "small", "base"])
-@pytest.mark.parametrize("gate", ["mixtral", "switch"])
+@pytest.mark.parametrize("gate", ["top_k", "switch"])
 def test_shipped_page_is_valid_in_every_size(size: str, gate: str):
     config = load(f"{PAGE}:size={size},gate={gate}").config
     assert not configs.validate(config).mark
@@ -125,7 +125,7 @@ def test_differences_name_fields_and_skip_those_that_may_change():
 def test_another_gate_is_the_first_difference():
     new = load(PAGE, ["moe.gate.name=shazeer"]).config
     differences = config_differences(to_dict(load(PAGE).config), to_dict(new))
-    assert differences[0] == ("moe.gate.name", "mixtral", "shazeer")
+    assert differences[0] == ("moe.gate.name", "top_k", "shazeer")
     assert ("moe.gate.min_std", None, 0.01) in differences
 
 

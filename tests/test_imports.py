@@ -11,24 +11,27 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moejax"
 
-LOWEST = {"errors", "types", "mesh", "kernels"}
+LOWEST = {"errors", "files", "types", "mesh", "kernels"}
 SIBLINGS = {"gating", "losses", "dispatch", "experts", "reference"}
-RECORDED = {"probe", "recording"}
+RECORDED = {"files", "probe", "recording"}
 CONFIG = {
-    "config", "devices", "field", "fields", "overrides", "resolve", "schema", "sources",
-    "task_table", "validate", "validate_layers",
+    "config", "devices", "field", "fields", "overrides", "resolve", "saved", "schema", "settings",
+    "shipped", "sources", "task_table", "validate", "validate_layers", "versions",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "job": {"errors"},
     "choices": set(),
+    "equations": set(),
     "context": set(),
     "types": {"choices", "context"},
     "mesh": {"errors"},
     "kernels": {"errors"},
     "losses": {"types"},
-    "probe": {"errors"},
-    "recording": {"errors"},
+    "files": {"errors"},
+    "probe": {"errors", "files"},
+    "recording": {"errors", "files"},
     "gating": LOWEST | {"recording"},
     "experts": LOWEST,
     "dispatch": LOWEST | {"experts"},
@@ -36,18 +39,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": LOWEST | SIBLINGS - {"reference"},
     "models": LOWEST | SIBLINGS - {"reference"} | {"layers"},
     "data": {"errors"},
-    **{part: CONFIG | {"errors", "types", "mesh", "gating"} for part in CONFIG},
+    **{part: CONFIG | {"errors", "files", "job", "types", "mesh", "gating"} for part in CONFIG},
     "flags": {"errors", "fields", "overrides"},
     "tasks": LOWEST | CONFIG | {"data", "gating", "layers", "losses", "models"},
-    "doctor": {"moejax", "devices", "mesh"},
-    "show": CONFIG | {"errors", "types", "gating", "train"},
-    "train": LOWEST | CONFIG | RECORDED | {"moejax", "data", "flags", "losses", "models", "tasks"},
-    "sweep": {"errors", "flags", "train", "types"} | CONFIG,
+    "doctor": {"moejax", "devices", "errors", "mesh", "settings"},
+    "show": CONFIG | {"equations", "errors", "types", "gating", "train"},
+    "train": LOWEST
+    | CONFIG
+    | RECORDED
+    | {"moejax", "data", "flags", "job", "losses", "models", "tasks"},
+    "sweep": {"errors", "files", "flags", "train", "types"} | CONFIG,
     "analysis": CONFIG
-    | {"data", "errors", "flags", "gating", "moejax", "probe", "sweep", "tasks"}
+    | {"choices", "data", "errors", "files", "flags", "gating", "moejax", "probe", "sweep"}
+    | {"tasks", "train"},
+    "notebook": CONFIG | {"analysis", "data", "errors", "files", "mesh", "tasks", "train"},
+    "cli": CONFIG
+    | {"moejax", "analysis", "data", "doctor", "errors", "files", "flags", "job", "show", "sweep"}
     | {"train"},
-    "cli": {"moejax", "analysis", "data", "doctor", "errors", "flags", "show", "sweep", "train"}
-    | CONFIG,
     "moejax": {"errors", "gating", "layers", "mesh", "types"},
 }
 """Parts of the package and the parts they may import; a part may always import itself.
@@ -55,8 +63,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 "moejax" is the package's front, ``__init__.py`` and ``__main__.py``.
 """
 
-ENTRY_POINTS = {"__main__.py": {"cli"}, "train/__main__.py": {"cli"}}
-"""`python -m moejax` and `python -m moejax.train` are the command line under another name."""
+ENTRY_POINTS = {
+    "__init__.py": {"notebook"}, "__main__.py": {"cli"}, "train/__main__.py": {"cli"},
+}  # fmt: skip
+"""`python -m moejax` and `python -m moejax.train` are the command line under another name, and
+``moejax.load`` imports the trainer and the report when it is first asked for."""
 
 FLAX = {"layers", "models", "tasks", "doctor"}
 
@@ -67,7 +78,7 @@ COLLECTIVES = {
 MAY_COMMUNICATE = {"dispatch", "kernels", "train/checksum.py", "doctor.py"}
 """Tokens travel in dispatch; checksums are sums over devices; doctor tries each collective."""
 
-MAY_AGREE = {"train/processes.py", "train/signals.py", "train/checkpoint.py"}
+MAY_AGREE = {"train/processes.py", "train/checkpoint.py"}
 """Where processes agree on something or wait for each other, through ``multihost_utils``."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

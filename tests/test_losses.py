@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moejax import losses
 from moejax.gating import load_probability
+from moejax.types import Policy
 
 # The router probabilities of V-MoE's routing_test.py, with its published loss values.
 VMOE_PROBS = jnp.asarray([[[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]]])
@@ -181,6 +182,44 @@ def test_token_weighted_micro_batches_give_the_loss_of_the_batch(valid_tokens, s
     whole = values(slice(0, 4))
     halves = jax.tree.map(jnp.add, values(slice(0, 2)), values(slice(2, 4)))
     np.testing.assert_allclose(halves, whole, rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+def test_the_policys_losses_are_means_over_layers_and_valid_tokens():
+    """By hand: advantages are (1, -2) and (0, 3); the third token is padding."""
+    policy = Policy(
+        log_prob_GT=jnp.asarray([[[-1.0, -0.5, -9.0]], [[-2.0, -0.25, -9.0]]]),
+        baseline_GT=jnp.asarray([[[-2.0, -1.0, 7.0]], [[-1.0, -6.0, 7.0]]]),
+    )
+    reward_BL = jnp.asarray([[-1.0, -3.0, 100.0]])
+    valid_BL = jnp.asarray([[True, True, False]])
+    found = losses.policy_gradient(policy, reward_BL, valid_BL)
+    # -(1 * -1 + -2 * -0.5 + 0 * -2 + 3 * -0.25) / 4 and (1 + 4 + 0 + 9) / 4.
+    assert found == {"policy": 0.1875, "baseline": 3.5}
+
+
+def test_the_balance_loss_has_no_gradient_in_what_it_counts():
+    load, probs = jnp.asarray([[3.0, 1.0, 0.0]]), VMOE_PROBS
+    assert losses.load_balance(load, probs, ALL) > 1, "other counts would have another loss"
+    np.testing.assert_array_equal(jax.grad(losses.load_balance)(load, probs, ALL), 0.0)
+
+
+def test_reward_and_baseline_are_constants_to_the_policy_and_the_reward_to_both():
+    policy = Policy(jnp.full((1, 1, 2), -1.0), jnp.full((1, 1, 2), 0.5))
+    valid, reward = jnp.ones((1, 2), bool), jnp.asarray([[2.0, 3.0]])
+
+    def of(name):
+        def value(policy, reward):
+            return losses.policy_gradient(policy, reward, valid)[name]
+
+        return jax.grad(value, (0, 1))(policy, reward)
+
+    moved, by_reward = of("policy")
+    np.testing.assert_array_equal(moved.log_prob_GT, [[[-0.75, -1.25]]])
+    np.testing.assert_array_equal(moved.baseline_GT, 0.0)
+    moved, also_by_reward = of("baseline")
+    np.testing.assert_array_equal(moved.baseline_GT, [[[-1.5, -2.5]]])
+    np.testing.assert_array_equal(moved.log_prob_GT, 0.0)
+    np.testing.assert_array_equal([by_reward, also_by_reward], 0.0)
 
 
 def test_shazeer_load_is_the_frequency_of_selection_under_redrawn_noise():

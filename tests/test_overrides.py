@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from moejax import config as configs
-from moejax.config import flatten, from_dict, load, parse_arg, to_dict
+from moejax.config import flatten, from_dict, load, parse_arg, table_of, to_dict
 from moejax.errors import UserError
+from moejax.overrides import SYNONYMS
 
 ROOT = Path(__file__).parent.parent
 PAGE = f"{ROOT}/configs/lm.py"
@@ -25,6 +26,12 @@ TYPED = [
     ("data.path=", "data.path", ""),
     ("distributed.process_id=-1", "distributed.process_id", -1),
     ("moe.gate.k=3", "moe.gate.k", 3),
+    ("train.steps=1e3", "train.steps", 1000),
+    ("train.steps=1_000", "train.steps", 1000),
+    ("train.steps=2.50E2", "train.steps", 250),
+    ("train.steps=12.0", "train.steps", 12),
+    ("train.steps=3e9", "train.steps", 3_000_000_000),  # refused as out of range, by `validate`
+    ("train.seed=4294967295", "train.seed", 2**32 - 1),
 ]
 
 
@@ -55,8 +62,8 @@ def test_naming_the_gate_a_page_has_changes_nothing(tmp_path: Path):
         "def get_config():\n    config = default()\n    config.moe.gate.k = 4\n    return config\n"
     )
     source = str(page)
-    assert load(source, ["moe.gate.name=mixtral"]).config.moe.gate.k == 4
-    assert load(source, ["moe.gate.name=top_k"]).config.moe.gate.k == 2
+    assert load(source, ["moe.gate.name=top_k"]).config.moe.gate.k == 4
+    assert load(source, ["moe.gate.name=mixtral"]).config.moe.gate.k == 2
 
 
 def test_gate_of_ones_own_has_its_fields_in_the_config(
@@ -97,6 +104,10 @@ def test_mistake_in_a_gate_of_ones_own_is_one_line(
 
 BAD_OVERRIDES = {
     "train.steps=1.5": ["train.steps='1.5'", "whole number", "300"],
+    "train.steps=1.5e0": ["train.steps='1.5e0'", "whole number"],
+    "train.steps=1e-3": ["train.steps='1e-3'", "whole number"],
+    "train.steps=inf": ["train.steps='inf'", "whole number"],
+    "train.steps=1e999999999": ["train.steps='1e999999999'", "whole number"],
     "train.steps=abc": ["train.steps='abc'", "int"],
     "train.steps=": ["train.steps=''"],
     "optim.learning_rate=fast": ["optim.learning_rate='fast'", "float"],
@@ -107,11 +118,24 @@ BAD_OVERRIDES = {
     "moe.qqqqq=4": ["moe.qqqqq", "fields of moe", "moe.num_experts"],
     "qqqqq=4": ["qqqqq", "sections", "moe"],
     "moe=4": ["moe is a section", "--config.moe.num_experts=8"],
-    "moe.gate=switch": ["moe.gate is a section", "--config.moe.gate.name=mixtral"],
+    "moe.gate=switch": ["moe.gate is a section", "--config.moe.gate.name=top_k"],
     "moe.gate.name=swich": ["'swich'", "did you mean 'switch'"],
-    "moe.gate.kk=1": ["gate 'mixtral' has no field 'kk'", "did you mean 'k'"],
-    "moe.gate.min_std=1": ["'mixtral'", "a field of gate hierarchical, shazeer"],
+    "moe.gate.kk=1": ["gate 'top_k' has no field 'kk'", "did you mean 'k'"],
+    "moe.gate.min_std=1": ["'top_k'", "a field of gate hierarchical, shazeer"],
     "train.steps": ["train.steps", "needs a value"],
+    # What fields are called elsewhere.
+    "optim.lr=1": ["did you mean 'optim.learning_rate'"],
+    "lr=1": ["did you mean 'optim.learning_rate'"],
+    "train.bs=1": ["did you mean 'train.batch_size'"],
+    "train.batch=1": ["did you mean 'train.batch_size'"],
+    "optim.wd=1": ["did you mean 'optim.weight_decay'"],
+    "train.epochs=1": ["did you mean 'train.steps'"],
+    "train.max_steps=1": ["did you mean 'train.steps'"],
+    "optim.warmup=1": ["did you mean 'optim.warmup_steps'"],
+    "model.layers=1": ["did you mean 'model.num_layers'"],
+    "moe.top_k=1": ["did you mean 'moe.gate.k'"],
+    "moe.gate.top_k=1": ["did you mean 'moe.gate.k'"],
+    "moe.router=1": ["did you mean 'moe.gate.name'"],
 }
 
 
@@ -120,6 +144,14 @@ def test_bad_override_is_one_line(override: str):
     with pytest.raises(UserError) as caught:
         load(PAGE, [f"--config.{override}"])
     assert_one_line(caught.value, BAD_OVERRIDES[override])
+
+
+def test_synonyms_are_of_fields_and_of_one_each():
+    known = table_of(configs.default())
+    words = [word for text in SYNONYMS.values() for word in text.split()]
+    assert SYNONYMS.keys() <= known.keys()
+    assert len(words) == len(set(words))
+    assert not set(words) & {name.rpartition(".")[2] for name in known}
 
 
 def test_arg_is_typed_by_its_defaults():

@@ -69,6 +69,13 @@ def test_a_folder_without_a_probe_has_none(tmp_path):
     assert Probe.read(tmp_path) is None
 
 
+def test_what_should_have_been_recorded_before_the_first_step_is_missed(tmp_path):
+    probes.write(tmp_path, steps=(10,))
+    found = read(tmp_path)
+    assert found.steps == [10]
+    assert found.problems == [f"{probe.step_path(tmp_path, 0)} is missing"]
+
+
 def test_torn_and_missing_steps_are_named_and_the_others_read(tmp_path):
     probes.write(tmp_path, steps=(0, 10, 20, 40))
     torn = probe.step_path(tmp_path, 10)
@@ -123,6 +130,8 @@ def test_arrays_that_do_not_fit_the_table_are_not_written(tmp_path):
         probe.save_step(tmp_path, 0, {**step, "weight": step["weight"][:, :, :-1]})
     with pytest.raises(ValueError, match="nats has shape"):
         probe.save_step(tmp_path, 0, {**step, "nats": step["nats"][0]})
+    with pytest.raises(ValueError, match=r"collapse has shape \(\)"):  # one number for all layers
+        probe.save_step(tmp_path, 0, {**step, "collapse": 0.5})
     del tokens["row"]
     with pytest.raises(ValueError, match="tokens.npz holds"):
         probe.save_tokens(tmp_path, tokens)

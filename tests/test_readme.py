@@ -1,23 +1,33 @@
 """What the README shows works as it stands there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from moejax import cli, gating
 from moejax import config as moejax_config
 from moejax.train import loop
+from tests import meshes
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_layer_example_runs():
+MESHES = [None, *re.findall(r"make_mesh\((\{.*?\})\)", README)]
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_layer_example_runs_with_and_without_its_mesh(shape):
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    shown = {}
-    exec(code, shown)
+    shown, alone = {}, {}
+    with meshes.entered(ast.literal_eval(shape) if shape else None):
+        exec(code, shown)
+    exec(code, alone)
+    np.testing.assert_allclose(shown["y_BLD"], alone["y_BLD"], rtol=1e-5, atol=1e-6)
     assert shown["y_BLD"].shape == shown["x_BLD"].shape
     assert shown["info"].stats.load_E.sum() == 2 * 4 * 16
     assert not shown["info"].stats.dropped_E.any(), "the example is dropless"

@@ -2,11 +2,12 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from moejax.config import default, from_dict, load, to_dict
+from moejax.config import default, flatten, from_dict, load, to_dict
 from moejax.errors import UserError
 
 PAGE = """\
@@ -110,7 +111,75 @@ def test_loading_writes_no_bytecode_beside_the_page(page: str):
     assert [path.name for path in Path(page).parent.iterdir()] == ["page.py"]
 
 
+ENCODED = {
+    "mark": b"\xef\xbb\xbf" + PAGE.encode(),
+    "CRLF": PAGE.replace("\n", "\r\n").encode(),
+    "mark and CRLF": b"\xef\xbb\xbf" + PAGE.replace("\n", "\r\n").encode(),
+    "coding": "# -*- coding: latin-1 -*-\n# für".encode("latin-1") + b"\n" + PAGE.encode(),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_page_is_read_as_python_reads_it(encoding: str, tmp_path: Path):
+    (tmp_path / "own.py").write_bytes(ENCODED[encoding])
+    assert load(f"{tmp_path}/own.py:experts=16").config.moe.num_experts == 16
+
+
+def test_a_page_may_define_classes_that_look_their_module_up(tmp_path: Path):
+    """Two pages of one name do not see each other, nor a module of the standard library."""
+    for folder, width in (("a", 64), ("b", 32)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "types.py").write_text(
+            "from __future__ import annotations\n"
+            "import dataclasses, typing\n"
+            "from moejax.config import default\n"
+            f"Width = typing.NewType('Width', int)\n"
+            "@dataclasses.dataclass\n"
+            f"class Sizes:\n    model: Width = {width}\n"
+            "def get_config():\n    config = default()\n"
+            "    assert typing.get_type_hints(Sizes) == {'model': Width}\n"
+            "    config.model.d_model = Sizes().model\n    return config\n"
+        )
+    loaded = [load(f"{tmp_path}/{folder}/types.py").config.model.d_model for folder in "aba"]
+    assert loaded == [64, 32, 64]
+    assert sys.modules["types"] is types
+
+
+NUMBERS: dict[str, tuple[str, object]] = {
+    "np.geomspace(1e-4, 1e-2, 3)[1]": ("optim.learning_rate", 1e-3),
+    "np.float32(0.5)": ("optim.b1", 0.5),
+    "np.array(0.25)": ("optim.b1", 0.25),
+    "np.int64(2)": ("optim.clip_norm", 2.0),
+    "np.arange(9)[7]": ("train.steps", 7),
+    "1e3": ("train.steps", 1000),
+    "np.float64(50.0)": ("train.eval_every", 50),
+    "np.bool_(False)": ("model.tie_embeddings", False),
+    "np.str_('choice')": ("moe.priority", "choice"),
+    "np.uint8(3)": ("moe.gate.k", 3),
+    "jnp.float32(0.5)": ("optim.b2", 0.5),
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_of_numpy_are_numbers(number: str, tmp_path: Path):
+    name, expected = NUMBERS[number]
+    imports = "import numpy as np; import jax.numpy as jnp"
+    found = flatten(load(body(tmp_path, imports, f"config.{name} = {number}")).config)[name]
+    assert found == pytest.approx(expected) and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("name", ["run:7/page.py", "a.py:b/page.py", "plain/page:7.py"])
+@pytest.mark.parametrize("arg", ["", ":experts=16", ":gate=switch,experts=16"])
+def test_folders_and_files_may_have_colons_in_their_names(name: str, arg: str, tmp_path: Path):
+    path = tmp_path / name
+    path.parent.mkdir()
+    (tmp_path / "run").mkdir()
+    path.write_text(PAGE)
+    assert load(f"{path}{arg}").config.moe.num_experts == (16 if arg else 8)
+
+
 PAGE_ERRORS = {
+    "no such file with an argument": ("{dir}/pag.py:gate=switch", ["pag.py", "did you mean"]),
     "no such file": ("{dir}/pag.py", ["pag.py", "did you mean", "page.py"]),
     "neither file nor module": ("nonsense", ["nonsense", "path.py[:arg]"]),
     "no such module": ("no_such_package.page", ["no_such_package"]),
@@ -161,6 +230,7 @@ BAD_LINES = {
     "unknown field": ("config.moe.num_expert = 4", ["own.py:5:", "did you mean 'moe.num_experts'"]),
     "unknown section": ("config.mo.d_ff = 4", ["own.py:5:", "AttributeError", "mo"]),
     "wrong type": ("config.train.steps = 'many'", ["own.py:5:", "TypeError", "steps"]),
+    "fraction for an int": ("config.train.steps = 1.5", ["own.py:5:", "TypeError", "steps"]),
     "bool for an int": ("config.train.steps = True", ["train.steps=True", "whole number"]),
     "gate by assignment": ("config.moe.gate.name = 'switch'", ["set_gate(config, 'switch')"]),
     "extra field": (

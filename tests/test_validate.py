@@ -37,6 +37,15 @@ def config_with(*overrides: str) -> Config:
 
 
 REFUSED = {
+    # numbers that int32 or float32 does not have
+    "train.steps=2147483648": ["train.steps=2147483648", "at most 2147483647"],
+    "optim.warmup_steps=3e9": ["optim.warmup_steps=3000000000", "at most 2147483647"],
+    "train.eval_every=3000000000": ["train.eval_every=3000000000", "at most 2147483647"],
+    "mesh.data=-3000000000": ["mesh.data=-3000000000", "at most 2147483647"],
+    "moe.gate.k=3000000000": ["moe.gate.k=3000000000", "at most 2147483647"],
+    "train.seed=4294967296": ["train.seed=4294967296", ">= 0 and <= 4294967295"],
+    "optim.learning_rate=1e39": ["optim.learning_rate=1e+39", "at most 3.4e+38"],
+    "optim.eps=1e-50": ["optim.eps=1e-50", "0 or at least 1.2e-38"],
     # mesh
     "mesh.expert=3": ["moe.num_experts=8", "mesh.expert=3", "6 or 9"],
     "mesh.expert=0": ["mesh.expert=0"],
@@ -138,7 +147,7 @@ REFUSED = {
     "distributed.num_processes=2": ["distributed.num_processes=2", "distributed.mode=explicit"],
     # visibility
     "moe.eval_transport=cells moe.priority=choice": [
-        "moe.gate.name=mixtral",
+        "moe.gate.name=top_k",
         "moe.priority=choice",
         "moe.eval_capacity_factor=1.25",
         "moe.priority=position, moe.eval_transport=dropless, moe.eval_capacity_factor=8",

@@ -19,7 +19,7 @@ from experiments.small_lm import Question, Variant
 PRIORITIES = ("position", "gate")
 FACTORS = (0.75, 1.0, 2.0)
 
-TOP_2 = {"moe.gate.name": "mixtral", "moe.num_experts": 8, "moe.d_ff": 128}
+TOP_2 = {"moe.gate.name": "top_k", "moe.num_experts": 8, "moe.d_ff": 128}
 
 VARIANTS: dict[str, Variant] = {
     "dropless": {**TOP_2},

@@ -35,14 +35,14 @@ def draw(path: str, epochs: int) -> None:
                     axis.axhline(true_E[expert], color=f"C{place}", linestyle="--", linewidth=0.8)
             axis.set_title(f"{name}, learning rate {rate:g}", fontsize="medium")
     # Logarithmic: a gate decides in the first hundreds of steps, top-k then wavers for thousands.
-    axes[0, 0].set(xscale="log", xlim=(1, epochs * STEPS_PER_EPOCH))
+    axes[0, 0].set(xscale="log", xlim=(1, epochs * STEPS_PER_EPOCH), ylim=(-0.02, 1.02))
     for axis in axes[-1]:
         axis.set_xlabel("step")
     for axis in axes[:, 0]:
-        axis.set_ylabel("weight of an expert")
+        axis.set_ylabel("weight of an expert, share")
     figure.suptitle(
         "Weights of 16 frozen experts: in colour the four that made the data (dashes: their true "
-        "weights)", fontsize="medium",
+        "weights); one seed", fontsize="medium",
     )  # fmt: skip
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -14,12 +14,12 @@ Argument: longer (1), seeds (3), baseline (dense_ffn), only (all; as only=A+B). 
 this file has what came out here.
 """
 
-from experiments.small_lm import WIDTH, Question, Variant
+from experiments.small_lm import TOP_1, WIDTH, Question, Variant
 
 ROUTERS: dict[str, Variant] = {
     "hash": {"moe.gate.name": "hash"},
     "sbase": {"moe.gate.name": "sbase"},
-    "top_1": {"moe.gate.name": "switch"},
+    "top_1": TOP_1,
 }
 EXPERTS = (2, 4, 8, 16, 32)
 

@@ -14,7 +14,7 @@ Argument: longer (1), seeds (3), baseline (top_2), only (all; as only=A+B). READ
 file has what came out here.
 """
 
-from experiments.small_lm import Question, Variant
+from experiments.small_lm import TOP_1, Question, Variant
 
 ONE = {"moe.num_experts": 8, "moe.d_ff": 256}
 TWO = {"moe.num_experts": 16, "moe.d_ff": 128}
@@ -23,8 +23,8 @@ VARIANTS: dict[str, Variant] = {
     "dense_ffn": {"moe.every": 0},
     "random": {"moe.gate.name": "random", "moe.gate.k": 1, **ONE},
     "hash": {"moe.gate.name": "hash", "moe.gate.table": "balanced", **ONE},
-    "switch": {"moe.gate.name": "switch", **ONE},
-    "top_2": {"moe.gate.name": "mixtral", **TWO},
+    "switch": {**TOP_1, **ONE},
+    "top_2": {"moe.gate.name": "top_k", **TWO},
     "xmoe": {"moe.gate.name": "xmoe", "moe.gate.k": 2, "moe.gate.renormalize": True, **TWO},
     "base": {"moe.gate.name": "base", **ONE},
     "sbase": {"moe.gate.name": "sbase", **ONE},

@@ -19,6 +19,7 @@ A checkpoint is kept every 25 steps, 41 MB each. README.md in this folder has th
 and what it says.
 """
 
+import os
 from pathlib import Path
 
 from moejax.config import Config, default, parse_arg, set_gate
@@ -29,7 +30,7 @@ def get_config(arg: str | None = None) -> Config:
     config = default()
     set_gate(config, "openmoe")
     config.moe.gate.k = options.k
-    texts = Path(options.texts).expanduser().absolute()
+    texts = Path(os.path.expanduser(options.texts)).absolute()
     config.update_from_flattened_dict(
         {
             "data.path": str(texts / "code"),

@@ -15,19 +15,32 @@ FAILED = 1
 def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
-        help="a run or a sweep as an HTML page",
+        help="a run or a sweep as an HTML page, or several compared",
         description="Writes one HTML file about a run or a sweep: curves, load and drops of "
-        "experts, cost,\nwarnings; for a sweep its variants side by side. The file needs no "
-        "network. Runs that go\non, were killed or failed are shown as far as they came.",
+        "experts, cost,\nwarnings; for a sweep its variants side by side. Of several runs, or "
+        "several sweeps, one\nthat compares them: curves, values at the end, costs, and what "
+        "differs in their configs.\nThe file needs no network. Runs that go on, were killed or "
+        "failed are shown as far as\nthey came.",
         epilog="Examples:\n"
         "  moejax report runs/switch\n"
         "  moejax report runs/gating -o gating.html\n"
+        "  moejax report runs/switch runs/mixtral -o both.html\n"
         "  moejax report runs/ec --measure-leak=32\n"
         "  moejax report runs/a --openmoe --data=other/text\n\n"
         "docs/report.md explains every page.",
     )
-    parser.add_argument("folder", metavar="RUN_OR_SWEEP", help="a run's workdir, or a sweep's")
-    parser.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the folder")
+    parser.add_argument(
+        "folders",
+        metavar="RUN_OR_SWEEP",
+        nargs="+",
+        help="a run's workdir, or a sweep's; several to compare them",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="default: report.html in the folder; compare-NAME.html in the first of several",
+    )
     parser.add_argument(
         "--measure-leak",
         nargs="?",
@@ -51,8 +64,10 @@ def _report(args: argparse.Namespace) -> int:
     from moejax.analysis.openmoe import report as findings
     from moejax.train.rows import Divergence
 
-    folder = Path(args.folder).expanduser()
-    target = Path(args.output).expanduser() if args.output else folder / "report.html"
+    folder, *others = (Path(os.path.expanduser(name)) for name in args.folders)
+    if others:
+        return _compare([folder, *others], args)
+    target = Path(os.path.expanduser(args.output)) if args.output else folder / "report.html"
     if args.measure_leak is not None and args.measure_leak < 1:
         raise UserError(f"--measure-leak={args.measure_leak} must be a number of sequences")
     openmoe.check(args)
@@ -68,6 +83,27 @@ def _report(args: argparse.Namespace) -> int:
     more = findings.pages(found, args, target.parent, print)
     size = report.write(found, target, more)
     print("\n".join([f"{target}  {size / 1e6:.1f} MB", *lines]))
+    return 0
+
+
+def _compare(folders: list[Path], args: argparse.Namespace) -> int:
+    from moejax.analysis import report
+    from moejax.analysis.several import beside
+
+    for flag, value in (
+        ("--measure-leak", args.measure_leak),
+        ("--tensorboard", args.tensorboard),
+        ("--openmoe", args.openmoe),
+    ):
+        if value:
+            raise UserError(f"{flag} is for one folder, and {len(folders)} are named; leave it out")
+    openmoe.check(args)
+    several = beside([report.read(folder) for folder in folders])
+    name = f"compare-{'-'.join(folder.resolve().name for folder in folders[1:])}.html"
+    target = Path(args.output).expanduser() if args.output else folders[0] / name
+    check_target(target)
+    size = report.write(several, target)
+    print(f"{target}  {size / 1e6:.1f} MB")
     return 0
 
 

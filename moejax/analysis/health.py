@@ -8,7 +8,7 @@ import numpy as np
 
 from moejax.analysis.run import LEAK, RunData
 from moejax.analysis.statistics import balance
-from moejax.train.loop import OUTPUT
+from moejax.train.workdir import OUTPUT
 
 DROPS = 0.10
 """Share of pairs dropped, mean over the last quarter of the run, from which it is a warning."""
@@ -77,10 +77,10 @@ def leak(run: RunData) -> list[Finding]:
     text = f"Leaks ({marks[-1]}): {explain(marks[-1])}" if marks else ""
     if run.leak:
         gain, tokens = run.leak[LEAK], run.leak.get("leak/tokens", 0)
+        ends = run.leak["leak/with_future"], run.leak["leak/without_future"]
         text += (
-            f" Measured in evaluation: {gain:.4f} nats/token ({run.leak['leak/with_future']:.4f} "
-            f"with later tokens in sight, {run.leak['leak/without_future']:.4f} without, "
-            f"{tokens} held-out tokens)."
+            f" Measured in evaluation: {gain:.4f} {run.units.loss} ({ends[0]:.4f} with later "
+            f"tokens in sight, {ends[1]:.4f} without, {tokens} held-out tokens)."
         )
         if not marks and abs(gain) < 1e-3:
             return []

@@ -61,6 +61,7 @@ def render(title: str, about: str, pages: Sequence[Page]) -> str:
             *sections,
             "</main>",
             *specs,
+            f'<script type="application/json" id="themes">{_asset("themes.json")}</script>',
             f"<script>{get_plotlyjs()}</script>",
             f"<script>\n{_asset('report.js')}</script>\n</body>\n</html>\n",
         ]

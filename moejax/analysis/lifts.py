@@ -7,7 +7,7 @@ import numpy as np
 from moejax.analysis.figures import Spec, listed
 
 OCTAVES = 3
-"""The scale ends at lifts of 1/8 and 8: beyond, more colour says nothing more."""
+"""The scale ends at lifts of 1/8 and 8, always: beyond, more colour says nothing more."""
 WRITTEN = 16
 """Shares are written into the cells of maps of at most so many columns."""
 DIGITS = 5
@@ -22,8 +22,7 @@ def lift_cells(lift: np.ndarray, share: np.ndarray, **style: Any) -> Spec:
     """
     above_0 = np.nan_to_num(lift) > 0
     octaves = np.log2(lift, out=np.full(lift.shape, np.nan), where=above_0)
-    largest = int(np.ceil(np.abs(octaves[above_0]).max(initial=1)))
-    edge = min(OCTAVES, largest)
+    edge = OCTAVES
     ticks = range(-edge, edge + 1)
     cells = {
         "type": "heatmap",
@@ -33,7 +32,7 @@ def lift_cells(lift: np.ndarray, share: np.ndarray, **style: Any) -> Spec:
         "zmax": edge,
         "zmid": 0,
         "colorbar": {
-            "title": {"text": "lift", "side": "top"},
+            "title": {"text": "lift, ratio", "side": "top"},
             "tickvals": list(ticks),
             "ticktext": [f"{2.0**tick:g}" for tick in ticks],
         },

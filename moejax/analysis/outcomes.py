@@ -1,5 +1,6 @@
 """How each variant of a sweep came out, in words, and the marks it must not be read without."""
 
+from collections.abc import Sequence
 from typing import Any
 
 Outcome = dict[str, Any]
@@ -16,6 +17,14 @@ def interval(value: dict[str, Any]) -> str:
     """``mean ± half width`` of the 95 % interval, of a dict with both."""
     half = value.get("half_width")
     return f"{value['mean']:.4f}" + (f" ± {half:.4f}" if half is not None else " (one seed)")
+
+
+def of_seeds(variants: Sequence[Outcome]) -> str:
+    """How many finished seeds a mean is over: "3 seeds", "2 to 3 seeds", "one seed"."""
+    counts = sorted({len(variant["seeds"]) for variant in variants})
+    if counts == [1]:
+        return "one seed"
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
 
 
 def marks(variant: Outcome) -> str:

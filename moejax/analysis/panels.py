@@ -10,12 +10,13 @@ from moejax.analysis.figures import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One chart: the titles of its axes, its traces, and what else is said of the y axis."""
+    """One chart: its axes as ``figures.chart`` takes them, traces, what else is said of y."""
 
-    x: str
-    y: str
+    x: str | figures.Scale
+    y: str | figures.Scale
     traces: Sequence[Spec]
     axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    x_axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
@@ -32,8 +33,12 @@ def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
     data, named = [], set()
     for number, panel in enumerate(found, start=1):
         suffix = "" if number == 1 else str(number)
-        layout[f"xaxis{suffix}"] = {"title": {"text": panel.x}}
-        layout[f"yaxis{suffix}"] = {"title": {"text": panel.y}, **panel.axis}
+        layout[f"xaxis{suffix}"] = {
+            **figures.axis_of(panel.x, panel.traces, "x"), **panel.x_axis,
+        }  # fmt: skip
+        layout[f"yaxis{suffix}"] = {
+            **figures.axis_of(panel.y, panel.traces, "y"), **panel.axis,
+        }  # fmt: skip
         for trace in panel.traces:
             name = trace.get("name", "")
             data.append(

@@ -16,6 +16,8 @@ from moejax.analysis.pages import (
     load,
     overview,
     router,
+    several_runs,
+    several_sweeps,
     specialisation,
     stability,
     sweep_curves,
@@ -23,10 +25,12 @@ from moejax.analysis.pages import (
     sweep_overview,
 )
 from moejax.analysis.run import RunData
+from moejax.analysis.several import Several
 from moejax.analysis.sweep import SweepData
 from moejax.config import load as load_config
 from moejax.config import validate
 from moejax.errors import UserError
+from moejax.saved import holds_run
 from moejax.sweep.folder import INDEX
 
 PAGES: tuple[Callable[[RunData], Page], ...] = (
@@ -49,6 +53,18 @@ SWEEP_PAGES: tuple[Callable[[SweepData], Page], ...] = (
 )
 
 
+RUNS_PAGES: tuple[Callable[[Several], Page], ...] = (
+    several_runs.page,
+    several_runs.curves,
+    several_runs.loads,
+)
+
+SWEEPS_PAGES: tuple[Callable[[Several], Page], ...] = (
+    several_sweeps.page,
+    several_sweeps.curves,
+)
+
+
 def of_sweep(sweep: SweepData) -> str:
     """The report of a sweep, as HTML; the pages of single runs are in their own reports."""
     done = sum(trial.finished for trial in sweep.trials)
@@ -64,6 +80,13 @@ def of_run(run: RunData, more: Sequence[Page] = ()) -> str:
     return render(run.name, about, [*(page(run) for page in PAGES), *more])
 
 
+def of_several(several: Several) -> str:
+    """Runs, or sweeps, beside each other, as HTML."""
+    kind, pages = ("runs", RUNS_PAGES) if several.runs else ("sweeps", SWEEPS_PAGES)
+    about = f"{len(several.names)} {kind} compared, report of moejax {__version__}"
+    return render(" and ".join(several.names), about, [page(several) for page in pages])
+
+
 def read(folder: Path) -> RunData | SweepData:
     """The run or the sweep in a folder.
 
@@ -72,7 +95,7 @@ def read(folder: Path) -> RunData | SweepData:
     """
     if (folder / INDEX).exists():
         return SweepData.read(folder)
-    if (folder / "config.json").exists():
+    if holds_run(folder):
         return RunData.read(folder)
     what = "does not exist" if not folder.exists() else "holds neither a run nor a sweep"
     raise UserError(
@@ -104,7 +127,7 @@ def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
     )
 
 
-def write(found: RunData | SweepData, target: Path, more: Sequence[Page] = ()) -> int:
+def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Page] = ()) -> int:
     """Writes the report, whole or not at all; returns its size in bytes.
 
     ``more``: pages of a run that were not made from what it recorded.
@@ -112,7 +135,10 @@ def write(found: RunData | SweepData, target: Path, more: Sequence[Page] = ()) -
     Raises:
       UserError: it cannot be written.
     """
-    text = of_run(found, more) if isinstance(found, RunData) else of_sweep(found)
+    if isinstance(found, Several):
+        text = of_several(found)
+    else:
+        text = of_run(found, more) if isinstance(found, RunData) else of_sweep(found)
     # A folder's name may hold bytes that are no UTF-8.
     content = text.encode("utf-8", "backslashreplace")
     temporary = target.with_name(f".{target.name}.tmp")

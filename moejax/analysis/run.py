@@ -1,7 +1,7 @@
 """What a run has written so far, read with tolerance: what is missing is said, not raised."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.files import read_what_can_be
 from moejax.probe import Probe
+from moejax.saved import METRICS, TIMINGS, missing, noted_steps, read_config
 from moejax.tasks.task import Units
-from moejax.train.metrics import revive
+from moejax.train import units
 
 Row = dict[str, Any]
 
@@ -26,6 +28,8 @@ OF_TIMING = ("seconds_per_step", "elapsed")
 """Without these a row is of no use."""
 
 LEAK = "leak/nats_per_token"
+OF_LEAK = (LEAK, "leak/with_future", "leak/without_future")
+BITS = "bits_per_byte"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,8 @@ class RunData:
     probe: Probe | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
     leak: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bytes_per_token: float = 1.0
+    """By which losses were divided that are not recorded per byte: see ``per_byte``."""
 
     @classmethod
     def read(cls, workdir: str | Path) -> "RunData":
@@ -57,7 +63,7 @@ class RunData:
           UserError: the folder does not hold a run.
         """
         folder, problems = Path(workdir), []
-        saved = _read_config(folder)
+        saved = read_config(folder, ("config",))
         missing = [name for name in SAVED if name not in saved]
         if missing:
             problems.append(
@@ -65,7 +71,9 @@ class RunData:
                 f"{saved.get('version', 'of another version')} wrote it. What needs them is left "
                 "out."
             )
-        rows = _read_rows(folder / "metrics.jsonl", OF_ROW, problems)
+        rows = _read_rows(folder / METRICS, OF_ROW, problems)
+        timings = _read_rows(folder / TIMINGS, OF_TIMING, problems)
+        problems += _gaps(folder, saved, rows, timings)
         measured = [row for row in rows if LEAK in row]
         return cls(
             name=folder.resolve().name,
@@ -74,7 +82,7 @@ class RunData:
             saved=saved,
             train=[row for row in rows if row.get("split") == "train"],
             held_out=[row for row in rows if row.get("split") == "eval"],
-            timings=_read_rows(folder / "timings.jsonl", OF_TIMING, problems),
+            timings=timings,
             probe=_read_probe(folder, problems),
             problems=problems,
             leak=measured[-1] if measured else {},
@@ -113,8 +121,35 @@ class RunData:
     def units(self) -> Units:
         """What numbers are of; of a run from before there were tasks, those of text."""
         length = self.field("train.seq_len", 1)
-        return Units(
-            **self.saved.get("units", Units("token", "nats/token", length, length)._asdict())
+        of = Units("token", units.PER_TOKEN, length, length)._asdict() | self.saved.get("units", {})
+        return Units(**of | {"loss": units.loss_unit(self.saved)})
+
+    def per_byte(self) -> "RunData":
+        """The same run with every loss in nats per byte of text; itself where that is no text.
+
+        Held-out losses are those of each row. The bytes of training batches are not recorded:
+        training losses, baselines and the leak are divided by the bytes per token of the last
+        held-out rows, and ``bytes_per_token`` then says so.
+        """
+        known = [row for row in self.held_out if row.get(BITS) and row["loss"]]
+        if self.units.loss != units.PER_TOKEN or not known:
+            return self
+        factor = known[-1][BITS] * math.log(2) / known[-1]["loss"]
+        saved = self.saved | {
+            "units": self.units._asdict() | {"loss": units.PER_BYTE},
+            "baselines": {n: x * factor for n, x in self.saved.get("baselines", {}).items()},
+        }
+        of_leak = {key: x * factor for key, x in self.leak.items() if key in OF_LEAK}
+        return dataclasses.replace(
+            self,
+            saved=saved,
+            train=[row | {"loss": row["loss"] * factor} for row in self.train],
+            held_out=[
+                row | {"loss": row[BITS] * math.log(2) if row.get(BITS) else math.nan}
+                for row in self.held_out
+            ],
+            leak=self.leak | of_leak,
+            bytes_per_token=1 / factor,
         )
 
     @property
@@ -138,17 +173,23 @@ class RunData:
         return any(row["step"] == self.field("train.steps") for row in self.held_out)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        saved = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"{path} cannot be read: is {folder} the workdir of a run?") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path} was not written by `moejax train`: it has no config")
-    return saved
+def _gaps(folder: Path, about: dict[str, Any], rows: list[Row], timings: list[Row]) -> list[str]:
+    """Sentences on the steps whose rows are not there, although the run went on after them."""
+    upto, found = max([0, *noted_steps(folder)]), []
+    for name, what, field, logged in (
+        (METRICS, "training", "train.log_every", [r for r in rows if r.get("split") == "train"]),
+        (METRICS, "evaluation", "train.eval_every", [r for r in rows if r.get("split") == "eval"]),
+        (TIMINGS, "times", "train.log_every", timings),
+    ):
+        section, _, leaf = field.partition(".")
+        if leaf not in about["config"].get(section, {}):
+            continue
+        gaps = missing([row["step"] for row in logged], about, field, upto)
+        if gaps:
+            where = ", ".join(f"{first} to {last}" for first, last in gaps[:5])
+            more = ", ..." if len(gaps) > 5 else ""
+            found.append(f"{name} has no rows of {what} for the steps {where}{more}.")
+    return found
 
 
 def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
@@ -169,21 +210,10 @@ def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[
     The torn last line of a killed run is no problem: the run writes it again when it resumes.
     """
     try:
-        content = path.read_bytes()
+        rows, bad = read_what_can_be(path, needs)
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror}).")
         return []
-    rows, bad = [], []
-    *whole, torn = content.split(b"\n")
-    for number, line in enumerate([*whole, torn], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row.keys() >= {*needs}:
-            rows.append({key: revive(value) for key, value in row.items()})
-        elif number <= len(whole):
-            bad.append(number)
     if bad:
         lines = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         problems.append(f"{path.name}: {len(bad)} lines are not rows and were skipped ({lines}).")

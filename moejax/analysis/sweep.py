@@ -9,10 +9,12 @@ from typing import Any
 from moejax.analysis.compared import up_to_date
 from moejax.analysis.run import RunData
 from moejax.errors import UserError
+from moejax.saved import holds_run
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.folder import INDEX
 from moejax.sweep.results import Result, read_diverged, read_trial
-from moejax.train.loop import OUTPUT
+from moejax.train.workdir import OUTPUT
+from moejax.versions import migrated
 
 TAIL = 15
 """So many last lines of a log say why a trial failed."""
@@ -76,7 +78,8 @@ class SweepData:
         path = folder / INDEX
         try:
             index = json.loads(path.read_text())
-            trials = [_trial(folder, dict(entry), problems) for entry in index["trials"]]
+            schema = index.get("schema", 0)
+            trials = [_trial(folder, dict(entry), schema, problems) for entry in index["trials"]]
         except OSError:
             raise UserError(f"{path} cannot be read: is {folder} the folder of a sweep?") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -107,13 +110,13 @@ class SweepData:
         return [trial.run for trial in of if trial.run is not None]
 
 
-def _trial(folder: Path, entry: dict[str, Any], problems: list[str]) -> TrialData:
+def _trial(folder: Path, entry: dict[str, Any], schema: int, problems: list[str]) -> TrialData:
     name = entry["name"]
     variant, _, seed = name.rpartition("-seed")
     workdir, run = folder / "trials" / name, None
-    if (workdir / "config.json").exists():
+    if holds_run(workdir):
         try:
-            run = RunData.read(workdir)
+            run = RunData.read(workdir).per_byte()  # as the comparison is
         except UserError as error:
             problems.append(f"{name}: {error}.")
     log = workdir / OUTPUT
@@ -123,7 +126,7 @@ def _trial(folder: Path, entry: dict[str, Any], problems: list[str]) -> TrialDat
         variant=entry.get("variant", variant),
         seed=int(entry.get("seed", seed)),
         overrides=list(entry.get("overrides", [])),
-        config=dict(entry["config"]),
+        config=migrated(dict(entry["config"]), schema, str(folder / INDEX))[0],
         run=run,
         log="\n".join(said[-TAIL:]),
     )

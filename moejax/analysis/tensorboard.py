@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
+from moejax.saved import METRICS, TIMINGS
 from moejax.train.metrics import scalars
 from moejax.train.mirrors import TensorBoard
 
@@ -36,9 +37,9 @@ def _export(run: RunData) -> str:
         events = TensorBoard(Path(place), None, asked="--tensorboard", suffix=SUFFIX)
         with closing(events):
             for row in [*run.train, *run.held_out]:
-                events.add(row["step"], scalars("metrics", row))
+                events.add(row["step"], scalars(METRICS, row))
             for row in run.timings:
-                events.add(row["step"], scalars("timings", row))
+                events.add(row["step"], scalars(TIMINGS, row))
         for old in own:
             old.unlink()
         folder.mkdir(exist_ok=True)

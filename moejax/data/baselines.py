@@ -1,5 +1,8 @@
 """Held-out loss of bigram and trigram models: what a network must beat to have learned anything.
 
+The loss is of the very targets that an evaluation sees, each from what the network is given: the
+tokens before it in its own row.
+
 Interpolated Witten-Bell smoothing (Bell, Cleary, Witten 1990, "Text Compression", method C; Chen
 and Goodman 1999, section 2.4). With c(h) occurrences of the context h and t(h) distinct tokens seen
 after it,
@@ -11,6 +14,7 @@ the vocabulary, and an unseen context passes on p(w | h') unchanged. Each p(. | 
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -36,18 +40,20 @@ class NgramModel:
     vocab_size: int
     orders: tuple[_Order, ...]
 
-    def log_probs(self, tokens_N: Integer[np.ndarray, " N"]) -> tuple[Float[np.ndarray, " N"], ...]:
+    def log_probs(self, tokens_N: Integer[np.ndarray, "*N"]) -> tuple[Float[np.ndarray, "*N"], ...]:
         """Natural log-probability of each token after the ones before it, for every order.
 
-        Element n uses at most n previous tokens; the first tokens use those there are.
+        Element n uses at most n previous tokens along the last axis; the first tokens use those
+        there are.
         """
-        probability = np.full(len(tokens_N), 1.0 / self.vocab_size)
+        probability = np.full(tokens_N.shape, 1.0 / self.vocab_size)
         result = []
         for n, order in enumerate(self.orders):
             probability = probability.copy()
-            if len(tokens_N) > n:
+            if tokens_N.shape[-1] > n:
                 keys = _keys(tokens_N, self.vocab_size, n)
-                probability[n:] = _interpolate(order, keys, self.vocab_size, probability[n:])
+                lower = probability[..., n:]
+                probability[..., n:] = _interpolate(order, keys, self.vocab_size, lower)
             result.append(np.log(probability))
         return tuple(result)
 
@@ -65,11 +71,11 @@ def _keys(tokens_N: np.ndarray, vocab_size: int, context: int) -> np.ndarray:
     dtype = (
         np.uint32 if vocab_size ** (context + 1) <= 1 << 32 else np.uint64
     )  # narrow sorts faster
-    length = len(tokens_N) - context
-    keys = np.zeros(length, dtype=dtype)
+    length = tokens_N.shape[-1] - context
+    keys = np.zeros((*tokens_N.shape[:-1], length), dtype=dtype)
     for i in range(context + 1):
         keys *= dtype(vocab_size)
-        keys += tokens_N[i : i + length].astype(dtype)
+        keys += tokens_N[..., i : i + length].astype(dtype)
     return keys
 
 
@@ -83,7 +89,7 @@ def _count(tokens_N: np.ndarray, vocab_size: int, context: int) -> _Order:
 def _look_up(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """`values` of the keys in the sorted `table`; 0 for keys that are not there."""
     if len(table) == 0:
-        return np.zeros(len(keys), dtype=np.int64)
+        return np.zeros(keys.shape, dtype=np.int64)
     at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
     return np.where(table[at] == keys, values[at], 0)
 
@@ -99,19 +105,24 @@ def _interpolate(order: _Order, keys: np.ndarray, vocab_size: int, lower: np.nda
 
 def ngram_baselines(
     train_N: Integer[np.ndarray, " N"],
-    heldout_N: Integer[np.ndarray, " M"],
+    rows: Iterable[Integer[np.ndarray, "_ L1"]],
     vocab_size: int,
     *,
     max_train: int = 20_000_000,
-    max_heldout: int = 2_000_000,
 ) -> dict[str, float]:
-    """Held-out loss in nats per token of a bigram and a trigram model fitted on `train_N`.
+    """Loss in nats per token of a bigram and a trigram model fitted on `train_N`.
 
-    Of longer streams, `max_train` and `max_heldout` tokens in 64 evenly spread stretches are used.
+    `rows` are batches of rows as an evaluation sees them: every token but the first of a row is a
+    target. Of a longer training text, `max_train` tokens in 64 evenly spread stretches are counted.
     """
     model = fit_ngrams(_spread(train_N, max_train), vocab_size, context=2)
-    _, bigram, trigram = model.log_probs(_spread(heldout_N, max_heldout))
-    return {"bigram": -float(bigram.mean()), "trigram": -float(trigram.mean())}
+    sums, targets = np.zeros(2), 0
+    for row_BL in rows:
+        _, bigram_BL, trigram_BL = model.log_probs(row_BL)
+        sums += [bigram_BL[:, 1:].sum(), trigram_BL[:, 1:].sum()]
+        targets += bigram_BL[:, 1:].size
+    bigram, trigram = -sums / targets
+    return {"bigram": float(bigram), "trigram": float(trigram)}
 
 
 def _spread(tokens_N: np.ndarray, limit: int, stretches: int = 64) -> np.ndarray:

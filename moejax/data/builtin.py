@@ -5,11 +5,13 @@ PSF licence. The text differs between Python versions (and distributions that sh
 library), so a run records the corpus's fingerprint and compares numbers only where it is equal.
 """
 
+import functools
 import os
 import platform
 import sysconfig
 
-from moejax.data.documents import Document, find_documents
+from moejax.data.documents import Document, list_documents
+from moejax.data.duplicates import Related, without_copies
 from moejax.errors import UserError
 
 TOPICS = "pydoc_data/topics.py"  # the language reference in English, as string literals
@@ -31,7 +33,7 @@ def builtin_documents(root: str = "") -> list[Document]:
     differ between two builds of one version. Raises UserError if nothing is left.
     """
     root = root or sysconfig.get_path("stdlib")
-    found = find_documents(root, skip_folders=_EXCLUDED_FOLDERS) if os.path.isdir(root) else []
+    found = list_documents(root, skip_folders=_EXCLUDED_FOLDERS) if os.path.isdir(root) else []
     documents = [document for document in found if _is_library_source(document.name)]
     if not documents:
         raise UserError(
@@ -39,6 +41,13 @@ def builtin_documents(root: str = "") -> list[Document]:
             "set data.path to a file or folder of text"
         )
     return documents
+
+
+@functools.cache
+def builtin_text() -> Related:
+    """The documents without near copies, most of which are tables of encodings, and their groups:
+    a package, or files that have much in common, lies on one side of a split."""
+    return without_copies(builtin_documents())
 
 
 def _is_library_source(name: str) -> bool:

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +39,63 @@ def add_command(commands: Any) -> None:
             "--path", default="", metavar="PATH", help="file or folder (default: built-in corpus)"
         )
         action.add_argument(
-            "--eval-fraction", default=0.05, type=float, metavar="X", help="held out (default 0.05)"
+            "--eval-fraction",
+            default=0.05,
+            type=float,
+            metavar="X",
+            help="share of the bytes held out (default 0.05)",
+        )
+        action.add_argument(
+            "--eval-path", default="", metavar="PATH", help="a text that is held out instead"
         )
         parser.flags += action.flags
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
+    from moejax.data.census import Census
     from moejax.data.tokenizer import train_bpe
 
     _check_out(args)
-    size = train_bpe(args.path, args.vocab_size, args.out, eval_fraction=args.eval_fraction)
+    census = Census()
+    size = train_bpe(
+        args.path,
+        args.vocab_size,
+        args.out,
+        eval_fraction=args.eval_fraction,
+        eval_path=args.eval_path,
+        census=census,
+    )
+    _warn(census.warning())
     print(f"{args.out}: {size} tokens; use it with --config.data.tokenizer={args.out}")
     return 0
 
 
 def _prepare(args: argparse.Namespace) -> int:
     from moejax.data.prepare import prepare
+    from moejax.data.text import FEW, few_held_out
 
     _check_out(args)
-    index = prepare(args.path, args.tokenizer, args.out, args.eval_fraction)
+    index = prepare(args.path, args.tokenizer, args.out, args.eval_fraction, args.eval_path)
     for field, value in dataclasses.asdict(index).items():
-        print(f"{field:<24} {value}")
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for name, part in parts:
+            print(f"{f'{field}.{name}' if name else field:<24} {part}")
+    _warn(index.facts["warning"])
+    if index.heldout_tokens < FEW:
+        _warn(few_held_out(index.heldout_tokens))
     print(f"use it with --config.data.path={args.out}")
     return 0
 
 
+def _warn(line: str) -> None:
+    if line:
+        print(f"moejax: warning: {line}", file=sys.stderr)
+
+
 def _check_out(args: argparse.Namespace) -> None:
     """What is written into the folder of texts would be text itself from then on."""
-    path, out = (Path(name).expanduser().resolve() for name in (args.path, args.out))
-    if args.path and path.is_dir() and out.is_relative_to(path):
-        raise UserError(f"--out={args.out} lies in --path={args.path}; write it somewhere else")
+    out = Path(os.path.expanduser(args.out)).resolve()
+    for flag, name in (("--path", args.path), ("--eval-path", args.eval_path)):
+        path = Path(os.path.expanduser(name)).resolve()
+        if name and path.is_dir() and out.is_relative_to(path):
+            raise UserError(f"--out={args.out} lies in {flag}={name}; write it somewhere else")

@@ -1,6 +1,7 @@
 """Batches of images as a pure function of the global step, and evaluation batches."""
 
 import numpy as np
+from jaxtyping import Int64
 
 from moejax.data.batches import Batch, endless_order
 from moejax.data.images import Images
@@ -74,13 +75,9 @@ def image_eval_batches(images: Images, batch_size: int, rows: int) -> list[Batch
     are `valid=False`. Keys and shapes as in `ImageBatches.batch`; `row` counts the rows of this
     list.
     """
-    if rows < 1:
-        raise UserError(f"train.eval_rows: {rows} must be at least 1")
-    available = len(images.heldout_NHWC)
-    count = min(rows, available)
-    chosen = np.array([j * available // count for j in range(count)], dtype=np.int64)
+    chosen = image_eval_rows(len(images.heldout_NHWC), rows)
     batches = []
-    for begin in range(0, count, batch_size):
+    for begin in range(0, len(chosen), batch_size):
         own = chosen[begin : begin + batch_size]
         image = np.zeros((batch_size, *images.heldout_NHWC.shape[1:]), np.float32)
         label, valid = np.zeros(batch_size, np.int32), np.zeros(batch_size, bool)
@@ -90,3 +87,11 @@ def image_eval_batches(images: Images, batch_size: int, rows: int) -> list[Batch
         row = np.arange(begin, begin + batch_size, dtype=np.int32)
         batches.append({"image": image, "label": label, "valid": valid, "row": row})
     return batches
+
+
+def image_eval_rows(available: int, rows: int) -> Int64[np.ndarray, " N"]:
+    """Which held-out images `image_eval_batches` takes."""
+    if rows < 1:
+        raise UserError(f"train.eval_rows: {rows} must be at least 1")
+    count = min(rows, available)
+    return np.array([j * available // count for j in range(count)], dtype=np.int64)

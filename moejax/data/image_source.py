@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.data.image_batches import ImageBatches, image_eval_batches
+from moejax.data.image_batches import ImageBatches, image_eval_batches, image_eval_rows
 from moejax.data.images import Images
 from moejax.data.source import Batch
 
@@ -23,6 +23,8 @@ class ImageSource:
     patch_size: int
     batch_size: int
     seed: int
+    eval_rows: int
+    """Images of an evaluation, at most: what the baseline is of."""
     shift: int = 0
     """Of training images: see ImageBatches."""
 
@@ -61,11 +63,16 @@ class ImageSource:
         return image_eval_batches(self.images, batch_size, rows)
 
     def baselines(self) -> dict[str, float]:
-        """Predicting every class as often as it is in training, in nats per held-out image."""
+        return self._baselines
+
+    @functools.cached_property
+    def _baselines(self) -> dict[str, float]:
+        """Predicting every class as often as it is in training, in nats per evaluated image."""
         images = self.images
+        chosen = image_eval_rows(len(images.heldout_label_N), self.eval_rows)
         count_V = np.bincount(images.train_label_N, minlength=len(images.classes))
         log_V = np.log(count_V / count_V.sum())
-        return {"class prior": float(-log_V[images.heldout_label_N].mean())}
+        return {"class prior": float(-log_V[images.heldout_label_N[chosen]].mean())}
 
     def about(self) -> dict[str, Any]:
         return {"classes": list(self.images.classes)}

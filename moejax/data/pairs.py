@@ -134,6 +134,10 @@ class PairSource:
         return [self._captioned(batch, batch["row"] % len(TEMPLATES)) for batch in batches]
 
     def baselines(self) -> dict[str, float]:
+        return self._baselines
+
+    @functools.cached_property
+    def _baselines(self) -> dict[str, float]:
         """The held-out loss of equal similarities: log n for each of the n valid pairs of a batch,
         and its mean over pairs. The last batch may have fewer than the others."""
         batches = self.eval_batches(self.batch_size, self.eval_rows)

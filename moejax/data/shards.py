@@ -1,20 +1,27 @@
-"""A tokenised corpus on disk: `train.bin`, `heldout.bin` (little-endian ids) and `index.json`."""
+"""A tokenised corpus on disk: `train.bin`, `heldout.bin` (little-endian ids), `heldout.bytes` (what
+each held-out token stands for, little-endian uint32) and `index.json`.
+"""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import typing
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt
 
-from moejax.data.tokenizer import token_dtype
+from moejax.data.tokenizer import SIZE, token_dtype
 from moejax.errors import UserError
 
-FORMAT = "moejax tokens 1"
-INDEX, TRAIN, HELDOUT = "index.json", "train.bin", "heldout.bin"
+FORMAT = "moejax tokens 2"
+OLD_FORMAT = "moejax tokens 1"
+"""Without bytes per token, facts and overlap."""
+OLD_DEFAULTS = {"train_bytes": 0, "heldout_bytes": 0, "facts": {}, "overlap": {}}
+INDEX, TRAIN, HELDOUT, SIZES = "index.json", "train.bin", "heldout.bin", "heldout.bytes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +33,25 @@ class Index:
     separator: int  # token id between documents
     train_tokens: int
     heldout_tokens: int
-    train_bytes_per_token: float
-    heldout_bytes_per_token: float
+    train_bytes: int
+    heldout_bytes: int
     fingerprint: str
     source: str  # name of the text: a file or folder, or the built-in corpus
     tokenizer: str  # name of the tokenizer file, or "bytes"
     eval_fraction: float
+    facts: dict  # of `corpus.Facts`
+    overlap: dict  # of `duplicates.Overlap`
     format: str = FORMAT
+
+
+class Shards(NamedTuple):
+    """An index and the arrays it describes, memory-mapped."""
+
+    index: Index
+    train_N: np.ndarray
+    heldout_N: np.ndarray
+    heldout_size_M: np.ndarray | None
+    """None where an older version did not write it."""
 
 
 def fingerprint(
@@ -53,16 +72,25 @@ def fingerprint(
     return total.hexdigest()
 
 
-def write_tokens(path: str, parts: Iterable[tuple[np.ndarray, int]]) -> tuple[int, int]:
-    """Appends the parts' tokens to a new file; returns the numbers of tokens and of text bytes."""
+def write_tokens(
+    path: str, parts: Iterable[tuple[np.ndarray, Any]], sizes_path: str = ""
+) -> tuple[int, int]:
+    """Writes the parts' tokens to a new file; returns the numbers of tokens and of text bytes.
+
+    With ``sizes_path`` a part comes with the bytes of each token, which go there.
+    """
     num_tokens = num_bytes = 0
-    with open(path, "xb") as file:
+    with open(path, "xb") as file, contextlib.ExitStack() as stack:
+        sizes = stack.enter_context(open(sizes_path, "xb")) if sizes_path else None
         for tokens, size in parts:
             file.write(tokens.data)
+            if sizes:
+                sizes.write(size.data)
             num_tokens += len(tokens)
-            num_bytes += size
-        file.flush()
-        os.fsync(file.fileno())
+            num_bytes += int(np.sum(size))
+        for written in (file, sizes) if sizes else (file,):
+            written.flush()
+            os.fsync(written.fileno())
     return num_tokens, num_bytes
 
 
@@ -93,8 +121,8 @@ def is_prepared(path: str) -> bool:
         return False  # reported when the folder is read as text
 
 
-def read_shards(folder: str) -> tuple[Index, np.ndarray, np.ndarray]:
-    """Index, training and held-out tokens (memory-mapped) of a prepared folder.
+def read_shards(folder: str) -> Shards:
+    """What a prepared folder holds.
 
     All tokens are read once to verify the fingerprint. Raises UserError if anything is missing or
     differs from what the index says.
@@ -108,12 +136,26 @@ def read_shards(folder: str) -> tuple[Index, np.ndarray, np.ndarray]:
             if size != count * dtype.itemsize or count < 1:
                 raise _damaged(folder, f"{name} has {size} bytes, not {count * dtype.itemsize}")
         train_N, heldout_N = (map_tokens(os.path.join(folder, name), dtype) for name in sizes)
+        size_M = _read_sizes(folder, index)
     except OSError as error:
         raise _damaged(folder, f"cannot read {error.filename!r}: {error.strerror}") from error
     found = fingerprint(index.vocab_size, train_N, heldout_N)
     if found != index.fingerprint:
         raise _damaged(folder, f"fingerprint is {found[:12]}, not {index.fingerprint[:12]}")
-    return index, train_N, heldout_N
+    return Shards(index, train_N, heldout_N, size_M)
+
+
+def _read_sizes(folder: str, index: Index) -> np.ndarray | None:
+    """Bytes of each held-out token; of an older version's shards they are known of bytes alone."""
+    if index.format == OLD_FORMAT:
+        return np.ones(index.heldout_tokens, SIZE) if index.tokenizer == "bytes" else None
+    path = os.path.join(folder, SIZES)
+    if os.stat(path).st_size != index.heldout_tokens * SIZE.itemsize:
+        raise _damaged(folder, f"{SIZES} is not of {index.heldout_tokens} tokens")
+    size_M = map_tokens(path, SIZE)
+    if int(size_M.sum(dtype=np.int64)) != index.heldout_bytes:
+        raise _damaged(folder, f"{SIZES} does not add up to {index.heldout_bytes} bytes")
+    return size_M
 
 
 def _read_index(path: str) -> Index:
@@ -123,13 +165,17 @@ def _read_index(path: str) -> Index:
     except ValueError as error:
         raise UserError(f"data.path: {path!r} is not JSON ({error}); prepare it again") from error
     kinds = typing.get_type_hints(Index)
+    if isinstance(fields, dict) and fields.get("format") == OLD_FORMAT:
+        fields.pop("train_bytes_per_token", None)
+        fields.pop("heldout_bytes_per_token", None)
+        fields |= OLD_DEFAULTS
     if not isinstance(fields, dict) or fields.keys() != kinds.keys():
         raise UserError(f"data.path: {path!r} is not an index of token shards; prepare it again")
     for name, kind in kinds.items():
         if not isinstance(fields[name], kind):
             raise UserError(f"data.path: {path!r} has no valid field {name!r}; prepare it again")
     index = Index(**fields)
-    if index.format != FORMAT or index.vocab_size < 1:
+    if index.format not in (FORMAT, OLD_FORMAT) or index.vocab_size < 1:
         raise UserError(
             f"data.path: {path!r} has format {index.format!r}, not {FORMAT!r}; prepare it again"
         )

@@ -1,6 +1,6 @@
 """What a task learns from: the contract between data and the training loop."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,7 +41,8 @@ class Source(Protocol):
         ...
 
     def baselines(self) -> dict[str, float]:
-        """Held-out losses to compare with, by name; may take a second."""
+        """Losses to compare with, by name, of the very rows that an evaluation sees; the first
+        call may take a second."""
         ...
 
     def about(self) -> dict[str, Any]:
@@ -63,4 +64,17 @@ class Source(Protocol):
     def told(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
         """What the probe's ``tokens.npz`` says of rows of ``eval_batches(_, eval_rows)``, told by
         their ``row``: see ``moejax.probe.OF_TOKENS`` and ``OF_LABELS``."""
+        ...
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """A source that has something to say at the start of a run; may take seconds."""
+
+    def facts(self) -> dict[str, str]:
+        """Lines under a heading each."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """What may be a mistake, a line each."""
         ...

@@ -3,29 +3,31 @@
 import numpy as np
 from jaxtyping import Bool, Float
 
-from moejax.data.tables import Rows, Table, Target, take
+from moejax.data.tables import Rows, Table, Target, eval_rows, take
 
 MOST_ROWS, MOST_COLUMNS, ROUNDS = 20_000, 1000, 50
 RIDGE = 1.0
 """Added to the diagonal of X^T X: as if each column had been seen once more, with nothing said."""
 
 
-def table_baselines(table: Table) -> dict[str, float]:
-    """Losses summed over tasks, as a run's loss is: squared errors in units of the target's spread
-    and log losses in nats, each a mean over the rows (those without the target count 0).
+def table_baselines(table: Table, rows: int) -> dict[str, float]:
+    """Losses over the held-out rows that an evaluation of ``rows`` sees, summed over tasks, as a
+    run's loss is: squared errors in units of the target's spread and log losses in nats, each a
+    mean over the rows (those without the target count 0).
 
     ``mean``: the training rows' mean, or share of ones. ``linear``: least squares and logistic
     regression with a small ridge, on numbers and one-hot categories, from the first 20,000 training
     rows; left out above 1000 columns. ``ideal``, of generated tables: the generator's expectation.
     """
-    held, found = table.heldout, {}
+    chosen = eval_rows(len(table.heldout), rows)
+    held, found = take(table.heldout, chosen), {}
     mean_NM = np.broadcast_to([target.guess for target in table.targets], held.target_NM.shape)
     found["mean"] = loss_of(mean_NM, held, table.targets)
     width = 1 + len(table.dense) + sum(table.category_sizes)
     if width <= MOST_COLUMNS:
-        found["linear"] = loss_of(_linear(table), held, table.targets)
+        found["linear"] = loss_of(_linear(table, held), held, table.targets)
     if table.ideal_NM is not None:
-        found["ideal"] = loss_of(table.ideal_NM, held, table.targets)
+        found["ideal"] = loss_of(table.ideal_NM[chosen], held, table.targets)
     return found
 
 
@@ -52,10 +54,10 @@ def design(rows: Rows, sizes: tuple[int, ...]) -> Float[np.ndarray, "N X"]:
     return np.concatenate(parts, axis=1)
 
 
-def _linear(table: Table) -> np.ndarray:
-    """Predictions for the held-out rows. Tasks whose targets are all there share one X^T X."""
+def _linear(table: Table, held: Rows) -> np.ndarray:
+    """Predictions for some held-out rows. Tasks whose targets are all there share one X^T X."""
     train = take(table.train, slice(MOST_ROWS))
-    x_NX, held_NX = design(train, table.category_sizes), design(table.heldout, table.category_sizes)
+    x_NX, held_NX = design(train, table.category_sizes), design(held, table.category_sizes)
     said = []
     for m, target in enumerate(table.targets):
         said.append(_fit(x_NX, train.target_NM[:, m], train.present_NM[:, m], held_NX, target))

@@ -1,6 +1,12 @@
-"""Columns of a file as numbers: targets, categorical ids, standardised features."""
+"""Columns of a file as numbers: targets, categorical ids, standardised features.
 
+A column stays as the file has it until it is known what it is for: a category is a value, exactly,
+and only a quantity becomes a float.
+"""
+
+import hashlib
 import re
+import sys
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
@@ -14,41 +20,63 @@ MISSING = ("", "na", "nan", "n/a", "null", "none")
 
 LARGEST = float(np.finfo(np.float32).max)
 
+EXACT = 2**53
+"""Float64 holds every whole number up to here, and not every one beyond."""
+
 
 class Column(NamedTuple):
-    """``values``: float64 with NaN for missing ones, or an object array of text and None."""
+    """A column as the file has it. ``array``: an array of pyarrow; ``code``: an example of what
+    makes its numbers look like identifiers, empty when nothing does."""
 
     name: str
-    values: np.ndarray
-    is_text: bool
-    is_bool: bool = False
+    array: Any
+    code: str = ""
 
     @classmethod
     def of(cls, name: str, array: Any) -> "Column":
-        """From a chunked array of pyarrow.
-
-        Raises:
-          UserError: a type that is neither numbers, times, booleans nor text.
-        """
+        """From an array or a chunked array of pyarrow."""
         import pyarrow
         from pyarrow import types
 
-        kind = array.type
-        if types.is_dictionary(kind):
-            array, kind = array.cast(kind.value_type), kind.value_type
-        if types.is_boolean(kind):
-            number = array.cast(pyarrow.int8()).cast(pyarrow.float64())
-            return cls(name, number.to_numpy(), is_text=True, is_bool=True)
-        if types.is_temporal(kind) and not types.is_time(kind) and not types.is_duration(kind):
-            seconds = array.cast(pyarrow.timestamp("us")).cast(pyarrow.int64())
-            return cls(name, seconds.cast(pyarrow.float64(), safe=False).to_numpy() / 1e6, False)
-        if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
-            return cls(name, array.cast(pyarrow.float64(), safe=False).to_numpy(), is_text=False)
-        if types.is_string(kind) or types.is_large_string(kind):
-            return cls(name, array.to_numpy(), is_text=True)
-        if types.is_null(kind):
-            return cls(name, np.full(len(array), np.nan), is_text=False)
-        raise UserError(f"data.path: column {name!r} has type {kind}; numbers and text are read")
+        if isinstance(array, pyarrow.ChunkedArray):
+            array = array.combine_chunks()
+        if types.is_dictionary(array.type):
+            array = array.cast(array.type.value_type)
+        if types.is_string_view(array.type):
+            array = array.cast(pyarrow.large_string())
+        if types.is_float16(array.type):
+            array = array.cast(pyarrow.float32())
+        return cls(name, array, _beyond_exact(array))
+
+    @property
+    def is_text(self) -> bool:
+        from pyarrow import types
+
+        return types.is_string(self.array.type) or types.is_large_string(self.array.type)
+
+    @property
+    def is_category(self) -> bool:
+        """Whether its values are no quantities: text, booleans, bytes."""
+        from pyarrow import types
+
+        kind = self.array.type
+        bytes_ = types.is_binary(kind) or types.is_fixed_size_binary(kind)
+        return self.is_text or types.is_boolean(kind) or bytes_
+
+
+def _beyond_exact(array: Any) -> str:
+    """The first whole number of the array that is beyond ``EXACT``; empty if none is."""
+    from pyarrow import compute, types
+
+    if not (types.is_integer(array.type) or types.is_decimal(array.type)):
+        return ""
+    if types.is_decimal(array.type) and array.type.scale > 0:
+        return ""
+    bounds = compute.min_max(array).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+    for bound in bounds.values():
+        if bound is not None and abs(int(bound)) > EXACT:
+            return str(int(bound))
+    return ""
 
 
 class Spec(NamedTuple):
@@ -86,11 +114,16 @@ def table_of(
     """The table, with vocabularies and standardisation of the rows that are not held out."""
     found = [_target(spec, column) for spec, column in targets]
     target_NM = np.stack([values for values, _ in found], axis=1)
-    ids = [_ids(column, heldout_N, min_count) for column in categorical]
-    scaled = [_standardised(column, heldout_N) for column in numeric]
+    ids = [categories(column, heldout_N, min_count) for column in categorical]
+    scales = [_mean_and_spread(column, heldout_N) for column in numeric]
+    scaled = [_standardised(column, *scale) for column, scale in zip(numeric, scales, strict=True)]
+    encoding = (
+        [(column.name, one.values) for column, one in zip(categorical, ids, strict=True)],
+        [(column.name, *scale[1:]) for column, scale in zip(numeric, scales, strict=True)],
+    )
     rows = as_rows(
         np.stack(scaled, axis=1) if scaled else None,
-        np.stack([id_N for id_N, _ in ids], axis=1) if ids else None,
+        np.stack([one.id_N for one in ids], axis=1) if ids else None,
         target_NM,
     )
     return make_table(
@@ -100,22 +133,21 @@ def table_of(
         [kind for _, kind in found],
         dense=tuple(column.name for column in numeric),
         category=tuple(column.name for column in categorical),
-        category_sizes=tuple(size for _, size in ids),
+        category_sizes=tuple(len(one.values) + 1 for one in ids),
+        category_values=tuple(one.values for one in ids),
+        encoding=hashlib.sha256(repr(encoding).encode()).hexdigest(),
         name=name,
     )
 
 
 def numbers(column: Column, field: str) -> np.ndarray:
-    """The column as float64, NaN where a value is missing.
+    """The column as float64, NaN where a value is missing; times as seconds.
 
     Raises:
-      UserError: a value that is no finite number of float32's range, with its row.
+      UserError: a value that is no finite number of float32's range, with its row; or a column
+        that holds no numbers at all.
     """
-    values = column.values
-    if values.dtype == object:
-        values = np.array([
-            _number(text, column.name, field, row) for row, text in enumerate(values, start=1)
-        ])  # fmt: skip
+    values = _floats(column, field)
     infinite = np.flatnonzero(np.isinf(values))
     if infinite.size:
         row = infinite[0]
@@ -130,6 +162,49 @@ def numbers(column: Column, field: str) -> np.ndarray:
             f"of float32 ({LARGEST:.2g}); use other units, or leave it empty"
         )
     return values
+
+
+def _floats(column: Column, field: str) -> np.ndarray:
+    import pyarrow
+    from pyarrow import types
+
+    array, kind = column.array, column.array.type
+    if column.is_text:
+        texts = array.to_numpy(zero_copy_only=False)
+        return np.array([
+            _number(text, column.name, field, row) for row, text in enumerate(texts, start=1)
+        ], dtype=np.float64)  # fmt: skip
+    if types.is_null(kind):
+        return np.full(len(array), np.nan)
+    if types.is_boolean(kind):
+        array = array.cast(pyarrow.int8())
+    elif types.is_timestamp(kind) or types.is_date(kind):
+        ticks, per_second = _ticks(array)
+        return ticks.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False) / per_second
+    elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)):
+        raise UserError(
+            f"task.{field}: column {column.name!r} has type {kind}, which is no number; leave it "
+            "out" + (" or name it in task.categorical" if column.is_category else "")
+        )
+    if column.code and abs(int(column.code)) > EXACT:
+        print(
+            f"moejax: warning: task.{field}: {column.name!r} has whole numbers beyond 2**53, such "
+            f"as {column.code}, which float64 rounds; if they are identifiers, name the column in "
+            "task.categorical",
+            file=sys.stderr,
+        )
+    return array.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
+
+
+def _ticks(array: Any) -> tuple[Any, float]:
+    """Times as the integers that the file has, and how many make a second."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_date32(array.type):
+        return array.cast(pyarrow.int32()).cast(pyarrow.int64()), 1 / 86_400
+    unit = "ms" if types.is_date64(array.type) else array.type.unit
+    return array.cast(pyarrow.int64()), {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]
 
 
 def _is_missing(text: str) -> bool:
@@ -148,13 +223,43 @@ def _number(text: str | None, name: str, field: str, row: int) -> float:
         ) from error
 
 
-def timestamp(column: Column) -> np.ndarray:
-    """The column as numbers to sort by."""
-    values = numbers(column, "time")
-    missing = np.flatnonzero(np.isnan(values))
-    if missing.size:
-        raise UserError(f"task.time: {column.name!r} is missing in row {missing[0] + 1}")
-    return values
+def order_by_time(column: Column) -> np.ndarray:
+    """The rows in the order of their times, exactly: rows of one time keep the file's order.
+
+    Raises:
+      UserError: a row without a time.
+    """
+    values = _to_sort_by(column)
+    return np.argsort(values, kind="stable")
+
+
+def _to_sort_by(column: Column) -> np.ndarray:
+    import pyarrow
+    from pyarrow import types
+
+    array = column.array
+    if column.is_text:  # of a column that is a category too
+        array = _parsed(array)
+    if types.is_timestamp(array.type) or types.is_date(array.type):
+        array, _ = _ticks(array)
+    if not types.is_integer(array.type):
+        array = pyarrow.array(numbers(column, "time"), from_pandas=True)
+    if array.null_count:
+        row = array.is_null().to_numpy(zero_copy_only=False).argmax()
+        raise UserError(f"task.time: {column.name!r} is missing in row {row + 1}")
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _parsed(array: Any) -> Any:
+    """Text as whole numbers or times, where all of it is either; else as it is."""
+    import pyarrow
+
+    for kind in (pyarrow.int64(), pyarrow.timestamp("ns")):
+        try:
+            return array.cast(kind)
+        except pyarrow.ArrowInvalid:
+            continue
+    return array
 
 
 def _target(spec: Spec, column: Column) -> tuple[np.ndarray, Kind]:
@@ -165,19 +270,25 @@ def _target(spec: Spec, column: Column) -> tuple[np.ndarray, Kind]:
     return values, "binary" if np.isin(present, (0.0, 1.0)).all() else "regression"
 
 
-def _standardised(column: Column, heldout_N: np.ndarray) -> np.ndarray:
-    """(x - mean) / spread by the training rows; 0 where x is missing or does not vary.
-
-    Raises:
-      UserError: a held-out value too many spreads away for float32, with its row.
-    """
+def _mean_and_spread(column: Column, heldout_N: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """The column's numbers, with mean and spread of the training rows; spread 0 if none vary."""
     values = numbers(column, "numeric")
     known = values[~heldout_N]
     known = known[~np.isnan(known)]
     # By the values: rounding leaves a spread to a column of nothing but 0.1.
     if not known.size or known.min() == known.max():
+        return values, 0.0, 0.0
+    return values, *mean_and_spread(known)
+
+
+def _standardised(column: Column, values: np.ndarray, mean: float, spread: float) -> np.ndarray:
+    """(x - mean) / spread; 0 where x is missing or does not vary.
+
+    Raises:
+      UserError: a held-out value too many spreads away for float32, with its row.
+    """
+    if not spread:
         return np.zeros(len(values))
-    mean, spread = mean_and_spread(known)
     scaled = np.where(np.isnan(values), 0.0, (values - mean) / spread)
     large = np.flatnonzero(np.abs(scaled) > LARGEST)
     if large.size:
@@ -189,17 +300,89 @@ def _standardised(column: Column, heldout_N: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def _ids(column: Column, heldout_N: np.ndarray, min_count: int) -> tuple[np.ndarray, int]:
-    """Ids from 1 in the order of the values, 0 for what is missing or unknown; and how many."""
-    values = column.values
-    if values.dtype == object:
-        missing = np.array([text is None or _is_missing(text) for text in values])
-        values = np.where(missing, "", values).astype(str)
-    else:
-        missing = np.isnan(values)
-        values = np.where(missing, 0.0, values)
-    known, code_N = np.unique(values, return_inverse=True)
-    count_V = np.bincount(code_N[~heldout_N & ~missing], minlength=len(known))
-    kept_V = count_V >= min_count
-    id_V = np.where(kept_V, np.cumsum(kept_V), 0)
-    return np.where(missing, 0, id_V[code_N]), int(kept_V.sum()) + 1
+class Categories(NamedTuple):
+    """The id of each row, and the values that ids stand for, from 1 on."""
+
+    id_N: np.ndarray
+    values: tuple[str, ...]
+
+
+def categories(column: Column, heldout_N: np.ndarray, min_count: int) -> Categories:
+    """Ids from 1 in the order of the values, 0 for what is missing, rare or unknown.
+
+    Two values are one category only if they are the same: text letter by letter ("0420" is not
+    "420"), everything else by its value, whatever its size.
+
+    Raises:
+      UserError: a column of lists or other nested values.
+    """
+    import pyarrow
+
+    array = _one_zero(column.array)
+    try:
+        encoded = array.dictionary_encode()
+    except pyarrow.ArrowNotImplementedError as error:
+        raise UserError(
+            f"task.categorical: column {column.name!r} has type {array.type}; categories are text, "
+            "numbers, times, booleans or bytes"
+        ) from error
+    known = encoded.dictionary
+    code_N = encoded.indices.fill_null(len(known)).to_numpy(zero_copy_only=False)
+    written_V = _written(known)
+    missing_V = np.array([text is None or _is_missing(text) for text in written_V] + [True])
+    count_V = np.bincount(code_N[~heldout_N], minlength=len(missing_V))
+    kept_V = (count_V >= min_count) & ~missing_V
+    kept = [v for v in _in_order(known, written_V) if kept_V[v]]
+    id_V = np.zeros(len(missing_V), np.int64)
+    id_V[kept] = 1 + np.arange(len(kept))
+    return Categories(id_V[code_N], tuple(str(written_V[v]) for v in kept))
+
+
+def _one_zero(array: Any) -> Any:
+    """The array with -0.0 as 0.0, which are one value."""
+    from pyarrow import compute, types
+
+    if not types.is_floating(array.type):
+        return array
+    return compute.add(array, 0.0)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _written(known: Any) -> list[str | None]:
+    """Values as text."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_timestamp(known.type):  # of nanoseconds Python has no type
+        return known.cast(pyarrow.string()).to_pylist()
+    values = known.to_pylist()
+    return [
+        value if value is None else value.hex() if isinstance(value, bytes) else str(value)
+        for value in values
+    ]
+
+
+def _in_order(known: Any, written_V: Sequence[str | None]) -> Sequence[int]:
+    """Places of the values from the least to the greatest; text of nothing but numbers by these."""
+    from pyarrow import compute, types
+
+    if types.is_null(known.type):
+        return range(len(known))
+    if not (types.is_string(known.type) or types.is_large_string(known.type)):
+        order = compute.array_sort_indices(known)  # pyright: ignore[reportAttributeAccessIssue]
+        return order.to_pylist()
+    texts = [text or "" for text in written_V]
+    by_text = sorted(range(len(texts)), key=texts.__getitem__)
+    present = [text for text in texts if not _is_missing(text)]
+    try:
+        number = {text: _exact_number(text) for text in present}
+    except ValueError:
+        return by_text
+    return sorted(by_text, key=lambda v: number.get(texts[v], 0))
+
+
+def _exact_number(text: str) -> int | float:
+    """Whole numbers whatever their size, which Python compares with floats exactly."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

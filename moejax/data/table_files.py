@@ -6,13 +6,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moejax.data.table_columns import Column, Spec, parse_spec, table_of, timestamp
+from moejax.data.table_columns import (
+    EXACT,
+    Column,
+    Spec,
+    numbers,
+    order_by_time,
+    parse_spec,
+    table_of,
+)
 from moejax.data.tables import Table, check_fraction, heldout_count
 from moejax.errors import UserError, suggest
 
 SPLITS: tuple[str, ...] = ("hash", "time")
 _SALT = np.uint64(0x6D6F656A61780003)
 """Any fixed value would do: it decides which rows are held out."""
+
+
+LARGEST_BLOCK = 2**31 - 1
+"""Bytes that pyarrow takes at once."""
+_PADDED, _LARGE = r"^\s*[+-]?0\d+\s*$", r"^\s*[+-]?\d{17,}\s*$"
+"""Whole numbers with leading zeros, and surely beyond 2**53."""
 
 
 class Choice(NamedTuple):
@@ -44,8 +58,10 @@ def load_table(
         last is binary, as is a column of nothing but 0 and 1 (or true and false); every other is a
         regression. Missing values are allowed. MovieLens: rating and liked=rating>=4.
       categorical, numeric: features. When neither is given, all other columns: text and booleans
-        are categorical, numbers numeric (so name number codes yourself). MovieLens: userId, movieId
-        and the hour (UTC) are categorical, "genre=..." of each genre (0 or 1) numeric.
+        are categorical, numbers and times numeric; numbers that look like identifiers, beyond
+        2**53 or with leading zeros, are refused until they are named. Categories are values,
+        exactly: in CSV the text as it is written. MovieLens: userId, movieId and the hour (UTC)
+        are categorical, "genre=..." of each genre (0 or 1) numeric.
       split: "hash" holds out the rows whose number has the smallest hashes: as good as at random,
         and the same for every run. "time" holds out the latest rows by the column ``time``
         (MovieLens: timestamp), which is then no feature.
@@ -66,10 +82,10 @@ def load_table(
         raise UserError(f"task.split: {split!r} is unknown; use one of {', '.join(SPLITS)}")
     if min_count < 1:
         raise UserError(f"task.min_count: {min_count} must be at least 1")
-    columns, known = _read(os.path.expanduser(path), path)
     asked = Choice(tuple(targets), tuple(categorical), tuple(numeric), time)
+    columns, known = _read(os.path.expanduser(path), path, asked)
     choice, specs = _choose(columns, asked, known)
-    rows = len(next(iter(columns.values())).values)
+    rows = len(next(iter(columns.values())).array)
     if rows < 2:
         raise UserError(
             f"data.path: {path!r} has {rows} rows; at least 2 are needed to hold one out"
@@ -77,7 +93,7 @@ def load_table(
     if split == "time":
         if not choice.time:
             raise UserError("task.time: task.split=time needs the column to sort by")
-        order = np.argsort(timestamp(columns[choice.time]), kind="stable")
+        order = order_by_time(columns[choice.time])
     else:
         order = np.argsort(_hash(rows), kind="stable")[::-1]
     heldout_N = np.zeros(rows, dtype=bool)
@@ -110,8 +126,9 @@ def _choose(
     if not (categorical or numeric):
         taken = {spec.column for spec in specs} | {time}
         free = [column for name, column in columns.items() if name not in taken]
-        categorical = tuple(column.name for column in free if column.is_text)
-        numeric = tuple(column.name for column in free if not column.is_text)
+        categorical = tuple(column.name for column in free if column.is_category)
+        numeric = tuple(column.name for column in free if not column.is_category)
+        _check_no_codes([columns[name] for name in numeric])
     asked_for = (
         ("targets", [spec.column for spec in specs]),
         ("categorical", categorical),
@@ -131,6 +148,17 @@ def _choose(
         raise UserError(f"task.categorical: the file has no columns besides {besides}")
     choice = Choice(tuple(targets), tuple(categorical), tuple(numeric), time)
     return choice, [(spec, columns[spec.column]) for spec in specs]
+
+
+def _check_no_codes(columns: Sequence[Column]) -> None:
+    """Raises UserError for numbers that look like identifiers and that nobody said are numbers."""
+    for column in columns:
+        if column.code:
+            raise UserError(
+                f"task.categorical: {column.name!r} has numbers that look like identifiers, such "
+                f"as {column.code}; name all features in task.categorical (where they stay as "
+                "they are) and task.numeric"
+            )
 
 
 def _check_features(categorical: Sequence[str], numeric: Sequence[str]) -> None:
@@ -155,7 +183,7 @@ def _hash(rows: int) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def _read(path: str, given: str) -> tuple[dict[str, Column], Choice]:
+def _read(path: str, given: str, asked: Choice) -> tuple[dict[str, Column], Choice]:
     """The columns, and what is known about them."""
     try:
         if os.path.isdir(path):
@@ -164,84 +192,137 @@ def _read(path: str, given: str) -> tuple[dict[str, Column], Choice]:
                     f"data.path: {given!r} is a folder without ratings.csv; name a .csv, .tsv or "
                     ".parquet file, or a folder of MovieLens"
                 )
-            return _movielens(path)
+            return _movielens(path, asked)
         if not os.path.exists(path):
             raise UserError(f"data.path: {given!r} does not exist")
-        return _columns(_arrow(path)), Choice()
+        return _columns(path, asked), Choice()
     except OSError as error:
         raise UserError(f"data.path: cannot read {given!r}: {error.strerror or error}") from error
 
 
-def _arrow(path: str) -> Any:
-    """The file as a table of pyarrow."""
+def _columns(path: str, asked: Choice) -> dict[str, Column]:
+    """The columns of a file by name, those that are asked for as categories as they are written."""
     try:
         import pyarrow
-        from pyarrow import csv, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise UserError(
             "data.path: reading tables needs pyarrow; pip install 'moejax[tables]'"
         ) from error
     if os.path.getsize(path) == 0:
         raise UserError(f"data.path: {path!r} is empty")
+    is_csv = not path.endswith((".parquet", ".pq"))
     try:
-        if path.endswith((".parquet", ".pq")):
-            return parquet.read_table(path)
-        parse = csv.ParseOptions(delimiter="\t" if path.endswith(".tsv") else ",")
-        try:
-            return _utf8(csv.read_csv(path, parse_options=parse), path)
-        except pyarrow.ArrowInvalid as error:
-            if "conversion error" not in str(error):
-                raise
-        # A column that began as numbers has something else further down: then all are text, and
-        # whoever needs a number says in which row there is none.
-        with csv.open_csv(path, parse_options=parse) as reader:
-            types = {name: pyarrow.string() for name in reader.schema.names}
-        text = csv.ConvertOptions(column_types=types)
-        return csv.read_csv(path, parse_options=parse, convert_options=text)
+        table = _read_csv(path, asked.categorical) if is_csv else parquet.read_table(path)
+        names = table.column_names
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"data.path: the file has two columns called {name!r}")
+        found = {name: Column.of(name, table.column(name)) for name in names}
+        return found | _codes(path, found, asked) if is_csv else found
     except UnicodeDecodeError as error:
         raise UserError(
             f"data.path: the header of {path!r} is not UTF-8; save the file as UTF-8"
         ) from error
     except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"data.path: cannot parse {path!r}: {reason}") from error
+        raise UserError(f"data.path: cannot parse {path!r}: {_reason(error)}") from error
 
 
-def _utf8(table: Any, path: str) -> Any:
-    """The table of a CSV, in which pyarrow gives text that is not UTF-8 the type binary."""
+def _reason(error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    if "invalid UTF8" in reason:
+        return f"{reason}; save the file as UTF-8"
+    if "conversion error" in reason:  # only beyond what is looked at for a column's type
+        return f"{reason}; name the column in task.categorical to have it as text"
+    return reason
+
+
+def _read_csv(path: str, as_text: Sequence[str], only: Sequence[str] = ()) -> Any:
+    """The file as a table of pyarrow; columns ``as_text`` are not looked at for numbers.
+
+    Read in one block, as far as pyarrow has blocks so large: a column's type is that of all its
+    values, and a quoted value may have line breaks and any length.
+    """
+    import pyarrow
+    from pyarrow import csv
+
+    with open(path, "rb") as file:
+        mark = file.read(2)
+    if mark in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"data.path: {path!r} is UTF-16; save the file as UTF-8")
+    table = csv.read_csv(
+        path,
+        read_options=csv.ReadOptions(block_size=min(os.path.getsize(path) + 1, LARGEST_BLOCK)),
+        parse_options=csv.ParseOptions(
+            delimiter="\t" if path.endswith(".tsv") else ",", newlines_in_values=True
+        ),
+        convert_options=csv.ConvertOptions(
+            column_types={name: pyarrow.large_string() for name in as_text},
+            include_columns=list(only),
+        ),
+    )
     for name, kind in zip(table.column_names, table.schema.types, strict=True):
-        if str(kind) == "binary":
+        if str(kind) == "binary":  # pyarrow's type of text that is not UTF-8
             raise UserError(
                 f"data.path: column {name!r} of {path!r} is not UTF-8; save the file as UTF-8"
             )
     return table
 
 
-def _columns(table: Any) -> dict[str, Column]:
-    names = table.column_names
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"data.path: the file has two columns called {name!r}")
-    return {name: Column.of(name, table.column(name)) for name in names}
+def _codes(path: str, found: dict[str, Column], asked: Choice) -> dict[str, Column]:
+    """Those columns of a CSV's numbers of which the text looks like identifiers, with an example.
+
+    The numbers do not show it: leading zeros are gone, and whole ones beyond 2**64 are floats.
+    Leading zeros are looked for only where nobody has said what is a category and what a number.
+    """
+    from pyarrow import compute, types
+
+    named = bool(asked.categorical or asked.numeric)
+    suspect = [
+        name
+        for name, column in found.items()
+        if (types.is_integer(column.array.type) and not named)
+        or (types.is_floating(column.array.type) and _reaches(column, EXACT))
+    ]
+    if not suspect:
+        return {}
+    text, marked = _read_csv(path, suspect, only=suspect), {}
+    for name in suspect:
+        matches = compute.match_substring_regex(  # pyright: ignore[reportAttributeAccessIssue]
+            text.column(name), _LARGE if named else f"{_LARGE}|{_PADDED}"
+        )
+        examples = text.column(name).filter(matches)
+        if len(examples):
+            marked[name] = found[name]._replace(code=examples[0].as_py().strip())
+    return marked
 
 
-def _movielens(folder: str) -> tuple[dict[str, Column], Choice]:
+def _reaches(column: Column, bound: int) -> bool:
+    """Whether a column of floats has a value so far from 0."""
+    values = column.array.to_numpy(zero_copy_only=False)
+    return bool((np.abs(values) >= bound).any())  # False for NaN
+
+
+def _movielens(folder: str, asked: Choice) -> tuple[dict[str, Column], Choice]:
     """Ratings with the genres of their movies and the hour."""
-    ratings = _columns(_arrow(os.path.join(folder, "ratings.csv")))
-    for name in ("userId", "movieId", "rating"):
+    ids = ("userId", "movieId")
+    read_as = asked._replace(categorical=(*asked.categorical, *ids))
+    ratings = _columns(os.path.join(folder, "ratings.csv"), read_as)
+    for name in (*ids, "rating"):
         if name not in ratings:
             raise UserError(
                 f"data.path: ratings.csv has no column {name!r}; {suggest(name, ratings)}"
             )
-    features, time = ["userId", "movieId"], ""
+    features, time = [*ids], ""
     if "timestamp" in ratings:
         time = "timestamp"
-        hour_N = timestamp(ratings[time]) // 3600 % 24
-        ratings["hour"] = Column("hour", hour_N, is_text=False)
+        hour_N = numbers(ratings[time], "time") // 3600 % 24
+        ratings["hour"] = _column("hour", hour_N)
         features.append("hour")
     genres: list[Column] = []
     if os.path.exists(os.path.join(folder, "movies.csv")):
-        genres = _genres(_columns(_arrow(os.path.join(folder, "movies.csv"))), ratings["movieId"])
+        movies = _columns(os.path.join(folder, "movies.csv"), Choice(categorical=("movieId",)))
+        genres = _genres(movies, ratings["movieId"])
     ratings |= {column.name: column for column in genres}
     known = Choice(
         ("rating", "liked=rating>=4"), tuple(features), tuple(c.name for c in genres), time
@@ -249,21 +330,38 @@ def _movielens(folder: str) -> tuple[dict[str, Column], Choice]:
     return ratings, known
 
 
+def _column(name: str, values: np.ndarray) -> Column:
+    """A column of numbers, NaN where there is none."""
+    import pyarrow
+
+    return Column.of(name, pyarrow.array(values, from_pandas=True))
+
+
 def _genres(movies: dict[str, Column], rated: Column) -> list[Column]:
-    """For each genre, whether the movie of each rating has it; 0 for unlisted movies."""
+    """For each genre, whether the movie of each rating has it; 0 for unlisted movies.
+
+    Raises:
+      UserError: a column is missing, or no rated movie is listed, so that ids are of two kinds.
+    """
     for name in ("movieId", "genres"):
         if name not in movies:
             raise UserError(
                 f"data.path: movies.csv has no column {name!r}; {suggest(name, movies)}"
             )
-    lists = [str(text or "").split("|") for text in movies["genres"].values]
+    lists = [str(text or "").split("|") for text in movies["genres"].array.to_pylist()]
     names = sorted({genre for some in lists for genre in some} - {"", "(no genres listed)"})
-    place = {str(movie): i for i, movie in enumerate(movies["movieId"].values)}
-    ids = rated.values.astype(str) if rated.is_text else rated.values
-    each, of_N = np.unique(ids, return_inverse=True)
-    row_N = np.array([place.get(str(movie), len(lists)) for movie in each])[of_N]
+    place = {movie: i for i, movie in enumerate(movies["movieId"].array.to_pylist())}
+    encoded = rated.array.dictionary_encode()
+    each = [*encoded.dictionary.to_pylist(), None]
+    of_N = encoded.indices.fill_null(len(each) - 1).to_numpy(zero_copy_only=False)
+    row_V = np.array([place.get(movie, len(lists)) for movie in each])
+    if names and (row_V == len(lists)).all():
+        raise UserError(
+            f"data.path: movies.csv lists no movie of ratings.csv ({each[0]!r} is none of "
+            f"{next(iter(place))!r} and so on); ids must be written alike in both"
+        )
     found = []
     for genre in names:
         has = np.array([genre in some for some in lists] + [False], dtype=np.float64)
-        found.append(Column(f"genre={genre}", has[row_N], is_text=False))
+        found.append(_column(f"genre={genre}", has[row_V[of_N]]))
     return found

@@ -23,6 +23,8 @@ class TableSource:
     table: Table
     batch_size: int
     seed: int
+    eval_rows: int
+    """Rows of an evaluation, at most: what the baselines are of."""
 
     @property
     def name(self) -> str:
@@ -57,15 +59,21 @@ class TableSource:
         return table_eval_batches(self.table.heldout, batch_size, rows)
 
     def baselines(self) -> dict[str, float]:
-        return table_baselines(self.table)
+        return self._baselines
+
+    @functools.cached_property
+    def _baselines(self) -> dict[str, float]:
+        return table_baselines(self.table, self.eval_rows)
 
     def about(self) -> dict[str, Any]:
-        """The tasks, and how many values each feature has (0: a number)."""
+        """The tasks, how many values each feature has (0: a number), and of a file a digest of
+        what they stand for."""
         table = self.table
         features = dict.fromkeys(table.dense, 0)
         return {
             "targets": [dataclasses.asdict(target) for target in table.targets],
             "features": features | dict(zip(table.category, table.category_sizes, strict=True)),
+            **({"encoding": table.encoding} if table.encoding else {}),
         }
 
     def eval_extras(self, loss: float) -> dict[str, float]:
@@ -87,8 +95,7 @@ class TableSource:
         rows that it would be in, or for a binary task 0 or 1."""
         token_N1, names = self.tokens(batch), ["example"]
         if self._named is not None:
-            size = self.table.category_sizes[self._named]
-            names = [f"{self.table.category[self._named]} {i}" for i in range(size)]
+            names = self._values(self._named)
         label_N, labels = self._labels(batch)
         return {
             "token": token_N1,
@@ -99,6 +106,13 @@ class TableSource:
             "label": label_N[:, None].astype(np.uint8),
             "label_names": labels,
         }
+
+    def _values(self, column: int) -> list[str]:
+        """What each id of a categorical column stands for; of generated tables its number."""
+        name, values = self.table.category[column], self.table.category_values
+        if not values:
+            return [f"{name} {i}" for i in range(self.table.category_sizes[column])]
+        return [f"{name} unknown", *(f"{name} {value}" for value in values[column])]
 
     @property
     def _named(self) -> int | None:

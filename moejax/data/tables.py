@@ -65,7 +65,9 @@ class Table:
     Attributes:
       targets: the tasks, in the order of the columns of ``target_NM``.
       dense, category: names of the features; ``category_sizes``: ids of each lie below it. In
-        tables from files id 0 stands for values that the training rows do not have.
+        tables from files id 0 stands for values that the training rows do not have, and
+        ``category_values`` are those of the other ids, as text.
+      encoding: SHA-256 of what ids and standardised numbers of a file's features stand for.
       name: where the rows came from.
       ideal_NM: of generated tables, what somebody who knows the generator would predict for the
         held-out rows: expected values, standardised as targets are, or probabilities of binary
@@ -80,6 +82,8 @@ class Table:
     category_sizes: tuple[int, ...]
     name: str
     ideal_NM: Float[np.ndarray, "N M"] | None = None
+    category_values: tuple[tuple[str, ...], ...] = ()
+    encoding: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ them. Every tokenizer here is lossless, so a loss in nats per token converts exa
 byte of that stream, in which a separator counts as one byte.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -14,11 +15,29 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt
 
-from moejax.data.builtin import builtin_documents
-from moejax.data.documents import Document, Piece, find_documents, piece_batches, split_documents
+from moejax.data.census import Census
+from moejax.data.documents import Document, Piece, piece_batches, pieces
+from moejax.data.split import open_text
 from moejax.errors import UserError
 
 DOCUMENT_TOKEN = "<|doc|>"
+SEPARATORS = (
+    DOCUMENT_TOKEN,
+    "<|endoftext|>",  # GPT-2, OLMo, Qwen, Phi
+    "<|end_of_text|>",  # Llama 3
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
+    "</s>",  # Llama 2, Mistral, T5
+    "<eos>",  # Gemma
+    "<|eos|>",
+    "<EOS>",
+    "[EOS]",
+    "<|end|>",
+    "<|eot|>",
+)
+"""Tokens that end a document; the first that a tokenizer has goes between two."""
+
+SIZE = np.dtype("<u4")
+"""The element type of bytes per token."""
 
 
 class ByteTokenizer:
@@ -31,14 +50,23 @@ class ByteTokenizer:
     is_byte_level = True
     vocab_size = 256
     separator = 0
+    separator_token = "byte 0"
 
     def encode(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Token ids of each piece."""
         return [np.frombuffer(piece.data, dtype=np.uint8) for piece in pieces]
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8 become replacement characters."""
+        return bytes(tokens).decode("utf-8", "replace")
+
     def token_bytes(self) -> Int[np.ndarray, " V"]:
         """How many bytes of text each token id stands for."""
         return np.ones(self.vocab_size, dtype=np.int64)
+
+    def sizes(self, piece: Piece, tokens: np.ndarray) -> UInt[np.ndarray, " N"]:
+        """How many bytes of the piece each of its tokens stands for."""
+        return np.ones(len(tokens), dtype=SIZE)
 
     def token_text(self) -> list[str]:
         """Each token in readable form: ASCII as it is, other bytes as escapes (``\\xe9``)."""
@@ -48,9 +76,10 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A tokenizer file of the Hugging Face `tokenizers` library.
 
-    It must know the token `<|doc|>` (the separator) and be lossless on UTF-8 text, which is
-    verified on all text it encodes. Truncation, padding and added start or end tokens set in the
-    file are switched off; the text of a special token inside a document is encoded as plain text.
+    It must have a token that ends a document (see `SEPARATORS`) and be lossless on UTF-8 text,
+    which is verified on all text it encodes. Truncation, padding and added start or end tokens set
+    in the file are switched off; the text of a special token inside a document is encoded as plain
+    text.
     """
 
     def __init__(self, path: str):
@@ -60,14 +89,16 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        separator = self._tokenizer.token_to_id(DOCUMENT_TOKEN)
-        if separator is None:
+        ids = {token: self._tokenizer.token_to_id(token) for token in SEPARATORS}
+        known = [token for token in SEPARATORS if ids[token] is not None]
+        if not known:
             raise UserError(
-                f"data.tokenizer: {path!r} has no token {DOCUMENT_TOKEN!r} to put between "
-                "documents; add it with tokenizers.Tokenizer.add_special_tokens("
-                f"[{DOCUMENT_TOKEN!r}]) and save the file"
+                f"data.tokenizer: {path!r} has no token to put between documents, such as "
+                f"{', '.join(map(repr, SEPARATORS[:3]))} or '</s>'; add one with "
+                f"tokenizers.Tokenizer.add_special_tokens([{DOCUMENT_TOKEN!r}]) and save the file"
             )
-        self.separator: int = separator
+        self.separator_token = known[0]
+        self.separator: int = ids[known[0]]
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
@@ -84,10 +115,38 @@ class JsonTokenizer:
                 )
         return [np.array(row, dtype=np.uint32) for row in ids]
 
-    @property
+    def sizes(self, piece: Piece, tokens: np.ndarray) -> UInt[np.ndarray, " N"]:
+        """How many bytes of the piece each of its tokens stands for; they add up to all of them.
+
+        A token that is no string of bytes stands for the characters between its predecessor's end
+        and its own; tokens that end at the same place (bytes of one character) share them evenly.
+        """
+        if self.is_byte_level:
+            sizes = self._token_bytes[tokens]
+        else:
+            text = _text(piece)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            sizes = _sizes_from_ends(text, [end for _, end in encoding.offsets])
+        if len(sizes) != len(tokens) or sizes.sum() != len(piece.data):
+            raise UserError(
+                f"data.tokenizer: {self._path!r} does not say which bytes of "
+                f"{piece.document.path!r} its tokens stand for; use a byte-level tokenizer"
+            )
+        return sizes.astype(SIZE)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, separators as they are spelled."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    @functools.cached_property
     def is_byte_level(self) -> bool:
         """Whether its tokens are strings of bytes."""
-        return (json.loads(self._tokenizer.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
+        return "ByteLevel" in [d.get("type") for d in (decoder, *decoder.get("decoders", ()))]
+
+    @functools.cached_property
+    def _token_bytes(self) -> np.ndarray:
+        return self.token_bytes()
 
     def token_text(self) -> list[str]:
         """Each token in readable form, control characters as escapes (``\\n``).
@@ -128,8 +187,8 @@ def _text(piece: Piece) -> str:
         return piece.data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"data.path: {piece.document.path!r} is not UTF-8 ({error.reason}); convert or remove "
-            "it, or leave data.tokenizer empty to train on bytes"
+            f"{piece.document.field}: {piece.document.path!r} is not UTF-8 ({error.reason}); "
+            "convert or remove it, or leave data.tokenizer empty to train on bytes"
         ) from error
 
 
@@ -147,28 +206,73 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def encode_documents(
-    documents: Sequence[Document], tokenizer: Tokenizer
+    documents: Sequence[Document], tokenizer: Tokenizer, census: Census | None = None
 ) -> Iterator[tuple[UInt[np.ndarray, " N"], int]]:
-    """The token stream of the documents, in parts; each with the number of bytes it stands for."""
+    """The token stream of the documents, in parts; each with the number of bytes it stands for.
+
+    A `census` sees the text as it is read.
+    """
+    for piece, tokens in _parts(documents, tokenizer, census):
+        yield tokens, len(piece.data) if piece else 1
+
+
+def encode_sized(
+    documents: Sequence[Document], tokenizer: Tokenizer, census: Census | None = None
+) -> Iterator[tuple[UInt[np.ndarray, " N"], UInt[np.ndarray, " N"]]]:
+    """The same stream; each part with the number of bytes that each of its tokens stands for."""
+    for piece, tokens in _parts(documents, tokenizer, census):
+        yield tokens, tokenizer.sizes(piece, tokens) if piece else np.ones(1, dtype=SIZE)
+
+
+def _parts(
+    documents: Sequence[Document], tokenizer: Tokenizer, census: Census | None
+) -> Iterator[tuple[Piece | None, np.ndarray]]:
+    """Pieces with their tokens, and None with a separator between two documents."""
     dtype = token_dtype(tokenizer.vocab_size)
     separator = np.array([tokenizer.separator], dtype=dtype)
     is_start = True
     for batch in piece_batches(documents):
         for piece, tokens in zip(batch, tokenizer.encode(batch), strict=True):
             if piece.is_first and not is_start:
-                yield separator, 1
+                yield None, separator
             is_start = False
-            yield tokens.astype(dtype), len(piece.data)
+            if census is not None:
+                census.see(piece)
+            yield piece, tokens.astype(dtype)
 
 
-def train_bpe(path: str, vocab_size: int, out: str, *, eval_fraction: float = 0.05) -> int:
+def _sizes_from_ends(text: str, ends: list[int]) -> np.ndarray:
+    """Bytes of tokens that end before these characters of the text."""
+    code_N = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    wide_N = 1 + (code_N >= 0x80) + (code_N >= 0x800) + (code_N >= 0x10000)
+    bytes_before = np.concatenate([[0], np.cumsum(wide_N)])
+    end_N = np.maximum.accumulate(np.array(ends, dtype=np.int64))
+    end_N[end_N == end_N[-1:]] = len(text)  # whatever follows the last token's end is its own
+    stop, first, count = np.unique(end_N, return_index=True, return_counts=True)
+    span = np.diff(bytes_before[stop], prepend=0)
+    sizes = np.repeat(span // count, count)
+    sizes[first] += span % count
+    return sizes
+
+
+def train_bpe(
+    path: str,
+    vocab_size: int,
+    out: str,
+    *,
+    eval_fraction: float = 0.05,
+    eval_path: str = "",
+    census: Census | None = None,
+) -> int:
     """Trains a byte-level BPE on the training split of `path` and writes it to `out`.
 
     Args:
       path: a file or folder of UTF-8 text; empty for the built-in corpus.
       vocab_size: tokens wanted, with the 256 bytes and `<|doc|>`; at least 257.
       out: the JSON file to write, for `data.tokenizer`. Must not exist.
-      eval_fraction: share of the files held out; use the same in `data.eval_fraction`.
+      eval_fraction: share of the bytes held out; use the same in `data.eval_fraction`.
+      eval_path: a text that is held out instead, as in `data.eval_path`.
+      census: sees the text as it is read.
 
     Returns the size of the vocabulary, less than `vocab_size` if the text has too few pairs to
     merge. The tokenizer encodes any UTF-8 text without loss; bytes that are not UTF-8 raise
@@ -179,9 +283,8 @@ def train_bpe(path: str, vocab_size: int, out: str, *, eval_fraction: float = 0.
         raise UserError(f"vocab_size: {vocab_size} is below 257 (256 bytes and {DOCUMENT_TOKEN})")
     if os.path.exists(out):
         raise UserError(f"out: {out!r} exists; remove it or choose another name")
-    documents = find_documents(path) if path else builtin_documents()
-    train = split_documents(documents, eval_fraction).train
-    tokenizer = _fit_bpe(train, vocab_size)
+    train = open_text(path, eval_fraction, eval_path).split.train
+    tokenizer = _fit_bpe(train, vocab_size, census)
     folder = os.path.dirname(os.path.abspath(out))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -195,7 +298,7 @@ def train_bpe(path: str, vocab_size: int, out: str, *, eval_fraction: float = 0.
     return tokenizer.get_vocab_size(with_added_tokens=True)
 
 
-def _fit_bpe(documents: Sequence[Document], vocab_size: int) -> Any:
+def _fit_bpe(documents: Sequence[Document], vocab_size: int, census: Census | None) -> Any:
     import tokenizers  # only where a tokenizer file is used
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -207,8 +310,14 @@ def _fit_bpe(documents: Sequence[Document], vocab_size: int) -> Any:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (_text(piece) for batch in piece_batches(documents) for piece in batch)
-    tokenizer.train_from_iterator(texts, trainer=trainer)
+
+    def texts() -> Iterator[str]:
+        for piece in pieces(documents):
+            if census is not None:
+                census.see(piece)
+            yield _text(piece)
+
+    tokenizer.train_from_iterator(texts(), trainer=trainer)
     return tokenizer
 
 

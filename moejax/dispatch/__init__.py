@@ -15,7 +15,7 @@ from moejax.dispatch.exchange import Site, sum_over_tensor
 from moejax.dispatch.merge import merge_experts
 from moejax.dispatch.slots import mix_slots
 from moejax.dispatch.transports import Job, Tokens
-from moejax.kernels import kernels_pass_check_vma
+from moejax.kernels import forward_mode, kernels_pass_check_vma
 from moejax.kernels.vma import vary_over, varying_axes
 from moejax.types import ExpertWeights, Merge, Priority, Routing, Slots, Transport
 
@@ -46,21 +46,23 @@ def dispatch(
 
     Without a mesh it runs where it is called. Under ``jax.set_mesh`` tokens are split over (data,
     fsdp, expert), experts over ``expert``, hidden widths over ``tensor``; the result does not
-    depend on the split. ``score_GT`` orders tokens for priorities ``gate`` and ``random``.
-    ``capacity`` (slots per group and expert) matters to ``cells`` only.
+    depend on the split. Groups that do not divide over the shards cost what the next multiple does.
+    ``score_GT`` orders tokens for priorities ``gate`` and ``random``. ``capacity`` (slots per group
+    and expert) matters to ``cells`` only.
 
     Raises:
-      ValueError: unknown transport; experts or groups that do not divide over the mesh.
+      ValueError: unknown transport; experts that do not divide over the mesh.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"transport={transport!r} is unknown; use one of {', '.join(TRANSPORTS)}")
     chex.assert_equal_shape([routing.expert_GTK, routing.weight_GTK])
     chex.assert_equal_shape_prefix([x_GTD, routing.expert_GTK], 2)
     mesh = meshes.ambient()
-    check_divides(mesh, weights, len(x_GTD), "groups of tokens")
+    check_divides(mesh, len(weights.up_EDF))
     tokens = Tokens(x_GTD, routing.expert_GTK, routing.weight_GTK, score_GT)
     job = Job(len(weights.up_EDF), activation, site_on(mesh), capacity, priority)
-    return _run(tokens, weights, transport=transport, job=job, mesh=mesh)
+    with forward_mode.refused('transport="all_experts" (equal to "dropless")'):
+        return _run(tokens, weights, transport=transport, job=job, mesh=mesh)
 
 
 def mix(
@@ -68,37 +70,28 @@ def mix(
 ) -> Float[Array, "G T D"]:
     """Each token's output where tokens are mixed into slots, or experts into one (``Merge``).
 
-    On a mesh as ``dispatch``; of a ``Merge`` it is the sequences that divide over the shards.
+    On a mesh as ``dispatch``; of a ``Merge`` it is the sequences that are split over the shards.
 
     Raises:
-      ValueError: experts, groups or sequences that do not divide over the mesh.
+      ValueError: experts that do not divide over the mesh.
     """
     mesh = meshes.ambient()
+    check_divides(mesh, len(weights.up_EDF))
     if isinstance(mixing, Merge):
-        sequences = len(mixing.weight_BNE)
-        check_divides(mesh, weights, sequences, "sequences")
-        x_BLD = x_GTD.reshape(sequences, -1, x_GTD.shape[-1])
+        x_BLD = x_GTD.reshape(len(mixing.weight_BNE), -1, x_GTD.shape[-1])
         return _mix(x_BLD, mixing, weights, activation=activation, mesh=mesh).reshape(x_GTD.shape)
-    check_divides(mesh, weights, len(x_GTD), "groups of tokens")
-    return _mix(x_GTD, mixing, weights, activation=activation, mesh=mesh)
+    with forward_mode.refused("a gate that does not mix into slots"):
+        return _mix(x_GTD, mixing, weights, activation=activation, mesh=mesh)
 
 
-def check_divides(
-    mesh: AbstractMesh | None, weights: ExpertWeights, groups: int, what: str
-) -> None:
-    """Raises ValueError unless experts and groups divide over the mesh."""
-    num_experts, shards = len(weights.up_EDF), meshes.axis_size(mesh, "expert")
-    batch_shards = meshes.axis_size(mesh, *meshes.BATCH_AXES)
+def check_divides(mesh: AbstractMesh | None, num_experts: int) -> None:
+    """Raises ValueError unless the experts divide over the mesh."""
+    shards = meshes.axis_size(mesh, "expert")
     if num_experts % shards:
         more = (num_experts // shards + 1) * shards
         raise ValueError(
             f"num_experts={num_experts} is not a multiple of the 'expert' mesh axis ({shards}); "
             f"use {more - shards or shards} or {more}"
-        )
-    if groups % batch_shards:
-        raise ValueError(
-            f"{groups} {what} do not divide over data x fsdp x expert = {batch_shards} "
-            "shards; make the number of sequences (or groups) a multiple of it"
         )
 
 
@@ -127,14 +120,9 @@ def _run(
 
     if mesh is None:
         return run(tokens, weights)
-    by_token = meshes.batch_spec(mesh)
-    return jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(by_token, weight_specs(weights)),
-        out_specs=by_token,
-        check_vma=transport not in GROUPED or kernels_pass_check_vma(),
-    )(tokens, weights)
+    checked = transport not in GROUPED or kernels_pass_check_vma()
+    specs = (weight_specs(weights),)
+    return meshes.on_batch_shards(run, mesh, specs, check_vma=checked)(tokens, weights)
 
 
 @partial(jax.jit, static_argnames=("activation", "mesh"))
@@ -143,16 +131,15 @@ def _mix(
 ) -> Array:
     site = site_on(mesh)
 
-    def run(x: Array, mixing: Slots | Merge, weights: ExpertWeights) -> Array:
+    def run(tokens: tuple[Array, Slots | Merge], weights: ExpertWeights) -> Array:
+        x, mixing = tokens
         if isinstance(mixing, Merge):
             return sum_over_tensor(merge_experts(x, mixing, weights, activation, site), site)
         return mix_slots(x, mixing, weights, activation, site)
 
     if mesh is None:
-        return run(x, mixing, weights)
-    by_token = meshes.batch_spec(mesh)
-    specs = (by_token, by_token, weight_specs(weights))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_token)(x, mixing, weights)
+        return run((x, mixing), weights)
+    return meshes.on_batch_shards(run, mesh, (weight_specs(weights),))((x, mixing), weights)
 
 
 def weight_specs(weights: ExpertWeights) -> Any:

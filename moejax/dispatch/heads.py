@@ -14,35 +14,28 @@ from jaxtyping import Array, Float
 
 from moejax import mesh as meshes
 from moejax.dispatch import pack
-from moejax.kernels import grouped_matmul, kernels_pass_check_vma
+from moejax.kernels import forward_mode, grouped_matmul, kernels_pass_check_vma
 from moejax.kernels.vma import match_varying
 from moejax.types import Routing
+
+ORDINARY = "ordinary attention"
+"""Instead of heads that are chosen, where forward mode is wanted."""
 
 
 def to_heads(
     x_BLD: Float[Array, "B L D"], routing: Routing, query_EDI: Float[Array, "E D I"]
 ) -> Float[Array, "B L K I"]:
     """Each token times the matrix of each of its K heads; zeros where a column is inactive."""
-    check(len(x_BLD))
-    return head_queries(x_BLD, routing, query_EDI, mesh=meshes.ambient())
+    with forward_mode.refused(ORDINARY):
+        return head_queries(x_BLD, routing, query_EDI, mesh=meshes.ambient())
 
 
 def from_heads(
     mixed_BLKI: Float[Array, "B L K I"], routing: Routing, out_EID: Float[Array, "E I D"]
 ) -> Float[Array, "B L D"]:
     """y_t = sum over k of weight_tk mixed_tk @ out[expert_tk], accumulated in float32."""
-    check(len(mixed_BLKI))
-    return head_outputs(mixed_BLKI, routing, out_EID, mesh=meshes.ambient())
-
-
-def check(sequences: int) -> None:
-    """Raises ValueError unless the sequences divide over the mesh."""
-    shards = meshes.axis_size(meshes.ambient(), *meshes.BATCH_AXES)
-    if sequences % shards:
-        raise ValueError(
-            f"{sequences} sequences do not divide over data x fsdp x expert = {shards} shards; "
-            "make the number of sequences a multiple of it"
-        )
+    with forward_mode.refused(ORDINARY):
+        return head_outputs(mixed_BLKI, routing, out_EID, mesh=meshes.ambient())
 
 
 # The names of these two tell a count of FLOPs that their grouped matmuls do not depend on the
@@ -51,21 +44,23 @@ def check(sequences: int) -> None:
 def head_queries(
     x_BLD: Array, routing: Routing, query_EDI: Array, *, mesh: AbstractMesh | None
 ) -> Array:
-    def run(x_bLD: Array, routing: Routing, query_EDI: Array) -> Array:
+    def run(tokens: tuple[Array, Routing], query_EDI: Array) -> Array:
+        x_bLD, routing = tokens
         plan, by_pair, size_E = _plans(routing, len(query_EDI))
         rows_ND = pack.gather_rows(x_bLD.reshape(-1, x_bLD.shape[-1]), plan)
         query_NI = grouped_matmul(rows_ND, query_EDI.astype(rows_ND.dtype), size_E)
         query_NI = pack.sum_rows(query_NI, by_pair)
         return query_NI.reshape(*routing.expert_GTK.shape, -1)
 
-    return checkpoint_name(_by_token(run, mesh)(x_BLD, routing, query_EDI), "attention")
+    return checkpoint_name(_by_token(run, mesh)((x_BLD, routing), query_EDI), "attention")
 
 
 @partial(jax.jit, static_argnames="mesh")
 def head_outputs(
     mixed_BLKI: Array, routing: Routing, out_EID: Array, *, mesh: AbstractMesh | None
 ) -> Array:
-    def run(mixed_bLKI: Array, routing: Routing, out_EID: Array) -> Array:
+    def run(tokens: tuple[Array, Routing], out_EID: Array) -> Array:
+        mixed_bLKI, routing = tokens
         batch, length, columns, width = mixed_bLKI.shape
         plan, by_pair, size_E = _plans(routing, len(out_EID))
         rows_NI = pack.gather_rows(mixed_bLKI.reshape(-1, width), by_pair)
@@ -74,21 +69,14 @@ def head_outputs(
         out_ND, weight_tK = match_varying(out_ND, routing.weight_GTK.reshape(-1, columns))
         return pack.combine_rows(out_ND, weight_tK, plan).reshape(batch, length, -1)
 
-    return _by_token(run, mesh)(mixed_BLKI, routing, out_EID)
+    return _by_token(run, mesh)((mixed_BLKI, routing), out_EID)
 
 
 def _by_token(run, mesh: AbstractMesh | None):
-    """``run(tokens, routing, weights)`` on every device for its own sequences."""
+    """``run((tokens, routing), weights)`` on every device for its own sequences."""
     if mesh is None:
         return run
-    by_token = meshes.batch_spec(mesh)
-    return jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(by_token, by_token, P()),
-        out_specs=by_token,
-        check_vma=kernels_pass_check_vma(),
-    )
+    return meshes.on_batch_shards(run, mesh, (P(),), check_vma=kernels_pass_check_vma())
 
 
 def _plans(routing: Routing, num_experts: int) -> tuple[pack.Plan, pack.Plan, Array]:

@@ -13,7 +13,6 @@ from moejax import mesh as meshes
 from moejax.dispatch import check_divides, exchange, site_on
 from moejax.dispatch.exchange import Site
 from moejax.experts import activate
-from moejax.types import ExpertWeights
 
 
 class SharedExperts(NamedTuple):
@@ -40,10 +39,10 @@ def multi_gate(
     splits nothing. The result does not depend on the split.
 
     Raises:
-      ValueError: experts or examples that do not divide over the mesh.
+      ValueError: experts that do not divide over the mesh.
     """
     mesh = meshes.ambient()
-    check_divides(mesh, ExpertWeights(None, experts.in_EDF, experts.out_EFO), len(x_BD), "examples")
+    check_divides(mesh, len(experts.in_EDF))
     return _multi_gate(x_BD, weight_BME, experts, activation=activation, mesh=mesh)
 
 
@@ -53,17 +52,15 @@ def _multi_gate(
 ) -> Array:
     run = partial(_on_shard, activation=activation, site=site_on(mesh))
     if mesh is None:
-        return run(x_BD, weight_BME, experts)
-    by_example = meshes.batch_spec(mesh)
-    specs = (by_example, by_example, _expert_spec(mesh))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_example)(
-        x_BD, weight_BME, experts
-    )
+        return run((x_BD, weight_BME), experts)
+    on_shards = meshes.on_batch_shards(run, mesh, (_expert_spec(mesh),))
+    return on_shards((x_BD, weight_BME), experts)
 
 
 def _on_shard(
-    x_bD: Array, weight_bME: Array, experts: SharedExperts, *, activation: str, site: Site
+    examples: tuple[Array, Array], experts: SharedExperts, *, activation: str, site: Site
 ) -> Array:
+    x_bD, weight_bME = examples
     x_BD = exchange.gather_tokens(x_bD, site)
     # Each shard needs the weights of its own experts only, for the examples of all shards.
     batch, gates, _ = weight_bME.shape

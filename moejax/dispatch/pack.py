@@ -149,21 +149,33 @@ def _inverse(index_N: Array, value_N: Array) -> Array:
     return jnp.zeros_like(value_N).at[index_N].set(value_N, unique_indices=True)
 
 
-@jax.custom_vjp
-def gather_rows(x_tD: Float[Array, "t D"], plan: Plan) -> Float[Array, "M D"]:
-    """The token of each row; zeros where a row is empty."""
+def _gather(x_tD: Array, plan: Plan) -> Array:
     columns = plan.row_tK.shape[1]
     # A padding row instead of a select over the result: the copy is of t rows, not of M.
     padded = jnp.concatenate([x_tD, jnp.zeros_like(x_tD[:1])])
     return jnp.take(padded, plan.pair_M // columns, axis=0, mode="clip")
 
 
+def _sum(rows_MD: Array, plan: Plan) -> Array:
+    def row_of(column: Array | int) -> Array:
+        return _rows_of_column(rows_MD, plan, column)
+
+    return _sum_over_columns(row_of, plan).astype(rows_MD.dtype)
+
+
+# Backward passes call the plain functions, so that forward mode may pass them: jvp of grad.
+@jax.custom_vjp
+def gather_rows(x_tD: Float[Array, "t D"], plan: Plan) -> Float[Array, "M D"]:
+    """The token of each row; zeros where a row is empty."""
+    return _gather(x_tD, plan)
+
+
 def _gather_rows_fwd(x_tD: Array, plan: Plan) -> tuple[Array, Plan]:
-    return gather_rows(x_tD, plan), plan
+    return _gather(x_tD, plan), plan
 
 
 def _gather_rows_bwd(plan: Plan, grad_MD: Array) -> tuple[Array, None]:
-    return sum_rows(grad_MD, plan), None
+    return _sum(grad_MD, plan), None
 
 
 gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
@@ -172,19 +184,15 @@ gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 @jax.custom_vjp
 def sum_rows(rows_MD: Float[Array, "M D"], plan: Plan) -> Float[Array, "t D"]:
     """The sum of each token's rows, accumulated in float32: the transpose of ``gather_rows``."""
-
-    def row_of(column: Array | int) -> Array:
-        return _rows_of_column(rows_MD, plan, column)
-
-    return _sum_over_columns(row_of, plan).astype(rows_MD.dtype)
+    return _sum(rows_MD, plan)
 
 
 def _sum_rows_fwd(rows_MD: Array, plan: Plan) -> tuple[Array, Plan]:
-    return sum_rows(rows_MD, plan), plan
+    return _sum(rows_MD, plan), plan
 
 
 def _sum_rows_bwd(plan: Plan, grad_tD: Array) -> tuple[Array, None]:
-    return gather_rows(grad_tD, plan), None
+    return _gather(grad_tD, plan), None
 
 
 sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
@@ -195,7 +203,10 @@ def combine_rows(
     rows_MD: Float[Array, "M D"], weight_tK: Float[Array, "t K"], plan: Plan
 ) -> Float[Array, "t D"]:
     """y_t = sum over kept columns of weight_tk rows[row_tk], accumulated in float32."""
+    return _combine(rows_MD, weight_tK, plan)
 
+
+def _combine(rows_MD: Array, weight_tK: Array, plan: Plan) -> Array:
     def weighted(column: Array | int) -> Array:
         return weight_tK[:, column, None] * _rows_of_column(rows_MD, plan, column)
 
@@ -227,7 +238,7 @@ def _sum_over_columns(of_column: Callable[[Array | int], Array], plan: Plan) -> 
 def _combine_rows_fwd(
     rows_MD: Array, weight_tK: Array, plan: Plan
 ) -> tuple[Array, tuple[Array, Array, Plan]]:
-    return combine_rows(rows_MD, weight_tK, plan), (rows_MD, weight_tK, plan)
+    return _combine(rows_MD, weight_tK, plan), (rows_MD, weight_tK, plan)
 
 
 def _combine_rows_bwd(

@@ -59,7 +59,7 @@ def reroute(
         weight_GTK,
         lost_GTK=active_GTK & ~kept_GTK,
         visited_GTE=jnp.any(hit_GTKE & active_GTK[..., None], axis=2),
-        load_GE=jnp.sum(hit_GTKE & kept_GTK[..., None], axis=(1, 2)),
+        load_GE=jnp.sum(hit_GTKE & kept_GTK[..., None], axis=(1, 2), dtype=jnp.int32),
     )
 
     def one_round(_: Array | int, moved: _Moved) -> _Moved:
@@ -80,7 +80,7 @@ def _move(moved: _Moved, column: int, prob_GTE: Array, order_GT: Array, capacity
     asks_GT = moved.lost_GTK[..., column] & jnp.any(allowed_GTE, axis=-1)
     asks_GTE = asks_GT[..., None] & (best_GT[..., None] == jnp.arange(num_experts))
     in_order_GTE = jnp.take_along_axis(asks_GTE, order_GT[..., None], axis=1)
-    before_GTE = jnp.cumsum(in_order_GTE, axis=1) - in_order_GTE
+    before_GTE = jnp.cumsum(in_order_GTE, axis=1, dtype=jnp.int32) - in_order_GTE.astype(jnp.int32)
     back_GT = jnp.argsort(order_GT, axis=-1)
     before_GTE = jnp.take_along_axis(before_GTE, back_GT[..., None], axis=1)
     moves_GTE = asks_GTE & (moved.load_GE[:, None] + before_GTE < capacity)

@@ -88,6 +88,7 @@ __all__ = [
     "fields",
     "limit_groups",
     "load_probability",
+    "loss_weights",
     "make",
     "names",
     "preset_overrides",
@@ -119,17 +120,46 @@ UNBALANCED = {"losses.load_balance": 0.0, "losses.z": 0.0}
 OF_SEQUENCES = {"transport": "dropless", "balance_scope": "batch"}
 """For gates that route whole sequences: one of them loads few experts, and cannot be balanced."""
 
+CELLS = {"transport": "cells"}
+"""For models that drop what exceeds a capacity; they name their factor."""
+
+OF_SHAZEER = {
+    "transport": "dropless",
+    "balance_scope": "batch",
+    "losses.load_balance": 0.0,
+    "losses.importance": 0.1,
+    "losses.load": 0.1,
+    "losses.z": 0.0,
+}
+"""Shazeer et al., arXiv 1701.06538: nothing is dropped; both losses over a batch, with weight 0.1
+(appendix C.1)."""
+
 GATES: dict[str, Entry] = {
     "top_k": Entry(TopK),
     "switch": Entry(
         TopK,
         {"k": 1, "renormalize": False, "jitter": 0.01},
-        source="Fedus, Zoph, Shazeer (Switch; no z-loss there), arXiv 2101.03961",
+        moe={
+            **CELLS,
+            "capacity_factor": 1.25,
+            "balance_scope": "batch",
+            "losses.load_balance": 0.01,
+            "losses.z": 0.0,
+        },
+        source="Fedus, Zoph, Shazeer (Switch: alpha = 0.01 in section 2.2; capacity 1.25 and "
+        "jitter 0.01 as in Mesh TensorFlow), arXiv 2101.03961",
     ),
     "mixtral": Entry(
         TopK,
         {"k": 2, "renormalize": True},
-        source="Jiang et al. (Mixtral; dropless and no z-loss there), arXiv 2401.04088",
+        moe={
+            "transport": "dropless",
+            "balance_scope": "batch",
+            "losses.load_balance": 0.04,
+            "losses.z": 0.0,
+        },
+        source="Jiang et al. (Mixtral 8x7B; router_aux_loss_coef 0.02 of its config.json, of a "
+        "loss that is k at balance), arXiv 2401.04088",
     ),
     # Coefficients of losses are converted to losses that are 1 at balance, not for the number of
     # layers (docs/losses.md).
@@ -142,7 +172,7 @@ GATES: dict[str, Entry] = {
             "losses.load_balance": 0.001,
             "losses.z": 0.0,
         },
-        source="Dai et al. (DeepSeekMoE 16B: 6 of 64), arXiv 2401.06066; loss weight recalled",
+        source="Dai et al. (DeepSeekMoE 16B: 6 of 64, section 5.1.2), arXiv 2401.06066",
     ),
     "qwen_moe": Entry(
         TopK,
@@ -151,30 +181,51 @@ GATES: dict[str, Entry] = {
             "shared_experts": 4,
             "shared_gate": True,
             "transport": "dropless",
+            "balance_scope": "batch",
             "losses.load_balance": 0.004,
             "losses.z": 0.0,
         },
-        source="Qwen Team (Qwen1.5-MoE-A2.7B: 4 of 60; 0.001 of a loss that is k at balance); "
-        "Yang et al. (Qwen2), arXiv 2407.10671",
+        source="Qwen Team (Qwen1.5-MoE-A2.7B: 4 of 60; router_aux_loss_coef 0.001 of its "
+        "config.json, of a loss that is k at balance); Yang et al. (Qwen2), arXiv 2407.10671",
     ),
     "olmoe": Entry(
         TopK,
         {"k": 8, "renormalize": False},
-        moe={"transport": "dropless", "losses.load_balance": 0.01, "losses.z": 0.001},
+        moe={
+            "transport": "dropless",
+            "balance_scope": "batch",
+            "losses.load_balance": 0.01,
+            "losses.z": 0.001,
+        },
         source="Muennighoff et al. (OLMoE 1B-7B: 8 of 64), arXiv 2409.02060",
     ),
     "openmoe": Entry(
         TopK,
         {"k": 2, "renormalize": False},
-        moe={"shared_experts": 1, "losses.load_balance": 0.02, "losses.z": 0.0001},
+        moe={
+            "shared_experts": 1,
+            **CELLS,
+            "capacity_factor": 1.25,
+            "losses.load_balance": 0.02,
+            "losses.z": 0.0001,
+        },
         source="Xue et al. (OpenMoE: 2 of 32; 0.01 of a loss that is k at balance), "
         "arXiv 2402.01739",
     ),
     "residual_moe": Entry(
         TopK,
         {"k": 1, "renormalize": False},
-        moe={"shared_experts": 1, "residual": True, "losses.z": 0.0},
-        source="Rajbhandari et al. (DeepSpeed-MoE, the residual of PR-MoE), arXiv 2201.05596",
+        moe={
+            "shared_experts": 1,
+            "residual": True,
+            **CELLS,
+            "capacity_factor": 1.0,
+            "balance_scope": "batch",
+            "losses.load_balance": 0.01,
+            "losses.z": 0.0,
+        },
+        source="Rajbhandari et al. (DeepSpeed-MoE, the residual of PR-MoE; loss and capacity of "
+        "its training scripts), arXiv 2201.05596",
     ),
     "prototypes": Entry(Prototypes),
     "gating_dropout": Entry(GatingDropout, moe={"transport": "dropless", "balance_scope": "batch"}),
@@ -199,20 +250,41 @@ GATES: dict[str, Entry] = {
             "losses.load_balance": 0.003,
             "losses.z": 0.0,
         },
-        source="DeepSeek-AI (DeepSeek-V2: 6 of 160 on 3 of 8 devices), arXiv 2405.04434; numbers "
-        "recalled",
+        source="DeepSeek-AI (DeepSeek-V2: 6 of 160 on 3 of 8 devices, section 3.1.2), "
+        "arXiv 2405.04434",
     ),
     "deepseek_v3": Entry(
         LossFree,
-        {"k": 8, "route_scale": 2.5, "num_groups": 8, "top_groups": 4},
+        {
+            "k": 8,
+            "score": "sigmoid",
+            "renormalize": True,
+            "route_scale": 2.5,
+            "bias_rate": 0.001,
+            "num_groups": 8,
+            "top_groups": 4,
+            "group_score": "top2",
+            "sequence_loss": 0.0001,
+        },
         moe={"shared_experts": 1, "transport": "dropless", **UNBALANCED},
-        source="DeepSeek-AI (DeepSeek-V3: 8 of 256 on 4 of 8 nodes), arXiv 2412.19437",
+        source="DeepSeek-AI (DeepSeek-V3: 8 of 256 on 4 of 8 nodes, section 4.2), arXiv 2412.19437",
     ),
     "quantile": Entry(Quantile, moe={"losses.load_balance": 0.0}),
-    "shazeer": Entry(
-        NoisyTopK, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}
+    "shazeer": Entry(NoisyTopK, moe=OF_SHAZEER),
+    "gshard": Entry(
+        GShard,
+        {"second_policy": "random", "threshold": 0.5},
+        moe={
+            **CELLS,
+            "capacity_factor": 1.0,
+            "priority": "choice",
+            "balance_scope": "group",
+            "losses.load_balance": 0.01,
+            "losses.z": 0.0,
+        },
+        source="Lepikhin et al. (GShard, algorithm 1; weight of the loss as in Mesh TensorFlow), "
+        "arXiv 2006.16668",
     ),
-    "gshard": Entry(GShard, source="Lepikhin et al. (GShard; no z-loss there), arXiv 2006.16668"),
     "dense": Entry(Dense, moe={"transport": "all_experts", "losses.load_balance": 0.0}),
     "base": Entry(Base, moe=UNBALANCED),
     "sbase": Entry(SBase, moe=UNBALANCED),
@@ -225,9 +297,7 @@ GATES: dict[str, Entry] = {
     "replay": Entry(Replay, moe={"transport": "dropless", **UNBALANCED}),
     "soft": Entry(Soft, moe=UNBALANCED),
     # Routers of the literature, and controls without one.
-    "hierarchical": Entry(
-        Hierarchical, moe={"losses.load_balance": 0.0, "losses.importance": 0.1, "losses.load": 0.1}
-    ),
+    "hierarchical": Entry(Hierarchical, moe=OF_SHAZEER),
     "xmoe": Entry(XMoE, moe={"losses.z": 0.0}),
     "stablemoe": Entry(StableMoE, moe={"capacity_factor": 2.0, **UNBALANCED}),
     "remoe": Entry(ReMoE, moe={"transport": "dropless", **UNBALANCED}),
@@ -281,6 +351,13 @@ def fields(name: str) -> dict[str, tuple[Any, str]]:
 def preset_overrides(name: str) -> dict[str, Any]:
     """Fields outside the gate, relative to ``moe``, that this name's published model sets."""
     return dict(_entry(name).moe)
+
+
+def loss_weights(name: str) -> dict[str, float]:
+    """Weights of the losses in ``info.losses`` that this name's published model sets."""
+    prefix = "losses."
+    preset = preset_overrides(name).items()
+    return {key.removeprefix(prefix): value for key, value in preset if key.startswith(prefix)}
 
 
 def source(name: str) -> str:

@@ -89,7 +89,7 @@ def solve(
     count = jnp.sum(valid_T, dtype=jnp.int32)
     share, left_over = count // num_experts, count % num_experts
 
-    price_E = starting_prices(value_TE, valid_T, count / num_experts)
+    price_E = starting_prices(value_TE, valid_T, count.astype(jnp.float32) / num_experts)
     expert_T = jnp.where(valid_T, jnp.argmax(value_TE - price_E, axis=1), -1).astype(jnp.int32)
     # The dearest experts take one more: with prices given, that is optimal.
     extra_E = _descending_rank(price_E) < left_over
@@ -149,7 +149,8 @@ def starting_prices(
         def bisect(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low_E, high_E = bounds
             middle_E = (low_E + high_E) // 2
-            too_many_E = jnp.sum(margin_ET >= middle_E[:, None], axis=1) > target
+            bids_E = jnp.sum(margin_ET >= middle_E[:, None], axis=1, dtype=jnp.int32)
+            too_many_E = bids_E.astype(jnp.float32) > target
             return jnp.where(too_many_E, middle_E, low_E), jnp.where(too_many_E, high_E, middle_E)
 
         whole_step = step.astype(jnp.int32)

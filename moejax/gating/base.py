@@ -80,8 +80,8 @@ class Base(ops.Stateless):
             best = group_local(ops.each_group(balanced_assignment))(score_GTE, context.valid_GT)
             best = checkpoint_name(best, "routing")
             expert_GT = jnp.maximum(best.expert_T, 0)
-            tokens_G = jnp.sum(context.valid_GT, axis=1)
-            means["assignment_gap"] = best.gap / jnp.maximum(tokens_G, 1)
+            tokens_G = jnp.sum(context.valid_GT, axis=1, dtype=jnp.float32)
+            means["assignment_gap"] = best.gap / jnp.maximum(tokens_G, 1.0)
         else:
             expert_GT = jnp.argmax(score_GTE, axis=-1).astype(jnp.int32)
         alpha_GT = jax.nn.sigmoid(ops.at_expert(score_GTE, expert_GT[..., None])[..., 0])

@@ -144,7 +144,7 @@ class ExpertChoice:
         # The first step's value replaces the initial one, then a plain mean until the EMA begins.
         done = state["updates"].astype(jnp.float32)
         keep = jnp.minimum(self.ema_decay, done / (done + 1.0))
-        last_E = stats.gate["threshold"] / jnp.maximum(stats.tokens, 1)
+        last_E = stats.gate["threshold"] / jnp.maximum(stats.tokens, 1).astype(jnp.float32)
         return {
             "threshold_E": keep * state["threshold_E"] + (1.0 - keep) * last_E,
             "updates": state["updates"] + 1,

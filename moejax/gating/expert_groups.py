@@ -51,7 +51,7 @@ def group_balance(
     # Summed, not averaged: a sequence's loss is weighted by its tokens.
     mass_Qd = by_sequence(jnp.where(valid_GT1, probs_GTE, 0.0))
     total = num_groups * jnp.sum(jax.lax.stop_gradient(share_Qd) * mass_Qd)
-    return total / jnp.maximum(jnp.sum(context.valid_GT), 1)
+    return total / jnp.maximum(jnp.sum(context.valid_GT, dtype=jnp.float32), 1.0)
 
 
 def check_groups(k: int, num_experts: int, num_groups: int, top_groups: int) -> None:

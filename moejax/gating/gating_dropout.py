@@ -105,7 +105,9 @@ class GatingDropout(TopK):
         """
         if context.key is None:
             raise ValueError("this gate draws random numbers: pass a context with a PRNG key")
-        return jax.random.bernoulli(jax.random.fold_in(context.key, COIN), self.local_share)
+        return jax.random.bernoulli(
+            jax.random.fold_in(context.key, COIN), jnp.float32(self.local_share)
+        )
 
     def at_home(self, context: GateContext, num_experts: int) -> Bool[Array, "G T E"]:
         """Which experts are on a token's own shard."""

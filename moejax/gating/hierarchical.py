@@ -161,8 +161,8 @@ class Hierarchical(ops.Stateless):
         )
         valid_GT1 = valid_GT[..., None]
         smooth_GA = jnp.sum(jnp.where(valid_GT1, outer_GTA, 0.0), axis=1)
-        sent_GA = jnp.sum(hit_GTA & valid_GT1, axis=1)
-        ratio_GA = smooth_GA / jnp.maximum(sent_GA, 1)
+        sent_GA = jnp.sum(hit_GTA & valid_GT1, axis=1, dtype=jnp.float32)
+        ratio_GA = smooth_GA / jnp.maximum(sent_GA, 1.0)
         return jnp.where(hit_GTA[..., None], inner_GTAJ, 0.0) * ratio_GA[:, None, :, None]
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:

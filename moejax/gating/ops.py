@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,12 +70,15 @@ def softmax_stats(logits_GTE: Array) -> RouterStats:
 
 
 def row_noise(
-    draw: Callable[[PRNGKeyArray, tuple[int, ...]], Array],
+    draw: Callable[[PRNGKeyArray, tuple[int, ...], Any], Array],
     context: GateContext,
     shape: tuple[int, ...],
     tag: int = 0,
 ) -> Float[Array, "G T ..."]:
     """Noise ``[G, T, *shape]`` keyed by (seed, step, layer, global row id) and ``tag``.
+
+    ``draw(key, shape, dtype)`` is a sampler such as ``jax.random.normal``. It draws float32 under
+    ``jax_enable_x64`` too, where a sampler's own default is another, with other values.
 
     Each sequence draws its own block from its own key, so the noise of a row is the same on every
     mesh, in every micro-batch split and at every place in the batch.
@@ -83,16 +87,19 @@ def row_noise(
       ValueError: the context has no key.
     """
     if context.key is None:
-        raise ValueError("this gate draws random numbers: pass a context with a PRNG key")
+        raise ValueError(
+            "this gate draws random numbers: pass a context with a PRNG key, "
+            "moejax.Context.of(B, L, key=...), or rngs=nnx.Rngs(...)"
+        )
     groups, rows = context.row_GR.shape
     length = context.token_GT.shape[1] // rows
     key = jax.random.fold_in(context.key, tag)
 
     def one_row(row: Array) -> Array:
-        return draw(jax.random.fold_in(key, row), (length, *shape))
+        return draw(jax.random.fold_in(key, row), (length, *shape), jnp.float32)
 
     noise_GRL = jax.vmap(jax.vmap(one_row))(context.row_GR)
-    return noise_GRL.reshape(groups, rows * length, *shape).astype(jnp.float32)
+    return noise_GRL.reshape(groups, rows * length, *shape)
 
 
 def each_group(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
@@ -213,12 +220,12 @@ def imbalance(mass_GTE: Float[Array, "G T E"]) -> Float[Array, "G"]:
 def group_mean(value_GT: Float[Array, "G T"], valid_GT: Bool[Array, "G T"]) -> Float[Array, "G"]:
     """Mean over the valid tokens of each group; 0 where there are none."""
     total_G = jnp.sum(jnp.where(valid_GT, value_GT, 0.0), axis=1)
-    return total_G / jnp.maximum(jnp.sum(valid_GT, axis=1), 1)
+    return total_G / jnp.maximum(jnp.sum(valid_GT, axis=1, dtype=jnp.float32), 1.0)
 
 
 def mean(value_GT: Float[Array, "G T"], context: GateContext) -> Float[Array, ""]:
     """Mean over valid tokens; 0 when there are none."""
-    count = jnp.maximum(jnp.sum(context.valid_GT), 1)
+    count = jnp.maximum(jnp.sum(context.valid_GT, dtype=jnp.float32), 1.0)
     return jnp.sum(jnp.where(context.valid_GT, value_GT, 0.0)) / count
 
 

@@ -115,7 +115,7 @@ class Quantile:
     def update(self, state: GateState, stats: MoEStats) -> GateState:
         if "price" not in stats.gate:  # of an evaluation
             return state
-        mean_E = stats.gate["price"] / jnp.maximum(stats.tokens, 1)
+        mean_E = stats.gate["price"] / jnp.maximum(stats.tokens, 1).astype(jnp.float32)
         return {"price_E": jnp.where(stats.tokens > 0, mean_E, state["price_E"])}
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:

@@ -45,7 +45,8 @@ def exchange(
         return flow, jnp.int32(0)
 
     def surplus(flow: Flow) -> Array:
-        return _count(flow.expert_T, num_experts) - share - flow.extra_E
+        due_E = share + flow.extra_E.astype(jnp.int32)
+        return _count(flow.expert_T, num_experts) - due_E
 
     def unbalanced(carry: tuple[Flow, Array]) -> Array:
         flow, rounds = carry
@@ -192,7 +193,7 @@ def _candidates(
     # A lot's low bits name its column, so that the largest lot is found by a plain maximum.
     bits = max(num_experts - 1, 1).bit_length()
     lot_TE = (scatter_hash(tokens, num_experts, seed + 1) >> (bits + 1)).astype(jnp.int32)
-    lot_TE = (lot_TE << bits) | jnp.arange(num_experts)
+    lot_TE = (lot_TE << bits) | jnp.arange(num_experts, dtype=jnp.int32)
     winner_T = jnp.max(jnp.where(fits_TE, lot_TE, -1), axis=1)
     return jnp.where(winner_T >= 0, winner_T & (2**bits - 1), -1)
 
@@ -207,13 +208,13 @@ def _tree_flow(parent_N: Array, surplus_N: Array, room_N: Array) -> Int[Array, "
     deficit_N, supply_N = jnp.maximum(-surplus_N, 0), jnp.maximum(surplus_N, 0)
 
     def ask(wanted_N: Array) -> Array:
-        below_N = jnp.sum(jnp.where(child_NN, wanted_N, 0), axis=1)
+        below_N = jnp.sum(jnp.where(child_NN, wanted_N, 0), axis=1, dtype=jnp.int32)
         return jnp.clip(deficit_N + below_N - supply_N, 0, room_N)
 
     wanted_N = _fixpoint(ask, jnp.zeros_like(room_N))
     node_N = jnp.arange(parent_N.size)
     older_sibling_NN = (parent_N[:, None] == parent_N) & (node_N < node_N[:, None])
-    before_N = jnp.sum(jnp.where(older_sibling_NN, wanted_N, 0), axis=1)
+    before_N = jnp.sum(jnp.where(older_sibling_NN, wanted_N, 0), axis=1, dtype=jnp.int32)
 
     def give(sent_N: Array) -> Array:
         left_N = jnp.maximum(sent_N + supply_N - deficit_N, 0)
@@ -232,7 +233,8 @@ def _apply(flow: Flow, to_T: Array, parent_N: Array, sent_N: Array) -> Flow:
     # Candidates sorted by arc and then by token, those without an arc first: those that go are the
     # ones up to the last that may. Numbers are below T E, the size of the scores.
     key_T = to_T * tokens + jnp.arange(tokens, dtype=to_T.dtype)
-    start_E = jnp.cumsum(size_E) - size_E + (tokens - jnp.sum(size_E))
+    placed = jnp.sum(size_E, dtype=jnp.int32)
+    start_E = jnp.cumsum(size_E, dtype=jnp.int32) - size_E + (tokens - placed)
     last_E = jnp.sort(key_T)[jnp.maximum(start_E + jnp.minimum(sent_E, size_E) - 1, 0)]
     at_E = jnp.maximum(to_T, 0)
     goes_T = (to_T >= 0) & (sent_E[at_E] > 0) & (key_T <= last_E[at_E])

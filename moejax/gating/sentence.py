@@ -114,7 +114,8 @@ def running_means(
 ) -> Float[Array, "G R L D"]:
     """For each position the mean of the valid ones up to it; 0 where there are none."""
     total_GRLD = jnp.cumsum(jnp.where(valid_GRL[..., None], x_GRLD, 0.0), axis=2)
-    return total_GRLD / jnp.maximum(jnp.cumsum(valid_GRL, axis=2), 1)[..., None]
+    count_GRL = jnp.cumsum(valid_GRL, axis=2, dtype=jnp.float32)
+    return total_GRLD / jnp.maximum(count_GRL, 1.0)[..., None]
 
 
 def shifted(

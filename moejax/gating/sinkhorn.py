@@ -139,7 +139,12 @@ def _without_exponentials(
         column_E = factor_E * jnp.sum(kernel_TE * share_T[:, None], axis=0)
         in_range = jnp.all(column_E >= LEAST_COLUMN)
         excess = jnp.where(in_range, jnp.log(column_E) - log_share, excess_E)
-        return jnp.where(in_range, new_E, drift_E), excess, turn + in_range, in_range
+        return (
+            jnp.where(in_range, new_E, drift_E),
+            excess,
+            turn + in_range.astype(jnp.int32),
+            in_range,
+        )
 
     start = (jnp.zeros_like(log_v_E), excess_E, turn, jnp.bool_(True))
     drift_E, excess_E, turn, _ = lax.while_loop(go_on, one, varying_like(start, scaled_TE))

@@ -1,7 +1,7 @@
 """SMEAR: one merged expert per sequence."""
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,8 @@ class Smear(spans.MergesExperts):
     def _keep(self, logits_GRNE: Array, context: GateContext) -> Bool[Array, "G R N E"]:
         """Which experts dropout leaves, drawn once per sequence."""
 
-        def once(key: Array, shape: tuple[int, ...]) -> Array:
-            return jnp.broadcast_to(jax.random.uniform(key, shape[1:]), shape)
+        def once(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            return jnp.broadcast_to(jax.random.uniform(key, shape[1:], dtype), shape)
 
         groups, rows, _, experts = logits_GRNE.shape
         drawn_GTE = ops.row_noise(once, context, (experts,))

@@ -50,8 +50,8 @@ def span_means(
 ) -> tuple[Float[Array, "G R N D"], Bool[Array, "G R N"]]:
     """Means of the valid ones in spans of ``size``, the last maybe shorter; and which have any."""
     x_GRNUD, valid_GRNU = in_spans(x_GRLD, valid_GRL, size)
-    count_GRN = jnp.sum(valid_GRNU, axis=3)
-    return jnp.sum(x_GRNUD, axis=3) / jnp.maximum(count_GRN, 1)[..., None], count_GRN > 0
+    count_GRN = jnp.sum(valid_GRNU, axis=3, dtype=jnp.float32)
+    return jnp.sum(x_GRNUD, axis=3) / jnp.maximum(count_GRN, 1.0)[..., None], count_GRN > 0
 
 
 def span_logits(

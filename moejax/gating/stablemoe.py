@@ -84,7 +84,7 @@ class StableMoE(ops.Stateless):
         table = (spec.vocab_size, self.distill_dim)
         return {
             "router_DE": orthogonal(keys[0], (spec.d_model, spec.num_experts), jnp.float32),
-            "embed_VR": self.distill_dim**-0.5 * jax.random.normal(keys[1], table),
+            "embed_VR": self.distill_dim**-0.5 * jax.random.normal(keys[1], table, jnp.float32),
             "distill_RE": orthogonal(keys[2], (self.distill_dim, spec.num_experts), jnp.float32),
         }
 

@@ -19,7 +19,7 @@ def balanced_table(
     """
     rank_V = counts_V.astype(jnp.float32)
     if key is not None:
-        rank_V *= jax.random.uniform(key, counts_V.shape, minval=1.0, maxval=2.0)
+        rank_V *= jax.random.uniform(key, counts_V.shape, jnp.float32, 1.0, 2.0)
     order_V = jnp.argsort(-rank_V, stable=True)
 
     def deal(carry: tuple[Array, Array], count: Array) -> tuple[tuple[Array, Array], Array]:

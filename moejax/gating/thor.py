@@ -75,7 +75,7 @@ class Thor(Unlearned):
         if context.key is None:
             raise ValueError("gate thor draws an expert per step: pass a context with a PRNG key")
         key = jax.random.fold_in(context.key, STEP_DRAW)
-        return jax.random.randint(key, (), 0, num_experts)
+        return jax.random.randint(key, (), 0, num_experts, jnp.int32)
 
     def _of_row_or_token(self, context: GateContext, num_experts: int) -> Int[Array, "G T"]:
         groups, tokens = context.valid_GT.shape

@@ -1,7 +1,7 @@
 """Top-k token choice: softmax router, the k best experts. Switch, Mixtral and OLMoE are presets."""
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,8 @@ class TopK(ops.Stateless):
         if self.jitter and context.train:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
 
-            def draw(key: Array, shape: tuple[int, ...]) -> Array:
-                return jax.random.uniform(key, shape, minval=low, maxval=high)
+            def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+                return jax.random.uniform(key, shape, dtype, low, high)
 
             x_GTD = x_GTD * ops.row_noise(draw, context, x_GTD.shape[-1:])
         return ops.router_logits(x_GTD, params["router_DE"])

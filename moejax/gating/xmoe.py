@@ -92,10 +92,10 @@ class XMoE(ops.Stateless):
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         rank = self.rank or max(spec.num_experts // 2, 2)
         wide = dataclasses.replace(spec, num_experts=rank)
-        centroid_key = jax.random.fold_in(key, 1)
+        centroid_key, size = jax.random.fold_in(key, 1), (rank, spec.num_experts)
         params = {
             "project_DR": ops.init_router(key, wide, 1.0),
-            "centroid_RE": 0.01 * jax.random.normal(centroid_key, (rank, spec.num_experts)),
+            "centroid_RE": 0.01 * jax.random.normal(centroid_key, size, jnp.float32),
             "log_scale": jnp.float32(-math.log(self.temperature)),
         }
         return params | ({"bias_R": jnp.zeros(rank, jnp.float32)} if self.bias else {})

@@ -88,13 +88,18 @@ class _Static(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _exchange(static: _Static, operand, output, vectors):
+    return _send(static, operand, output, vectors)
+
+
+def _send(static: _Static, operand, output, vectors):
+    """Plain, for the backward pass too, so that forward mode may pass it: jvp of grad."""
     if static.platform == "cpu":
         return _exchange_by_lookup(operand, output, vectors, static.axis_name)
     return jax.lax.ragged_all_to_all(operand, output, *vectors, axis_name=static.axis_name)
 
 
 def _exchange_fwd(static: _Static, operand, output, vectors):
-    return _exchange(static, operand, output, vectors), vectors
+    return _send(static, operand, output, vectors), vectors
 
 
 def _exchange_bwd(static: _Static, vectors, cotangent):
@@ -106,7 +111,7 @@ def _exchange_bwd(static: _Static, vectors, cotangent):
         _swap_with_peers(offsets, static.axis_name) for offsets in (output_offsets, input_offsets)
     )
     reverse = _Static(static.axis_name, static.platform, cotangent.shape[0])
-    d_operand = _exchange(reverse, cotangent, zeros, (here_at, recv_sizes, there_at, send_sizes))
+    d_operand = _send(reverse, cotangent, zeros, (here_at, recv_sizes, there_at, send_sizes))
     no_gradient = tuple(np.zeros(vector.shape, jax.dtypes.float0) for vector in vectors)
     return d_operand, jnp.zeros_like(cotangent), no_gradient
 

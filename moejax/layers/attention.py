@@ -43,18 +43,35 @@ def attend(
     query_BLHI: Array,
     key_BLJI: Array,
     value_BLJI: Array,
-    seen_BL: Bool[Array, "B L"] | None,
+    valid_BL: Bool[Array, "B L"] | None,
+    segment_BL: Int[Array, "B L"] | None,
     causal: bool,
     implementation: str,
+    padded_behind: bool = False,
 ) -> Float[Array, "B L H I"]:
-    """Softmax attention of H query heads to J key/value heads, to keys in ``seen_BL`` (all)."""
+    """Softmax attention of H query heads to J key/value heads: to the valid keys of a query's own
+    segment and, if ``causal``, none behind it. A query without any gets a finite value.
+
+    ``padded_behind``: see ``Context``.
+    """
+    kernel = implementation_for(implementation, query_BLHI.dtype, query_BLHI.shape[-1])
+    if kernel == "cudnn" and causal and padded_behind:
+        valid_BL = None  # what is not valid is behind every query that counts
+    mask_BHLL = None if valid_BL is None else valid_BL[:, None, None, :]
+    if segment_BL is not None:
+        same_BHLL = segment_BL[:, None, :, None] == segment_BL[:, None, None, :]
+        mask_BHLL = same_BHLL if mask_BHLL is None else mask_BHLL & same_BHLL
+    if mask_BHLL is not None and kernel == "cudnn":
+        # It takes no mask that is to be broadcast over queries.
+        batch, length = query_BLHI.shape[:2]
+        mask_BHLL = jnp.broadcast_to(mask_BHLL, (batch, 1, length, length))
     mixed_BLHI = jax.nn.dot_product_attention(
         query_BLHI,
         key_BLJI,
         value_BLJI,
-        mask=None if seen_BL is None else seen_BL[:, None, None, :],
+        mask=mask_BHLL,
         is_causal=causal,
-        implementation=implementation_for(implementation, query_BLHI.dtype, query_BLHI.shape[-1]),
+        implementation=kernel,
     )
     return checkpoint_name(mixed_BLHI, "attention")
 
@@ -62,9 +79,9 @@ def attend(
 class Attention(nnx.Module):
     """Grouped-query attention: H query heads share J key/value heads (arXiv 2305.13245).
 
-    ``causal``: a token sees itself and what is before it, else every valid token. ``theta``: base
-    of the rotary angles; 0 for none. ``implementation``: "xla", "cudnn" (fused, GPU), or "auto"
-    (see ``implementation_for``).
+    ``causal``: a token sees itself and the valid tokens before it, else every valid token; of
+    several segments, its own only. ``theta``: base of the rotary angles; 0 for none.
+    ``implementation``: "xla", "cudnn" (fused, GPU), or "auto" (see ``implementation_for``).
     """
 
     def __init__(
@@ -99,14 +116,17 @@ class Attention(nnx.Module):
         x_BLD: Float[Array, "B L D"],
         position_BL: Int[Array, "B L"],
         valid_BL: Bool[Array, "B L"] | None = None,
-        gaps: bool = False,
+        segment_BL: Int[Array, "B L"] | None = None,
+        padded_behind: bool = False,
     ) -> Float[Array, "B L D"]:
-        """``gaps``: what is not valid may lie between valid tokens (else, if causal, behind)."""
+        """``valid_BL``, ``segment_BL`` and ``padded_behind``: as in ``Context``."""
+        if valid_BL is not None:
+            # Padding may hold anything. A NaN would survive the weight 0 in the sum of values.
+            x_BLD = jnp.where(valid_BL[..., None], x_BLD, 0)
         query, key = project(x_BLD, self.query_DHI[...]), project(x_BLD, self.key_DJI[...])
         value = project(x_BLD, self.value_DJI[...])
         if self.theta:
             query, key = (rope(x, position_BL, self.theta) for x in (query, key))
-        # What is causal has its padding behind it.
-        seen_BL = valid_BL if gaps or not self.causal else None
-        mixed_BLHI = attend(query, key, value, seen_BL, self.causal, self.implementation)
+        known = (valid_BL, segment_BL, self.causal, self.implementation, padded_behind)
+        mixed_BLHI = attend(query, key, value, *known)
         return project(mixed_BLHI, self.out_HID[...], contract=2)

@@ -1,14 +1,56 @@
 """Norm, dense FFN and the matmul they share."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moejax.experts import ffn_one, is_gated
 from moejax.types import ExpertWeights
 
+
+@contextlib.contextmanager
+def own_promotion() -> Iterator[None]:
+    """JAX's standard promotion of types and ranks, whatever the program around asks of its own
+    code. Also a decorator."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 fan_in = nnx.initializers.lecun_normal()
+
+
+class TrainOrEval(nnx.Module):
+    """A module that does one thing in training and another in evaluation.
+
+    ``deterministic`` is Flax's switch for such modules: ``model.train()``, ``model.eval()``,
+    ``model.set_attributes`` and ``nnx.view`` set it. The argument ``train`` of a call goes first.
+    """
+
+    deterministic: bool = False
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the switch; called by ``nnx.view``."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def is_training(module: TrainOrEval, train: bool | None) -> bool:
+    """The argument ``train`` of a call, or what the module's switch says where it is None.
+
+    No method: ``nnx.tabulate`` traces every public one, and this must be known while tracing.
+    """
+    if train is not None and not isinstance(train, (bool, np.bool_)):
+        raise ValueError(
+            f"train={train!r} must be True, False or None (what module.train() or module.eval() "
+            "said last), and known while tracing"
+        )
+    return not module.deterministic if train is None else bool(train)
 
 
 def project(x: Float[Array, "... D"], weight: Array, contract: int = 1) -> Array:
@@ -23,6 +65,13 @@ def project(x: Float[Array, "... D"], weight: Array, contract: int = 1) -> Array
         rows *= size
     flat = x.reshape(-1, rows) @ weight.reshape(rows, -1).astype(x.dtype)
     return flat.reshape(*lead, *width)
+
+
+def masked_mean(x_BLD: Float[Array, "B L D"], valid_BL: Bool[Array, "B L"]) -> Array:
+    """Over valid tokens, float32; 0 without any."""
+    total_BD = jnp.sum(jnp.where(valid_BL[..., None], x_BLD.astype(jnp.float32), 0.0), axis=1)
+    count_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
+    return total_BD / jnp.maximum(count_B, 1.0)[:, None]
 
 
 class RMSNorm(nnx.Module):
@@ -41,12 +90,20 @@ class RMSNorm(nnx.Module):
 class FFN(nnx.Module):
     """The dense feed-forward network: SwiGLU (Shazeer, arXiv 2002.05202), GELU or ReLU."""
 
-    def __init__(self, d_model: int, d_ff: int, activation: str, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: str,
+        param_dtype: Any = jnp.float32,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.activation = activation
         if is_gated(activation):
-            self.gate_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), jnp.float32))
-        self.up_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), jnp.float32))
-        self.down_FD = nnx.Param(fan_in(rngs.params(), (d_ff, d_model), jnp.float32))
+            self.gate_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), param_dtype))
+        self.up_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), param_dtype))
+        self.down_FD = nnx.Param(fan_in(rngs.params(), (d_ff, d_model), param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate_DF = self.gate_DF[...] if is_gated(self.activation) else None

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.dispatch import pack
 from moejax.gating.ops import router_logits
-from moejax.layers.basic import fan_in
+from moejax.layers.basic import TrainOrEval, fan_in, is_training
 from moejax.mesh import group_local
 from moejax.types import Context, DepthsConfig
 
@@ -67,7 +67,7 @@ def _put_back(x_BCD: Array, chosen: Chosen) -> Array:
     return tokens_tD.reshape(*chosen.slot_BL.shape, -1)
 
 
-class Depths(nnx.Module):
+class Depths(TrainOrEval):
     r"""Routes tokens through a block f or around it.
 
     .. math::
@@ -108,11 +108,12 @@ class Depths(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         context: Context,
-        train: bool,
+        train: bool | None,
         change: Callable[[Array, Context], tuple[Array, Any]],
     ) -> tuple[Array, Any, dict[str, Array], dict[str, Array]]:
         """``change(x, context)`` is f and whatever else the block says. Returns the output, what
         else the block said, losses and means by name."""
+        train = is_training(self, train)
         with jax.named_scope("router"):
             # Padding may hold anything, and must not reach a gradient.
             score_BL, logit_BL = self._scores(jnp.where(context.valid_BL[..., None], x_BLD, 0))
@@ -129,7 +130,9 @@ class Depths(nnx.Module):
             with jax.named_scope("unpack"):
                 f_BLD = group_local(_put_back)(f_BCD, chosen)
         else:
-            f_BLD, said = change(x_BLD, dataclasses.replace(context, valid_BL=through_BL))
+            # Those that stay behind are padding between valid tokens.
+            through = dataclasses.replace(context, valid_BL=through_BL, padded_behind=False)
+            f_BLD, said = change(x_BLD, through)
             f_BLD = jnp.where(through_BL[..., None], f_BLD, 0)
         y_BLD = x_BLD + (score_BL[..., None] * f_BLD).astype(x_BLD.dtype)
         losses, means = _report(logit_BL, chosen.member_BL, through_BL, context.valid_BL)
@@ -149,7 +152,8 @@ class Depths(nnx.Module):
 
 def _context_of(context: Context, chosen: Chosen) -> Context:
     """What is known of the chosen tokens."""
-    names = ("token_BL", "position_BL", "segment_BL")
+    names = ["token_BL", "position_BL"]
+    names += ["segment_BL"] if context.segment_BL is not None else []
 
     def take(chosen: Chosen, *known: Array) -> tuple[Array, ...]:
         return tuple(jnp.take_along_axis(x_BL, chosen.index_BC, axis=1) for x_BL in known)
@@ -167,7 +171,7 @@ def _report(
 
     def mean(value_BL: Array) -> Array:
         total = jnp.sum(jnp.where(valid_BL, value_BL, 0.0))
-        return total / jnp.maximum(jnp.sum(valid_BL), 1)
+        return total / jnp.maximum(jnp.sum(valid_BL, dtype=jnp.float32), 1.0)
 
     nats_BL = -jax.nn.log_sigmoid(jnp.where(member_BL, logit_BL, -logit_BL))
     right_BL = (logit_BL > 0) == member_BL

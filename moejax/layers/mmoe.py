@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +11,8 @@ from jaxtyping import Array, Float
 from moejax.dispatch.multi_gate import SharedExperts, multi_gate
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating import DSelectK, Forced, Hash, Replay, Sentence, StableMoE, Task
+from moejax.layers.arguments import check_context, check_gate_state, check_tokens, drawn_from
+from moejax.layers.basic import TrainOrEval, is_training, own_promotion
 from moejax.layers.moe import expert_init
 from moejax.layers.routing_stats import (
     collect_stats,
@@ -30,6 +31,7 @@ from moejax.types import (
     Mixes,
     MoEConfig,
     MoEInfo,
+    MoEOutput,
     MoEStats,
     NeedsData,
     Routing,
@@ -42,7 +44,7 @@ OF_SEQUENCES = (Forced, Hash, Replay, Sentence, StableMoE, Task)
 """Gates that read token ids, positions, sequences or recorded routings; examples have none."""
 
 
-class MultiGateMoE(nnx.Module):
+class MultiGateMoE(TrainOrEval):
     r"""Experts f_e shared by M gates; each gate mixes them for one task.
 
     .. math:: y_m(x) = \sum_e g_{m,e}(x) \, f_e(x), \qquad m = 1 \dots M
@@ -104,24 +106,35 @@ class MultiGateMoE(nnx.Module):
         self.out_EFO = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
         self.shift_EO = nnx.Param(jnp.zeros((num_experts, d_out), jnp.float32))
 
+    @own_promotion()
     def __call__(
         self,
         x_BD: Float[Array, "B D"],
         context: Context | None = None,
         gate_state: GateState | None = None,
-        train: bool = True,
-    ) -> tuple[Float[Array, "M B O"], MoEInfo]:
-        """All gates' mixtures of all experts. ``context`` has B sequences of length 1."""
-        chex.assert_shape(x_BD, (None, self.d_model))
+        train: bool | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> MoEOutput:
+        """All gates' mixtures of all experts, y [M, B, O]. ``context``: B sequences of length 1.
+
+        ``train`` and ``rngs``: see ``MoE``.
+        """
+        train = is_training(self, train)
+        check_tokens(x_BD, self.d_model, "B")
         self.gate.check(self.num_experts, train)
         context = Context.of(len(x_BD), 1) if context is None else context
-        chex.assert_shape(context.valid_BL, (len(x_BD), 1))
+        check_context(context, len(x_BD), 1)
+        context = drawn_from(rngs, context)
         # Padding may hold anything. A NaN would survive the weight 0 in the losses and backwards.
         x_BD = jnp.where(context.valid_BL, x_BD, 0)
         seen_BLD = x_BD[:, None, :]
         if self.gate_input == "constant":
             seen_BLD = jnp.ones((len(x_BD), 1, 1), jnp.float32)
-        state = self.init_gate_state() if gate_state is None else gate_state
+        state = self.init_gate_state()
+        if gate_state is not None:
+            check_gate_state(gate_state, state, type(self.gate).__name__)
+            state = gate_state
 
         def one_gate(params: Any, state: GateState, index: Array) -> tuple[Array, MoEInfo]:
             own = context
@@ -135,7 +148,8 @@ class MultiGateMoE(nnx.Module):
             weight_MBE, info = jax.vmap(one_gate)(self._gate_params(), state, gates)
         y_BMO = multi_gate(x_BD, jnp.moveaxis(weight_MBE, 0, 1), self.experts(), self.activation)
         info = info._replace(stats=dataclasses.replace(info.stats, train=train))
-        return constrain(jnp.moveaxis(y_BMO, 1, 0), None, ("data", "fsdp", "expert")), info
+        y_MBO = constrain(jnp.moveaxis(y_BMO, 1, 0), None, ("data", "fsdp", "expert"))
+        return MoEOutput(y_MBO, info)
 
     def init_gate_state(self) -> GateState:
         """All gates' states before the first step, stacked."""

@@ -12,12 +12,12 @@ from moejax.dispatch.heads import from_heads, to_heads
 from moejax.gating import TopK
 from moejax.gating.ops import imbalance
 from moejax.layers.attention import attend, rope
-from moejax.layers.basic import fan_in, project
+from moejax.layers.basic import TrainOrEval, fan_in, is_training, project
 from moejax.layers.moe import expert_init
 from moejax.types import Context, GateOutput, GateSpec, Routing
 
 
-class MixtureOfHeads(nnx.Module):
+class MixtureOfHeads(TrainOrEval):
     r"""E attention experts with a query and an output matrix each, one key/value head for all.
 
     .. math::
@@ -63,26 +63,29 @@ class MixtureOfHeads(nnx.Module):
         self.out_EID = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], context: Context, train: bool, gaps: bool = False
+        self,
+        x_BLD: Float[Array, "B L D"],
+        context: Context,
+        train: bool | None = None,
     ) -> tuple[Float[Array, "B L D"], dict[str, Array], dict[str, Array]]:
-        """Output, losses and means by name; ``gaps``: see ``Attention``."""
+        """Output, losses and means by name."""
+        # Padding may hold anything, and must reach neither a gradient nor a sum of values.
+        x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         with jax.named_scope("router"):
-            output = self._route(x_BLD, context, train)
+            output = self._route(x_BLD, context, is_training(self, train))
         routing = output.routing
         query = to_heads(x_BLD, routing, self.query_EDI[...])
         key = project(x_BLD, self.key_DI[...])[:, :, None]
         value = project(x_BLD, self.value_DI[...])[:, :, None]
         if self.theta:
             query, key = (rope(x, context.position_BL, self.theta) for x in (query, key))
-        seen_BL = context.valid_BL if gaps or not self.causal else None
-        mixed_BLKI = attend(query, key, value, seen_BL, self.causal, self.implementation)
+        known = (context.valid_BL, context.segment_BL, self.causal, self.implementation)
+        mixed_BLKI = attend(query, key, value, *known, context.padded_behind)
         y_BLD = from_heads(mixed_BLKI, routing, self.out_EID[...])
         with jax.named_scope("router"):
             return y_BLD, *self._report(output, context)
 
     def _route(self, x_BLD: Array, context: Context, train: bool) -> GateOutput:
-        # Padding may hold anything, and must not reach a gradient.
-        x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         params = jax.tree.map(
             lambda p: p[...], self.router, is_leaf=lambda p: isinstance(p, nnx.Variable)
         )

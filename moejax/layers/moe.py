@@ -5,18 +5,27 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moejax import gating
 from moejax.dispatch import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
-from moejax.layers.basic import FFN
+from moejax.layers.arguments import (
+    check_context,
+    check_gate_state,
+    check_rngs,
+    check_sizes,
+    check_tokens,
+    checked_dtype,
+    drawn_from,
+)
+from moejax.layers.basic import FFN, TrainOrEval, is_training, own_promotion
 from moejax.layers.routing_stats import layer_info, of_training
 from moejax.mesh import constrain, group_local
 from moejax.types import (
@@ -28,8 +37,9 @@ from moejax.types import (
     GateOutput,
     GateSpec,
     GateState,
+    KnowsRows,
     MoEConfig,
-    MoEInfo,
+    MoEOutput,
     MoEStats,
     Priority,
     Routing,
@@ -44,20 +54,41 @@ PRIORITY_NOISE = 2**31 - 1
 """Keeps the draws of priority "random" apart from a gate's own."""
 
 
-class MoE(nnx.Module):
+DEFAULTS = {
+    "transport": "cells",
+    "capacity_factor": 1.25,
+    "eval_transport": "dropless",
+    "eval_capacity_factor": 1.25,
+    "priority": "position",
+    "group": "sequence",
+    "num_shared": 0,
+    "shared_gate": False,
+    "residual": False,
+    "balance_scope": "sequence",
+}
+"""What an argument is that is neither given nor set by the preset that ``gate`` names."""
+
+OF_PRESET = {"num_shared": "shared_experts"}
+"""Arguments that ``moejax.gating.preset_overrides`` knows by another name."""
+
+
+class MoE(TrainOrEval):
     """A sparse feed-forward layer for any Flax NNX model, with or without a mesh.
 
     ``y, info = layer(x_BLD)``: each token visits the experts its gate picks. Under
     ``jax.set_mesh`` tokens are split over the axes (data, fsdp, expert), experts over ``expert``
-    and hidden widths over ``tensor``; results do not depend on the split.
+    and hidden widths over ``tensor``; results do not depend on the split. ``layer.eval()`` and
+    ``layer.train()`` switch it as they switch dropout.
 
     Args:
       d_model, d_ff: width of the tokens and of one expert's hidden layer.
       num_experts: experts E, a multiple of the mesh's ``expert`` axis.
-      gate: the gating function, ``moejax.gating.make(...)`` or your own.
+      gate: the gating function: ``moejax.gating.make(...)``, your own, or a name such as "mixtral".
+        A name sets the arguments below as the published model has them
+        (``moejax.gating.preset_overrides``), where you do not give them.
       transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token goes once to each
         device that has experts of it), "gather" or "all_experts"; the same five for
-        ``eval_transport``, used when ``train=False``. Gates that mix (Soft MoE) use none.
+        ``eval_transport``, used in evaluation. Gates that mix (Soft MoE) use none.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
       priority: who stays when an expert is full: "position", "choice", "gate" or "random".
       reroute: how often a pair that finds an expert full tries its token's next-best ("cells").
@@ -70,49 +101,58 @@ class MoE(nnx.Module):
       num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
         With more than one, statistics count pairs by task.
       entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
+      dtype: of the experts' computation and of the output, float32 or bfloat16; None is that of the
+        input. The router computes in float32, on the input as it is given.
+      param_dtype: of the experts' parameters, shared ones too. Those of the router are float32.
 
     Raises:
       ValueError: a choice that cannot work, naming field, value and remedy.
+      UserError: a name of a gate that is unknown.
     """
 
+    @own_promotion()
     def __init__(
         self,
         d_model: int,
         d_ff: int,
         num_experts: int,
         *,
-        gate: Gate,
-        transport: Transport = "cells",
-        capacity_factor: float = 1.25,
-        eval_transport: Transport = "dropless",
-        eval_capacity_factor: float = 1.25,
-        priority: Priority = "position",
-        group: str = "sequence",
+        gate: Gate | str,
+        transport: Transport | None = None,
+        capacity_factor: float | None = None,
+        eval_transport: Transport | None = None,
+        eval_capacity_factor: float | None = None,
+        priority: Priority | None = None,
+        group: str | int | None = None,
         reroute: int = 0,
         activation: str = "swiglu",
-        num_shared: int = 0,
-        shared_gate: bool = False,
-        residual: bool = False,
-        balance_scope: str = "sequence",
+        num_shared: int | None = None,
+        shared_gate: bool | None = None,
+        residual: bool | None = None,
+        balance_scope: str | None = None,
         vocab_size: int = 0,
         num_tasks: int = 1,
         entropy_floors: tuple[float, ...] = (),
         layer: int | Array = 0,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.config = MoEConfig(
-            num_experts=num_experts,
-            transport=transport,
-            capacity_factor=capacity_factor,
-            eval_transport=eval_transport,
-            eval_capacity_factor=eval_capacity_factor,
-            priority=priority,
-            group=group,
-            reroute=reroute,
+        given = {name: value for name, value in locals().items() if name in DEFAULTS}
+        gate, chosen = _with_preset(gate, given)
+        check_sizes(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts, num_tasks=num_tasks)
+        check_sizes(0, num_shared=chosen["num_shared"], reroute=reroute, vocab_size=vocab_size)
+        check_rngs(rngs)
+        shared = (
+            chosen.pop("num_shared") * d_ff,
+            chosen.pop("shared_gate"),
+            chosen.pop("residual"),
         )
+        self.balance_scope: str = chosen.pop("balance_scope")
+        self.config = MoEConfig(num_experts=num_experts, reroute=reroute, **chosen)
         for field, value, valid in (
             ("activation", activation, ACTIVATIONS),
-            ("balance_scope", balance_scope, SCOPES),
+            ("balance_scope", self.balance_scope, SCOPES),
         ):
             if value not in valid:
                 raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(valid)}")
@@ -123,37 +163,51 @@ class MoE(nnx.Module):
             )
         gate.check(num_experts, train=False)
         self.entropy_floors = entropy_floors
-        self.gate, self.activation, self.balance_scope = gate, activation, balance_scope
+        self.gate, self.activation = gate, activation
         self.d_model, self.vocab_size, self.num_tasks = d_model, vocab_size, num_tasks
+        self.dtype = None if dtype is None else checked_dtype("dtype", dtype)
+        self.param_dtype = checked_dtype("param_dtype", param_dtype)
         params = gate.init(rngs.params(), self._spec(layer))
         self.router = nnx.data(jax.tree.map(nnx.Param, params))
         wide, narrow = (num_experts, d_model, d_ff), (num_experts, d_ff, d_model)
         if is_gated(activation):
-            self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
-        self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
-        self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, jnp.float32))
-        self._build_shared(d_model, num_shared * d_ff, shared_gate, residual, rngs)
+            self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, self.param_dtype))
+        self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, self.param_dtype))
+        self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, self.param_dtype))
+        self._build_shared(d_model, *shared, rngs)
 
+    @own_promotion()
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],
         context: Context | None = None,
         gate_state: GateState | None = None,
-        train: bool = True,
-    ) -> tuple[Float[Array, "B L D"], MoEInfo]:
+        train: bool | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> MoEOutput:
         """Routes, computes and adds up; ``info`` has losses, statistics and the routing used.
 
         The output holds no residual: add it to ``x_BLD`` yourself. ``gate_state`` defaults to the
-        initial state; it is read, never written (see ``update_gate_state``).
+        initial state; it is read, never written (see ``update_gate_state``). ``train`` defaults to
+        what ``layer.train()`` or ``layer.eval()`` said last, and to training. ``rngs``: where gates
+        that draw get their key from (stream "gate", or "default"), if the context has none.
+
+        Raises:
+          ValueError: an argument whose shape, type or structure does not fit, in one line.
         """
-        chex.assert_shape(x_BLD, (None, None, self.d_model))
+        train = is_training(self, train)
+        check_tokens(x_BLD, self.d_model)
+        if not x_BLD.size:
+            return self._of_nothing(x_BLD, context, gate_state, train)
         self.gate.check(self.config.num_experts, train)
         batch, length, _ = x_BLD.shape
         context = Context.of(batch, length) if context is None else context
-        chex.assert_shape(context.token_BL, (batch, length))
+        check_context(context, batch, length)
+        context = drawn_from(rngs, context)
         # Padding may hold anything. A NaN would survive the weight 0 in the losses and backwards.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
-        state = self.init_gate_state() if gate_state is None else gate_state
+        state = self._checked_state(gate_state)
         rows = self.config.rows_per_group(batch)
         if batch % rows:
             raise ValueError(
@@ -163,6 +217,8 @@ class MoE(nnx.Module):
         x_GTD = x_BLD.reshape(batch // rows, rows * length, -1)
         with jax.named_scope("router"):
             output = self.gate(self._gate_params(), state, x_GTD, gate_context)
+        if self.dtype is not None:
+            x_BLD, x_GTD = x_BLD.astype(self.dtype), x_GTD.astype(self.dtype)
         if output.mixing is None:
             y_GTD, kept_GTK, sent = self._dispatch(x_BLD, x_GTD, output, gate_context)
         else:
@@ -182,13 +238,25 @@ class MoE(nnx.Module):
             )
             stats = dataclasses.replace(info.stats, train=train)
             info = info._replace(routing=sent.routing, stats=stats)
-        return constrain(y_BLD, ("data", "fsdp", "expert")), info
+        return MoEOutput(constrain(y_BLD, ("data", "fsdp", "expert")), info)
+
+    def _of_nothing(
+        self, x_BLD: Array, context: Context | None, gate_state: GateState | None, train: bool
+    ) -> MoEOutput:
+        """An empty batch: its empty output, and what the layer says of a group of padding."""
+        batch, length, width = x_BLD.shape
+        shape = (max(batch, self.config.rows_per_group(1)), max(length, 1))
+        known = {} if context is None else {"key": context.key, "step": context.step}
+        padding = Context.of(*shape, valid_BL=jnp.zeros(shape, bool), **known)
+        y_BLD, info = self(jnp.zeros((*shape, width), x_BLD.dtype), padding, gate_state, train)
+        return MoEOutput(y_BLD[:batch, :length], info)
 
     def _build_shared(
         self, d_model: int, d_ff: int, shared_gate: bool, residual: bool, rngs: nnx.Rngs
     ) -> None:
         """The shared experts, one FFN of width ``d_ff`` (0: none), and what weighs them."""
-        self.shared = FFN(d_model, d_ff, self.activation, rngs=rngs) if d_ff else None
+        dtype = self.param_dtype
+        self.shared = FFN(d_model, d_ff, self.activation, dtype, rngs=rngs) if d_ff else None
         if shared_gate and not d_ff:
             raise ValueError("shared_gate=True weighs shared experts; set num_shared, or False")
         self.shared_gate = shared_gate
@@ -202,10 +270,11 @@ class MoE(nnx.Module):
         self.residual = residual
         if residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
             limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
-            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), **limits)
+            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), jnp.float32, **limits)
             self.residual_DN = nnx.Param(drawn[:-1])
             self.residual_bias_N = nnx.Param(drawn[-1])
 
+    @own_promotion()
     def init_gate_state(
         self, layer: int | Array = 0, token_counts: Callable[[], np.ndarray] | None = None
     ) -> GateState:
@@ -213,11 +282,22 @@ class MoE(nnx.Module):
         spec = dataclasses.replace(self._spec(layer), token_counts=token_counts)
         return self.gate.init_state(spec)
 
+    @own_promotion()
     def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
         """The state after an optimizer step that saw ``stats`` (summed over micro-batches).
 
         Raises ValueError if they are an evaluation's."""
         return self.gate.update(state, of_training(stats))
+
+    def _checked_state(self, given: GateState | None) -> GateState:
+        """The state as given, or that before the first step."""
+        if given is None:
+            return self.init_gate_state()
+        if not isinstance(self.gate, KnowsRows):  # whose state is as large as what it read
+            counts = functools.partial(np.zeros, self.vocab_size, np.int64)
+            wanted = jax.eval_shape(lambda: self.init_gate_state(token_counts=counts))
+            check_gate_state(given, wanted, type(self.gate).__name__)
+        return given
 
     def expert_weights(self) -> ExpertWeights:
         """The experts' stacked weights."""
@@ -301,3 +381,23 @@ class MoE(nnx.Module):
         if self.config.priority == "random" and transport == "cells":
             return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
         return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
+
+
+def _with_preset(gate: Gate | str, given: dict[str, Any]) -> tuple[Gate, dict[str, Any]]:
+    """The gate, and each argument as given, else as the preset has it, else at its default."""
+    preset: dict[str, Any] = {}
+    if isinstance(gate, str):
+        preset, gate = gating.preset_overrides(gate), gating.make(gate)
+    elif not isinstance(gate, Gate) or isinstance(gate, type):
+        raise ValueError(
+            f"gate={gate!r} is neither the name of a gate, such as 'mixtral', nor a gate, such as "
+            "moejax.gating.make('mixtral', k=4)"
+        )
+
+    def choose(name: str, default: Any) -> Any:
+        return (
+            preset.get(OF_PRESET.get(name, name), default) if given[name] is None else given[name]
+        )
+
+    chosen = {name: choose(name, default) for name, default in DEFAULTS.items()}
+    return gate, {**chosen, "group": str(chosen["group"])}

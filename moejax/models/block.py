@@ -82,20 +82,26 @@ class Block(nnx.Module):
         self.depths = Depths(width, config.depths, rngs=rngs) if routed else None
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        state: GateState,
+        train: bool | None,
+        watch: Watch | None,
     ) -> tuple[Array, MoEInfo | None, PyTree, Said]:
         """Output, what the MoE layer said, what ``watch`` made of it, and what else was said."""
         run = functools.partial(self._run, state=state, train=train, watch=watch)
         if self.depths is None:
-            mixed_BLD, y_BLD, rest = run(x_BLD, context, gaps=False)
+            mixed_BLD, y_BLD, rest = run(x_BLD, context)
             return constrain(x_BLD + mixed_BLD + y_BLD, BATCH_AXES), *rest
 
         def change(x: Array, context: Context) -> tuple[Array, Any]:
-            # The chosen lie close together; in evaluation the others stay where they are.
-            mixed, y, rest = run(x, context, gaps=not train)
+            mixed, y, rest = run(x, context)
             return mixed + y, rest
 
         x_BLD, (info, watched, said), losses, means = self.depths(x_BLD, context, train, change)
+        if info is not None:
+            means |= {"mod/to_experts": means["mod/selected"]}
         said = Said({**said.losses, **losses}, {**said.means, **means})
         return constrain(x_BLD, BATCH_AXES), info, watched, said
 
@@ -103,9 +109,8 @@ class Block(nnx.Module):
         self,
         x_BLD: Array,
         context: Context,
-        gaps: bool,
         state: GateState,
-        train: bool,
+        train: bool | None,
         watch: Watch | None,
     ) -> tuple[Array, Array, tuple[MoEInfo | None, PyTree, Said]]:
         """What attention and feed-forward layer add to the input, and what they say."""
@@ -113,11 +118,11 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             normed_BLD = self.attention_norm(x_BLD)
             if isinstance(self.attention, MixtureOfHeads):
-                mixed_BLD, *named = self.attention(normed_BLD, context, train, gaps)
+                mixed_BLD, *named = self.attention(normed_BLD, context, train)
                 said = Said(*named)
             else:
-                known = (context.position_BL, context.valid_BL)
-                mixed_BLD = self.attention(normed_BLD, *known, gaps=gaps)
+                known = (context.position_BL, context.valid_BL, context.segment_BL)
+                mixed_BLD = self.attention(normed_BLD, *known, context.padded_behind)
         normed_BLD, watched = self.ffn_norm(x_BLD + mixed_BLD), None
         if isinstance(self.ffn, MoE):
             y_BLD, info = self.ffn(normed_BLD, context, state, train)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from moejax.layers.basic import fan_in, project
+from moejax.layers.basic import fan_in, masked_mean, project
 from moejax.mesh import BATCH_AXES, constrain
 from moejax.models.block import Watch
 from moejax.models.stack import Found, Stack, StackConfig
@@ -102,7 +102,7 @@ class LIMoE(Stack):
         step: Int[Array, ""],
         key: PRNGKeyArray | None,
         gate_state: PyTree,
-        train: bool,
+        train: bool | None = None,
         watch: Watch | None = None,
     ) -> LIMoEOutput:
         """The embeddings of B pairs. ``watch``: what it returns is laid out by pair, [B, 2 L, ...],
@@ -196,12 +196,6 @@ def interleaved(image_B: Array, text_B: Array) -> Array:
 def by_pair(x_BL: Array) -> Array:
     """[2 B, L, ...] -> [B, 2 L, ...]."""
     return x_BL.reshape(-1, 2 * x_BL.shape[1], *x_BL.shape[2:])
-
-
-def masked_mean(x_BLD: Float[Array, "B L D"], valid_BL: Bool[Array, "B L"]) -> Array:
-    """Over valid tokens, float32; 0 without any."""
-    total_BD = jnp.sum(jnp.where(valid_BL[..., None], x_BLD.astype(jnp.float32), 0.0), axis=1)
-    return total_BD / jnp.maximum(jnp.sum(valid_BL, axis=1), 1)[:, None]
 
 
 def unit(x_BZ: Float[Array, "B Z"]) -> Float[Array, "B Z"]:

@@ -43,7 +43,7 @@ class LM(Stack):
         token_BL: Int[Array, "B L"],
         context: Context,
         gate_state: PyTree,
-        train: bool,
+        train: bool | None = None,
         watch: Watch | None = None,
     ) -> LMOutput:
         chex.assert_rank(token_BL, 2)

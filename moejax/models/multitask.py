@@ -133,7 +133,7 @@ class MultiTask(nnx.Module):
         category_BC: Int[Array, "B C"],
         context: Context,
         gate_state: PyTree,
-        train: bool,
+        train: bool | None = None,
         watch: Watch | None = None,
     ) -> MultiTaskOutput:
         config = self.config
@@ -157,7 +157,7 @@ class MultiTask(nnx.Module):
             y_MBO = self.shared[1](hidden_BF)[None]
         y_MBO = jnp.broadcast_to(y_MBO, (len(config.heads), *y_MBO.shape[1:]))
         value_MB = self.towers(y_MBO, config.activation).astype(jnp.float32)
-        return MultiTaskOutput(value_MB.T, _found(y_MBO, value_MB, info, watched))
+        return MultiTaskOutput(value_MB.T, _found(y_MBO, value_MB, context, info, watched))
 
     def init_gate_state(self) -> PyTree:
         """Initial gate states, stacked over gates."""
@@ -212,12 +212,17 @@ class Towers(nnx.Module):
         return jax.vmap(tower)(x_MBO, *(w[...].astype(x_MBO.dtype) for w in weights))
 
 
-def _found(y_MBO: Array, value_MB: Array, info: MoEInfo | None, watched: PyTree) -> Found:
-    squares = jnp.stack([mean_square(y_MBO), mean_square(value_MB)])
+def _found(
+    y_MBO: Array, value_MB: Array, context: Context, info: MoEInfo | None, watched: PyTree
+) -> Found:
+    valid_MB = jnp.broadcast_to(context.valid_BL[:, 0], value_MB.shape)
+    squares = [mean_square(y_MBO, valid_MB), mean_square(value_MB[..., None], valid_MB)]
     losses: dict[str, Any] = {}
     if info is not None:
         losses = jax.tree.map(jnp.mean, info.losses)
-    return Found(squares, losses, {}, None if info is None else info.stats, None, watched)
+    return Found(
+        jnp.stack(squares), losses, {}, None if info is None else info.stats, None, watched
+    )
 
 
 def predict(value_BM: Any, heads: tuple[Head, ...]) -> Float[np.ndarray, "B M"]:

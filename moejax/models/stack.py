@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from moejax.layers.basic import RMSNorm
+from moejax.layers.basic import RMSNorm, TrainOrEval, is_training
 from moejax.layers.moe import MoE
 from moejax.mesh import BATCH_AXES, constrain
 from moejax.models.block import Block, Watch
@@ -153,13 +153,18 @@ class Period(nnx.Module):
         )
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        state: GateState,
+        train: bool | None,
+        watch: Watch | None,
     ) -> tuple[Array, Found]:
         """Output, and what all layers or the sparse one found."""
         squares, losses, means, stats, policy, watched = [], [], [], None, None, None
         for block in self.blocks:
             x_BLD, info, watched, said = block(x_BLD, context, state, train, watch)
-            squares.append(mean_square(x_BLD))
+            squares.append(mean_square(x_BLD, context.valid_BL))
             losses.append(said.losses)
             means.append(said.means)
             if info is not None:
@@ -178,15 +183,19 @@ def _over_layers(layers: list[dict[str, Array]]) -> dict[str, Float[Array, ""]]:
     return {name: jnp.mean(jnp.stack(values)) for name, values in found.items()}
 
 
-def mean_square(x_BLD: Array) -> Float[Array, ""]:
-    return jnp.mean(jnp.square(x_BLD.astype(jnp.float32)))
+def mean_square(x_BLD: Float[Array, "*B D"], valid_BL: Bool[Array, "*B"]) -> Float[Array, ""]:
+    """Of the valid tokens; 0 without any."""
+    wide_BLD = jnp.where(valid_BL[..., None], x_BLD.astype(jnp.float32), 0.0)
+    count = jnp.sum(valid_BL, dtype=jnp.float32) * x_BLD.shape[-1]
+    return jnp.sum(jnp.square(wide_BLD)) / jnp.maximum(count, 1.0)
 
 
-class Stack(nnx.Module):
+class Stack(TrainOrEval):
     """The layers of a model, which is a class derived from this one: it embeds before, reads after.
 
     ``gate_state`` (from ``init_gate_state``) leads with the MoE layers. ``watch(x_BLD, info)`` may
     look at every MoE layer's input and ``MoEInfo``; what it returns is in ``Found.watched``.
+    ``train``: None is what ``model.train()`` or ``model.eval()`` said last.
     """
 
     def build_layers(self, config: StackConfig, rngs: nnx.Rngs) -> None:
@@ -205,14 +214,21 @@ class Stack(nnx.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
 
     def run_layers(
-        self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        gate_state: PyTree,
+        train: bool | None,
+        watch: Watch | None,
     ) -> tuple[Array, Found]:
         """The normalised output of the last layer, and what all of them found."""
+        # Padding may hold anything, and must reach neither a valid token nor a gradient.
+        x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH_AXES)
         first = []
         for block in self.first:
             x_BLD, *_ = block(x_BLD, context, (), train, None)
-            first.append(mean_square(x_BLD))
+            first.append(mean_square(x_BLD, context.valid_BL))
         x_BLD, found = self._scan(x_BLD, context, gate_state, train, watch)
         squares = [jnp.asarray(first, jnp.float32), found.mean_square.reshape(-1)]
         return self.final_norm(x_BLD), found._replace(
@@ -241,7 +257,12 @@ class Stack(nnx.Module):
         return ffn
 
     def _scan(
-        self, x_BLD: Array, context: Context, gate_state: PyTree, train: bool, watch: Watch | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        gate_state: PyTree,
+        train: bool | None,
+        watch: Watch | None,
     ) -> Any:
         graph, params = nnx.split(self.periods)
         key = context.key
@@ -253,7 +274,7 @@ class Stack(nnx.Module):
             return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train, watch)
 
         periods = self.config.num_periods
-        unroll = train and periods <= MOST_UNROLLED
+        unroll = is_training(self, train) and periods <= MOST_UNROLLED
         if self.config.remat != "none":
             # Outside a loop XLA would merge what is recomputed with what it recomputes.
             unroll = False

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from moejax.layers.basic import fan_in, project
+from moejax.layers.basic import fan_in, masked_mean, project
 from moejax.models.stack import Found, Stack, StackConfig, Watch
 from moejax.types import Context
 
@@ -45,8 +45,9 @@ class ViTOutput(NamedTuple):
 class ViT(Stack):
     """``model(image_BHWC, context, gate_state, train)`` -> logits, and what the layers found.
 
-    x_l = patch_l W + b + position_l; the layers; logits = mean_l(norm(x_l)) U + c. The context is
-    one of ``num_patches`` tokens per image; of an image that is filler they are all invalid.
+    x_l = patch_l W + b + position_l; the layers; logits = mean_l(norm(x_l)) U + c, the mean over
+    valid patches. The context is one of ``num_patches`` tokens per image; of an image that is
+    filler they are all invalid.
 
     Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; with experts in some of
     the layers V-MoE, Riquelme et al., arXiv 2106.05974. Deviations: the mean over patches in place
@@ -78,7 +79,7 @@ class ViT(Stack):
         image_BHWC: Float[Array, "B H W C"],
         context: Context,
         gate_state: PyTree,
-        train: bool,
+        train: bool | None = None,
         watch: Watch | None = None,
     ) -> ViTOutput:
         patch_BLP = patches(image_BHWC, self.patch_size).astype(jnp.dtype(self.config.dtype))
@@ -87,7 +88,7 @@ class ViT(Stack):
         x_BLD += (self.patch_bias_D[...] + self.position_embed_LD[...]).astype(x_BLD.dtype)
         x_BLD, found = self.run_layers(x_BLD, context, gate_state, train, watch)
         with jax.named_scope("loss"):
-            mean_BD = jnp.mean(x_BLD.astype(jnp.float32), axis=1)
+            mean_BD = masked_mean(x_BLD, context.valid_BL)
             logits_BV = mean_BD @ self.head_DV[...] + self.head_bias_V[...]
         return ViTOutput(logits_BV, found)
 

@@ -92,16 +92,17 @@ def _counted(saved: dict[str, Any]) -> Counted:
     if config.model.attention == "cudnn":
         config.model.attention = "auto"  # the same products, on any device
     run = setup.prepare(config)
-    flops = budget.train_flops(run)
+    flops, per_row = budget.train_flops(run), run.task.units.tokens_per_row
+    share = budget.routed_share(run.task.model, per_row, train=True)
     return Counted(
         total_params=count_parameters(run.abstract_state.params),
-        active_flops=flops.fixed + flops.per_pair * _nominal_pairs(run.task.model),
-        tokens_per_row=run.task.units.tokens_per_row,
+        active_flops=flops.fixed + flops.per_pair * share * _nominal_pairs(run.task.model),
+        tokens_per_row=per_row,
     )
 
 
 def _nominal_pairs(model: Any) -> float:
-    """(token, expert) pairs per token, in all layers, that the gate has slots for at factor 1.
+    """(token, expert) pairs of a token that reaches all layers: the gate's slots at factor 1.
 
     That is k for token choice, the mean that gates with a varying number aim at, and all that a
     mixing gate tells of, which has no slots for them.

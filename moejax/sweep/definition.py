@@ -23,7 +23,7 @@ from typing import Any
 from moejax.config import load, to_dict, validate
 from moejax.errors import UserError
 from moejax.overrides import PREFIX
-from moejax.sources import Page, open_page
+from moejax.sources import Page, open_page, split_source
 from moejax.sweep.match import Comparison, Solved, comparison_of, solve
 
 Variant = dict[str, Any]
@@ -93,9 +93,9 @@ def expand(source: str) -> Sweep:
     Raises:
       UserError: no such file, no ``sweep()`` in it, or a variant that cannot run.
     """
-    path, colon, arg = source.partition(":")
+    path, arg = split_source(source)
     if (Path(path) / PAGE).is_file():
-        source = f"{Path(path) / PAGE}{colon}{arg}"
+        source = f"{Path(path) / PAGE}:{arg}" if arg else str(Path(path) / PAGE)
     page = open_page(source)
     if page is None:
         raise UserError(

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.files import replaced
 from moejax.sweep import forest
 from moejax.sweep.comparison import Compared, Summary
 from moejax.sweep.labels import Box, Pixel, around, place
 from moejax.sweep.match import TOLERANCE
 from moejax.sweep.results import Result
 from moejax.sweep.table import unit
+from moejax.train import scales
 from moejax.train.summary import ALERT, QUIET, STYLE
 
 # Okabe and Ito's palette without its yellow, too light for points, and with a grey.
@@ -27,6 +29,8 @@ LOG_FROM = 3.0
 LEAKS, MISSES = "\N{DAGGER}", "\N{NOT EQUAL TO}"
 BEYOND = 1.0
 """Intervals show up to this many heights of all points above and below them."""
+COSTS = 0.1
+"""The least span of costs and times, relative to the largest."""
 NOTE_WIDTH = 15.5
 """Letters of a note per inch of the picture."""
 
@@ -35,10 +39,10 @@ def write_figure(folder: Path, title: str, results: Sequence[Result], summary: S
     """Draws ``<folder>/sweep.png`` in place of an older one."""
     import matplotlib
 
-    temporary = folder / ".sweep.tmp.png"
     with matplotlib.rc_context(STYLE):
-        figure(title, results, summary).savefig(temporary)
-    temporary.replace(folder / "sweep.png")
+        drawn = figure(title, results, summary)
+        with replaced(folder / "sweep.png") as temporary:
+            drawn.savefig(temporary, format="png")
 
 
 def figure(title: str, results: Sequence[Result], summary: Summary) -> Any:
@@ -120,13 +124,12 @@ def _limit_losses(axes: Any, results: Sequence[Result], summary: Summary) -> boo
     if not losses:
         return False
     low, high = min(losses), max(losses)
-    reach = BEYOND * (high - low)
+    least = scales.least_loss(summary.unit, losses)
+    reach = BEYOND * max(high - low, least)
     intervals = [(v.mean, v.half_width) for v in summary.variants]
     ends = [mean + side * half for mean, half in intervals if mean and half for side in (-1, 1)]
     inside = [min(max(end, low - reach), high + reach) for end in ends]
-    if high > low:
-        low, high = min([low, *inside]), max([high, *inside])
-        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    axes.set_ylim(scales.span([low, high, *inside], least))
     return inside != ends
 
 
@@ -136,7 +139,9 @@ def _notes(
     """Lines below the panels, and their colours."""
     bars = "a bar is the 95 % interval of a variant's mean" + (", cut at the edge" if cut else "")
     line = f"; the dashed line is the mean of {summary.baseline}" if summary.baseline else ""
-    said = [(f"every seed is a point, {bars}{line}: {title}", QUIET)]
+    least = scales.least_loss(summary.unit, [result.loss for result in results])
+    axis = f"; the losses' axis spans at least {least:.2g} {summary.unit}"
+    said = [(f"every seed is a point ({_seeds(summary)}), {bars}{line}{axis}: {title}", QUIET)]
     for leak in dict.fromkeys(result.leak for result in results if result.leak):
         names = ", ".join(v.variant for v in summary.variants if v.leak == leak)
         said.append((f"{LEAKS} {names}: a token's output may depend on {leak}", ALERT))
@@ -151,6 +156,14 @@ def _notes(
     if lost:
         said.append((f"diverged and not shown: {', '.join(lost)}", ALERT))
     return [(row, colour) for text, colour in said for row in textwrap.wrap(text, width)]
+
+
+def _seeds(summary: Summary) -> str:
+    """How many finished seeds the variants have."""
+    counts = {v.variant: len(v.seeds) for v in summary.variants}
+    if len(set(counts.values())) == 1:
+        return f"n = {next(iter(counts.values()))} per variant"
+    return f"n: {', '.join(f'{name} {n}' for name, n in counts.items())}"
 
 
 @dataclasses.dataclass
@@ -172,6 +185,10 @@ class _Panel:
             self.axes.xaxis.set_minor_locator(ticker.NullLocator())
             self.axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         self.axes.margins(x=0.2, y=0.12)  # room for labels
+        if values and self.axes.get_xscale() == "linear":
+            first, last = min(values), max(values)
+            room = max(0.2 * (last - first), (COSTS * abs(last) - last + first) / 2)
+            self.axes.set_xlim(first - room, last + room or 1.0)
         self._draw_baseline(results)
         for variant, style in _styles(results).items():
             self._draw([r for r in results if r.variant == variant], variant, *style)

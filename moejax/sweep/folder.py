@@ -16,9 +16,11 @@ from typing import Any
 
 from moejax.config import flatten
 from moejax.errors import UserError
+from moejax.files import read_rows, write_whole
+from moejax.saved import METRICS, holds_run, read_config
 from moejax.sweep.definition import Sweep, Trial, computed, config_id
-from moejax.train.loop import OUTPUT, read_config
-from moejax.train.metrics import read_rows
+from moejax.train.workdir import OUTPUT
+from moejax.versions import SCHEMA, migrated
 
 INDEX = "sweep.json"
 
@@ -37,12 +39,13 @@ def finished(folder: Path, trial: Trial) -> bool:
     A run with another config is not the trial's.
     """
     workdir = workdir_of(folder, trial)
-    names = ("config.json", "metrics.jsonl", "summary.png")
-    if not all((workdir / name).exists() for name in names):
+    if not all((workdir / name).exists() for name in (METRICS, "summary.png")):
+        return False
+    if not holds_run(workdir):
         return False
     if config_id(read_config(workdir)["config"]) != trial.id:
         return False
-    rows = read_rows(workdir / "metrics.jsonl")
+    rows = read_rows(workdir / METRICS)
     return any(row.get("split") == "eval" and row["step"] == trial.steps for row in rows)
 
 
@@ -72,7 +75,7 @@ def check(folder: Path, sweep: Sweep) -> None:
         _check_same(f"trial {old.name!r} of the sweep in {folder}", old.config, new[old.name])
     for trial in sweep.trials:
         workdir = workdir_of(folder, trial)
-        if (workdir / "config.json").exists():
+        if holds_run(workdir):
             _check_same(f"the run in {workdir}", read_config(workdir)["config"], trial)
 
 
@@ -98,21 +101,22 @@ def read_trials(folder: Path) -> list[Trial]:
     """
     path = folder / INDEX
     try:
-        return [_trial(row) for row in json.loads(path.read_text())["trials"]]
+        index = json.loads(path.read_text())
+        return [_trial(row, index.get("schema", 0), path) for row in index["trials"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} was not written by `moejax sweep`; restore it or use another --workdir"
         ) from error
 
 
-def _trial(row: dict[str, Any]) -> Trial:
+def _trial(row: dict[str, Any], schema: int, path: Path) -> Trial:
     """A trial as `write_index` wrote it, by this version or an older one."""
     fields = [field.name for field in dataclasses.fields(Trial)]
     trial = Trial(**{name: row[name] for name in fields if name in row})
     trial = dataclasses.replace(trial, overrides=tuple(trial.overrides), config=dict(trial.config))
     if (trial.name, trial.id) != (row["name"], row["id"]):
         raise ValueError
-    return trial
+    return dataclasses.replace(trial, config=migrated(trial.config, schema, str(path))[0])
 
 
 def write_index(folder: Path, sweep: Sweep) -> None:
@@ -120,15 +124,8 @@ def write_index(folder: Path, sweep: Sweep) -> None:
     trials = [
         {"name": trial.name, "id": trial.id, **dataclasses.asdict(trial)} for trial in sweep.trials
     ]
-    content = json.dumps({"experiment": sweep.source, "trials": trials}, indent=1) + "\n"
+    content = (
+        json.dumps({"experiment": sweep.source, "schema": SCHEMA, "trials": trials}, indent=1)
+        + "\n"
+    )
     write_whole(folder / INDEX, content)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Writes a text file that is there as a whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

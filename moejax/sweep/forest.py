@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.sweep.comparison import Compared, Summary
+from moejax.train import scales
 from moejax.train.summary import ALERT, QUIET
 
 BEYOND = 1.0
@@ -44,18 +45,22 @@ def draw(
     for label, variant in zip(axes.get_yticklabels(), found, strict=True):
         label.set(color=styles[variant.variant][0], fontweight="bold")
     axes.set_ylim(len(found) - 0.4, -0.6)
-    _limit(axes, found)
+    _limit(axes, found, summary)
     axes.set(
         title=f"Difference to {summary.baseline} at equal seeds",
-        xlabel=f"{summary.unit}; left of the line is better",
+        xlabel=f"loss minus {summary.baseline}'s, {summary.unit}; left is better",
     )
 
 
-def _limit(axes: Any, found: list[Compared]) -> None:
-    """Room for all seeds, and for intervals up to a bound: those of two seeds are very wide."""
+def _limit(axes: Any, found: list[Compared], summary: Summary) -> None:
+    """Room for all seeds, and for intervals up to a bound: those of two seeds are very wide.
+
+    Never less than what is worth seeing, so that near variants stand near each other.
+    """
     seeds = [p.difference for v in found for p in v.trials if p.difference is not None]
     low, high = min([0.0, *seeds]), max([0.0, *seeds])
-    reach = BEYOND * (high - low)
+    least = scales.least_loss(summary.unit, [v.mean for v in found if v.mean is not None])
+    reach = BEYOND * max(high - low, least)
     ends = [
         v.difference.mean + side * v.difference.half_width
         for v in found
@@ -63,6 +68,4 @@ def _limit(axes: Any, found: list[Compared]) -> None:
         for side in (-1, 1)
     ]
     inside = [min(max(end, low - reach), high + reach) for end in ends]
-    low, high = min([low, *inside]), max([high, *inside])
-    if high > low:
-        axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    axes.set_xlim(scales.span([low, high, *inside], least))

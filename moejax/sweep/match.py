@@ -11,6 +11,7 @@ or give the same, by lower-case name, as the dict of a function ``comparison(arg
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _check_pilot(where: str, pilot: Any) -> None:
     if pilot is None:
         return
     if isinstance(pilot, str):
-        if not (Path(pilot).expanduser() / "results.csv").is_file():
+        if not (Path(os.path.expanduser(pilot)) / "results.csv").is_file():
             raise UserError(f"{where}: PILOT={pilot!r} has no results.csv; name a sweep's folder")
         return
     number = isinstance(pilot, int | float) and not isinstance(pilot, bool)

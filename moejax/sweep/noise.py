@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -139,10 +140,10 @@ def read_pilot(folder: str) -> list[Pilot]:
     Raises:
       UserError: it cannot be read.
     """
-    path = Path(folder).expanduser() / "results.csv"
+    path = Path(os.path.expanduser(folder)) / "results.csv"
     kinds = Pilot.__annotations__
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return [
                 Pilot(**{name: kind(row[name]) for name, kind in kinds.items()})
                 for row in csv.DictReader(file)

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from moejax.errors import UserError
+from moejax.files import writing
 from moejax.sweep import folder as folders
 from moejax.sweep import journal, launch, live
 from moejax.sweep.definition import Sweep, Trial, changed
@@ -247,11 +248,12 @@ def tail(path: Path, begin: int = 0) -> list[str]:
 
 def _head(log: Path, command: list[str]) -> int:
     """Begins an attempt's part of a log with its time and command; where the output will begin."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     start = datetime.now().astimezone().isoformat(timespec="seconds")
-    with open(log, "ab") as file:
-        file.write(f"# {start}  {shlex.join(command)}\n".encode())
-        return file.tell()
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            file.write(f"# {start}  {shlex.join(command)}\n".encode(errors="surrogateescape"))
+            return file.tell()
 
 
 def _age(started: str | None) -> float:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
+from moejax.files import read_rows, write_whole
+from moejax.saved import METRICS, TIMINGS, missing, read_config, stand_for
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
-from moejax.train.loop import read_config
-from moejax.train.metrics import read_rows
+from moejax.train.units import PER_BYTE, bytes_per_token
 
 Row = dict[str, Any]
 
@@ -25,8 +26,8 @@ DIVERGED = "moejax: diverged at"
 """How `moejax train` begins the line that says so."""
 
 
-PER_BYTE = "nats/byte"
-"""Text is compared per byte, whatever its tokens are."""
+LOGGED = "train.log_every"
+"""The interval of rows of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,24 @@ class Result:
     """What a token's output may depend on besides its past; empty when nothing."""
     unit: str = PER_BYTE
     """Of the loss."""
+    missing_steps: int = 0
+    """Steps whose rows are missing in metrics.jsonl; means over training are without them."""
 
 
 def unit_of(results: Sequence[Result]) -> str:
-    """The unit of the losses, which all of them share."""
-    return results[0].unit if results else PER_BYTE
+    """The unit of the losses, which all of them share.
+
+    Raises:
+      UserError: they do not.
+    """
+    units = {result.unit: result for result in results}
+    if len(units) > 1:
+        said = ", ".join(f"{unit} of {result.variant}" for unit, result in units.items())
+        raise UserError(
+            f"losses of several units cannot be compared: {said}; shards of an older version do "
+            "not say which bytes their tokens stand for, so prepare them again"
+        )
+    return next(iter(units), PER_BYTE)
 
 
 def read_trial(folder: Path, trial: Trial) -> Result:
@@ -82,20 +96,22 @@ def read_trial(folder: Path, trial: Trial) -> Result:
     """
     workdir = folders.workdir_of(folder, trial)
     saved = read_config(workdir)
-    rows = read_rows(workdir / "metrics.jsonl")
+    rows = read_rows(workdir / METRICS)
     train = [row for row in rows if row.get("split") == "train"]
     held_out = [row for row in rows if row.get("split") == "eval"][-1]
-    weights = [
-        row["step"] - before for row, before in zip(train, [0, *_steps(train)], strict=False)
-    ]
-    timings = read_rows(workdir / "timings.jsonl")
-    seconds, total_seconds = step_seconds(timings)
+    steps = [row["step"] for row in train]
+    weights = stand_for(steps, saved, LOGGED)
+    gaps = missing(steps, saved, LOGGED, held_out["step"])
+    timings = read_rows(workdir / TIMINGS)
+    own = stand_for([row["step"] for row in timings], saved, LOGGED)
+    seconds, total_seconds = step_seconds(timings, own, held_out["step"])
 
     def mean(values: Iterable[float | None]) -> float | None:
         pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None]
         return sum(v * w for v, w in pairs) / sum(w for _, w in pairs) if pairs else None
 
     layers = len(held_out.get("moe/load", ()))
+    of_bytes = evaluated_bytes_per_token(saved, workdir)
     train_pairs = mean(kept_pairs(row) for row in train)
     eval_pairs = kept_pairs(held_out)
     return Result(
@@ -103,7 +119,7 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         seed=trial.seed,
         id=trial.id,
         step=held_out["step"],
-        loss=held_out["loss"] / saved.get("heldout_bytes_per_token", 1.0),
+        loss=held_out["loss"] / (of_bytes or 1.0),
         train_flops_per_token=_flops(saved["flops"]["train"], layers, train_pairs),
         eval_flops_per_token=_flops(saved["flops"]["eval"], layers, eval_pairs),
         train_pairs_per_token=train_pairs,
@@ -117,37 +133,61 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         eval_drop_rate=held_out.get("moe/drop_rate"),
         total_parameters=saved["parameters"]["total"],
         leak=held_out["leak"],
-        unit=PER_BYTE if "heldout_bytes_per_token" in saved else saved["units"]["loss"],
+        missing_steps=sum(last - first + 1 for first, last in gaps),
+        unit=PER_BYTE if of_bytes else saved["units"]["loss"],
     )
 
 
-def _steps(rows: Sequence[Row]) -> list[int]:
-    return [row["step"] for row in rows]
+def evaluated_bytes_per_token(saved: dict[str, Any], workdir: Path) -> float | None:
+    """Bytes of text per token, of the very targets that were evaluated; None where losses are not
+    of text, or of shards that do not say.
+
+    Raises:
+      UserError: an older version divided by a ratio of other tokens.
+    """
+    of_all = saved.get("heldout_bytes_per_token", 1.0)
+    if "evaluated" not in saved and of_all != 1.0:
+        raise UserError(
+            f"{workdir} was run by an older version of moejax, which does not say how many bytes "
+            "its evaluated tokens stand for; remove that folder and run the sweep again"
+        )
+    return bytes_per_token(saved)
 
 
 def kept_pairs(row: Row) -> float | None:
-    """Pairs per token and MoE layer that were computed; None for a model without experts."""
+    """Pairs that were computed, per MoE layer and token of the rows; None without experts.
+
+    ``moe/experts_per_token`` is of the tokens that reached the experts, under Mixture-of-Depths a
+    share.
+    """
     if "moe/load" not in row:
         return None
-    return row["moe/experts_per_token"] * (1 - row["moe/drop_rate"])
+    reached = row.get("mod/to_experts", 1.0)
+    return reached * row["moe/experts_per_token"] * (1 - row["moe/drop_rate"])
 
 
 def _flops(counted: dict[str, float], layers: int, pairs: float | None) -> float:
     return counted["fixed"] + counted["per_pair"] * layers * (pairs or 0.0)
 
 
-def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
+def step_seconds(
+    timings: Sequence[Row], own: Sequence[int] | None = None, steps: int = 0
+) -> tuple[float, float]:
     """Seconds of the median step and of all steps, from the rows of ``timings.jsonl``.
 
     Each time the run was started, its first interval is left out of the median: caches are cold.
-    An interval that was a compilation alone has no time of its own and counts as median steps.
+    An interval that was a compilation alone has no time of its own and counts as median steps, as
+    do steps whose row is missing. ``own``: how many steps each row speaks for (default: those since
+    the row before). ``steps``: of the run (default: the last row's).
     """
     warm, sums, before = [], [], 0
+    lengths = iter(own) if own is not None else None
     for life in _lives(timings):
         for row in life:
             seconds = row["seconds_per_step"]
+            length = next(lengths) if lengths else row["step"] - before
             if math.isfinite(seconds):
-                sums.append((seconds, row["step"] - before))
+                sums.append((seconds, length))
                 if row is not life[0]:
                     warm.append(seconds)
             before = row["step"]
@@ -157,7 +197,7 @@ def step_seconds(timings: Sequence[Row]) -> tuple[float, float]:
     median = statistics.median(measured)
     counted = sum(steps for _, steps in sums)
     total = sum(seconds * steps for seconds, steps in sums)
-    return median, total + median * (before - counted)
+    return median, total + median * (max(before, steps) - counted)
 
 
 def elapsed_seconds(timings: Sequence[Row]) -> float:
@@ -242,4 +282,4 @@ def write_csv(
             known = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
         known |= more.get((trial.variant, trial.seed), {})
         writer.writerow({**known, "finished": int(result is not None)})
-    folders.write_whole(folder / "results.csv", text.getvalue())
+    write_whole(folder / "results.csv", text.getvalue())

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from moejax.devices import check_for_children
 from moejax.errors import UserError
 from moejax.sweep import budget, choose, journal, launch, live, status, summary
 from moejax.sweep import folder as folders
@@ -19,7 +20,7 @@ from moejax.sweep.launch import Launcher
 from moejax.sweep.pool import STOPPED, Place, Pool
 from moejax.sweep.signals import Signals
 from moejax.train.lock import WorkdirLock
-from moejax.train.loop import make_workdir
+from moejax.train.workdir import make_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
     chosen = choose.trials(sweep, how.only)
     folders.check(folder, sweep)
     launcher = launch.make(how.launcher, folder, how.options)
+    if how.launcher == "local":
+        check_for_children()
     make_workdir(folder)
     with WorkdirLock(folder, alone=True):
         folders.check(folder, sweep)  # once more, now that nobody else writes

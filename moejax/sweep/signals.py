@@ -1,10 +1,12 @@
-"""Ctrl-C and SIGTERM of the runner, which passes them on to the trials that run."""
+"""Ctrl-C, SIGTERM and SIGHUP of the runner, which passes them on to the trials that run."""
 
 import os
 import signal
 import time
 import types
 from typing import Any
+
+from moejax.train.signals import heeded, let_go_of, terminals
 
 TOGETHER = 1.0
 """Seconds within which SIGTERMs are one request: `timeout` signals its child and then its group."""
@@ -23,7 +25,8 @@ class Signals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._terminal = terminals()
+        for number in heeded():
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -41,7 +44,9 @@ class Signals:
 
     def _handle(self, number: int, _: types.FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGTERM:
+        if number == signal.SIGHUP:
+            let_go_of(self._terminal)
+        if number != signal.SIGINT:
             if now - self._last_term < TOGETHER:
                 return
             self._last_term = now

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moejax.files import write_whole
 from moejax.sweep import figure, table
-from moejax.sweep import folder as folders
 from moejax.sweep.comparison import Compared, Summary, compare
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import MATCHES, TOLERANCE
@@ -26,7 +26,7 @@ def write(sweep: Sweep, folder: Path) -> str:
     summary = compare(sweep, found, read_diverged(folder, sweep))
     write_csv(folder, sweep, found, columns(summary))
     tree = json.dumps(to_json(summary), indent=1, allow_nan=False)
-    folders.write_whole(folder / "summary.json", tree + "\n")
+    write_whole(folder / "summary.json", tree + "\n")
     if not found:
         return ""
     figure.write_figure(folder, f"{sweep.source} in {folder}", found, summary)

@@ -54,7 +54,7 @@ def render(results: Sequence[Result], summary: Summary) -> str:
         columns.append(("", "verdict", [v.outcome for v in variants]))
     if any(v.marks for v in variants):
         columns.append(("", "marks", [" ".join(v.marks) for v in variants]))
-    notes = [textwrap.fill(note, NOTE_WIDTH) for note in _notes(summary)]
+    notes = [textwrap.fill(note, NOTE_WIDTH) for note in [*_notes(summary), *_missing(results)]]
     return "\n".join([align(columns), "", NOTES, *notes])
 
 
@@ -128,6 +128,16 @@ def _notes(summary: Summary) -> list[str]:
     if summary.detectable:
         notes.append(detectable_note(summary.detectable, summary.unit))
     return notes
+
+
+def _missing(results: Sequence[Result]) -> list[str]:
+    """A note on trials of which rows are gone."""
+    return [
+        f"{found.variant}, seed {found.seed}: metrics.jsonl has no rows for {found.missing_steps} "
+        f"of {found.step} steps; means over training are of the others"
+        for found in results
+        if found.missing_steps
+    ]
 
 
 def mark_notes(summary: Summary) -> list[str]:

@@ -34,7 +34,9 @@ def build(config: Config) -> tuple[Task, Source]:
     images = load_images(
         config.data.path, task.image_size, task.channels, config.data.eval_fraction
     )
-    source = ImageSource(images, task.patch_size, train.batch_size, train.seed, task.shift)
+    source = ImageSource(
+        images, task.patch_size, train.batch_size, train.seed, train.eval_rows, task.shift
+    )
     return ImageClassifier.from_config(config, len(images.classes)), source
 
 

@@ -35,8 +35,9 @@ def build(config: Config) -> tuple[Task, Source]:
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
             f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
         )
-    source = TextSource(corpus, train.seq_len, train.batch_size, train.seed)
-    return LanguageModel.from_config(config, corpus.vocab_size), source
+    source = TextSource(corpus, train.seq_len, train.batch_size, train.seed, train.eval_rows)
+    task = LanguageModel.from_config(config, corpus.vocab_size)
+    return dataclasses.replace(task, padded_behind=True), source  # its rows are whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class LanguageModel(Task):
     """
 
     seq_len: int
+    padded_behind: bool = False
+    """What the source promises of its batches: see ``Context``."""
 
     causal: ClassVar[bool] = True
 
@@ -91,6 +94,7 @@ class LanguageModel(Task):
             row_B=batch["row"],
             step=step,
             key=jax.random.fold_in(key, step),
+            padded_behind=self.padded_behind,
         )
         return Output(*self.built(params)(token_BL, context, gate_state, train, watch))
 

@@ -39,7 +39,7 @@ def build(config: Config) -> tuple[Task, Source]:
     _check(config)
     table, train = load(config), config.train
     return MultiTaskLearning.from_config(config, table), TableSource(
-        table, train.batch_size, train.seed
+        table, train.batch_size, train.seed, train.eval_rows
     )
 
 

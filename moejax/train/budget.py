@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +11,9 @@ from jaxtyping import PyTree
 
 from moejax import mesh as meshes
 from moejax.config import Config
+from moejax.devices import host_memory, memory_of
 from moejax.tasks.task import Batch, Task
-from moejax.train import flops, memory
+from moejax.train import flops, memory, processes, units
 from moejax.train.setup import Run
 from moejax.train.state import count_parameters
 
@@ -21,8 +23,9 @@ class TokenFlops:
     """Floating-point operations per token of a model whose routing decides what it costs.
 
     ``fixed`` is everything but the routed experts; each (token, expert) pair, in any MoE layer,
-    adds ``per_pair``. The pairs are in ``metrics.jsonl``: a token of a row has
-    layers * experts_per_token * (1 - drop_rate) of them.
+    adds ``per_pair``: one expert on one token. The pairs are in ``metrics.jsonl``: a token of a row
+    has layers * experts_per_token * (1 - drop_rate) of them, under Mixture-of-Depths times
+    ``mod/to_experts``, the share of tokens that reached the experts.
     """
 
     fixed: float
@@ -44,6 +47,8 @@ class Budget:
     state_bytes: int
     activation_bytes: int
     """Per device: the training state with gradients, and what is kept for the backward pass."""
+    product_bytes: int = 0
+    """Per device: the largest product of the forward pass, which is there for a moment."""
 
 
 def count_budget(run: Run) -> Budget:
@@ -56,25 +61,103 @@ def count_budget(run: Run) -> Budget:
     batch = run.data.shapes(_micro_batch(config))
     backward, forward = (_countable_pass(run, train=train) for train in (True, False))
     with jax.set_mesh(run.mesh):
-        kept = memory.residual_bytes(
-            lambda p: _loss(run, run.task, p, zeros_like(batch)), _without_shardings(params)
+        kept, product = memory.forward_bytes(
+            lambda p: _loss(run, run.task, p, zeros_like(batch)),
+            _without_shardings(params),
+            devices=run.mesh.size,
         )
     shards = meshes.axis_size(run.mesh.abstract_mesh, *meshes.BATCH_AXES)
     return Budget(
         parameters=count_parameters(params),
         active_parameters=active_parameters(run),
         flops_per_step=flops.count_flops(backward) * config.train.grad_accum,
-        train_flops=_token_flops(run, backward),
-        eval_flops=_token_flops(run, forward),
-        state_bytes=memory.tree_bytes_per_device(run.abstract_state)
-        + memory.tree_bytes_per_device(params),
+        train_flops=_token_flops(run, backward, train=True),
+        eval_flops=_token_flops(run, forward, train=False),
+        state_bytes=_state_bytes(run),
         activation_bytes=kept // shards,
+        product_bytes=product,
     )
+
+
+def checked_budget(run: Run) -> Budget:
+    """What a run costs, if it fits in its devices; before anything is compiled.
+
+    The estimate leaves out what XLA needs for a moment, and what it saves by fusing; a user who
+    knows better sets ``mesh.device_gib``.
+
+    Raises:
+      UserError: it does not fit; naming what to reduce.
+    """
+    # What is too large for itself is not traced, which may fail or take minutes.
+    processes.raise_together(_batch_problem(run) or _memory_problem(run, _state_bytes(run), 0))
+    costs = count_budget(run)
+    largest = max(costs.activation_bytes, costs.product_bytes)
+    processes.raise_together(_memory_problem(run, costs.state_bytes, largest))
+    return costs
+
+
+def _batch_problem(run: Run) -> str:
+    """What is wrong with a global batch that this process cannot hold; empty if it can."""
+    train, there = run.config.train, host_memory()
+    needed = train.batch_size * sum(x.nbytes for x in run.data.shapes(1).values())
+    if needed <= there:
+        return ""
+    return (
+        f"train.batch_size={train.batch_size} needs {units.size(needed)} of memory for one batch "
+        f"of data, and this machine has {units.size(there)}; lower it"
+    )
+
+
+def _memory_problem(run: Run, state: int, activations: int) -> str:
+    """What to do about bytes that a device does not have; empty if it has them."""
+    config, local = run.config, run.mesh.local_devices
+    own, needed = round(config.mesh.device_gib * 2**30), state + activations
+    there = own or memory_of(local[0], len(local))
+    if there is None or needed <= there:
+        return ""
+    train = config.train
+    if activations > state:
+        what = f"train.batch_size={train.batch_size}"
+        cures = ["lower it"]
+        if "seq_len" in train:
+            what, cures = f"{what} x train.seq_len={train.seq_len}", ["lower one of them"]
+        cures.append(f"raise train.grad_accum={train.grad_accum}")
+        if config.model.get("remat", "full") != "full":
+            cures.append("set model.remat=full")
+    else:
+        what = f"a model of {units.count(count_parameters(run.abstract_state.params))} parameters"
+        cures = ["make it smaller", "split it over more devices (mesh.fsdp, mesh.expert)"]
+    parts = f"{units.size(state)} state and gradients"
+    parts += f", {units.size(activations)} activations" if activations else ""
+    has = f"mesh.device_gib={config.mesh.device_gib:g} allows" if own else "has"
+    return (
+        f"{what} needs {units.size(needed)} of memory per device ({parts}), and a device {has} "
+        f"{units.size(there)}; {', '.join(cures)}, or set mesh.device_gib to what you know it may "
+        "take"
+    )
+
+
+def _state_bytes(run: Run) -> int:
+    """Per device: the training state with gradients."""
+    whole = memory.tree_bytes_per_device(run.abstract_state)
+    return whole + memory.tree_bytes_per_device(run.abstract_state.params)
 
 
 def train_flops(run: Run) -> TokenFlops:
     """``count_budget(run).train_flops`` alone, and sooner."""
-    return _token_flops(run, _countable_pass(run, train=True))
+    return _token_flops(run, _countable_pass(run, train=True), train=True)
+
+
+def routed_share(model: Any, length: int, train: bool) -> float:
+    """Share of a sequence's tokens in the experts' rows of the traced program.
+
+    Mixture-of-Depths takes a share out in training. In evaluation all tokens are rows, and those
+    that stay behind padding.
+    """
+    depths = getattr(model, "depths", None)
+    if not train or depths is None or not depths.capacity:
+        return 1.0
+    return depths.chosen(length) / length
 
 
 def _micro_batch(config: Config) -> int:
@@ -99,17 +182,18 @@ def _without_shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _token_flops(run: Run, jaxpr: ClosedJaxpr) -> TokenFlops:
+def _token_flops(run: Run, jaxpr: ClosedJaxpr, train: bool) -> TokenFlops:
     """Splits the count of a pass over a micro-batch: only routed experts are grouped matmuls.
 
-    The traced program hands them every column of every token's routing.
+    The traced program hands them every column of the routing of every token that it takes to them.
     """
-    model, tokens = run.task.model, _micro_batch(run.config) * run.task.units.tokens_per_row
+    model, per_row = run.task.model, run.task.units.tokens_per_row
+    tokens = _micro_batch(run.config) * per_row
     fixed = flops.count_flops(jaxpr, grouped=False)
     if not model.num_moe_layers:
         return TokenFlops(fixed / tokens, 0.0)
     columns = model.gate.columns(model.moe.num_experts)
-    pairs = tokens * model.num_moe_layers * columns
+    pairs = tokens * routed_share(model, per_row, train) * model.num_moe_layers * columns
     return TokenFlops(fixed / tokens, (flops.count_flops(jaxpr) - fixed) / pairs)
 
 

@@ -18,12 +18,26 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moejax.errors import UserError
+from moejax.saved import committed_steps
 from moejax.train import manifest as manifests
 from moejax.train import reading
 from moejax.train.checksum import checksums
 from moejax.train.manifest import Manifest
 from moejax.train.processes import from_first, is_first
 from moejax.train.reading import WHOLE, Part, Restored
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves preemption to the training loop.
+
+    At a step that JAX's preemption service names, orbax measures the time since the save before. Of
+    a checkpoint that was there when it started it knows none (``lightweight_initialize`` puts a
+    time without a zone there), and the subtraction fails: the second notice in a run's life was a
+    TypeError, after which nothing old was removed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpointer:
@@ -47,6 +61,7 @@ class Checkpointer:
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
+        self._told: int | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -56,7 +71,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending; no save that is still running or was killed."""
-        return reading.committed_steps(self._directory)
+        return committed_steps(self._directory)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
         """Starts saving `state` and returns once it may be overwritten (donated).
@@ -100,6 +115,14 @@ class Checkpointer:
         if step is not None:
             with self._write_errors(step):
                 self._open().wait_until_finished()
+
+    def just_committed(self) -> bool:
+        """Whether the save that was running is committed by now; true once."""
+        step = self._saving
+        if step is None or step == self._told or step not in self.steps():
+            return False
+        self._told = step
+        return True
 
     def close(self) -> None:
         """Waits and releases the threads; raises what `wait` raises."""
@@ -160,9 +183,7 @@ class Checkpointer:
                 ocp.args.PyTreeSave,
                 ocp.PyTreeCheckpointHandler(type_handler_registry=types),
             )
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, handler_registry=handlers
-            )
+            self._manager = _Manager(self._directory, options=options, handler_registry=handlers)
         return self._manager
 
     def _bad_folder(self) -> Path:

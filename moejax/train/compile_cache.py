@@ -5,10 +5,15 @@ leaves a torn one there, which every later run trips over and none repairs. Here
 of its own process, with hard links to what is known, and what it adds is linked back once whole:
 
     FOLDER/MACHINE/jit_train_step-<hash>-cache     an entry, whole from the moment it is there
+    FOLDER/MACHINE/jit_train_step-<hash>-digest    SHA-256 of its name and content
     FOLDER/MACHINE/.process-<pid>-<random>/        one process's view; removed when it has ended
 
 An entry holds machine code, so machines whose processors differ do not share any. What is loaded is
 what would be compiled, bit for bit; the cache can be removed at any time.
+
+What is loaded is run, so an entry is used only if its digest is right and nobody else could have
+written it: neither the folder, nor one above it, nor the entry's files may belong to another user
+or be writable by others (`moejax.train.trust`).
 """
 
 import contextlib
@@ -29,13 +34,14 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from moejax.train import trust
 from moejax.train.processes import is_first
 
 AUTO, OFF = "auto", "off"
 MAX_BYTES = 2**30
 """Entries not used for longest are removed beyond this."""
 
-_SUFFIX = "-cache"
+_SUFFIX, _DIGEST = "-cache", "-digest"
 _VIEW = ".process-"
 _LOCK = ".lock"
 _SETTINGS = {
@@ -55,16 +61,48 @@ class Cache:
 
     def __init__(self, folder: Path):
         self.folder = folder / machine()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder, self.folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            trust.check(path)
         _remove_dead_views(self.folder)
         self.view = Path(tempfile.mkdtemp(prefix=f"{_VIEW}{os.getpid()}-", dir=self.folder))
         self._lock = os.open(self.view / _LOCK, os.O_CREAT | os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._known = set[str]()
+        self._take()
+
+    def _take(self) -> None:
+        """Links what is known and can be trusted into the view, and says what cannot."""
+        damaged, foreign = [], []
         for name in _entries(self.folder):
-            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                os.link(self.folder / name, self.view / name)
+            try:
+                os.link(self.folder / name, self.view / name, follow_symlinks=False)
+                problem = trust.problem_of_file(self.view / name)
+                whole = not problem and _digest_of(self.folder, name) == _digest(self.view / name)
+            except FileNotFoundError:  # another process has just removed it
+                continue
+            except PermissionError:
+                foreign.append(f"{name} belongs to another user")
+                continue
+            if whole:
                 self._known.add(name)
+                continue
+            (self.view / name).unlink()
+            if problem:
+                foreign.append(f"{name} {problem}")
+            else:
+                damaged.append(name)
+                _remove(self.folder, name)
+        if damaged:
+            named = ", ".join(name.rpartition("-")[0].rpartition("-")[0] for name in damaged[:3])
+            more = ", ..." if len(damaged) > 3 else ""
+            _say(
+                f"compiled programs in {self.folder} are damaged (no digest, or another one) and "
+                f"removed: {named}{more}; compiled anew"
+            )
+        if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            _say(f"compiled programs in {self.folder} are not used: {foreign[0]}{more}")
 
     def publish(self) -> None:
         """Adds to the folder what JAX has added; nothing may be compiling meanwhile."""
@@ -75,9 +113,15 @@ class Cache:
                 entry.unlink()
                 continue
             with open(entry, "rb") as file:
+                os.fchmod(file.fileno(), 0o600)
                 os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                os.link(entry, self.folder / name)
+            if not (self.folder / name).exists():  # another process may have been faster
+                digest = self.view / _digest_name(name)
+                digest.write_text(_digest(entry))
+                digest.chmod(0o600)
+                digest.replace(self.folder / digest.name)
+                with contextlib.suppress(FileExistsError):
+                    os.link(entry, self.folder / name)
             self._known.add(name)
         if new:
             _prune(self.folder)
@@ -86,7 +130,7 @@ class Cache:
         """Removes the entries of a program of which one cannot be read."""
         for name in _entries(self.view):
             if name.startswith(f"{program}-"):
-                (self.folder / name).unlink(missing_ok=True)
+                _remove(self.folder, name)
                 (self.view / name).unlink()
                 self._known.discard(name)
 
@@ -119,6 +163,13 @@ def kept(choice: str, names_matter: bool = False) -> Iterator[None]:
         )
         yield
         return
+    except trust.Untrusted as problem:
+        _say(
+            f"compiled programs in {folder} are not used, since {problem}; compiling without. Mend "
+            "that (chmod go-w), or let report.compile_cache name another folder or be off"
+        )
+        yield
+        return
     with _jax_uses(cache, names_matter), _one_line_warnings(cache):
         _active = cache
         try:
@@ -141,13 +192,19 @@ def folder_of(choice: str) -> Path | None:
     if choice == OFF:
         return None
     if choice != AUTO:
-        return Path(choice).expanduser().absolute()
+        return Path(os.path.expanduser(choice)).absolute()
     if getattr(jax.config, _FOLDER) or not getattr(jax.config, _SWITCH):
         return None
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The standard has relative values ignored.
-    root = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
-    return root / "moejax" / "jax"
+    root = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
+    if not os.path.isabs(root):  # a batch system's user by number, whom the container does not know
+        _say(
+            "compiled programs are not kept: this user has no home folder; report.compile_cache "
+            "names a folder or is off"
+        )
+        return None
+    return Path(root) / "moejax" / "jax"
 
 
 def machine() -> str:
@@ -215,6 +272,33 @@ def _entries(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if name.endswith(_SUFFIX)]
 
 
+def _digest_name(name: str) -> str:
+    return name.removesuffix(_SUFFIX) + _DIGEST
+
+
+def _digest(entry: Path) -> str:
+    """Of the name as well, so that one program does not pass for another."""
+    digest = hashlib.sha256(entry.name.encode() + b"\0")
+    with open(entry, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_of(folder: Path, name: str) -> str:
+    """What the digest ought to be; "" if nothing that can be trusted says it."""
+    path = folder / _digest_name(name)
+    try:
+        return "" if trust.problem_of_file(path) else path.read_text()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+
+
+def _remove(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / _digest_name(name)).unlink(missing_ok=True)
+
+
 def _is_whole(entry: Path) -> bool:
     """False for what a full disk has cut short. JAX compresses with zstandard where it has it."""
     data = entry.read_bytes()
@@ -254,7 +338,7 @@ def _prune(folder: Path) -> None:
     for _, size, name in sorted(found):
         if total <= MAX_BYTES:
             return
-        (folder / name).unlink(missing_ok=True)
+        _remove(folder, name)
         total -= size
 
 

@@ -1,14 +1,21 @@
 """What a run says: its size before compiling, a line per logged step, a summary at the end."""
 
+import functools
 import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from moejax.data.source import Remarks
 from moejax.mesh import AXES, BATCH_AXES
+from moejax.saved import read_config, told
+from moejax.schema import flatten
 from moejax.train import flops, units
 from moejax.train.budget import Budget
+from moejax.train.optim import make_schedule
 from moejax.train.processes import is_first
 from moejax.train.rows import Row
 from moejax.train.setup import Run
@@ -54,6 +61,11 @@ class Console:
             f"data        {run.data.name}: {units.count(there)} training {of.item}s, "
             f"{units.count(held_out)} held out"
         )
+        if is_first() and isinstance(run.data, Remarks):
+            for heading, said in run.data.facts().items():
+                self._say(f"{heading:<12}{said}")
+            for said in run.data.warnings():
+                self._say(f"warning     {said}")
         length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
         self._say(
             f"training    {train.steps} steps of {train.batch_size}{length} {of.item}s, "
@@ -64,12 +76,15 @@ class Console:
         if advice := gate_advice(run):
             self._say(f"gate        {advice}")
 
-    def start(self, step: int) -> None:
-        """The loop begins at ``step``."""
+    def start(self, step: int, before: dict[str, Any] | None = None) -> None:
+        """The loop begins at ``step``; ``before``: the config that the run had until then."""
         self._began = self._logged_at = time.perf_counter()
         self._logged_step = self._from_step = step
         if step:
             self._say(f"resuming {self._folder} at step {step}")
+        self._say(f"schedule    {_schedule_line(self._run, step)}")
+        if step and is_first() and (problem := rise(self._run, step, before)):
+            print(f"moejax: warning: {problem}", file=sys.stderr, flush=True)
         self._say("compiling the training step ...")
         if self._bar:
             self._bar.start(step)
@@ -127,7 +142,8 @@ class Console:
         """The workdir's run has all its steps; a kill may have come before its picture."""
         if is_first() and not (self._folder / "summary.png").exists():
             write_summary_png(str(self._folder))
-        self._say(f"{self._folder} is complete at step {step}; raise train.steps to go on")
+        advice = _longer(self._run, step)
+        self._say(f"{self._folder} is complete at step {step}; raise train.steps to go on{advice}")
 
     def diverged(self, problem: Exception) -> None:
         """The run stopped at a value that is not finite."""
@@ -141,7 +157,7 @@ class Console:
 
     def finish(self, step: int, status: int) -> None:
         """The summary, or how to go on after a stop."""
-        from moejax.train.loop import DONE, read_config
+        from moejax.train.loop import DONE
 
         self.close()
         if not is_first():
@@ -151,7 +167,8 @@ class Console:
             self._say(f"stopped {saved}at step {step}; the same command resumes")
             return
         write_summary_png(str(self._folder))
-        baselines = read_config(self._folder)["baselines"]
+        known = read_config(self._folder)
+        baselines = known["baselines"]
         row, last = self._last_eval, self._last_train
         lines = [("held-out loss", "  ".join(self._held_out(row["loss"])))]
         lines += [(f"  {name}", "  ".join(self._held_out(x))) for name, x in baselines.items()]
@@ -163,9 +180,12 @@ class Console:
             busiest, drops = 1 + last["moe/max_vio"], last["moe/drop_rate"]
             held_out = row["moe/drop_rate"]
             lines.append(("balance", f"busiest expert at {busiest:.2f}x the mean load"))
-            lines.append(("drops", f"{drops:.2%} of pairs in training, {held_out:.2%} held out"))
+            lines.append(
+                ("drops", f"{drops:.2%} of pairs in the last step, {held_out:.2%} held out")
+            )
         if self._run.leak:
             lines.append(("visibility", self._run.leak))
+        lines += [("history", told(entry)) for entry in known.get("history", ())]
         lines.append(("files", f"{self._folder}: summary.png, metrics.jsonl, checkpoints/"))
         lines.append(("next", f"moejax report {self._folder}    moejax config --config=..."))
         self._say(f"\nfinished in {units.duration(time.perf_counter() - self._began)}")
@@ -176,11 +196,17 @@ class Console:
     def _item(self) -> str:
         return self._run.task.units.item
 
+    @functools.cached_property
+    def _unit(self) -> str:
+        """The losses' unit, as config.json and the report have it."""
+        run = self._run
+        return units.loss_unit({**run.data.about(), "units": run.task.units._asdict()})
+
     def _held_out(self, loss: float) -> list[str]:
         """A loss with its unit, and what else the data say of it."""
         extras = self._run.data.eval_extras(loss)
         others = [f"{x:.4f} {name.replace('_per_', '/')}" for name, x in extras.items()]
-        return [f"{loss:.4f} {self._run.task.units.loss}", *others]
+        return [f"{loss:.4f} {self._unit}", *others]
 
     def close(self) -> None:
         """Gives the terminal back, whatever ended the run."""
@@ -193,6 +219,71 @@ class Console:
             self._bar.say(line)
         elif is_first():
             print(line, flush=True)
+
+
+def _rate(schedule: Any, step: int) -> float:
+    """The learning rate of the update that follows ``step`` completed ones."""
+    return float(schedule(step))
+
+
+def _schedule_line(run: Run, step: int) -> str:
+    """What the learning rate will do: now, at its peak if that is to come, and at the end."""
+    optim, steps = run.config.optim, run.config.train.steps
+    decay = f" over {optim.decay_steps or steps} steps" if optim.schedule != "constant" else ""
+    peak = f"{optim.learning_rate:.3g} at step {optim.warmup_steps}, "
+    to_come = step + 1 < optim.warmup_steps <= steps
+    return (
+        f"{optim.schedule}{decay}: learning rate {_rate(run.schedule, step):.3g} at step "
+        f"{step + 1}, {peak if to_come else ''}{_rate(run.schedule, steps - 1):.3g} at step {steps}"
+    )
+
+
+OF_RATE = ("train.steps", *(f"optim.{name}" for name in (
+    "learning_rate", "schedule", "warmup_steps", "decay_steps", "decay_fraction", "final_fraction",
+)))  # fmt: skip
+"""Fields that the learning rate follows from."""
+
+
+def rise(run: Run, step: int, before: dict[str, Any] | None) -> str:
+    """What to say if the learning rate goes up at a step because fields changed; "" if not."""
+    if not before:
+        return ""
+    old, new = (flatten(x) for x in (before, run.config))
+    changed = [
+        f"{name} from {old[name]} to {new[name]}" for name in OF_RATE if old[name] != new[name]
+    ]
+    schedule = make_schedule(ConfigDict(before["optim"]), before["train"]["steps"])
+    was, is_now = _rate(schedule, step), _rate(run.schedule, step)
+    if not changed or is_now <= was * (1 + 1e-6):
+        return ""
+    length = old["optim.decay_steps"] or old["train.steps"]
+    stretched = old["optim.schedule"] != "constant" and length != (
+        new["optim.decay_steps"] or new["train.steps"]
+    )
+    remedy = (
+        f"; --config.optim.decay_steps={length} keeps the schedule as it was, and "
+        f"{_rate(schedule, length):.3g} after its end"
+        if stretched
+        else ""
+    )
+    return (
+        f"the learning rate goes up at step {step + 1}, from {was:.3g} to {is_now:.3g}, because of "
+        f"{' and '.join(changed)}{remedy}"
+    )
+
+
+def _longer(run: Run, step: int) -> str:
+    """What raising train.steps does to the learning rate, and how it stays where it is."""
+    optim, steps = run.config.optim, run.config.train.steps
+    if optim.schedule == "constant" or optim.decay_steps:
+        return ""
+    longer = make_schedule(optim, 2 * steps)
+    if _rate(longer, step) <= _rate(run.schedule, step):
+        return ""
+    return (
+        f"; that stretches the {optim.schedule} schedule, and the learning rate goes up again, "
+        f"unless optim.decay_steps={steps} keeps it at {_rate(run.schedule, step):.3g}"
+    )
 
 
 def gate_advice(run: Run) -> str:

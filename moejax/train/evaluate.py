@@ -14,21 +14,24 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from moejax import recording
+from moejax import recording, settings
 from moejax.config import Config
+from moejax.devices import host_memory
 from moejax.errors import UserError
 from moejax.recording import Recording, Routed
 from moejax.resolve import make_gate
+from moejax.saved import read_config
 from moejax.task_table import TASKS
 from moejax.tasks.task import Batch, Task
-from moejax.train import compile_cache, leak, rows, setup
+from moejax.train import agreement, compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
 from moejax.train.look import sent
-from moejax.train.loop import check_text, read_config
+from moejax.train.metrics import warn
 from moejax.train.processes import is_first, on_host
 from moejax.train.reading import Part
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
+from moejax.train.workdir import check_identity, check_text, missing_checkpoints
 from moejax.types import Mixes, MoEInfo
 from moejax.validate import has_experts
 
@@ -59,8 +62,14 @@ def opened(
     this.check_gate_data(train_steps)
     folder = Path(workdir)
     saved = read_config(folder)
+    settings.say_changes(saved)
+    steps = Checkpointer(folder / "checkpoints", read_only=True).steps()
+    agreement.on_run(folder, saved, steps)
     remedy = "name the text to evaluate on with --config.data.path"
     check_text(saved, config, this.data.fingerprint, remedy)
+    _check_encoding(saved, this)
+    check_identity(folder, saved)
+    lost = missing_checkpoints(folder, saved)
     with (
         compile_cache.kept(config.report.compile_cache),
         jax.set_mesh(this.mesh),
@@ -70,7 +79,10 @@ def opened(
         restore = _own if own_gate or _has_router(this) else _without_router
         restored = restore(this, checkpoints, step)
         if restored is None:
-            raise UserError(f"{workdir} has no checkpoint to evaluate; train first")
+            lost = lost and f"{lost}; put the folder back"
+            raise UserError(lost or f"{workdir} has no checkpoint to evaluate; train first")
+        if lost and step is None and is_first():
+            warn(f"{lost}; that one is evaluated")
         yield Opened(this, restored.state, restored.step)
 
 
@@ -121,10 +133,10 @@ def _check_target(config: Config, path: str, steps: int) -> None:
             f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {gate.mixes} and sends "
             "no token anywhere, so there is no routing to follow; leave the flag out"
         )
-    folder = Path(path).expanduser().absolute().parent
+    folder = Path(os.path.expanduser(path)).absolute().parent
     if not folder.is_dir():
         raise UserError(f"--record-routing={path}: the folder {folder} does not exist")
-    if Path(path).expanduser().is_dir():
+    if Path(os.path.expanduser(path)).is_dir():
         raise UserError(f"--record-routing={path} is a folder; name a file")
     if steps > config.train.steps:
         raise UserError(
@@ -142,7 +154,7 @@ def size(run: Run, train_steps: int) -> int:
 
 def _check_size(needed: int, path: str) -> None:
     """Says how large a recording becomes; refuses one that this machine cannot hold."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = host_memory()
     if 2 * needed > memory:  # the batches, and all of them in one
         raise UserError(
             f"--record-routing={path} would take {2 * needed / 2**30:.1f} GiB of memory and this "
@@ -157,9 +169,9 @@ def _write(found: Recording, path: str) -> None:
     if not is_first():
         return
     try:
-        recording.save(Path(path).expanduser(), found)
-    except OSError as error:
-        raise UserError(f"--record-routing={path} cannot be written: {error.strerror}") from error
+        recording.save(Path(os.path.expanduser(path)), found)
+    except UserError as error:
+        raise UserError(f"--record-routing={path}: {error}") from error
 
 
 def _record(found: Opened, train_steps: int) -> Recording:
@@ -231,6 +243,20 @@ def _no_rows(this: Run) -> Routed:
         token=np.zeros((0, length), np.int32),
         digest=np.zeros(0, np.uint64),
     )
+
+
+def _check_encoding(saved: dict[str, Any], this: Run) -> None:
+    """Refuses a table whose features stand for something else than those of the run's.
+
+    Raises:
+      UserError: they do.
+    """
+    if saved.get("encoding", "") and this.data.about().get("encoding") != saved["encoding"]:
+        raise UserError(
+            f"data.path={this.config.data.path!r}: its categories, or mean and spread of its "
+            "numbers, are not those of the run's training rows, so that the same id or number "
+            "would mean something else; evaluate on the run's own table"
+        )
 
 
 def _own(this: Run, checkpoints: Checkpointer, step: int | None) -> Restored | None:

@@ -74,7 +74,7 @@ def _equation_flops(eqn: Any, grouped: bool) -> float:
     if name == "scan":
         return params["length"] * inner
     if name == "shard_map":
-        return _num_shards(params) * inner
+        return num_shards(params) * inner
     if name == "while" and inner:
         raise ValueError(
             "cannot count the FLOPs of a while loop that holds matrix products: its trip count is "
@@ -144,7 +144,7 @@ def _grouped_ffn_flops(eqn: Any) -> float | None:
     return products * 2.0 * rows[0] * sum(matrices)
 
 
-def _num_shards(params: dict[str, Any]) -> int:
+def num_shards(params: dict[str, Any]) -> int:
     """How many shards a shard_map runs: the product of its manual axes' sizes.
 
     jax has renamed this parameter between releases, always ending in ``manual_axes``.

@@ -1,5 +1,6 @@
 """One writer per workdir."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from moejax.errors import UserError
+from moejax.files import cannot_write
 from moejax.train.processes import is_first, shared_problem
 
 
@@ -43,8 +45,12 @@ class WorkdirLock:
 
     def _acquire(self) -> str:
         """Takes the lock and returns "", or says who has it."""
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        path = self._workdir / ".lock"
+        try:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            return cannot_write(path, error)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -56,9 +62,10 @@ class WorkdirLock:
             )
         start = datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
-        os.ftruncate(file, 0)
-        os.write(file, json.dumps(owner).encode())
         self._file = file
+        with contextlib.suppress(OSError):  # what it says serves the message of others alone
+            os.ftruncate(file, 0)
+            os.write(file, json.dumps(owner).encode())
         return ""
 
     def _release(self) -> None:

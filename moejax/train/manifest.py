@@ -5,8 +5,6 @@ containers (tuples, dataclasses, optax's named tuples) come from the program tha
 from the file. A typed PRNG key is stored as its key data (uint32) and wrapped again.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from moejax.errors import UserError
+from moejax.files import sealed, unsealed
 
 FORMAT = 1
 
@@ -104,9 +103,9 @@ def encode(manifest: Manifest) -> dict[str, Any]:
       TypeError: if `meta` holds something that JSON does not.
     """
     arrays = {name: [list(e.shape), e.dtype, e.checksum] for name, e in manifest.arrays.items()}
-    body = {"format": FORMAT, "step": manifest.step, "arrays": arrays, "meta": manifest.meta}
-    body = json.loads(json.dumps(body))  # tuples become lists now, so that the digest holds later
-    return {**body, "digest": _digest(body)}
+    return sealed(
+        {"format": FORMAT, "step": manifest.step, "arrays": arrays, "meta": manifest.meta}
+    )
 
 
 def decode(found: Any, step: int) -> Manifest:
@@ -118,8 +117,8 @@ def decode(found: Any, step: int) -> Manifest:
     """
     if not isinstance(found, dict):
         raise Damaged("its manifest is not a JSON object")
-    body = {key: value for key, value in found.items() if key != "digest"}
-    if found.get("digest") != _digest(body):
+    body = unsealed(found)
+    if body is None:
         raise Damaged("its manifest does not match its digest")
     if body["format"] != FORMAT:
         raise UserError(
@@ -149,7 +148,3 @@ def check_same_tree(saved: Mapping[str, Entry], wanted: Mapping[str, Entry], wha
                 f"{what} does not fit this config: {name} is {there or 'absent'} in the checkpoint "
                 f"and {here or 'absent'} here; use the config it was saved with or a new workdir"
             )
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,13 @@
 """Bytes, from abstract values: nothing is allocated and nothing is compiled."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+from jax.extend.core import Jaxpr, jaxprs_in_params
+
+from moejax.train.flops import num_shards
 
 
 def residual_bytes(f: Callable[..., Any], *abstract_args: Any) -> int:
@@ -18,6 +21,17 @@ def residual_bytes(f: Callable[..., Any], *abstract_args: Any) -> int:
       f: a differentiable function of arrays; ``jax.checkpoint`` inside it has its effect.
       abstract_args: ``jax.ShapeDtypeStruct`` trees or arrays.
     """
+    kept, _ = forward_bytes(f, *abstract_args)
+    return kept
+
+
+def forward_bytes(f: Callable[..., Any], *abstract_args: Any, devices: int = 1) -> tuple[int, int]:
+    """``residual_bytes``, and those of the largest matrix product on one device.
+
+    What a product gives is there as a whole for a moment, whatever is recomputed later: of ordinary
+    attention the scores of all pairs of tokens. Shapes outside a shard_map are shared out over
+    ``devices``, which is the least that one of them holds.
+    """
     counts: list[int] = []
 
     def trace(*args: Any) -> Any:
@@ -27,8 +41,20 @@ def residual_bytes(f: Callable[..., Any], *abstract_args: Any) -> int:
         counts.append(sum(x.size * x.dtype.itemsize for x in kept.values()))
         return out
 
-    jax.eval_shape(trace, *abstract_args)
-    return counts[0]
+    program = jax.make_jaxpr(trace)(*abstract_args)
+    return counts[0], _largest_product(program.jaxpr, devices)
+
+
+def _largest_product(jaxpr: Jaxpr, devices: int) -> int:
+    largest = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            out: Any = eqn.outvars[0].aval
+            largest = max(largest, out.size * out.dtype.itemsize // devices)
+        shards = num_shards(eqn.params) if eqn.primitive.name == "shard_map" else 1
+        for body in jaxprs_in_params(eqn.params):
+            largest = max(largest, _largest_product(body, max(1, devices // shards)))
+    return largest
 
 
 def tree_bytes_per_device(abstract_tree: Any) -> int:
@@ -40,6 +66,6 @@ def tree_bytes_per_device(abstract_tree: Any) -> int:
     def leaf_bytes(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
+        return math.prod(shape) * leaf.dtype.itemsize  # of Python, which does not overflow
 
     return sum(map(leaf_bytes, jax.tree.leaves(abstract_tree)))

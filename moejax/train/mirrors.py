@@ -1,11 +1,14 @@
 """Where else the scalars of ``metrics.jsonl`` and ``timings.jsonl`` go: TensorBoard, wandb."""
 
 import secrets
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from moejax.errors import UserError
+from moejax.files import replaced, writing
 
 
 class Mirror(Protocol):
@@ -18,13 +21,50 @@ class Mirror(Protocol):
     def close(self) -> None: ...
 
 
-class TensorBoard:
-    """Event files in a folder, with names that end in ``suffix``.
-
-    Events after ``resume_step`` are marked as void. ``asked`` is the setting that wants them.
+def check(tensorboard: bool, wandb: bool) -> None:
+    """Asks for the packages that mirrors need, before a run makes anything.
 
     Raises:
-      UserError: tensorboardX is not installed.
+      UserError: one that is asked for is not installed.
+    """
+    if tensorboard:
+        _tensorboard("report.tensorboard=True")
+    if wandb:
+        _wandb()
+
+
+def _tensorboard(asked: str) -> Any:
+    try:
+        import tensorboardX
+        import tensorboardX.proto.event_pb2
+        import tensorboardX.record_writer
+        import tensorboardX.summary
+    except ImportError as error:
+        raise UserError(
+            f"{asked} needs tensorboardX; pip install 'moejax[tensorboard]' or leave it out"
+        ) from error
+    return tensorboardX
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "report.wandb=True needs wandb; pip install 'moejax[wandb]' or set it to False"
+        ) from error
+    return wandb
+
+
+class TensorBoard:
+    """An event file in a folder, with a name that ends in ``suffix``.
+
+    Events after ``resume_step`` are marked as void. ``asked`` is the setting that wants them.
+    Events are written here, not in a thread as by tensorboardX's SummaryWriter: its thread ends
+    when the disk is full, and then the program that fills its queue stands still.
+
+    Raises:
+      UserError: tensorboardX is not installed, or the disk takes no more.
     """
 
     def __init__(
@@ -34,24 +74,34 @@ class TensorBoard:
         asked: str = "report.tensorboard=True",
         suffix: str = "",
     ):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                f"{asked} needs tensorboardX; pip install 'moejax[tensorboard]' or leave it out"
-            ) from error
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=suffix)
+        package = _tensorboard(asked)
+        self._folder, self._scalar = folder, package.summary.scalar
+        self._event: Any = package.proto.event_pb2.Event
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}{suffix}"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records: Any = package.record_writer.RecordWriter(str(folder / name))
+        self._write(0, file_version="brain.Event:2")
+        if resume_step is not None:
+            start = package.proto.event_pb2.SessionLog(status="START")
+            self._write(resume_step + 1, session_log=start)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._write(step, summary=self._scalar(name, value))
 
     def flush(self) -> None:
-        self._writer.flush()
+        with writing(self._folder):
+            self._records.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._records.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        event = self._event(step=step, wall_time=time.time(), **content)
+        with writing(self._folder):
+            self._records.write(event.SerializeToString())
 
 
 class Wandb:
@@ -65,15 +115,11 @@ class Wandb:
     """
 
     def __init__(self, workdir: Path):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "report.wandb=True needs wandb; pip install 'moejax[wandb]' or set it to False"
-            ) from error
+        wandb = _wandb()
         path = workdir / ".wandb-id"
         if not path.exists():
-            path.write_text(secrets.token_hex(4))
+            with replaced(path) as temporary:
+                temporary.write_text(secrets.token_hex(4))
         try:
             self._run: Any = wandb.init(
                 project="moejax",

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from moejax.errors import UserError, suggest
+from moejax.train.parameters import Rule, rule, size
 
 
 def make_optimizer(
@@ -26,7 +27,7 @@ def make_optimizer(
 
     Args:
       optim_cfg: the config's ``optim`` section.
-      steps: ``train.steps``, over which the schedule stretches.
+      steps: ``train.steps``, over which the schedule stretches unless ``decay_steps`` is set.
       params: the parameters or their shapes; only names and shapes are read.
 
     Returns:
@@ -54,8 +55,8 @@ def make_schedule(optim_cfg: Any, steps: int) -> optax.Schedule:
     r"""Learning rate of the update that follows ``step`` completed ones.
 
     Warm-up is linear: update 1 has peak / warmup_steps, update ``warmup_steps`` the peak. The last
-    update of ``steps`` has r = ``final_fraction`` of it. With p in [0, 1] the share of the decay's
-    updates done, the factor is
+    update of ``decay_steps``, or of ``steps`` where that is 0, has r = ``final_fraction`` of it, as
+    have all that follow. With p in [0, 1] the share of the decay's updates done, the factor is
 
     * cosine: r + (1 - r) (1 + cos(pi p)) / 2, from the end of warm-up (arXiv 1608.03983);
     * wsd: 1 - (1 - r) p, over the last ``decay_fraction`` of all steps (warm-up, stable, decay;
@@ -65,6 +66,7 @@ def make_schedule(optim_cfg: Any, steps: int) -> optax.Schedule:
     A run shorter than its warm-up never reaches the peak.
     """
     name, peak, warmup = optim_cfg.schedule, optim_cfg.learning_rate, optim_cfg.warmup_steps
+    steps = optim_cfg.decay_steps or steps
     decay_start = {
         "cosine": warmup,
         "wsd": max(warmup, steps - round(optim_cfg.decay_fraction * steps)),
@@ -89,66 +91,28 @@ SCHEDULES = ("cosine", "wsd", "constant")
 # ----------------------------------------------------------------------- which parameter is what
 
 
-class _Kind(NamedTuple):
-    """What a parameter's path and shape say about it."""
-
-    stem: str
-    """The leaf's name without its axis letters."""
-    letters: str
-    """Its trailing axes: the upper-case letters after the last ``_``, as in ``up_EDF``. Stacked
-    layers lead and have no letter. A name without letters stands for a vector or, from two axes on,
-    for matrices in the last two."""
-    in_router: bool
-    """Below a node named ``router`` or ``gate``: a gate's own parameter."""
-
-    @property
-    def is_matrix(self) -> bool:
-        """Per layer and expert at least two axes, and no norm or bias by name."""
-        return len(self.letters.replace("E", "")) >= 2 and self.stem not in ("scale", "bias")
-
-
-def _kind(path: tuple[Any, ...], leaf: Any) -> _Kind:
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-    *nodes, name = names or [""]
-    stem, _, letters = name.rpartition("_")
-    if not (stem and letters.isalpha() and letters.isupper() and len(letters) <= leaf.ndim):
-        stem, letters = name, "DF"[: leaf.ndim]
-    return _Kind(stem, letters, bool({"router", "gate"} & set(nodes)))
-
-
 def decay_mask(params: PyTree) -> PyTree:
     """True where weight decay applies: weight matrices and embeddings.
 
     Never on norms, biases and other vectors. Never on a gate's parameters: gates use theirs
     differently (projections, centroids, selector bits), so one pull towards zero would mean
     something else in each and bias their comparison; the size of router logits has its own knob,
-    ``moe.losses.z``.
+    ``moe.losses.z``. What weighs routed against shared experts is a gate too.
     """
-
-    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
-        kind = _kind(path, leaf)
-        return kind.is_matrix and not kind.in_router
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: rule(path, leaf).decays, params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
     """``MuonDimensionNumbers`` of the parameters that Muon treats, None for those AdamW keeps.
 
     AdamW keeps vectors, a gate's parameters, and what has a vocabulary axis (embeddings and output
-    head), as in Jordan's recipe. Everything else is orthogonalised matrix by matrix: layers and
-    experts (axis E) are batched, and heads x head width is one side (``query_DHI`` is D x HI,
-    ``out_HID`` is HI x D).
+    head), as in Jordan's recipe. Everything else is orthogonalised matrix by matrix: layers,
+    experts and tasks are batched (see ``Rule.sides``).
     """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
-        kind = _kind(path, leaf)
-        embeds = "embed" in kind.stem or "V" in kind.letters
-        if not kind.is_matrix or kind.in_router or embeds:
-            return None
-        axes = [i - len(kind.letters) for i, letter in enumerate(kind.letters) if letter != "E"]
-        first_side = 1 if kind.letters[axes[0]] == "D" else len(axes) - 1
-        return MuonDimensionNumbers(tuple(axes[:first_side]), tuple(axes[first_side:]))
+        found = rule(path, leaf)
+        return MuonDimensionNumbers(*found.sides) if found.orthogonal and found.sides else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
@@ -170,14 +134,106 @@ def _adafactor(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
     """Shazeer, Stern, arXiv 1804.04235, with momentum and without relative step sizes.
 
     So the learning rate means what it means for AdamW (Zhai et al., arXiv 2106.04560, section 3.4).
-    Matrices of 128 x 128 and more keep row and column sums of squares in place of every square;
-    the decay of these is the paper's 1 - t^-0.8. ``b2`` and ``eps`` are not used.
+    Matrices of 128 x 128 and more keep row and column sums of squares in place of every square, and
+    an update is clipped to a root mean square of 1: both of each layer's, expert's and task's
+    matrix by itself. The decay of the sums is the paper's 1 - t^-0.8. ``b2`` and ``eps`` are not
+    used.
     """
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.ema(optim_cfg.b1, debias=True),
-    )
+    return optax.chain(scale_by_factored_squares(), optax.ema(optim_cfg.b1, debias=True))
+
+
+LEAST_SIDE = 128
+"""Of a matrix whose squares are kept as sums over rows and columns."""
+
+
+class FactoredSquares(NamedTuple):
+    """``squares`` has, in the place of each parameter, means of squares by name: ``square`` of the
+    whole, or ``row`` and ``column``, with the letters of their axes, which say how they are split.
+    """
+
+    count: jax.Array
+    squares: PyTree
+
+
+def scale_by_factored_squares() -> optax.GradientTransformation:
+    r"""Adafactor's direction, of each matrix by itself.
+
+    .. math::
+       \beta_t = 1 - t^{-0.8}, \quad
+       R_t = \beta_t R_{t-1} + (1 - \beta_t) \operatorname{mean}_{columns} g^2, \quad
+       C_t = \beta_t C_{t-1} + (1 - \beta_t) \operatorname{mean}_{rows} g^2, \\
+       u = g \big/ \sqrt{R_t C_t / \operatorname{mean} R_t}, \qquad
+       u / \max(1, \operatorname{rms}(u))
+
+    with g^2 itself where a side is shorter than ``LEAST_SIDE``. ``optax.scale_by_factored_rms`` and
+    ``clip_by_block_rms`` do this to one matrix; of a stack they take the two longest axes, which
+    may be that of the experts, and one root mean square, so that experts move each other.
+    """
+
+    def init(params: PyTree) -> FactoredSquares:
+        squares = jax.tree_util.tree_map_with_path(_no_squares, params)
+        return FactoredSquares(jnp.zeros((), jnp.int32), squares)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, FactoredSquares]:
+        del params
+        beta = 1.0 - (state.count + 1).astype(jnp.float32) ** -0.8
+        squares = jax.tree_util.tree_map_with_path(
+            lambda path, grad, old: _averaged(rule(path, grad), grad, old, beta),
+            updates,
+            state.squares,
+        )
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, grad, found: _scaled(rule(path, grad), grad, found), updates, squares
+        )
+        return updates, FactoredSquares(jnp.asarray(optax.safe_increment(state.count)), squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _no_squares(path: tuple[Any, ...], leaf: jax.Array) -> dict[str, jax.Array]:
+    found = rule(path, leaf)
+    sides = found.sides
+    if sides is None or min(size(leaf.shape, side) for side in sides) < LEAST_SIDE:
+        return {f"square_{found.letters}": jnp.zeros(leaf.shape, leaf.dtype)}
+
+    def without(axes: tuple[int, ...]) -> tuple[str, jax.Array]:
+        gone = {axis % leaf.ndim for axis in axes}
+        shape = tuple(n for axis, n in enumerate(leaf.shape) if axis not in gone)
+        kept = tuple(axis for axis in range(-len(found.letters), 0) if axis not in axes)
+        return found.letter(kept), jnp.zeros(shape, leaf.dtype)
+
+    (row, rows), (column, columns) = without(sides[1]), without(sides[0])
+    return {f"row_{row}": rows, f"column_{column}": columns}
+
+
+def _averaged(
+    found: Rule, grad: jax.Array, old: dict[str, jax.Array], beta: jax.Array
+) -> dict[str, jax.Array]:
+    square = jnp.square(grad) + 1e-30  # as optax, so that a gradient of 0 gives an update of 0
+    rows, columns = found.sides or ((), ())
+    means = {"square": square, "row": jnp.mean(square, columns), "column": jnp.mean(square, rows)}
+    return {
+        name: beta * value + (1.0 - beta) * means[name.partition("_")[0]]
+        for name, value in old.items()
+    }
+
+
+def _scaled(found: Rule, grad: jax.Array, squares: dict[str, jax.Array]) -> jax.Array:
+    values = {name.partition("_")[0]: value for name, value in squares.items()}
+    if "square" in values:
+        update = grad * jax.lax.rsqrt(values["square"])
+    else:
+        rows, columns = found.sides or ((), ())
+        row, column = (
+            jnp.expand_dims(values[name], tuple(axis % grad.ndim for axis in other))
+            for name, other in (("row", columns), ("column", rows))
+        )
+        share = row / jnp.mean(row, rows, keepdims=True)
+        update = grad * jax.lax.rsqrt(share) * jax.lax.rsqrt(column)
+    rms = jnp.sqrt(jnp.mean(jnp.square(update), found.own, keepdims=True))
+    return update / jnp.maximum(rms, 1.0)
 
 
 def _muon(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
@@ -190,10 +246,7 @@ def _muon(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
 
     def adam_sized(updates: PyTree, params: PyTree) -> PyTree:
         def scale(update: jax.Array, sides: MuonDimensionNumbers) -> jax.Array:
-            rows, columns = (
-                math.prod(update.shape[axis] for axis in cast(tuple[int, ...], side))
-                for side in sides
-            )
+            rows, columns = (size(update.shape, cast(tuple[int, ...], side)) for side in sides)
             return update * (0.2 * math.sqrt(max(rows, columns)))
 
         return jax.tree.map(scale, updates, muon_dimensions(updates))
@@ -230,6 +283,7 @@ def _check(optim_cfg: Any) -> None:
         ("b2", 0.0, 1.0 - 1e-9, "at least 0 and below 1"),
         ("eps", 1e-30, math.inf, "a positive number such as 1e-8"),
         ("warmup_steps", 0, math.inf, "0 or more"),
+        ("decay_steps", 0, math.inf, "0 (train.steps) or more"),
         ("decay_fraction", 0.0, 1.0, "between 0 and 1"),
         ("final_fraction", 0.0, 1.0, "between 0 and 1"),
         ("clip_norm", 0.0, math.inf, "0 (off) or more"),
@@ -237,3 +291,9 @@ def _check(optim_cfg: Any) -> None:
         value = optim_cfg[field]
         if not (low <= value <= high and math.isfinite(value)):
             raise UserError(f"optim.{field}={value} must be {remedy}")
+    decay, warmup = optim_cfg.decay_steps, optim_cfg.warmup_steps
+    if 0 < decay <= warmup and optim_cfg.schedule != "constant":
+        raise UserError(
+            f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}, or 0 for "
+            "train.steps"
+        )

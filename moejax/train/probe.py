@@ -19,7 +19,7 @@ from moejax.train.leak import rows_per_batch
 from moejax.train.look import look
 from moejax.train.processes import compiled_together, is_first, on_host
 from moejax.train.representation import collapse, participation
-from moejax.train.setup import Run
+from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
 
 SAMPLED = 2048
@@ -32,21 +32,27 @@ class Recorder:
     Args:
       resume_step: the step that was restored: what was recorded after it is removed, so that the
         resumed run records it again. None for a run that starts.
+      eval_rows: ``train.eval_rows`` of the run's first start, from whose rows the probe's are taken
+        for as long as the run goes on (default: that of now).
     """
 
-    def __init__(self, run: Run, folder: Path, resume_step: int | None):
+    def __init__(
+        self, run: Run, folder: Path, resume_step: int | None, eval_rows: int | None = None
+    ):
         self._run, self._folder = run, folder
-        self._rows = probe_rows(run)
+        eval_rows = int(eval_rows or run.config.train.eval_rows)
+        held_out = _eval_batches(run, eval_rows)
+        self._rows = probe_rows(run, held_out)
         if is_first():
             for step, path in probe.step_files(folder).items():
                 if resume_step is None or step > resume_step:
                     path.unlink()
         if not self._rows:
             return
-        self._batches = _batches(run, self._rows)
-        if is_first() and not (probe.folder(folder) / "tokens.npz").exists():
-            eval_rows = run.config.train.eval_rows
-            told = run.data.told(_held_out(run, self._rows), eval_rows)
+        self._batches = _batches(run, held_out, self._rows)
+        there = (probe.folder(folder) / "tokens.npz").exists()
+        if is_first() and (resume_step is None or not there):
+            told = run.data.told(_held_out(held_out, self._rows), eval_rows)
             probe.save_tokens(folder, told)
 
     def record(self, step: int, state: TrainState) -> None:
@@ -68,19 +74,28 @@ class Recorder:
         return compiled_together(jitted, self._run.abstract_state, shapes)
 
 
-def probe_rows(run: Run) -> int:
+def _eval_batches(run: Run, eval_rows: int) -> list[dict[str, np.ndarray]]:
+    return run.data.eval_batches(run.config.train.batch_size, eval_rows)
+
+
+def probe_rows(run: Run, held_out: list[dict[str, np.ndarray]]) -> int:
     """How many rows the probe has: as many as asked for, of those that evaluations have."""
     wanted = run.config.report.probe_rows
-    return min(wanted, run.eval_rows()) if wanted and run.task.model.num_moe_layers else 0
+    return min(wanted, _count(held_out)) if wanted and run.task.model.num_moe_layers else 0
 
 
-def check(run: Run, folder: Path) -> None:
+def _count(held_out: list[dict[str, np.ndarray]]) -> int:
+    return sum(int(real_rows(batch).sum()) for batch in held_out)
+
+
+def check(run: Run, folder: Path, eval_rows: int | None = None) -> None:
     """Refuses to go on with another number of sequences than were recorded so far.
 
     Raises:
       UserError: it is another one, or what was recorded cannot be read.
     """
-    path, rows = probe.folder(folder) / "tokens.npz", probe_rows(run)
+    held_out = _eval_batches(run, eval_rows or run.config.train.eval_rows)
+    path, rows = probe.folder(folder) / "tokens.npz", probe_rows(run, held_out)
     if not rows or not path.exists():
         return
     found = len(Arrays(path)["row"])
@@ -92,21 +107,20 @@ def check(run: Run, folder: Path) -> None:
         )
 
 
-def _held_out(run: Run, rows: int) -> dict[str, np.ndarray]:
+def _held_out(batches: list[dict[str, np.ndarray]], rows: int) -> dict[str, np.ndarray]:
     """The probe's rows, evenly spread over those of evaluations, with the ids they have there: some
     gates look these up."""
-    batches = run.eval_batches()
-    chosen_N = np.arange(rows) * run.eval_rows() // rows
+    chosen_N = np.arange(rows) * _count(batches) // rows
     return {name: np.concatenate([b[name] for b in batches])[chosen_N] for name in batches[0]}
 
 
-def _batches(run: Run, rows: int) -> dict[str, Array]:
+def _batches(run: Run, held_out: list[dict[str, np.ndarray]], rows: int) -> dict[str, Array]:
     """The probe's rows on the devices as [P, B, ...], filled up with rows that are not valid."""
     size = rows_per_batch(run, rows)
     parts = math.ceil(rows / size)
     sharding = NamedSharding(run.mesh, PartitionSpec(None, *meshes.batch_spec()))
     placed = {}
-    for name, x in _held_out(run, rows).items():
+    for name, x in _held_out(held_out, rows).items():
         padded = np.pad(x, [(0, parts * size - rows), *[(0, 0)] * (x.ndim - 1)])
         parted = padded.reshape(parts, size, *x.shape[1:])
         placed[name] = jax.make_array_from_callback(parted.shape, sharding, parted.__getitem__)

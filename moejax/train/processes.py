@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moejax.errors import UserError
+
 _LONGEST = 1000  # bytes of a message that travel
 
 
@@ -37,6 +39,17 @@ def shared_problem(problem: str) -> str:
         if row.any():
             return row.tobytes().rstrip(b"\0").decode(errors="replace")
     return ""
+
+
+def raise_together(problem: str) -> None:
+    """Raises the problem of the first process that has one, on every process.
+
+    Raises:
+      UserError: one has.
+    """
+    problem = shared_problem(problem)
+    if problem:
+        raise UserError(problem)
 
 
 def compiled_together(jitted: Any, *shapes: Any) -> Callable[..., Any]:

@@ -9,7 +9,9 @@ import jax
 
 from moejax.config import Config
 from moejax.errors import UserError
-from moejax.train import compile_cache, setup
+from moejax.files import replaced
+from moejax.flags import not_text
+from moejax.train import budget, compile_cache, setup
 from moejax.train.attribution import IDLE, PARTS, REST, read_program, read_trace, share_out
 
 WARM_UP = 2
@@ -28,6 +30,7 @@ def run(config: Config, steps: int, out: str) -> int:
     this = setup.prepare(config)
     if jax.process_count() > 1:
         raise UserError("moejax profile runs in one process; use distributed.mode=off")
+    budget.checked_budget(this)
     this.data.train_batch(0)  # refuses data that are too few
     make_folder(folder)
     with (
@@ -40,7 +43,8 @@ def run(config: Config, steps: int, out: str) -> int:
     rows = table(share_out(traced), len(traced.windows))
     device = this.mesh.devices.flat[0].device_kind
     about = {"steps": steps, "devices": this.mesh.size, "device": device, "rows": rows}
-    (folder / "profile.json").write_text(json.dumps(about, indent=1) + "\n")
+    with replaced(folder / "profile.json") as temporary:
+        temporary.write_text(json.dumps(about, indent=1) + "\n")
     print(render(rows))
     print(f"\n{_trace_file(folder)}\n  opens in https://ui.perfetto.dev; TensorBoard: {folder}")
     return 0
@@ -94,11 +98,13 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that holds something.
+    """Refuses a folder that holds something, or whose name is not UTF-8.
 
     Raises:
-      UserError: it does, or is no folder.
+      UserError: it is one, or no folder.
     """
+    if problem := not_text(str(folder)):
+        raise UserError(f"--out={folder} {problem}; name another folder")
     try:
         taken = folder.exists() and bool(os.listdir(folder))
     except OSError as error:

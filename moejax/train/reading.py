@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import tensorstore as ts
 
 from moejax.errors import UserError
+from moejax.saved import committed_steps
 from moejax.train import manifest as manifests
 from moejax.train.checksum import checksums
 from moejax.train.manifest import Damaged
@@ -33,14 +34,6 @@ class Restored:
     step: int
     state: Any
     meta: dict[str, Any]
-
-
-def committed_steps(directory: Path) -> list[int]:
-    """Steps in a checkpoint directory, ascending. A step's folder gets its name when it commits."""
-    if not directory.is_dir():
-        return []
-    folders = [path.name for path in directory.iterdir() if path.is_dir()]
-    return sorted(int(name) for name in folders if name.isdecimal())
 
 
 class Part(NamedTuple):

@@ -43,7 +43,8 @@ def train_row(step: int, metrics: Metrics, leak: str) -> Row:
 
 
 def eval_row(step: int, totals: list[Totals], data: Source, leak: str) -> Row:
-    """The row of one evaluation, from the totals of its batches of held-out ``data``.
+    """The row of one evaluation, from the totals of its batches of held-out ``data``, with the
+    baselines of the same rows.
 
     Raises:
       Divergence: the loss or a router is not finite.
@@ -56,6 +57,7 @@ def eval_row(step: int, totals: list[Totals], data: Source, leak: str) -> Row:
         "split": "eval",
         **means,
         **data.eval_extras(means["loss"]),
+        **{f"baseline/{name}": loss for name, loss in data.baselines().items()},
         **routing(summed.stats),
         "leak": leak,
     }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from moejax import mesh as meshes
-from moejax.config import Config, configure_devices, validate
+from moejax.config import Config, configure_devices, join_processes, validate
 from moejax.data.source import Source
+from moejax.devices import started_devices
 from moejax.errors import UserError
 from moejax.recording import row_digests
 from moejax.task_table import TASKS
 from moejax.tasks.task import Batch, Task, Totals
+from moejax.train import agreement
 from moejax.train.optim import make_optimizer
 from moejax.train.processes import compiled_together
 from moejax.train.state import TrainState, abstract
@@ -147,13 +150,20 @@ class Run:
         )
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, workdir: str | Path | None = None) -> Run:
     """Validates, starts the devices and loads the data. Writes nothing.
+
+    In a job of several processes they agree on all of it, and on the workdir if they are to write
+    there.
 
     Raises:
       UserError: whatever is wrong with the config, the data or the machine for it.
     """
     visibility = validate(config)
+    join_processes(config)
+    agreement.on_settings(config)
+    if workdir is not None:
+        agreement.on_folder(Path(workdir))
     configure_devices(config)
     devices = _devices(config)
     validate(config, len(devices))
@@ -163,6 +173,7 @@ def prepare(config: Config) -> Run:
             "use model.attention=auto"
         )
     task, data = _build(config)
+    agreement.on_data(data.fingerprint, devices)
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     optimizer, schedule = make_optimizer(config.optim, config.train.steps, params)
     return Run(
@@ -183,7 +194,7 @@ def _build(config: Config) -> tuple[Task, Source]:
 
 def _devices(config: Config) -> list[jax.Device]:
     """All devices; of virtual CPU devices that were started before us, as many as the mesh has."""
-    devices = jax.devices()
+    devices = started_devices()
     fixed = [config.mesh[axis] for axis in meshes.AXES]
     if devices[0].platform == "cpu" and jax.process_count() == 1 and -1 not in fixed:
         return devices[: int(np.prod(fixed))]

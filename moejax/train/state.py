@@ -8,11 +8,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
+from moejax.train.parameters import STACKED, in_gate
+
 AXIS_OF = {"E": "expert", "D": "fsdp", "F": "tensor", "H": "tensor", "J": "tensor"}
 """Mesh axis of a weight's axis, by the letter in its name: ``up_EDF`` is (expert, fsdp, tensor)."""
-
-STACKED = "periods"
-"""Weights below this name lead with an axis of layers."""
 
 
 @jax.tree_util.register_dataclass
@@ -34,13 +33,14 @@ class TrainState:
 def partition_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How the array at ``path`` is split, read off the axis letters at the end of its name.
 
-    Vectors and router weights are small and stay whole, as does whatever has no axis letters (step
-    counts, factored second moments) or does not divide over its mesh axis.
+    Vectors and gates' weights are small and stay whole, as does whatever has no axis letters (step
+    counts) or does not divide over its mesh axis. An optimizer keeps what it knows of a parameter
+    below the parameter's path, or at it.
     """
     names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
     stem, _, letters = names[-1].rpartition("_") if names else ("", "", "")
     lead = 1 if STACKED in names else 0
-    if not stem or len(letters) + lead != len(shape) or len(letters) < 2 or "router" in names:
+    if not stem or len(letters) + lead != len(shape) or len(letters) < 2 or in_gate(names):
         return PartitionSpec()
     axes: list[str | None] = [None] * lead
     for letter, size in zip(letters, shape[lead:], strict=True):

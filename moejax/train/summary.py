@@ -6,7 +6,6 @@ learning rate and accuracy instead.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.train.metrics import read_rows
+from moejax.files import read_rows, replaced
+from moejax.saved import METRICS, read_config
+from moejax.train import scales, units
 
 Row = dict[str, Any]
 
@@ -49,15 +50,16 @@ def write_summary_png(workdir: str) -> None:
     """Draws ``<workdir>/summary.png``, 1320 x 880 pixels, in place of an older one.
 
     Raises:
-      UserError: the workdir holds no run, or one that has not logged a step yet.
+      UserError: the workdir holds no run, or one that has not logged a step yet; or the disk takes
+        no more.
     """
     import matplotlib
 
     path = Path(workdir) / "summary.png"
-    temporary = path.with_name("summary.tmp.png")
     with matplotlib.rc_context(STYLE):
-        summary_figure(workdir).savefig(temporary)
-    temporary.replace(path)
+        figure = summary_figure(workdir)
+        with replaced(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def summary_figure(workdir: str) -> Any:
@@ -72,9 +74,13 @@ def summary_figure(workdir: str) -> Any:
     grid = top.add_gridspec(2, 2, width_ratios=(2.1, 1))
     _loss(top.add_subplot(grid[:, 0]), run)
     if run.load is None:
-        _lines(top.add_subplot(grid[0, 1]), run, "accuracy", "Accuracy", f"by {run.item}")
-        _lines(top.add_subplot(grid[1, 1]), run, "learning_rate", "Learning rate", "")
-        _lines(bottom.subplots(), run, "grad_norm", "Gradient norm", "before clipping")
+        _accuracy(top.add_subplot(grid[0, 1]), run)
+        for axes, key, title, what in (
+            (top.add_subplot(grid[1, 1]), "learning_rate", "Learning rate", "per step"),
+            (bottom.subplots(), "grad_norm", "Gradient norm", "L2, before clipping"),
+        ):
+            _lines(axes, run, key, title, what)
+            _scale(axes, scales.least_relative(run.series("train", key)[1]), start=0.0)
     else:
         _drops(top.add_subplot(grid[0, 1]), run)
         _balance(top.add_subplot(grid[1, 1]), run)
@@ -112,9 +118,9 @@ class _Run:
 
 
 def _read(workdir: Path) -> _Run:
+    saved = read_config(workdir, ("config", "baselines"))
     try:
-        saved = json.loads((workdir / "config.json").read_text())
-        rows = read_rows(workdir / "metrics.jsonl")
+        rows = read_rows(workdir / METRICS)
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename} does not exist: is {workdir} the workdir of a run?"
@@ -123,14 +129,13 @@ def _read(workdir: Path) -> _Run:
     if not train:
         raise UserError(f"{workdir}/metrics.jsonl holds no training step yet; train first")
     held_out = [row for row in rows if row["split"] == "eval"]
-    # Runs from before there were tasks are of text.
-    units = saved.get("units", {"item": "token", "loss": "nats/token"})
     return _Run(
         workdir.resolve().name,
         saved["config"],
         saved["baselines"],
-        units["item"],
-        units["loss"],
+        # Runs from before there were tasks are of text.
+        saved.get("units", {"item": "token"})["item"],
+        units.loss_unit(saved),
         train,
         held_out,
     )
@@ -192,9 +197,7 @@ def _loss(axes: Any, run: _Run) -> None:
     # The first few steps are far above all that follows and would flatten it.
     settled = loss[min(len(loss) // 25, len(loss) - 1) :]
     shown = np.concatenate([settled, eval_loss, list(run.baselines.values())])
-    low, high = np.nanmin(shown), np.nanmax(shown)
-    margin = 0.06 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + margin)
+    axes.set_ylim(scales.span(shown, scales.least_loss(run.unit, shown)))
     _label(axes, run, "Loss", run.unit)
     legend = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderaxespad": 0.1}
     axes.legend(**legend)
@@ -222,19 +225,26 @@ def _label(axes: Any, run: _Run, title: str, what: str) -> None:
 def _drops(axes: Any, run: _Run) -> None:
     _lines(axes, run, "moe/drop_rate", "Dropped pairs", "share of all pairs")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    _from_zero(axes, 0.01)
+    _scale(axes, scales.SHARE, start=0.0)
+    axes.legend(loc="best", fontsize=8)
     axes.set_xlabel("")
     axes.tick_params(labelbottom=False)
 
 
 def _balance(axes: Any, run: _Run) -> None:
     _lines(axes, run, "moe/max_vio", "Imbalance", "max load / mean load - 1")
-    _from_zero(axes, 0.1)
+    _scale(axes, scales.IMBALANCE, start=0.0)
 
 
-def _from_zero(axes: Any, least: float) -> None:
-    """A y axis from 0 to at least ``least``, so that a flat line of noise looks flat."""
-    axes.set_ylim(0, max(least, 1.05 * axes.dataLim.y1))
+def _accuracy(axes: Any, run: _Run) -> None:
+    _lines(axes, run, "accuracy", "Accuracy", f"share of {run.item}s")
+    _scale(axes, scales.SHARE, bounds=(0.0, 1.0))
+
+
+def _scale(axes: Any, least: float, **ends: Any) -> None:
+    """A y axis of at least ``least``, so that a flat line of noise looks flat."""
+    values = [value for line in axes.get_lines() for value in line.get_ydata()]
+    axes.set_ylim(scales.span(values, least, **ends))
 
 
 def _mark(steps: np.ndarray) -> dict[str, Any]:
@@ -255,7 +265,7 @@ def _heatmaps(figure: Any, run: _Run) -> None:
     panels = figure.subplots(
         -(-len(layers) // columns), columns, sharex=True, sharey=True, squeeze=False
     )
-    limit = _colour_limit(relative)
+    limit = 2.0**scales.LOAD_OCTAVES
     # No tokens at all is another matter than few: near-black lies outside the scale.
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#1A1A1A")
     for panel, layer in zip(panels.flat, layers, strict=False):
@@ -297,9 +307,3 @@ def _relative_load(steps: np.ndarray, load: np.ndarray) -> tuple[np.ndarray, np.
     mean = summed.mean(axis=-1, keepdims=True)
     ends = [steps[group[-1]] for group in groups]
     return np.asarray([0.0, *ends]), summed / np.maximum(mean, 1e-9)
-
-
-def _colour_limit(relative: np.ndarray) -> float:
-    """2, 4 or 8: the smallest that leaves at most one cell in a hundred off the scale."""
-    octaves = np.abs(np.log2(relative[relative > 0]))
-    return 2.0 ** min(3, max(1, math.ceil(np.quantile(octaves, 0.99)))) if octaves.size else 2.0

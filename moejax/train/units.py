@@ -1,5 +1,35 @@
 """Numbers as people read them."""
 
+from collections.abc import Mapping
+from typing import Any
+
+PER_BYTE = "nats/byte"
+PER_TOKEN = "nats/token"
+
+
+def bytes_per_token(saved: Mapping[str, Any]) -> float | None:
+    """Bytes of text per token of the evaluated targets, from config.json; None where it is unknown.
+
+    Versions up to 0.1.0 recorded the ratio of all held-out text, which is that of the evaluated
+    targets only where every token is a byte.
+    """
+    seen = saved.get("evaluated")
+    if seen:
+        return seen["bytes"] / seen["tokens"] if "bytes" in seen else None
+    return 1.0 if saved.get("heldout_bytes_per_token") == 1.0 else None
+
+
+def loss_unit(saved: Mapping[str, Any]) -> str:
+    """The unit of a run's losses, from its config.json: of text whose tokens are bytes, per byte.
+
+    So that pictures and pages of one run, which also say bits per byte, and those of a sweep, which
+    compares text per byte, name one unit for one number.
+    """
+    if bytes_per_token(saved) == 1.0:
+        return PER_BYTE
+    # Runs from before there were tasks are of text.
+    return saved.get("units", {"loss": PER_TOKEN})["loss"]
+
 
 def count(number: float) -> str:
     """With a letter for thousands, millions, billions: 5.37M."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.analysis import workdirs
 
-GATES = {"switch": "switch", "top_2": "mixtral"}
+GATES = {"switch": "switch", "top_2": "top_k"}
 
 
 def write(

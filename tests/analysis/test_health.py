@@ -125,7 +125,7 @@ def test_a_leak_in_evaluation_asks_to_be_measured_and_a_measured_one_is_told(tmp
     }  # fmt: skip
     rows[1] = workdirs.row(30, "eval", loss=2.0, leak=mark, **measured)
     text = found(run_of(tmp_path / "b", rows))["leak"]
-    assert "0.2500 nats/token (1.5000 with" in text and "--measure-leak" not in text
+    assert "0.2500 nats/byte (1.5000 with" in text and "--measure-leak" not in text
 
 
 def test_a_leak_in_training_alone_is_marked_without_a_measurement(tmp_path: Path):

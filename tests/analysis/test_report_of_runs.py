@@ -27,7 +27,7 @@ def test_a_leak_is_measured_and_told(tmp_path: Path, capsys: Any):
     row = json.loads(measured.out)
     assert cli.main(["report", str(workdir), "--measure-leak=4"]) == 0
     written = (workdir / "report.html").read_text()
-    assert f"Measured in evaluation: {row['leak/nats_per_token']:.4f} nats/token" in written
+    assert f"Measured in evaluation: {row['leak/nats_per_token']:.4f} nats/byte" in written
     assert f"{row['leak/tokens']} held-out tokens" in written
     menu = re.findall(r'<a href="#[\w-]+">([^<]+)</a>', written)
     assert {"Overview", "Load", "Cost"} < set(menu) and len(menu) == 9

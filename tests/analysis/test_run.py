@@ -9,6 +9,7 @@ import pytest
 
 from moejax.analysis.run import SAVED, RunData
 from moejax.errors import UserError
+from moejax.versions import SCHEMA
 from tests.analysis import workdirs
 
 
@@ -16,10 +17,10 @@ def test_a_run_is_its_files(tmp_path: Path):
     rows = [workdirs.row(10), workdirs.row(20), workdirs.row(20, "eval"), workdirs.row(30)]
     run = RunData.read(workdirs.write(tmp_path / "a run", rows))
     assert run.name == "a run" and run.problems == []
-    assert run.saved == workdirs.saved() and run.config == run.saved["config"]
+    assert run.saved == {**workdirs.saved(), "schema": SCHEMA} and run.config == run.saved["config"]
     assert run.train == [rows[0], rows[1], rows[3]] and run.held_out == [rows[2]]
     assert run.timings == [workdirs.timing(step) for step in (10, 20, 30)]
-    assert run.field("moe.gate.name") == "mixtral" and run.field("moe.nothing.here", 7) == 7
+    assert run.field("moe.gate.name") == "top_k" and run.field("moe.nothing.here", 7) == 7
     steps, load = run.arrays("train", "moe/load")
     assert steps.tolist() == [10, 20, 30]
     assert np.array_equal(load, [row["moe/load"] for row in run.train])

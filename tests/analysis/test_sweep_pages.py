@@ -137,7 +137,8 @@ def test_a_baseline_that_is_alone_has_no_verdict_against_it(tmp_path: Path):
         shutil.rmtree(folder / f"trials/switch-seed{seed}")
     page = sweep_overview.page(read(folder))
     assert "Against" not in blocks.said(page)
-    assert isinstance(page.blocks[0], Text) and page.blocks[0].text.endswith("0.1270 nats/byte.")
+    verdict = next(block for block in page.blocks if isinstance(block, Text))
+    assert verdict.text.endswith("0.1270 nats/byte.")
 
 
 def test_a_winner_that_lost_seeds_is_said_to(tmp_path: Path):

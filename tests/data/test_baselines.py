@@ -46,7 +46,7 @@ def test_a_second_order_source_is_learned_by_the_trigram_and_not_by_the_bigram()
     for noise in rng.random(60_000) < 0.1:
         tokens.append((tokens[-2] ^ tokens[-1]) ^ int(noise))
     stream = np.array(tokens, dtype=np.uint16)
-    loss = ngram_baselines(stream[:50_000], stream[50_000:], 2)
+    loss = ngram_baselines(stream[:50_000], [stream[None, 50_000:]], 2)
     entropy = -(0.1 * np.log(0.1) + 0.9 * np.log(0.9))
     # 10000 held-out tokens: the loss's standard error is 0.0066; four of them.
     assert loss["trigram"] == pytest.approx(entropy, abs=0.027)
@@ -55,7 +55,7 @@ def test_a_second_order_source_is_learned_by_the_trigram_and_not_by_the_bigram()
 
 def test_uniform_noise_costs_the_logarithm_of_the_vocabulary():
     noise = np.random.default_rng(3).integers(0, 16, 100_000).astype(np.uint16)
-    loss = ngram_baselines(noise[:90_000], noise[90_000:], 16)
+    loss = ngram_baselines(noise[:90_000], [noise[None, 90_000:]], 16)
     assert loss["bigram"] == pytest.approx(np.log(16), abs=0.01)  # fitted noise costs a little
     assert np.log(16) - 0.01 < loss["trigram"] < np.log(16) + 0.1
 
@@ -63,17 +63,30 @@ def test_uniform_noise_costs_the_logarithm_of_the_vocabulary():
 def test_large_vocabularies_and_long_streams_are_counted_sparsely():
     rng = np.random.default_rng(4)
     stream = (rng.zipf(1.3, 400_000) % 200_000).astype(np.uint32)
-    whole = ngram_baselines(stream[:300_000], stream[300_000:], 200_000)
-    part = ngram_baselines(
-        stream[:300_000], stream[300_000:], 200_000, max_train=50_000, max_heldout=20_000
-    )
+    rows = [stream[None, 300_000:]]
+    whole = ngram_baselines(stream[:300_000], rows, 200_000)
+    part = ngram_baselines(stream[:300_000], rows, 200_000, max_train=50_000)
     assert whole["bigram"] < np.log(200_000)
     assert whole["bigram"] < part["bigram"] < whole["bigram"] + 1.0
 
 
-def test_a_heldout_text_shorter_than_the_context_is_scored():
-    loss = ngram_baselines(np.array([0, 1, 0, 1], np.uint16), np.array([1], np.uint16), 2)
-    assert loss["bigram"] == loss["trigram"] == pytest.approx(-np.log(0.5))
+def test_each_target_is_scored_once_from_the_tokens_before_it_in_its_own_row():
+    rng = np.random.default_rng(5)
+    train, rows = rng.integers(0, 5, 300), rng.integers(0, 6, (4, 7))
+    loss = ngram_baselines(train, [rows[:3], rows[3:]], 6)
+    for n, name in ((1, "bigram"), (2, "trigram")):
+        expected = [
+            np.log(witten_bell(train.tolist(), tuple(row[max(i - n, 0) : i].tolist()), row[i], 6))
+            for row in rows
+            for i in range(1, 7)  # the first token of a row is no target
+        ]
+        assert loss[name] == pytest.approx(-np.mean(expected), rel=1e-12)  # float64 both
+
+
+def test_rows_shorter_than_the_context_are_scored():
+    loss = ngram_baselines(np.array([0, 1, 0, 1], np.uint16), [np.array([[0, 1]], np.uint16)], 2)
+    # After 0 came 1, twice: (2 + 1/2) / (2 + 1), with one type seen and 1/2 from below.
+    assert loss["bigram"] == loss["trigram"] == pytest.approx(-np.log(2.5 / 3))
 
 
 def test_sizes_that_cannot_be_counted_are_refused():

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from moejax.data.batches import Prefetcher, TrainBatches, eval_batches
+from moejax.data.batches import Prefetcher, TrainBatches, eval_batches, eval_windows
 from moejax.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)  # 10 windows of 100 + 1, with 2 tokens left over
@@ -131,6 +131,22 @@ def test_evaluation_rows_are_spread_over_the_whole_text():
     batches = eval_batches(TOKENS, seq_len=100, batch_size=2, rows=5)
     assert [w for batch in batches for w in windows_of(batch)][:5] == [0, 2, 4, 6, 8]
     assert [batch["row"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("rows, windows", [(4, [0, 2, 5, 7]), (7, [0, 1, 2, 4, 5, 7, 8])])
+def test_rows_that_do_not_divide_the_text_reach_its_end(rows, windows):
+    batches = eval_batches(TOKENS, seq_len=100, batch_size=16, rows=rows)
+    assert windows_of(batches[0])[:rows] == windows  # each the first of its tenth
+
+
+@pytest.mark.parametrize("available", [1, 9, 10, 641, 4039])
+@pytest.mark.parametrize("rows", [1, 3, 7, 256])
+def test_no_stretch_of_the_held_out_text_is_left_out(available, rows):
+    windows = eval_windows(available * 5 + 1, 5, rows)
+    count = min(rows, available)
+    assert len(windows) == len(set(windows)) == count
+    gaps = np.diff([*windows, available])  # to the end of the text too
+    assert gaps.max() <= -(-available // count) and gaps.min() >= available // count
 
 
 def test_the_last_evaluation_batch_is_padded_with_invalid_rows():

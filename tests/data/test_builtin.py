@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from moejax.data.builtin import TOPICS, builtin_documents
+from moejax.data.builtin import TOPICS, builtin_documents, builtin_text
 from moejax.data.corpus import load_corpus
-from moejax.data.documents import split_documents
+from moejax.data.split import open_text
 from moejax.errors import UserError
 
 
@@ -32,17 +32,41 @@ def test_the_running_python_has_several_megabytes_of_it():
     assert not any("test" in name.split("/")[:-1] for name in names)
 
 
-def test_it_loads_in_under_a_second():
+def test_it_loads_in_seconds_with_its_copies_found():
     load_corpus()  # the first read may wait for the disk
+    builtin_text.cache_clear()
     begin = time.process_time()
     corpus = load_corpus()
-    assert time.process_time() - begin < 1.0
+    assert time.process_time() - begin < 3.0  # 0.7 where nothing else runs
     assert len(corpus.train_N) > 10 * len(corpus.heldout_N) > 1_000_000
+
+
+def test_its_held_out_side_is_no_copy_of_its_training_side():
+    """As files by a hash of their names, 24.5 % of it (Python 3.11.7) was."""
+    corpus = load_corpus()
+    assert corpus.overlap is not None and corpus.overlap.complete
+    assert corpus.overlap.share < 0.08
+    assert corpus.facts.copies == len(builtin_text().copies) > 10
+    kept = {document.name for document in builtin_text().documents}
+    assert not kept & set(builtin_text().copies)
+    tables = [name for name in builtin_text().copies if name.startswith("encodings/")]
+    assert len(tables) > 10  # most of them
+
+
+def test_a_package_lies_on_one_side():
+    split = open_text("", 0.05).split
+    train, heldout = (
+        {d.name.split("/")[0] for d in side if "/" in d.name}
+        for side in (split.train, split.heldout)
+    )
+    assert heldout and not train & heldout
+    sizes = [sum(d.size for d in side) for side in (split.train, split.heldout)]
+    assert 0.04 < sizes[1] / sum(sizes) < 0.06
 
 
 def test_the_english_topics_are_trained_on_and_no_file_dominates_the_heldout_text():
     documents = builtin_documents()
-    split = split_documents(documents, 0.05)
+    split = open_text("", 0.05).split
     if TOPICS in {document.name for document in documents}:
         assert TOPICS in {document.name for document in split.train}
     sizes = [document.size for document in split.heldout]

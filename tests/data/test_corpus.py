@@ -8,7 +8,7 @@ import pytest
 
 from moejax.data import corpus as corpus_lib
 from moejax.data.corpus import load_corpus
-from moejax.data.tokenizer import train_bpe
+from moejax.data.tokenizer import escaped, train_bpe
 from moejax.errors import UserError
 
 
@@ -26,17 +26,22 @@ def documents_of(corpus, tokens) -> list[bytes]:
 
 
 def test_training_and_heldout_text_are_the_files_each_once(folder):
+    for path in folder.iterdir():
+        path.write_text(f"{path.stem} says {'ab' * 20} and \u00e9\n")  # of one size: none is cut
     corpus = load_corpus(str(folder), eval_fraction=0.2)
     train, heldout = documents_of(corpus, corpus.train_N), documents_of(corpus, corpus.heldout_N)
     assert (len(train), len(heldout)) == (8, 2)
     assert sorted(train + heldout) == sorted(path.read_bytes() for path in folder.iterdir())
     assert (corpus.vocab_size, corpus.separator, corpus.name) == (256, 0, "text")
     assert corpus.train_N.dtype == corpus.heldout_N.dtype == np.uint16
-    assert corpus.heldout_bytes_per_token == 1.0
+    assert corpus.heldout_size_M is not None
+    assert corpus.heldout_size_M.tolist() == [1] * len(corpus.heldout_N)
 
 
 def test_load_reads_the_config_section(folder):
-    config = types.SimpleNamespace(path=str(folder), tokenizer="", eval_fraction=0.2)
+    config = types.SimpleNamespace(
+        path=str(folder), tokenizer="", eval_fraction=0.2, eval_path="", split="bytes"
+    )
     assert corpus_lib.load(config).fingerprint == load_corpus(str(folder), "", 0.2).fingerprint
 
 
@@ -63,15 +68,26 @@ def test_any_bytes_can_be_trained_on_as_bytes(tmp_path):
     assert set(corpus.train_N.tolist()) == set(range(256))
 
 
-def test_bytes_per_token_is_exact_with_a_tokenizer(folder, tmp_path):
+def test_bytes_of_held_out_tokens_are_exact_with_a_tokenizer(folder, tmp_path):
     train_bpe(str(folder), 280, str(tmp_path / "t.json"))
     corpus = load_corpus(str(folder), str(tmp_path / "t.json"), 0.2)
     as_bytes = load_corpus(str(folder), "", 0.2)
     assert corpus.vocab_size == 280
     assert len(corpus.heldout_N) < len(as_bytes.heldout_N)
-    expected = len(as_bytes.heldout_N) / len(corpus.heldout_N)
-    assert corpus.heldout_bytes_per_token == expected
-    assert (corpus.train_N == corpus.separator).sum() == 7
+    text = as_bytes.heldout_N.astype(np.uint8).tobytes()
+    assert corpus.origin is not None and corpus.heldout_size_M is not None
+    tokenizer = corpus.origin.tokenizer
+    at = 0
+    for token, size in zip(corpus.heldout_N, corpus.heldout_size_M, strict=True):
+        own = text[at : at + size]
+        at += int(size)
+        if token == corpus.separator:
+            assert own == b"\0"
+        elif all(byte < 128 for byte in own):
+            assert tokenizer.token_text()[token] == escaped(own.decode())
+    assert at == len(text)
+    documents = len(corpus.origin.split.train)
+    assert (corpus.train_N == corpus.separator).sum() == documents - 1
 
 
 def test_a_corpus_cannot_be_changed_by_assignment(folder):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from moejax.data.documents import Document, find_documents, piece_batches, pieces, split_documents
+from moejax.data.documents import Document, find_documents, piece_batches, pieces
 from moejax.errors import UserError
 
 
@@ -14,10 +14,6 @@ def write(root: pathlib.Path, files: dict[str, bytes]) -> str:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     return str(root)
-
-
-def named(count: int) -> list[Document]:
-    return [Document(f"{i}.txt", f"/nowhere/{i}.txt", 10) for i in range(count)]
 
 
 def test_a_folder_gives_its_visible_files_sorted_by_relative_path(tmp_path):
@@ -66,51 +62,6 @@ def test_a_file_that_vanishes_or_shrinks_before_it_is_read_is_an_error(tmp_path)
         a.read()
     with pytest.raises(UserError, match="cannot read '.*b'"):
         b.read()
-
-
-@pytest.mark.parametrize("count, fraction, heldout", [(100, 0.05, 5), (2, 0.9, 1), (3, 0.01, 1)])
-def test_the_split_holds_out_the_fraction_and_leaves_both_sides_a_file(count, fraction, heldout):
-    documents = named(count)
-    split = split_documents(documents, fraction)
-    assert len(split.heldout) == heldout
-    assert sorted(split.train + split.heldout, key=documents.index) == documents
-    assert not set(split.train) & set(split.heldout)
-
-
-def test_the_split_depends_on_names_only_and_adding_a_file_moves_at_most_one():
-    documents = named(100)
-    heldout = {document.name for document in split_documents(documents, 0.1).heldout}
-    shuffled = [Document(d.name, "/elsewhere", 99) for d in reversed(documents)]
-    assert {document.name for document in split_documents(shuffled, 0.1).heldout} == heldout
-    moved = 0
-    for extra in range(30):
-        more = [*documents, Document(f"new{extra}", "/nowhere", 10)]
-        after = {document.name for document in split_documents(more, 0.1).heldout}
-        assert len(heldout - after) <= 1
-        moved += len(heldout - after)
-    assert moved > 0  # some additions do displace a file
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 5.0, float("nan")])
-def test_a_fraction_outside_0_to_1_is_refused(fraction):
-    with pytest.raises(UserError, match="data.eval_fraction"):
-        split_documents(named(3), fraction)
-
-
-def test_a_single_file_is_cut_at_its_tail_between_characters(tmp_path):
-    text = "é" * 50
-    root = write(tmp_path, {"a.txt": text.encode()})
-    split = split_documents(find_documents(root), 0.05)  # 5 of 100 bytes: inside an é
-    head, tail = split.train[0].read(), split.heldout[0].read()
-    assert (head + tail).decode() == text
-    assert len(tail) == 6
-    assert len(head.decode()) == 47
-
-
-def test_a_file_of_one_byte_cannot_be_split(tmp_path):
-    root = write(tmp_path, {"a.txt": b"x"})
-    with pytest.raises(UserError, match="1 byte"):
-        split_documents(find_documents(root), 0.5)
 
 
 def test_pieces_join_to_the_documents_and_end_after_lines_or_characters(tmp_path):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from moejax.data.image_batches import ImageBatches, image_eval_batches, shifted
+from moejax.data.image_batches import ImageBatches, image_eval_batches, image_eval_rows, shifted
+from moejax.data.image_source import ImageSource
 from moejax.data.images import Images, load_images
 from moejax.errors import UserError
 
@@ -103,3 +104,18 @@ def test_impossible_settings_are_refused(digits):
         image_eval_batches(digits, 4, 0)
     with pytest.raises(ValueError, match="step -1"):
         ImageBatches(digits, 4, 0).batch(-1)
+
+
+@pytest.mark.parametrize("rows, chosen", [(4, [0, 2, 5, 7]), (7, [0, 1, 2, 4, 5, 7, 8])])
+def test_images_that_do_not_divide_the_held_out_side_reach_its_end(rows, chosen):
+    assert image_eval_rows(10, rows).tolist() == chosen
+    assert image_eval_rows(10, 99).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_the_class_prior_is_of_the_evaluated_images(digits, rows):
+    source = ImageSource(digits, 2, 8, 0, rows)
+    labels = [b["label"][b["valid"]] for b in source.eval_batches(8, rows)]
+    chance = np.bincount(digits.train_label_N, minlength=10) / len(digits.train_label_N)
+    expected = -np.mean(np.log(chance[np.concatenate(labels)]))
+    assert source.baselines() == {"class prior": pytest.approx(expected, rel=1e-12)}

@@ -33,9 +33,12 @@ def test_shards_are_the_same_corpus_as_the_text(text, tmp_path, with_bpe):
     assert not mapped.train_N.flags.writeable
     np.testing.assert_array_equal(mapped.train_N, loaded.train_N)
     np.testing.assert_array_equal(mapped.heldout_N, loaded.heldout_N)
-    for field in ("fingerprint", "vocab_size", "heldout_bytes_per_token", "separator", "name"):
+    np.testing.assert_array_equal(mapped.heldout_size_M, loaded.heldout_size_M)
+    for field in ("fingerprint", "vocab_size", "separator", "name", "facts", "overlap"):
         assert getattr(mapped, field) == getattr(loaded, field)
-    assert sorted(path.name for path in out.iterdir()) == ["heldout.bin", "index.json", "train.bin"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "heldout.bin", "heldout.bytes", "index.json", "train.bin",
+    ]  # fmt: skip
     assert json.loads((out / "index.json").read_text())["dtype"] == "uint16"
 
 
@@ -81,3 +84,13 @@ def test_tokens_are_not_tokenised_again(text, tmp_path):
         prepare(str(tmp_path / "out"), "", str(tmp_path / "again"))
     with pytest.raises(UserError, match="data.tokenizer: '.*out' already holds tokens"):
         load_corpus(str(tmp_path / "out"), str(tmp_path / "bpe.json"))
+
+
+def test_shards_may_hold_out_a_text_of_their_own(text, tmp_path):
+    (tmp_path / "own.txt").write_text("another text")
+    prepare(str(text), "", str(tmp_path / "out"), eval_path=str(tmp_path / "own.txt"))
+    corpus = load_corpus(str(tmp_path / "out"))
+    assert corpus.heldout_N.astype(np.uint8).tobytes() == b"another text"
+    assert corpus.facts.train_documents == 10
+    with pytest.raises(UserError, match="data.eval_path: '.*out' already holds tokens"):
+        load_corpus(str(tmp_path / "out"), eval_path=str(text))

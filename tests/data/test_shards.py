@@ -44,12 +44,13 @@ def test_the_fingerprint_covers_the_vocabulary_the_tokens_and_the_boundary():
 
 
 def test_every_flipped_byte_of_a_shard_is_noticed(shards):
-    for name in ("train.bin", "heldout.bin"):
+    for name in ("train.bin", "heldout.bin", "heldout.bytes"):
         data = bytearray((shards / name).read_bytes())
         for at in (0, len(data) // 2, len(data) - 1):
             data[at] ^= 1
             (shards / name).write_bytes(data)
-            damaged(shards, "changed after it was prepared .fingerprint")
+            what = "heldout.bytes does not add" if name == "heldout.bytes" else "fingerprint"
+            damaged(shards, f"changed after it was prepared .{what}")
             data[at] ^= 1
         (shards / name).write_bytes(data)
     load_corpus(str(shards))
@@ -90,5 +91,26 @@ def test_a_torn_index_is_noticed(shards):
 def test_a_folder_of_text_may_contain_an_index_json(tmp_path):
     (tmp_path / "index.json").write_text('{"pages": 3}')
     (tmp_path / "page.txt").write_text("hello")
-    corpus = load_corpus(str(tmp_path))
-    assert len(corpus.train_N) + len(corpus.heldout_N) == 17
+    corpus = load_corpus(str(tmp_path), eval_fraction=0.3)
+    assert (len(corpus.train_N), len(corpus.heldout_N)) == (12, 5)
+
+
+def as_version_1(shards, tokenizer):
+    """The folder as the first format had it: without bytes per token, facts and overlap."""
+    index = json.loads((shards / "index.json").read_text())
+    for field in ("train_bytes", "heldout_bytes", "facts", "overlap"):
+        del index[field]
+    more = {"train_bytes_per_token": 1.0, "heldout_bytes_per_token": 1.0, "tokenizer": tokenizer}
+    index |= {**more, "format": "moejax tokens 1"}
+    (shards / "index.json").write_text(json.dumps(index))
+    (shards / "heldout.bytes").unlink()
+
+
+def test_shards_of_the_first_format_are_read_and_know_what_they_know(shards):
+    before = load_corpus(str(shards))
+    as_version_1(shards, "bytes")
+    corpus = load_corpus(str(shards))
+    assert corpus.fingerprint == before.fingerprint and corpus.overlap is None
+    np.testing.assert_array_equal(corpus.heldout_size_M, before.heldout_size_M)
+    edit_index(shards, tokenizer="bpe.json")
+    assert load_corpus(str(shards)).heldout_size_M is None

@@ -1,6 +1,9 @@
 """Tables from files: against pandas, and what is refused with which words."""
 
+import csv
+import datetime
 import sys
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from moejax.data.table_baselines import table_baselines
 from moejax.data.table_columns import parse_spec
 from moejax.data.table_files import _hash, load_table
+from moejax.data.table_source import TableSource
 from moejax.errors import UserError
 
 N = 200
@@ -138,6 +142,159 @@ def test_text_that_stands_for_no_value_does_so_among_categories_too(tmp_path):
     np.testing.assert_array_equal(table.train.dense_NF[:, 0] == 0, np.isin(y_N, (3, 4)))
 
 
+IDS = [1_500_000_000_000_000_000 + i for i in range(40)]
+EXACT: dict[str, Any] = {
+    "int64": IDS,
+    "uint64": [2**64 - 1 - i for i in range(40)],
+    "decimal": [Decimal(10**30 + i) for i in range(40)],
+    "dictionary": pd.Categorical([str(i) for i in IDS]),
+    "date": [datetime.date(2020, 1, 1) + datetime.timedelta(i) for i in range(40)],
+    "nanoseconds": pd.to_datetime(IDS, unit="ns"),
+    "float": [1.0 + i * 2.0**-52 for i in range(40)],
+    "text with zeros at its end": [f"a{chr(0) * i}" for i in range(40)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_categories_of_a_parquet_file_merge_only_equal_values(tmp_path, kind):
+    """Float64 has 53 bits, and NumPy's text no zeros at its end."""
+    values = EXACT[kind]
+    data = pd.DataFrame({"who": pd.concat([pd.Series(values)] * 10), "y": range(400)})
+    table = load_table(write(data, tmp_path / "t.parquet"), targets=["y"], categorical=["who"])
+    assert table.category_sizes == (41,)
+    held = heldout_of(400)
+    ids = np.argsort(np.argsort(pd.Series(values).astype(object)))  # in the order of the values
+    np.testing.assert_array_equal(table.train.category_NC[:, 0], 1 + np.tile(ids, 10)[~held])
+
+
+def test_true_and_false_are_two_categories(tmp_path):
+    data = pd.DataFrame({"who": [True, False] * 40, "y": range(80)})
+    table = load_table(write(data, tmp_path / "t.parquet"), targets=["y"])
+    assert table.category == ("who",) and table.category_values == (("False", "True"),)
+
+
+@pytest.mark.parametrize("values", [
+    IDS, [10**40 + i for i in range(40)], [f"{i:0{1 + i % 5}d}" for i in range(40)],
+    ["0420", "420", "00420", "77", " 77", "+77", "77.0", "7.7e1"] * 5,
+], ids=["64 bits", "more bits", "padded", "one number"])  # fmt: skip
+def test_categories_of_a_csv_are_the_text_that_is_written(tmp_path, values):
+    path = tmp_path / "t.csv"
+    path.write_text("who,y\n" + "".join(f"{v},{i % 7}\n" for i, v in enumerate(values * 10)))
+    table = load_table(str(path), targets=["y"], categorical=["who"])
+    assert set(table.category_values[0]) == {str(v) for v in values}
+    seen = [table.category_values[0][i - 1] for i in table.train.category_NC[:, 0]]
+    written = np.array([str(v) for v in values * 10], dtype=object)
+    np.testing.assert_array_equal(seen, written[~heldout_of(400)])
+
+
+def test_numbers_as_categories_keep_their_order(tmp_path):
+    """Ids of text that is numbers are in the order of these, as they are in a Parquet file."""
+    data = pd.DataFrame({"code": [2, 10, 1, 300] * 20, "y": range(80)})
+    tables = [
+        load_table(write(data, tmp_path / f"t{suffix}"), targets=["y"], categorical=["code"])
+        for suffix in (".csv", ".parquet")
+    ]
+    assert tables[0].category_values == (("1", "2", "10", "300"),) == tables[1].category_values
+    assert tables[0].fingerprint == tables[1].fingerprint
+
+
+@pytest.mark.parametrize("values", [
+    [10**18 + 10**4 * i for i in range(40)], [10**20 + 10**6 * i for i in range(40)],
+    ["01", "1", "7", "8"] * 10,
+], ids=["64 bits", "more bits", "padded"])  # fmt: skip
+def test_numbers_that_look_like_identifiers_are_named_by_the_user(tmp_path, values, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("who,y\n" + "".join(f"{v},{i % 7}\n" for i, v in enumerate(values * 2)))
+    with pytest.raises(
+        UserError, match=r"task.categorical: 'who' has numbers that look like ident"
+    ):
+        load_table(str(path), targets=["y"])
+    load_table(str(path), targets=["y"], numeric=["who"])
+    said = capsys.readouterr().err
+    assert ("'who' has whole numbers beyond 2**53, such as" in said) == (values[0] != "01")
+    load_table(str(path), targets=["who"], numeric=["y"])
+    assert ("task.targets: 'who' has whole" in capsys.readouterr().err) == (values[0] != "01")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("kind", ["int", "time"])
+def test_times_one_nanosecond_apart_are_sorted_exactly(tmp_path, kind, suffix):
+    """As float64 64 of them would be one."""
+    order = np.random.default_rng(0).permutation(N)
+    when = 1_500_000_000_000_000_000 + order
+    data = frame().assign(when=when if kind == "int" else pd.to_datetime(when, unit="ns"))
+    path = write(data, tmp_path / f"t{suffix}")
+    table = load_table(path, **FIELDS, split="time", time="when")
+    latest = data["price"][order >= N - 20]
+    np.testing.assert_allclose(table.in_units(table.heldout.target_NM)[:, 0], latest, rtol=1e-6)
+
+
+def test_movielens_ids_are_those_of_both_files_as_written(movielens):
+    folder, ratings = movielens
+    large = ratings.assign(userId=ratings["userId"] + 2**60)
+    large.to_csv(folder / "ratings.csv", index=False)
+    table = load_table(str(folder))
+    assert table.category_sizes[0] == 1 + ratings["userId"].nunique()
+    movies = pd.read_csv(folder / "movies.csv").assign(movieId=["010", "020", "030"])
+    movies.to_csv(folder / "movies.csv", index=False)
+    with pytest.raises(
+        UserError, match=r"movies.csv lists no movie of ratings.csv \('\d+' is none"
+    ):
+        load_table(str(folder))
+
+
+def test_a_table_says_what_its_ids_and_numbers_stand_for(tmp_path):
+    """Equal for the same training rows in another file, not for another value in the same place."""
+    data = frame()
+    first, again = (
+        load_table(write(data, tmp_path / f"t{s}"), **FIELDS) for s in (".csv", ".parquet")
+    )
+    assert first.encoding == again.encoding
+    for other in (data.assign(city=data["city"].replace("Oslo", "Nice")), data.assign(
+        size=data["size"] * 2
+    )):  # fmt: skip
+        table = load_table(write(other, tmp_path / "other.csv"), **FIELDS)
+        assert table.encoding != first.encoding
+        np.testing.assert_array_equal(table.train.category_NC[:, 1], first.train.category_NC[:, 1])
+
+
+def test_examples_in_a_report_are_named_by_the_values_of_the_file(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("who,y\n" + "".join(f"{v},{i}\n" for i, v in enumerate(["07", "7", "x"] * 30)))
+    table = load_table(str(path), targets=["y"], categorical=["who"])
+    source = TableSource(table, batch_size=4, seed=0, eval_rows=4)
+    told = source.told(source.eval_batches(4, 4)[0], 4)
+    assert told["token_text"][:4] == ["who unknown", "who 07", "who 7", "who x"]
+
+
+@pytest.mark.parametrize("rows", [300, 60_000])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quoted_values_may_have_line_breaks_in_files_of_any_size(tmp_path, rows, end):
+    """RFC 4180. The large file has more than pyarrow's usual block of a megabyte."""
+    path = tmp_path / "t.csv"
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:  # with a byte order mark
+        writer = csv.writer(file, lineterminator=end)
+        writer.writerow(["y", "text", "who"])
+        for row in range(rows):
+            writer.writerow([row % 5, f'one{end}"two", {"x" * (row % 40)}', f"a{end}{row % 3}"])
+    assert rows == 300 or path.stat().st_size > 2 * 2**20
+    table = load_table(str(path), targets=["y"], categorical=["who", "text"])
+    assert len(table.train) + len(table.heldout) == rows
+    assert table.category_values[0] == (f"a{end}0", f"a{end}1", f"a{end}2")
+    assert table.category_sizes[1] == 41
+
+
+def test_types_of_columns_are_those_of_the_whole_file(tmp_path):
+    """Whole numbers that become fractions after two megabytes are numbers, and no categories."""
+    rows, path = 300_000, tmp_path / "t.csv"
+    lines = [f"{i % 7},{i % 5},{i % 3}" for i in range(rows)]
+    lines[-3] = "1,2.5,low"
+    path.write_text("y,x,w\n" + "\n".join(lines) + "\n")
+    assert path.stat().st_size > 2**20
+    table = load_table(str(path), targets=["y"])
+    assert table.dense == ("x",) and table.category == ("w",)
+
+
 def test_a_table_of_a_target_and_a_time_has_no_features(tmp_path):
     path = write(frame()[["price", "when"]], tmp_path / "t.csv")
     with pytest.raises(UserError, match=r"no columns besides the targets and 'when' \(task.time\)"):
@@ -235,7 +392,9 @@ def test_a_target_keeps_its_changes_whatever_its_size(tmp_path, values):
         np.testing.assert_allclose(rows.target_NM[:, 0], (side - mean) / scale, atol=1e-5 + step)
         error = table.in_units(rows.target_NM)[:, 0] - side
         assert np.abs(error).max() < (1e-6 + step) * scale
-    baselines = table_baselines(table)  # nothing to learn from: as the mean does
+    baselines = table_baselines(
+        table, len(table.heldout)
+    )  # nothing to learn from: as the mean does
     assert abs(baselines["linear"] - baselines["mean"]) < 0.2 and baselines["mean"] < 2
 
 
@@ -305,6 +464,8 @@ FILES = {
         "x,y,ö\n1,2,3\n4,5,6\n".encode("latin-1"),
         r"header of '.*' is not UTF-8",
     ),
+    "category's encoding": (b"x,y,c\n1,2,\xff\n4,5,b\n", r"cannot parse '.*': .*save .* as UTF-8"),
+    "UTF-16": ("x,y\n1,2\n".encode("utf-16"), r"is UTF-16; save the file as UTF-8"),
     "binary": (
         b"\x93NUMPY\x00\xff\xfe,\n\xff\xff",
         r"data.path: cannot parse",
@@ -318,7 +479,8 @@ def test_bad_files_are_one_line(tmp_path, case):
     path = tmp_path / "t.csv"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        load_table(str(path), targets=["y"], numeric=["x"])
+        categorical = ["c"] if b",c" in content else []
+        load_table(str(path), targets=["y"], numeric=["x"], categorical=categorical)
     assert "\n" not in str(caught.value)
 
 

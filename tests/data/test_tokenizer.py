@@ -10,9 +10,11 @@ import tokenizers
 from moejax.data.documents import find_documents, pieces
 from moejax.data.tokenizer import (
     DOCUMENT_TOKEN,
+    SEPARATORS,
     ByteTokenizer,
     JsonTokenizer,
     encode_documents,
+    encode_sized,
     load_tokenizer,
     token_dtype,
     train_bpe,
@@ -134,8 +136,74 @@ def test_a_tokenizer_file_that_cannot_be_used_is_an_error_that_names_it(bpe, tmp
     with pytest.raises(UserError, match="d.json': it is not UTF-8 text"):
         load_tokenizer(str(tmp_path / "d.json"))
     bare = tokenizers.Tokenizer(tokenizers.models.BPE())
-    with pytest.raises(UserError, match="has no token '<|doc|>'.*add_special_tokens"):
+    with pytest.raises(UserError, match="has no token to put between.*add_special_tokens"):
         load_tokenizer(save(bare, tmp_path / "bare.json"))
+
+
+@pytest.mark.parametrize("token", SEPARATORS)
+def test_the_usual_tokens_that_end_a_document_separate_documents(bpe, folder, tmp_path, token):
+    tokenizer = tokenizers.Tokenizer.from_str(
+        pathlib.Path(bpe).read_text().replace(json.dumps(DOCUMENT_TOKEN), json.dumps(token))
+    )
+    loaded = JsonTokenizer(save(tokenizer, tmp_path / "t.json"))
+    assert loaded.separator_token == token
+    assert loaded.separator == tokenizer.token_to_id(token)
+    assert (stream(folder, loaded)[0] == loaded.separator).sum() == 3
+
+
+def test_of_several_such_tokens_the_first_of_the_list_counts(bpe, tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_file(bpe)
+    tokenizer.add_special_tokens(["</s>", "<|endoftext|>"])
+    assert JsonTokenizer(save(tokenizer, tmp_path / "t.json")).separator_token == DOCUMENT_TOKEN
+
+
+def sized(folder, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    parts = zip(*encode_sized(find_documents(str(folder)), tokenizer), strict=True)
+    tokens, sizes = map(np.concatenate, parts)
+    return tokens, sizes
+
+
+def metaspace(vocab: list[str], **model) -> tokenizers.Tokenizer:
+    """A tokenizer of characters as Llama 2 has it: not byte-level, with single bytes to fall
+    back on."""
+    tokens = ["</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *vocab]
+    ids = {token: i for i, token in enumerate(tokens)}
+    bpe = tokenizers.models.BPE(ids, [], unk_token="<unk>", byte_fallback=True, **model)
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def test_the_bytes_of_tokens_that_are_no_strings_of_bytes_are_counted_on_the_text(tmp_path):
+    (tmp_path / "text").mkdir()
+    text = "a b\u00e9 \U0001f642ab\n"
+    (tmp_path / "text" / "0.txt").write_text(text)
+    (tmp_path / "text" / "1.txt").write_text("\u65e5a")
+    path = save(metaspace(["a", "b", "\u2581", "\u00e9", "\n"]), tmp_path / "t.json")
+    tokenizer = JsonTokenizer(path)
+    assert not tokenizer.is_byte_level
+    tokens, sizes = sized(tmp_path / "text", tokenizer)
+    spelled = [tokenizer.token_text()[i] for i in tokens]
+    # a, space, b, an e of two bytes, space, four bytes of a face, a, b, newline; the separator;
+    # three bytes of a character, a.
+    assert sizes.tolist() == [1, 1, 1, 2, 1, *[1] * 4, 1, 1, 1, 1, *[1] * 3, 1], spelled
+    np.testing.assert_array_equal(tokens, stream(tmp_path / "text", tokenizer)[0])
+
+
+def test_the_bytes_of_byte_level_tokens_add_up_to_the_text_of_each(folder, bpe):
+    for tokenizer in (JsonTokenizer(bpe), ByteTokenizer()):
+        tokens, sizes = sized(folder, tokenizer)
+        np.testing.assert_array_equal(tokens, stream(folder, tokenizer)[0])
+        np.testing.assert_array_equal(sizes, tokenizer.token_bytes()[tokens])
+        assert sizes.sum() == stream(folder, tokenizer)[1]
 
 
 def test_the_vocabulary_size_covers_the_largest_id(bpe, tmp_path):

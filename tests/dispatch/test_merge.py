@@ -169,13 +169,12 @@ def test_merging_is_in_float32_when_tokens_are_bfloat16():
     assert 0 < error < 0.03 * np.abs(exact).max()
 
 
-def test_sequences_that_do_not_divide_over_the_mesh_are_refused():
+def test_sequences_that_do_not_divide_over_the_mesh_give_what_they_give_without():
     x, weight, weights = case()
-    with (
-        meshes.entered({"data": 2, "expert": 4}),
-        pytest.raises(ValueError, match="6 sequences do not divide over .* = 8"),
-    ):
-        mix(x[:6], Merge(weight[:6], SPAN), weights, "swiglu")
+    wanted = mix(x[:6], Merge(weight[:6], SPAN), weights, "swiglu")
+    with meshes.entered({"data": 2, "expert": 4}):
+        got = jax.jit(lambda x: mix(x, Merge(weight[:6], SPAN), weights, "swiglu"))(x[:6])
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def compiled(shape, backward):

@@ -103,6 +103,22 @@ def test_sorted_plan_lists_pairs_by_expert_then_position():
     check_inverse(plan, 2)
 
 
+def test_pairs_of_experts_that_are_not_there_have_no_row():
+    """On a shard with experts 0 to 2: those before and after it are somebody else's."""
+    expert, weight = jnp.asarray([[-1, 2], [3, 0], [-2, 7]]), jnp.ones((3, 2))
+    plan, size = pack.plan_sorted(expert, weight, num_experts=3, rows=6)
+    np.testing.assert_array_equal(size, [1, 0, 1])
+    np.testing.assert_array_equal(plan.kept_tK, [[False, True], [False, True], [False, False]])
+    np.testing.assert_array_equal(plan.pair_M, [3, 1, 6, 6, 6, 6])
+
+
+def test_so_many_experts_that_a_pair_has_no_int32_of_its_own_are_sorted_all_the_same():
+    many = 2**30
+    expert, place = pack._stable_sort(jnp.asarray([many, 5, many, 0, 5, many - 1]), many)
+    np.testing.assert_array_equal(expert, [0, 5, 5, many - 1, many, many])
+    np.testing.assert_array_equal(place, [3, 1, 4, 5, 0, 2])
+
+
 def test_one_row_stands_for_all_pairs_of_a_token_on_a_shard():
     expert = jnp.asarray([[0, 1, 3], [2, 3, 0], [1, 0, 2]])
     weight = jnp.asarray([[0.1, 0.8, 0.1], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])

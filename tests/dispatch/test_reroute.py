@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import moejax
+from moejax import gating
 from moejax.dispatch.pack import plan_cells, serving_order
 from moejax.dispatch.reroute import reroute
 from moejax.gating import top_k_routing
@@ -77,6 +80,26 @@ def test_overflow_moves_as_in_a_plain_loop_and_nobody_else_is_displaced(k, prior
     assert lost == (~after).sum()
 
 
+@pytest.mark.parametrize(
+    ("second", "weight", "prob", "wanted", "new_weight"),
+    [
+        (2, 0.5, [0.5, 0.25, 0.25], 1, 0.25),
+        (1, 0.5, [0.5, 0.25, 0.25], 1, 0.25),  # a column of weight 0 visits nobody
+        (2, 0.5, [1.0, 0.0, 0.0], 0, 0.5),  # nobody else has a chance: it stays, to be dropped
+        (2, 1e-20, [1.0, 1e-30, 0.0], 1, np.finfo(np.float32).tiny),  # not 0: it is sent
+    ],
+)
+def test_the_second_token_of_a_full_expert_moves_by_hand(second, weight, prob, wanted, new_weight):
+    """Both want expert 0, which has one slot."""
+    expert_GTK = jnp.asarray([[[0, 1], [0, second]]], jnp.int32)
+    weight_GTK = jnp.asarray([[[0.5, 0.0], [weight, 0.0]]], jnp.float32)
+    prob_GTE = jnp.asarray([[[0.5, 0.5, 0.0], prob]], jnp.float32)
+    choices = {"capacity": 1, "priority": "position", "rounds": 2}
+    got, got_weight = reroute(expert_GTK, weight_GTK, prob_GTE, jnp.zeros((1, 2)), **choices)
+    np.testing.assert_array_equal(got, [[[0, 1], [wanted, second]]])
+    np.testing.assert_allclose(got_weight, [[[0.5, 0.0], [new_weight, 0.0]]], rtol=1e-6)
+
+
 def test_moved_top_1_tokens_weigh_the_probability_of_where_they_go():
     expert, weight, prob, score = example(1)
     got, got_weight = reroute(
@@ -92,6 +115,22 @@ def test_nothing_moves_where_everything_has_room():
     got = reroute(expert, weight, prob, score, capacity=T, priority="choice", rounds=2)
     np.testing.assert_array_equal(got[0], expert)
     np.testing.assert_array_equal(got[1], weight)
+
+
+def test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose():
+    """Four equal tokens want experts 0 and 1, with two slots each: two of them move to 2 and 3."""
+    layer = moejax.MoE(
+        4, 8, E, gate=gating.make("mixtral"), capacity_factor=1.0, reroute=1, rngs=nnx.Rngs(0)
+    )
+    layer.router["router_DE"][...] = jnp.diag(jnp.asarray([3.0, 2.0, 1.0, 0.0]))
+    _, info = jax.jit(lambda x_BLD: layer(x_BLD))(jnp.ones((1, 4, 4)))
+    np.testing.assert_array_equal(info.routing.expert_GTK, [[[0, 1], [0, 1], [2, 3], [2, 3]]])
+    assert info.kept_GTK.all()
+    np.testing.assert_array_equal(info.stats.load_E, [4, 4, 0, 0])
+    assert info.stats.gate["rerouted"] == 4, "pairs, not tokens"
+    chance_E = np.exp([3, 2, 1, 0]) / np.exp([3, 2, 1, 0]).sum()
+    wanted = 4 * (0.5 * chance_E[0] + 0.5 * chance_E[1])
+    np.testing.assert_allclose(info.losses["load_balance"], wanted, rtol=1e-6)  # float32
 
 
 @pytest.mark.slow

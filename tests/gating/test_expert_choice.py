@@ -78,6 +78,9 @@ def test_every_expert_is_filled_and_weights_are_probabilities():
     assert causal.capacity(T, E, 0.1) == causal.capacity(T, E, 9.0) == 3, "in evaluation as well"
     throughout = ExpertChoice(factor=1.5, policy="threshold", eval_policy="threshold")
     assert throughout.capacity(T, E, 0.5) == 2 and throughout.capacity(T, E, 2.0) == 6
+    evaluated = ExpertChoice(factor=1.5, policy="threshold", eval_policy="choice")
+    assert evaluated.capacity(T, E, 0.5) == 3, "room for what the evaluation's choice fills"
+    assert evaluated.capacity(T, E, 2.0) == 6
 
 
 def test_padding_is_not_chosen_and_takes_no_slots():
@@ -150,6 +153,15 @@ def test_the_threshold_is_the_moving_average_of_the_last_score_that_is_chosen(po
     np.testing.assert_array_equal(out.routing.weight_GTK > 0, passed)
     # A share of 1/4 of 1024 tokens has std 0.0135, the sum over 8 experts of two such 0.05.
     assert abs(passed.sum(-1).mean() - 2.0) < 0.25
+
+
+def test_a_probability_at_the_threshold_passes_it():
+    """Before the first step both are 1 / E: exactly, where a router of zeros is asked."""
+    gate = ExpertChoice(eval_policy="threshold")
+    params = jax.tree.map(jnp.zeros_like, gates.drawn(gate))
+    state = gate.init_state(gates.spec())
+    out = jax.jit(lambda x: gate(params, state, x, gates.context(False)))(gates.tokens())
+    assert (out.routing.weight_GTK == 1 / E).all()
 
 
 def test_positions_are_chosen_among_the_sequences_of_a_group():

@@ -56,6 +56,18 @@ def test_without_renormalisation_the_weights_are_shares_among_all_experts():
     assert (out.routing.expert_GTK[..., 0] // 2 == jnp.arange(B)[:, None] // 4 % 4).all()
 
 
+def test_a_local_step_routes_the_jittered_tokens_of_top_k():
+    local, clean = route(gating.make("gating_dropout", jitter=0.5, **ALWAYS))
+    plain, _ = route(gating.make("top_k", jitter=0.5))
+    np.testing.assert_array_equal(local.stats.logits_GTE, plain.stats.logits_GTE)
+    home = np.arange(B)[:, None, None] // 4 % 4 == np.arange(E) // 2
+    noisy = np.where(home, plain.stats.logits_GTE, -np.inf)
+    best = np.argsort(-noisy, axis=-1, kind="stable")[..., :K]
+    np.testing.assert_array_equal(local.routing.expert_GTK, best)
+    without = np.argsort(-np.where(home, clean, -np.inf), axis=-1, kind="stable")[..., :K]
+    assert (best != without).any(), "the jitter decides something"
+
+
 @pytest.mark.parametrize(
     ("fields", "train"),
     [({"local_share": 0.0}, True), ({"local_shards": 0}, True), ({"local_share": 1.0}, False)],

@@ -138,6 +138,18 @@ def test_load_is_the_published_product_of_smooth_loads():
         assert (sent > 0).sum() >= 3
 
 
+def test_in_training_too_probabilities_and_the_z_losses_logits_are_those_without_noise():
+    gate = gating.make("hierarchical")
+    params = drawn(gate)
+    stats = jax.jit(lambda params: call(gate, params, train=True).stats)(params)
+    outer, inner = by_level(params, 4)
+    flat = (outer[..., None] * inner).reshape(G, T, E)
+    np.testing.assert_allclose(stats.probs_GTE, flat, rtol=1e-4, atol=1e-6)  # float32 products
+    x = np.asarray(tokens(), np.float64)
+    h = np.repeat(x @ np.asarray(params["outer_DA"]), E // 4, axis=-1) + x @ params["inner_DE"]
+    np.testing.assert_allclose(stats.logits_GTE, h, rtol=1e-5, atol=1e-5)
+
+
 def test_its_routers_start_equal_and_noise_spreads_the_load():
     gate = gating.make("hierarchical")
     out = call(gate, gate.init(jax.random.key(0), GateSpec(D, E)), train=True)

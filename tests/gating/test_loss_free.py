@@ -200,6 +200,19 @@ def test_the_sequence_loss_counts_the_best_scores_without_bias_per_sequence(rows
     assert "device_balance" not in out.losses
 
 
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_the_routers_probabilities_are_the_scores_over_their_sum(score):
+    """DeepSeek-V3, equation 19: what every balance loss and statistic sees, without the bias."""
+    bias = np.linspace(-1, 1, E).astype(np.float32)
+    h = logits(9)
+    stats = call(gating.make("loss_free", score=score), h, bias).stats
+    s = sigmoid(h.astype(np.float64)) if score == "sigmoid" else softmax(h.astype(np.float64))
+    wanted = s / s.sum(-1, keepdims=True)
+    np.testing.assert_allclose(stats.probs_GTE, wanted, rtol=1e-5)  # float32
+    np.testing.assert_allclose(stats.load_GTE, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(stats.logits_GTE, h)
+
+
 def test_the_device_loss_counts_whole_groups_and_is_1_at_balance():
     """DeepSeek-V2's device-level loss: mean f of a device times its summed P."""
     k, devices = 2, 4

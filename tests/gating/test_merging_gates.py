@@ -110,6 +110,9 @@ def test_dropout_leaves_out_experts_of_a_sequence_and_the_rest_share_alike():
     kept = dropped > 0
     # 512 fair coins: five standard deviations are 0.11.
     assert abs(kept.mean() - 0.5) < 0.11 and len({tuple(k) for k in kept}) > 50
+    fewer = weights(Smear(expert_dropout=0.25), jnp.arange(rows), x) > 0
+    # Coins of 3/4: five standard deviations are 0.1.
+    assert abs(fewer.mean() - 0.75) < 0.1 and (fewer | ~kept).all(), "of the same draws"
     close(dropped, p * kept / (p * kept).sum(1, keepdims=True))
     order = np.random.default_rng(0).permutation(rows)[:8]
     np.testing.assert_allclose(weights(gate, order, x[order]), dropped[order], rtol=1e-6)

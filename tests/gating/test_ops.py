@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.gating import ops, top_k_routing
-from moejax.types import MoEConfig
+from moejax.types import Context, MoEConfig
 
 
 @settings(max_examples=40, deadline=None)
@@ -116,3 +116,12 @@ def test_capacity_visibility_table(k, priority, group, mark):
 def test_capacity_that_never_binds_shows_nothing(change):
     moe = MoEConfig(8, priority="gate", group="2", **change)
     assert ops.capacity_visibility(2, moe).mark == ""
+
+
+def test_means_are_over_the_valid_tokens_and_0_where_there_are_none():
+    value_GT = jnp.asarray([[1.0, 2.0, 30.0, 40.0], [5.0, 6.0, 7.0, 8.0], [9.0, 9.0, 9.0, 9.0]])
+    valid_GT = jnp.asarray([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+    np.testing.assert_array_equal(ops.group_mean(value_GT, valid_GT), [1.5, 6.0, 0.0])
+    for rows, wanted in ((3, (1.0 + 2.0 + 6.0) / 3), (0, 0.0)):
+        known = {"valid_BL": valid_GT & (jnp.arange(3) < rows)[:, None]}
+        assert ops.mean(value_GT, Context.of(3, 4, **known).grouped(1, True)) == wanted

@@ -88,6 +88,13 @@ def test_the_next_prices_are_the_token_weighted_mean_over_groups():
     )
 
 
+def test_a_batch_without_valid_tokens_leaves_the_prices_as_they_are():
+    price_E = jnp.linspace(-1, 1, E)
+    h = np.random.default_rng(6).normal(size=(2, 8, E))
+    state, _ = step(gating.make("quantile"), {"price_E": price_E}, h, np.zeros((2, 8), bool))
+    np.testing.assert_array_equal(state["price_E"], price_E)
+
+
 def test_a_batch_is_routed_by_the_prices_it_came_with():
     gate = gating.make("quantile")
     h = np.random.default_rng(3).normal(size=(1, 40, E))

@@ -8,7 +8,7 @@ from flax import nnx
 
 import moejax
 from moejax import gating, losses
-from moejax.types import Context, GateSpec
+from moejax.types import Context, GateSpec, MoEStats
 from tests import steps
 
 G, T, D, E = 3, 16, 6, 8
@@ -93,6 +93,15 @@ def test_lambda_is_what_a_controller_in_plain_python_makes_of_the_counts():
             turns += too_dense
     assert state.gate_state["lambda"].dtype == jnp.float32
     assert 0 < sum(turns) < len(turns), "it went up and down"
+
+
+@pytest.mark.parametrize(("pairs", "wanted"), [(39, 0.5 / 1.2), (40, 0.5 / 1.2), (41, 0.5 * 1.2)])
+def test_lambda_rises_only_where_tokens_visit_more_than_k_experts(pairs, wanted):
+    """Twenty tokens and k = 2: 40 pairs are exactly k for each, and not too many."""
+    zero, load_E = jnp.int32(0), jnp.zeros(E, jnp.int32).at[3].set(pairs)
+    known = MoEStats(jnp.int32(20), load_E, 0 * load_E, zero, zero, zero, load_E / 2, zero)
+    after = gating.make("remoe", k=2).update({"lambda": jnp.float32(0.5)}, known)
+    np.testing.assert_allclose(after["lambda"], wanted, rtol=1e-6)  # float32
 
 
 def test_lambda_never_reaches_0_or_infinity():

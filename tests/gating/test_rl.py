@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from moejax import gating
 from moejax.losses import policy_gradient
@@ -99,6 +100,34 @@ def test_a_bandit_is_learned_with_its_baseline():
     # Rewards are -1 nearly always by now; the entropy bonus keeps a few others.
     value = kinds @ params["baseline_D"] + params["baseline"]
     np.testing.assert_allclose(value, -1, atol=0.3)
+
+
+def test_the_entropy_bonus_lowers_the_loss_by_its_weight_times_the_mean_entropy():
+    gate = gating.make("rl", entropy_weight=0.25)
+    params = drawn(gate)
+    x = jax.random.normal(jax.random.key(2), (2, 4, D))
+    valid = jnp.asarray([[True] * 4, [True, False, False, False]])
+    known = Context.of(2, 4, key=jax.random.key(0), valid_BL=valid).grouped(1, True)
+    probs = np.asarray(jax.nn.softmax(x @ params["router_DE"]), np.float64)
+    wanted = -0.25 * np.mean(scipy.stats.entropy(probs[np.asarray(valid)], axis=-1))
+    losses = jax.jit(lambda x: gate(params, (), x, known).losses)(x)
+    np.testing.assert_allclose(losses["rl_entropy"], wanted, rtol=1e-5)  # float32
+
+
+def test_the_baseline_learns_without_moving_what_the_router_sees():
+    gate = gating.make("rl")
+    params = drawn(gate) | {"baseline_D": jnp.ones(D)}
+    x = jax.random.normal(jax.random.key(2), (1, 3, D))
+
+    def baseline(params, x):
+        policy = call(gate, params, x, jax.random.key(0)).policy
+        assert policy is not None
+        return jnp.sum(policy.baseline_GT)
+
+    by_params, by_x = jax.jit(jax.grad(baseline, (0, 1)))(params, x)
+    np.testing.assert_array_equal(by_x, 0.0)
+    np.testing.assert_allclose(by_params["baseline_D"], x[0].sum(0), rtol=1e-6)
+    assert by_params["baseline"] == 3 and not by_params["router_DE"].any()
 
 
 @pytest.mark.slow

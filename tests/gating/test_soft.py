@@ -214,6 +214,10 @@ def test_noise_is_that_of_a_row_and_in_training_only():
     shift -= shift.mean(-1, keepdims=True)
     # 512 draws less a mean of 8: 3 standard errors are 10 %.
     np.testing.assert_allclose(shift.std(), 0.5 * np.sqrt(7 / 8), rtol=0.1)
+    # Both softmaxes are of the same noisy logits: but for a constant per slot and per token.
+    both = (np.log(noisy.mixing.dispatch_GTX) - np.log(plain.mixing.dispatch_GTX), shift)
+    one, other = (x - x.mean(1, keepdims=True) for x in both)
+    CLOSE(one - one.mean(-1, keepdims=True), other)
     given = gates.context(True)
     moved = dataclasses.replace(given, row_GR=given.row_GR[::-1])
     other = program(gate)(params, (), gates.tokens()[::-1], moved)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from moejax import gating
 from moejax.types import Context, GateSpec
@@ -72,6 +73,23 @@ def test_shazeer_starts_with_equal_probabilities_and_balanced_noise():
     # 384 draws of 5 equal chances: standard deviation 0.02.
     assert np.abs(share - 1 / EXPERTS).max() < 0.1
     np.testing.assert_allclose(out.stats.load_GTE.sum(-1).mean(), 2.0, atol=0.25)
+
+
+def test_shazeers_load_is_the_chance_to_be_chosen_under_noise_of_at_least_min_std():
+    """Without noise in evaluation; the others' second best is 0.5 for the two chosen, else 1."""
+    logits = np.array([2.0, 1.0, 0.5, -1.0])
+    load = call("shazeer", logits[None, None], train=False, min_std=0.25).stats.load_GTE[0, 0]
+    wanted = scipy.stats.norm.cdf((logits - [0.5, 0.5, 1.0, 1.0]) / (np.log(2) + 0.25))
+    np.testing.assert_allclose(load, wanted, rtol=1e-5)  # float32
+
+
+def test_shazeers_statistics_are_of_logits_without_noise():
+    logits = np.broadcast_to([2.0, 1.0, 0.5, -1.0], (1, 300, 4))
+    out = call("shazeer", logits)
+    np.testing.assert_array_equal(out.stats.logits_GTE, logits)
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(out.stats.probs_GTE, probs, rtol=1e-6)
+    assert len(np.unique(out.routing.weight_GTK)) > 300, "the weights are noisy"
 
 
 def test_gshard_keeps_the_second_expert_with_twice_its_weight_as_probability():

@@ -77,6 +77,14 @@ def test_thor_evaluates_with_an_expert_per_token_or_per_sequence():
     assert scipy.stats.chisquare(np.bincount(by_row[:, 0], minlength=E)).pvalue > 1e-3
 
 
+def test_thors_expert_of_a_sequence_does_not_depend_on_its_length():
+    short, long = (
+        call("thor", batch=50, length=length, train=False, evaluation="sequence").expert_GTK
+        for length in (3, 8)
+    )
+    np.testing.assert_array_equal(short[:, 0], long[:, 0])
+
+
 def test_a_layer_of_thor_is_one_expert_in_training_and_their_mean_in_evaluation():
     gate = gating.make("thor", evaluation="mean")
     layer = moejax.MoE(D, 6, 3, gate=gate, transport="dropless", rngs=nnx.Rngs(0))

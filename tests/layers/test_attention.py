@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.layers.attention import Attention, implementation_for, rope
+from moejax.layers.attention import Attention, attend, implementation_for, rope
 
 
 def rope_formula(x, position, theta):
@@ -81,3 +81,87 @@ def test_auto_is_the_fused_kernel_where_it_can_run(backend, dtype, size, wanted,
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert implementation_for("auto", jnp.dtype(dtype), size) == wanted
     assert implementation_for("xla", jnp.dtype(dtype), size) == "xla"
+
+
+LEFT, GAPS, NONE = [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]
+HOLES = np.array([LEFT, GAPS, NONE], bool)
+SEGMENTS = np.array([[7, 7, 7, 7, 3, 3], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+
+
+def by_segment(layer, x, valid, segment, position):
+    """Each segment of each sequence by itself, query by query, in float64."""
+    from tests.layers import blocks  # which imports this module
+
+    leaf = lambda p: np.asarray(p[...], np.float64)
+    wanted = np.zeros(x.shape)
+    for b in range(len(x)):
+        for own in np.unique(segment[b]):
+            at = np.flatnonzero(segment[b] == own)
+            for h in range(leaf(layer.query_DHI).shape[1]):
+                query, key, value = (
+                    np.asarray(x[b, at], np.float64) @ leaf(w)[:, j]
+                    for w, j in ((layer.query_DHI, h), (layer.key_DJI, 0), (layer.value_DJI, 0))
+                )
+                mixed = blocks.head(
+                    query, key, value, position[b, at], valid[b, at], layer.theta, layer.causal
+                )
+                wanted[b, at] += mixed @ leaf(layer.out_HID)[h]
+    return wanted
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+@pytest.mark.parametrize("segment", [None, SEGMENTS], ids=["whole", "segments"])
+def test_padding_wherever_it_lies_and_other_segments_are_not_attended_to(causal, segment):
+    layer = Attention(
+        8, 2, 1, 4, theta=100.0, implementation="xla", causal=causal, rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(3).normal(size=(3, 6, 8)).astype(np.float32)
+    position = 2 * np.arange(6) + np.array([[0], [3], [1]])
+    known = (HOLES, np.zeros((3, 6), int) if segment is None else segment, position)
+    wanted = by_segment(layer, x, *known)
+    given = None if segment is None else jnp.asarray(segment)
+    run = jax.jit(layer.__call__)
+    # Padding may hold anything.
+    x[~HOLES] = np.nan
+    got = np.asarray(run(x, jnp.asarray(position), jnp.asarray(HOLES), given))
+    np.testing.assert_allclose(got[HOLES], wanted[HOLES], rtol=1e-5, atol=1e-5)
+    assert np.isfinite(got).all(), "queries that see nothing included"
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+def test_gradients_of_padding_are_zero_and_all_are_finite_where_a_query_sees_nothing(causal):
+    layer = Attention(
+        8, 2, 1, 4, theta=100.0, implementation="xla", causal=causal, rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(0), (3, 6, 8)).at[~HOLES].set(jnp.inf)
+    graph, params = nnx.split(layer)
+
+    def loss(params, x):
+        y = nnx.merge(graph, params)(x, jnp.zeros((3, 6), jnp.int32), jnp.asarray(HOLES))
+        return jnp.sum(y**2)
+
+    of_params, of_x = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((of_params, of_x)))
+    assert (np.asarray(of_x)[~HOLES] == 0).all() and (np.asarray(of_x)[HOLES] != 0).any()
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "anywhere"])
+def test_the_fused_kernel_gets_a_mask_it_takes_unless_it_would_hide_nothing(
+    causal, behind, monkeypatch
+):
+    """Traced as for a GPU: cuDNN checks the shapes of its operands there."""
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91400)
+    monkeypatch.setattr(f"{cudnn}.is_cuda_compute_capability_equal", lambda *_: False)
+    query, key = (jax.ShapeDtypeStruct((2, 64, n, 16), jnp.bfloat16) for n in (4, 2))
+
+    def loss(query, key, valid):
+        mixed = attend(query, key, key, valid, None, causal, "cudnn", behind)
+        return jnp.sum(mixed.astype(jnp.float32))
+
+    valid = jax.ShapeDtypeStruct((2, 64), bool)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(query, key, valid)
+    (fused,) = (e for e in jaxpr.eqns if "attention_fwd" in e.primitive.name)
+    biases = [v.aval.shape for v in fused.invars if getattr(v.aval, "shape", ()) == (2, 1, 64, 64)]
+    assert len(biases) == (0 if causal and behind else 1)

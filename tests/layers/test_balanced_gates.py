@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.types import Context, MoEConfig
+from moejax import gating
+from moejax.gating import base
+from moejax.types import Context, GateSpec, MoEConfig
 from tests import meshes
 from tests.moes import B, D, E, L, context, make, run, same, tokens
 
@@ -156,6 +158,34 @@ def test_residual_imbalance_is_reported_and_falls_with_epsilon():
 def test_balancing_leaks_in_training_and_says_so_and_not_in_evaluation(gate, group, mark):
     config = MoEConfig(E, transport="dropless", group=group)
     assert make(gate).gate.visibility(config).mark == mark
+
+
+def test_the_gap_of_an_assignment_is_told_per_token(monkeypatch):
+    """Groups of three and of two tokens, each 6 away from the optimum."""
+    solve = base.balanced_assignment
+
+    def far(score_TE, valid_T):
+        return solve(score_TE, valid_T)._replace(gap=jnp.float32(6.0))
+
+    monkeypatch.setattr(base, "balanced_assignment", far)
+    gate = gating.make("base")
+    valid = jnp.asarray([[True, True, True], [True, True, False]])
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    given = Context.of(2, 3, valid_BL=valid).grouped(1, True)
+    means = jax.jit(lambda x: gate({"router_DE": jnp.eye(4)}, (), x, given).means)(x)
+    np.testing.assert_array_equal(means["assignment_gap"], [2.0, 3.0])
+
+
+def test_the_error_of_sinkhorns_columns_is_that_of_valid_tokens():
+    """Padding that would all go to one expert is no part of the plan, which has converged."""
+    gate = gating.make("sbase", num_iters=200, tol=0.0)
+    x = jax.random.normal(jax.random.key(0), (2, 12, 4))
+    valid = jnp.arange(12) < jnp.asarray([[12], [8]])
+    x = jnp.where(valid[..., None], x, 9.0 * jnp.eye(4)[0])
+    given = Context.of(2, 12, valid_BL=valid).grouped(1, True)
+    state = gate.init_state(GateSpec(4, 4))
+    means = jax.jit(lambda x: gate({"router_DE": jnp.eye(4)}, state, x, given).means)(x)
+    assert (means["column_error"] < 1e-3).all()
 
 
 def test_one_expert_needs_no_balancing():

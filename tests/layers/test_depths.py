@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.layers.depths import choose
+from moejax.layers.depths import Depths, choose
 from moejax.models.stack import Block
 from moejax.types import Context, DepthsConfig
 from tests import lms
@@ -177,6 +177,58 @@ def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predic
     else:
         assert largest(entropy["router"]) > 1e-4 and largest(entropy_x) > 1e-4
     assert largest({k: v for k, v in entropy.items() if k not in ("depths", "router")}) == 0
+
+
+def test_a_token_with_even_odds_goes_around_the_block_in_evaluation():
+    """Of zeros both predictors say sigmoid(0), which is not above 1/2."""
+    for predictor in ("mlp", "router"):
+        y_BLD, said = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))
+        np.testing.assert_array_equal(y_BLD, 0.0)
+        assert said.means["mod/selected"] == 0.0
+
+
+def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
+    """Scores are the tokens themselves: of six the second, the fourth and the sixth are chosen."""
+    depths = Depths(1, DepthsConfig(0.5, predictor="router"), rngs=nnx.Rngs(0))
+    depths.router["weight_D"][...] = jnp.ones(1)
+    x_BLD = jnp.asarray([[1.0, 5.0, 2.0, 7.0, 3.0, 6.0]])[..., None]
+    known = {
+        "token_BL": jnp.asarray([[10, 11, 12, 13, 14, 15]]),
+        "position_BL": jnp.asarray([[0, 1, 2, 0, 1, 2]]),
+        "segment_BL": jnp.asarray([[0, 0, 0, 1, 1, 1]]),
+    }
+    seen = []
+
+    def change(x_BCD, context):
+        seen.append(context)
+        return x_BCD, None
+
+    depths(x_BLD, dataclasses.replace(Context.of(1, 6), **known), True, change)
+    (told,) = seen
+    np.testing.assert_array_equal(told.token_BL, [[11, 13, 15]])
+    np.testing.assert_array_equal(told.position_BL, [[1, 0, 2]])
+    np.testing.assert_array_equal(told.segment_BL, [[0, 1, 1]])
+
+
+@pytest.mark.parametrize("predictor", ["mlp", "router"])
+def test_padding_may_hold_nan_backwards_too(predictor):
+    """Three of four tokens are chosen, of which the second sequence has two."""
+    depths = Depths(4, DepthsConfig(0.75, predictor=predictor), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(depths)
+    valid_BL = jnp.asarray([[True] * 4, [True, True, False, False]])
+    x_BLD = jnp.where(valid_BL[..., None], jax.random.normal(jax.random.key(1), (2, 4, 4)), jnp.nan)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(params, x_BLD):
+        given = Context.of(2, 4, valid_BL=valid_BL)
+        change = lambda x, context: (jnp.sin(x), None)
+        y_BLD, _, losses, _ = nnx.merge(graph, params)(x_BLD, given, True, change)
+        return jnp.sum(jnp.where(valid_BL[..., None], y_BLD, 0.0)) + losses["mod_predictor"]
+
+    by_params, by_x = gradients(params, x_BLD)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(by_params))
+    assert np.isfinite(by_x).all() and (by_x[1, 2:] == 0).all()
 
 
 def test_capacity_is_rounded_up_and_has_room_for_someone():

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.layers.mmoe import MultiGateMoE, check_gate
-from moejax.types import Context
+from moejax.layers.mmoe import MultiGateMoE, check_gate, dense_weights
+from moejax.types import Context, Routing
 from tests import meshes
 
 B, D, F, O, E, M = 16, 6, 5, 4, 8, 3
@@ -212,6 +212,21 @@ def test_padding_is_neither_computed_nor_counted():
     got, wanted = run("static top_k", x_BD=poisoned), run("static top_k")
     same(got, wanted)
     assert not got[1][1][B - 3 :].any()
+
+
+def test_an_inactive_column_has_neither_weight_nor_gradient():
+    """Of experts 2 and 0 the second column has weight 0; both columns may name one expert."""
+    expert_GTK = jnp.asarray([[[2, 0], [1, 1]]], jnp.int32)
+    weight_GTK = jnp.asarray([[[0.5, 0.0], [0.25, 0.0]]])
+    worth_E = jnp.asarray([3.0, 5.0, 7.0])
+
+    def total(weight_GTK):
+        weight_GTE = dense_weights(Routing(expert_GTK, weight_GTK), 3)
+        return jnp.sum(weight_GTE * worth_E), weight_GTE
+
+    slope_GTK, weight_GTE = jax.grad(total, has_aux=True)(weight_GTK)
+    np.testing.assert_array_equal(weight_GTE, [[[0, 0, 0.5], [0, 0.25, 0]]])
+    np.testing.assert_array_equal(slope_GTK, [[[7, 0], [5, 0]]])
 
 
 def test_noise_belongs_to_the_example_and_to_the_gate():

@@ -76,15 +76,24 @@ def test_every_token_is_attended_to_by_its_k_best_heads(causal):
     CLOSE(means["moa/max_vio"], load.max() / load.mean() - 1)
     logits = (np.asarray(x_BLD, np.float64) @ leaf(layer.router["router_DE"]))[VALID]
     CLOSE(losses["moa_z"], np.mean(np.log(np.exp(logits).sum(-1)) ** 2))
+    balance = 0.0
+    for row, length in zip(np.asarray(x_BLD, np.float64), LENGTHS, strict=True):
+        probs = np.stack(
+            [blocks.softmax(h) for h in row[:length] @ leaf(layer.router["router_DE"])]
+        )
+        best = np.argsort(-probs)[:, :2]
+        share = np.bincount(best.ravel(), minlength=5) / best.size
+        balance += length * 5 * (share * probs.mean(0)).sum()
+    CLOSE(losses["moa_load_balance"], balance / LENGTHS.sum())
 
 
-def test_padding_between_valid_tokens_is_masked_where_it_is_announced():
+def test_padding_between_valid_tokens_is_masked():
     layer, x_BLD = make(), tokens()
     valid = VALID.copy()
     valid[:, ::3] = False
     given = context(valid)
     wanted, _ = loop(layer, 2, x_BLD, valid, np.asarray(given.position_BL))
-    CLOSE(run(layer, x_BLD, given, gaps=True)[0][valid], wanted[valid])
+    CLOSE(run(layer, x_BLD, given)[0][valid], wanted[valid])
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -129,6 +138,18 @@ def test_the_router_learns_from_the_task_with_a_single_head_and_everything_has_a
     grads = jax.jit(jax.grad(loss))(params, tokens())
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-4, path
+
+
+def test_the_routers_losses_have_finite_gradients_though_padding_holds_nan():
+    graph, params = nnx.split(make())
+    x_BLD = jnp.where(VALID[..., None], tokens(), jnp.nan)
+
+    def loss(params, x_BLD):
+        return sum(nnx.merge(graph, params)(x_BLD, context(), True)[1].values())
+
+    by_params, by_x = jax.jit(jax.grad(loss, (0, 1)))(params, x_BLD)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(by_params))
+    assert np.isfinite(by_x).all() and (by_x[~VALID] == 0).all()
 
 
 def test_more_heads_per_token_than_there_are_is_an_error():

@@ -95,6 +95,16 @@ def test_shared_experts_are_added_to_the_routed_ones():
     np.testing.assert_allclose(y, routed + layer.shared(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_shared_gate_weighs_the_shared_experts_by_a_sigmoid_of_the_token():
+    layer, x = make(num_shared=1, shared_gate=True), tokens()
+    layer.shared_gate_D[...] = jax.random.normal(jax.random.key(5), (D,))
+    share = 1 / (1 + np.exp(-np.asarray(x @ layer.shared_gate_D[...], np.float64)))
+    assert layer.shared is not None
+    wanted = 3 + share[..., None] * layer.shared(x)
+    got = layer._with_shared(x, jnp.full(x.shape, 3.0))  # added to what the routed experts say
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)  # float32
+
+
 @pytest.mark.parametrize(("gate", "fields"), [
     ("switch", {}), ("top_k", {"k": 1, "renormalize": False}), ("mixtral", {"k": 2}),
     ("top_k", {"k": 3, "renormalize": False}), ("top_k", {"k": 8}), ("shazeer", {"k": 2}),

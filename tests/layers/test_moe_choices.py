@@ -14,6 +14,7 @@ from flax import nnx
 import moejax
 from moejax import gating, reference
 from moejax.dispatch import TRANSPORTS
+from moejax.gating.ops import row_noise
 from tests import meshes
 from tests.layers.test_moe import B, D, E, L, context, make, run, same, tokens
 
@@ -167,6 +168,28 @@ def test_priority_random_needs_no_key_where_nothing_competes():
         layer(tokens())
 
 
+@pytest.mark.parametrize(("train", "dropped"), [(True, 8), (False, 6)])
+def test_training_and_evaluation_have_a_capacity_factor_each(train, dropped):
+    """A router of zeros sends all six tokens to experts 0 and 1, with slots for two or three."""
+    choices = {"capacity_factor": 1.0, "eval_transport": "cells", "eval_capacity_factor": 2.0}
+    layer = make("mixtral", **choices)
+    layer.router["router_DE"][...] = jnp.zeros((D, E))
+    _, info = layer(tokens(), train=train)
+    np.testing.assert_array_equal(info.stats.dropped_E, [B * dropped / 2] * 2 + [0] * 6)
+    assert info.stats.train == train
+
+
+def test_who_is_served_first_at_random_has_nothing_to_do_with_the_gates_own_draw():
+    """GShard keeps second experts where U < 2 g2: by the same U it would serve them last."""
+    known = moejax.Context.of(64, 32, key=jax.random.key(0)).grouped(1, True)
+    layer = make("gshard", priority="random")
+    routing = moejax.Routing(jnp.zeros((64, 32, 2), jnp.int32), jnp.ones((64, 32, 2)))
+    order_GT = layer._priority_score(routing, known, "cells")
+    drawn_GT = row_noise(jax.random.uniform, known, ())
+    correlation = np.corrcoef(np.ravel(order_GT), np.ravel(drawn_GT))[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(64 * 32)
+
+
 class WithAndWithoutJit(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)  # pyright: ignore[reportCallIssue]
     def test_a_layer_gives_one_result_called_plainly_and_compiled(self):
@@ -181,7 +204,7 @@ class WithAndWithoutJit(chex.TestCase):
 
 def test_arrays_that_do_not_belong_together_are_refused_at_the_layer():
     layer = make()
-    with pytest.raises(AssertionError, match="shape"):
+    with pytest.raises(ValueError, match="shape"):
         layer(jnp.zeros((B, L, D + 1)))
-    with pytest.raises(AssertionError, match="shape"):
+    with pytest.raises(ValueError, match="shape"):
         layer(tokens(), moejax.Context.of(B, L + 1))

@@ -189,6 +189,9 @@ def test_a_mesh_changes_nothing(shape, group):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(got[1]))
 
 
-def test_groups_that_do_not_divide_over_the_mesh_are_refused():
-    with meshes.entered(meshes.LARGE), pytest.raises(ValueError, match="4 groups of tokens do not"):
-        jax.eval_shape(make("soft", group="2"), tokens())
+def test_groups_that_do_not_divide_over_the_mesh_change_nothing():
+    """Four groups of two sequences on eight shards."""
+    known = {"group": "2", "gate_fields": FIELDS}
+    x, ctx = tokens(), context(valid_BL=VALID)
+    got, wanted = (run(s, "soft", x, ctx, True, **known) for s in (meshes.LARGE, None))
+    same(got, wanted)

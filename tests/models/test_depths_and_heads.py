@@ -158,7 +158,9 @@ def test_every_parameter_has_a_gradient_and_every_layer_reports_once():
     _, (_, found), grads = outcome("none")
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-7, path
-    assert set(found.means) == {"mod/selected", "mod/agreement", "moa/max_vio"}
+    assert set(found.means) == {
+        "mod/selected", "mod/agreement", "mod/to_experts", "moa/max_vio"
+    }  # fmt: skip
     assert {"mod_predictor", "moa_load_balance", "moa_z", "load_balance", "z"} <= set(found.losses)
     assert all(np.shape(x) == () for x in (*found.means.values(), *found.losses.values()))
     # Of 4 places and of the valid tokens; experts count who came, in their one layer.

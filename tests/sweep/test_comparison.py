@@ -131,7 +131,9 @@ def test_a_loss_that_is_not_finite_is_a_diverged_trial(loss: float):
         ("step_time", "seconds_per_step", 0.1),
     ],
 )
-@pytest.mark.parametrize("share, missed", [(1.019, False), (0.981, False), (1.021, True)])
+@pytest.mark.parametrize(
+    "share, missed", [(1.019, False), (0.981, False), (1.021, True), (0.979, True)]
+)
 def test_a_true_cost_2_percent_away_misses_the_match(
     match: str, field: str, unit: float, share: float, missed: bool
 ):
@@ -152,6 +154,15 @@ def test_a_variant_is_marked_for_any_trial_that_misses():
     own = compare(sweep_with(match="active_flops", baseline="top_2"), found, set()).of("close")
     assert [point.missed_match for point in own.trials] == [False, True, False]
     assert own.marks == ("cost",) and own.cost_ratio == pytest.approx((2 + 1.25 / 1.2) / 3)
+
+
+def test_the_baseline_is_matched_with_nobody():
+    """Its seeds may differ in cost: it claims nothing."""
+    found = results_of()
+    found[0] = dataclasses.replace(found[0], train_flops_per_token=1.5e6)
+    own = compare(sweep_with(match="active_flops", baseline="top_2"), found, set()).of("top_2")
+    assert own.trials[0].cost_ratio == pytest.approx(1.5 / 1.3)
+    assert own.marks == () and not any(point.missed_match for point in own.trials)
 
 
 def test_the_csv_and_the_json_hold_the_comparison(tmp_path: Path):

@@ -59,7 +59,7 @@ def test_variants_times_seeds_in_the_order_of_the_file(write: Write):
     assert [trial.name for trial in sweep.trials] == names
     assert [trial.config["train"]["seed"] for trial in sweep.trials] == [0, 1, 7, 3, 0]
     gate = sweep.trials[1].config["moe"]["gate"]
-    assert (gate["name"], gate["k"], gate["renormalize"]) == ("mixtral", 1, False)
+    assert (gate["name"], gate["k"], gate["renormalize"]) == ("top_k", 1, False)
     assert sweep.trials[4].config["moe"]["losses"]["load_balance"] == 0.125
     assert len({trial.id for trial in sweep.trials}) == 5
 

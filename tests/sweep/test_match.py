@@ -28,7 +28,7 @@ def get_config():
 
 def sweep(arg=None):
     yield {{"name": "dense_ffn", "moe.every": 0, "seeds": 2}}
-    yield {{"name": "top_2", "moe.gate.name": "mixtral", {top_2}}}
+    yield {{"name": "top_2", "moe.gate.name": "top_k", {top_2}}}
     yield {{"name": "switch", "moe.gate.name": "switch", {switch}}}
 """
 FIELDS = {
@@ -112,7 +112,7 @@ def linear(configs: list[dict[str, Any]]) -> list[Counted]:
     found = []
     for config in configs:
         moe, wide = config["moe"], config["model"]["d_ff"]
-        experts = {"mixtral": 2, "switch": 1}.get(moe["gate"]["name"], 2)
+        experts = {"top_k": 2, "switch": 1}.get(moe["gate"]["name"], 2)
         width = experts * moe["d_ff"] if moe["every"] else wide
         params = 4 * moe["d_ff"] if moe["every"] else wide
         found.append(Counted(1000 + 10 * params, 500.0 + 3 * width, tokens_per_row=1))
@@ -144,6 +144,12 @@ def test_a_width_is_a_multiple_of_8_and_says_by_how_much_it_misses(
     # 72 / 2 = 36 lies between 32 and 40.
     assert solved.width in (32, 40)
     assert solved.ratio == (500 + 6 * solved.width) / (500 + 3 * 72)
+
+
+def test_the_smallest_width_is_a_solution(write: Write, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(match, "count", linear)
+    page = write('MATCH, BASELINE = "total_params", "switch"', SOLVE, '"moe.d_ff": 8')
+    assert expand(page).solved == (Solved("top_2", "moe.d_ff", 8, 1.0),)
 
 
 def test_nothing_is_counted_where_nothing_is_asked(write: Write, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from moejax.sweep import statistics
-from moejax.sweep.noise import Detectable, Noise, best, known, noise
+from moejax.sweep.noise import Detectable, Noise, best, detectable_difference, known, noise
 from moejax.sweep.table import detectable_note
 from tests.sweep.test_comparison import compared, results_of, sweep_with
 
@@ -62,6 +62,15 @@ def test_the_detectable_difference_scales_with_the_noise():
     limit = stats.t.isf(0.05 / 6, 2)
     shift = found.difference_holm / found.deviation * math.sqrt(3)
     assert stats.nct.sf(limit, 2, shift) == pytest.approx(0.8, abs=1e-4)
+
+
+def test_what_is_detectable_is_what_the_variant_with_the_fewest_common_seeds_can_show():
+    losses = {"top_2": (2.0, 2.3, 2.1), "close": (2.01, 2.31), "other": (2.02, 2.3, 2.1)}
+    found = detectable_difference(
+        sweep_with(losses, baseline="top_2"), Noise(0.1, True, 4, "a pilot")
+    )
+    assert found is not None and (found.seeds, found.comparisons) == (2, 2)
+    assert found.difference == pytest.approx(0.1 * statistics.detectable(2))
 
 
 def found_with(freedom: int) -> Detectable:

@@ -15,7 +15,7 @@ Weights = dict[str, np.ndarray]
 
 FIRST: dict[str, Any] = {"moe__gate__name": "switch"}
 OTHERS: dict[str, dict[str, Any]] = {
-    "top_2": {"moe__gate__name": "mixtral"},
+    "top_2": {"moe__gate__name": "top_k"},
     "hash": {"moe__gate__name": "hash"},  # no parameters
     "base": {"moe__gate__name": "base"},  # drawn in another way
     "dselect_k": {"moe__gate__name": "dselect_k"},  # other parameters

@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moejax.config import load, to_dict
 from moejax.errors import UserError
-from moejax.sweep import figure, table
+from moejax.sweep import figure, results, table
 from moejax.sweep.comparison import compare
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.match import Comparison
 from moejax.sweep.results import (
     Result,
     elapsed_seconds,
+    evaluated_bytes_per_token,
     kept_pairs,
     read_diverged,
     read_sweep,
     step_seconds,
 )
+from tests.train.runs import ROOT
 
 PLAIN = Result(
     variant="switch",
@@ -68,6 +71,11 @@ def test_the_median_step_leaves_out_the_first_interval_of_each_life():
     assert step_seconds(rows) == (2.0, 10 * (9 + 1 + 3 + 8 + 2))
 
 
+def test_one_slow_interval_moves_the_total_and_not_the_median():
+    rows = timings((10, 9.0, 90), (20, 1.0, 100), (30, 1.5, 115), (40, 8.0, 195))
+    assert step_seconds(rows) == (1.5, 10 * (9 + 1 + 1.5 + 8))
+
+
 def test_an_interval_that_was_a_compilation_alone_counts_as_median_steps():
     rows = timings((1, math.nan, 0), (3, 2.0, 4), (6, 4.0, 16))
     assert step_seconds(rows) == (3.0, 1 * 3.0 + 2 * 2.0 + 3 * 4.0)
@@ -83,8 +91,46 @@ def test_kept_pairs_are_those_not_dropped():
     assert kept_pairs(row) == 1.5 and kept_pairs({"loss": 1.0}) is None
 
 
+def test_a_trials_numbers_are_means_over_its_steps_and_those_of_its_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows after steps 2 and 10 stand for two steps and for eight."""
+
+    def row(step: int, split: str, violation: float, drops: float, **more: Any) -> str:
+        known = {"moe/max_vio": violation, "moe/drop_rate": drops, "moe/experts_per_token": 2.0}
+        said = {"step": step, "split": split, "leak": "", "moe/load": [[6, 2], [4, 4]], **known}
+        return json.dumps(said | more)
+
+    workdir = tmp_path / "trials/a-seed0"
+    workdir.mkdir(parents=True)
+    lines = [
+        row(2, "train", 1.0, 0.5),
+        row(5, "eval", 3.0, 0.9, loss=9.0),
+        row(10, "train", 0.5, 0.25),
+        row(10, "eval", 0.125, 0.0, loss=2.5),
+    ]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (workdir / "timings.jsonl").write_text("")
+    flops = {"fixed": 100.0, "per_pair": 10.0}
+    saved = {
+        "flops": {"train": flops, "eval": flops},
+        "parameters": {"total": 7},
+        "units": {"loss": "nats/image"},
+        "config": {"train": {"log_every": 8, "eval_every": 5, "steps": 10}},
+    }
+    monkeypatch.setattr(results, "read_config", lambda folder: saved)
+    found = results.read_trial(tmp_path, Trial("a", 0, (), {}))
+    assert (found.step, found.loss, found.unit) == (10, 2.5, "nats/image")
+    assert found.train_max_vio == (2 * 1.0 + 8 * 0.5) / 10 and found.eval_max_vio == 0.125
+    assert found.train_drop_rate == (2 * 0.5 + 8 * 0.25) / 10 and found.eval_drop_rate == 0.0
+    assert found.train_pairs_per_token == (2 * 1.0 + 8 * 1.5) / 10
+    # In each of two layers.
+    assert found.train_flops_per_token == 100 + 10 * 2 * 1.4
+    assert found.eval_flops_per_token == 100 + 10 * 2 * 2.0
+
+
 def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
-    config = {"train": {"steps": 3}}
+    config = to_dict(load(f"{ROOT}/configs/lm.py", ["train.steps=3"]).config)
     sweep = Sweep("page.py", (Trial("a", 0, (), config),))
     workdir = tmp_path / "trials/a-seed0"
     workdir.mkdir(parents=True)
@@ -96,6 +142,19 @@ def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
     (workdir / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match="a-seed0 has no 'flops'"):
         read_sweep(tmp_path, sweep)
+
+
+def test_a_loss_of_text_is_divided_by_the_bytes_of_the_targets_it_is_of(tmp_path: Path):
+    per_token = evaluated_bytes_per_token
+    saved = {"evaluated": {"rows": 2, "tokens": 32, "bytes": 120}, "heldout_bytes_per_token": 3.0}
+    assert per_token(saved, tmp_path) == 120 / 32
+    assert (
+        per_token({"evaluated": {"rows": 2, "tokens": 32}}, tmp_path) is None
+    )  # shards that do not say
+    assert per_token({"heldout_bytes_per_token": 1.0}, tmp_path) == 1.0  # an older run on bytes
+    assert per_token({"classes": ["a"]}, tmp_path) is None
+    with pytest.raises(UserError, match="older version.*run the sweep again"):
+        per_token({"heldout_bytes_per_token": 3.1}, tmp_path)
 
 
 def test_elapsed_seconds_are_those_of_every_life():

@@ -103,7 +103,7 @@ def test_a_partition_that_is_none_is_a_mistake_that_creates_nothing(
 def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_runner(
     cluster: Cluster, tmp_path: Path
 ):
-    body = '    yield {"name": "top_2", "moe.gate.name": "mixtral"}\n'
+    body = '    yield {"name": "top_2", "moe.gate.name": "top_k"}\n'
     text = runs.write_text(tmp_path / "text")
     page = write_page(tmp_path, text, body, train__steps=200, train__eval_every=200)
     words = [f"--experiment={page}", f"--workdir={tmp_path / 'out'}", *SLURM]

@@ -114,6 +114,27 @@ def test_differences_without_spread_are_certain():
     assert better is not None and (better.mean, better.half_width, better.p) == (-0.5, 0.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("p", "p_holm", "mean", "wanted"),
+    [
+        (0.01, 0.049, -0.1, "better"),
+        (0.01, 0.05, -0.1, "better if alone"),
+        (0.01, 0.05, 0.1, "worse if alone"),
+        (0.05, 0.05, 0.1, "not distinguishable"),
+    ],
+)
+def test_a_p_value_of_the_level_itself_is_not_below_it(
+    p: float, p_holm: float, mean: float, wanted: str
+):
+    difference = statistics.Difference((0, 1, 2), mean, 0.1, 0.05, p)
+    assert statistics.outcome(difference, p_holm) == wanted
+
+
+def test_an_interval_has_three_decimals_or_as_many_as_its_first_digit_needs_up_to_six():
+    widths = {0.0: 3, 12.3: 3, 0.02: 3, 0.001: 3, 0.0009: 4, 0.000021: 5, 3e-9: 6}
+    assert {width: statistics.decimals(width) for width in widths} == widths
+
+
 def test_holms_correction_by_hand():
     """0.01 x 4; 0.02 x 3; 0.03 x 2; 0.04 x 1 would be below the one before it."""
     assert statistics.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])

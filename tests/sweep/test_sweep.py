@@ -16,7 +16,7 @@ import pytest
 
 from moejax.sweep.definition import expand
 from tests.train import runs
-from tests.train.runs import ROOT, SETTINGS
+from tests.train.runs import ROOT, SETTINGS, config_of
 
 pytestmark = pytest.mark.multiprocess
 
@@ -25,7 +25,7 @@ D_FF = 64  # of configs/lm.py:size=debug
 PASSES = 3  # forward, gradient of the input, gradient of the weights
 VARIANTS = """
     yield {"name": "dense_ffn", "moe.every": 0}
-    yield {"name": "top_2", "moe.gate.name": "mixtral", "moe.capacity_factor": 1.0}
+    yield {"name": "top_2", "moe.gate.name": "top_k", "moe.capacity_factor": 1.0}
 """
 BROKEN = '    yield {"name": "broken", "train.seq_len": 5000}\n'
 PAGE = """
@@ -48,7 +48,7 @@ sys.exit(status)
 
 
 def write_page(folder: Path, text: Path, body: str, **changes: Any) -> Path:
-    changes = {"moe__gate__name": "mixtral", "mesh__expert": 1, **changes}
+    changes = {"moe__gate__name": "top_k", "mesh__expert": 1, **changes}
     page = folder / "page.py"
     overrides = runs.flags(text, **changes)
     page.write_text(PAGE.format(page=runs.PAGE, overrides=overrides, body=body))
@@ -256,8 +256,9 @@ def test_a_sweep_killed_again_and_again_ends_as_one_left_alone(
     log = (out / "trials/top_2-seed0/log.txt").read_text()
     assert log.count("resuming") >= 2
     for variant in ("dense_ffn", "top_2"):
-        for name in ("metrics.jsonl", "config.json"):
-            there = (alone.workdir(variant) / name).read_text().replace("/alone/", "/out/")
-            assert (last.workdir(variant) / name).read_text() == there
+        there, here = alone.workdir(variant), last.workdir(variant)
+        assert (here / "metrics.jsonl").read_text() == (there / "metrics.jsonl").read_text()
+        known = json.dumps(config_of(there)).replace("/alone/", "/out/")
+        assert config_of(here) == json.loads(known)
         for key, value in alone.csv[variant].items():
             assert "seconds" in key or last.csv[variant][key] == value

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,10 @@ from moejax.config import validate
 from moejax.data.pairs import CLASSES, PairSource, encode, prompts
 from moejax.errors import UserError
 from moejax.models.limoe import LARGEST_SCALE
+from moejax.models.stack import Found
 from moejax.overrides import apply_overrides
-from moejax.tasks.multimodal import Multimodal, build, contrastive, retrieved
+from moejax.tasks.multimodal import Embeddings, Multimodal, build, contrastive, retrieved
+from moejax.tasks.task import Output
 from moejax.train.rows import routing
 from moejax.train.step import split_batch
 from tests import meshes
@@ -157,6 +161,35 @@ def test_retrieval_counts_any_caption_of_the_digit_and_none_that_is_padding():
     same, other = jnp.asarray([5, 5, 1]), jnp.asarray([5, 6, 5])
     assert retrieved(logits, same, valid)[:2].tolist() == [True, True]
     assert retrieved(logits, other, valid)[:2].tolist() == [False, True]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Multimodal):
+    """Says the embeddings that it is given in the place of parameters."""
+
+    def apply(
+        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, watch=None
+    ) -> Output:
+        return Output(params, Found(jnp.ones(1), {}, {}, None, None, None))
+
+
+def test_captions_are_retrieved_by_images_and_images_by_captions():
+    """Similarities 0.9 and 0.8, 0.1 and 0.5: both captions are most like the first image."""
+    task = Fixed(SimpleNamespace(length=2, patches=2, caption_length=2), (), 0.0, ())
+    text_BZ = jnp.asarray([[0.9, 0.1], [0.8, 0.5]])
+    batch = {
+        "label": jnp.asarray([3, 4]),
+        "valid": jnp.ones(2, bool),
+        "text_valid": jnp.ones((2, 2), bool),
+    }
+    said: Any = Embeddings(jnp.eye(2), text_BZ, jnp.float32(1.0))
+    step, key = jnp.int32(0), jax.random.key(0)
+    totals = jax.jit(lambda said: task.forward(said, (), batch, step, key, train=True))(said)
+    assert totals.metrics == {"image_to_text": 2, "text_to_image": 1}
+    # -log softmax of the diagonal, by rows and by columns, halved.
+    rows = math.log(1 + math.exp(-0.1)) + math.log(1 + math.exp(-0.4))
+    columns = math.log(1 + math.exp(-0.8)) + math.log(1 + math.exp(0.3))
+    np.testing.assert_allclose(totals.loss, (rows + columns) / 2, rtol=1e-6)
 
 
 # The model.

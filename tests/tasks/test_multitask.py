@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from moejax.data.synthetic_tables import groups
 from moejax.data.table_baselines import design, loss_of, table_baselines
 from moejax.data.table_source import TableSource
 from moejax.data.tables import as_rows, make_table
+from moejax.models.multitask import Head
 from moejax.probe import OF_LABELS, OF_TOKENS, Probe
 from moejax.tasks.multitask import MeanSquare, MultiTaskLearning, binned_area
 from moejax.train import setup
@@ -77,7 +80,7 @@ def gaps():
     """A run's task on that table, its totals, and what it said of every row."""
     run, table = run_of("data=correlated"), table_with_gaps()
     task = MultiTaskLearning.from_config(run.config, table)
-    source = TableSource(table, 16, 0)
+    source = TableSource(table, 16, 0, 1000)
     params, key = task.init(jax.random.key(0)), jax.random.key(1)
     state = task.init_gate_state()
 
@@ -110,6 +113,32 @@ def test_metrics_are_means_over_the_examples_that_have_the_target(gaps):
     summed = np.where(held.present_NM[:, 0], square_N, 0) + np.where(here_N, nats_N, 0)
     np.testing.assert_allclose(row["loss"], summed.mean(), rtol=1e-4)
     np.testing.assert_allclose(row["auc/sign"], area(logit_N[here_N], one_N[here_N]), atol=0.02)
+
+
+def test_a_binary_task_says_one_where_its_logit_is_above_0():
+    """A logit of 0.3 says one, one of 0 does not; the last example lacks the target."""
+    model: Any = SimpleNamespace(heads=(Head("sign", "binary"),))
+    task = MultiTaskLearning(model, (), 0.0)
+    batch = {
+        "target": jnp.asarray([[1.0], [0.0], [1.0], [0.0], [1.0]]),
+        "present": jnp.asarray([[True], [True], [True], [True], [False]]),
+    }
+    found = task._metrics(jnp.asarray([[0.3], [-0.3], [0.0], [0.3], [9.0]]), batch)
+    right = found["accuracy/sign"]
+    np.testing.assert_array_equal(right.total, [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(right.count, [1, 1, 1, 1, 0])
+
+
+def test_padding_has_no_share_in_an_area_under_the_curve():
+    """A one above a zero, and a padding row that would be a zero above both."""
+    model: Any = SimpleNamespace(heads=(Head("sign", "binary"),))
+    batch = {
+        "target": jnp.asarray([[1.0], [0.0], [0.0]]),
+        "present": jnp.ones((3, 1), bool),
+        "valid": jnp.asarray([True, True, False]),
+    }
+    areas = MultiTaskLearning(model, (), 0.0)._areas(jnp.asarray([[1.0], [-1.0], [5.0]]), batch)
+    assert areas["auc/sign"].value() == 1.0
 
 
 def area(score_N, one_N) -> float:
@@ -148,7 +177,7 @@ def pushes(run, table, sharing="mmoe"):
     config = copy.deepcopy(run.config)
     config.task.sharing = sharing
     task = MultiTaskLearning.from_config(config, table)
-    batch = jax.device_put(TableSource(table, 16, 0).train_batch(0))
+    batch = jax.device_put(TableSource(table, 16, 0, 1000).train_batch(0))
     params = task.init(jax.random.key(0))
     # The same gates beside one task and many, whatever keys they are drawn from.
     rng = np.random.default_rng(0)
@@ -193,7 +222,7 @@ def test_a_gates_own_losses_push_it_as_hard_beside_one_task_as_beside_sixteen(ar
 def test_the_linear_baseline_is_at_the_optimum_of_its_loss():
     """Least squares against numpy's; of logistic regression the gradient is 0."""
     table = table_with_gaps()
-    found = table_baselines(table)
+    found = table_baselines(table, len(table.heldout))
     x_NX = design(table.train, ())
     here_N = table.train.present_NM[:, 0]
     augmented = np.concatenate([x_NX[here_N], np.diag([0.0, 1.0, 1.0, 1.0])])
@@ -216,10 +245,22 @@ def test_the_linear_baseline_is_at_the_optimum_of_its_loss():
 
 def test_the_ideal_of_a_generated_table_has_the_noise_as_its_loss():
     table = groups(0, 2000, 4)
-    found = table_baselines(table)
+    found = table_baselines(table, len(table.heldout))
     noise = sum(0.01**2 / target.scale**2 for target in table.targets)
     np.testing.assert_allclose(found["ideal"], noise, rtol=0.2)  # 800 draws
     np.testing.assert_allclose(found["mean"], 4.0, rtol=0.2)  # a variance per task
+
+
+@pytest.mark.parametrize("rows", [7, 10_000])
+def test_baselines_of_a_table_are_of_the_evaluated_rows(rows):
+    table = groups(0, 600, 4)
+    source = TableSource(table, 16, 0, rows)
+    batches = source.eval_batches(16, rows)
+    target_NM = np.concatenate([batch["target"][batch["valid"]] for batch in batches])
+    assert len(target_NM) == min(rows, len(table.heldout))
+    guess_M = np.array([target.guess for target in table.targets])
+    expected = np.mean(np.square(guess_M - target_NM), axis=0).sum()
+    np.testing.assert_allclose(source.baselines()["mean"], expected, rtol=1e-6)  # float32 targets
 
 
 # The source.
@@ -369,6 +410,11 @@ def test_a_file_is_learned_from_the_command_line(sales, tmp_path):
     last = rows(tmp_path / "run", "eval")[-1]
     # The price varies by 3.7 around its mean, and can be told to 0.1.
     assert last["mse/price"] < 2.0 and last["auc/dear"] > 0.95 and last["accuracy/dear"] > 0.85
+    # Shop D is where shop A was: the run would take it for A.
+    other = tmp_path / "other.csv"
+    other.write_text(sales.read_text().replace("A,", "D,"))
+    ended = call(["eval", f"--workdir={tmp_path}/run", f"--config.data.path={other}"])
+    assert ended.status == 2 and "the same id or number would mean something else" in ended.err
 
 
 BAD = {

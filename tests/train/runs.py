@@ -141,6 +141,12 @@ def rows(workdir: Path, split: str = "") -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if split in ("", row["split"])]
 
 
+def config_of(workdir: Path) -> dict[str, Any]:
+    """config.json without what no two runs share."""
+    content = json.loads((workdir / "config.json").read_text())
+    return {name: x for name, x in content.items() if name not in ("id", "history")}
+
+
 def steps(workdir: Path) -> list[int]:
     return Checkpointer(workdir / "checkpoints", read_only=True).steps()
 
@@ -172,8 +178,8 @@ def same_run(workdir: Path, other: Path, run: setup.Run) -> None:
 
     The two checkpoints kept are the last two, and a run that was stopped has saved more often.
     """
-    for name in ("metrics.jsonl", "config.json"):
-        assert (workdir / name).read_bytes() == (other / name).read_bytes(), name
+    assert (workdir / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert config_of(workdir) == config_of(other)
     left = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert left == sorted(map(str, steps(workdir))) and len(left) == 2  # and no half-saved one
     assert max(steps(workdir)) == max(steps(other))

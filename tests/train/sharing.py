@@ -31,8 +31,8 @@ class Shared:
         self._budgets: dict[str, budget.Budget] = {}
         self._around: Callable[[Any], Any] = lambda update: update
 
-    def prepare(self, config: Any) -> setup.Run:
-        run, key = self._prepare(config), self._key(config)
+    def prepare(self, config: Any, workdir: str | Path | None = None) -> setup.Run:
+        run, key = self._prepare(config, workdir), self._key(config)
         if key not in self._compiled:
             shardings = jax.tree.map(lambda x: x.sharding, run.abstract_state)
             self._compiled[key] = {

@@ -1,19 +1,91 @@
 """What a token costs, counted on the traced model, against products written out by hand."""
 
 import functools
+import types
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from moejax.train.budget import Budget, TokenFlops, count_budget
+from moejax.errors import UserError
+from moejax.sweep.results import kept_pairs
+from moejax.train import budget as budgets
+from moejax.train import rows
+from moejax.train.budget import Budget, TokenFlops, checked_budget, count_budget
 from tests import steps
 
 D, V, L, E, F, LAYERS = 16, steps.VOCAB, steps.LENGTH, 8, steps.F, 2
 PASSES = 3  # forward, gradient of the input, gradient of the weights
 
 
+@pytest.fixture
+def gib(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What this machine has, for tests on machines of any size."""
+    monkeypatch.setattr(budgets, "host_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(budgets, "memory_of", lambda device, sharing: 16 * 2**30 // sharing)
+    return 16.0
+
+
+TOO_LARGE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "kept activations": (
+        {"train__seq_len": 20_000},
+        [
+            "train.batch_size=8 x train.seq_len=20000 needs",
+            "train.grad_accum=1",
+            "model.remat=full",
+        ],
+    ),
+    "a product that is not kept": (
+        {"train__seq_len": 200_000, "model__remat": "full"},
+        ["train.batch_size=8 x train.seq_len=200000 needs", "lower one of them"],
+    ),
+    "a model": (
+        {"model__d_model": 200_000},
+        ["a model of", "parameters needs", "mesh.fsdp, mesh.expert"],
+    ),
+    "a model too large to be traced": (
+        {"moe__num_experts": 2**31 - 8},
+        ["a model of", "GiB state and gradients)", "make it smaller"],
+    ),
+    "a batch of data": (
+        {"train__batch_size": 2**31 - 8},
+        ["train.batch_size=2147483640 needs", "for one batch of data, and this machine has 16.0"],
+    ),
+    "a limit of the user's": (
+        {"mesh__device_gib": 0.0001},
+        ["a device mesh.device_gib=0.0001 allows 104.9 KiB"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_a_run_that_does_not_fit_is_refused_before_it_compiles(case: str, gib: float):
+    changes, parts = TOO_LARGE[case]
+    with pytest.raises(UserError) as caught:
+        checked_budget(steps.make({"expert": 2}, **changes))
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+def test_a_run_that_fits_is_not_refused_and_the_user_may_know_better(gib: float):
+    fits = checked_budget(steps.make({"expert": 2}))
+    assert fits == count_budget(steps.make({"expert": 2}))
+    large = steps.make({"expert": 2}, train__seq_len=20_000, mesh__device_gib=1e6)
+    assert checked_budget(large).activation_bytes > 16 * 2**30
+
+
+def test_scores_of_attention_are_the_largest_product_on_each_device():
+    """B x H x L x L float32, shared out over the devices; kept or not."""
+    for remat in ("none", "full"):
+        run = steps.make({"expert": 2}, train__seq_len=512, model__remat=remat)
+        assert count_budget(run).product_bytes == steps.BATCH * 4 * 512 * 512 * 4 // 2
+
+
 @functools.cache
-def budget(gate: str = "mixtral", **changes: Any) -> Budget:
+def budget(gate: str = "top_k", **changes: Any) -> Budget:
     return count_budget(steps.make({"expert": 1}, gate, **changes))
 
 
@@ -113,3 +185,44 @@ def test_merged_experts_cost_one_expert_per_token_and_the_merging_of_all_per_spa
     assert by_hand + merging <= counted.eval_flops.fixed <= by_hand + merging + loss
     total = PASSES * by_hand + (PASSES + 1) * merging
     assert total <= counted.train_flops.fixed <= total + PASSES * loss
+
+
+def routed_blocks() -> Any:
+    """One of two layers has experts, and room for 5 of 16 tokens in training."""
+    return steps.make(
+        {"expert": 1},
+        moe__every=2,
+        model__mod_every=2,
+        model__mod_capacity=0.3,
+        train__grad_accum=2,
+    )
+
+
+ROOM = 5  # ceil(0.3 * 16)
+
+
+def test_a_pair_costs_the_same_in_a_block_that_only_some_tokens_pass_through():
+    counted = count_budget(routed_blocks())
+    assert counted.eval_flops.per_pair == 3 * 2 * D * F
+    assert counted.train_flops.per_pair == PASSES * 3 * 2 * D * F
+    pairs = 2 * ROOM / L  # a token has, in training, in the one layer with experts
+    whole = counted.train_flops.fixed + pairs * counted.train_flops.per_pair
+    assert counted.flops_per_step == pytest.approx(steps.BATCH * L * whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_measured_flops_of_routed_blocks_are_those_of_the_pairs_that_were_computed(train: bool):
+    """Pairs are counted in the experts' layer, which some of the tokens reach; FLOPs are per token
+    of the rows."""
+    run = routed_blocks()
+    batch = {name: jnp.asarray(x) for name, x in steps.batch(0).items()}
+    state = jax.jit(lambda: run.task.init(jax.random.key(0)))()
+    forward = jax.jit(functools.partial(run.task.forward, train=train))
+    totals = jax.device_get(forward(state, (), batch, jnp.int32(0), jax.random.key(1)))
+    data: Any = types.SimpleNamespace(eval_extras=lambda loss: {}, baselines=dict)
+    row = rows.eval_row(0, [totals], data, "")
+    tokens = int(steps.batch(0)["valid"].sum())
+    computed = int(totals.stats.load_E.sum() - totals.stats.dropped_E.sum())
+    assert 0 < int(totals.stats.tokens.sum()) < tokens, "some tokens must stay behind"
+    pairs = kept_pairs(row)
+    assert pairs == pytest.approx(computed / tokens, rel=1e-6)

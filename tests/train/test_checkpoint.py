@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moejax.errors import UserError
@@ -452,6 +453,23 @@ def test_a_warm_start_that_does_not_fit_or_finds_nothing_is_the_users_mistake(tw
         restore_subtree(two, describe(template))
     with pytest.raises(UserError, match="no checkpoint to start from in .*/none: found none"):
         restore_subtree(tmp_path / "none", describe(template))
+
+
+# ---------------------------------------------------------------- JAX's preemption service
+
+
+def test_a_resumed_run_that_is_preempted_saves_and_keeps_only_the_newest(two, monkeypatch):
+    """Orbax subtracts the times of the last two checkpoints then, and knows only one of them."""
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: True)
+    with Checkpointer(two, keep=2) as checkpoints:
+        restored = checkpoints.restore(describe(make_state(0)))
+        assert restored is not None and restored.step == 2
+        for step in (3, 4):
+            assert checkpoints.save(step, make_state(step), {})
+    assert checkpoints.steps() == [3, 4]
+    with Checkpointer(two, keep=2) as checkpoints:
+        restored = checkpoints.restore(describe(make_state(0)))
+        assert restored is not None and same(restored.state, make_state(4))
 
 
 # ---------------------------------------------------------------- several processes

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.train import compile_cache
+from moejax.train import compile_cache, trust
 from moejax.train.compile_cache import kept, machine
 from tests.train.runs import ROOT
 
@@ -116,6 +116,115 @@ def test_a_damaged_entry_is_one_line_and_replaced(keep_everything, tmp_path, cap
     with kept(str(tmp_path)), hits() as found:
         np.testing.assert_array_equal(compiled(), EXPECTED)
     assert "jit_some_program" in found and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["first", "middle", "last", "digest"])
+def test_one_flipped_bit_of_an_entry_or_its_digest_is_a_miss_with_a_line(
+    where: str, keep_everything, tmp_path, capsys
+):
+    with kept(str(tmp_path)):
+        compiled()
+    (entry,) = entries(tmp_path)
+    (digest,) = (tmp_path / machine()).glob("jit_some_program-*-digest")
+    file = digest if where == "digest" else entry
+    content = bytearray(file.read_bytes())
+    content[{"first": 0, "middle": len(content) // 2, "last": -1, "digest": 5}[where]] ^= 1
+    file.write_bytes(content)
+    with kept(str(tmp_path)), hits() as found:
+        np.testing.assert_array_equal(compiled(), EXPECTED)
+    assert "jit_some_program" not in found
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "jit_some_program" in said and "damaged" in said
+    with kept(str(tmp_path)), hits() as found:
+        compiled()
+    assert "jit_some_program" in found and not capsys.readouterr().err
+
+
+def test_another_program_in_the_place_of_an_entry_is_not_run(keep_everything, tmp_path, capsys):
+    with kept(str(tmp_path)):
+        compiled(3.0)
+        compile_cache.publish()
+        (right,) = entries(tmp_path)
+        compiled(4.0)
+    (wrong,) = set(entries(tmp_path)) - {right}
+    right.write_bytes(wrong.read_bytes())
+    wrong_digest = wrong.with_name(wrong.name.replace("-cache", "-digest")).read_text()
+    right.with_name(right.name.replace("-cache", "-digest")).write_text(wrong_digest)
+    with kept(str(tmp_path)):
+        np.testing.assert_array_equal(compiled(3.0), EXPECTED)
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o702])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_folder_that_others_may_write_to_is_not_used(
+    mode: int, inner: bool, keep_everything, tmp_path, capsys
+):
+    cache = tmp_path / "cache"
+    with kept(str(cache)):
+        compiled()
+    (cache / machine() if inner else cache).chmod(mode)
+    with kept(str(cache)), hits() as found:
+        np.testing.assert_array_equal(compiled(), EXPECTED)
+    said = capsys.readouterr().err
+    assert "jit_some_program" not in found and said.count("\n") == 1
+    assert "written to by others" in said and f"mode {mode:o}" in said
+    assert "report.compile_cache" in said
+
+
+def test_a_folder_below_one_that_others_may_write_to_is_not_used_but_a_sticky_one_is(tmp_path):
+    shared = tmp_path / "shared"
+    (shared / "mine").mkdir(parents=True)
+    (shared / "mine").chmod(0o700)
+    shared.chmod(0o777)
+    with pytest.raises(trust.Untrusted, match="shared may be written"):
+        trust.check(shared / "mine")
+    (tmp_path / "link").symlink_to(shared / "mine")
+    with pytest.raises(trust.Untrusted, match="shared may be written"):
+        trust.check(tmp_path / "link")
+    shared.chmod(0o1777)
+    trust.check(shared / "mine")
+    trust.check(tmp_path / "link")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_what_another_user_owns_is_not_used(keep_everything, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    with kept(str(cache)):
+        compiled()
+    (entry,) = entries(cache)
+    os.chown(entry, 12345, -1)
+    with kept(str(cache)), hits() as found:
+        compiled()
+    assert "jit_some_program" not in found and "user 12345" in capsys.readouterr().err
+    os.chown(cache, 12345, -1)
+    with kept(str(cache)):
+        compiled()
+    assert f"{cache} belongs to user 12345" in capsys.readouterr().err
+    cache.chmod(0o755)
+    os.chown(cache, 0, -1)
+    (tmp_path / "link").symlink_to(cache)
+    os.chown(tmp_path / "link", 12345, -1, follow_symlinks=False)
+    with pytest.raises(trust.Untrusted, match="link belongs to user 12345"):
+        trust.check(tmp_path / "link")
+
+
+def test_an_entry_that_others_may_write_to_or_that_is_a_link_is_not_used(
+    keep_everything, tmp_path, capsys
+):
+    with kept(str(tmp_path)):
+        compiled()
+    (entry,) = entries(tmp_path)
+    entry.chmod(0o622)
+    with kept(str(tmp_path)), hits() as found:
+        compiled()
+    assert "jit_some_program" not in found and "mode 622" in capsys.readouterr().err
+    entry.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").chmod(0o600)
+    entry.symlink_to(tmp_path / "elsewhere")
+    with kept(str(tmp_path)), hits() as found:
+        compiled()
+    assert "jit_some_program" not in found and "no ordinary file" in capsys.readouterr().err
 
 
 def test_an_entry_that_a_full_disk_cut_short_is_not_published(keep_everything, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moejax.train import loop
+from moejax import saved
 from tests.train import runs
 from tests.train.disturb import end, start, until
 from tests.train.runs import PREEMPTED, STEPS, call, command, copy
@@ -167,7 +167,7 @@ def test_stopped_before_its_first_step_a_run_exits_75_without_taking_one(
     moment: str | None, whole: Whole, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """While a checkpoint is restored or the corpus counted, there is nothing to wait for."""
-    workdir, write_config = tmp_path / "run", loop.write_config
+    workdir, write_config = tmp_path / "run", saved.write_config
     if moment:
         copy(whole.moments / moment, workdir)
     before = runs.steps(workdir)
@@ -177,11 +177,11 @@ def test_stopped_before_its_first_step_a_run_exits_75_without_taking_one(
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_config", interrupted)
+        patch.setattr(saved, "write_config", interrupted)
         ended = call(command(workdir, text))
     assert ended.status == PREEMPTED and "compiling" not in ended.out
-    saved = f"and saved at step {before[-1]}" if before else "at step 0"
-    assert ended.out.endswith(f"stopped {saved}; the same command resumes\n")
+    said = f"and saved at step {before[-1]}" if before else "at step 0"
+    assert ended.out.endswith(f"stopped {said}; the same command resumes\n")
     assert runs.steps(workdir) == before
     assert call(command(workdir, text)).status == 0
     runs.same_run(workdir, whole.workdir, whole.run)

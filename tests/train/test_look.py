@@ -139,7 +139,7 @@ def test_a_vector_of_zeros_has_cosine_zero_with_all_and_itself():
 
 
 VECTORS = {
-    "router_DE": ("mixtral", "shazeer", "base", "sbase", "remoe", "stablemoe", "dense"),
+    "router_DE": ("top_k", "shazeer", "base", "sbase", "remoe", "stablemoe", "dense"),
     "centroid_RE": ("xmoe",),
     "inner_DE": ("hierarchical",),
     "": ("hash", "dselect_k", "random"),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.train.metrics import MetricsLog, read_rows
+from moejax.files import read_rows
+from moejax.train.metrics import MetricsLog
 
 
 def train_row(step: int) -> dict:

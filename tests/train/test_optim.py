@@ -1,5 +1,6 @@
 """Optimizers against optax's own, hand-computed schedules, and linear algebra."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from moejax.errors import UserError
+from moejax.mesh import make_mesh
 from moejax.train.optim import (
     DIRECTIONS,
     decay_mask,
@@ -18,6 +21,7 @@ from moejax.train.optim import (
     make_schedule,
     muon_dimensions,
 )
+from moejax.train.state import shardings
 
 
 def config(**changes) -> ConfigDict:
@@ -31,6 +35,7 @@ def config(**changes) -> ConfigDict:
             "eps": 1e-8,
             "schedule": "constant",
             "warmup_steps": 0,
+            "decay_steps": 0,
             "decay_fraction": 0.2,
             "final_fraction": 0.1,
             "clip_norm": 0.0,
@@ -139,6 +144,34 @@ def test_adamw_is_optax_adamw():
     jax.tree.map(close, three_updates(ours, params, grads), three_updates(theirs, params, grads))
 
 
+def test_lion_looks_back_by_b1_and_remembers_by_b2():
+    """By hand, b1 = 0.5 and b2 = 0.9: the direction is the sign of (memory + gradient) / 2."""
+    params = {"scale_D": jnp.zeros(2)}
+    optimizer, _ = make_optimizer(config(name="lion", b1=0.5, b2=0.9), 10, params)
+    state, directions = optimizer.init(params), []
+    for gradient in ([1.0, 1.0], [-0.08, -0.12], [-0.08, -0.08]):
+        updates, state = optimizer.update({"scale_D": jnp.asarray(gradient)}, state, params)
+        (update,) = jax.tree.leaves(updates)
+        directions.append(np.sign(-update).tolist())
+    # Memories: 0, then 0.1, then 0.09 - 0.008 = 0.082 and 0.09 - 0.012 = 0.078.
+    assert directions == [[1, 1], [1, -1], [1, -1]]
+
+
+def test_a_gradient_of_the_size_of_eps_moves_adam_half_as_far():
+    params = {"scale_D": jnp.ones(3)}
+    grads = {"scale_D": jnp.full(3, 0.25)}
+    updates = one_update(config(name="adamw", eps=0.25, learning_rate=1.0), params, grads)
+    np.testing.assert_allclose(updates["scale_D"], -0.5, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("name", sorted(DIRECTIONS))
+def test_the_first_update_of_a_vector_is_the_learning_rate_whatever_its_gradient(name):
+    params = {"scale_D": jnp.ones(2)}
+    updates = one_update(config(name=name), params, {"scale_D": jnp.asarray([0.5, -0.5])})
+    # Adam's eps is 1e-8 of a gradient of 0.5.
+    np.testing.assert_allclose(updates["scale_D"], [-0.03, 0.03], rtol=1e-5)
+
+
 def test_muon_on_a_plain_matrix_is_optax_muon():
     params = {"w_DF": jnp.float32(np.random.default_rng(0).normal(size=(6, 4)))}
     ours = one_update(config(name="muon"), params, params)
@@ -184,6 +217,8 @@ def test_names_without_axis_letters_stand_for_matrices_in_the_last_two_axes():
     assert dimensions["kernel"] == ((-2,), (-1,))
     assert dimensions["vector"] is None and dimensions["scale"] is None
     assert decay_mask(params) == {"kernel": True, "vector": False, "scale": False}
+    assert decay_mask({"bias": jnp.ones((2, 3))}) == {"bias": False}
+    assert decay_mask({"gate": {"kernel": jnp.ones((2, 3))}}) == {"gate": {"kernel": False}}
 
 
 def test_weight_decay_spares_norms_biases_and_gates():
@@ -241,6 +276,10 @@ def test_wsd_is_flat_until_its_linear_decay():
     assert np.all(rate[9:80] == 1.0)
     np.testing.assert_allclose(rate[80:], 1 - np.arange(1, 21) / 20, atol=1e-6)
     assert np.all(rates(100, schedule="wsd", decay_fraction=0.0) == 1.0)
+    # A decay that would begin before the end of warm-up begins there: over ten updates, not 18.
+    rate = rates(20, warmup_steps=10, schedule="wsd", decay_fraction=0.9, final_fraction=0.0)
+    np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(rate[10:], 1 - np.arange(1, 11) / 10, atol=1e-6)
 
 
 def test_a_run_shorter_than_its_warm_up_only_warms_up():
@@ -277,3 +316,98 @@ def test_the_optimizer_uses_the_schedule_it_returns():
 def test_a_bad_field_is_named_with_its_remedy(change, message):
     with pytest.raises(UserError, match=message):
         make_optimizer(config(**change), 10, {"scale_D": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (64, 4)], ids=["wide", "tall"])
+def test_muon_scales_wide_and_tall_matrices_as_optax_muon_of_consistent_size(shape):
+    """0.2 sqrt(max(rows, columns)); another side would be 4 times off here."""
+    params = {"w_DF": jnp.float32(np.random.default_rng(0).normal(size=shape))}
+    ours = one_update(config(name="muon", learning_rate=1.0), params, params)["w_DF"]
+    theirs = optax.contrib.muon(1.0, beta=0.9, consistent_rms=0.2)
+    np.testing.assert_allclose(ours, first_update(theirs, params, params)[0]["w_DF"], rtol=1e-4)
+    # Singular values near 1 make a root mean square of sqrt(4 / (4 * 64)), times 0.2 sqrt(64).
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(ours))), 0.2, rtol=0.2)
+
+
+STACKS = {
+    # Name, shape, and the shape of the matrices that optax gets one by one.
+    "many_experts": ("up_EDF", (1, 140, 130, 129), (130, 129)),
+    "short_side": ("up_EDF", (2, 140, 150, 16), (150, 16)),
+    "layers": ("up_DF", (130, 129, 140), (129, 140)),
+    "heads": ("query_DHI", (2, 130, 4, 40), (130, 160)),
+    "heads_out": ("out_HID", (2, 4, 40, 130), (160, 130)),
+    "experts_bias": ("shift_EF", (130, 140), (140,)),
+    "tasks": ("up_MOF", (3, 130, 140), (130, 140)),
+    "vector": ("scale_D", (3, 140), (140,)),
+}
+
+
+@pytest.mark.parametrize("name, shape, own", STACKS.values(), ids=STACKS)
+def test_adafactor_updates_every_matrix_as_optax_does_it_alone(name, shape, own):
+    """Of very different size, so that a factor, a threshold or a clip over several would show."""
+    rng = np.random.default_rng(0)
+    count = math.prod(shape) // math.prod(own)
+    picked = sorted({0, 1, count - 1})
+    size_N = np.ones(count, np.float32)
+    size_N[1:] = 10.0 ** rng.uniform(-3, 3, count - 1)
+    alone = optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(0.9, debias=True)
+    )
+    direction = DIRECTIONS["adafactor"](config(name="adafactor"), None)
+    params = {"periods": {name: jnp.zeros(shape)}}
+    state: Any = direction.init(params)
+    states = {n: alone.init(jnp.zeros(own)) for n in picked}
+    update: Any = jax.jit(direction.update)
+    optax_update: Any = jax.jit(alone.update)
+    for step in range(3):
+        # Growing, so that the clip binds after the first update.
+        grads = rng.standard_normal((count, *own), np.float32) * (4.0**step)
+        grads *= size_N.reshape(-1, *[1] * len(own))
+        ours, state = update({"periods": {name: grads.reshape(shape)}}, state, params)
+        ours = np.asarray(ours["periods"][name]).reshape(grads.shape)
+        for n in picked:
+            wanted, states[n] = optax_update(grads[n], states[n], jnp.zeros(own))
+            # The same sums of float32, in another order.
+            np.testing.assert_allclose(ours[n], wanted, rtol=2e-4, atol=1e-5)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state[0].squares))
+    sides = (count * sum(own)) if min(own) >= 128 and len(own) == 2 else math.prod(shape)
+    assert kept == sides
+
+
+def test_adafactor_clips_an_update_to_a_root_mean_square_of_one():
+    """A gradient 100 times the last one would make an update of about 1 / sqrt(1 - beta)."""
+    params = {"w_DF": jnp.zeros((8, 8))}
+    direction = DIRECTIONS["adafactor"](config(name="adafactor", b1=0.0), None)
+    grads = {"w_DF": jnp.float32(np.random.default_rng(0).normal(size=(8, 8)))}
+    _, state = direction.update(grads, direction.init(params), params)
+    for factor, largest in ((100.0, 1.0), (0.5, 0.9)):
+        updates: Any = direction.update(optax.tree.scale(factor, grads), state, params)[0]
+        rms = float(jnp.sqrt(jnp.mean(jnp.square(updates["w_DF"]))))
+        assert rms == pytest.approx(1.0, rel=1e-5) if factor > 1 else rms < largest
+
+
+@pytest.mark.parametrize("name", sorted(DIRECTIONS))
+def test_what_an_optimizer_keeps_of_an_expert_lies_where_the_expert_lies(name):
+    shapes = {
+        "periods": {"ffn": {"router": {"w_DE": (2, 128, 8)}, "up_EDF": (2, 8, 128, 256)}},
+        "mixture": {"shift_EF": (8, 256)},
+    }
+    leaves = lambda x: isinstance(x, tuple)
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=leaves)
+    optimizer, _ = make_optimizer(config(name=name), 10, params)
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices())
+    kept = jax.eval_shape(optimizer.init, params)
+    placed = jax.tree.leaves(shardings(kept, mesh))
+    specs = {
+        jax.tree_util.keystr(path): (sharding.spec, leaf.shape)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(kept), placed, strict=True
+        )
+    }
+    own = {path: found for path, found in specs.items() if "up_EDF" in path}
+    assert own and all(8 in shape for _, shape in own.values())
+    for path, (spec, shape) in own.items():
+        assert spec[shape.index(8)] == "expert", path
+        for size, axis in ((128, "fsdp"), (256, "tensor")):
+            assert size not in shape or spec[shape.index(size)] == axis, path
+    assert all(spec == PartitionSpec() for path, (spec, _) in specs.items() if "router" in path)

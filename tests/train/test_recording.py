@@ -18,7 +18,7 @@ def recorded(tmp_path_factory):
     text = runs.write_text(folder / "text")
     command = runs.command(
         folder / "run", text, train__steps=STEPS, train__checkpoint_every=2,
-        moe__gate__name="mixtral",
+        moe__gate__name="top_k",
     )  # fmt: skip
     assert runs.call(command).status == 0
     file = folder / "routing.npz"

@@ -80,7 +80,7 @@ def test_on_a_mesh_loss_gradients_and_counts_are_those_without_recomputation(rem
         ("tests.steps:Biased", {}),
         ("sbase", {"transport": "dropless", "moe__group": "batch"}),
         ("base", {"transport": "dropless_once", "moe__group": "batch"}),
-        ("mixtral", {"transport": "gather"}),
+        ("top_k", {"transport": "gather"}),
         ("dense", {"transport": "all_experts"}),
     ],
     ids=str,
@@ -104,9 +104,7 @@ def test_policies_that_keep_what_was_exchanged_send_nothing_twice():
 @pytest.mark.parametrize("transport", ["dropless", "dropless_once", "gather"])
 def test_no_other_transport_sends_anything_twice_either(transport, remat):
     """On CPU a ragged exchange is an all-gather and all-to-alls of offsets."""
-    got, wanted, full = (
-        outcome(r, transport, gate="mixtral").sent for r in (remat, "none", "full")
-    )
+    got, wanted, full = (outcome(r, transport, gate="top_k").sent for r in (remat, "none", "full"))
     for kind in ("all-to-all", "all-gather", "reduce-scatter"):
         assert got[kind] <= wanted[kind]
     assert full["all-gather"] > wanted["all-gather"] > 0

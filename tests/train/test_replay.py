@@ -15,7 +15,7 @@ from moejax.types import MoEConfig, Visibility
 from tests.train import runs
 
 LAYERS, EXPERTS, LENGTH, COLUMNS, STEPS = 2, 4, 16, 2, 3
-PLAIN = {"moe__gate__name": "mixtral", "moe__losses__load": 0.0, "mesh__expert": 1,
+PLAIN = {"moe__gate__name": "top_k", "moe__losses__load": 0.0, "mesh__expert": 1,
          "train__steps": STEPS}  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def refused(text, file, *parts, **changes):
 
 
 @pytest.mark.parametrize(
-    ("gate", "mark"), [("expert_choice", "train:future eval:future"), ("mixtral", "")]
+    ("gate", "mark"), [("expert_choice", "train:future eval:future"), ("top_k", "")]
 )
 def test_a_replayed_routing_has_the_mark_of_the_run_it_is_of(text, recorded, tmp_path, gate, mark):
     leaking = {"moe__allow_future_leak": True}

@@ -17,6 +17,8 @@ from moejax.data.baselines import ngram_baselines
 from moejax.errors import UserError
 from moejax.train.budget import count_budget
 from moejax.train.checkpoint import Checkpointer
+from moejax.train.rows import routing
+from moejax.types import MoEStats
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy
 from tests.train.sharing import Shared, Whole
@@ -42,7 +44,7 @@ def test_rows_have_the_agreed_keys_and_every_value_is_finite(whole: Whole):
     common = {"step", "split", "loss", "accuracy", *AUX_KEYS, *MOE_KEYS}
     keys = {
         "train": common | {"total_loss", "grad_norm", "learning_rate"},
-        "eval": common | {"bits_per_byte"},
+        "eval": common | {"bits_per_byte", "baseline/bigram", "baseline/trigram"},
     }
     for row in runs.rows(whole.workdir):
         assert set(row) == keys[row["split"]]
@@ -71,6 +73,35 @@ def test_rows_agree_with_themselves(whole: Whole):
         assert row["bits_per_byte"] == row["loss"] / math.log(2)  # bytes are tokens
 
 
+def test_balance_and_drops_of_two_layers_are_those_worked_by_hand():
+    """Four tokens; loads of 4, 4, 0, 0 and 2, 2, 2, 2 pairs, of which the first layer drops 3."""
+    load = np.array([[4, 4, 0, 0], [2, 2, 2, 2]])
+    stats: dict[str, Any] = {
+        "tokens": np.array([4, 4]),
+        "load_E": load,
+        "dropped_E": np.array([[2, 1, 0, 0], [0, 0, 0, 0]]),
+        "dropped_L": np.array([[0, 1, 2], [0, 0, 0]]),
+        "dropped_K": np.array([[1, 2], [0, 0]]),
+        "unserved_tokens": np.array([1, 0]),
+        "prob_E": load / 2,
+        "entropy": np.array([3.0, 5.0]),
+        "gate": {"temperature": np.array([8.0, 4.0]), "price": np.ones((2, 4))},
+    }
+    row = routing(MoEStats(**stats))
+    assert row == {
+        "moe/max_vio": (4 / 2 - 1 + 0) / 2,
+        "moe/drop_rate": 3 / 16,
+        "moe/unserved_rate": 1 / 8,
+        "moe/experts_per_token": 2.0,
+        "moe/router_entropy": 1.0,
+        "moe/gate/temperature": 1.5,
+        "moe/load": load.tolist(),
+        "moe/dropped": [[2, 1, 0, 0], [0, 0, 0, 0]],
+        "moe/dropped_by_position": [[0, 1, 2], [0, 0, 0]],
+        "moe/dropped_by_choice": [[1, 2], [0, 0]],
+    }
+
+
 def test_floats_read_back_exactly(whole: Whole):
     for line in (whole.workdir / "metrics.jsonl").read_text().splitlines():
         assert json.dumps(json.loads(line)) == line
@@ -86,7 +117,14 @@ def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Who
     assert from_dict(saved["config"]) == loaded.config
     assert saved["source"] == runs.PAGE and saved["overrides"] == runs.flags(text)
     assert saved["fingerprint"] == corpus.fingerprint and len(corpus.fingerprint) == 64
-    assert saved["baselines"] == ngram_baselines(corpus.train_N, corpus.heldout_N, 256)
+    seen = np.concatenate([b["tokens"][b["valid"].any(axis=1)] for b in whole.run.eval_batches()])
+    assert saved["baselines"] == ngram_baselines(corpus.train_N, [seen], 256)
+    for row in runs.rows(whole.workdir, "eval"):
+        assert saved["baselines"] == {n: row[f"baseline/{n}"] for n in ("bigram", "trigram")}
+    tokens = seen[:, 1:].size
+    assert saved["evaluated"] == {"rows": len(seen), "tokens": tokens, "bytes": tokens}
+    assert saved["text"]["heldout_documents"] == 1 and saved["text"]["train_documents"] == 4
+    assert 0 <= saved["text"]["overlap"]["share"] < 1
     assert saved["parameters"] == {"total": 9552, "active": 8016}
     budget = count_budget(whole.run)
     for phase, counted in (("train", budget.train_flops), ("eval", budget.eval_flops)):
@@ -95,7 +133,8 @@ def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Who
     memory = {"state": budget.state_bytes, "activations": budget.activation_bytes}
     assert saved["memory"] == memory and saved["devices"] == {"kind": "cpu", "count": 2}
     assert sorted(path.name for path in whole.workdir.iterdir()) == [
-        ".lock", "checkpoints", "config.json", "metrics.jsonl", "summary.png", "timings.jsonl",
+        ".lock", "checkpoints", "config.json", "metrics.jsonl", "saved.json",
+        "summary.png", "timings.jsonl",
     ]  # fmt: skip
 
 
@@ -115,6 +154,12 @@ def test_parameters_memory_and_mesh_are_said_before_compiling(whole: Whole):
     kib = (outside + LAYERS * EXPERTS // 2 * expert) * 4 * 4 / 1024
     said = re.search(r"memory +\S+ KiB expected per device \((\S+) KiB state and gradients", before)
     assert said and float(said[1]) == pytest.approx(kib, rel=2e-3)
+    assert "held out    20% of the bytes, by a hash of the names: 1 document beside 4" in before
+    assert re.search(
+        r"evaluation  \d+ rows, (\d+) tokens, \1 bytes of the 110 tokens held out", before
+    )
+    assert "of held-out bytes are in a 50-byte window that the training text has too" in before
+    assert "warning     only 110 tokens are held out" in before
     assert "mesh        data=1 x fsdp=1 x expert=2 x tensor=1 on 2 cpu device(s)\n" in before
     assert f"training    {STEPS} steps of 8 x 16 tokens" in before
 
@@ -126,9 +171,11 @@ def test_the_summary_gives_loss_baselines_drops_and_files(whole: Whole):
     train, held_out = (runs.rows(whole.workdir, split)[-1] for split in ("train", "eval"))
     losses = {"held-out loss": held_out["loss"], **config["baselines"]}
     for name, loss in losses.items():
-        said = f"{loss:.4f} nats/token  {loss / math.log(2):.4f} bits/byte"
+        said = f"{loss:.4f} nats/byte  {loss / math.log(2):.4f} bits/byte"
         assert lines[name] == said
-    assert lines["drops"] == f"{train['moe/drop_rate']:.2%} of pairs in training, 0.00% held out"
+    assert (
+        lines["drops"] == f"{train['moe/drop_rate']:.2%} of pairs in the last step, 0.00% held out"
+    )
     assert lines["balance"] == f"busiest expert at {1 + train['moe/max_vio']:.2f}x the mean load"
     assert lines["files"].startswith(f"{whole.workdir}: summary.png")
     assert re.fullmatch(r"[\d.]+k? tokens/s at the end", lines["speed"])

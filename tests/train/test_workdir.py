@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_raising_the_steps_goes_on_where_the_shorter_run_ended(
 
 @pytest.mark.parametrize(
     "field, value",
-    [("train.seed", 1), ("optim.learning_rate", 0.02), ("moe.capacity_factor", 2.0)],
+    [("train.seed", 1), ("optim.b1", 0.8), ("moe.capacity_factor", 2.0)],
 )
 def test_a_changed_field_is_refused_by_name(field: str, value: Any, whole: Whole, text: Path):
     before = runs.files(whole.workdir)
@@ -132,6 +133,17 @@ def test_cudnn_attention_is_refused_where_there_is_no_gpu(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_mirror_without_its_package_is_refused_before_anything_is_written(
+    name: str, shared: Shared, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    changes = {f"report.{name}": True}
+    refused(command(tmp_path / "run", text, **changes), f"report.{name}=True needs", "pip install")
+    assert not (tmp_path / "run").exists()
+
+
 def test_text_too_short_for_one_row_is_refused_before_anything_is_written(
     shared: Shared, tmp_path: Path
 ):
@@ -150,6 +162,12 @@ def test_eval_prints_the_held_out_row_of_a_checkpoint_and_writes_nothing(
     ended = call(["eval", f"--workdir={whole.workdir}"])
     assert (ended.status, ended.err) == (0, "")
     assert json.loads(ended.out) == runs.rows(whole.workdir, "eval")[-1]
+    fewer = json.loads(
+        call(["eval", f"--workdir={whole.workdir}", "--config.train.eval_rows=2"]).out
+    )
+    all_of_it = runs.rows(whole.workdir, "eval")[-1]
+    for name in ("bigram", "trigram"):  # baselines follow the evaluated rows, as the loss does
+        assert fewer[f"baseline/{name}"] != all_of_it[f"baseline/{name}"]
     ended = call(["eval", f"--workdir={whole.workdir}", "--step=6"])
     assert json.loads(ended.out)["step"] == 6
     refused(["eval", f"--workdir={whole.workdir}", "--step=4"], "step 4", "6, 8")

@@ -9,20 +9,7 @@
     displayModeBar: "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
   };
-  const THEMES = {
-    light: {
-      ink: "#1c2126", quiet: "#59626b", grid: "#e4e7ea", line: "#aeb5bc", hover: "#ffffff",
-      colorway: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A6B00", "#595959"],
-      diverging: [[0, "#1f4e9c"], [0.25, "#7fb0da"], [0.5, "#f7f7f7"], [0.75, "#f0996f"], [1, "#a3171f"]],
-      sequential: [[0, "#f3f6fa"], [0.35, "#93c0dd"], [0.7, "#2f74b0"], [1, "#0b2c5c"]],
-    },
-    dark: {
-      ink: "#e3e6e9", quiet: "#a0a8b0", grid: "#2d3339", line: "#59626b", hover: "#23282e",
-      colorway: ["#56B4E9", "#F08A3C", "#2BC397", "#E29CC3", "#F0C04A", "#8FA8FF", "#C9BC5A", "#A8B0B8"],
-      diverging: [[0, "#7cc4ff"], [0.25, "#2f6da8"], [0.5, "#23282e"], [0.75, "#b3543a"], [1, "#ffb08a"]],
-      sequential: [[0, "#1b2026"], [0.35, "#1f5687"], [0.7, "#4fa3dc"], [1, "#d8efff"]],
-    },
-  };
+  const THEMES = JSON.parse(document.getElementById("themes").textContent);
   let printing = false;
   let chosen = remembered();
   let queue = [];

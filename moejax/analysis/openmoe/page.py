@@ -60,7 +60,7 @@ def _shares(found: Measured, layer: int) -> Figure:
     table_CE = counts(choice_TK, token_T, len(seen_V), routed.num_experts)[often]
     share_CE = ratio(table_CE, table_CE.sum(axis=1, keepdims=True))
     names = [_token(found.token_text, int(v)) for v in often]
-    cells = figures.heatmap(share_CE, range(routed.num_experts), names, "share")
+    cells = figures.heatmap(share_CE, range(routed.num_experts), names, "choices, share")
     caption = (
         f"r(token id): of the choices of a token id's occurrences, the share that each expert of "
         f"MoE layer {layer} gets, for the {len(often)} most frequent ids. 1 / experts = "
@@ -83,7 +83,7 @@ def _spreads(layer: Layer, number: int) -> Figure:
         "token ids, shuffled": ids.shuffled,
         "positions": places.values,
     }
-    top = max([x for values in series.values() for x in values], default=1.0)
+    edge = ids.largest or 1.0
     traces = [
         {
             "type": "histogram",
@@ -91,7 +91,7 @@ def _spreads(layer: Layer, number: int) -> Figure:
             "name": name,
             "histnorm": "probability",
             "opacity": 0.6,
-            "xbins": {"start": 0.0, "end": top * 1.025, "size": top / 40},
+            "xbins": {"start": 0.0, "end": edge * 1.025, "size": edge / 40},
         }
         for name, values in series.items()
     ]
@@ -100,8 +100,9 @@ def _spreads(layer: Layer, number: int) -> Figure:
         f"of MoE layer {number}: one value per kind with more than {LEAST} occurrences. 0 is even, "
         f"{ids.largest:.3f} one expert only."
     )
-    x = "standard deviation of r over experts"
-    spec = figures.chart(traces, x, "share", barmode="overlay")
+    x = figures.Scale("standard deviation of r over experts", "share", bounds=(0.0, edge))
+    y = figures.Scale("kinds", "share", bounds=(0.0, 1.0), format=".0%")
+    spec = figures.chart(traces, x, y, barmode="overlay")
     return Figure(spec, caption, name=f"openmoe-spread-{number}")
 
 
@@ -139,7 +140,8 @@ def _early(found: Early) -> list[Block]:
         f"{found.last}, means over layers. Cosines are of the {found.kinds} ids with more than "
         f"{LEAST} occurrences."
     )
-    spec = figures.chart(traces, "step", "against the last", yaxis={"range": [0, 1.02]})
+    scale = figures.whole_share("equal to the last step", "share or cosine")
+    spec = figures.chart(traces, "step", scale)
     return [Figure(spec, caption, name="openmoe-early")]
 
 
@@ -160,13 +162,12 @@ def _curves(found: list[Drops], number: int) -> Figure:
     for drops in found:
         rate_L = np.array(drops.choices)
         traces.append(figures.line(drops.arm.name, middle, [float(rate_L[b].mean()) for b in bins]))
-    axis = {"tickformat": ".0%", "rangemode": "tozero"}
     caption = (
         f"Share of choices dropped by position, all MoE layers, {found[0].rows} rows of "
         f"{found[0].text}; means of {len(bins)} stretches of positions. Batch-prioritised order "
         "lets a token's place depend on later tokens."
     )
-    spec = figures.chart(traces, "position", "choices dropped", yaxis=axis)
+    spec = figures.chart(traces, "position", figures.share("dropped", "share of choices"))
     return Figure(spec, caption, name=f"openmoe-drops-{number}")
 
 

@@ -10,6 +10,7 @@ from moejax.analysis.page import Page
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
 from moejax.errors import UserError
+from moejax.files import replaced
 
 NUMBERS = "openmoe.json"
 """Written next to the report."""
@@ -37,11 +38,9 @@ def pages(
     found = measure.measure(run.workdir, options, say)
     judged = findings.verdicts(found)
     path = folder / NUMBERS
-    try:
-        content = json.dumps(findings.numbers(found, judged), indent=1, allow_nan=False)
-        path.write_text(content + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    content = json.dumps(findings.numbers(found, judged), indent=1, allow_nan=False)
+    with replaced(path) as temporary:
+        temporary.write_text(content + "\n")
     for verdict in judged:
         say(str(verdict))
     return [page.page(found, judged)]

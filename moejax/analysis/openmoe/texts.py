@@ -123,7 +123,7 @@ def _tokens(this: Run, path: str) -> np.ndarray:
             f"--data={path}: the run was trained on prepared tokens, so its tokenizer is not "
             "known; prepare this text with it (moejax data prepare) and name the result"
         )
-    documents = find_documents(path)
+    documents = find_documents(path, "--data")
     parts = [tokens for tokens, _ in encode_documents(documents, corpus.origin.tokenizer)]
     return np.concatenate(parts)
 

@@ -54,9 +54,7 @@ def _matrix(together_EE: np.ndarray, blind: float, layer: int, step: int) -> Fig
         together_EE,
         experts,
         experts,
-        "share of i's tokens",
-        zmin=0,
-        zmax=float(np.nanmax(together_EE)),
+        "tokens of i that chose j, share",
         hoverongaps=False,
         hovertemplate="of the tokens of expert %{y}, %{z:.1%} chose expert %{x} too<extra></extra>",
     )
@@ -66,7 +64,7 @@ def _matrix(together_EE: np.ndarray, blind: float, layer: int, step: int) -> Fig
     caption = (
         f"Layer {layer} at step {step}. Row i: the tokens that chose expert i; column j: the share "
         f"of them that chose j too. Without preferences every cell is {blind:.1%}. The diagonal is "
-        "left out, as are rows of experts that nobody chose."
+        "left out, as are rows of experts that nobody chose. Colours from 0 to 100 %."
     )
     spec = figures.chart([trace], "expert j", "expert i", **cell_axes(len(experts), len(experts)))
     return Figure(spec, caption, height=_height(len(experts)), name=f"coactivation-{layer}")

@@ -10,7 +10,7 @@ import numpy as np
 from moejax.analysis import figures, traffic
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.run import RunData
-from moejax.train import units
+from moejax.train import scales, units
 
 PROFILES = ("profile.json", "profile/profile.json")
 """Where in a workdir the table of `moejax profile --out=WORKDIR/profile` is looked for."""
@@ -46,7 +46,7 @@ def _times(run: RunData) -> dict[str, list[Block]]:
     measures = {
         "step time": ("seconds_per_step", 1000, "ms per step"),
         f"{items} per second": (run.speeds, 1, f"{items} per second"),
-        "MFU": ("mfu", 1, "share of peak"),
+        "MFU": ("mfu", 1, "share of the devices' peak"),
     }
     captions = {
         "step time": "Mean over the steps since the row before, without compilation.",
@@ -58,9 +58,12 @@ def _times(run: RunData) -> dict[str, list[Block]]:
     options: dict[str, list[Block]] = {}
     for name, (key, scale, unit) in measures.items():
         values = np.asarray([row.get(key, math.nan) for row in run.timings], float) * scale
-        spec = figures.chart(
-            [figures.line(name, steps, values)], "step", unit, yaxis={"rangemode": "tozero"}
+        scale = figures.from_0(
+            "speed" if key == run.speeds else name, unit, scales.least_relative(values)
         )
+        if key == "mfu":
+            scale = figures.share(name, unit)
+        spec = figures.chart([figures.line(name, steps, values)], "step", scale)
         options[name] = [Figure(spec, captions[name], height=320, name=f"time-{key}")]
     return options
 
@@ -83,7 +86,9 @@ def _split(run: RunData) -> Block:
         "customdata": [row["share"] for row in rows],
         "hovertemplate": "%{y}: %{x:.2f} ms, %{customdata:.1%}<extra></extra>",
     }
-    spec = figures.chart([trace], "ms per step", "", yaxis={"autorange": "reversed"})
+    scale = figures.from_0("time", "ms per step", scales.least_relative(trace["x"]))
+    axis = {"type": "category", "autorange": "reversed"}
+    spec = figures.chart([trace], scale, "part of a step", yaxis=axis)
     caption = (
         f"Parts of a step, forward and backward, over {profile.get('steps', '?')} traced steps on "
         f"{profile.get('devices', '?')} {profile.get('device', '?')} device(s); docs/profile.md "
@@ -115,8 +120,7 @@ def _padding(run: RunData) -> list[Block]:
     spec = figures.chart(
         [figures.line("rows computed / pairs kept", steps, waste)],
         "step",
-        "rows computed / pairs kept",
-        yaxis={"rangemode": "tozero"},
+        figures.from_0("rows computed / pairs kept", "ratio", 1.0),
     )
     caption = (
         f"Rows that the experts of transport {transport} compute in training over the pairs that "

@@ -1,10 +1,12 @@
 """Losses, gradient norm and learning rate over steps."""
 
-import numpy as np
+from collections.abc import Iterable
 
 from moejax.analysis import figures, health
+from moejax.analysis.figures import Scale
 from moejax.analysis.page import Block, Choice, Figure, Page, Warning
 from moejax.analysis.run import RunData
+from moejax.train import scales
 
 OF_ONE_TASK = {
     "mse": "Mean squared error of the task, in its target's units squared.",
@@ -14,14 +16,38 @@ OF_ONE_TASK = {
 }
 """Rows of several tasks have these as mse/NAME and so on."""
 
+HITS = (0.0, 1.0)
+
 SETTLED = 25
 """The first 1/SETTLED of the logged steps are far above all that follows and are left off scale."""
+
+
+def scale_of(key: str, values: Iterable[float]) -> Scale:
+    """The scale of a number of metrics.jsonl that is no loss of the run."""
+    values, kind = list(values), key.partition("/")[0]
+    if kind in ("accuracy", "auc"):
+        name = "right predictions" if kind == "accuracy" else "area under the ROC curve"
+        return Scale(name, "share", scales.SHARE, bounds=HITS, format=".1%")
+    if kind == "log_loss":
+        return figures.loss("log loss", "nats/example")
+    if kind == "mse":
+        least = scales.least_relative(values)
+        return figures.from_0("mean squared error", "target units squared", least)
+    if key == "grad_norm":
+        return figures.from_0("gradient norm before clipping", "L2", scales.least_relative(values))
+    if key == "learning_rate":
+        return figures.from_0("learning rate", "per step", scales.least_relative(values))
+    if key in ("aux/load_balance", "aux/importance", "aux/load"):
+        return Scale(key.removeprefix("aux/"), "1 at balance", scales.SHARE)
+    if key == "aux/z":
+        return figures.from_0("z", "nats squared", scales.least_relative(values))
+    return Scale(key.removeprefix("aux/"), "mean per token", scales.least_relative(values))
 
 
 def page(run: RunData) -> Page:
     blocks: list[Block] = [Warning(finding.text) for finding in health.leak(run)]
     if run.train or run.held_out:
-        blocks.append(_loss(run))
+        blocks.append(loss(run))
     auxiliary = sorted({key for row in run.train for key in row if key.startswith("aux/")})
     others = {
         "gradient norm": ("grad_norm", "Norm of the gradient before clipping."),
@@ -45,7 +71,7 @@ def page(run: RunData) -> Page:
         },
     }
     options = {
-        name: [_metric(run, key, name, caption)]
+        name: [_metric(run, key, caption)]
         for name, (key, caption) in others.items()
         if any(len(run.series(split, key)[0]) for split in ("train", "eval"))
     }
@@ -54,33 +80,28 @@ def page(run: RunData) -> Page:
     return Page("Curves", blocks)
 
 
-def _loss(run: RunData) -> Figure:
-    """Training and held-out loss, with the baselines as levels."""
+def loss(run: RunData, name: str = "loss") -> Figure:
+    """Training and held-out loss, with the baselines as levels; ``name`` is the figure's."""
     traces, shown = [], []
-    for split, name in (("train", "training"), ("eval", "held out")):
-        steps, loss = run.series(split, "loss")
+    for split, label in (("train", "training"), ("eval", "held out")):
+        steps, values = run.series(split, "loss")
         if len(steps):
-            traces.append(
-                figures.line(
-                    name, steps, loss, **({"mode": "lines+markers"} if split == "eval" else {})
-                )
-            )
-            shown += [*loss[len(loss) // SETTLED if split == "train" else 0 :]]
+            style = {"mode": "lines+markers"} if split == "eval" else {}
+            traces.append(figures.line(label, steps, values, **style))
+            shown += [*values[len(values) // SETTLED if split == "train" else 0 :]]
     steps = [0, run.last_step]
     baselines = run.saved.get("baselines", {})
-    for name, value in baselines.items():
-        traces.append(figures.level(f"{name} model {value:.3f}", steps, value))
-    shown = [value for value in [*shown, *baselines.values()] if np.isfinite(value)]
-    low, high = min(shown, default=0.0), max(shown, default=1.0)
-    margin = 0.06 * (high - low) or 0.1
-    spec = figures.chart(
-        traces, "step", run.units.loss, yaxis={"range": [low - margin, high + margin]}
-    )
+    for baseline, value in baselines.items():
+        traces.append(figures.level(f"{baseline} model {value:.3f}", steps, value))
+    shown += baselines.values()
+    scale = figures.loss("loss", run.units.loss, shown)
+    spec = figures.chart(traces, "step", scale, yaxis=scale.axis(shown))
     caption = (
-        f"Loss in {run.units.loss}, without auxiliary losses. Training: of the logged step's own "
-        f"batch; held out: of all evaluation rows.{_dotted(run)}"
+        f"Loss in {run.units.loss}, one run, without auxiliary losses. Training: of the logged "
+        f"step's own batch; held out: of all evaluation rows.{_dotted(run)} The axis spans at "
+        f"least {scale.least:.2g} {run.units.loss}; the first steps may lie above it."
     )
-    return Figure(spec, caption, height=430, name="loss")
+    return Figure(spec, caption, height=430, name=name)
 
 
 def _dotted(run: RunData) -> str:
@@ -89,15 +110,16 @@ def _dotted(run: RunData) -> str:
     if run.units.item == "token":
         return (
             " Dotted: models of n-gram counts of the same text (Witten-Bell), evaluated on the "
-            "whole held-out text."
+            "same rows."
         )
-    return " Dotted: what can be said without a model, evaluated on everything held out."
+    return " Dotted: what can be said without a model, evaluated on the same rows."
 
 
-def _metric(run: RunData, key: str, name: str, caption: str) -> Figure:
+def _metric(run: RunData, key: str, caption: str) -> Figure:
     traces = []
     for split, label in (("train", "training"), ("eval", "held out")):
         steps, values = run.series(split, key)
         if len(steps):
             traces.append(figures.line(label, steps, values))
-    return Figure(figures.chart(traces, "step", name), caption, height=320, name=f"curve-{key}")
+    scale = scale_of(key, (value for trace in traces for value in trace["y"]))
+    return Figure(figures.chart(traces, "step", scale), caption, height=320, name=f"curve-{key}")

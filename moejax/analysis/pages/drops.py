@@ -4,9 +4,11 @@ import numpy as np
 
 from moejax.analysis import figures
 from moejax.analysis.health import recent
+from moejax.analysis.lifts import WRITTEN
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
 from moejax.analysis.run import RunData
+from moejax.train import scales
 
 NAMES = {"train": "training", "eval": "held out"}
 
@@ -44,9 +46,7 @@ def _rate(run: RunData) -> Figure:
             steps, share = run.series(split, key)
             if len(steps):
                 traces.append(figures.line(f"{what}, {name}", steps, share))
-    spec = figures.chart(
-        traces, "step", "share dropped", yaxis={"tickformat": ".1%", "rangemode": "tozero"}
-    )
+    spec = figures.chart(traces, "step", figures.share("dropped", "share of pairs or tokens"))
     caption = "Share of pairs that were dropped, and of tokens none of whose experts had room."
     return Figure(spec, caption, height=340, name="drop-rate")
 
@@ -77,8 +77,8 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _by_layer(split: str, steps: np.ndarray, dropped: np.ndarray, load: np.ndarray) -> Figure:
     share_NM = _ratio(dropped.sum(axis=-1), load.sum(axis=-1))
-    axis = {"tickformat": ".1%", "rangemode": "tozero"}
-    spec = figures.chart(by_layer("", steps, share_NM), "step", "share dropped", yaxis=axis)
+    scale = figures.share("dropped", "share of pairs")
+    spec = figures.chart(by_layer("", steps, share_NM), "step", scale)
     return Figure(spec, "Share of each layer's pairs.", height=340, name=f"drops-layer-{split}")
 
 
@@ -88,15 +88,19 @@ def _by_expert(split: str, dropped_NME: np.ndarray, load_NME: np.ndarray) -> Fig
     trace = figures.heatmap(
         share_ME,
         list(range(experts)),
-        [f"layer {layer}" for layer in range(layers)],
-        "share dropped",
-        zmin=0,
-        hovertemplate="%{y}, expert %{x}<br>%{z:.2%} of its pairs<extra></extra>",
+        [str(layer) for layer in range(layers)],
+        "dropped, share of pairs",
+        hovertemplate="layer %{y}, expert %{x}<br>%{z:.2%} of its pairs<extra></extra>",
     )
     trace["colorbar"]["tickformat"] = ".0%"
-    axes = {"xaxis": {"dtick": max(1, experts // 16)}, "yaxis": {"autorange": "reversed"}}
-    spec = figures.chart([trace], "expert", "", **axes)
-    caption = "Share of the pairs of each expert that were dropped, last quarter of the rows."
+    if experts <= WRITTEN:
+        trace["texttemplate"] = "%{z:.1%}"
+    axes = {"xaxis": {"dtick": max(1, experts // 16)}, "yaxis": figures.names(layers)}
+    spec = figures.chart([trace], "expert", "MoE layer", **axes)
+    caption = (
+        "Share of the pairs of each expert that were dropped, last quarter of the rows. Colours "
+        "from 0 to 100 %."
+    )
     return Figure(spec, caption, height=150 + max(120, 34 * layers), name=f"drops-expert-{split}")
 
 
@@ -108,8 +112,8 @@ def _by_choice(split: str, counts_NMK: np.ndarray, tokens_N: np.ndarray) -> Figu
         {"type": "bar", "name": f"layer {layer}", "x": ranks, "y": share_K.tolist()}
         for layer, share_K in enumerate(share_MK)
     ]
-    axes = {"xaxis": {"type": "category"}, "yaxis": {"tickformat": ".1%"}}
-    spec = figures.chart(traces, "column of the routing", "share of tokens", **axes)
+    scale, axes = figures.share("choice dropped", "share of tokens"), {"type": "category"}
+    spec = figures.chart(traces, "column of the routing", scale, xaxis=axes)
     caption = (
         "Share of tokens whose first, second, ... choice was dropped, last quarter of the rows. "
         "For gates without an order of choices the columns are in the order of their experts."
@@ -124,8 +128,10 @@ def _by_position(split: str, counts_NML: np.ndarray, load_NME: np.ndarray) -> Fi
     share_ML = _ratio(dropped_ML, np.broadcast_to(pairs_M1, dropped_ML.shape))
     position = np.arange(dropped_ML.shape[1])
     traces = by_layer("", position, share_ML.T)
-    axis = {"tickformat": ".1%", "rangemode": "tozero"}
-    spec = figures.chart(traces, "position in the sequence", "share dropped", yaxis=axis)
+    # Of a position all pairs may be dropped, and more than the mean number of pairs.
+    scale = figures.from_0("dropped", "share of the mean pairs per position", scales.SHARE)
+    axis = {"tickformat": ".1%"}
+    spec = figures.chart(traces, "position in the sequence", scale, yaxis=axis)
     caption = (
         "Dropped pairs at each position over the mean number of pairs per position, last quarter "
         "of the rows. With priority=position, later tokens find experts full."

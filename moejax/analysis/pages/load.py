@@ -9,6 +9,7 @@ from moejax.analysis.health import recent
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics import balance
+from moejax.train import scales
 
 SPLITS = (("train", "training"), ("eval", "held out"))
 SLIDES = 40
@@ -93,14 +94,10 @@ def _slides(name: str, steps: np.ndarray, load_NME: np.ndarray) -> Figure:
     maps = [relative(load_NME[group].sum(axis=0)) for group in groups]
     layers, experts = load_NME.shape[1:]
     cells = [figures.relative_load(z) for z in maps]
-    # One colour scale for all steps.
-    edge = figures.limit(np.stack(maps))
     trace = {
         **cells[-1],
-        "zmin": -edge,
-        "zmax": edge,
-        "y": [f"layer {layer}" for layer in range(layers)],
-        "hovertemplate": "%{y}, expert %{x}<br>%{customdata:.3f} x mean load<extra></extra>",
+        "y": [str(layer) for layer in range(layers)],
+        "hovertemplate": "layer %{y}, expert %{x}<br>%{customdata:.3f} x mean load<extra></extra>",
     }
     slider = {
         "active": len(shown) - 1,
@@ -115,11 +112,12 @@ def _slides(name: str, steps: np.ndarray, load_NME: np.ndarray) -> Figure:
             for step, cell in zip(shown, cells, strict=True)
         ],
     }
-    axes = {"xaxis": {"dtick": max(1, experts // 16)}, "yaxis": {"autorange": "reversed"}}
-    spec = figures.chart([trace], "expert", "", **axes, sliders=[slider] if len(shown) > 1 else [])
+    axes = {"xaxis": {"dtick": max(1, experts // 16)}, "yaxis": figures.names(layers)}
+    sliders = [slider] if len(shown) > 1 else []
+    spec = figures.chart([trace], "expert", "MoE layer", **axes, sliders=sliders)
     caption = (
         f"{name.capitalize()} load of every expert over its layer's mean, at the step of the "
-        "slider. Blue: less than the mean, red: more; a gap: no token."
+        "slider. Blue: less than the mean, red: more, darkest from 4 times; a gap: no token."
     )
     return Figure(spec, caption, height=200 + max(120, 34 * layers), name=f"load-{name}")
 
@@ -154,9 +152,23 @@ def _measure(
     for name, (steps, load_NME) in loads.items():
         dash = "dot" if name == "held out" else "solid"
         traces += by_layer(name, steps, function(load_NME), dash)
-    spec = figures.chart(traces, "step", measure)
+    spec = figures.chart(traces, "step", scale(measure, next(iter(loads.values()))[1].shape[-1]))
     slug = measure.replace(" ", "-")
     return Figure(spec, f"{meaning} Dotted: held out.", height=340, name=f"balance-{slug}")
+
+
+def scale(measure: str, experts: int) -> figures.Scale:
+    """The scale of a measure of balance over so many experts."""
+    return {
+        "MaxVio": figures.from_0("MaxVio", "max load / mean load - 1", scales.IMBALANCE),
+        "CV": figures.from_0("CV of the load", "ratio", scales.IMBALANCE),
+        "entropy": figures.Scale("load entropy / log E", "ratio", 0.1, bounds=(0.0, 1.01)),
+        "effective experts": figures.Scale(
+            "effective experts", "number", bounds=(0.0, 1.02 * experts)
+        ),
+        "Gini": figures.Scale("Gini coefficient of the load", "0 to 1", bounds=(0.0, 1.0)),
+        "idle experts": figures.Scale("idle experts", "number", bounds=(0.0, 1.02 * experts)),
+    }[measure]
 
 
 def by_layer(

@@ -1,23 +1,33 @@
-"""What ran, on what, at what cost, how it came out, and what to beware of."""
+"""How a run came out, in a picture and a table; what to beware of; what ran, at what cost."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from moejax import gating
 from moejax.analysis import health
 from moejax.analysis.page import Block, Page, Table, Text, Warning
+from moejax.analysis.pages.curves import loss
 from moejax.analysis.run import RunData
 from moejax.config import default, flatten, set_gate, to_dict
+from moejax.saved import told
 from moejax.sweep.results import kept_pairs, step_seconds
 from moejax.task_table import LANGUAGE
 from moejax.train import units
+
+QUARTER = "mean of the last quarter of logged steps"
 
 PAIRS = {"moe/experts_per_token", "moe/drop_rate"}
 
 
 def page(run: RunData) -> Page:
-    blocks: list[Block] = [Text(verdict(run))]
-    blocks += [Warning(finding.text) for finding in health.findings(run)]
+    found = health.findings(run)
+    blocks: list[Block] = []
+    if run.train or run.held_out:
+        outcome = Table(("outcome", ""), [*_outcome(run), *_marks(found), *_made(run)])
+        blocks += [loss(run, "overview-loss"), outcome]
+    blocks += [Warning(finding.text) for finding in found]
+    blocks.append(Text(verdict(run)))
     if run.problems:
         blocks.append(Warning("Not everything could be read. " + " ".join(run.problems)))
     blocks += [
@@ -34,8 +44,8 @@ def verdict(run: RunData) -> str:
         if not run.train:
             return "Nothing has been logged yet."
         row = run.train[-1]
-        loss = f"{row['loss']:.4f} {run.units.loss}"
-        return f"Training loss {loss} at step {row['step']}; not evaluated yet."
+        value = f"{row['loss']:.4f} {run.units.loss}"
+        return f"Training loss {value} at step {row['step']}; not evaluated yet."
     row = run.held_out[-1]
     bits = f" ({row['bits_per_byte']:.4f} bits/byte)" if "bits_per_byte" in row else ""
     text = f"Held-out loss {row['loss']:.4f} {run.units.loss}{bits} at step {row['step']}"
@@ -48,11 +58,73 @@ def verdict(run: RunData) -> str:
     if "accuracy" in row:
         text += f" {row['accuracy']:.2%} of {run.units.item}s are predicted right."
     if row.keys() >= {"moe/max_vio", "moe/drop_rate"}:
+        if any("moe/drop_rate" in row for row in run.train):
+            text += (
+                f" In training {at_end(run, 'moe/drop_rate'):.2%} of pairs were dropped and the "
+                f"busiest expert had {1 + at_end(run, 'moe/max_vio'):.2f} times the mean load "
+                f"({QUARTER}, mean over layers)."
+            )
         text += (
-            f" In that evaluation the busiest expert had {1 + row['moe/max_vio']:.2f} times the "
-            f"mean load (mean over layers) and {row['moe/drop_rate']:.2%} of pairs were dropped."
+            f" In that evaluation (transport {run.field('moe.eval_transport', '?')}) "
+            f"{row['moe/drop_rate']:.2%} of pairs were dropped and the busiest expert had "
+            f"{1 + row['moe/max_vio']:.2f} times the mean load."
         )
     return text
+
+
+def at_end(run: RunData, key: str) -> float:
+    """A number of the training rows, mean over their last quarter; NaN if none has it."""
+    _, values = run.series("train", key)
+    return float(health.recent(values).mean()) if len(values) else math.nan
+
+
+def _outcome(run: RunData) -> list[tuple[str, str]]:
+    """Losses, drops and balance: training and evaluation apart, each with what it is a mean of."""
+    rows, unit = [], run.units.loss
+    held = run.held_out[-1] if run.held_out else {}
+    if held:
+        rows.append(("held-out loss", f"{held['loss']:.4f} {unit} at step {held['step']}"))
+    if "bits_per_byte" in held:
+        rows.append(("the same in bits", f"{held['bits_per_byte']:.4f} bits/byte"))
+    if run.saved.get("baselines"):
+        beside = [f"{name} {value:.4f}" for name, value in run.saved["baselines"].items()]
+        rows.append(("without a model", f"{', '.join(beside)} {unit}"))
+    if run.train:
+        rows.append(("training loss", f"{at_end(run, 'loss'):.4f} {unit}, {QUARTER}"))
+    if "accuracy" in held:
+        rows.append(("right predictions", f"{held['accuracy']:.2%}, held out"))
+    trained = any("moe/drop_rate" in row for row in run.train)
+    for name, key, form in (
+        ("pairs dropped", "moe/drop_rate", lambda x: f"{x:.2%}"),
+        ("busiest expert", "moe/max_vio", lambda x: f"{1 + x:.2f} x the mean load"),
+    ):
+        if trained:
+            rows.append((f"{name}, training", f"{form(at_end(run, key))}, {QUARTER}"))
+        if key in held:
+            rows.append((f"{name}, evaluation", f"{form(held[key])}, {_evaluation(run)}"))
+    return rows
+
+
+def _evaluation(run: RunData) -> str:
+    transport = run.field("moe.eval_transport", "")
+    return "last evaluation" + (f" (transport {transport})" if transport else "")
+
+
+def _marks(found: Sequence[health.Finding]) -> list[tuple[str, str]]:
+    """The kinds of warnings, whose sentences follow below."""
+    kinds = ", ".join(dict.fromkeys(finding.kind for finding in found))
+    return [("warnings", f"{kinds}: see below" if kinds else "none")]
+
+
+def _made(run: RunData) -> list[tuple[str, str]]:
+    """Seed, commit and command: how to get these numbers again."""
+    saved = run.saved
+    made = " ".join([str(saved.get("source", "?")), *saved.get("overrides", [])])
+    return [
+        ("seed", str(run.field("train.seed", "?"))),
+        ("commit", str(saved.get("commit") or "unknown")),
+        ("command", str(saved.get("command") or f"unknown; the config was made from {made}")),
+    ]
 
 
 def _what(run: RunData) -> list[tuple[str, str]]:
@@ -73,7 +145,7 @@ def _what(run: RunData) -> list[tuple[str, str]]:
         ("made from", " ".join([run.saved.get("source", "?"), *run.saved.get("overrides", [])])),
         ("moejax", str(run.saved.get("version", "?"))),
     ]
-    return rows
+    return rows + [("history", told(entry)) for entry in run.saved.get("history", ())]
 
 
 def _experts(run: RunData) -> str:

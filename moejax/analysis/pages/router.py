@@ -1,8 +1,11 @@
 """What the router computed: probabilities, logits, and how sure it is of its first choice."""
 
+import math
+
 import numpy as np
 
 from moejax.analysis import figures
+from moejax.analysis.figures import Scale
 from moejax.analysis.html import plain
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
@@ -11,6 +14,7 @@ from moejax.analysis.probed import at_tokens, over_steps
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics.spread import histogram, spread
 from moejax.probe import Probe
+from moejax.train import scales
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 40
@@ -18,13 +22,22 @@ ROUNDING = 1e-3
 """A log z below this is that of probabilities, whose sum is 1."""
 
 
-QUANTITIES = {
-    "entropy": "entropy of p, nats",
-    "margin": "margin, p first - second",
-    "log_z": "log z",
-    "max_logit": "largest |logit|",
-}
-"""Numbers that the probe has of each token, with the titles of their axes."""
+QUANTITIES = ("entropy", "margin", "log_z", "max_logit")
+"""Numbers that the probe has of each token."""
+
+
+def scales_of(experts: int) -> dict[str, Scale]:
+    """Their scales: probabilities have ends, logits do not."""
+    return {
+        "entropy": Scale("entropy of p", "nats", bounds=(0.0, 1.05 * math.log(max(experts, 2)))),
+        "margin": Scale("margin", "p first - second", bounds=(0.0, 1.02)),
+        "log_z": Scale("log z", "nats", LOGIT),
+        "max_logit": Scale("largest |logit|", "nats", LOGIT, start=0.0),
+    }
+
+
+LOGIT = 1.0
+"""The least span of logits: a factor e of odds."""
 
 MEANING = (
     "Each token of the probe gives four numbers per layer. Entropy of the router's probabilities: "
@@ -48,7 +61,7 @@ def page(run: RunData) -> Page:
         Choice(
             "spread over tokens, layer",
             {
-                str(layer): [_fan(steps, spread_SQMX, layer), _histograms(probe, layer)]
+                str(layer): [_fan(probe, steps, spread_SQMX, layer), _histograms(probe, layer)]
                 for layer in range(spread_SQMX.shape[2])
             },
         ),
@@ -59,7 +72,7 @@ def page(run: RunData) -> Page:
 
 def _without_logits(spread_SQMX: np.ndarray) -> list[Block]:
     """Whether log z is that of probabilities, 0, in every layer and at every step."""
-    log_z_SMX = spread_SQMX[:, list(QUANTITIES).index("log_z")]
+    log_z_SMX = spread_SQMX[:, QUANTITIES.index("log_z")]
     if not (np.abs(log_z_SMX) < ROUNDING).all():
         return []
     return [
@@ -80,33 +93,41 @@ def summaries(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _means(probe: Probe, steps: np.ndarray, spread_SQMX: np.ndarray) -> Figure:
-    found = []
-    for index, (name, axis) in enumerate(QUANTITIES.items()):
+    found, experts = [], _experts(probe)
+    for index, (name, scale) in enumerate(scales_of(experts).items()):
         traces = by_layer("", steps, spread_SQMX[:, index, :, 0])
         if name == "entropy":
-            largest = float(np.log(int(probe.at(probe.steps[-1])["num_experts"])))
-            traces.append(figures.level("log E", probe.steps, largest))
-        found.append(Panel("step", axis, traces))
+            traces.append(figures.level("log E", probe.steps, math.log(experts)))
+        found.append(Panel("step", scale, traces))
     caption = "Means over the probe's tokens at each recording. Dotted: entropy of even odds."
     return Figure(panels(found), caption, height=560, name="router-means")
 
 
-def _fan(steps: np.ndarray, spread_SQMX: np.ndarray, layer: int) -> Figure:
+def _experts(probe: Probe) -> int:
+    return int(probe.at(probe.steps[-1])["num_experts"])
+
+
+def _fan(probe: Probe, steps: np.ndarray, spread_SQMX: np.ndarray, layer: int) -> Figure:
+    """On the same axes for all layers."""
     found = []
-    for index, axis in enumerate(QUANTITIES.values()):
+    for index, scale in enumerate(scales_of(_experts(probe)).values()):
         _, low, quarter, middle, three, high = spread_SQMX[:, index, layer].T
         bands = {"5% to 95% of tokens": (low, high), "25% to 75%": (quarter, three)}
-        found.append(Panel("step", axis, fan(steps, bands, ("median", middle))))
+        axis = scale.axis(spread_SQMX[:, index, :, 1:].ravel())
+        found.append(Panel("step", scale, fan(steps, bands, ("median", middle)), axis))
     caption = f"How the tokens of layer {layer} spread around their median, by step."
     return Figure(panels(found), caption, height=560, name=f"router-spread-{layer}")
 
 
 def _histograms(probe: Probe, layer: int) -> Figure:
+    """Intervals divide the whole axis: values that are all but equal are one bar."""
     step, found = probe.steps[-1], []
-    for name, axis in QUANTITIES.items():
-        value_T = at_tokens(probe, step, name)[layer].astype(np.float64)
-        value_T = value_T[np.isfinite(value_T)]
-        edges = np.histogram_bin_edges(value_T, BINS)
+    for name, scale in scales_of(_experts(probe)).items():
+        value_MT = at_tokens(probe, step, name).astype(np.float64)
+        value_T = value_MT[layer][np.isfinite(value_MT[layer])]
+        axis = scale.axis(value_MT.ravel())
+        low, high = axis["range"]
+        edges = np.linspace(low, high, BINS + 1)
         bars = {
             "type": "bar",
             "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
@@ -114,7 +135,7 @@ def _histograms(probe: Probe, layer: int) -> Figure:
             "width": float(edges[1] - edges[0]),
             "marker": {"color": "C0"},
         }
-        found.append(Panel(axis, "share of tokens", [bars], {"tickformat": ".0%"}))
+        found.append(Panel(scale, figures.share("tokens", "share"), [bars], x_axis=axis))
     caption = f"Layer {layer} at step {step}: the share of tokens in each of {BINS} intervals."
     return Figure(panels(found), caption, height=560, name=f"router-distribution-{layer}")
 
@@ -137,7 +158,11 @@ def _gate(run: RunData) -> list[Block]:
     keys = sorted({k for row in run.train for k in row if k.startswith(start)})
     lines = {key.removeprefix(start): run.series("train", key) for key in keys}
     found = [
-        Panel("step", plain(name), [figures.line(name, steps, values)])
+        Panel(
+            "step",
+            Scale(plain(name), "mean over tokens", scales.least_relative(values)),
+            [figures.line(name, steps, values)],
+        )
         for name, (steps, values) in lines.items()
         if len(steps)
     ]

@@ -102,7 +102,7 @@ def _labels(last: Routed, labels: Kinds, layer: int) -> Figure:
             "lift %{customdata[0]:.2f}<extra></extra>"
         ),
     )
-    spec = figures.chart([trace], "expert", "", **cell_axes(1, last.experts))
+    spec = figures.chart([trace], "expert", labels.name, **cell_axes(1, last.experts))
     caption = (
         f"Layer {layer}. A row is a {labels.name} with its number of tokens. Written: the share of "
         f"the {labels.name}'s (token, expert) pairs that each expert gets, which sum to 100%. "
@@ -159,8 +159,8 @@ def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Blo
             "by chance, last step", probe.steps, float(null_CMR[index].mean())
         )
         traces = [*by_layer("", steps, share_SCM[:, index]), by_chance]
-        title = f"explained by {of.name}"
-        found.append(Panel("step", title, traces, {"rangemode": "tozero"}))
+        scale = figures.whole_share(f"explained by {of.name}", "share of H(expert)")
+        found.append(Panel("step", scale, traces))
     caption = (
         "I(expert; kind) / H(expert) at each recording: the share of what there is to know about a "
         "pair's expert that the token's kind tells; 0 if it tells nothing, 1 if it decides (with k "

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.lifts import cell_axes
+from moejax.analysis.lifts import WRITTEN, cell_axes
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
 from moejax.analysis.panels import Panel, panels
@@ -21,8 +21,11 @@ SIMILARITIES = {
     "router_similarity": ("router vectors", "the router's vectors of experts"),
 }
 
-SMALL = 0.05
-"""Mean cosines smaller than this look small: the axis reaches at least so far."""
+COSINES = (-1.0, 1.0)
+"""The scale of every cosine: one of 0.2 is no near copy and must not look like one."""
+
+DECADE = 1.0
+"""The least span of a logarithmic axis, in powers of ten."""
 
 
 def page(run: RunData) -> Page:
@@ -73,10 +76,8 @@ def _moves(probe: Probe) -> list[Block]:
             )
         ]
     steps, churn_SM = churns(probe)
-    axis = {"tickformat": ".0%", "rangemode": "tozero"}
-    spec = figures.chart(
-        by_layer("", steps, churn_SM), "step", "tokens that changed first choice", yaxis=axis
-    )
+    scale = figures.whole_share("first choice changed", "share of tokens")
+    spec = figures.chart(by_layer("", steps, churn_SM), "step", scale)
     caption = (
         "Share of the probe's tokens whose first choice is another expert than at the recording "
         "before. It should fall as training goes on: tokens that keep moving between experts teach "
@@ -97,9 +98,9 @@ def _moves(probe: Probe) -> list[Block]:
 def _saturation(probe: Probe, first: bool) -> Figure:
     steps, share_SM, blind = saturations(probe, first)
     traces = [*by_layer("", steps, share_SM), figures.level("by chance", probe.steps, blind)]
-    axis = {"tickformat": ".0%", "range": [0, 1.02]}
-    spec = figures.chart(traces, "step", "same as at the last recording", yaxis=axis)
     which = "first choices" if first else "chosen experts"
+    scale = figures.whole_share("same as at the last recording", f"share of {which}")
+    spec = figures.chart(traces, "step", scale)
     caption = (
         f"Router saturation (OLMoE, arXiv 2409.02060, eq. 5): the share of {which} that are those "
         f"of step {probe.steps[-1]}, where it is 100% by definition. Early and high: routing is "
@@ -119,9 +120,9 @@ def _similar(probe: Probe) -> list[Block]:
             )
             continue
         steps, mean_SM = over_steps(probe, _between(probe, name))
-        edge = 1.1 * max(SMALL, float(np.nanmax(np.abs(mean_SM), initial=0)))
         lines = by_layer("", steps, mean_SM)
-        found.append(Panel("step", f"mean cosine of {title}", lines, {"range": [-edge, edge]}))
+        scale = figures.Scale(f"mean cosine of {title}", "-1 to 1", bounds=COSINES)
+        found.append(Panel("step", scale, lines))
         maps = {str(m): [_map(name, cosine_EE, m)] for m, cosine_EE in enumerate(last[name])}
         blocks.append(Choice(f"similarity of {title}, layer", maps))
     caption = (
@@ -140,22 +141,22 @@ def _map(name: str, cosine_EE: np.ndarray, layer: int) -> Figure:
     experts = len(cosine_EE)
     shown_EE = cosine_EE.astype(np.float64)
     np.fill_diagonal(shown_EE, np.nan)
-    edge = max(0.1, float(np.nanmax(np.abs(shown_EE), initial=0)))
     trace = figures.heatmap(
         shown_EE,
         list(range(experts)),
         list(range(experts)),
-        "cosine",
-        zmin=-edge,
-        zmax=edge,
-        zmid=0,
+        "cosine, -1 to 1",
+        COSINES,
         hoverongaps=False,
         hovertemplate="experts %{y} and %{x}: cosine %{z:.3f}<extra></extra>",
     )
     caption = (
         f"Layer {layer}, last recording: cosine between {SIMILARITIES[name][1]}. Red: alike, blue: "
-        "opposed. The diagonal, 1, is left out. Blocks of red are groups of near copies."
+        "opposed. The diagonal, 1, is left out. Colours always reach from -1 to 1: blocks of the "
+        "darkest red are groups of near copies, pale ones are not."
     )
+    if experts <= WRITTEN:
+        trace["texttemplate"] = "%{z:.2f}"
     spec = figures.chart([trace], "expert", "expert", **cell_axes(experts, experts))
     height = 150 + max(180, min(30 * experts, 460))
     return Figure(spec, caption, height=height, name=f"{name.replace('_', '-')}-{layer}")
@@ -163,14 +164,18 @@ def _map(name: str, cosine_EE: np.ndarray, layer: int) -> Figure:
 
 def _representation(probe: Probe) -> list[Block]:
     found = []
-    for name, axis in (
-        ("collapse", "Tr(\N{GREEK CAPITAL LETTER SIGMA}w \N{GREEK CAPITAL LETTER SIGMA}b+)"),
-        ("participation", "participation ratio"),
+    trace = "Tr(\N{GREEK CAPITAL LETTER SIGMA}w \N{GREEK CAPITAL LETTER SIGMA}b+)"
+    for name, scale in (
+        ("collapse", figures.Scale(trace, "ratio", DECADE)),
+        ("participation", figures.from_0("participation ratio", "directions", 1.0)),
     ):
         steps, value_SM = over_steps(probe, lambda step, name=name: probe.at(step)[name])
-        scale = {"type": "log", "dtick": "D2"} if name == "collapse" else {"rangemode": "tozero"}
-        lines = by_layer("", steps, value_SM.astype(np.float64))
-        found.append(Panel("step", axis, lines, scale))
+        value_SM = value_SM.astype(np.float64)
+        axis = {}
+        if name == "collapse":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                axis = scale.axis(np.log10(value_SM).ravel()) | {"type": "log", "dtick": "D2"}
+        found.append(Panel("step", scale, by_layer("", steps, value_SM), axis))
     caption = (
         "Of the inputs of each MoE layer. Left: variation within the tokens of one expert over "
         "that between experts (X-MoE, arXiv 2204.09179), on a logarithmic axis; falling towards 0, "

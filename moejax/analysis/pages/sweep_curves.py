@@ -1,6 +1,6 @@
 """Metrics of every variant over steps: mean over seeds, its 95 % interval, and every seed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,14 +9,17 @@ from moejax.analysis.outcomes import by_name, legend, marked
 from moejax.analysis.page import Block, Choice, Figure, Page
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
+from moejax.sweep.results import PER_BYTE
 from moejax.sweep.statistics import estimate
+from moejax.train import scales
 
-METRICS = {  # without a unit: that of losses
-    "held-out loss": ("eval", "loss", ""),
-    "training loss": ("train", "loss", ""),
-    "gradient norm": ("train", "grad_norm", "norm before clipping"),
-    "imbalance": ("train", "moe/max_vio", "max load / mean load - 1"),
-    "drops": ("train", "moe/drop_rate", "share of pairs dropped in training"),
+METRICS = {
+    "held-out loss": ("eval", "loss"),
+    "training loss": ("train", "loss"),
+    "gradient norm": ("train", "grad_norm"),
+    "imbalance": ("train", "moe/max_vio"),
+    "drops in training": ("train", "moe/drop_rate"),
+    "drops in evaluation": ("eval", "moe/drop_rate"),
 }
 SETTLED = 25
 CLEAR = 6
@@ -26,30 +29,63 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 def page(sweep: SweepData) -> Page:
     options: dict[str, list[Block]] = {}
-    runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
-    for name, (split, key, unit) in METRICS.items():
-        block = _metric(sweep, name, split, key, unit or (runs[0].units.loss if runs else ""))
+    for name, (split, key) in METRICS.items():
+        block = _metric(sweep, name, split, key)
         if block:
             options[name] = [block]
     return Page("Curves", [Choice("metric", dict(options))] if options else [])
 
 
-def _metric(sweep: SweepData, name: str, split: str, key: str, unit: str) -> Block | None:
+def curve_scale(name: str, key: str, unit: str, values: Sequence[float]) -> figures.Scale:
+    """The scale of one of ``METRICS``; losses are in ``unit``."""
+    if key == "loss":
+        return figures.loss(name, unit, values)
+    if key == "grad_norm":
+        least = scales.least_relative(values)
+        return figures.from_0("gradient norm before clipping", "L2", least)
+    if key == "moe/max_vio":
+        return figures.from_0("imbalance", "max load / mean load - 1", scales.IMBALANCE)
+    return figures.share("dropped", "share of pairs")
+
+
+def converted(runs: Sequence[RunData]) -> str:
+    """What to say of training losses that are not recorded in the unit they are shown in."""
+    if all(run.bytes_per_token == 1.0 for run in runs):
+        return ""
+    return (
+        " Training losses are recorded per token; here they are divided by the bytes per token of "
+        "each run's held-out rows."
+    )
+
+
+def counted(seeds: Mapping[str, int]) -> str:
+    """How many seeds each variant has: "n = 2" or "n: switch 2, base 1"."""
+    if len(set(seeds.values())) == 1:
+        return f"n = {next(iter(seeds.values()))}"
+    return f"n: {', '.join(f'{name} {n}' for name, n in seeds.items())}"
+
+
+def _metric(sweep: SweepData, name: str, split: str, key: str) -> Block | None:
     """One figure, or of many variants two: the means, and with seeds and intervals."""
+    unit = sweep.summary.get("unit", PER_BYTE)
     extras, means = _traces(sweep, split, key)
-    settled = [mean["y"][len(mean["y"]) // SETTLED :] for mean in means]
+    lines = [*means, *(trace for trace in extras if "fill" not in trace)]  # bands may be cut
+    settled = [line["y"][len(line["y"]) // SETTLED :] for line in lines]
     shown = [value for values in settled for value in values if np.isfinite(value)]
     if not shown:
         return None
-    margin = 0.08 * (max(shown) - min(shown)) or 0.1
-    axis = {"range": [min(shown) - margin, max(shown) + margin]}
+    scale = curve_scale(name, key, unit, shown)
+    axis = scale.axis(shown)
+    runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
+    said = converted(runs) if (split, key) == ("train", "loss") else ""
+    seeds = {v: len(found) for v in sweep.variants if (found := sweep.runs(v))}
     end = (
-        "A click on a name hides its variant, a double click all others. Finished trials only."
-        + legend(sweep.summary)
+        "A click on a name hides its variant, a double click all others. Finished trials only, "
+        f"{counted(seeds)}.{said}{legend(sweep.summary)}"
     )
 
     def drawn(traces: list[figures.Spec], what: str, suffix: str = "") -> Figure:
-        spec = figures.chart(traces, "step", unit, yaxis=axis, showlegend=True)
+        spec = figures.chart(traces, "step", scale, yaxis=axis, showlegend=True)
         return Figure(spec, f"{what} {end}", height=480, name=f"curves-{name}{suffix}")
 
     everything = (

@@ -32,7 +32,7 @@ def page(sweep: SweepData) -> Page:
         trial = marked(outcomes[variant], runs[0].name)
         options[names[variant]] = [Text(f"Trial {trial}.{end}"), *blocks]
     shown = {names[variant]: runs for variant, runs in variants.items()}
-    together: list[Block] = [_table(shown, end), _side_by_side(shown, end)]
+    together: list[Block] = [_table(shown, end), _first_seeds(shown, end)]
     return Page("Load", [*together, Choice("variant", options)])
 
 
@@ -55,9 +55,9 @@ def _table(variants: dict[str, list[RunData]], end: str) -> Table:
             )
         ]
         dead = [float(balance.dead(window).sum()) for window in loads]
-        cells = [_spread(values, ".3f") for values in columns]
+        cells = [spread(values, ".3f") for values in columns]
         drops = [
-            _spread([100 * _drop_rate(run, split) for run in runs], ".2f", " %")
+            spread([100 * drop_rate(run, split) for run in runs], ".2f", " %")
             for split in ("train", "eval")
         ]
         rows.append((variant, str(len(runs)), *cells, f"{np.mean(dead):g}", *drops))
@@ -69,25 +69,34 @@ def _table(variants: dict[str, list[RunData]], end: str) -> Table:
     return Table(header, rows, caption + end)
 
 
-def _drop_rate(run: RunData, split: str) -> float:
+def drop_rate(run: RunData, split: str) -> float:
     _, values = run.series(split, "moe/drop_rate")
     if not len(values):
         return float("nan")
     return float(recent(values).mean() if split == "train" else values[-1])
 
 
-def _spread(values: list[float], digits: str, unit: str = "") -> str:
+def spread(values: list[float], digits: str, unit: str = "") -> str:
     about = estimate(values)
     half = f" ± {about.half_width:{digits}}" if about.half_width else ""
     return f"{about.mean:{digits}}{half}{unit}"
 
 
-def _side_by_side(variants: dict[str, list[RunData]], end: str) -> Figure:
-    """Layer x expert of the last evaluation, a panel per variant, on one colour scale."""
-    maps = {}
-    for variant, runs in variants.items():
-        maps[variant] = load.relative(np.asarray(runs[0].held_out[-1]["moe/load"]))
-    edge = max(figures.limit(z) for z in maps.values())
+def _first_seeds(variants: dict[str, list[RunData]], end: str) -> Figure:
+    """Layer x expert of the last evaluation, a panel per variant."""
+    maps = {
+        variant: load.relative(np.asarray(runs[0].held_out[-1]["moe/load"]))
+        for variant, runs in variants.items()
+    }
+    caption = (
+        "Load over the layer's mean in the last evaluation of each variant's first finished seed "
+        "(n = 1 each)."
+    )
+    return side_by_side(maps, caption + end)
+
+
+def side_by_side(maps: dict[str, np.ndarray], caption: str) -> Figure:
+    """Load over the mean [layers, experts] by name, a panel each."""
     rows, columns = -(-len(maps) // COLUMNS), min(COLUMNS, len(maps))
     layers = max(len(z) for z in maps.values())
     layout: dict[str, Any] = {
@@ -102,8 +111,6 @@ def _side_by_side(variants: dict[str, list[RunData]], end: str) -> Figure:
             figures.relative_load(
                 z,
                 name=figures.plain(variant),
-                zmin=-edge,
-                zmax=edge,
                 xaxis=f"x{suffix}",
                 yaxis=f"y{suffix}",
                 showscale=not index,
@@ -111,8 +118,12 @@ def _side_by_side(variants: dict[str, list[RunData]], end: str) -> Figure:
                 "<extra>%{fullData.name}</extra>",
             )
         )
-        layout[f"yaxis{suffix}"] = {"autorange": "reversed", "dtick": max(1, layers // 8)}
-        layout[f"xaxis{suffix}"] = {"dtick": max(1, z.shape[1] // 8)}
+        layout[f"yaxis{suffix}"] = {
+            "title": {"text": "MoE layer"}, "autorange": "reversed", "dtick": max(1, layers // 8),
+        }  # fmt: skip
+        layout[f"xaxis{suffix}"] = {
+            "title": {"text": "expert"}, "dtick": max(1, z.shape[1] // 8),
+        }  # fmt: skip
         layout["annotations"].append(
             {
                 "text": figures.plain(variant),
@@ -125,14 +136,8 @@ def _side_by_side(variants: dict[str, list[RunData]], end: str) -> Figure:
                 "showarrow": False,
             }
         )
-    caption = (
-        "Load over the layer's mean in the last evaluation of each variant's first finished seed; "
-        "rows are MoE layers, columns experts."
-    )
-    spec = {"data": traces, "layout": layout}
-    return Figure(
-        spec, caption + end, height=90 + rows * (70 + 26 * layers), name="load-side-by-side"
-    )
+    height = 90 + rows * (110 + 26 * layers)
+    return Figure({"data": traces, "layout": layout}, caption, height, "load-side-by-side")
 
 
 def _renamed(block: Block, prefix: str) -> Block:

@@ -1,4 +1,4 @@
-"""What a sweep ran and how far it is, what came out, and what to beware of."""
+"""How a sweep came out, in a picture and a table; what to beware of; what it ran."""
 
 from collections import Counter
 from typing import Any
@@ -6,6 +6,10 @@ from typing import Any
 from moejax.analysis import health
 from moejax.analysis.outcomes import Outcome, by_name, interval, legend, marked, marks
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
+from moejax.analysis.pages.comparison import losses
+from moejax.analysis.pages.overview import QUARTER, at_end
+from moejax.analysis.pages.sweep_load import drop_rate, spread
+from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE, step_seconds
 from moejax.sweep.table import SURE
@@ -15,6 +19,7 @@ from moejax.train import units
 def page(sweep: SweepData) -> Page:
     finished = [trial for trial in sweep.trials if trial.finished]
     blocks: list[Block] = [Warning(sweep.stale)] if sweep.stale else []
+    blocks += _outcome(sweep)
     blocks.append(Text(_verdict(sweep)))
     if len(finished) < len(sweep.trials):
         missing = len(sweep.trials) - len(finished)
@@ -30,6 +35,53 @@ def page(sweep: SweepData) -> Page:
     blocks += _unfinished(sweep)
     blocks += [Table(("what ran", ""), _what(sweep)), _variants(sweep)]
     return Page("Overview", blocks)
+
+
+def _outcome(sweep: SweepData) -> list[Block]:
+    """Every variant's loss as a picture, and beside drops and balance as a table."""
+    measured = [v for v in sweep.summary["variants"] if v["mean"] is not None]
+    if not measured:
+        return []
+    unit = sweep.summary.get("unit", PER_BYTE)
+    header = (
+        "variant", "n", f"loss, {unit}", "dropped, training", "dropped, evaluation",
+        "busiest expert, training", "verdict",
+    )  # fmt: skip
+    rows = []
+    for v in measured:
+        runs = sweep.runs(v["variant"])
+        drops = [spread([100 * drop_rate(run, split) for run in runs], ".2f", " %")
+                 for split in ("train", "eval")]  # fmt: skip
+        busiest = spread([1 + at_end(run, "moe/max_vio") for run in runs], ".2f", " x")
+        cells = (interval(v), *drops, busiest, v.get("verdict") or "-")
+        rows.append((marked(v), str(len(v["seeds"])), *cells))
+    caption = (
+        "Means over n finished seeds with the half width of their 95 % interval. Training: "
+        f"{QUARTER}; evaluation: the last one. Busiest expert: load over the mean load."
+    )
+    return [
+        losses(measured, unit, "overview-losses"),
+        Table(header, rows, caption + legend(sweep.summary)),
+        Table(("made by", ""), _made(sweep)),
+    ]
+
+
+def _made(sweep: SweepData) -> list[tuple[str, str]]:
+    """Commit and command; seeds and overrides of the trials are in the tables below."""
+    runs = sweep_runs(sweep)
+    commits = sorted({str(run.saved.get("commit") or "unknown") for run in runs})
+    first = next((run.saved["command"] for run in runs if run.saved.get("command")), "unknown")
+    return [
+        ("seeds", ", ".join(map(str, sorted({trial.seed for trial in sweep.trials})))),
+        ("commit", ", ".join(commits)),
+        ("command", f"moejax sweep --experiment={sweep.experiment} --workdir={sweep.folder}"),
+        ("that of the first trial", first),
+    ]
+
+
+def sweep_runs(sweep: SweepData) -> list[RunData]:
+    """The finished runs of all variants."""
+    return [run for variant in sweep.variants for run in sweep.runs(variant)]
 
 
 def _verdict(sweep: SweepData) -> str:
@@ -116,9 +168,7 @@ def _unfinished(sweep: SweepData) -> list[Block]:
 
 def _what(sweep: SweepData) -> list[tuple[str, str]]:
     rows = [("experiment", sweep.experiment), ("folder", str(sweep.folder))]
-    seeds = sorted({trial.seed for trial in sweep.trials})
-    rows.append(("seeds", ", ".join(map(str, seeds))))
-    runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
+    runs = sweep_runs(sweep)
     if runs:
         first = runs[0]
         of, batch = first.units, first.field("train.batch_size", 0)

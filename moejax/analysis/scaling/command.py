@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
+from moejax.files import replaced
 
 
 def add_command(commands: Any) -> None:
@@ -80,6 +81,5 @@ def _new_file(flag: str, text: str | None) -> Path | None:
 
 def _replace(path: Path, write: Any) -> None:
     """Writes a file that is there as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        write(temporary)

@@ -12,6 +12,7 @@ from moejax.analysis.scaling.study import Study
 from moejax.analysis.scaling.table import number
 from moejax.errors import UserError
 from moejax.sweep.figure import COLOURS
+from moejax.train import scales
 from moejax.train.summary import QUIET, STYLE
 
 _COLOURS = COLOURS[1:]
@@ -31,6 +32,8 @@ def figure(study: Study) -> Any:
         sizes = sorted({run.size for each in study.routers for run in each.runs})
         colours = {size: _COLOURS[i % len(_COLOURS)] for i, size in enumerate(sizes)}
         labels: list[list[Label]] = []
+        shown = [run.loss for each in study.routers for run in each.runs]
+        least = scales.least_loss(study.source.unit, shown)
         for axes, each in zip(panels, study.routers, strict=True):
             axes.set_title(each.router)
             labels.append([])
@@ -39,8 +42,10 @@ def figure(study: Study) -> Any:
                 _points(axes, own, 1.0, colours[size])
                 labels[-1].append(_law(axes, each.law, own, 1.0, colours[size], number(size)))
         panels[0].set_ylabel(f"final held-out loss, {study.source.unit}")
-        _finish(panels, labels, [run.experts for each in study.routers for run in each.runs])
-        _note(drawn, f"{study.source.name}: points are runs, lines the fitted law, a colour is N")
+        experts = [run.experts for each in study.routers for run in each.runs]
+        _finish(panels, labels, experts, least)
+        text = f"{study.source.name}: points are {len(shown)} runs, lines the fitted law"
+        _note(drawn, f"{text}, a colour is N; losses on a logarithmic axis of {least:.2g} or more")
         return drawn
 
 
@@ -70,10 +75,11 @@ def beside(study: Study, other: Source) -> Any:
                 labels[-1] += _relative(axes, source, router, law, colour)
             axes.set_title(source.name)
             axes.axhline(1.0, color=QUIET, linewidth=0.8, zorder=1)
-        panels[0].set_ylabel("held-out loss / that of E = 1 at the same size")
+        panels[0].set_ylabel("held-out loss / that of E = 1 at the same size, ratio")
         runs = [run for source, laws in sides for router in laws for run in source.of(router)]
-        _finish(panels, labels, [run.experts for run in runs])
-        _note(drawn, "points are runs, lines the fitted law; hollow and dashed: the largest size")
+        _finish(panels, labels, [run.experts for run in runs], scales.RELATIVE)
+        text = f"points are {len(runs)} runs, lines the fitted law"
+        _note(drawn, f"{text}; hollow and dashed: the largest size; logarithmic axes")
         return drawn
 
 
@@ -135,8 +141,10 @@ def _law(
     return max(experts), float(values[-1]), text, colour
 
 
-def _finish(panels: Sequence[Any], labels: Sequence[list[Label]], experts: Sequence[int]) -> None:
-    """Scales, then the labels, which are moved apart where they would cover each other."""
+def _finish(
+    panels: Sequence[Any], labels: Sequence[list[Label]], experts: Sequence[int], least: float
+) -> None:
+    """Scales, losses over at least ``least``, then the labels, moved apart where they touch."""
     from matplotlib import ticker
 
     first, last = min(experts), max(experts)
@@ -150,7 +158,10 @@ def _finish(panels: Sequence[Any], labels: Sequence[list[Label]], experts: Seque
         axes.yaxis.set_major_locator(ticker.MaxNLocator(8))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_xlabel("experts E")
+        axes.set_xlabel("experts E, number")
+    low, high = panels[0].get_ylim()
+    if high - low < least:
+        panels[0].set_ylim(scales.span([low, high], least))  # all panels share it
     low, high = np.log(panels[0].get_ylim())
     for axes, own in zip(panels, labels, strict=True):
         below = -1.0

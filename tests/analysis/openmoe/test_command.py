@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     text = runs.write_text(folder / "text", letters=600)
     command = runs.command(
         folder / "run", text, train__steps=STEPS, train__checkpoint_every=2,
-        train__keep_checkpoints=3, moe__gate__name="mixtral", mesh__expert=1,
+        train__keep_checkpoints=3, moe__gate__name="top_k", mesh__expert=1,
         report__probe_rows=16,
     )  # fmt: skip
     assert runs.call(command).status == 0
@@ -138,7 +138,7 @@ def test_texts_too_short_for_intervals_and_of_one_name_are_refused(run):
 @pytest.mark.slow
 def test_a_dense_run_has_no_findings(run):
     command = runs.command(
-        run / "dense", run / "text", train__steps=1, moe__every=0, moe__gate__name="mixtral"
+        run / "dense", run / "text", train__steps=1, moe__every=0, moe__gate__name="top_k"
     )
     assert runs.call(command).status == 0
     runs.refused(["report", str(run / "dense"), "--openmoe"], "moe.every=0", "routes nothing")

@@ -20,7 +20,7 @@ def task(gate, **fields):
 
 @pytest.mark.parametrize(
     ("gate", "other"),
-    [("mixtral", 1), ("switch", 2), ("dselect_k", None), ("hash", None)],
+    [("top_k", 1), ("switch", 2), ("dselect_k", None), ("hash", None)],
 )
 def test_another_number_of_choices_is_tried_where_the_parameters_allow_it(gate, other):
     """DSelect-k has a selector for each of its k choices."""
@@ -29,7 +29,7 @@ def test_another_number_of_choices_is_tried_where_the_parameters_allow_it(gate, 
 
 
 def test_an_arm_changes_how_slots_are_given_out_and_nothing_else():
-    before = task("mixtral", **{"moe.group": "4", "moe.priority": "choice", "moe.reroute": 1})
+    before = task("top_k", **{"moe.group": "4", "moe.priority": "choice", "moe.reroute": 1})
     moe = variant(before, Arm(2.0)).model.moe
     assert (moe.eval_transport, moe.eval_capacity_factor) == ("cells", 2.0)
     assert (moe.group, moe.priority, moe.reroute) == ("sequence", "position", 0)

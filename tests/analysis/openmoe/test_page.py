@@ -18,6 +18,10 @@ from tests.analysis.openmoe.routings import E, first_come, routed, tokens
 
 @pytest.fixture(scope="module")
 def found():
+    return measured()
+
+
+def measured() -> Measured:
     """A router of token ids; with 40 rows positions occur too rarely to be counted."""
     token_NL = tokens(rows=40)
     expert = (token_NL % E)[None, ..., None]

@@ -133,6 +133,14 @@ def test_the_picture_has_every_run_once_and_a_law_per_size(tmp_path: Path):
         assert {text.get_text() for text in axes.texts} == {"15M", "55M", "370M", "1.3B"}
 
 
+def test_losses_that_are_close_look_close():
+    _, panels = figure._panels(1)
+    panels[0].plot([1, 8], [2.0, 2.004])
+    figure._finish(panels, [[]], [1, 8], least=0.05)
+    low, high = panels[0].get_ylim()
+    assert 0.004 / (high - low) < 0.1 and low < 2.0 < 2.004 < high
+
+
 def test_beside_each_other_losses_are_relative_to_one_expert_and_names_share_colours(
     tmp_path: Path,
 ):

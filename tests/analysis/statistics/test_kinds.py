@@ -59,6 +59,12 @@ def test_favourites_are_frequent_kinds_of_lift_above_1_best_first():
     assert favourites(COUNTS, TOKENS, least=11, most=5) == [[], []]
 
 
+def test_kinds_that_go_where_all_tokens_go_are_nobodys_favourites():
+    counts = np.array([[2, 6], [1, 3]])
+    assert lift(counts).tolist() == [[1, 1], [1, 1]]
+    assert favourites(counts, counts.sum(axis=1), least=1, most=5) == [[], []]
+
+
 def test_the_peak_share_is_a_mean_over_frequent_kinds():
     assert peak_share(COUNTS, TOKENS, least=1) == pytest.approx((0.8 + 0.9 + 0.75) / 3)
     assert peak_share(COUNTS, TOKENS, least=10) == pytest.approx((0.8 + 0.9) / 2)

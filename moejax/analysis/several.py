@@ -1,0 +1,144 @@
+"""Several runs, or several sweeps, beside each other: what differs, and how each came out.
+
+Refused is what cannot be compared: runs beside sweeps, other tasks, other units of loss. Runs on
+other data are shown, but no difference of their losses is taken.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from moejax.analysis.run import RunData
+from moejax.analysis.sweep import SweepData
+from moejax.errors import UserError
+from moejax.train.units import PER_TOKEN
+
+MOST = 8
+"""As many as there are colours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """Runs or sweeps of one kind, with names that differ; losses are in ``unit``."""
+
+    names: tuple[str, ...]
+    found: tuple[RunData, ...] | tuple[SweepData, ...]
+    unit: str
+    same_data: bool
+
+    @property
+    def runs(self) -> dict[str, RunData]:
+        """The runs by name; empty of sweeps."""
+        return {
+            name: each
+            for name, each in zip(self.names, self.found, strict=True)
+            if isinstance(each, RunData)
+        }
+
+    @property
+    def sweeps(self) -> dict[str, SweepData]:
+        """The sweeps by name; empty of runs."""
+        return {
+            name: each
+            for name, each in zip(self.names, self.found, strict=True)
+            if isinstance(each, SweepData)
+        }
+
+
+def beside(found: Sequence[RunData | SweepData]) -> Several:
+    """What was read from several folders, ready to be compared.
+
+    Raises:
+      UserError: they cannot be compared, or they are too many.
+    """
+    if len(found) > MOST:
+        raise UserError(f"{len(found)} folders are too many to compare; name at most {MOST}")
+    folders = [_folder(each) for each in found]
+    for place, folder in enumerate(folders):
+        if folder.resolve() in {other.resolve() for other in folders[:place]}:
+            raise UserError(f"{folder} is named twice; name different folders to compare them")
+    runs = [each for each in found if isinstance(each, RunData)]
+    if len(runs) not in (0, len(found)):
+        run = runs[0].workdir
+        sweep = next(each.folder for each in found if isinstance(each, SweepData))
+        raise UserError(
+            f"{run} is a run and {sweep} is a sweep, which cannot be compared; name one of the "
+            f"sweep's trials, below {sweep}/trials/, or two sweeps"
+        )
+    samples = [_samples(each) for each in found]
+    for folder, of_it in zip(folders, samples, strict=True):
+        if not of_it:
+            raise UserError(f"{folder} has no trial that has begun: there is nothing to compare")
+    _check_tasks(folders, samples)
+    if runs:
+        shown = tuple(_in_one_unit(runs))
+        unit = _one_unit(folders, [run.units.loss for run in shown])
+        named: tuple[RunData, ...] | tuple[SweepData, ...] = shown
+    else:
+        named = tuple(each for each in found if isinstance(each, SweepData))
+        unit = _one_unit(folders, [each.summary.get("unit", "?") for each in named])
+    prints = [{str(run.saved.get("fingerprint")) for run in of_it} for of_it in samples]
+    return Several(_names(folders), named, unit, len(set.union(*prints)) == 1)
+
+
+def _folder(each: RunData | SweepData) -> Path:
+    return each.workdir if isinstance(each, RunData) else each.folder
+
+
+def _samples(each: RunData | SweepData) -> list[RunData]:
+    """The run itself, or the runs of all trials that have begun."""
+    if isinstance(each, RunData):
+        return [each]
+    return [trial.run for trial in each.trials if trial.run]
+
+
+def _check_tasks(folders: Sequence[Path], samples: Sequence[list[RunData]]) -> None:
+    tasks = [str(of_it[0].field("task.name", "language")) for of_it in samples]
+    for folder, task in zip(folders, tasks, strict=True):
+        if task != tasks[0]:
+            raise UserError(
+                f"{folders[0]} has task.name={tasks[0]!r} and {folder} has task.name={task!r}: "
+                "their losses are of different things and cannot be compared"
+            )
+
+
+def _in_one_unit(runs: Sequence[RunData]) -> Sequence[RunData]:
+    """The runs as they are where their tokens are the same, or else per byte.
+
+    Raises:
+      UserError: nats per token of different tokens, of which the bytes are not known.
+    """
+    tokens = {
+        (run.units.loss, run.field("data.tokenizer"), run.saved.get("heldout_bytes_per_token"))
+        for run in runs
+    }
+    if len(tokens) == 1:
+        return runs
+    shown = [run.per_byte() for run in runs]
+    for run in shown:
+        if run.units.loss == PER_TOKEN:
+            raise UserError(
+                f"the losses of {run.workdir} are in {PER_TOKEN} of tokens that the others do not "
+                "have, and no evaluation of it says bits per byte: they cannot be compared"
+            )
+    return shown
+
+
+def _one_unit(folders: Sequence[Path], units: Sequence[str]) -> str:
+    for folder, unit in zip(folders, units, strict=True):
+        if unit != units[0]:
+            raise UserError(
+                f"the losses of {folders[0]} are in {units[0]} and those of {folder} in {unit}, "
+                "and not known in one unit: they cannot be compared"
+            )
+    return units[0]
+
+
+def _names(folders: Sequence[Path]) -> tuple[str, ...]:
+    """The folders' own names, with as many of their parents as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(map(str, folders))

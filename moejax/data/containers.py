@@ -1,0 +1,201 @@
+"""Files that are no text, told by their names and first bytes, so that none is trained on as text.
+
+The list names what texts commonly come in (JSON lines, Parquet, archives, arrays of token ids) and
+what commonly lies beside them. A file of a kind that is not listed is read as text; one that does
+not look like text is counted by ``census``.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from moejax.errors import UserError
+
+HEAD = 1 << 16
+LONGEST_LINE = 1 << 24
+"""Of a line of JSON that is looked for in a file without a telling name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a file looks like, and how its text is got at."""
+
+    name: str
+    remedy: str
+
+
+def _records(name: str, how: str) -> Kind:
+    return Kind(name, f"write the text of each record to a .txt file of its own ({how})")
+
+
+def _packed(name: str, command: str) -> Kind:
+    return Kind(name, f"unpack it first ({command})")
+
+
+def _converted(name: str, command: str) -> Kind:
+    return Kind(name, f"convert it to text first ({command})")
+
+
+def _no_text(name: str) -> Kind:
+    return Kind(name, "name the text it was made from")
+
+
+JSON_LINES = _records("JSON lines", "json.loads(line)['text'] in Python")
+JSON_LIST = _records("a JSON list of records", "json.load(file)[i]['text'] in Python")
+PARQUET = _records("Parquet", "pyarrow.parquet.read_table(FILE)['text'].to_pylist()")
+ARROW = _records(
+    "Arrow, as in a Hugging Face dataset", "datasets.load_from_disk(FOLDER)['train']['text']"
+)
+RECORDS = _records("a file of serialised records", "with the library that wrote it")
+GZIP, ZSTD = _packed("gzip", "gunzip"), _packed("Zstandard", "zstd -d")
+XZ, BZIP2, LZ4 = _packed("xz", "xz -d"), _packed("bzip2", "bunzip2"), _packed("LZ4", "lz4 -d")
+COMPRESSED = _packed("a compressed file", "with the program that wrote it")
+ZIP, TAR = _packed("a zip archive", "unzip"), _packed("a tar archive", "tar -xf")
+SEVEN, RAR = _packed("a 7z archive", "7z x"), _packed("a RAR archive", "unrar x")
+PDF = _converted("PDF", "pdftotext")
+OFFICE = _converted("an office document or e-book", "pandoc -t plain")
+NUMPY = _no_text("a NumPy array")
+IDS = Kind(
+    "token ids or another array of numbers",
+    "name the text it was made from, or the folder that `moejax data prepare` wrote",
+)
+WEIGHTS = _no_text("weights of a model")
+PICKLE = _no_text("a Python pickle")
+DATABASE = _records("a database", "with a query")
+MEDIA = Kind("a picture, sound or film", "keep text files only")
+PROGRAM = Kind("a compiled program", "keep text files only")
+
+# Not here: .pt, .so and .ps, which are languages too; their first bytes tell.
+SUFFIXES: dict[str, Kind] = {
+    suffix: kind
+    for kind, suffixes in (
+        (JSON_LINES, "jsonl ndjson jsonlines"),
+        (PARQUET, "parquet pq"),
+        (ARROW, "arrow feather"),
+        (RECORDS, "tfrecord tfrecords mds avro orc msgpack recordio array_record lance"),
+        (GZIP, "gz tgz gzip"),
+        (ZSTD, "zst zstd"),
+        (XZ, "xz lzma txz"),
+        (BZIP2, "bz2 tbz2"),
+        (LZ4, "lz4"),
+        (COMPRESSED, "br sz snappy"),
+        (ZIP, "zip jar whl"),
+        (TAR, "tar"),
+        (SEVEN, "7z"),
+        (RAR, "rar"),
+        (PDF, "pdf djvu"),
+        (OFFICE, "doc docx odt rtf epub mobi xls xlsx ppt pptx"),
+        (NUMPY, "npy npz"),
+        (IDS, "bin idx"),
+        (WEIGHTS, "safetensors gguf pth ckpt onnx h5 hdf5"),
+        (PICKLE, "pkl pickle joblib"),
+        (DATABASE, "db sqlite sqlite3 mdb lmdb duckdb"),
+        (MEDIA, "png jpg jpeg gif bmp webp tif tiff ico mp3 wav flac ogg mp4 mkv avi mov webm"),
+        (PROGRAM, "exe dll dylib pyc wasm"),
+    )
+    for suffix in suffixes.split()
+}
+
+MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
+    (0, b"PAR1", PARQUET),
+    (0, b"ARROW1", ARROW),
+    (0, b"\xff\xff\xff\xff", ARROW),
+    (0, b"ORC", RECORDS),
+    (0, b"Obj\x01", RECORDS),
+    (0, b"\x1f\x8b", GZIP),
+    (0, b"\x28\xb5\x2f\xfd", ZSTD),
+    (0, b"\xfd7zXZ\x00", XZ),
+    (0, b"BZh", BZIP2),
+    (0, b"\x04\x22\x4d\x18", LZ4),
+    (0, b"PK\x03\x04", ZIP),
+    (0, b"PK\x05\x06", ZIP),
+    (257, b"ustar", TAR),
+    (0, b"7z\xbc\xaf\x27\x1c", SEVEN),
+    (0, b"Rar!\x1a\x07", RAR),
+    (0, b"%PDF-", PDF),
+    (0, b"%!PS", PDF),
+    (0, b"{\\rtf", OFFICE),
+    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", OFFICE),
+    (0, b"\x93NUMPY", NUMPY),
+    (0, b"GGUF", WEIGHTS),
+    (0, b"\x89HDF\r\n\x1a\n", WEIGHTS),
+    (8, b'{"', WEIGHTS),  # safetensors: the length of a JSON header, then the header
+    (0, b"\x80\x02", PICKLE),
+    (0, b"\x80\x03", PICKLE),
+    (0, b"\x80\x04\x95", PICKLE),
+    (0, b"\x80\x05\x95", PICKLE),
+    (0, b"SQLite format 3\x00", DATABASE),
+    (0, b"\x89PNG\r\n\x1a\n", MEDIA),
+    (0, b"\xff\xd8\xff", MEDIA),
+    (0, b"GIF87a", MEDIA),
+    (0, b"GIF89a", MEDIA),
+    (0, b"RIFF", MEDIA),
+    (0, b"OggS", MEDIA),
+    (0, b"fLaC", MEDIA),
+    (4, b"ftyp", MEDIA),
+    (0, b"\x7fELF", PROGRAM),
+    (0, b"\x00asm", PROGRAM),
+    (0, b"\xca\xfe\xba\xbe", PROGRAM),
+)
+NEEDS_ZERO = (b'{"', b"ftyp", b"RIFF", b"BZh", b"ORC")
+"""Marks that text may begin with: they count where a byte 0, which text does not hold, is near."""
+
+
+def refuse_containers(paths: Sequence[str], field: str) -> None:
+    """Refuses files that are no text.
+
+    Raises:
+      UserError: naming the first of them; or a file that cannot be read.
+    """
+    found: list[tuple[str, Kind]] = []
+    for path in paths:
+        try:
+            kind = kind_of(path)
+        except OSError as error:
+            raise UserError(f"{field}: cannot read {path!r}: {error.strerror}") from error
+        if kind:
+            found.append((path, kind))
+    if not found:
+        return
+    path, kind = found[0]
+    more = f" (nor are {len(found) - 1} more of {len(paths)} files)" if len(found) > 1 else ""
+    aside = "" if len(paths) == 1 else ", or move what is no text out of the folder"
+    raise UserError(
+        f"{field}: {path!r} looks like {kind.name}, which is no text{more}; {kind.remedy}{aside}"
+    )
+
+
+def kind_of(path: str) -> Kind | None:
+    """What a file is if it is known not to be text, by its name and its first bytes."""
+    suffix = os.path.splitext(path)[1].lower().lstrip(".")
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+        for at, mark, kind in MAGIC:
+            if head[at : at + len(mark)] == mark and (
+                mark not in NEEDS_ZERO or b"\0" in head[: at + len(mark) + 8]
+            ):
+                return kind
+        text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if text.startswith(b"{") and _is_json_lines(text, file):
+            return JSON_LINES
+    if suffix == "json" and re.match(rb"\[\s*\{\s*\"", text):
+        return JSON_LIST
+    return None
+
+
+def _is_json_lines(head: bytes, file: BinaryIO) -> bool:
+    """Whether the first line is a JSON object of its own and the next one begins another."""
+    if b"\n" not in head:
+        head += file.read(LONGEST_LINE)
+    first, _, rest = head.partition(b"\n")
+    if not rest.lstrip().startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False

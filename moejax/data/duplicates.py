@@ -1,0 +1,193 @@
+"""Text that occurs twice: near copies among documents, and what two sides of a split share.
+
+Documents are compared by their shingles, as Broder (1997, "On the resemblance and containment of
+documents") does: a document is the set of its windows of 32 bytes, of which those whose hash is 0
+modulo 16 are kept (his sketch V), and the containment of A in B is the share of A's sketch that is
+in B's. Lee et al. (2022, "Deduplicating training data makes language models better", arXiv
+2107.06499) remove near copies the same way, at 0.8, by MinHash of the resemblance; containment also
+finds a short table that a longer one holds. The overlap of two sides is counted on the windows
+themselves, as they do for exact substrings, of 50 bytes.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8, UInt64
+
+from moejax.data.documents import Document
+
+SHINGLE, SAMPLED_BITS = 32, 4
+COPY = 0.8
+"""Containment from which a document is a near copy."""
+RELATED = 1000
+"""Documents that share about so many shingles belong to one group."""
+WINDOW = 50
+MOST_TRAIN, MOST_HELDOUT = 1 << 27, 1 << 22
+"""Bytes of each side that ``overlap`` compares, at most; of more, evenly spread stretches."""
+STRETCH = 1 << 20
+
+_BASE = 0x9E3779B97F4A7C15
+_WORD = 1 << 64
+
+
+def window_hashes(text: UInt8[np.ndarray, " N"], width: int) -> UInt64[np.ndarray, " M"]:
+    """A hash of every window of `width` bytes: the polynomial of its bytes modulo 2^64.
+
+    Windows of 1, 2, 4, ... bytes are made of two of half the width, and those that `width` is the
+    sum of are joined. The upper bits are the good ones.
+    """
+    power = text.astype(np.uint64) + np.uint64(1)
+    found, done, size = None, 0, 1
+    while True:
+        if width & size:
+            found = power if found is None else _join(found, power, done, size)
+            done += size
+        if done == width:
+            assert found is not None
+            return found
+        power, size = _join(power, power, size, size), 2 * size
+
+
+def _join(left: np.ndarray, right: np.ndarray, width: int, right_width: int) -> np.ndarray:
+    """Hashes of windows of `width` bytes and, behind these, `right_width` more."""
+    count = max(min(len(left), len(right) - width), 0)
+    factor = np.uint64(pow(_BASE, right_width, _WORD))
+    return left[:count] * factor + right[width : width + count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Related:
+    """Documents without near copies, and a name for the group of each.
+
+    ``copies``: names of the near copies that were left out.
+    """
+
+    documents: tuple[Document, ...]
+    groups: dict[str, str]
+    copies: tuple[str, ...]
+
+
+def without_copies(documents: Sequence[Document]) -> Related:
+    """Leaves out near copies and puts together what belongs together.
+
+    A document is a near copy if a larger one (or one of its size with an earlier name) that stays
+    contains 80 % of it. Those that stay and are below the same folder are one group, and so are
+    those that share about 1,000 shingles or more.
+    """
+    shared, sizes = _shared_shingles(documents)
+    kept: list[int] = []
+    copies = set()
+    for i in sorted(range(len(documents)), key=lambda i: (-documents[i].size, documents[i].name)):
+        begin, end = shared.indptr[i : i + 2]
+        common = dict(zip(shared.indices[begin:end], shared.data[begin:end], strict=True))
+        most = max((common.get(j, 0) for j in kept), default=0)
+        if sizes[i] and most >= COPY * sizes[i]:
+            copies.add(i)
+        else:
+            kept.append(i)
+    kept.sort()
+    labels = _groups([documents[i] for i in kept], shared[kept][:, kept])
+    groups = {documents[i].name: label for i, label in zip(kept, labels, strict=True)}
+    names = tuple(documents[i].name for i in sorted(copies))
+    return Related(tuple(documents[i] for i in kept), groups, names)
+
+
+def _shared_shingles(documents: Sequence[Document]) -> tuple[Any, np.ndarray]:
+    """How many sampled shingles each two documents share, as a sparse matrix, and each has."""
+    from scipy import sparse  # as slow to import as it is seldom needed
+
+    sketches = [_sketch(document.read()) for document in documents]
+    sizes = np.array([len(sketch) for sketch in sketches])
+    _, column = np.unique(np.concatenate(sketches), return_inverse=True)
+    row = np.repeat(np.arange(len(documents)), sizes)
+    has = sparse.csr_matrix((np.ones(len(row), np.int32), (row, column)))
+    return (has @ has.T).tocsr(), sizes
+
+
+def _sketch(data: bytes) -> np.ndarray:
+    hashes = window_hashes(np.frombuffer(data, np.uint8), SHINGLE)
+    return np.unique(hashes[hashes >> np.uint64(64 - SAMPLED_BITS) == 0])
+
+
+def _groups(documents: Sequence[Document], shared: Any) -> list[str]:
+    """Each document's group, by the name of its first document."""
+    from scipy import sparse
+
+    first_below: dict[str, int] = {}
+    top = [document.name.partition("/")[0] for document in documents]
+    same_folder = [first_below.setdefault(name, i) for i, name in enumerate(top)]
+    many = shared.tocoo()
+    strong = many.data * (1 << SAMPLED_BITS) >= RELATED
+    rows = np.concatenate([np.arange(len(documents)), many.row[strong]])
+    columns = np.concatenate([same_folder, many.col[strong]])
+    edges = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(documents),) * 2)
+    _, label = sparse.csgraph.connected_components(edges, directed=False)
+    first: dict[int, str] = {}
+    return [first.setdefault(int(k), d.name) for k, d in zip(label, documents, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """The share of held-out bytes that lie in a window of 50 that training has, byte for byte.
+
+    ``train_bytes`` and ``heldout_bytes`` were compared. ``complete``: these are all there are. If
+    they are not, more of the training text can only raise the share.
+    """
+
+    share: float
+    window: int
+    train_bytes: int
+    heldout_bytes: int
+    complete: bool
+
+
+def overlap(train: Sequence[Document], heldout: Sequence[Document]) -> Overlap:
+    """Compares the sides of a split, at most 128 MiB of one with at most 4 MiB of the other."""
+    held = [text for text, _ in _stretches(heldout, MOST_HELDOUT, MOST_HELDOUT, 0)]
+    hashes = [window_hashes(text, WINDOW) for text in held]
+    wanted = np.unique(np.concatenate(hashes))
+    # Most windows of the training text are told apart from the wanted ones by 24 bits of the hash.
+    likely = np.zeros(1 << 24, bool)
+    likely[wanted >> np.uint64(40)] = True
+    found, train_bytes = [], 0
+    for text, size in _stretches(train, MOST_TRAIN, STRETCH, WINDOW - 1):
+        train_bytes += size
+        own = window_hashes(text, WINDOW)
+        found.append(np.unique(own[likely[own >> np.uint64(40)]]))
+    there = np.intersect1d(wanted, np.concatenate(found))
+    covered = sum(_covered(len(x), h, there) for x, h in zip(held, hashes, strict=True))
+    heldout_bytes = sum(map(len, held))
+    every = sum(document.size for document in (*train, *heldout))
+    complete = train_bytes + heldout_bytes == every
+    return Overlap(covered / heldout_bytes, WINDOW, train_bytes, heldout_bytes, complete)
+
+
+def _covered(size: int, hashes: np.ndarray, there: np.ndarray) -> int:
+    """Bytes of a text that lie in a window whose hash is there."""
+    begins = np.flatnonzero(np.isin(hashes, there))
+    change = np.zeros(size + 1, np.int32)
+    change[begins] += 1
+    change[begins + WINDOW] -= 1
+    return int(np.count_nonzero(np.cumsum(change[:-1])))
+
+
+def _stretches(
+    documents: Sequence[Document], most: int, stretch: int, beyond: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """All of the documents in stretches; of more than `most` bytes some, evenly spread.
+
+    Each comes with its size, and with up to `beyond` bytes that follow it in its document.
+    """
+    share = min(most / max(sum(document.size for document in documents), 1), 1.0)
+    seen = taken = 0
+    for document in documents:
+        for begin in range(0, document.size, stretch):
+            size = min(stretch, document.size - begin)
+            if taken <= share * seen:
+                taken += size
+                whole = min(size + beyond, document.size - begin)
+                part = dataclasses.replace(document, start=document.start + begin, size=whole)
+                yield np.frombuffer(part.read(), np.uint8), size
+            seen += size

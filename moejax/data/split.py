@@ -1,0 +1,239 @@
+"""Holding out a share of a text: by its own names, by a text of its own, or by a hash of names."""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from moejax.data.builtin import builtin_documents, builtin_name, builtin_text
+from moejax.data.documents import Document, character_start, find_documents
+from moejax.data.image_folder import EVAL_FOLDERS
+from moejax.errors import UserError
+
+_COUNT_SALT = b"moejax held-out split 1\0"
+"""Of the split by documents, as in version 0.1.0."""
+
+# Any fixed value would do. Of 2.1, 2.2, ... this is the first with which the built-in corpus's only
+# English file is trained on and no group is more than an eighth of the held-out side.
+_SPLIT_SALT = b"moejax held-out split 2.7\0"
+
+TRAIN_NAMES = ("train", "training")
+SIDE = re.compile(
+    rf"(?:[\w-]+\.)?({'|'.join((*TRAIN_NAMES, *EVAL_FOLDERS))})(?:[-_.]?\d[\w-]*)?(?:\.\w+)?"
+)
+"""The name of a file of one side: train.txt, wiki.valid.tokens, test-00000-of-00002.txt."""
+MOST_BESIDE = 0.1
+"""Share of the bytes that may lie beside the sides: with more, the names mean something else."""
+FILLED = 0.9
+"""Once so much of the share is held out, no further document is looked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The documents that are trained on and those that are held out.
+
+    ``rule`` says in words how they were told apart. ``unread``: documents on neither side.
+    """
+
+    train: tuple[Document, ...]
+    heldout: tuple[Document, ...]
+    rule: str = ""
+    unread: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Documents before they are tokens: their split, and near copies that were left out of it."""
+
+    name: str
+    split: Split
+    copies: int = 0
+
+
+def open_text(path: str, eval_fraction: float, eval_path: str = "", unit: str = "bytes") -> Text:
+    """The text at `path` (empty: built-in) and its split, before tokenising.
+
+    ``unit``: what `eval_fraction` is a share of. "documents" splits as version 0.1.0 did: near
+    copies stay, and names of sides mean nothing (see ``split_by_count``).
+    """
+    own: Sequence[Document] = find_documents(eval_path, "data.eval_path") if eval_path else ()
+    name = os.path.basename(os.path.abspath(os.path.expanduser(path))) if path else builtin_name()
+    if unit == "documents" and not own:
+        documents = find_documents(path) if path else builtin_documents()
+        return Text(name, split_by_count(documents, eval_fraction))
+    if path:
+        return Text(name, split_text(find_documents(path), eval_fraction, own))
+    related = builtin_text()
+    if own:
+        split = split_text(related.documents, eval_fraction, own)
+    else:
+        split = split_documents(related.documents, eval_fraction, related.groups)
+    return Text(name, split, len(related.copies))
+
+
+def split_text(
+    documents: Sequence[Document],
+    eval_fraction: float,
+    own: Sequence[Document] = (),
+    groups: Mapping[str, str] | None = None,
+) -> Split:
+    """Trains on some documents and holds out others.
+
+    Held out is ``own`` if it is given; else what the names say (see ``named_sides``); else a share
+    of the bytes (see ``split_documents``). A document of ``own`` that is among the documents too is
+    not trained on.
+    """
+    check_fraction(eval_fraction)
+    sides = named_sides(documents)
+    if own:
+        held = {os.path.realpath(document.path) for document in own}
+        train = tuple(sides.train if sides else documents)
+        train = tuple(d for d in train if os.path.realpath(d.path) not in held)
+        if not train:
+            raise UserError(
+                "data.eval_path: it holds everything that data.path does, so that nothing is left "
+                "to train on; name another text"
+            )
+        unread = (
+            len(documents) - len(train) - sum(os.path.realpath(d.path) in held for d in documents)
+        )
+        return Split(train, tuple(own), "data.eval_path", unread)
+    return sides or split_documents(documents, eval_fraction, groups)
+
+
+def named_sides(documents: Sequence[Document]) -> Split | None:
+    """The sides of a corpus that has them: folders or files called train and validation.
+
+    Of the names of a held-out side (see ``EVAL_FOLDERS``) the first that is there counts; the
+    others, and what lies beside the sides, are not read. None if a side is missing or more than a
+    tenth of the bytes lie beside the sides: then the names mean something else.
+    """
+    sides: dict[str, list[Document]] = {}
+    beside = 0
+    for document in documents:
+        side = _side(document.name)
+        sides.setdefault(side, []).append(document)
+        beside += document.size if not side else 0
+    train = [d for name in TRAIN_NAMES for d in sides.get(name, ())]
+    name = next((name for name in EVAL_FOLDERS if name in sides), "")
+    if not train or not name or beside > MOST_BESIDE * sum(d.size for d in documents):
+        return None
+    heldout = sides[name]
+    unread = len(documents) - len(train) - len(heldout)
+    return Split(tuple(train), tuple(heldout), f"what is called {name!r}", unread)
+
+
+def _side(name: str) -> str:
+    """The side that a document's name says; empty if none."""
+    top, _, below = name.lower().partition("/")
+    if below:
+        return top if top in (*TRAIN_NAMES, *EVAL_FOLDERS) else ""
+    match = SIDE.fullmatch(top)
+    return match[1] if match else ""
+
+
+def check_fraction(eval_fraction: float) -> None:
+    """Raises UserError unless it is a share."""
+    if not 0.0 < eval_fraction < 1.0:
+        raise UserError(
+            f"data.eval_fraction: {eval_fraction} is not between 0 and 1 (both excluded)"
+        )
+
+
+def split_documents(
+    documents: Sequence[Document],
+    eval_fraction: float,
+    groups: Mapping[str, str] | None = None,
+) -> Split:
+    """Holds out `eval_fraction` of the bytes.
+
+    Documents are taken in the order of a hash of their names as long as they fit into the share.
+    If less than nine tenths of it are filled then, the end of the first document that did not fit
+    fills it up, so that a single document is cut. The choice depends on names and sizes alone.
+
+    With `groups` (a name for each document's) groups are taken whole, and none is cut: the next one
+    is taken if the share is missed by less with it than without.
+    """
+    check_fraction(eval_fraction)
+    if len(documents) == 1 and documents[0].size < 2:
+        raise UserError(
+            f"data.path: {documents[0].path!r} holds 1 byte; nothing is left to hold out"
+        )
+    total = sum(document.size for document in documents)
+    wanted = min(max(round(eval_fraction * total), 1), total - 1)
+    ranked = sorted(_by_group(documents, groups).items(), key=lambda item: _hash(item[0]))
+    held: set[str] = set()
+    missing, cut = wanted, None
+    for _, own in ranked:
+        size = sum(document.size for document in own)
+        if size <= missing:
+            held |= {document.name for document in own}
+            missing -= size
+        elif cut is None or (groups and size < sum(document.size for document in cut)):
+            cut = own
+        if missing <= (1 - FILLED) * wanted:
+            break
+    tail: list[Document] = []
+    if cut is not None and missing > (1 - FILLED) * wanted:
+        size = sum(document.size for document in cut)
+        if groups is None:
+            head, end = _cut(cut[0], missing)
+            tail, documents = [end], [head if d is cut[0] else d for d in documents]
+        elif size < 2 * missing and size < total - (wanted - missing):
+            held |= {document.name for document in cut}
+    return Split(
+        train=tuple(document for document in documents if document.name not in held),
+        heldout=tuple(
+            sorted(
+                [*(document for document in documents if document.name in held), *tail],
+                key=lambda document: os.fsencode(document.name),
+            )
+        ),
+        rule=f"{100 * eval_fraction:.3g}% of the bytes, by a hash of the names",
+    )
+
+
+def split_by_count(documents: Sequence[Document], eval_fraction: float) -> Split:
+    """Holds out `eval_fraction` of the documents, those with the smallest hashes of their names.
+
+    At least one document goes to either side. Of a single document the end is held out.
+    """
+    if len(documents) == 1:
+        return split_documents(documents, eval_fraction)
+    check_fraction(eval_fraction)
+    count = min(max(round(eval_fraction * len(documents)), 1), len(documents) - 1)
+    ranked = sorted(documents, key=lambda document: _hash(document.name, _COUNT_SALT))
+    heldout = {document.name for document in ranked[:count]}
+    return Split(
+        train=tuple(document for document in documents if document.name not in heldout),
+        heldout=tuple(document for document in documents if document.name in heldout),
+        rule=f"{100 * eval_fraction:.3g}% of the documents, by a hash of the names",
+    )
+
+
+def _by_group(
+    documents: Sequence[Document], groups: Mapping[str, str] | None
+) -> dict[str, list[Document]]:
+    found: dict[str, list[Document]] = {}
+    for document in documents:
+        key = groups[document.name] if groups else document.name
+        found.setdefault(key, []).append(document)
+    return found
+
+
+def _hash(name: str, salt: bytes = _SPLIT_SALT) -> bytes:
+    return hashlib.sha256(salt + os.fsencode(name)).digest()
+
+
+def _cut(document: Document, tail: int) -> tuple[Document, Document]:
+    """Head and tail of one document, cut where no UTF-8 character is torn."""
+    cut = max(document.size - tail, 1)
+    # A character begins at most three bytes before any of its own.
+    near = dataclasses.replace(
+        document, start=document.start + max(cut - 3, 0), size=min(cut, 3) + 1
+    )
+    cut = max(cut - min(cut, 3) + character_start(near.read(), min(cut, 3)), 1)
+    head = dataclasses.replace(document, size=cut)
+    end = dataclasses.replace(document, size=document.size - cut, start=document.start + cut)
+    return head, end

@@ -1,0 +1,239 @@
+"""Files as runs write them: JSON lines, and files that are there whole or not at all.
+
+A row of JSON lines is one write of one line, so a killed run leaves whole rows and at most one torn
+last line. Floats read back exactly; those that JSON cannot write become the strings "NaN",
+"Infinity" and "-Infinity", which Python's ``float`` and JavaScript's ``Number`` accept and `revive`
+turns back.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.errors import UserError
+
+Row = dict[str, Any]
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_BLOCK = 1 << 16
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""A disk or a quota that is full, one that cannot be written to, a file as large as it may be."""
+
+
+def cannot_write(path: str | Path, error: OSError) -> str:
+    """A line about a file that could not be written, with the remedy."""
+    why = error.strerror or str(error)
+    return f"{path} cannot be written: {why}; make room or mend the disk and run again"
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Inside, what cannot be written is one line that names the file.
+
+    Raises:
+      UserError: in the place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from error
+
+
+@contextlib.contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """A file to write in the place of ``path``, which it takes in one rename when all is there.
+
+    Whatever goes wrong inside, ``path`` stays as it was and nothing is left beside it. It is there
+    after a power cut, too. Its name is hidden until then: a folder that holds nothing else counts
+    as empty.
+
+    Raises:
+      UserError: in the place of OSError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _sync(path: Path) -> None:
+    """Blocks until a file or a folder is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file of text (UTF-8, its line ends as they are) or bytes."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object that people may read."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- JSON that carries a digest
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a digest of itself.
+
+    Raises:
+      TypeError: if it holds something that JSON does not.
+    """
+    plain_body = json.loads(json.dumps(body))  # tuples become lists, so that the digest holds later
+    return {**plain_body, "digest": _digest(plain_body)}
+
+
+def unsealed(found: Any) -> dict[str, Any] | None:
+    """The object that `sealed` took; None unless it is that, bit for bit."""
+    if not isinstance(found, dict):
+        return None
+    body = {key: value for key, value in found.items() if key != "digest"}
+    return body if found.get("digest") == _digest(body) else None
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- JSON lines
+
+
+def line_of(row: Mapping[str, Any]) -> bytes:
+    """A row of numbers, strings, arrays, lists and mappings as its line.
+
+    Raises:
+      ValueError: it has no integer ``step``.
+    """
+    values = {key: plain(value) for key, value in row.items()}
+    if not isinstance(values.get("step"), int):
+        raise ValueError(f"a row needs an integer step, got {values}")
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a file, without the torn last line of a killed run.
+
+    Raises:
+      UserError: any other line is not a JSON object with an integer `step`.
+    """
+    return [row for _, row in read_lines(Path(path))]
+
+
+def read_lines(path: Path) -> list[tuple[bytes, Row]]:
+    """Every whole line with the row it holds; see `read_rows`."""
+    found, bad = _parse(path.read_bytes())
+    if bad:
+        raise UserError(f"{path}: line {bad[0]} is not a row with a step; remove or mend it")
+    return found
+
+
+def read_what_can_be(path: Path, needs: Sequence[str] = ()) -> tuple[list[Row], list[int]]:
+    """The rows of a file that have what they ``needs``, and the numbers of its other lines.
+
+    The torn last line of a killed run is no trouble: the run writes it again when it resumes.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    found, bad = _parse(path.read_bytes(), needs)
+    return [row for _, row in found], bad
+
+
+def _parse(content: bytes, needs: Sequence[str] = ()) -> tuple[list[tuple[bytes, Row]], list[int]]:
+    found, bad = [], []
+    *whole, torn = content.split(b"\n")
+    for number, line in enumerate([*whole, torn], start=1):
+        row = _row(line)
+        if row and row.keys() >= {*needs}:
+            found.append((line, {key: revive(value) for key, value in row.items()}))
+        elif number <= len(whole):
+            bad.append(number)
+    return found, bad
+
+
+def last_row(path: Path, split: str = "") -> Row:
+    """The last whole row (of a split), empty if there is none; reads no more than it needs.
+
+    The file may be missing or growing.
+    """
+    size = _BLOCK
+    try:
+        with open(path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while True:
+                start = max(0, end - size)
+                file.seek(start)
+                pieces = file.read(end - start).split(b"\n")
+                for line in reversed(pieces[start > 0 : -1]):  # without cut ones at both ends
+                    row = _row(line)
+                    if row and split in ("", row.get("split")):
+                        return row
+                if start == 0:
+                    return {}
+                size *= 8
+    except FileNotFoundError:
+        return {}
+
+
+def _row(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}
+
+
+def plain(value: Any) -> Any:
+    """JSON's types for numbers, strings, arrays (NumPy or JAX), lists and mappings of them."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    array = np.asarray(value)
+    if array.dtype.kind not in "biu":
+        array = array.astype(np.float64)  # exact for bfloat16, float16 and float32
+    return plain(array.tolist())
+
+
+def revive(value: Any) -> Any:
+    """A value read from a row, with the floats that JSON cannot write as floats again."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, list):
+        return [revive(item) for item in value]
+    if isinstance(value, dict):
+        return {key: revive(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,108 @@
+"""What a layer's caller may get wrong: each mistake in one line that names the argument."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moejax.types import Context, GateState
+
+DTYPES = ("float32", "bfloat16")
+
+
+def checked_dtype(name: str, value: Any) -> jnp.dtype:
+    """``value`` as a dtype that the kernels compute in.
+
+    Raises:
+      ValueError: it is another one, or none at all.
+    """
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in DTYPES:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def check_sizes(least: int, **sizes: Any) -> None:
+    """Raises ValueError unless all are whole numbers, ``least`` or more."""
+    for name, size in sizes.items():
+        if not isinstance(size, (int, np.integer)) or size < least:
+            raise ValueError(f"{name}={size!r} must be a whole number, at least {least}")
+
+
+def check_rngs(rngs: Any) -> None:
+    """Raises ValueError unless keys can be drawn from ``rngs``."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"rngs is a {type(rngs).__name__}; pass flax.nnx.Rngs(seed or key)")
+
+
+def check_tokens(x: Any, d_model: int, axes: str = "B, L") -> None:
+    """Raises ValueError unless ``x`` is an array of floats ``[*axes, d_model]``."""
+    name = f"x_{axes.replace(', ', '')}D"
+    if not isinstance(x, jax.Array) and not hasattr(x, "shape"):
+        raise ValueError(
+            f"{name} is a {type(x).__name__}, not an array [{axes}, d_model={d_model}]"
+        )
+    if x.ndim != axes.count(",") + 2 or x.shape[-1] != d_model:
+        raise ValueError(
+            f"{name} has shape {x.shape}, but this layer takes [{axes}, d_model={d_model}]"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, but this layer takes activations (float32 or bfloat16); "
+            "embed token ids first"
+        )
+
+
+def check_context(context: Any, batch: int, length: int) -> None:
+    """Raises ValueError unless everything in the context is of ``batch`` sequences of ``length``
+    tokens."""
+    if not isinstance(context, Context):
+        raise ValueError(
+            f"context is a {type(context).__name__}, not a moejax.Context; make one with "
+            f"moejax.Context.of({batch}, {length}, ...)"
+        )
+    shapes = {"_BL": (batch, length), "_B": (batch,)}
+    for field in dataclasses.fields(Context):
+        wanted = shapes.get(field.name[max(field.name.rfind("_"), 0) :])
+        if wanted is None or (field.name == "segment_BL" and context.segment_BL is None):
+            continue
+        found = jnp.shape(getattr(context, field.name))
+        if found != wanted:
+            raise ValueError(
+                f"context.{field.name} has shape {found}, but x has {batch} sequences of {length} "
+                f"tokens; make the context with moejax.Context.of({batch}, {length}, ...)"
+            )
+
+
+def check_gate_state(state: GateState, wanted: GateState, gate: str) -> None:
+    """Raises ValueError unless ``state`` has the arrays of the initial state ``wanted``."""
+    if _described(state) == _described(wanted):
+        return
+    has, takes = _described(state) or "nothing", _described(wanted) or "none"
+    raise ValueError(
+        f"gate_state has {has}, but gate {gate} takes {takes}; start with "
+        "layer.init_gate_state() and go on with layer.update_gate_state(state, info.stats)"
+    )
+
+
+def _described(tree: Any) -> str:
+    """The leaves of a tree by path and shape, such as ``bias_E [8]``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = (
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves
+    )
+    return ", ".join(f"{name} {list(jnp.shape(leaf))}".strip() for name, leaf in named)
+
+
+def drawn_from(rngs: nnx.Rngs | None, context: Context) -> Context:
+    """The context, with a key from ``rngs`` where it has none."""
+    if rngs is None or context.key is not None:
+        return context
+    check_rngs(rngs)
+    return dataclasses.replace(context, key=rngs.gate())

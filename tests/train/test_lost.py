@@ -1,0 +1,333 @@
+"""A run whose workdir has lost a part, or holds one of another run or version."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moejax import saved, versions
+from moejax.config import default, to_dict
+from moejax.errors import UserError
+from moejax.field import Field
+from moejax.train import workdir as workdirs
+from moejax.train.metrics import Gap, MetricsLog
+from tests.train import runs
+from tests.train.runs import STEPS, call, command, copy, refused
+from tests.train.sharing import Whole
+
+
+def edit(workdir: Path, **changes: Any) -> dict[str, Any]:
+    """Sets or removes (None) entries of config.json."""
+    content = {**json.loads((workdir / "config.json").read_text()), **changes}
+    content = {name: value for name, value in content.items() if value is not None}
+    (workdir / "config.json").write_text(json.dumps(content))
+    return content
+
+
+def history(workdir: Path) -> list[dict[str, Any]]:
+    return json.loads((workdir / "config.json").read_text())["history"]
+
+
+@pytest.fixture
+def half(whole: Whole, tmp_path: Path) -> Path:
+    """The run as a kill before update 8 left it: checkpoints 3 and 6 are there."""
+    return copy(whole.moments / "8", tmp_path / "half")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("how", ["removed", "not mounted", "saves not written down"])
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_nothing_is_overwritten(
+    how: str, half: Path, text: Path
+):
+    shutil.rmtree(half / "checkpoints")
+    if how == "not mounted":
+        (half / "checkpoints").mkdir()
+    if how == "saves not written down":
+        (half / "saved.json").unlink()
+    before = runs.files(half)
+    refused(command(half, text), f"{half}/checkpoints", "saved step", "--restart", "mount")
+    refused(["eval", f"--workdir={half}"], f"{half}/checkpoints", "put the folder back")
+    assert runs.files(half) == before
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_refused(
+    whole: Whole, text: Path, tmp_path: Path
+):
+    workdir = copy(whole.workdir, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    refused(command(workdir, text), f"the run saved step {STEPS}", "--restart")
+    (workdir / "saved.json").unlink()
+    (workdir / "summary.png").touch()
+    refused(command(workdir, text), f"the run saved step {STEPS}", "--restart")
+
+
+def test_restart_starts_again_at_step_0_and_keeps_what_was_logged(
+    half: Path, whole: Whole, text: Path
+):
+    shutil.rmtree(half / "checkpoints")
+    logged = (half / "metrics.jsonl").read_bytes()
+    old = json.loads((half / "config.json").read_text())
+    ended = call([*command(half, text), "--restart"])
+    assert ended.status == 0 and "resuming" not in ended.out
+    assert (half / "before-restart-0/metrics.jsonl").read_bytes() == logged
+    assert (half / "metrics.jsonl").read_bytes() == (whole.workdir / "metrics.jsonl").read_bytes()
+    new = json.loads((half / "config.json").read_text())
+    assert new["id"] != old["id"], "the old checkpoints, found again, are another run's"
+    assert [entry.get("restarted") for entry in new["history"]] == [True]
+
+
+def test_restart_is_refused_where_there_are_checkpoints(half: Path, text: Path):
+    before = runs.files(half)
+    refused([*command(half, text), "--restart"], "--restart", "checkpoint 6", "leave the flag out")
+    assert runs.files(half) == before
+
+
+@pytest.mark.slow
+def test_a_missing_newest_checkpoint_is_said_and_the_one_before_is_taken(
+    half: Path, whole: Whole, text: Path
+):
+    (half / "saved.json").write_text('{"steps": [3, 6]}')
+    shutil.rmtree(half / "checkpoints/6")
+    ended = call(command(half, text))
+    assert ended.status == 0 and f"resuming {half} at step 3" in ended.out
+    assert ended.err.count("\n") == 1 and "checkpoint 6 is missing" in ended.err
+    assert [entry.get("missing") for entry in history(half)] == ["checkpoints/6"]
+    runs.same_run(half, whole.workdir, whole.run)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_by_itself(
+    whole: Whole, text: Path, tmp_path: Path
+):
+    workdir = copy(whole.moments / "3", tmp_path / "run")
+    assert not runs.steps(workdir) and not (workdir / "saved.json").exists()
+    ended = call(command(workdir, text))
+    assert (ended.status, ended.err) == (0, "")
+    runs.same_run(workdir, whole.workdir, whole.run)
+
+
+def test_what_was_surely_saved_follows_from_rows_and_folder(tmp_path: Path):
+    train = {"checkpoint_every": 10, "steps": 100}
+    known = {"config": {"train": train}}
+    for last, folder, expected in (
+        (10, False, 0), (11, False, 10), (25, False, 20),
+        (10, True, 0), (20, True, 0), (21, True, 10), (35, True, 20),
+    ):  # fmt: skip
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": last}) + "\n")
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        if folder:
+            (tmp_path / "checkpoints").mkdir()
+        assert workdirs.last_saved(tmp_path, known) == expected, (last, folder)
+
+
+# ---------------------------------------------------------------- config.json
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["deleted", "empty", "cut"])
+def test_config_json_is_made_anew_from_a_checkpoint(
+    how: str, half: Path, whole: Whole, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = half / "config.json"
+    content = path.read_bytes()
+    path.unlink() if how == "deleted" else path.write_bytes(content[: 700 if how == "cut" else 0])
+    monkeypatch.setattr(saved, "_said", set())
+    ended = call(["eval", f"--workdir={half}"])
+    assert ended.status == 0 and json.loads(ended.out)["step"] == 6
+    assert ended.err.count("\n") == 1 and "config.json is missing or damaged" in ended.err
+    assert "checkpoint 6" in ended.err
+    assert call(["report", str(half)]).status == 0
+    assert call(command(half, text)).status == 0
+    runs.same_run(half, whole.workdir, whole.run)
+    assert json.loads(path.read_text())["id"] == json.loads(content)["id"]
+
+
+def test_a_finished_run_gets_its_config_json_back(whole: Whole, text: Path, tmp_path: Path):
+    workdir = copy(whole.workdir, tmp_path / "run")
+    (workdir / "config.json").unlink()
+    ended = call(command(workdir, text))
+    assert ended.status == 0 and "is complete" in ended.out
+    assert runs.config_of(workdir) == runs.config_of(whole.workdir)
+
+
+def test_without_a_checkpoint_a_lost_config_json_stays_an_error(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        saved.read_config(tmp_path)
+
+
+# ---------------------------------------------------------------- versions
+
+
+def test_a_run_of_a_newer_version_is_refused_in_one_line(half: Path, text: Path):
+    edit(half, schema=versions.SCHEMA + 1, baselines=None, config={"new": {"field": 1}})
+    for argv in (command(half, text), ["eval", f"--workdir={half}"], ["report", str(half)]):
+        ended = call(argv)
+        assert ended.status == 2 and ended.err.count("\n") == 1, ended.err
+        assert f"schema {versions.SCHEMA + 1}" in ended.err and "upgrade" in ended.err
+
+
+@pytest.mark.slow
+def test_a_field_that_an_older_version_lacks_gets_what_it_meant_there(
+    half: Path, whole: Whole, text: Path
+):
+    config = json.loads((half / "config.json").read_text())["config"]
+    del config["moe"]["reroute"], config["optim"]["decay_steps"], config["moe"]["gate"]["k"]
+    edit(half, schema=0, config=config)
+    assert call(["eval", f"--workdir={half}"]).status == 0
+    ended = call(command(half, text))
+    assert (ended.status, ended.err) == (0, "")
+    runs.same_run(half, whole.workdir, whole.run)
+
+
+def test_added_renamed_and_removed_fields_are_read(monkeypatch: pytest.MonkeyPatch):
+    tree = to_dict(default())
+    old = json.loads(json.dumps(tree))
+    del old["moe"]["reroute"]
+    old["train"]["every"] = old["train"].pop("log_every") + 3
+    old["moe"]["magic"] = 0
+    changes = (
+        versions.Change(2, "train.every", now="train.log_every"),
+        versions.Change(2, "moe.magic", off=0),
+    )
+    monkeypatch.setattr(versions, "CHANGES", changes)
+    monkeypatch.setattr(versions, "SCHEMA", 2)
+    field = Field(0, "times", before=4)
+    monkeypatch.setitem(versions.FIELDS, "moe.reroute", field)
+    read, added = versions.migrated(old, 1, "old")
+    assert added == ["moe.reroute"] and read["moe"]["reroute"] == 4
+    assert read["train"]["log_every"] == tree["train"]["log_every"] + 3
+    assert "magic" not in read["moe"] and "every" not in read["train"]
+    old["moe"]["magic"] = 7
+    with pytest.raises(UserError, match="moe.magic=7, which this version"):
+        versions.migrated(old, 1, "old")
+
+
+# ---------------------------------------------------------------- another run's checkpoint
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_both_ids(
+    half: Path, whole: Whole, text: Path, tmp_path: Path
+):
+    other = copy(whole.workdir, tmp_path / "other")
+    shutil.rmtree(other / "checkpoints/6")
+    theirs = json.loads((other / "config.json").read_text())["id"]
+    own = "0123456789abcdef"
+    edit(half, id=own)
+    shutil.rmtree(half / "checkpoints")
+    shutil.copytree(other / "checkpoints", half / "checkpoints")
+    for argv in (command(half, text), ["eval", f"--workdir={half}"]):
+        refused(argv, f"checkpoint {STEPS}", own, theirs)
+    new = tmp_path / "new"
+    argv = command(new, text, train__init_from=half)
+    refused(argv, f"train.init_from='{half}'", own, theirs)
+
+
+def test_a_copied_workdir_goes_on(half: Path, whole: Whole, text: Path, tmp_path: Path):
+    moved = copy(half, tmp_path / "moved")
+    ended = call(command(moved, text))
+    assert (ended.status, ended.err) == (0, "")
+    runs.same_run(moved, whole.workdir, whole.run)
+
+
+# ---------------------------------------------------------------- rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log", ["metrics.jsonl", "timings.jsonl"])
+@pytest.mark.parametrize("how", ["cut", "removed", "altered"])
+def test_rows_that_are_missing_when_a_run_goes_on_are_said_and_kept_in_its_history(
+    log: str, how: str, half: Path, text: Path
+):
+    lines = (half / log).read_text().splitlines(keepends=True)
+    there = sum(json.loads(line)["step"] <= 6 for line in lines)
+    if how == "removed":
+        (half / log).unlink()
+    elif how == "cut":
+        (half / log).write_text("".join(lines[1:]))
+    else:
+        row = json.loads(lines[0])
+        key = "loss" if "loss" in row else "elapsed"
+        lines[0] = json.dumps({**row, key: 1.0}) + "\n"
+        (half / log).write_text("".join(lines))
+    ended = call(command(half, text))
+    assert ended.status == 0 and ended.err.count("\n") == 1 and log in ended.err
+    lost = {"removed": there, "cut": 1, "altered": 0}[how]
+    (entry,) = history(half)
+    assert (entry["log"], entry["rows_missing"], entry["rows"]) == (log, lost, there)
+    assert entry["step"] == 6
+    # The checkpoints that follow count what is there: it is said once.
+    shutil.rmtree(half / f"checkpoints/{STEPS}")
+    ended = call(command(half, text))
+    assert log in ended.err, "the checkpoint of step 6 still counts the old rows"
+
+
+def test_a_log_that_is_removed_under_a_run_is_written_again(tmp_path: Path, capsys):
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        log.write({"step": 1, "split": "train"})
+        (tmp_path / "metrics.jsonl").unlink()
+        log.write({"step": 2, "split": "train"})
+        log.write({"step": 3, "split": "train"})
+        counts = log.counts()["metrics.jsonl"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "metrics.jsonl was removed" in said
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert [json.loads(line)["step"] for line in content.splitlines()] == [1, 2, 3]
+    assert (counts.rows, counts.bytes) == (3, len(content)) and not log.gaps
+
+
+def test_a_log_that_another_file_takes_the_place_of_is_written_again_beside_it(
+    tmp_path: Path, capsys
+):
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        log.write({"step": 1, "split": "train"})
+        (tmp_path / "edited").write_text("other\n")
+        os.replace(tmp_path / "edited", tmp_path / "metrics.jsonl")
+        log.write({"step": 2, "split": "train"})
+    assert "replaced" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.other-0").read_text() == "other\n"
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_log_that_is_cut_under_a_run_is_a_gap(tmp_path: Path, capsys):
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        for step in (1, 2):
+            log.write({"step": step, "split": "train"})
+        os.truncate(tmp_path / "metrics.jsonl", 0)
+        log.write({"step": 3, "split": "train"})
+        assert log.gaps == [Gap("metrics.jsonl", 2, 2)]
+        assert log.counts()["metrics.jsonl"].rows == 1
+    assert "lacks 2 of the 2 rows" in capsys.readouterr().err
+
+
+def test_a_log_whose_folder_is_removed_ends_the_run_in_one_line(tmp_path: Path):
+    with MetricsLog(tmp_path / "run", resume_step=None) as log:
+        log.write({"step": 1, "split": "train"})
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(UserError, match="metrics.jsonl was removed"):
+            log.write({"step": 2, "split": "train"})
+
+
+def test_a_row_speaks_for_the_steps_since_the_one_before_unless_that_is_missing():
+    known = {"config": {"train": {"log_every": 10}}}
+    steps, field = [10, 20, 50, 60], "train.log_every"
+    assert saved.stand_for(steps, known, field) == [10, 10, 10, 10]
+    assert saved.missing(steps, known, field, 60) == [(21, 40)]
+    assert saved.missing(steps, known, field, 85) == [(21, 40), (61, 85)]
+    assert saved.missing([], known, field, 9) == []
+    changed = [{"field": field, "step": 20, "old": 10, "new": 30}]
+    known = {"config": {"train": {"log_every": 30}}, "history": changed}
+    assert saved.missing([10, 20, 30, 60, 90], known, field, 100) == []
+    assert saved.missing([20, 30, 90], known, field, 90) == [(1, 10), (31, 60)]
+
+
+def test_missing_files_of_the_probe_are_said(whole: Whole, text: Path, tmp_path: Path):
+    assert workdirs.missing_probes(tmp_path, []) == []
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe/step-00000007.npz").touch()
+    lost = workdirs.missing_probes(tmp_path, [0, 7])
+    assert lost == ["probe/step-00000000.npz", "probe/tokens.npz"]

@@ -1,0 +1,121 @@
+"""The rule of every parameter, by name: what decays, what Muon orthogonalises, what a matrix is."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import config as configs
+from moejax.data.tables import as_rows, make_table
+from moejax.overrides import apply_overrides
+from moejax.tasks.images import ImageClassifier
+from moejax.tasks.language import LanguageModel
+from moejax.tasks.multimodal import Multimodal
+from moejax.tasks.multitask import MultiTaskLearning
+from moejax.train.parameters import Rule, rule
+from tests.gates import ROWS, spec
+
+MATRICES = {
+    "query_DHI": "D|HI", "key_DJI": "D|JI", "value_DJI": "D|JI", "out_HID": "HI|D",
+    "query_EDI": "D|I", "key_DI": "D|I", "value_DI": "D|I", "out_EID": "I|D",
+    "gate_DF": "D|F", "up_DF": "D|F", "down_FD": "F|D", "map_DF": "D|F",
+    "gate_EDF": "D|F", "up_EDF": "D|F", "down_EFD": "F|D",
+    "in_EDF": "D|F", "out_EFO": "F|O", "up_MOF": "O|F",
+    "image_head_DZ": "D|Z", "text_head_DZ": "D|Z",
+}  # fmt: skip
+"""Weights: they decay, and Muon orthogonalises them, by rows | columns of one matrix."""
+TABLES = {
+    "embed_VD", "head_DV", "patch_embed_CD", "patch_embed_PD", "position_embed_LD",
+    "byte_embed_VD", "byte_position_embed_LD", "patch_position_embed_LD", "modality_embed_MD",
+}  # fmt: skip
+"""Embeddings and heads over a vocabulary: they decay, and Adam moves them."""
+VECTORS = {
+    "scale_D", "patch_bias_D", "head_bias_V", "logit_scale", "shift_F", "shift_EF", "shift_EO",
+    "shift_MF", "read_MF", "bias_M",
+}  # fmt: skip
+"""Norms, biases and what each task has a vector of: they do not decay, and Adam moves them."""
+GATES = {"residual_DN", "residual_bias_N", "shared_gate_D"}
+"""What weighs outputs against each other, beside everything below ``router``: as vectors."""
+
+
+@functools.cache
+def table() -> Any:
+    rng = np.random.default_rng(0)
+    every = as_rows(rng.standard_normal((9, 2)), rng.integers(0, 3, (9, 1)), rng.random((9, 2)))
+    known = {"dense": ("a", "b"), "category": ("c",), "category_sizes": (3,), "name": "made"}
+    return make_table(every, every, ["x", "y"], ["regression", "binary"], **known)
+
+
+def of(task: str, **changes: Any) -> Any:
+    config = configs.default(task)
+    apply_overrides(config, [f"{k.replace('__', '.')}={v}" for k, v in changes.items()])
+    made: Any = {
+        "language": lambda: LanguageModel.from_config(config, 64),
+        "images": lambda: ImageClassifier.from_config(config, 10),
+        "multimodal": lambda: Multimodal.from_config(config, 8),
+        "multitask": lambda: MultiTaskLearning.from_config(config, table()),
+    }[task]()
+    return jax.eval_shape(lambda: made.init(jax.random.key(0)))
+
+
+MODELS = {
+    "default": lambda: of("language", model__tie_embeddings=False),
+    "residual": lambda: of(
+        "language", moe__shared_experts=1, moe__residual=True, moe__first_dense=1, moe__every=1
+    ),
+    "shared_gate": lambda: of("language", moe__shared_experts=1, moe__shared_gate=True),
+    "depths_and_heads": lambda: of(
+        "language", model__mod_capacity=0.5, model__moa_experts=4, moe__every=2
+    ),
+    "images": lambda: of("images"),
+    "multimodal": lambda: of("multimodal"),
+    "multitask": lambda: of("multitask", task__d_bottom=8),
+    "shared_bottom": lambda: of("multitask", task__sharing="shared_bottom"),
+}
+
+
+def rules(params: Any) -> dict[str, tuple[Rule, bool]]:
+    """By the parameter's name: its rule, and whether it is below a router."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(getattr(key, "key", key)) for key in path]
+        found["/".join(names)] = (rule(path, leaf), "router" in names)
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_of_every_task_has_the_rule_of_its_kind(model):
+    seen = set()
+    for path, (found, in_router) in rules(MODELS[model]()).items():
+        name = path.rpartition("/")[2]
+        seen.add(name)
+        if in_router or name in GATES:
+            assert (found.is_gate, found.decays, found.orthogonal) == (True, False, False), path
+            continue
+        sides = found.sides and "|".join(map(found.letter, found.sides))
+        said = (found.is_gate, found.decays, found.orthogonal)
+        if name in MATRICES:
+            assert (said, sides) == ((False, True, True), MATRICES[name]), path
+        elif name in TABLES:
+            assert said == (False, True, False), path
+        else:
+            assert name in VECTORS, f"{path} is new: say above what it is"
+            assert said == (False, False, False), path
+    known = {"residual": "residual_DN", "shared_gate": "shared_gate_D", "multitask": "up_MOF"}
+    assert known.get(model, "scale_D" if "bottom" not in model else "map_DF") in seen
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_gates_parameters_are_spared_and_are_blocks_of_their_own(row):
+    params = jax.eval_shape(lambda: row.make().init(jax.random.key(0), spec()))
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"periods": {"router": params}}):
+        # As in a model: the layers lead.
+        stacked = jax.ShapeDtypeStruct((3, *leaf.shape), jnp.float32)
+        found = rule(path, stacked)
+        assert (found.is_gate, found.decays, found.orthogonal) == (True, False, False), path
+        own = math.prod(stacked.shape[axis] for axis in found.own)
+        assert own == math.prod(leaf.shape), f"{path}: one layer's, whole"
