@@ -37,7 +37,7 @@ def installed(tmp_path_factory):
     without = shutil.ignore_patterns("__pycache__")
     for name in ("moejax", "configs"):
         shutil.copytree(ROOT / name, copy / name, ignore=without)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
     subprocess.run([*build, "--wheel-dir", str(made), str(copy)], check=True)
     (wheel,) = made.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
