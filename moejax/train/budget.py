@@ -88,12 +88,20 @@ def checked_budget(run: Run) -> Budget:
     Raises:
       UserError: it does not fit; naming what to reduce.
     """
-    # What is too large for itself is not traced, which may fail or take minutes.
-    processes.raise_together(_batch_problem(run) or _memory_problem(run, _state_bytes(run), 0))
+    check_sizes(run)
     costs = count_budget(run)
     largest = max(costs.activation_bytes, costs.product_bytes)
     processes.raise_together(_memory_problem(run, costs.state_bytes, largest))
     return costs
+
+
+def check_sizes(run: Run) -> None:
+    """Refuses a batch or a model too large for the machine, which may take minutes to be traced.
+
+    Raises:
+      UserError: naming what to reduce.
+    """
+    processes.raise_together(_batch_problem(run) or _memory_problem(run, _state_bytes(run), 0))
 
 
 def _batch_problem(run: Run) -> str:

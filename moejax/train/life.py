@@ -8,7 +8,7 @@ from moejax import __version__, saved
 from moejax.config import default, to_dict
 from moejax.probe import step_files
 from moejax.train import budget, workdir
-from moejax.train.metrics import MetricsLog, warn
+from moejax.train.metrics import Gap, MetricsLog, warn
 from moejax.train.processes import is_first
 from moejax.train.setup import Run
 from moejax.train.state import count_parameters
@@ -30,8 +30,9 @@ class Life:
     restart: bool = False
     content: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def begin(self, step: int, log: MetricsLog, meta: Any) -> None:
-        """Writes config.json for a start at a step; ``meta``: what was saved with it."""
+    def begin(self, step: int, gaps: list[Gap], meta: Any) -> None:
+        """Writes config.json for a start at a step, with the gaps of the logs, which it takes over;
+        ``meta``: what was saved with the step."""
         if not is_first():
             return
         lost = workdir.missing_probes(self.folder, meta.get("probe", []))
@@ -43,9 +44,9 @@ class Life:
             **self.about,
             "id": found.id if found.id and not self.restart else workdir.new_id(),
             "baselines": self.run.data.baselines(),
-            "history": workdir.history(found, step, log.gaps, self.restart, [*found.lost, *lost]),
+            "history": workdir.history(found, step, gaps, self.restart, [*found.lost, *lost]),
         }
-        log.gaps.clear()
+        gaps.clear()
         saved.write_config(self.folder, self.content)
 
     def meta(self, step: int, log: MetricsLog) -> dict[str, Any]:

@@ -71,10 +71,11 @@ def _run(
     this = setup.prepare(config, workdir)
     mirrors.check(config.report.tensorboard, config.report.wandb)
     found = check_workdir(folder, config, this.data.fingerprint, restart)
-    costs = budget.checked_budget(this)
+    budget.check_sizes(this)
     this.data.train_batch(0)  # data that are too few are refused here,
     this.eval_batches()  # before anything is written
     this.check_gate_data(config.train.steps)
+    costs = budget.checked_budget(this)
     probe.check(this, folder, found.eval_rows)
     console = Console(this, folder)
     console.announce(costs)
@@ -122,6 +123,8 @@ def _train(
         if life.restart:
             set_aside(folder)
         meta = restored.meta if restored else {}
+        if not restored:  # first of all files: without it, the folder would be no run's
+            life.begin(start, [], meta)
         log = MetricsLog(
             folder,
             resume_step=start if restored else _fresh(folder),
@@ -129,8 +132,8 @@ def _train(
             wandb=this.config.report.wandb,
             counts=meta.get("logs"),
         )
-        life.begin(start, log, meta)
         if restored:
+            life.begin(start, log.gaps, meta)
             life.saved()
         state = restored.state if restored else _first_state(this, warm)
         recorder = probe.Recorder(

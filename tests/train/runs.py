@@ -141,10 +141,14 @@ def rows(workdir: Path, split: str = "") -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if split in ("", row["split"])]
 
 
+OWN = ("id", "history", "command", "environment")
+"""In config.json, what a run has for itself or from the process that it was started in."""
+
+
 def config_of(workdir: Path) -> dict[str, Any]:
     """config.json without what no two runs share."""
     content = json.loads((workdir / "config.json").read_text())
-    return {name: x for name, x in content.items() if name not in ("id", "history")}
+    return {name: x for name, x in content.items() if name not in OWN}
 
 
 def steps(workdir: Path) -> list[int]:
