@@ -138,7 +138,8 @@ def ours_over_plain(size: str, pairs: int) -> Row:
     for step in range(3):
         metrics, loss = ours(), float(plain())
         own = float(metrics["totals"].loss / metrics["totals"].items)
-        if not np.isclose(own, loss, rtol=2e-5):
+        # One rounding apart where measured (CPU, float32); 16 leave room for other orders of sums.
+        if not np.isclose(own, loss, rtol=2e-6):
             raise SystemExit(f"step {step + 1}: our loss is {own}, the plain step's {loss}")
     row = {"row": "ours_over_plain", "what": f"{size}, dense, 1 device", "loss": own}
     return row | paired(ours, plain, pairs)

@@ -45,12 +45,13 @@ def test_the_tables_of_arrays_are_those_the_files_are_checked_against(after, arr
 def test_every_key_and_every_file_of_a_run_is_named(whole: Whole):
     keys, timings = table("## metrics.jsonl"), table("## timings.jsonl")
     found = {
-        re.sub(r"^(aux|moe/gate)/.*", r"\1/NAME", k)
+        re.sub(r"^(aux|baseline|moe/gate)/.*", r"\1/NAME", k)
         for row in runs.rows(whole.workdir)
         for k in row
     }
     assert found - keys.keys() == set()
-    assert keys.keys() - found <= {"moe/gate/NAME"}, "Drifting has no means of its own"
+    others = {"moe/gate/NAME", "mod/NAME"}
+    assert keys.keys() - found <= others, "Drifting has no means of its own, the run no depths"
     rows = (whole.workdir / "timings.jsonl").read_text().splitlines()
     assert {key for row in rows for key in json.loads(row)} == timings.keys()
     files = {path.name for path in whole.workdir.iterdir()}
