@@ -38,6 +38,9 @@ def get_config(arg: str | None = None) -> Config:
             "data.eval_fraction": 0.1,
             "model.d_model": 128,
             "model.d_ff": 384,
+            # The paper's third finding is about slots given out first come, first served. The
+            # preset's order (first choices first) would show later tokens to earlier ones.
+            "moe.priority": "position",
             "moe.num_experts": 16,
             "moe.d_ff": 128,
             "train.steps": options.steps,

@@ -206,11 +206,12 @@ GATES: dict[str, Entry] = {
             "shared_experts": 1,
             **CELLS,
             "capacity_factor": 1.25,
+            "priority": "choice",
             "losses.load_balance": 0.02,
             "losses.z": 0.0001,
         },
-        source="Xue et al. (OpenMoE: 2 of 32; 0.01 of a loss that is k at balance), "
-        "arXiv 2402.01739",
+        source="Xue et al. (OpenMoE: 2 of 32; 0.01 of a loss that is k at balance; slots as in "
+        "Flaxformer's TokensChooseMaskedRouter), arXiv 2402.01739",
     ),
     "residual_moe": Entry(
         TopK,

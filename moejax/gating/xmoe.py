@@ -55,7 +55,8 @@ class XMoE(ops.Stateless):
     Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts",
     arXiv 2204.09179. The formula with its temperature and clamp are Tutel's cosine router (its bias
     of P: ``bias=True``, which gives up the invariance to a token's length). rank = E / 2 is
-    recalled from the paper, not checked. Deviations: lengths are floored at 1e-6, Tutel's at 1e-12.
+    recalled from the paper, not checked; the authors' code (torchscale) has 16 for every E.
+    Deviations: lengths are floored at 1e-6, Tutel's at 1e-12.
     """
 
     k: Annotated[int, "experts per token"] = 1

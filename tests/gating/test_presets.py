@@ -198,10 +198,12 @@ RECIPES: dict[str, tuple[dict, dict]] = {
          "losses.z": 0.001},
     ),
     # Xue et al., arXiv 2402.01739; released config: router_aux_loss_factor 0.01 (k at balance),
-    # router_z_loss_factor 1e-4, router_capacity_factor_train 1.25.
+    # router_z_loss_factor 1e-4, router_capacity_factor_train 1.25. First choices of all tokens come
+    # before any second one: TokensChooseMaskedRouter of Flaxformer (trained with it), Top2Router of
+    # ColossalAI (released inference).
     "openmoe": (
         {"k": 2, "renormalize": False, "jitter": 0.0},
-        {"transport": "cells", "capacity_factor": 1.25, "shared_experts": 1,
+        {"transport": "cells", "capacity_factor": 1.25, "shared_experts": 1, "priority": "choice",
          "losses.load_balance": 0.02, "losses.z": 0.0001},
     ),
     # Rajbhandari et al., arXiv 2201.05596; Megatron-DeepSpeed's scripts: MLC 0.01,
