@@ -91,7 +91,7 @@ class DepthsConfig:
     """Mixture-of-Depths: which blocks only some tokens pass through, and how many do."""
 
     capacity: float = 0.0
-    """Share of a sequence's positions that a routed block has room for; 0 routes no block."""
+    """Share of a sequence's tokens that a routed block has room for; 0 routes no block."""
     every: int = 2
     """Every so-manieth block is routed."""
     predictor: str = "mlp"
@@ -122,7 +122,7 @@ class DepthsConfig:
         return self.capacity > 0 and (block + 1) % self.every == 0
 
     def chosen(self, length: int) -> int:
-        """C = ceil(capacity L): tokens of a sequence that a routed block has room for."""
+        """ceil(capacity n): how many of a sequence's n = ``length`` tokens a routed block takes."""
         # The subtraction keeps 0.1 * 30 at 3 although the product is 3.0000000000000004.
         return max(1, min(math.ceil(self.capacity * length - 1e-9), length))
 

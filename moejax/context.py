@@ -1,7 +1,7 @@
 """What a model knows about its tokens besides their activations. Needs jax alone."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ class Context:
     noise wherever it lies. ``key`` may be None when nothing random is asked for.
 
     ``padded_behind`` promises that no padding lies before a valid token of its sequence. Fused
-    causal attention then leaves out a mask that would hide nothing.
+    causal attention then leaves out a mask that would hide nothing, and gates that cut sequences
+    into segments take tokens as they lie.
     """
 
     token_BL: Int[Array, "B L"]
@@ -76,6 +77,8 @@ class Context:
             step=self.step,
             key=self.key,
             train=train,
+            padded_behind=self.padded_behind,
+            packed=segment_BL is not None,
         )
 
 
@@ -89,8 +92,7 @@ def positions(
     """
     valid_BL = jnp.asarray(valid_BL)
     index_BL = jnp.broadcast_to(jnp.arange(valid_BL.shape[1], dtype=jnp.int32), valid_BL.shape)
-    last_BL = jax.lax.cummax(jnp.where(valid_BL, index_BL, -1), axis=1)
-    before_BL = jnp.pad(last_BL, ((0, 0), (1, 0)), constant_values=-1)[:, : valid_BL.shape[1]]
+    before_BL = valid_before(valid_BL)
     starts_BL = before_BL < 0
     if segment_BL is not None:
         segment_BL = jnp.asarray(segment_BL)
@@ -100,6 +102,52 @@ def positions(
     return jnp.where(start_BL < 0, 0, index_BL - start_BL)
 
 
+def valid_before(valid_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
+    """Where the last valid token before each place lies; -1 where there is none."""
+    length = valid_BL.shape[1]
+    last_BL = jax.lax.cummax(jnp.where(valid_BL, jnp.arange(length, dtype=jnp.int32), -1), axis=1)
+    return jnp.pad(last_BL, ((0, 0), (1, 0)), constant_values=-1)[:, :length]
+
+
+class Order(NamedTuple):
+    """Sequences without the padding before and between their tokens, which goes behind them.
+
+    ``token_BL``: where the i-th token lies, valid ones first, in order; ``place_BL``: its inverse.
+    Both None: tokens stay where they are.
+    """
+
+    token_BL: Int[Array, "B L"] | None = None
+    place_BL: Int[Array, "B L"] | None = None
+
+    @classmethod
+    def of(cls, valid_BL: Bool[Array, "B L"]) -> "Order":
+        """The order of sequences of which these tokens are valid."""
+        before_BL = jnp.cumsum(valid_BL, axis=1, dtype=jnp.int32)
+        index_L = jnp.arange(valid_BL.shape[1], dtype=jnp.int32)
+        padding_BL = before_BL[:, -1:] + index_L - before_BL
+        place_BL = jnp.where(valid_BL, before_BL - 1, padding_BL)
+
+        def inverse(place_L: Array) -> Array:
+            return jnp.zeros_like(place_L).at[place_L].set(index_L, unique_indices=True)
+
+        return cls(jax.vmap(inverse)(place_BL), place_BL)
+
+    def tokens(self, x_BL: Array) -> Array:
+        """[B, L, ...] as it lies -> in this order."""
+        return _at(x_BL, self.token_BL)
+
+    def places(self, x_BL: Array) -> Array:
+        """[B, L, ...] in this order -> as it lies."""
+        return _at(x_BL, self.place_BL)
+
+
+def _at(x_BL: Array, index_BL: Array | None) -> Array:
+    if index_BL is None:
+        return x_BL
+    index_BL = index_BL.reshape(*index_BL.shape, *(1,) * (x_BL.ndim - 2))
+    return jnp.take_along_axis(x_BL, index_BL, axis=1, mode="clip")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GateContext:
@@ -107,6 +155,8 @@ class GateContext:
 
     ``key`` already depends on (seed, step, layer); gates fold in ``row_GR``, the global ids of the
     sequences in each group, so that noise never depends on the device that draws it.
+    ``padded_behind``: see ``Context``. ``packed``: rows hold several texts, which ``segment_GT``
+    tells apart.
     """
 
     token_GT: Int[Array, "G T"]
@@ -118,3 +168,5 @@ class GateContext:
     step: Int[Array, ""]
     key: PRNGKeyArray | None
     train: bool = dataclasses.field(metadata={"static": True})
+    padded_behind: bool = dataclasses.field(default=False, metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -35,6 +35,7 @@ from moejax.choices import Transport as Transport
 from moejax.choices import Visibility as Visibility
 from moejax.context import Context as Context
 from moejax.context import GateContext as GateContext
+from moejax.context import Order as Order
 
 GateParams = PyTree
 """Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""
@@ -102,11 +103,13 @@ class Slots:
 class Merge:
     """Experts merged into one, anew for every span of ``span`` tokens of a sequence (SMEAR, Lory).
 
-    N = ceil(L / span) spans of each of B sequences, the last maybe shorter.
+    N = ceil(L / span) spans of each of B sequences, the last maybe shorter. ``valid_BL``: spans are
+    of these tokens, one after the other, wherever they lie; None: of all places.
     """
 
     weight_BNE: Float[Array, "B N E"]
     span: int = dataclasses.field(metadata={"static": True})
+    valid_BL: Bool[Array, "B L"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -145,6 +145,33 @@ def test_padding_is_never_routed_and_changes_nothing(row, train):
     )
 
 
+@both_phases
+@every_row
+def test_padding_before_a_sequence_is_as_padding_behind_it(row, train):
+    """The i-th valid token is routed the same, and so are noise, losses and the gate's means."""
+    gate = row.make()
+    shift = jnp.asarray([0, 3, 8, 5])[:, None]
+    behind = jnp.arange(T) < T - shift
+    known = dict(step=row.step, keyed=train or row.noisy_eval)
+    given = gates.context(train, valid_BL=behind, **known)
+    there, back = (jnp.arange(T) - shift) % T, (jnp.arange(T) + shift) % T
+    at = lambda x, index: jnp.take_along_axis(x, jnp.expand_dims(index, range(2, x.ndim)), axis=1)
+    tokens, valid = at(given.token_GT, there), at(behind, there)
+    before = gates.context(train, token_BL=tokens, valid_BL=valid, **known)
+    x = jnp.where(behind[..., None], gates.tokens(), 0)
+    state, params = gate.init_state(gates.spec()), gates.drawn(gate)
+    wanted = gates.program(row)(params, state, x, given)
+    got = gates.program(row)(params, state, at(x, there), before)
+    weight, expert = (at(a, back) for a in (got.routing.weight_GTK, got.routing.expert_GTK))
+    active = wanted.routing.weight_GTK > 0
+    np.testing.assert_array_equal(weight > 0, active)
+    np.testing.assert_array_equal(expert[active], wanted.routing.expert_GTK[active])
+    # float32 sums over a sequence in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(weight, wanted.routing.weight_GTK)
+    jax.tree.map(close, (got.losses, got.means), (wanted.losses, wanted.means))
+
+
 def pull(row, train=True):
     """Gradients of each parameter and the input, from the task, the losses and the policy."""
     gate = row.make()

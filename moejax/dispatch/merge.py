@@ -11,7 +11,7 @@ from moejax import experts
 from moejax.dispatch import exchange
 from moejax.dispatch.exchange import Site
 from moejax.kernels.vma import vary_over, varying_axes
-from moejax.types import ExpertWeights, Merge
+from moejax.types import ExpertWeights, Merge, Order
 
 SPANS_AT_ONCE = 4
 """Spans merged in one go, if their number divides: merging reads all experts once for so many."""
@@ -29,7 +29,8 @@ def merge_experts(
     """
     sequences, length, width = x_bLD.shape
     spans = merge.weight_BNE.shape[1]
-    x_bLD = jnp.pad(x_bLD, ((0, 0), (0, spans * merge.span - length), (0, 0)))
+    order = Order() if merge.valid_BL is None else Order.of(merge.valid_BL)
+    x_bLD = jnp.pad(order.tokens(x_bLD), ((0, 0), (0, spans * merge.span - length), (0, 0)))
     share_SMe = _own_shares(merge.weight_BNE, len(weights.up_EDF), site)
     # Declared here, sums over devices of gradients come after the loop. In it there would be one
     # for every turn: of the experts over `data`, of the tokens over `tensor`.
@@ -45,7 +46,7 @@ def merge_experts(
         return None, _merge_and_run(*some, weights, activation, site)
 
     _, y_XCUD = jax.lax.scan(some_spans, None, (x_XCUD, jnp.swapaxes(share_SXCe, 0, 1)))
-    return y_XCUD.reshape(sequences, -1, width)[:, :length]
+    return order.places(y_XCUD.reshape(sequences, -1, width)[:, :length])
 
 
 def _own_shares(weight_BNE: Array, own: int, site: Site) -> Float[Array, "S M e"]:

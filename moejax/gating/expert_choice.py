@@ -20,6 +20,7 @@ from moejax.types import (
     GateState,
     MoEConfig,
     MoEStats,
+    Order,
     TrainedBy,
     Visibility,
 )
@@ -48,7 +49,7 @@ class ExpertChoice:
       of the C-th largest p of a group (state, one number per expert). Causal and independent of
       other tokens; load is equal only on average. With ``policy="threshold"`` capacity is that of
       token choice; after training by choice it stays C, whatever the evaluation's factor.
-    * "position": each expert chooses among the sequences of a group at one position. Causal, but
+    * "position": each expert chooses among the i-th valid tokens of a group's rows. Causal, but
       sequences see each other; needs ``moe.group`` of E/c sequences or more, and ``dropless``.
 
     Preset ``expert_choice_causal`` trains by choice and evaluates by threshold.
@@ -129,12 +130,14 @@ class ExpertChoice:
         def choose(score_TE: Array, valid_T: Array) -> Array:
             score_RLE = score_TE.reshape(rows, -1, score_TE.shape[-1])
             valid_RL = valid_T.reshape(rows, -1)
+            order = Order.of(valid_RL)  # padding shifts no position
 
             def one(score_RE: Array, valid_R: Array) -> Array:
                 return choose_tokens(score_RE, self.factor, valid_R)[0]
 
-            chosen_RLE = jax.vmap(one, in_axes=1, out_axes=1)(score_RLE, valid_RL)
-            return chosen_RLE.reshape(score_TE.shape)
+            tokens = order.tokens(score_RLE), order.tokens(valid_RL)
+            chosen_RLE = jax.vmap(one, in_axes=1, out_axes=1)(*tokens)
+            return order.places(chosen_RLE).reshape(score_TE.shape)
 
         return group_local(jax.vmap(choose))(score_GTE, context.valid_GT)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from moejax.gating import ops, spans
 from moejax.types import (
@@ -29,14 +29,13 @@ class Lory(spans.MergesExperts):
        e_k = \operatorname{softmax}(W^\top \operatorname{mean}_{t \in k} x_t), \qquad
        \bar\theta_k = \sum_i e_{k-1,i} \theta_i, \qquad y_t = f(x_t; \bar\theta_k), \; t \in k
 
-    Segments have ``segment`` tokens, the last of a sequence maybe fewer; means are over valid
-    tokens. A segment is merged by what the one before it says. The first of a sequence has none,
-    and neither has one behind a segment of nothing but padding; those are merged, by
-    ``first_segment``, with the softmax of
+    Segments have ``segment`` valid tokens, counted from a sequence's first one, the last maybe
+    fewer: padding, wherever it lies, is in none. A segment is merged by what the one before it
+    says. The first has none and is merged, by ``first_segment``, with the softmax of
 
     * "learned": one learned logit per expert, the same for all sequences, 0 at the start. The
       default: it is causal, and does not ask the router, which reads means, about something else.
-    * "bos": the router's logits of the segment's first valid token alone. Causal, and different
+    * "bos": the router's logits of the sequence's first valid token alone. Causal, and different
       from sequence to sequence where they do not all begin with the same token; a single token
       varies more than a mean of many, hence its logits are larger.
     * "uniform": zeros: the plain mean of the experts. Causal, learns nothing.
@@ -91,31 +90,24 @@ class Lory(spans.MergesExperts):
     def __call__(
         self, params: GateParams, state: tuple, x_GTD: Array, context: GateContext
     ) -> GateOutput:
-        x_GRLD, valid_GRL = spans.by_sequence(x_GTD, context)
-        mean_GRND, some_GRN = spans.span_means(x_GRLD, valid_GRL, self.segment)
+        order = ops.order_of(context)
+        x_GRLD, valid_GRL = spans.in_order(x_GTD, context, order)
+        mean_GRND, _ = spans.span_means(x_GRLD, valid_GRL, self.segment)
         own_GRNE = spans.span_logits(mean_GRND, params["router_DE"])
+        own_GR1E = own_GRNE[:, :, :1]
         if self.first_segment == "learned":
-            first_GRNE = jnp.broadcast_to(params["first_E"], own_GRNE.shape)
+            first_GR1E = jnp.broadcast_to(params["first_E"], own_GR1E.shape)
         elif self.first_segment == "uniform":
-            first_GRNE = jnp.zeros_like(own_GRNE)
+            first_GR1E = jnp.zeros_like(own_GR1E)
         elif self.first_segment == "bos":
-            first_GRND = first_tokens(*spans.in_spans(x_GRLD, valid_GRL, self.segment))
-            first_GRNE = spans.span_logits(first_GRND, params["router_DE"])
+            first_GR1D = jnp.where(valid_GRL[..., None], x_GRLD, 0.0)[:, :, :1]
+            first_GR1E = spans.span_logits(first_GR1D, params["router_DE"])
         else:
-            first_GRNE = jax.lax.stop_gradient(own_GRNE)
-        before = ((0, 0), (0, 0), (1, 0))
-        has_before_GRN1 = jnp.pad(some_GRN, before)[:, :, :-1, None]
-        before_GRNE = jnp.pad(own_GRNE, (*before, (0, 0)))[:, :, :-1]
-        logits_GRNE = jnp.where(has_before_GRN1, before_GRNE, first_GRNE)
+            first_GR1E = jax.lax.stop_gradient(own_GR1E)
+        logits_GRNE = jnp.concatenate([first_GR1E, own_GRNE[:, :, :-1]], axis=2)
         weight_GRNE = jax.nn.softmax(logits_GRNE, axis=-1)
-        return spans.merge_output(logits_GRNE, weight_GRNE, self.segment, context)
+        return spans.merge_output(logits_GRNE, weight_GRNE, self.segment, context, order)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
         leaks = self.first_segment == "paper" and moe.num_experts > 1
         return Visibility(train_future=leaks, eval_future=leaks)
-
-
-def first_tokens(x_GRNUD: Array, valid_GRNU: Array) -> Float[Array, "G R N D"]:
-    """The first valid token of each span."""
-    first_GRN = jnp.argmax(valid_GRNU, axis=3)
-    return jnp.take_along_axis(x_GRNUD, first_GRN[..., None, None], axis=3)[:, :, :, 0]

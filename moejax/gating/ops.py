@@ -22,6 +22,7 @@ from moejax.types import (
     GateState,
     MoEConfig,
     MoEStats,
+    Order,
     RouterStats,
     Routing,
     Visibility,
@@ -69,6 +70,14 @@ def softmax_stats(logits_GTE: Array) -> RouterStats:
     return RouterStats(logits_GTE, probs_GTE, probs_GTE)
 
 
+def order_of(context: GateContext) -> Order:
+    """The order in which the tokens of each sequence [G R] are counted: padding last."""
+    valid_BL = context.valid_GT.reshape(context.row_GR.size, -1)
+    if context.padded_behind or valid_BL.shape[1] == 1:
+        return Order()
+    return group_local(Order.of)(valid_BL)
+
+
 def row_noise(
     draw: Callable[[PRNGKeyArray, tuple[int, ...], Any], Array],
     context: GateContext,
@@ -81,7 +90,8 @@ def row_noise(
     ``jax_enable_x64`` too, where a sampler's own default is another, with other values.
 
     Each sequence draws its own block from its own key, so the noise of a row is the same on every
-    mesh, in every micro-batch split and at every place in the batch.
+    mesh, in every micro-batch split and at every place in the batch. Its i-th valid token gets the
+    i-th draw, wherever there is padding.
 
     Raises:
       ValueError: the context has no key.
@@ -98,8 +108,8 @@ def row_noise(
     def one_row(row: Array) -> Array:
         return draw(jax.random.fold_in(key, row), (length, *shape), jnp.float32)
 
-    noise_GRL = jax.vmap(jax.vmap(one_row))(context.row_GR)
-    return noise_GRL.reshape(groups, rows * length, *shape)
+    noise_BL = jax.vmap(one_row)(context.row_GR.reshape(-1))
+    return order_of(context).places(noise_BL).reshape(groups, rows * length, *shape)
 
 
 def each_group(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -33,7 +33,8 @@ class Replay(ops.Stateless):
     run trained on a routing that never moves. ``moejax eval --record-routing=FILE`` writes the
     file; rows of the training data are in it with ``--record-steps``. The rows of a run must be
     those that were recorded. Nothing is learned; a recorded weight is a constant. In a layer of
-    your own, shorter sequences take the beginning of each row.
+    your own, shorter sequences take the beginning of each row, and padding before a sequence shifts
+    nothing: positions are those of the context.
 
     a is 0 but for gates that keep a share of the input (BASE, StableMoE). w is 0 where the recorded
     pair found no room: what was dropped stays dropped, and is counted so. The recorded weights
@@ -123,13 +124,21 @@ class Replay(ops.Stateless):
                 f"gate.path={self.path!r} has no rows of the training data; record them with "
                 "`moejax eval --record-routing=FILE --record-steps=N`"
             )
+        if context.packed:
+            raise ValueError(
+                "gate replay follows the routing of whole rows, which hold several texts here "
+                "(context.segment_BL); give each text the row it was recorded in"
+            )
         table = state[split]
-        groups, rows = context.row_GR.shape
-        length = context.valid_GT.shape[1] // rows
+        rows = context.row_GR.size
+        position_BL = context.position_GT.reshape(rows, -1)
 
         def recorded(table_NL: Array) -> Array:
-            found_GRL = table_NL[:, :length][context.row_GR]
-            return found_GRL.reshape(groups, rows * length, *table_NL.shape[2:])
+            """At each token's position; 0 beyond the recorded ones: nobody is visited there."""
+            found_BL = table_NL[context.row_GR.reshape(rows)]
+            at_BL = position_BL.reshape(*position_BL.shape, *(1,) * (table_NL.ndim - 2))
+            found_BL = jnp.take_along_axis(found_BL, at_BL, axis=1, mode="fill", fill_value=0)
+            return found_BL.reshape(*context.valid_GT.shape, *table_NL.shape[2:])
 
         expert_GTK, weight_GTK = recorded(table["expert_NLK"]), recorded(table["weight_NLK"])
         num_experts = self._recording().num_experts

@@ -6,16 +6,16 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from moejax.gating import ops
-from moejax.gating.spans import by_sequence, span_means
+from moejax.gating import ops, spans
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     MoEConfig,
+    Order,
     TrainedBy,
     Visibility,
 )
@@ -31,13 +31,15 @@ class Sentence(ops.Stateless):
        h_t = W^\top m_t, \quad S_t = \operatorname{top}_k(h_t), \quad
        y_t = \sum_{e \in S_t} \operatorname{softmax}(h_t)_e f_e(x_t)
 
-    with m_t by ``pool``, always over valid tokens of the token's own sequence:
+    with m_t by ``pool``, always over valid tokens of the token's own sequence, or of its own text
+    where several are packed into one (which costs L x L x d_model per row):
 
     * "mean" (the paper's, for encoders): of all of them, so that all tokens of a sequence visit
       the same experts. In a decoder this shows the future to the past.
     * "running": of those up to t.
-    * "previous": of the segment of ``segment`` tokens before the token's own; in the first segment,
-      and behind padding, a learned vector. Every segment has one choice of experts.
+    * "previous": of the segment of ``segment`` tokens before the token's own; in the first segment
+      a learned vector. Every segment has one choice of experts. Segments are of valid tokens,
+      counted from the first one: padding, wherever it lies, is in none.
 
     The softmax is over the k kept logits (``renormalize``) or over all. A sequence loads few
     experts: the preset takes ``dropless``, and balance losses over the batch.
@@ -79,25 +81,62 @@ class Sentence(ops.Stateless):
     def __call__(
         self, params: GateParams, state: tuple, x_GTD: Array, context: GateContext
     ) -> GateOutput:
-        x_GRLD, valid_GRL = by_sequence(x_GTD, context)
-        length = x_GRLD.shape[2]
-        position_L = jnp.arange(length)
-        if self.pool == "running":
-            pooled_GRSD, span_L = running_means(x_GRLD, valid_GRL), position_L
-        elif self.pool == "previous":
-            mean_GRSD, some_GRS = span_means(x_GRLD, valid_GRL, self.segment)
-            pooled_GRSD = shifted(mean_GRSD, some_GRS, params["first_D"])
-            span_L = position_L // self.segment
-        else:
-            pooled_GRSD, _ = span_means(x_GRLD, valid_GRL, length)
-            span_L = jnp.zeros_like(position_L)
-        pooled_GTD = pooled_GRSD.reshape(len(x_GTD), -1, x_GTD.shape[-1])
-        logits_GTE = ops.router_logits(pooled_GTD, params["router_DE"])
-        logits_GRSE = logits_GTE.reshape(*pooled_GRSD.shape[:3], -1)
-        logits_GTE = jnp.take(logits_GRSE, span_L, axis=2).reshape(*x_GTD.shape[:2], -1)
+        pooled_GRND, span, order = self._pooled(params, x_GTD, context)
+        logits_GRNE = spans.span_logits(pooled_GRND, params["router_DE"])
+        logits_GTE = spans.of_tokens(logits_GRNE, span, context, order)
         expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         return GateOutput(routing, ops.softmax_stats(logits_GTE))
+
+    def _pooled(
+        self, params: GateParams, x_GTD: Array, context: GateContext
+    ) -> tuple[Float[Array, "G R N D"], int, Order]:
+        """What every span of so many tokens is routed by, in this order of tokens."""
+        if context.packed:
+            return self._by_text(params, x_GTD, context), 1, Order()
+        order = ops.order_of(context) if self.pool == "previous" else Order()
+        x_GRLD, valid_GRL = spans.in_order(x_GTD, context, order)
+        if self.pool == "running":
+            return running_means(x_GRLD, valid_GRL), 1, order
+        span = self.segment if self.pool == "previous" else x_GRLD.shape[2]
+        mean_GRND, _ = spans.span_means(x_GRLD, valid_GRL, span)
+        if self.pool == "previous":
+            first_GR1D = jnp.broadcast_to(params["first_D"], mean_GRND[:, :, :1].shape)
+            mean_GRND = jnp.concatenate([first_GR1D, mean_GRND[:, :, :-1]], axis=2)
+        return mean_GRND, span, order
+
+    def _by_text(
+        self, params: GateParams, x_GTD: Array, context: GateContext
+    ) -> Float[Array, "G R L D"]:
+        """What each token is routed by where texts are packed."""
+        x_GRLD, valid_GRL = spans.by_sequence(x_GTD, context)
+        taken_GRLL = self._taken(valid_GRL, context.segment_GT.reshape(valid_GRL.shape))
+        count_GRL = jnp.sum(taken_GRLL, axis=-1, dtype=jnp.float32)[..., None]
+        total_GRLD = jnp.einsum(
+            "grts,grsd->grtd",
+            taken_GRLL.astype(jnp.float32),
+            jnp.where(valid_GRL[..., None], x_GRLD, 0.0),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        mean_GRLD = total_GRLD / jnp.maximum(count_GRL, 1.0)
+        if self.pool != "previous":
+            return mean_GRLD
+        return jnp.where(count_GRL > 0, mean_GRLD, params["first_D"])
+
+    def _taken(
+        self, valid_GRL: Bool[Array, "G R L"], segment_GRL: Int[Array, "G R L"]
+    ) -> Bool[Array, "G R L L"]:
+        """Which tokens the mean of each token is over: of its own text alone."""
+        own_GRLL = segment_GRL[..., :, None] == segment_GRL[..., None, :]
+        own_GRLL &= valid_GRL[..., None, :]
+        if self.pool == "mean":
+            return own_GRLL
+        earlier_LL = jnp.tri(valid_GRL.shape[2], dtype=bool)
+        if self.pool == "running":
+            return own_GRLL & earlier_LL
+        count_GRL = jnp.sum(own_GRLL & earlier_LL, axis=-1, dtype=jnp.int32)
+        part_GRL = (count_GRL - 1) // self.segment
+        return own_GRLL & (part_GRL[..., None, :] == part_GRL[..., :, None] - 1)
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
         return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
@@ -116,12 +155,3 @@ def running_means(
     total_GRLD = jnp.cumsum(jnp.where(valid_GRL[..., None], x_GRLD, 0.0), axis=2)
     count_GRL = jnp.cumsum(valid_GRL, axis=2, dtype=jnp.float32)
     return total_GRLD / jnp.maximum(count_GRL, 1.0)[..., None]
-
-
-def shifted(
-    mean_GRSD: Float[Array, "G R S D"], some_GRS: Bool[Array, "G R S"], first_D: Float[Array, "D"]
-) -> Float[Array, "G R S D"]:
-    """Each span gets the mean of the one before; ``first_D`` where there is none."""
-    mean_GRSD = jnp.where(some_GRS[..., None], mean_GRSD, first_D)
-    first_GR1D = jnp.broadcast_to(first_D, (*mean_GRSD.shape[:2], 1, first_D.size))
-    return jnp.concatenate([first_GR1D, mean_GRSD[:, :, :-1]], axis=2)

@@ -14,6 +14,7 @@ from moejax.types import (
     GateParams,
     GateSpec,
     MoEConfig,
+    Order,
     Visibility,
 )
 
@@ -88,7 +89,7 @@ class Smear(spans.MergesExperts):
         if context.train and self.expert_dropout:
             kept_GRNE = jnp.where(self._keep(logits_GRNE, context), logits_GRNE, -jnp.inf)
         weight_GRNE = jax.nn.softmax(kept_GRNE, axis=-1)
-        return spans.merge_output(logits_GRNE, weight_GRNE, length, context)
+        return spans.merge_output(logits_GRNE, weight_GRNE, length, context, Order())
 
     def _keep(self, logits_GRNE: Array, context: GateContext) -> Bool[Array, "G R N E"]:
         """Which experts dropout leaves, drawn once per sequence."""

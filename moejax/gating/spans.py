@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
-from moejax.types import GateContext, GateOutput, Merge, TrainedBy
+from moejax.types import GateContext, GateOutput, Merge, Order, TrainedBy
 
 
 class MergesExperts(ops.Stateless):
@@ -31,6 +31,18 @@ def by_sequence(
     groups, rows = context.row_GR.shape
     x_GRLD = x_GTD.astype(jnp.float32).reshape(groups, rows, -1, x_GTD.shape[-1])
     return x_GRLD, context.valid_GT.reshape(x_GRLD.shape[:3])
+
+
+def in_order(
+    x_GTD: Array, context: GateContext, order: Order
+) -> tuple[Float[Array, "G R L D"], Bool[Array, "G R L"]]:
+    """``by_sequence`` with the tokens in an order."""
+    x_GRLD, valid_GRL = by_sequence(x_GTD, context)
+    shape = (context.row_GR.size, x_GRLD.shape[2])
+    x_BLD, valid_BL = x_GRLD.reshape(*shape, -1), valid_GRL.reshape(shape)
+    return order.tokens(x_BLD).reshape(x_GRLD.shape), order.tokens(valid_BL).reshape(
+        valid_GRL.shape
+    )
 
 
 def in_spans(
@@ -62,26 +74,35 @@ def span_logits(
     return ops.router_logits(flat_GXD, weight_DE).reshape(*x_GRND.shape[:3], -1)
 
 
+def of_tokens(
+    x_GRNE: Float[Array, "G R N E"], span: int, context: GateContext, order: Order
+) -> Float[Array, "G T E"]:
+    """What is said of spans of ``span`` tokens in this order, for each of their tokens."""
+    groups, rows, _, experts = x_GRNE.shape
+    length = context.valid_GT.shape[1] // rows
+    x_GRLE = jnp.repeat(x_GRNE, span, axis=2)[:, :, :length]
+    return order.places(x_GRLE.reshape(-1, length, experts)).reshape(groups, -1, experts)
+
+
 def merge_output(
     logits_GRNE: Float[Array, "G R N E"],
     weight_GRNE: Float[Array, "G R N E"],
     span: int,
     context: GateContext,
+    order: Order,
 ) -> GateOutput:
     """Experts merged by ``weight_GRNE`` for every span of ``span`` tokens.
 
     The routing tells of each valid token its span's weights, column e those of expert e; the
     statistics are of its span's logits.
     """
-    groups, rows, spans, experts = logits_GRNE.shape
-    length = context.valid_GT.shape[1] // rows
-
-    def of_tokens(x_GRNE: Array) -> Array:
-        return jnp.repeat(x_GRNE, span, axis=2)[:, :, :length].reshape(groups, -1, experts)
-
-    routing, _ = ops.heaviest(of_tokens(weight_GRNE), 0, context.valid_GT)
+    _, _, spans, experts = logits_GRNE.shape
+    weight_GTE = of_tokens(weight_GRNE, span, context, order)
+    routing, _ = ops.heaviest(weight_GTE, 0, context.valid_GT)
+    as_they_lie = order.token_BL is None
+    valid_BL = None if as_they_lie else context.valid_GT.reshape(context.row_GR.size, -1)
     return GateOutput(
         routing,
-        ops.softmax_stats(of_tokens(logits_GRNE)),
-        mixing=Merge(weight_GRNE.reshape(-1, spans, experts), span),
+        ops.softmax_stats(of_tokens(logits_GRNE, span, context, order)),
+        mixing=Merge(weight_GRNE.reshape(-1, spans, experts), span, valid_BL),
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
+from moejax.context import valid_before
 from moejax.types import GateContext
 
 
@@ -33,19 +34,19 @@ def balanced_table(
 
 
 def bigram_hash(context: GateContext, salt_K: Int[Array, "K"]) -> UInt32[Array, "G T K"]:
-    """32 bits that look random for each pair of a token and the one before, for each salt."""
-    groups, rows = context.row_GR.shape
+    """32 bits that look random for each pair of a token and the one before, for each salt.
 
-    def by_row(x_GT: Array) -> Array:
-        return x_GT.reshape(groups, rows, -1)
-
-    token_GRL, segment_GRL = by_row(context.token_GT), by_row(context.segment_GT)
-    valid_GRL = by_row(context.valid_GT)
-    follows_GRL = (segment_GRL[..., 1:] == segment_GRL[..., :-1]) & valid_GRL[..., :-1]
-    previous_GRL = jnp.where(follows_GRL, token_GRL[..., :-1], -1)
-    previous_GRL = jnp.pad(previous_GRL, ((0, 0), (0, 0), (1, 0)), constant_values=-1)
+    The one before is the last valid one of the same text.
+    """
+    shape = (context.row_GR.size, -1)
+    token_BL, segment_BL = context.token_GT.reshape(shape), context.segment_GT.reshape(shape)
+    before_BL = valid_before(context.valid_GT.reshape(shape))
+    at_BL = jnp.maximum(before_BL, 0)
+    follows_BL = jnp.take_along_axis(segment_BL, at_BL, axis=1) == segment_BL
+    previous_BL = jnp.take_along_axis(token_BL, at_BL, axis=1)
+    previous_BL = jnp.where(follows_BL & (before_BL >= 0), previous_BL, -1)
     token_GT1 = context.token_GT.astype(jnp.uint32)[..., None]
-    previous_GT1 = previous_GRL.reshape(context.token_GT.shape).astype(jnp.uint32)[..., None]
+    previous_GT1 = previous_BL.reshape(context.token_GT.shape).astype(jnp.uint32)[..., None]
     return _scramble(_scramble(token_GT1 ^ salt_K.astype(jnp.uint32)) + previous_GT1)
 
 

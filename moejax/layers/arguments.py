@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.types import Context, GateState
+from moejax.types import Context, Gate, GateState, Mixes
 
 DTYPES = ("float32", "bfloat16")
 
@@ -78,6 +78,16 @@ def check_context(context: Any, batch: int, length: int) -> None:
                 f"context.{field.name} has shape {found}, but x has {batch} sequences of {length} "
                 f"tokens; make the context with moejax.Context.of({batch}, {length}, ...)"
             )
+
+
+def check_packed(context: Context, gate: Gate) -> None:
+    """Raises ValueError where packed texts would be mixed with each other."""
+    if context.segment_BL is not None and isinstance(gate, Mixes):
+        raise ValueError(
+            f"gate {type(gate).__name__} mixes {gate.mixes} over whole rows, which hold several "
+            "texts (context.segment_BL); give each text a row of its own, or use a gate that keeps "
+            "them apart, such as top_k or sentence"
+        )
 
 
 def check_gate_state(state: GateState, wanted: GateState, gate: str) -> None:

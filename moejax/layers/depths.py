@@ -20,9 +20,9 @@ from moejax.types import Context, DepthsConfig
 class Chosen(NamedTuple):
     """The tokens that pass through, in both directions.
 
-    ``index_BC``: their places in the sequence, ascending. ``valid_BC``: whether there is a token;
-    a sequence with fewer than C has padding in its other places. ``slot_BL``: a token's place among
-    the chosen, C where it has none.
+    ``index_BC``: their places in the sequence, ascending, then places of others. ``valid_BC``:
+    whether it is one of them; a sequence that has room for fewer than C has padding behind.
+    ``slot_BL``: a token's place among the chosen, C where it has none.
     """
 
     index_BC: Int[Array, "B C"]
@@ -34,15 +34,25 @@ class Chosen(NamedTuple):
         return self.slot_BL < self.index_BC.shape[1]
 
 
-def choose(score_BL: Float[Array, "B L"], valid_BL: Bool[Array, "B L"], count: int) -> Chosen:
-    """The ``count`` valid tokens of each sequence with the best scores; of equals the earlier."""
-    score_BL = jnp.where(valid_BL, score_BL, -jnp.inf)
-    index_BC = jnp.sort(jax.lax.top_k(score_BL, count)[1], axis=-1)
-    valid_BC = jnp.take_along_axis(valid_BL, index_BC, axis=1)
+def choose(
+    score_BL: Float[Array, "B L"], valid_BL: Bool[Array, "B L"], config: DepthsConfig
+) -> Chosen:
+    """The valid tokens of each sequence with the best scores; of equals the earlier.
+
+    As many as there is room for: by how many tokens a sequence has, padding not counted.
+    """
+    length = valid_BL.shape[1]
+    count = config.chosen(length)
+    # By a table: in float32 the product with the capacity would be rounded.
+    room_N = jnp.asarray([0, *(config.chosen(n + 1) for n in range(length))], jnp.int32)
+    room_B1 = room_N[jnp.sum(valid_BL, axis=1, dtype=jnp.int32)][:, None]
+    best_BC = jax.lax.top_k(jnp.where(valid_BL, score_BL, -jnp.inf), count)[1]
+    key_BC = jnp.sort(jnp.where(jnp.arange(count) < room_B1, best_BC, best_BC + length), axis=-1)
+    index_BC, valid_BC = key_BC % length, key_BC < length
     place_BC = jnp.where(valid_BC, jnp.arange(count), count)
 
     def slots(index_C: Array, place_C: Array) -> Array:
-        return jnp.full(score_BL.shape[1], count).at[index_C].set(place_C, unique_indices=True)
+        return jnp.full(length, count).at[index_C].set(place_C, unique_indices=True)
 
     return Chosen(index_BC, valid_BC, jax.vmap(slots)(index_BC, place_BC))
 
@@ -75,8 +85,8 @@ class Depths(TrainOrEval):
        y_t = \begin{cases} x_t + r_t f(x)_t & t \in S \\ x_t & \text{otherwise} \end{cases}
 
     f is what the block adds to its input (attention and feed-forward), computed among the tokens of
-    S only, at their positions in the sequence. In training S are the C = ceil(capacity L) valid
-    tokens of a sequence with the largest r. That depends on later tokens, so evaluation predicts
+    S only, at their positions in the sequence. In training S are, of a sequence's n valid tokens,
+    the ceil(capacity n) with the largest r. That depends on later tokens, so evaluation predicts
     per token whether it would be in S:
 
     * predictor "mlp": sigmoid(MLP(stop_gradient(x))) > 1/2;
@@ -117,8 +127,7 @@ class Depths(TrainOrEval):
         with jax.named_scope("router"):
             # Padding may hold anything, and must not reach a gradient.
             score_BL, logit_BL = self._scores(jnp.where(context.valid_BL[..., None], x_BLD, 0))
-            count = self.config.chosen(x_BLD.shape[1])
-            chosen = group_local(lambda score, valid: choose(score, valid, count))(
+            chosen = group_local(lambda score, valid: choose(score, valid, self.config))(
                 score_BL, context.valid_BL
             )
             chosen = Chosen(*checkpoint_name(tuple(chosen), "routing"))
@@ -159,9 +168,8 @@ def _context_of(context: Context, chosen: Chosen) -> Context:
         return tuple(jnp.take_along_axis(x_BL, chosen.index_BC, axis=1) for x_BL in known)
 
     taken = group_local(take)(chosen, *(getattr(context, name) for name in names))
-    return dataclasses.replace(
-        context, **dict(zip(names, taken, strict=True)), valid_BL=chosen.valid_BC
-    )
+    known = dict(zip(names, taken, strict=True))
+    return dataclasses.replace(context, **known, valid_BL=chosen.valid_BC, padded_behind=True)
 
 
 def _report(

@@ -19,6 +19,7 @@ from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.arguments import (
     check_context,
     check_gate_state,
+    check_packed,
     check_rngs,
     check_sizes,
     check_tokens,
@@ -202,8 +203,10 @@ class MoE(TrainOrEval):
             return self._of_nothing(x_BLD, context, gate_state, train)
         self.gate.check(self.config.num_experts, train)
         batch, length, _ = x_BLD.shape
-        context = Context.of(batch, length) if context is None else context
+        if context is None:
+            context = Context.of(batch, length, padded_behind=True)
         check_context(context, batch, length)
+        check_packed(context, self.gate)
         context = drawn_from(rngs, context)
         # Padding may hold anything. A NaN would survive the weight 0 in the losses and backwards.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)

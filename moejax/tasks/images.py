@@ -84,6 +84,7 @@ class ImageClassifier(Task):
             row_B=batch["row"],
             step=step,
             key=jax.random.fold_in(key, step),
+            padded_behind=True,  # an image is whole, or all of it is padding
         )
         return Output(*self.built(params)(batch["image"], context, gate_state, train, watch))
 

@@ -172,6 +172,14 @@ def test_positions_are_chosen_among_the_sequences_of_a_group():
     valid = jnp.arange(T)[None] < jnp.asarray([T] * 6 + [4, 0])[:, None]
     given = Context.of(rows, T, valid_BL=valid).grouped(rows, False)
     out = gate(params, (), x, given)
+    # A sequence of four tokens has them at the same positions behind padding.
+    late = jnp.roll(x.reshape(rows, T, D)[6], 5, axis=0)
+    moved = x.reshape(rows, T, D).at[6].set(late).reshape(1, rows * T, D)
+    behind = Context.of(rows, T, valid_BL=valid.at[6].set(jnp.roll(valid[6], 5)))
+    shifted = gate(params, (), moved, behind.grouped(rows, False)).routing.weight_GTK
+    shifted = shifted.reshape(rows, T, E)
+    shifted = shifted.at[6].set(jnp.roll(shifted[6], -5, axis=0))
+    np.testing.assert_allclose(shifted.reshape(1, -1, E), out.routing.weight_GTK, rtol=1e-6)
     probs = np.asarray(out.stats.probs_GTE).reshape(rows, T, E)
     weight = np.asarray(out.routing.weight_GTK).reshape(rows, T, E)
     for t in range(T):

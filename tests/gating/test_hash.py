@@ -140,15 +140,20 @@ def bigrams(token_BL, rows=1, layer=0, **known):
 def test_a_bigram_hash_is_a_dictionary_of_pairs():
     token = jax.random.randint(jax.random.key(0), (8, 64), 0, 6)
     segment = jnp.arange(64) // 20 + jnp.zeros((8, 1), jnp.int32)
-    valid = jnp.arange(64) >= jnp.arange(8)[:, None]  # padding on the left
-    expert = bigrams(token, segment_BL=segment, valid_BL=valid)
+    valid = jnp.arange(64) >= jnp.arange(8)[:, None]  # padding on the left, and in between
+    valid &= jnp.arange(64) % 7 != jnp.arange(8)[:, None]
+    given = token, segment, valid
+    expert = np.asarray(bigrams(token, segment_BL=segment, valid_BL=valid))
+    token, segment, valid = map(np.asarray, given)
     book = {}
-    for b, t in zip(*np.nonzero(np.asarray(valid)), strict=True):
-        alone = t == 0 or segment[b, t] != segment[b, t - 1] or not valid[b, t - 1]
-        key = (None if alone else int(token[b, t - 1]), int(token[b, t]))
+    for b, t in zip(*np.nonzero(valid), strict=True):
+        before = np.flatnonzero(valid[b, :t])[-1:]
+        alone = not before.size or segment[b, t] != segment[b, before[0]]
+        key = (None if alone else int(token[b, before[0]]), int(token[b, t]))
         assert book.setdefault(key, expert[b, t].tolist()) == expert[b, t].tolist()
     assert len(book) == 6 * 7 and len({tuple(v) for v in book.values()}) > 8
     # The same in groups of several sequences: rows do not follow each other.
+    token, segment, valid = given
     grouped = bigrams(token, rows=4, segment_BL=segment, valid_BL=valid)
     np.testing.assert_array_equal(expert, grouped)
 

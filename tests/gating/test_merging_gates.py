@@ -131,23 +131,23 @@ def test_dropout_that_would_take_all_experts_takes_none():
 # Lory
 
 
-def merged_by(gate, params, x_TD, valid_T):
-    """Each segment's merging weights, in a Python loop over segments."""
+def merged_by(gate, params, x_ND):
+    """Each segment's merging weights, in a Python loop over segments of valid tokens."""
     weights, before = [], np.zeros((0, D))
     router_DE = np.asarray(params["router_DE"])
-    for start in range(0, T, gate.segment):
-        own = x_TD[start : start + gate.segment][valid_T[start : start + gate.segment]]
+    for start in range(0, len(x_ND), gate.segment):
+        own = x_ND[start : start + gate.segment]
         if len(before):
             logits = before.mean(0) @ router_DE
         elif gate.first_segment == "learned":
             logits = np.asarray(params["first_E"])
-        elif gate.first_segment == "uniform" or not len(own):
+        elif gate.first_segment == "uniform":
             logits = np.zeros(E)
         else:
             logits = (own[0] if gate.first_segment == "bos" else own.mean(0)) @ router_DE
         weights.append(softmax(logits))
         before = own
-    return np.stack(weights)
+    return weights
 
 
 POLICIES = ["learned", "bos", "uniform", "paper"]
@@ -163,10 +163,10 @@ def test_a_segment_is_merged_by_the_one_before(policy, segment, rows):
     assert mixing.weight_BNE.shape == (G, -(-T // segment), E) and mixing.span == segment
     of_tokens = routing.weight_GTK.reshape(G, T, E)
     for b in range(G):
-        x_TD, valid_T = np.asarray(gates.tokens()[b]), np.asarray(valid[b])
-        wanted = merged_by(gate, params, x_TD, valid_T)
-        for t in np.flatnonzero(valid_T):
-            np.testing.assert_allclose(of_tokens[b, t], wanted[t // segment], rtol=1e-4, atol=1e-5)
+        valid_T = np.asarray(valid[b])
+        wanted = merged_by(gate, params, np.asarray(gates.tokens()[b])[valid_T])
+        for i, t in enumerate(np.flatnonzero(valid_T)):
+            np.testing.assert_allclose(of_tokens[b, t], wanted[i // segment], rtol=1e-4, atol=1e-5)
         assert (of_tokens[b][~valid_T] == 0).all()
 
 

@@ -125,3 +125,18 @@ def test_means_are_over_the_valid_tokens_and_0_where_there_are_none():
     for rows, wanted in ((3, (1.0 + 2.0 + 6.0) / 3), (0, 0.0)):
         known = {"valid_BL": valid_GT & (jnp.arange(3) < rows)[:, None]}
         assert ops.mean(value_GT, Context.of(3, 4, **known).grouped(1, True)) == wanted
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_padding_moves_no_draw_of_a_valid_token(shape):
+    """Of one row, padded on the left, behind and in between."""
+    valid = np.zeros((3, 12), bool)
+    valid[0, :8], valid[1, 4:], valid[2, [0, 2, 3, 5, 6, 7, 9, 11]] = True, True, True
+    known = {"row_B": jnp.full(3, 5), "key": jax.random.key(2)}
+    for draw in (jax.random.normal, jax.random.uniform, jax.random.gumbel):
+        given = Context.of(3, 12, valid_BL=jnp.asarray(valid), **known).grouped(1, True)
+        alone = Context.of(1, 8, row_B=jnp.array([5]), key=known["key"]).grouped(1, True)
+        noise, wanted = (ops.row_noise(draw, c, shape) for c in (given, alone))
+        assert len(np.unique(wanted)) == wanted.size
+        for row in range(3):
+            np.testing.assert_array_equal(noise[row][valid[row]], wanted[0])

@@ -1,6 +1,7 @@
 """Gate `replay` in a layer: the recorded layer's own output."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,6 +9,7 @@ from flax import nnx
 from moejax import MoE, gating, recording
 from moejax.recording import Recording, Routed
 from moejax.train import evaluate
+from moejax.types import Context
 
 EXPERTS, LENGTH = 4, 16
 
@@ -47,5 +49,14 @@ def test_a_layer_under_its_own_routing_gives_its_own_output(gate, choices, tmp_p
         np.testing.assert_array_equal(
             getattr(replayed.stats, counted), getattr(info.stats, counted), counted
         )
+    # Behind padding too, a token follows what was recorded of its position.
+    pad = ((0, 0), (3, 0))
+    given = Context.of(2, LENGTH + 3, valid_BL=jnp.pad(jnp.ones((2, LENGTH), bool), pad))
+    late_BLD, late = replay(jnp.pad(x_BLD, (*pad, (0, 0))), given, train=False)
+    np.testing.assert_allclose(late_BLD[:, 3:], own_BLD, atol=1e-6)
+    np.testing.assert_array_equal(late.stats.load_E, info.stats.load_E)
+    packed = Context.of(2, LENGTH, segment_BL=jnp.zeros((2, LENGTH), jnp.int32))
+    with pytest.raises(ValueError, match=r"replay follows .* whole rows.*give each text the row"):
+        replay(x_BLD, packed, train=False)
     assert (int(info.stats.dropped_E.sum()) > 0) == ("eval_transport" in choices)
     assert (arrays["identity"] != 0).any() == (info.identity_weight_GT is not None)

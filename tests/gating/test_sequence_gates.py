@@ -14,8 +14,9 @@ from tests.gates import TASKS, D, E, G, T
 
 
 def padded():
-    """Valid lengths of four sequences, one of them empty."""
-    return jnp.arange(T)[None] < jnp.asarray([T, T - 3, 5, 0])[:, None]
+    """A sequence cut short, one with a hole, one that starts late, an empty one."""
+    place = jnp.arange(T)
+    return jnp.stack([place < T - 3, (place < 6) | (place > 8), place > 4, place < 0])
 
 
 def by_hand(logits_E, k, renormalize=True):
@@ -71,18 +72,13 @@ def test_the_embedding_of_a_task_learns_from_its_own_sequences_only():
     assert TASKS == 3
 
 
-def pooled(gate, x_TD, valid_T, first_D=None):
-    """What each token of one sequence is routed by, in a Python loop over tokens."""
+def pooled(gate, x_ND, first_D):
+    """What each of the valid tokens of one text is routed by, in a Python loop over them."""
     out = []
-    for t in range(len(x_TD)):
-        last = {"mean": T, "running": t + 1, "previous": t // gate.segment * gate.segment}
-        end = last[gate.pool]
+    for i in range(len(x_ND)):
+        end = {"mean": len(x_ND), "running": i + 1}.get(gate.pool, i // gate.segment * gate.segment)
         begin = max(end - gate.segment, 0) if gate.pool == "previous" else 0
-        taken = x_TD[begin:end][valid_T[begin:end]]
-        if len(taken):
-            out.append(taken.mean(0))
-        else:
-            out.append(np.zeros(D) if first_D is None else first_D)
+        out.append(x_ND[begin:end].mean(0) if end else first_D)
     return out
 
 
@@ -95,33 +91,26 @@ FIELDS = [
 ]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_tokens_are_routed_by_the_mean_of_their_sequence_segment_or_past(fields, rows):
+def test_tokens_are_routed_by_the_mean_of_their_text_segment_or_past(fields, rows, packed):
+    """Padding before, in and behind a sequence is not there; nor is another text in the row."""
     gate = Sentence(**fields)
     params, valid = gates.drawn(gate), padded()
-    given = gates.context(False, rows=rows, valid_BL=valid)
+    text = np.repeat([[7, 2, 9]], G, axis=0).repeat([7, 3, T - 10], axis=1)
+    segment = jnp.asarray(text, jnp.int32) if packed else None
+    given = gates.context(False, rows=rows, valid_BL=valid, segment_BL=segment)
     x = jnp.where(valid[..., None], gates.tokens(), 0)
     routing = gate(params, (), x.reshape(G // rows, rows * T, D), given).routing
     first = np.asarray(params["first_D"]) if gate.pool == "previous" else None
-    for b in range(G):
-        means = pooled(gate, np.asarray(x[b]), np.asarray(valid[b]), first)
-        for t in range(T):
-            group, token = b // rows, b % rows * T + t
-            if not valid[b, t]:
-                assert (routing.weight_GTK[group, token] == 0).all()
-                continue
-            same(routing, group, token, by_hand(means[t] @ np.asarray(params["router_DE"]), 2))
-
-
-def test_a_segment_behind_padding_starts_anew():
-    gate = Sentence(pool="previous", segment=4)
-    params, valid = gates.drawn(gate), jnp.broadcast_to(jnp.arange(T) >= 8, (G, T))
-    given = gates.context(False, valid_BL=valid)
-    routing = gate(params, (), jnp.where(valid[..., None], gates.tokens(), 0), given).routing
-    wanted = by_hand(np.asarray(params["first_D"]) @ np.asarray(params["router_DE"]), 2)
-    for token in range(8, 12):
-        same(routing, 0, token, wanted)
+    for b, one in np.ndindex(G, 3 if packed else 1):
+        own = np.flatnonzero(np.asarray(valid[b]) & ((text[b] == [7, 2, 9][one]) | (not packed)))
+        for t, mean in zip(own, pooled(gate, np.asarray(x[b])[own], first), strict=True):
+            wanted = by_hand(mean @ np.asarray(params["router_DE"]), 2)
+            same(routing, b // rows, b % rows * T + t, wanted)
+    of_padding = routing.weight_GTK.reshape(G, T, -1)[~np.asarray(valid)]
+    assert of_padding.size and (of_padding == 0).all()
 
 
 @pytest.mark.parametrize("pool", ["mean", "running"])

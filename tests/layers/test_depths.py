@@ -18,9 +18,9 @@ from tests import lms
 from tests.layers import blocks
 
 B, L, D = 3, 8, lms.D
-CHOOSE = jax.jit(choose, static_argnames="count")
+CHOOSE = jax.jit(choose, static_argnames="config")
 LENGTHS = np.array([8, 6, 2])
-"""Valid tokens: all, some, and fewer than there is room for."""
+"""Valid tokens: all, some, and fewer than a row of L has room for."""
 VALID = np.arange(L) < LENGTHS[:, None]
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 """float32 against float64, through two norms, a softmax and sums of 24 products."""
@@ -75,30 +75,33 @@ def scores(params, x_BLD, predictor):
     return r, gelu @ router["out_F"] + router["out_bias"]
 
 
-def best(r_L, valid_L, count):
-    """The places of the best valid tokens, ascending; of equals the earlier."""
+def best(r_L, valid_L, tenths):
+    """The places of the best valid tokens, so many tenths of them rounded up, ascending; of equals
+    the earlier."""
     order = sorted(np.flatnonzero(valid_L), key=lambda t: (-r_L[t], t))
-    return sorted(order[:count])
+    return sorted(order[: -(-tenths * len(order) // 10)])
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     score=st.lists(st.integers(-2, 2), min_size=14, max_size=14),
-    length=st.tuples(st.integers(0, 7), st.integers(0, 7)),
-    count=st.sampled_from([1, 3, 7]),
+    valid=st.lists(st.booleans(), min_size=14, max_size=14),
+    tenths=st.sampled_from([1, 4, 10]),
 )
 def test_the_best_valid_tokens_are_chosen_in_ascending_order_and_ties_go_to_the_earlier(
-    score, length, count
+    score, valid, tenths
 ):
     score_BL = np.array(score, np.float32).reshape(2, 7)
-    valid_BL = np.arange(7) < np.array(length)[:, None]
-    chosen = jax.device_get(CHOOSE(score_BL, valid_BL, count=count))
+    valid_BL = np.array(valid).reshape(2, 7)
+    config = DepthsConfig(tenths / 10)
+    chosen = jax.device_get(CHOOSE(score_BL, valid_BL, config=config))
     for row in range(2):
-        wanted = best(score_BL[row], valid_BL[row], count)
-        index, valid = chosen.index_BC[row], chosen.valid_BC[row]
-        assert (np.diff(index) > 0).all() and len(index) == count
-        assert list(index[valid]) == wanted and len(wanted) == min(count, length[row])
-        assert list(np.flatnonzero(chosen.slot_BL[row] < count)) == wanted
+        wanted = best(score_BL[row], valid_BL[row], tenths)
+        index, valid_C = chosen.index_BC[row], chosen.valid_BC[row]
+        assert len(index) == config.chosen(7) and len(set(index.tolist())) == len(index)
+        assert list(index[: len(wanted)]) == wanted, "and padding behind them"
+        assert list(valid_C) == [True] * len(wanted) + [False] * (len(index) - len(wanted))
+        assert list(np.flatnonzero(chosen.slot_BL[row] < len(index))) == wanted
         assert all(index[chosen.slot_BL[row, t]] == t for t in wanted)
 
 
@@ -111,7 +114,7 @@ def test_a_routed_block_is_a_loop_over_the_chosen_tokens_at_their_own_positions(
     r_BL, logit_BL = scores(params, x_BLD, predictor)
     wanted, through, right, nats = np.asarray(x_BLD, np.float64).copy(), [], [], []
     for row in range(B):
-        top = best(r_BL[row], VALID[row], 4)  # ceil(0.4 * 8)
+        top = best(r_BL[row], VALID[row], 4)  # ceil(0.4 n)
         ahead = [t for t in np.flatnonzero(VALID[row]) if logit_BL[row, t] > 0]
         chosen = top if train else ahead
         member = np.isin(np.arange(L), top)
