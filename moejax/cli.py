@@ -9,6 +9,7 @@ from typing import Any
 
 from moejax import files, job
 from moejax.errors import UserError, suggest
+from moejax.field import CPU_DEVICES
 from moejax.flags import OVERRIDES, WORKDIR, Parser, check_flag
 from moejax.overrides import take_overrides
 from moejax.train.signals import Stopped, stopping
@@ -298,8 +299,10 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.cpu_devices < 1:
-        raise UserError(f"--cpu-devices={args.cpu_devices} must be at least 1")
+    if not 1 <= args.cpu_devices <= CPU_DEVICES:
+        raise UserError(
+            f"--cpu-devices={args.cpu_devices} must be at least 1 and at most {CPU_DEVICES}"
+        )
     from moejax.doctor import report
 
     return report(args.cpu_devices)

@@ -102,6 +102,7 @@ MISTAKES = {
     ],
     "train {lm} {workdir} --config.data.path=/no/such/text": ["data.path='/no/such/text'"],
     "config {lm} --config.train.steps=0": ["train.steps=0"],
+    "doctor --cpu-devices=1000000": ["--cpu-devices=1000000", "at most 1024"],
 }
 
 
