@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moejax import files
 from moejax.errors import UserError
 from moejax.saved import committed_steps
 from moejax.train import manifest as manifests
@@ -199,7 +200,8 @@ class Checkpointer:
     def _move_aside(self, step: int) -> Path:
         """Moves a step to the first free `<directory>_bad/<step>-<n>`, by a rename."""
         bad = self._bad_folder()
-        bad.mkdir(exist_ok=True)
+        with files.writing(bad):
+            bad.mkdir(exist_ok=True)
         n = 0
         while (bad / f"{step}-{n}").exists():
             n += 1
