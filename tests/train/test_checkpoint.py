@@ -9,6 +9,8 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +292,20 @@ def test_a_damaged_step_that_was_asked_for_is_an_error_and_stays(two):
     with pytest.raises(UserError, match="checkpoint 2 in .* is damaged: its manifest"):
         Checkpointer(two).restore(describe(make_state(0)), step=2)
     assert Checkpointer(two).steps() == [1, 2]
+
+
+def test_writes_that_end_after_a_save_was_given_up_print_no_tracebacks(tmp_path, monkeypatch):
+    """As tensorstore's threads raise them when a disk is full: of no object, the loop closed."""
+    shown: list[Any] = []
+    show = shown.append
+    monkeypatch.setattr(sys, "__unraisablehook__", show)
+    monkeypatch.setattr(sys, "unraisablehook", show)
+    save_steps(tmp_path / "checkpoints", 1)
+    late, other = RuntimeError("Event loop is closed"), RuntimeError("other")
+    for error, of in ((late, None), (late, "a finalizer"), (other, None)):
+        raised: Any = SimpleNamespace(exc_type=RuntimeError, exc_value=error, object=of)
+        sys.unraisablehook(raised)
+    assert [(x.exc_value, x.object) for x in shown] == [(late, "a finalizer"), (other, None)]
 
 
 def test_a_folder_in_the_place_of_a_manifest_is_damage(two, capsys):

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -227,7 +228,7 @@ def test_wandb_that_is_missing_or_does_not_start_is_the_users_mistake(tmp_path, 
 
 
 def test_wandb_without_an_account_is_refused_before_anything_is_made(monkeypatch):
-    fake = FakeWandb()
+    fake: Any = FakeWandb()
     settings = types.SimpleNamespace(mode="online")
     fake.setup = lambda: types.SimpleNamespace(settings=settings)
     fake.login = lambda prompt, verify: prompt or verify  # as without an account
