@@ -1,6 +1,7 @@
 """The ``moejax`` command. Each subcommand imports what it needs when it runs."""
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -65,6 +66,9 @@ def _exit_status(argv: list[str]) -> int:
         stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
         return FAILED if stopped_short else 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            problem = f"{str(error.filename)[:60]}... cannot be looked for: {error.strerror}"
+            return _leave(argv, USER_ERROR, "error: {}", f"{problem}; name another path")
         if error.errno not in files.FULL:
             raise
         problem = files.cannot_write(error.filename or "a file", error)
