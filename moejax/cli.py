@@ -39,12 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A page's or a gate's module beside the user is found, as it is under `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal's encoding lacks, or that is no text, is no reason to stop.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with job.farewell():
         return _exit_status(argv)
+
+
+def _open_closed_streams() -> None:
+    """Makes a stream that was closed (`2>&-`) one that nobody reads.
+
+    Else the next file to be opened, a log or a checkpoint, would get the stream's number and what
+    libraries write there; and `print` to a stderr that is None goes to stdout.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _exit_status(argv: list[str]) -> int:
