@@ -1,6 +1,7 @@
 """The ``moejax`` command. Each subcommand imports what it needs when it runs."""
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 from moejax import files, job
 from moejax.errors import UserError, suggest
+from moejax.field import CPU_DEVICES
 from moejax.flags import OVERRIDES, WORKDIR, Parser, check_flag
 from moejax.overrides import take_overrides
 from moejax.train.signals import Stopped, stopping
@@ -37,12 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A page's or a gate's module beside the user is found, as it is under `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal's encoding lacks, or that is no text, is no reason to stop.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with job.farewell():
         return _exit_status(argv)
+
+
+def _open_closed_streams() -> None:
+    """Makes a stream that was closed (`2>&-`) one that nobody reads.
+
+    Else the next file to be opened, a log or a checkpoint, would get the stream's number and what
+    libraries write there; and `print` to a stderr that is None goes to stdout.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _exit_status(argv: list[str]) -> int:
@@ -64,6 +81,9 @@ def _exit_status(argv: list[str]) -> int:
         stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
         return FAILED if stopped_short else 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            problem = f"{str(error.filename)[:60]}... cannot be looked for: {error.strerror}"
+            return _leave(argv, USER_ERROR, "error: {}", f"{problem}; name another path")
         if error.errno not in files.FULL:
             raise
         problem = files.cannot_write(error.filename or "a file", error)
@@ -298,8 +318,10 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.cpu_devices < 1:
-        raise UserError(f"--cpu-devices={args.cpu_devices} must be at least 1")
+    if not 1 <= args.cpu_devices <= CPU_DEVICES:
+        raise UserError(
+            f"--cpu-devices={args.cpu_devices} must be at least 1 and at most {CPU_DEVICES}"
+        )
     from moejax.doctor import report
 
     return report(args.cpu_devices)

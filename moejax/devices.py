@@ -19,6 +19,7 @@ from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from moejax import job as jobs
 from moejax import settings
 from moejax.errors import UserError
+from moejax.field import CPU_DEVICES as MOST_CPU_DEVICES
 from moejax.job import connect as connection
 from moejax.mesh import AXES, resolve_shape
 from moejax.overrides import apply_overrides, take_overrides
@@ -86,6 +87,12 @@ def configure_devices(config: Config) -> None:
                 "mesh or the number of processes"
             )
         devices = total // processes
+    if devices > MOST_CPU_DEVICES:  # of an accelerator no process has so many either
+        named = " x ".join(f"mesh.{axis}={config.mesh[axis]}" for axis in AXES)
+        raise UserError(
+            f"{named} needs {devices} devices per process, and on CPU a process has at most "
+            f"{MOST_CPU_DEVICES}; make the mesh smaller"
+        )
     jax.config.update(CPU_DEVICES, devices)
 
 

@@ -4,7 +4,7 @@ The config tree, the typing of overrides, the range checks, ``moejax config`` an
 are all read from it.
 """
 
-from moejax.field import Field
+from moejax.field import CPU_DEVICES, Field
 from moejax.task_table import LANGUAGE, TASKS
 from moejax.types import PREDICTORS, PRIORITIES, SCOPES, TRANSPORTS
 
@@ -35,6 +35,7 @@ FIELDS: dict[str, Field] = {
         0,
         "virtual CPU devices per process (0: the mesh's product / processes)",
         low=0,
+        high=CPU_DEVICES,
         may_change=True,
     ),
     "mesh.device_gib": Field(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,18 @@ def unsealed(found: Any) -> dict[str, Any] | None:
     return body if found.get("digest") == _digest(body) else None
 
 
+def parsed(text: str | bytes) -> Any:
+    """What a text of JSON stands for.
+
+    Raises:
+      ValueError: it is none; also if it is nested more deeply than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -141,38 +153,45 @@ def read_rows(path: str | Path) -> list[Row]:
     """The rows of a file, without the torn last line of a killed run.
 
     Raises:
-      UserError: any other line is not a JSON object with an integer `step`.
+      UserError: it cannot be read, or any other line is not a JSON object with an integer `step`.
     """
     return [row for _, row in read_lines(Path(path))]
 
 
 def read_lines(path: Path) -> list[tuple[bytes, Row]]:
     """Every whole line with the row it holds; see `read_rows`."""
-    found, bad = _parse(path.read_bytes())
+    try:
+        found, bad = _parse(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is {path.parent} the workdir of a run?") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if bad:
         raise UserError(f"{path}: line {bad[0]} is not a row with a step; remove or mend it")
     return found
 
 
-def read_what_can_be(path: Path, needs: Sequence[str] = ()) -> tuple[list[Row], list[int]]:
-    """The rows of a file that have what they ``needs``, and the numbers of its other lines.
+def read_what_can_be(path: Path, fits: Callable[[Row], bool] = bool) -> tuple[list[Row], list[int]]:
+    """The rows of a file that are as they should be (``fits``), and the numbers of its other lines.
 
     The torn last line of a killed run is no trouble: the run writes it again when it resumes.
 
     Raises:
       OSError: the file cannot be read.
     """
-    found, bad = _parse(path.read_bytes(), needs)
+    found, bad = _parse(path.read_bytes(), fits)
     return [row for _, row in found], bad
 
 
-def _parse(content: bytes, needs: Sequence[str] = ()) -> tuple[list[tuple[bytes, Row]], list[int]]:
+def _parse(
+    content: bytes, fits: Callable[[Row], bool] = bool
+) -> tuple[list[tuple[bytes, Row]], list[int]]:
     found, bad = [], []
     *whole, torn = content.split(b"\n")
     for number, line in enumerate([*whole, torn], start=1):
-        row = _row(line)
-        if row and row.keys() >= {*needs}:
-            found.append((line, {key: revive(value) for key, value in row.items()}))
+        row = {key: revive(value) for key, value in _row(line).items()}
+        if row and fits(row):
+            found.append((line, row))
         elif number <= len(whole):
             bad.append(number)
     return found, bad
@@ -182,6 +201,9 @@ def last_row(path: Path, split: str = "") -> Row:
     """The last whole row (of a split), empty if there is none; reads no more than it needs.
 
     The file may be missing or growing.
+
+    Raises:
+      UserError: it is there and cannot be read.
     """
     size = _BLOCK
     try:
@@ -200,11 +222,13 @@ def last_row(path: Path, split: str = "") -> Row:
                 size *= 8
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _row(line: bytes) -> Row:
     try:
-        row = json.loads(line)
+        row = parsed(line)
     except ValueError:
         return {}
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}

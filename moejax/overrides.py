@@ -20,7 +20,10 @@ from moejax.schema import Config, set_field, set_gate, table_of
 PREFIX = "--config."
 GATE_NAME = "moe.gate.name"
 TASK_NAME = "task.name"
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_TRUTH = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
 _EXPECTED = {
     bool: "true or false (bool)",
     int: "a whole number (int)",
@@ -123,8 +126,9 @@ def _whole(text: str) -> int:
     except ValueError:
         pass
     try:
-        number = Decimal(text.strip().replace("_", ""))
-    except InvalidOperation:
+        float(text)  # Decimal takes 1__0
+        number = Decimal(text)
+    except InvalidOperation:  # such as 1e-99999999999999999999
         raise ValueError(text) from None
     if not number.is_finite() or number.adjusted() > 30 or number != number.to_integral_value():
         raise ValueError(text)

@@ -11,7 +11,6 @@ positions, K columns of a routing, E experts, V tokens of the vocabulary, C labe
 
 import contextlib
 import io
-import json
 import re
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.files import replaced
+from moejax.files import read_what_can_be, replaced
 
 FORMAT = 1
 """Kept in every file as ``format``; a file with another number is not read."""
@@ -210,14 +209,7 @@ def _save(path: Path, arrays: Mapping[str, Any], table: dict[str, tuple[str, str
 def _evaluated(workdir: Path) -> list[int]:
     """The steps after which the run was evaluated, as far as its metrics can be read."""
     path = workdir / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return []
-    steps = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the torn last line of a killed run
-            continue
-        if isinstance(row, dict) and row.get("split") == "eval":
-            steps.append(row["step"])
-    return steps
+    found, _ = read_what_can_be(path)
+    return [row["step"] for row in found if row.get("split") == "eval"]

@@ -13,13 +13,32 @@ from typing import Any
 
 from moejax import files
 from moejax.errors import UserError
-from moejax.versions import SCHEMA, is_newer, migrated
+from moejax.versions import SCHEMA, is_newer, migrated, misfit
 
 CONFIG, METRICS, TIMINGS = "config.json", "metrics.jsonl", "timings.jsonl"
 CHECKPOINTS, SAVED = "checkpoints", "saved.json"
 
 RUN = ("config", "fingerprint", "baselines")
 """Without these in config.json a run cannot go on."""
+
+_TYPES: dict[str, type] = {
+    "id": str,
+    "fingerprint": str,
+    "version": str,
+    "commit": str,
+    "source": str,
+    "command": str,
+    "corpus": str,
+    "visibility": str,
+    "encoding": str,
+    **dict.fromkeys(("baselines", "units", "environment", "parameters", "flops", "memory"), dict),
+    **dict.fromkeys(("devices", "text", "evaluated"), dict),
+    **dict.fromkeys(("history", "overrides"), list),
+}
+"""What config.json holds besides the config, where it does."""
+
+_NUMBERS = ("baselines", "parameters", "flops", "memory")
+_UNITS = {"item": str, "loss": str, "tokens_per_row": int, "items_per_row": int}
 
 _said: set[str] = set()
 
@@ -100,7 +119,7 @@ def committed_steps(directory: Path) -> list[int]:
 def read_manifest(directory: Path, step: int) -> dict[str, Any] | None:
     """The manifest of a checkpoint, if it is there and whole."""
     try:
-        return files.unsealed(json.loads((directory / str(step) / "meta/metadata").read_bytes()))
+        return files.unsealed(files.parsed((directory / str(step) / "meta/metadata").read_bytes()))
     except (OSError, ValueError):
         return None
 
@@ -121,8 +140,8 @@ def manifest_metas(folder: Path) -> dict[int, dict[str, Any]]:
 def noted_steps(folder: Path) -> list[int]:
     """The checkpoints that a run has written down, ascending; empty if it wrote none down."""
     try:
-        return sorted(map(int, json.loads((folder / SAVED).read_bytes())["steps"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return sorted(map(int, files.parsed((folder / SAVED).read_bytes())["steps"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return []
 
 
@@ -194,7 +213,7 @@ def _largest(known: dict[str, Any], field: str, after: int, until: int) -> int:
 
 def _read(path: Path, needs: tuple[str, ...]) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_bytes())
+        saved = files.parsed(path.read_bytes())
     except OSError as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"{path} {what}: is {path.parent} the workdir of a run?") from None
@@ -206,7 +225,39 @@ def _read(path: Path, needs: tuple[str, ...]) -> dict[str, Any]:
     known = isinstance(saved, dict) and (newer or {*needs} <= saved.keys())
     if not known or not isinstance(saved.get("config"), dict):
         raise UserError(f"{path} was not written by `moejax train`; use another --workdir")
+    if not newer and (problem := _misshapen(saved)):
+        raise UserError(f"{path}: {problem}; restore it or use another --workdir")
     return saved
+
+
+def _misshapen(saved: dict[str, Any]) -> str:
+    """What in config.json no run writes; "" if it is as runs write it."""
+    for name, kind in _TYPES.items():
+        if name in saved and not isinstance(saved[name], kind):
+            return f"{name}={json.dumps(saved[name])[:80]} must be of type {kind.__name__}"
+    for name in _NUMBERS:
+        if not _are_numbers(saved.get(name, {})):
+            return f"{name}={json.dumps(saved[name])[:80]} must hold numbers"
+    units = saved.get("units", {})
+    if any(type(units[name]) is not kind for name, kind in _UNITS.items() if name in units):
+        return f"units={json.dumps(units)[:80]} holds a value that no run writes"
+    for entry in saved.get("history", ()):
+        if not (isinstance(entry, dict) and type(entry.get("step")) is int and _is_told(entry)):
+            return f"history has {json.dumps(entry)[:80]}, which no run writes"
+    return misfit(saved["config"])
+
+
+def _are_numbers(found: Any) -> bool:
+    """Whether a value is a number, or a mapping of such."""
+    if isinstance(found, dict):
+        return all(map(_are_numbers, found.values()))
+    return type(found) in (int, float)
+
+
+def _is_told(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the history is of a kind that `told` knows, with what it needs."""
+    kinds = ({"field", "old", "new"}, {"log", "rows_missing", "rows"}, {"missing"}, {"restarted"})
+    return any(kind <= entry.keys() for kind in kinds)
 
 
 def _from_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:

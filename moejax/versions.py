@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from moejax.errors import UserError
+from moejax.field import HUGE, Field
 from moejax.fields import FIELDS
 from moejax.schema import fields_for, flatten, nested
 from moejax.task_table import LANGUAGE, TASKS
@@ -74,6 +75,33 @@ def migrated(tree: dict[str, Any], schema: int, origin: str) -> tuple[dict[str, 
 def is_newer(schema: Any) -> bool:
     """Whether a number of a schema is of no version up to this one."""
     return type(schema) is not int or schema > SCHEMA
+
+
+def misfit(tree: dict[str, Any]) -> str:
+    """The first field of a saved config with a value that it cannot have; "" if there is none.
+
+    Fields that are unknown or missing are not its business: another version may have written it.
+    """
+    flat = flatten(tree)
+    for name in ("task.name", "moe.gate.name"):
+        if not isinstance(flat.get(name, ""), str):
+            return f"{name}={flat[name]!r} must be text (str)"
+    table = _table(flat)
+    for name, value in flat.items():
+        if name in table and not _fits(value, table[name]):
+            return f"{name}={value!r} must be {table[name].range or table[name].type.__name__}"
+        if any(field.startswith(f"{name}.") for field in table):
+            return f"{name}={value!r} must be a section"
+    return ""
+
+
+def _fits(value: Any, field: Field) -> bool:
+    """Whether a value from JSON, which knows no tuples and writes 1.0 as 1, may be the field's."""
+    if field.type is tuple:
+        return isinstance(value, list | tuple)
+    if field.type is float:
+        return type(value) in (int, float) and abs(value) <= HUGE and field.allows(value)
+    return type(value) is field.type and (bool(field.choices) or field.allows(value))
 
 
 def _table(flat: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -102,6 +103,10 @@ MISTAKES = {
     ],
     "train {lm} {workdir} --config.data.path=/no/such/text": ["data.path='/no/such/text'"],
     "config {lm} --config.train.steps=0": ["train.steps=0"],
+    f"report {'x' * 300}": ["xxx... cannot be looked for: File name too long", "another path"],
+    f"scaling {'x' * 300}": ["xxx... cannot be looked for: File name too long", "another path"],
+    f"train {{lm}} {{workdir}} --config.train.init_from={'x' * 300}": ["File name too long"],
+    "doctor --cpu-devices=1000000": ["--cpu-devices=1000000", "at most 1024"],
 }
 
 
@@ -411,6 +416,19 @@ def test_module_form_takes_the_same_flags(tmp_path: Path):
         "moejax: error: train.stepps is not a config field; did you mean 'train.steps'?\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_that_is_closed_gets_no_file_and_its_lines_go_nowhere_else():
+    code = (
+        "import os, sys\nfrom moejax import cli\n"
+        "status = cli.main(['gates', 'nope'])\nlog = os.open('/dev/null', os.O_RDONLY)\n"
+        "sys.exit(status if log > 2 else 99)"
+    )
+    line = f'exec {sys.executable} -c "$CODE" 2>&- 0<&-'
+    done = subprocess.run(
+        ["sh", "-c", line], stdout=subprocess.PIPE, text=True, env={**os.environ, "CODE": code}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_a_terminal_without_greek_letters_gets_escapes(monkeypatch: pytest.MonkeyPatch):

@@ -26,6 +26,14 @@ def test_devices_that_run_already_are_left_alone(eight_devices: list[jax.Device]
     assert jax.devices() == eight_devices
 
 
+def test_more_virtual_devices_than_a_process_can_start_are_refused(monkeypatch):
+    monkeypatch.setattr(devices, "backend_is_running", lambda: False)
+    config = default()
+    config.mesh.data, config.mesh.expert = 513, 2
+    with pytest.raises(UserError, match=r"mesh\.data=513 .* needs 1026 devices .* at most 1024"):
+        configure_devices(config)
+
+
 @pytest.mark.usefixtures("eight_devices")
 def test_joining_processes_after_the_devices_started_is_refused():
     config = default()

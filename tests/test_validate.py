@@ -63,6 +63,7 @@ REFUSED = {
     ],
     "mesh.fsdp=5": ["model.d_model=192", "mesh.fsdp=5", "190 or 195"],
     "mesh.cpu_devices=-1": ["mesh.cpu_devices=-1", ">= 0"],
+    "mesh.cpu_devices=1025": ["mesh.cpu_devices=1025", "<= 1024"],
     # model
     "model.num_heads=5": ["model.d_model=192", "model.num_heads=5"],
     "model.num_heads=64 model.num_kv_heads=64": ["width 3", "even"],

@@ -4,11 +4,11 @@
 diverged since are in the runs alone.
 """
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.files import parsed
 from moejax.sweep.comparison import compare
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import MATCHES, Comparison
@@ -71,7 +71,7 @@ def _read(path: Path, variants: Collection[str], problems: list[str]) -> dict[st
         )
         return None
     try:
-        summary = json.loads(path.read_text())
+        summary = parsed(path.read_text())
     except ValueError as error:
         problems.append(f"{NAME} is not valid JSON ({error}).")
         return None

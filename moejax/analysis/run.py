@@ -27,6 +27,9 @@ OF_ROW = ("split", "loss")
 OF_TIMING = ("seconds_per_step", "elapsed")
 """Without these a row is of no use."""
 
+TABLES = ("moe/load", "moe/dropped", "moe/dropped_by_position", "moe/dropped_by_choice")
+"""Numbers by MoE layer and expert, position or choice, in rows that have them."""
+
 LEAK = "leak/nats_per_token"
 OF_LEAK = (LEAK, "leak/with_future", "leak/without_future")
 BITS = "bits_per_byte"
@@ -202,6 +205,18 @@ def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
     return probe
 
 
+def _fits(row: Row, needs: tuple[str, ...]) -> bool:
+    """Whether a row has what it needs: numbers, but for its split, and tables of them."""
+    kinds = {name: str if name == "split" else int | float for name in needs}
+    if not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
+        return False
+    try:
+        tables = [np.asarray(row[name]) for name in TABLES if name in row]
+    except ValueError:  # lists of unequal length
+        return False
+    return all(not x.size or (x.ndim == 2 and x.dtype.kind in "if") for x in tables)
+
+
 def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[Row]:
     """The rows of a file of JSON lines; lines that are none are counted among the problems.
 
@@ -210,7 +225,7 @@ def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[
     The torn last line of a killed run is no problem: the run writes it again when it resumes.
     """
     try:
-        rows, bad = read_what_can_be(path, needs)
+        rows, bad = read_what_can_be(path, lambda row: _fits(row, needs))
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror}).")
         return []

@@ -1,7 +1,6 @@
 """What a sweep has written so far: its trials, finished or not, and its comparison."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from moejax.analysis.compared import up_to_date
 from moejax.analysis.run import RunData
 from moejax.errors import UserError
+from moejax.files import parsed
 from moejax.saved import holds_run
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.folder import INDEX
@@ -77,12 +77,12 @@ class SweepData:
         folder, problems = Path(folder), []
         path = folder / INDEX
         try:
-            index = json.loads(path.read_text())
+            index = parsed(path.read_text())
             schema = index.get("schema", 0)
             trials = [_trial(folder, dict(entry), schema, problems) for entry in index["trials"]]
         except OSError:
             raise UserError(f"{path} cannot be read: is {folder} the folder of a sweep?") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} was not written by `moejax sweep`; restore it") from error
         if not trials:
             raise UserError(f"{path} has no trials: `moejax sweep` did not write it; restore it")

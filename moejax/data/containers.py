@@ -197,5 +197,5 @@ def _is_json_lines(head: bytes, file: BinaryIO) -> bool:
         return False
     try:
         return isinstance(json.loads(first), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

@@ -162,7 +162,7 @@ def _read_index(path: str) -> Index:
     try:
         with open(path, encoding="utf-8") as file:
             fields = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"data.path: {path!r} is not JSON ({error}); prepare it again") from error
     kinds = typing.get_type_hints(Index)
     if isinstance(fields, dict) and fields.get("format") == OLD_FORMAT:

@@ -45,7 +45,7 @@ class Wire:
             return None
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:  # not one of ours
+        except (ValueError, RecursionError):  # not one of ours
             return None
         return messages if all(isinstance(message, dict) for message in messages) else None
 

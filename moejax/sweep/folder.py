@@ -16,7 +16,7 @@ from typing import Any
 
 from moejax.config import flatten
 from moejax.errors import UserError
-from moejax.files import read_rows, write_whole
+from moejax.files import parsed, read_rows, write_whole
 from moejax.saved import METRICS, holds_run, read_config
 from moejax.sweep.definition import Sweep, Trial, computed, config_id
 from moejax.train.workdir import OUTPUT
@@ -101,7 +101,7 @@ def read_trials(folder: Path) -> list[Trial]:
     """
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = parsed(path.read_text())
         return [_trial(row, index.get("schema", 0), path) for row in index["trials"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

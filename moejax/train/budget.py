@@ -92,7 +92,28 @@ def checked_budget(run: Run) -> Budget:
     costs = count_budget(run)
     largest = max(costs.activation_bytes, costs.product_bytes)
     processes.raise_together(_memory_problem(run, costs.state_bytes, largest))
+    if run.config.train.grad_accum > 1:  # what is a part of a batch in training is all of it there
+        check_evaluation(run)
     return costs
+
+
+def check_evaluation(run: Run) -> None:
+    """Refuses an evaluation too large for the run's devices, before anything is compiled.
+
+    Raises:
+      UserError: naming what to reduce.
+    """
+    state = memory.tree_bytes_per_device(run.abstract_state)
+    problem = _batch_problem(run) or _memory_problem(run, state, 0, train=False)
+    processes.raise_together(problem)
+    batch = run.data.shapes(run.config.train.batch_size)
+    with jax.set_mesh(run.mesh):
+        largest = memory.product_bytes(
+            lambda p: _loss(run, run.task, p, zeros_like(batch), train=False),
+            _without_shardings(run.abstract_state.params),
+            devices=run.mesh.size,
+        )
+    processes.raise_together(_memory_problem(run, state, largest, train=False))
 
 
 def check_sizes(run: Run) -> None:
@@ -116,26 +137,29 @@ def _batch_problem(run: Run) -> str:
     )
 
 
-def _memory_problem(run: Run, state: int, activations: int) -> str:
-    """What to do about bytes that a device does not have; empty if it has them."""
+def _memory_problem(run: Run, state: int, activations: int, train: bool = True) -> str:
+    """What to do about bytes that a device does not have, in training or in evaluation; empty if it
+    has them."""
     config, local = run.config, run.mesh.local_devices
     own, needed = round(config.mesh.device_gib * 2**30), state + activations
     there = own or memory_of(local[0], len(local))
     if there is None or needed <= there:
         return ""
-    train = config.train
+    sizes = config.train
     if activations > state:
-        what = f"train.batch_size={train.batch_size}"
+        what = f"train.batch_size={sizes.batch_size}"
         cures = ["lower it"]
-        if "seq_len" in train:
-            what, cures = f"{what} x train.seq_len={train.seq_len}", ["lower one of them"]
-        cures.append(f"raise train.grad_accum={train.grad_accum}")
-        if config.model.get("remat", "full") != "full":
+        if "seq_len" in sizes:
+            what, cures = f"{what} x train.seq_len={sizes.seq_len}", ["lower one of them"]
+        if train:
+            cures.append(f"raise train.grad_accum={sizes.grad_accum}")
+        if train and config.model.get("remat", "full") != "full":
             cures.append("set model.remat=full")
     else:
         what = f"a model of {units.count(count_parameters(run.abstract_state.params))} parameters"
         cures = ["make it smaller", "split it over more devices (mesh.fsdp, mesh.expert)"]
-    parts = f"{units.size(state)} state and gradients"
+    what += "" if train else " in evaluation"
+    parts = f"{units.size(state)} state{' and gradients' if train else ''}"
     parts += f", {units.size(activations)} activations" if activations else ""
     has = f"mesh.device_gib={config.mesh.device_gib:g} allows" if own else "has"
     return (

@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moejax import files
 from moejax.errors import UserError
 from moejax.saved import committed_steps
 from moejax.train import manifest as manifests
@@ -173,6 +174,8 @@ class Checkpointer:
                 lightweight_initialize=True,  # damaged metadata of an old step is no reason to fail
             )
             logging.getLogger("absl").addFilter(_not_an_orbax_traceback)
+            if sys.unraisablehook is sys.__unraisablehook__:  # nobody else's
+                sys.unraisablehook = _show_but_late_writes
             # By default orbax composes an array from pieces of all its copies. Should they differ,
             # that would be none of them; so the first is saved, which the checksum is of.
             one_copy = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
@@ -199,7 +202,8 @@ class Checkpointer:
     def _move_aside(self, step: int) -> Path:
         """Moves a step to the first free `<directory>_bad/<step>-<n>`, by a rename."""
         bad = self._bad_folder()
-        bad.mkdir(exist_ok=True)
+        with files.writing(bad):
+            bad.mkdir(exist_ok=True)
         n = 0
         while (bad / f"{step}-{n}").exists():
             n += 1
@@ -254,6 +258,17 @@ def _report(directory: Path, step: int, problem: str, action: str) -> None:
 
 def _warn(message: str) -> None:
     print(f"moejax: {message}", file=sys.stderr, flush=True)
+
+
+def _show_but_late_writes(error: Any) -> None:
+    """An unraisablehook without what tensorstore's threads say after orbax has given up a save.
+
+    Each write that is still under way then finds orbax's event loop closed: dozens of tracebacks
+    beside the one line about a full disk.
+    """
+    late = error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"
+    if not (late and error.object is None):
+        sys.__unraisablehook__(error)
 
 
 def _not_an_orbax_traceback(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from moejax.config import to_dict
 from moejax.errors import UserError
 from moejax.flags import OVERRIDES, WORKDIR
+from moejax.saved import read_config
 from moejax.train import units
 
 FAILED = 1
@@ -105,7 +106,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _lines(row: dict[str, Any], workdir: str, config: Any) -> list[str]:
     """What matters of a held-out row, to be read; of other text than the run's, no baselines."""
-    saved = json.loads((Path(workdir) / "config.json").read_text())
+    saved = read_config(Path(workdir))
     unit, loss = units.loss_unit(saved), row["loss"]
     bits = [f"{row['bits_per_byte']:.4f} bits/byte"] if "bits_per_byte" in row else []
     said = [("held-out loss", "  ".join([f"{loss:.4f} {unit}", *bits, f"at step {row['step']}"]))]

@@ -198,7 +198,9 @@ def folder_of(choice: str) -> Path | None:
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The standard has relative values ignored.
     root = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
-    if not os.path.isabs(root):  # a batch system's user by number, whom the container does not know
+    homeless = os.environ.get("HOME") == "" and not os.path.isabs(base)  # it would be /.cache
+    # Or a batch system's user by number, whom the container does not know.
+    if homeless or not os.path.isabs(root):
         _say(
             "compiled programs are not kept: this user has no home folder; report.compile_cache "
             "names a folder or is off"

@@ -23,7 +23,7 @@ from moejax.resolve import make_gate
 from moejax.saved import read_config
 from moejax.task_table import TASKS
 from moejax.tasks.task import Batch, Task
-from moejax.train import agreement, compile_cache, leak, rows, setup
+from moejax.train import agreement, budget, compile_cache, leak, rows, setup
 from moejax.train.checkpoint import Checkpointer, Restored
 from moejax.train.look import sent
 from moejax.train.metrics import warn
@@ -59,6 +59,7 @@ def opened(
       UserError: no such checkpoint, or the run's own text has changed.
     """
     this = setup.prepare(config)
+    budget.check_evaluation(this)
     this.check_gate_data(train_steps)
     folder = Path(workdir)
     saved = read_config(folder)

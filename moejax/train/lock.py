@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from moejax.errors import UserError
-from moejax.files import cannot_write
+from moejax.files import cannot_write, parsed
 from moejax.train.processes import is_first, shared_problem
 
 
@@ -76,7 +76,7 @@ class WorkdirLock:
 
 def _describe_owner(written: bytes) -> str:
     try:
-        owner = json.loads(written)
-    except ValueError:  # between the lock and the write
+        owner = parsed(written)
+        return f"process {owner['pid']} on {owner['host']} since {owner['start']}"
+    except (ValueError, KeyError, TypeError):  # between the lock and the write; a full disk
         return "another process"
-    return f"process {owner['pid']} on {owner['host']} since {owner['start']}"

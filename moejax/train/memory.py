@@ -45,6 +45,11 @@ def forward_bytes(f: Callable[..., Any], *abstract_args: Any, devices: int = 1) 
     return counts[0], _largest_product(program.jaxpr, devices)
 
 
+def product_bytes(f: Callable[..., Any], *abstract_args: Any, devices: int = 1) -> int:
+    """Bytes of the largest matrix product of ``f`` on one device; see `forward_bytes`."""
+    return _largest_product(jax.make_jaxpr(f)(*abstract_args).jaxpr, devices)
+
+
 def _largest_product(jaxpr: Jaxpr, devices: int) -> int:
     largest = 0
     for eqn in jaxpr.eqns:

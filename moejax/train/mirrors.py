@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from moejax.errors import UserError
 from moejax.files import replaced, writing
+from moejax.train.processes import is_first
 
 
 class Mirror(Protocol):
@@ -22,15 +23,33 @@ class Mirror(Protocol):
 
 
 def check(tensorboard: bool, wandb: bool) -> None:
-    """Asks for the packages that mirrors need, before a run makes anything.
+    """Asks for what mirrors need, before a run makes anything.
 
     Raises:
-      UserError: one that is asked for is not installed.
+      UserError: a package is not installed, or wandb knows no account.
     """
     if tensorboard:
         _tensorboard("report.tensorboard=True")
     if wandb:
-        _wandb()
+        package = _wandb()
+        if is_first():  # the only one that writes there
+            _check_login(package)
+
+
+def _check_login(wandb: Any) -> None:
+    try:
+        ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+    except (wandb.Error, ValueError) as error:  # pydantic's, of a variable of wandb's that is wrong
+        raise UserError(_no_start(error)) from error
+    if not ready:
+        raise UserError(_no_start("no account is known here"))
+
+
+def _no_start(reason: Any) -> str:
+    return (
+        f"report.wandb=True: wandb does not start ({' '.join(str(reason).split())}); run `wandb "
+        "login`, or set WANDB_MODE=offline"
+    )
 
 
 def _tensorboard(asked: str) -> Any:
@@ -130,11 +149,7 @@ class Wandb:
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"report.wandb=True: wandb does not start ({reason}); run `wandb login`, or set "
-                "WANDB_MODE=offline"
-            ) from error
+            raise UserError(_no_start(error)) from error
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)

@@ -98,7 +98,10 @@ def check(run: Run, folder: Path, eval_rows: int | None = None) -> None:
     path, rows = probe.folder(folder) / "tokens.npz", probe_rows(run, held_out)
     if not rows or not path.exists():
         return
-    found = len(Arrays(path)["row"])
+    try:
+        found = len(Arrays(path)["row"])
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and the run writes it anew") from error
     if found != rows:
         raise UserError(
             f"report.probe_rows={run.config.report.probe_rows} but the run in {folder} has recorded"

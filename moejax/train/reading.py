@@ -8,7 +8,6 @@ that was read has the checksum in the manifest.
 Layout: ``<directory>/<step>/state`` (arrays) and ``<directory>/<step>/meta`` (manifest).
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import tensorstore as ts
 
 from moejax.errors import UserError
+from moejax.files import parsed
 from moejax.saved import committed_steps
 from moejax.train import manifest as manifests
 from moejax.train.checksum import checksums
@@ -132,8 +132,8 @@ def _agreement() -> Iterator[None]:
 
 
 def _read_json(folder: Path) -> Any:
-    with _ReadErrors("its manifest"):
-        return json.loads((folder / "metadata").read_bytes())
+    with _ReadErrors(folder, "its manifest"):
+        return parsed((folder / "metadata").read_bytes())
 
 
 def _read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -161,7 +161,7 @@ def _read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array
         if not x.size:  # nothing is stored
             arrays[name] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
             continue
-        with _ReadErrors(f"array {name}"):
+        with _ReadErrors(folder, f"array {name}"):
             arrays[name] = _place(opening[name].result(), x)
     return arrays
 
@@ -181,20 +181,23 @@ class _ReadErrors:
     """Turns what missing, truncated or altered files raise into `Damaged`.
 
     Trouble of the machine (no memory, too many open files, no permission) says nothing about the
-    checkpoint and propagates, so that a good checkpoint is not condemned for it.
+    checkpoint and ends the command, so that a good checkpoint is not condemned for it.
     """
 
-    _DAMAGE = (ValueError, FileNotFoundError)
+    _DAMAGE = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
     _MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "CANCELLED")
 
-    def __init__(self, what: str):
-        self._what = what
+    def __init__(self, folder: Path, what: str):
+        self._folder, self._what = folder, what
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, self._DAMAGE) and not any(
-            code in str(error) for code in self._MACHINE
-        ):
-            raise Damaged(f"{self._what} cannot be read ({one_line(error)})") from error
+        if not isinstance(error, ValueError | OSError):
+            return
+        problem = f"{self._what} cannot be read ({one_line(error)})"
+        of_the_machine = any(code in str(error) for code in self._MACHINE)
+        if isinstance(error, self._DAMAGE) and not of_the_machine:
+            raise Damaged(problem) from error
+        raise UserError(f"{self._folder}: {problem}; mend that and run again") from error

@@ -119,12 +119,7 @@ class _Run:
 
 def _read(workdir: Path) -> _Run:
     saved = read_config(workdir, ("config", "baselines"))
-    try:
-        rows = read_rows(workdir / METRICS)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename} does not exist: is {workdir} the workdir of a run?"
-        ) from error
+    rows = read_rows(workdir / METRICS)
     train = [row for row in rows if row["split"] == "train"]
     if not train:
         raise UserError(f"{workdir}/metrics.jsonl holds no training step yet; train first")

@@ -43,6 +43,17 @@ def test_a_torn_last_line_is_left_out_and_any_other_bad_line_is_a_problem(tmp_pa
     assert run.problems == ["metrics.jsonl: 2 lines are not rows and were skipped (2, 3)."]
 
 
+def test_a_row_whose_values_no_run_writes_is_left_out_and_said(tmp_path: Path):
+    path = workdirs.write(tmp_path / "a") / "metrics.jsonl"
+    row = {**workdirs.row(10), "moe/load": [[1, 2]]}
+    bad = [{"loss": "x"}, {"split": 1}, {"moe/load": 5}, {"moe/load": [[1], [1, 2]]}]
+    bad.append({"moe/load": [["x"]]})
+    path.write_text("".join(json.dumps(row | change) + "\n" for change in [{}, *bad]))
+    run = RunData.read(tmp_path / "a")
+    assert len(run.train) == 1
+    assert "metrics.jsonl: 5 lines are not rows and were skipped (2, 3, 4, 5, 6)." in run.problems
+
+
 def test_a_run_that_has_written_its_config_alone_is_read(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(workdirs.saved()))
     run = RunData.read(tmp_path)

@@ -12,7 +12,7 @@ from moejax.errors import UserError
 from moejax.sweep.results import kept_pairs
 from moejax.train import budget as budgets
 from moejax.train import rows
-from moejax.train.budget import Budget, TokenFlops, checked_budget, count_budget
+from moejax.train.budget import Budget, TokenFlops, check_evaluation, checked_budget, count_budget
 from tests import steps
 
 D, V, L, E, F, LAYERS = 16, steps.VOCAB, steps.LENGTH, 8, steps.F, 2
@@ -75,6 +75,18 @@ def test_a_run_that_fits_is_not_refused_and_the_user_may_know_better(gib: float)
     assert fits == count_budget(steps.make({"expert": 2}))
     large = steps.make({"expert": 2}, train__seq_len=20_000, mesh__device_gib=1e6)
     assert checked_budget(large).activation_bytes > 16 * 2**30
+
+
+def test_an_evaluation_that_does_not_fit_is_refused_before_it_compiles(gib: float):
+    """It is of whole batches, whatever training does to theirs."""
+    run = steps.make({"expert": 2}, train__seq_len=15_000, train__grad_accum=4, model__remat="full")
+    for check in (check_evaluation, checked_budget):
+        with pytest.raises(UserError, match="seq_len=15000 in evaluation needs .*; lower one") as e:
+            check(run)
+        assert "grad_accum" not in str(e.value) and "gradients" not in str(e.value)
+    with pytest.raises(UserError, match="a model of .* parameters in evaluation needs"):
+        check_evaluation(steps.make({"expert": 2}, model__d_model=200_000))
+    check_evaluation(steps.make({"expert": 2}))
 
 
 def test_scores_of_attention_are_the_largest_product_on_each_device():

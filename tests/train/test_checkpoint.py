@@ -9,6 +9,8 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -292,6 +294,32 @@ def test_a_damaged_step_that_was_asked_for_is_an_error_and_stays(two):
     assert Checkpointer(two).steps() == [1, 2]
 
 
+def test_writes_that_end_after_a_save_was_given_up_print_no_tracebacks(tmp_path, monkeypatch):
+    """As tensorstore's threads raise them when a disk is full: of no object, the loop closed."""
+    shown: list[Any] = []
+    show = shown.append
+    monkeypatch.setattr(sys, "__unraisablehook__", show)
+    monkeypatch.setattr(sys, "unraisablehook", show)
+    save_steps(tmp_path / "checkpoints", 1)
+    late, other = RuntimeError("Event loop is closed"), RuntimeError("other")
+    for error, of in ((late, None), (late, "a finalizer"), (other, None)):
+        raised: Any = SimpleNamespace(exc_type=RuntimeError, exc_value=error, object=of)
+        sys.unraisablehook(raised)
+    assert [(x.exc_value, x.object) for x in shown] == [(late, "a finalizer"), (other, None)]
+
+
+def test_a_folder_in_the_place_of_a_manifest_is_damage(two, capsys):
+    path = two / "2" / "meta" / "metadata"
+    path.unlink()
+    path.mkdir()
+    restored = Checkpointer(two, read_only=True).restore(describe(make_state(0)))
+    assert restored is not None and restored.step == 1
+    assert "IsADirectoryError" in capsys.readouterr().err
+    (two.parent / "checkpoints_bad").write_text("")
+    with pytest.raises(UserError, match="checkpoints_bad cannot be written: File exists"):
+        Checkpointer(two).restore(describe(make_state(0)))
+
+
 def test_a_reader_moves_nothing(two, capsys):
     truncate(two / "2" / "meta" / "metadata")
     reader = Checkpointer(two, read_only=True)
@@ -320,7 +348,10 @@ def test_trouble_of_the_machine_does_not_condemn_a_good_checkpoint(trouble, two,
     def fail(*_):
         raise trouble
 
-    with monkeypatch.context() as patch, pytest.raises(type(trouble)):
+    of_files = isinstance(trouble, OSError | ValueError)
+    kind = UserError if of_files else type(trouble)
+    said = f"{two}/2/state: array .*{str(trouble)[-10:]}.*; mend that" if of_files else None
+    with monkeypatch.context() as patch, pytest.raises(kind, match=said):
         patch.setattr(reading, "_place", fail)
         Checkpointer(two).restore(describe(make_state(0)))
     restored = Checkpointer(two).restore(describe(make_state(0)))

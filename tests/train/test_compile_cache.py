@@ -312,6 +312,10 @@ def test_where_programs_are_kept(tmp_path, monkeypatch):
         assert folder_of("auto") == Path.home() / ".cache/moejax/jax"
         monkeypatch.delenv("XDG_CACHE_HOME")
         assert folder_of("auto") == Path.home() / ".cache/moejax/jax"
+        home = os.environ["HOME"]
+        monkeypatch.setenv("HOME", "")  # as some batch systems have it: `~` would be the root
+        assert folder_of("auto") is None
+        monkeypatch.setenv("HOME", home)
         assert folder_of("off") is None
         assert folder_of("~/programs") == Path.home() / "programs"
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))

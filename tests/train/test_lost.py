@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from moejax import saved, versions
+from moejax import files, saved, versions
 from moejax.config import default, to_dict
 from moejax.errors import UserError
 from moejax.field import Field
+from moejax.train import command as evaluation
 from moejax.train import workdir as workdirs
 from moejax.train.metrics import Gap, MetricsLog
 from tests.train import runs
@@ -158,6 +159,74 @@ def test_without_a_checkpoint_a_lost_config_json_stays_an_error(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         saved.read_config(tmp_path)
+
+
+MISSHAPEN: dict[str, Any] = {
+    "train": 5,
+    "train.steps": 9.0,
+    "train.checkpoint_every": 0,
+    "optim.learning_rate": "0.01",
+    "optim.weight_decay": float("nan"),
+    "optim.eps": 10**400,
+    "moe.gate.name": 5,
+    "model.tie_embeddings": None,
+    "environment": None,
+    "id": 5,
+    "history": [{}],
+    "baselines": {"bigram": "low"},
+    "flops": {"train": {"fixed": None}},
+    "units": {"item": "token", "tokens_per_row": "16"},
+}
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_a_value_in_config_json_that_no_run_writes_is_damage(
+    name: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    workdir = copy(whole.workdir, tmp_path / "run")
+    content = json.loads((workdir / "config.json").read_text())
+    *sections, leaf = name.split(".")
+    tree = content if leaf in content else content["config"]
+    for section in sections:
+        tree = tree[section]
+    assert leaf in tree
+    tree[leaf] = MISSHAPEN[name]
+    (workdir / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(saved, "_said", set())
+    assert saved.read_config(workdir) == saved.read_config(whole.workdir)
+    assert "config.json is missing or damaged" in capsys.readouterr().err
+    shutil.rmtree(workdir / "checkpoints")
+    for argv in (["eval", f"--workdir={workdir}"], ["config", f"--workdir={workdir}"]):
+        refused(argv, f"{workdir}/config.json", name)
+
+
+def test_json_that_is_nested_too_deeply_is_damage_like_any_other(tmp_path: Path):
+    deep = "[" * 100_000
+    for name in ("config.json", "saved.json", "metrics.jsonl", "checkpoints/1/meta/metadata"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{deep}\n")
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON \(it is nested"):
+        saved.read_config(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is not a row"):
+        files.read_rows(tmp_path / "metrics.jsonl")
+    assert saved.noted_steps(tmp_path) == []
+    assert saved.read_manifest(tmp_path / "checkpoints", 1) is None
+
+
+def test_a_log_that_cannot_be_read_is_one_line(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    for read in (files.read_rows, files.last_row):
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: Is a directory"):
+            read(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"timings\.jsonl does not exist: is .* the workdir"):
+        files.read_rows(tmp_path / "timings.jsonl")
+
+
+def test_an_evaluation_in_a_few_lines_does_without_config_json(whole: Whole, tmp_path: Path):
+    workdir = copy(whole.workdir, tmp_path / "run")
+    (workdir / "config.json").unlink()
+    lines = evaluation._lines({"loss": 1.5, "step": STEPS}, str(workdir), whole.run.config)
+    assert lines[0].endswith(f"1.5000 nats/byte  at step {STEPS}") and "bigram" in lines[1]
 
 
 # ---------------------------------------------------------------- versions

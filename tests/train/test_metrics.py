@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.files import read_rows
+from moejax.train import mirrors
 from moejax.train.metrics import MetricsLog
 
 
@@ -223,6 +225,19 @@ def test_wandb_that_is_missing_or_does_not_start_is_the_users_mistake(tmp_path, 
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb("no API key\nconfigured"))
     with pytest.raises(UserError, match=r"\(no API key configured\).*WANDB_MODE=offline"):
         MetricsLog(tmp_path, None, wandb=True)
+
+
+def test_wandb_without_an_account_is_refused_before_anything_is_made(monkeypatch):
+    fake: Any = FakeWandb()
+    settings = types.SimpleNamespace(mode="online")
+    fake.setup = lambda: types.SimpleNamespace(settings=settings)
+    fake.login = lambda prompt, verify: prompt or verify  # as without an account
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match="no account is known here.*wandb login.*WANDB_MODE"):
+        mirrors.check(tensorboard=False, wandb=True)
+    settings.mode = "offline"
+    mirrors.check(tensorboard=False, wandb=True)
+    assert not fake.begun
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Where time, arithmetic, bytes and memory go."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from moejax.analysis import figures, traffic
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.run import RunData
+from moejax.files import parsed
 from moejax.train import scales, units
 
 PROFILES = ("profile.json", "profile/profile.json")
@@ -100,7 +100,7 @@ def _split(run: RunData) -> Block:
 def _read(path: Path) -> dict[str, Any] | None:
     """The table of a profile; None of a file that is none."""
     try:
-        profile = json.loads(path.read_text())
+        profile = parsed(path.read_text())
     except (OSError, ValueError):
         return None
     rows = profile.get("rows") if isinstance(profile, dict) else None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
+from moejax.files import parsed
 
 DENSE = "Dense"
 """The router of a model without experts. Its runs are the E = 1 of every router."""
@@ -198,7 +199,7 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
     """The config of every trial, by its name."""
     path = folder / "sweep.json"
     try:
-        return {trial["name"]: trial["config"] for trial in json.loads(path.read_text())["trials"]}
+        return {trial["name"]: trial["config"] for trial in parsed(path.read_text())["trials"]}
     except FileNotFoundError:
         raise UserError(f"{folder} holds no sweep.json; name the folder of a sweep") from None
     except (ValueError, KeyError, TypeError) as error:
