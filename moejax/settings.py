@@ -29,8 +29,10 @@ FIXED: dict[str, Any] = {
     "jax_numpy_rank_promotion": "allow",
     "jax_softmax_custom_jvp": False,
     "jax_allow_f16_reductions": True,
+    "jax_disable_jit": False,
 }
-"""JAX's own defaults, by name. Random numbers, element types, and how arrays may be combined."""
+"""JAX's own defaults, by name. Random numbers, element types, how arrays may be combined, and that
+programs are compiled: a run counts, places and keeps those."""
 
 PRECISION = "jax_default_matmul_precision"
 """Is ``model.matmul_precision``."""
