@@ -157,7 +157,8 @@ class Gate(Protocol):
     Pure in every method. State changes only in ``update``, once per optimizer step.
 
     A gate may also have ``frozen(step) -> {parameter's name: bool}``: what the trainer leaves
-    exactly as it is in the update after ``step`` completed ones.
+    exactly as it is in the update after ``step`` completed ones; and ``reads_tokens = True``, if it
+    routes by token ids, which a context must have then.
     """
 
     trained_by: ClassVar[TrainedBy]

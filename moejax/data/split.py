@@ -125,7 +125,7 @@ def named_sides(documents: Sequence[Document]) -> Split | None:
 
 
 def _side(name: str) -> str:
-    """The side that the first of a document's folders says that says one, else its file; or empty."""
+    """The side that a document's name says: its outermost folder that says one, else its file."""
     *folders, file = name.lower().split("/")
     for folder in folders:
         if folder in (*TRAIN_NAMES, *EVAL_FOLDERS):
