@@ -31,6 +31,18 @@ OTHER: dict[str, Any] = {
     "jax_softmax_custom_jvp": True,
     "jax_allow_f16_reductions": False,
     "jax_disable_jit": True,
+    "jax_no_tracing": True,
+    "jax_no_execution": True,
+    "jax_custom_vjp3": True,
+    "jax_remat3": True,
+    "jax_scan3": True,
+    "jax_error_checking_behavior_nan": "raise",
+    "jax_error_checking_behavior_divide": "raise",
+    "jax_error_checking_behavior_oob": "raise",
+    "jax_transfer_guard": "disallow",
+    "jax_transfer_guard_host_to_device": "log",
+    "jax_transfer_guard_device_to_device": "log",
+    "jax_transfer_guard_device_to_host": "log",
     "jax_default_matmul_precision": "bfloat16",
 }
 """Another value of each setting that is fixed."""
