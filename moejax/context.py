@@ -54,7 +54,7 @@ class Context:
         given = {**default, **known}
         if "position_BL" not in given:
             of_tokens = [x for x in (given["valid_BL"], given["segment_BL"]) if x is not None]
-            if all(jnp.shape(x) == (batch, length) and counts(x) for x in of_tokens):
+            if all(jnp.shape(x) == (batch, length) and are_whole(x) for x in of_tokens):
                 given["position_BL"] = positions(given["valid_BL"], given["segment_BL"])
             else:  # a mistake, which the layer that gets the context names
                 given["position_BL"] = jnp.zeros((batch, length), jnp.int32)
@@ -82,7 +82,7 @@ class Context:
         )
 
 
-def counts(x: Any) -> bool:
+def are_whole(x: Any) -> bool:
     """Whether an array is of booleans or whole numbers."""
     kind = jnp.result_type(x)
     return jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.bool_)

@@ -35,6 +35,7 @@ from moejax.choices import Transport as Transport
 from moejax.choices import Visibility as Visibility
 from moejax.context import Context as Context
 from moejax.context import GateContext as GateContext
+from moejax.context import are_whole as are_whole
 
 GateParams = PyTree
 """Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""

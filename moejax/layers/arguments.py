@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.context import counts
-from moejax.types import Context, Gate, GateState
+from moejax.types import Context, Gate, GateState, are_whole
 
 DTYPES = ("float32", "bfloat16")
 
@@ -79,7 +78,7 @@ def check_context(context: Any, batch: int, length: int) -> None:
                 f"context.{field.name} has shape {found}, but x has {batch} sequences of {length} "
                 f"tokens; make the context with moejax.Context.of({batch}, {length}, ...)"
             )
-        if not counts(value := getattr(context, field.name)):
+        if not are_whole(value := getattr(context, field.name)):
             what = "booleans" if field.name == "valid_BL" else "whole numbers"
             raise ValueError(
                 f"context.{field.name} has dtype {jnp.result_type(value)}; pass {what}"
