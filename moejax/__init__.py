@@ -6,8 +6,12 @@ y_BLD, info = layer(x_BLD)
 
 from typing import TYPE_CHECKING, Any
 
+from moejax.errors import UserError, starting_jax
+
+with starting_jax():
+    import jax as jax  # the first to read JAX's environment variables
+
 from moejax import gating
-from moejax.errors import UserError
 from moejax.mesh import make_mesh
 from moejax.types import Context, Gate, GateContext, GateOutput, MoEInfo, MoEStats, Routing
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import NamedTuple
 
 Priority = str
@@ -50,8 +51,8 @@ class MoEConfig:
             ("capacity_factor", self.capacity_factor),
             ("eval_capacity_factor", self.eval_capacity_factor),
         ):
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{field}={value} must be a finite number above 0")
+            if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
+                raise ValueError(f"{field}={value!r} must be a finite number above 0")
 
     def rows_per_group(self, batch: int) -> int:
         """Sequences in one routing group, for a batch of ``batch`` sequences."""

@@ -21,7 +21,8 @@ class Context:
 
     ``padded_behind`` promises that no padding lies before a valid token of its sequence. Fused
     causal attention then leaves out a mask that would hide nothing, and gates that cut sequences
-    into segments take tokens as they lie.
+    into segments take tokens as they lie. ``knows_tokens``: whether
+    ``token_BL`` was given, for gates that route by it.
     """
 
     token_BL: Int[Array, "B L"]
@@ -33,6 +34,7 @@ class Context:
     step: Int[Array, ""]
     key: PRNGKeyArray | None
     padded_behind: bool = dataclasses.field(default=False, metadata={"static": True})
+    knows_tokens: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
     def of(cls, batch: int, length: int, **known: Any) -> "Context":
@@ -48,11 +50,12 @@ class Context:
             "task_B": jnp.zeros(batch, jnp.int32),
             "step": jnp.int32(0),
             "key": None,
+            "knows_tokens": "token_BL" in known,
         }
         given = {**default, **known}
         if "position_BL" not in given:
             of_tokens = [x for x in (given["valid_BL"], given["segment_BL"]) if x is not None]
-            if all(jnp.shape(x) == (batch, length) for x in of_tokens):
+            if all(jnp.shape(x) == (batch, length) and are_whole(x) for x in of_tokens):
                 given["position_BL"] = positions(given["valid_BL"], given["segment_BL"])
             else:  # a mistake, which the layer that gets the context names
                 given["position_BL"] = jnp.zeros((batch, length), jnp.int32)
@@ -80,6 +83,12 @@ class Context:
             padded_behind=self.padded_behind,
             packed=segment_BL is not None,
         )
+
+
+def are_whole(x: Any) -> bool:
+    """Whether an array is of booleans or whole numbers."""
+    kind = jnp.result_type(x)
+    return jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.bool_)
 
 
 def positions(

@@ -29,8 +29,23 @@ FIXED: dict[str, Any] = {
     "jax_numpy_rank_promotion": "allow",
     "jax_softmax_custom_jvp": False,
     "jax_allow_f16_reductions": True,
+    "jax_disable_jit": False,
+    "jax_no_tracing": False,
+    "jax_no_execution": False,
+    "jax_custom_vjp3": False,
+    "jax_remat3": False,
+    "jax_scan3": False,
+    "jax_error_checking_behavior_nan": "ignore",
+    "jax_error_checking_behavior_divide": "ignore",
+    "jax_error_checking_behavior_oob": "ignore",
+    "jax_transfer_guard_host_to_device": None,
+    "jax_transfer_guard_device_to_device": None,
+    "jax_transfer_guard_device_to_host": None,
+    "jax_transfer_guard": None,  # which sets all three
 }
-"""JAX's own defaults, by name. Random numbers, element types, and how arrays may be combined."""
+"""JAX's own defaults, by name. Random numbers, element types, how arrays may be combined; then what
+keeps a run from being traced, compiled and executed as it is written: switches for finding faults
+in other programs, and parts of JAX that are not finished."""
 
 PRECISION = "jax_default_matmul_precision"
 """Is ``model.matmul_precision``."""

@@ -36,6 +36,7 @@ from moejax.choices import Visibility as Visibility
 from moejax.context import Context as Context
 from moejax.context import GateContext as GateContext
 from moejax.context import Order as Order
+from moejax.context import are_whole as are_whole
 
 GateParams = PyTree
 """Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""
@@ -160,7 +161,8 @@ class Gate(Protocol):
     Pure in every method. State changes only in ``update``, once per optimizer step.
 
     A gate may also have ``frozen(step) -> {parameter's name: bool}``: what the trainer leaves
-    exactly as it is in the update after ``step`` completed ones.
+    exactly as it is in the update after ``step`` completed ones; and ``reads_tokens = True``, if it
+    routes by token ids, which a context must have then.
     """
 
     trained_by: ClassVar[TrainedBy]

@@ -30,6 +30,19 @@ OTHER: dict[str, Any] = {
     "jax_numpy_rank_promotion": "raise",
     "jax_softmax_custom_jvp": True,
     "jax_allow_f16_reductions": False,
+    "jax_disable_jit": True,
+    "jax_no_tracing": True,
+    "jax_no_execution": True,
+    "jax_custom_vjp3": True,
+    "jax_remat3": True,
+    "jax_scan3": True,
+    "jax_error_checking_behavior_nan": "raise",
+    "jax_error_checking_behavior_divide": "raise",
+    "jax_error_checking_behavior_oob": "raise",
+    "jax_transfer_guard": "disallow",
+    "jax_transfer_guard_host_to_device": "log",
+    "jax_transfer_guard_device_to_device": "log",
+    "jax_transfer_guard_device_to_host": "log",
     "jax_default_matmul_precision": "bfloat16",
 }
 """Another value of each setting that is fixed."""
@@ -57,6 +70,21 @@ def test_settings_of_the_environment_have_no_effect_and_that_is_said(capsys):
     assert len(said) == len(OTHER)
     assert "moejax: warning: JAX_DEFAULT_PRNG_IMPL=rbg has no effect: a run always has" in said[0]
     assert "set model.matmul_precision" in said[-1]
+
+
+@pytest.mark.parametrize("variable", ["JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL"])
+def test_a_variable_that_jax_cannot_read_is_one_line(variable):
+    """JAX reads them as it is imported, which the package does before its command line runs."""
+    env = {**os.environ, variable: "maybe"}
+    code = "import moejax"
+    for command, status in ((["-m", "moejax", "gates"], 2), (["-c", code], 1)):
+        done = subprocess.run(
+            [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True
+        )
+        *before, last = done.stderr.splitlines()
+        assert done.returncode == status and variable.lower() in last.lower()
+        assert "maybe" in last and last.endswith("correct the environment variable, or unset it")
+        assert bool(before) == (status == 1), "a program that imports the library sees where"
 
 
 def test_the_precision_of_matmuls_is_a_field_of_the_config(capsys):

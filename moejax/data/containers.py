@@ -6,11 +6,11 @@ not look like text is counted by ``census``.
 """
 
 import dataclasses
+import io
 import json
 import os
 import re
 from collections.abc import Sequence
-from typing import BinaryIO
 
 from moejax.errors import UserError
 
@@ -108,7 +108,7 @@ MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"\x1f\x8b", GZIP),
     (0, b"\x28\xb5\x2f\xfd", ZSTD),
     (0, b"\xfd7zXZ\x00", XZ),
-    (0, b"BZh", BZIP2),
+    (4, b"1AY&SY", BZIP2),  # behind the level: the first block's mark
     (0, b"\x04\x22\x4d\x18", LZ4),
     (0, b"PK\x03\x04", ZIP),
     (0, b"PK\x05\x06", ZIP),
@@ -140,7 +140,7 @@ MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"\x00asm", PROGRAM),
     (0, b"\xca\xfe\xba\xbe", PROGRAM),
 )
-NEEDS_ZERO = (b'{"', b"ftyp", b"RIFF", b"BZh", b"ORC")
+NEEDS_ZERO = (b'{"', b"ftyp", b"RIFF", b"ORC")
 """Marks that text may begin with: they count where a byte 0, which text does not hold, is near."""
 
 
@@ -174,21 +174,29 @@ def kind_of(path: str) -> Kind | None:
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     with open(path, "rb") as file:
-        head = file.read(HEAD)
-        for at, mark, kind in MAGIC:
-            if head[at : at + len(mark)] == mark and (
-                mark not in NEEDS_ZERO or b"\0" in head[: at + len(mark) + 8]
-            ):
-                return kind
-        text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-        if text.startswith(b"{") and _is_json_lines(text, file):
-            return JSON_LINES
-    if suffix == "json" and re.match(rb"\[\s*\{\s*\"", text):
+        return kind_of_bytes(file, lists=suffix in ("", "json", "txt", "text"))
+
+
+def kind_of_bytes(file: io.BufferedIOBase, lists: bool = True) -> Kind | None:
+    """What a file is by its first bytes, read from where it stands.
+
+    ``lists``: whether it may be a JSON list of records, as programs begin too.
+    """
+    head = file.read(HEAD)
+    for at, mark, kind in MAGIC:
+        if head[at : at + len(mark)] == mark and (
+            mark not in NEEDS_ZERO or b"\0" in head[: at + len(mark) + 8]
+        ):
+            return kind
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text.startswith(b"{") and _is_json_lines(text, file):
+        return JSON_LINES
+    if lists and re.match(rb"\[\s*\{\s*\"", text):
         return JSON_LIST
     return None
 
 
-def _is_json_lines(head: bytes, file: BinaryIO) -> bool:
+def _is_json_lines(head: bytes, file: io.BufferedIOBase) -> bool:
     """Whether the first line is a JSON object of its own and the next one begins another."""
     if b"\n" not in head:
         head += file.read(LONGEST_LINE)

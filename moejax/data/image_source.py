@@ -8,7 +8,7 @@ import numpy as np
 
 from moejax.data.image_batches import ImageBatches, image_eval_batches, image_eval_rows
 from moejax.data.images import Images
-from moejax.data.source import Batch
+from moejax.data.source import Batch, few_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +76,12 @@ class ImageSource:
 
     def about(self) -> dict[str, Any]:
         return {"classes": list(self.images.classes)}
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def warnings(self) -> list[str]:
+        return few_rows(len(self.images.heldout_label_N), "image")
 
     def eval_extras(self, loss: float) -> dict[str, float]:
         return {}

@@ -78,3 +78,18 @@ class Remarks(Protocol):
     def warnings(self) -> list[str]:
         """What may be a mistake, a line each."""
         ...
+
+
+FEW_ROWS = 100
+"""Held-out examples below which a run warns: a share of so many has a standard error of up to 5 %.
+"""
+
+
+def few_rows(rows: int, item: str) -> list[str]:
+    """The warning of a small held-out side, if it is one."""
+    if rows >= FEW_ROWS:
+        return []
+    return [
+        f"only {rows} {item}s are held out, and a held-out loss of fewer than {FEW_ROWS} is mostly "
+        "noise; raise data.eval_fraction or give more data"
+    ]

@@ -125,11 +125,12 @@ def named_sides(documents: Sequence[Document]) -> Split | None:
 
 
 def _side(name: str) -> str:
-    """The side that a document's name says; empty if none."""
-    top, _, below = name.lower().partition("/")
-    if below:
-        return top if top in (*TRAIN_NAMES, *EVAL_FOLDERS) else ""
-    match = SIDE.fullmatch(top)
+    """The side that a document's name says: its outermost folder that says one, else its file."""
+    *folders, file = name.lower().split("/")
+    for folder in folders:
+        if folder in (*TRAIN_NAMES, *EVAL_FOLDERS):
+            return folder
+    match = SIDE.fullmatch(file)
     return match[1] if match else ""
 
 

@@ -23,6 +23,8 @@ LARGEST = float(np.finfo(np.float32).max)
 EXACT = 2**53
 """Float64 holds every whole number up to here, and not every one beyond."""
 
+_PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+
 
 class Column(NamedTuple):
     """A column as the file has it. ``array``: an array of pyarrow; ``code``: an example of what
@@ -44,6 +46,8 @@ class Column(NamedTuple):
             array = array.cast(array.type.value_type)
         if types.is_string_view(array.type):
             array = array.cast(pyarrow.large_string())
+        if types.is_binary_view(array.type):
+            array = array.cast(pyarrow.large_binary())
         if types.is_float16(array.type):
             array = array.cast(pyarrow.float32())
         return cls(name, array, _beyond_exact(array))
@@ -60,8 +64,22 @@ class Column(NamedTuple):
         from pyarrow import types
 
         kind = self.array.type
-        bytes_ = types.is_binary(kind) or types.is_fixed_size_binary(kind)
-        return self.is_text or types.is_boolean(kind) or bytes_
+        is_bytes = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+        return self.is_text or types.is_boolean(kind) or any(test(kind) for test in is_bytes)
+
+    @property
+    def rounded_id(self) -> str:
+        """A whole number that its float may have been rounded to, if all of the column are whole
+        and one of them is of 64 bits and beyond what the type holds exactly; else empty."""
+        from pyarrow import types
+
+        if not types.is_floating(self.array.type):
+            return ""
+        values = self.array.to_numpy(zero_copy_only=False)
+        values = values[np.isfinite(values)]
+        exact = 2.0 ** (np.finfo(values.dtype).nmant + 1)
+        beyond = values[(np.abs(values) > exact) & (np.abs(values) <= 2.0**64)]
+        return str(int(beyond[0])) if beyond.size and (values == np.rint(values)).all() else ""
 
 
 def _beyond_exact(array: Any) -> str:
@@ -178,7 +196,7 @@ def _floats(column: Column, field: str) -> np.ndarray:
         return np.full(len(array), np.nan)
     if types.is_boolean(kind):
         array = array.cast(pyarrow.int8())
-    elif types.is_timestamp(kind) or types.is_date(kind):
+    elif _is_time(kind):
         ticks, per_second = _ticks(array)
         return ticks.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False) / per_second
     elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)):
@@ -186,7 +204,7 @@ def _floats(column: Column, field: str) -> np.ndarray:
             f"task.{field}: column {column.name!r} has type {kind}, which is no number; leave it "
             "out" + (" or name it in task.categorical" if column.is_category else "")
         )
-    if column.code and abs(int(column.code)) > EXACT:
+    if re.fullmatch(r"[+-]?\d+(\.0*)?", column.code) and abs(float(column.code)) >= EXACT:
         print(
             f"moejax: warning: task.{field}: {column.name!r} has whole numbers beyond 2**53, such "
             f"as {column.code}, which float64 rounds; if they are identifiers, name the column in "
@@ -196,6 +214,14 @@ def _floats(column: Column, field: str) -> np.ndarray:
     return array.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
+def _is_time(kind: Any) -> bool:
+    """Whether values are dates, times of day, both, or durations."""
+    from pyarrow import types
+
+    tests = (types.is_timestamp, types.is_date, types.is_time, types.is_duration)
+    return any(test(kind) for test in tests)
+
+
 def _ticks(array: Any) -> tuple[Any, float]:
     """Times as the integers that the file has, and how many make a second."""
     import pyarrow
@@ -203,8 +229,10 @@ def _ticks(array: Any) -> tuple[Any, float]:
 
     if types.is_date32(array.type):
         return array.cast(pyarrow.int32()).cast(pyarrow.int64()), 1 / 86_400
+    if types.is_time32(array.type):  # whose cast to more bits is to nanoseconds
+        return array.cast(pyarrow.int32()).cast(pyarrow.int64()), _PER_SECOND[array.type.unit]
     unit = "ms" if types.is_date64(array.type) else array.type.unit
-    return array.cast(pyarrow.int64()), {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]
+    return array.cast(pyarrow.int64()), _PER_SECOND[unit]
 
 
 def _is_missing(text: str) -> bool:
@@ -215,7 +243,7 @@ def _number(text: str | None, name: str, field: str, row: int) -> float:
     if text is None or _is_missing(text):
         return np.nan
     try:
-        return float(text)
+        return float("" if "_" in text else text)  # Python reads "1_0" as 10
     except ValueError as error:
         raise UserError(
             f"task.{field}: {name!r} is {text!r} in row {row}, which is no number; correct it, "
@@ -240,7 +268,7 @@ def _to_sort_by(column: Column) -> np.ndarray:
     array = column.array
     if column.is_text:  # of a column that is a category too
         array = _parsed(array)
-    if types.is_timestamp(array.type) or types.is_date(array.type):
+    if _is_time(array.type):
         array, _ = _ticks(array)
     if not types.is_integer(array.type):
         array = pyarrow.array(numbers(column, "time"), from_pandas=True)
@@ -318,6 +346,13 @@ def categories(column: Column, heldout_N: np.ndarray, min_count: int) -> Categor
     """
     import pyarrow
 
+    if column.rounded_id:
+        print(
+            f"moejax: warning: task.categorical: {column.name!r} has floats beyond what "
+            f"{column.array.type} holds exactly, such as {column.rounded_id}, so that several "
+            "identifiers may have become one; write the column as integers or text",
+            file=sys.stderr,
+        )
     array = _one_zero(column.array)
     try:
         encoded = array.dictionary_encode()
@@ -352,7 +387,10 @@ def _written(known: Any) -> list[str | None]:
     import pyarrow
     from pyarrow import types
 
-    if types.is_timestamp(known.type):  # of nanoseconds Python has no type
+    of_ns = getattr(known.type, "unit", "") == "ns"  # of which Python has no type
+    if types.is_duration(known.type) and of_ns:
+        known = known.cast(pyarrow.int64())
+    elif types.is_timestamp(known.type) or (types.is_time(known.type) and of_ns):
         return known.cast(pyarrow.string()).to_pylist()
     values = known.to_pylist()
     return [

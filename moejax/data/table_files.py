@@ -1,11 +1,14 @@
 """Tables from a user's files: CSV, Parquet, or a folder of MovieLens."""
 
+import io
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moejax.data.containers import kind_of_bytes
 from moejax.data.table_columns import (
     EXACT,
     Column,
@@ -25,8 +28,10 @@ _SALT = np.uint64(0x6D6F656A61780003)
 
 LARGEST_BLOCK = 2**31 - 1
 """Bytes that pyarrow takes at once."""
-_PADDED, _LARGE = r"^\s*[+-]?0\d+\s*$", r"^\s*[+-]?\d{17,}\s*$"
-"""Whole numbers with leading zeros, and surely beyond 2**53."""
+_LARGE = r"^\s*[+-]?\d{17,}(\.0*)?\s*$"
+"""Whole numbers surely beyond 2**53."""
+_CODED = r"^\s*([+-]?0\d+(\.\d*)?|0[xX][0-9a-fA-F]+|\d+[eE]\d+)\s*$"
+"""Numbers that are written as no program writes quantities: 007, 041.9, 0x1f, 12E4."""
 
 
 class Choice(NamedTuple):
@@ -211,7 +216,8 @@ def _columns(path: str, asked: Choice) -> dict[str, Column]:
         ) from error
     if os.path.getsize(path) == 0:
         raise UserError(f"data.path: {path!r} is empty")
-    is_csv = not path.endswith((".parquet", ".pq"))
+    with open(path, "rb") as file:
+        is_csv = file.read(4) != b"PAR1" and not path.lower().endswith((".parquet", ".pq"))
     try:
         table = _read_csv(path, asked.categorical) if is_csv else parquet.read_table(path)
         names = table.column_names
@@ -219,7 +225,7 @@ def _columns(path: str, asked: Choice) -> dict[str, Column]:
             if names.count(name) > 1:
                 raise UserError(f"data.path: the file has two columns called {name!r}")
         found = {name: Column.of(name, table.column(name)) for name in names}
-        return found | _codes(path, found, asked) if is_csv else found
+        return found | (_codes(path, found, asked) if is_csv else _rounded(found))
     except UnicodeDecodeError as error:
         raise UserError(
             f"data.path: the header of {path!r} is not UTF-8; save the file as UTF-8"
@@ -246,15 +252,21 @@ def _read_csv(path: str, as_text: Sequence[str], only: Sequence[str] = ()) -> An
     import pyarrow
     from pyarrow import csv
 
-    with open(path, "rb") as file:
-        mark = file.read(2)
-    if mark in (b"\xff\xfe", b"\xfe\xff"):
+    with pyarrow.input_stream(path, compression="detect") as file:
+        text = file.read()
+    if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"data.path: {path!r} is UTF-16; save the file as UTF-8")
+    kind = kind_of_bytes(io.BytesIO(text))
+    if kind:
+        raise UserError(
+            f"data.path: {path!r} looks like {kind.name}, which is no table; name a .csv, .tsv or "
+            ".parquet file"
+        )
     table = csv.read_csv(
-        path,
-        read_options=csv.ReadOptions(block_size=min(os.path.getsize(path) + 1, LARGEST_BLOCK)),
+        pyarrow.BufferReader(text),
+        read_options=csv.ReadOptions(block_size=min(len(text) + 1, LARGEST_BLOCK)),
         parse_options=csv.ParseOptions(
-            delimiter="\t" if path.endswith(".tsv") else ",", newlines_in_values=True
+            delimiter="\t" if ".tsv" in _suffixes(path) else ",", newlines_in_values=True
         ),
         convert_options=csv.ConvertOptions(
             column_types={name: pyarrow.large_string() for name in as_text},
@@ -269,11 +281,29 @@ def _read_csv(path: str, as_text: Sequence[str], only: Sequence[str] = ()) -> An
     return table
 
 
+def _suffixes(path: str) -> list[str]:
+    """The file's suffixes: of ``sales.tsv.gz`` both."""
+    return pathlib.PurePath(path.lower()).suffixes
+
+
+def _rounded(found: dict[str, Column]) -> dict[str, Column]:
+    """Those columns of floats that look like identifiers, with an example: pandas writes whole
+    numbers as floats where one is missing."""
+    from pyarrow import types
+
+    codes = {name: column.rounded_id for name, column in found.items()}
+    return {
+        name: found[name]._replace(code=code)
+        for name, code in codes.items()
+        if code and types.is_float64(found[name].array.type)
+    }
+
+
 def _codes(path: str, found: dict[str, Column], asked: Choice) -> dict[str, Column]:
     """Those columns of a CSV's numbers of which the text looks like identifiers, with an example.
 
     The numbers do not show it: leading zeros are gone, and whole ones beyond 2**64 are floats.
-    Leading zeros are looked for only where nobody has said what is a category and what a number.
+    Such spellings matter only where nobody has said what is a category and what a number.
     """
     from pyarrow import compute, types
 
@@ -282,14 +312,14 @@ def _codes(path: str, found: dict[str, Column], asked: Choice) -> dict[str, Colu
         name
         for name, column in found.items()
         if (types.is_integer(column.array.type) and not named)
-        or (types.is_floating(column.array.type) and _reaches(column, EXACT))
+        or (types.is_floating(column.array.type) and (not named or _reaches(column, EXACT)))
     ]
     if not suspect:
         return {}
     text, marked = _read_csv(path, suspect, only=suspect), {}
     for name in suspect:
         matches = compute.match_substring_regex(  # pyright: ignore[reportAttributeAccessIssue]
-            text.column(name), _LARGE if named else f"{_LARGE}|{_PADDED}"
+            text.column(name), _LARGE if named else f"{_LARGE}|{_CODED}"
         )
         examples = text.column(name).filter(matches)
         if len(examples):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.data.source import Batch
+from moejax.data.source import Batch, few_rows
 from moejax.data.table_baselines import table_baselines
 from moejax.data.tables import Table, TableBatches, table_eval_batches
 
@@ -75,6 +75,28 @@ class TableSource:
             "features": features | dict(zip(table.category, table.category_sizes, strict=True)),
             **({"encoding": table.encoding} if table.encoding else {}),
         }
+
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def warnings(self) -> list[str]:
+        """A small held-out side, and features that are the same in all training rows."""
+        table = self.table
+        said = few_rows(len(table.heldout), "example")
+        varies = np.abs(table.train.dense_NF).max(axis=0) > 0  # they have a mean of 0
+        for name, differs in zip(table.dense, varies, strict=True):
+            if not differs:
+                said.append(
+                    f"task.numeric: {name!r} is the same in all training rows, or differs by less "
+                    "than float64 holds; leave it out, or subtract what is common"
+                )
+        for name, size in zip(table.category, table.category_sizes, strict=True):
+            if size == 1:
+                said.append(
+                    f"task.categorical: {name!r} has no value that task.min_count training rows "
+                    "share, so that all rows are 'unknown'; leave it out or lower task.min_count"
+                )
+        return said
 
     def eval_extras(self, loss: float) -> dict[str, float]:
         return {}

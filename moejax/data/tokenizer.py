@@ -77,9 +77,9 @@ class JsonTokenizer:
     """A tokenizer file of the Hugging Face `tokenizers` library.
 
     It must have a token that ends a document (see `SEPARATORS`) and be lossless on UTF-8 text,
-    which is verified on all text it encodes. Truncation, padding and added start or end tokens set
-    in the file are switched off; the text of a special token inside a document is encoded as plain
-    text.
+    which is verified on all text it encodes. Truncation, padding, dropout of merges and added start
+    or end tokens set in the file are switched off; the text of a special token inside a document is
+    encoded as plain text.
     """
 
     def __init__(self, path: str):
@@ -89,6 +89,8 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        if getattr(self._tokenizer.model, "dropout", None):  # BPE's: other tokens at every start
+            self._tokenizer.model.dropout = None
         ids = {token: self._tokenizer.token_to_id(token) for token in SEPARATORS}
         known = [token for token in SEPARATORS if ids[token] is not None]
         if not known:

@@ -59,6 +59,7 @@ class Hash(ops.Stateless):
     seed: Annotated[int, "of the tables"] = 0
 
     trained_by: ClassVar[TrainedBy] = "none"
+    reads_tokens: ClassVar[bool] = True
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_choice("table", self.table, TABLES)

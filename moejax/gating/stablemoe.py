@@ -63,6 +63,7 @@ class StableMoE(ops.Stateless):
     init_scale: Annotated[float, "length of the centroids at the start (orthogonal)"] = 0.1
 
     trained_by: ClassVar[TrainedBy] = "task"
+    reads_tokens: ClassVar[bool] = True
 
     def check(self, num_experts: int, train: bool) -> None:
         for field in ("distill_dim", "init_scale"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.types import Context, Gate, GateState, Mixes
+from moejax.types import Context, Gate, GateState, Mixes, are_whole
 
 DTYPES = ("float32", "bfloat16")
 
@@ -52,10 +52,10 @@ def check_tokens(x: Any, d_model: int, axes: str = "B, L") -> None:
         raise ValueError(
             f"{name} has shape {x.shape}, but this layer takes [{axes}, d_model={d_model}]"
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise ValueError(
             f"{name} has dtype {x.dtype}, but this layer takes activations (float32 or bfloat16); "
-            "embed token ids first"
+            "embed token ids, or cast, first"
         )
 
 
@@ -78,6 +78,22 @@ def check_context(context: Any, batch: int, length: int) -> None:
                 f"context.{field.name} has shape {found}, but x has {batch} sequences of {length} "
                 f"tokens; make the context with moejax.Context.of({batch}, {length}, ...)"
             )
+        if not are_whole(value := getattr(context, field.name)):
+            what = "booleans" if field.name == "valid_BL" else "whole numbers"
+            raise ValueError(
+                f"context.{field.name} has dtype {jnp.result_type(value)}; pass {what}"
+            )
+    if context.key is not None and not hasattr(context.key, "dtype"):
+        raise ValueError(f"context.key={context.key!r} is no PRNG key; pass jax.random.key(seed)")
+
+
+def check_known(context: Context, gate: Gate) -> None:
+    """Raises ValueError if the gate routes by token ids and the context was made without any."""
+    if getattr(gate, "reads_tokens", False) and not context.knows_tokens:
+        raise ValueError(
+            f"gate {type(gate).__name__} routes by token ids: pass a context with them, "
+            "moejax.Context.of(B, L, token_BL=...)"
+        )
 
 
 def check_packed(context: Context, gate: Gate) -> None:

@@ -19,6 +19,7 @@ from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.arguments import (
     check_context,
     check_gate_state,
+    check_known,
     check_packed,
     check_rngs,
     check_sizes,
@@ -207,6 +208,7 @@ class MoE(TrainOrEval):
             context = Context.of(batch, length, padded_behind=True)
         check_context(context, batch, length)
         check_packed(context, self.gate)
+        check_known(context, self.gate)
         context = drawn_from(rngs, context)
         # Padding may hold anything. A NaN would survive the weight 0 in the losses and backwards.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
@@ -250,7 +252,8 @@ class MoE(TrainOrEval):
         batch, length, width = x_BLD.shape
         shape = (max(batch, self.config.rows_per_group(1)), max(length, 1))
         known = {} if context is None else {"key": context.key, "step": context.step}
-        padding = Context.of(*shape, valid_BL=jnp.zeros(shape, bool), **known)
+        ids_BL = jnp.zeros(shape, jnp.int32)
+        padding = Context.of(*shape, token_BL=ids_BL, valid_BL=jnp.zeros(shape, bool), **known)
         y_BLD, info = self(jnp.zeros((*shape, width), x_BLD.dtype), padding, gate_state, train)
         return MoEOutput(y_BLD[:batch, :length], info)
 

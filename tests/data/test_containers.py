@@ -1,5 +1,6 @@
 """Text that is no text is refused; what looks like none is said."""
 
+import bz2
 import gzip
 import io
 import json
@@ -63,6 +64,7 @@ WRITTEN = {
     "parquet": (parquet_bytes(), "Parquet"),
     "arrow": (arrow_bytes(), "Arrow"),
     "gz": (gzip.compress(b"text"), "gzip"),
+    "bz2": (bz2.compress(b"text"), "bzip2"),
     "xz": (lzma.compress(b"text"), "xz"),
     "zst": (b"\x28\xb5\x2f\xfd rest", "Zstandard"),
     "zip": (zip_bytes(), "a zip archive"),
@@ -92,6 +94,13 @@ def test_known_names_are_refused_whatever_they_hold(tmp_path, suffix):
     (tmp_path / f"a.{suffix}").write_bytes(b"some text")
     with pytest.raises(UserError, match="which is no text"):
         load_corpus(str(tmp_path / f"a.{suffix}"))
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.json"])
+def test_a_json_list_of_records_is_refused_by_its_bytes(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=2))
+    with pytest.raises(UserError, match="looks like a JSON list of records, which is no text"):
+        load_corpus(str(tmp_path / name))
 
 
 def test_a_folder_that_holds_one_is_refused_wherever_text_is_read(tmp_path):
@@ -129,7 +138,8 @@ def test_a_hugging_face_folder_is_refused(tmp_path):
         ("one.json", '{"pages": 3}\n'),
         ("pretty.json", '{\n  "a": {\n    "b": 1\n  }\n}\n'),
         ("list.json", "[1, 2, 3]"),
-        ("bz.txt", "BZhang wrote this."),
+        ("bz.txt", "BZh9 wrote this."),
+        ("list.js", '[{"a": 1}].map(f)'),
         ("corpus.pt", "Um texto em portugu\u00eas."),
         ("corpus.so", "Qoraal Soomaali ah."),
         ("riff.txt", "RIFF: a short phrase, repeated"),

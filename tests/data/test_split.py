@@ -104,6 +104,12 @@ def test_a_group_lies_on_one_side():
         (["train/a", "train/b/c", "validation/a"], {"train/a", "train/b/c"}, {"validation/a"}),
         (["train/a", "valid/a", "test/a"], {"train/a"}, {"valid/a"}),
         (["training/a", "test/a", "README.md"], {"training/a"}, {"test/a"}),
+        (["en/train/a", "en/dev/a"], {"en/train/a"}, {"en/dev/a"}),
+        (
+            ["de/train.txt", "en/train/test/a", "de/val.txt"],
+            {"de/train.txt", "en/train/test/a"},
+            {"de/val.txt"},
+        ),
         (["train.txt", "val.txt", "test.txt"], {"train.txt"}, {"val.txt"}),
         (["wiki.train.tokens", "wiki.valid.tokens"], {"wiki.train.tokens"}, {"wiki.valid.tokens"}),
         (

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import gzip
 import sys
 from decimal import Decimal
 from typing import Any
@@ -214,6 +215,127 @@ def test_numbers_that_look_like_identifiers_are_named_by_the_user(tmp_path, valu
     assert ("'who' has whole numbers beyond 2**53, such as" in said) == (values[0] != "01")
     load_table(str(path), targets=["who"], numeric=["y"])
     assert ("task.targets: 'who' has whole" in capsys.readouterr().err) == (values[0] != "01")
+
+
+@pytest.mark.parametrize("values", [
+    [f"{10**18 + i}.0" for i in range(40)], ["041.9", "41.9"] * 20,
+    ["007", "1.5"] * 20, ["0x1f", "0x20"] * 20, ["12E4", "120000"] * 20,
+], ids=["floats", "padded fractions", "some padded", "hexadecimal", "exponents"])  # fmt: skip
+def test_spellings_that_a_number_would_lose_are_named_by_the_user(tmp_path, values):
+    path = tmp_path / "t.csv"
+    path.write_text("who,y\n" + "".join(f"{v},{i % 7}\n" for i, v in enumerate(values * 2)))
+    with pytest.raises(UserError, match=r"task.categorical: 'who' has numbers that look like iden"):
+        load_table(str(path), targets=["y"])
+    table = load_table(str(path), targets=["y"], categorical=["who"])
+    assert set(table.category_values[0]) <= set(values) and table.category_sizes[0] > 2
+
+
+def test_quantities_with_exponents_and_fractions_are_numbers(tmp_path):
+    path = tmp_path / "t.csv"
+    rows = ["0.5,1e+05,-0.25", "12.0,1.5E+18,0", "3,2e-7,0.0"] * 20
+    path.write_text("a,b,c\n" + "\n".join(rows) + "\n")
+    assert load_table(str(path), targets=["a"]).dense == ("b", "c")
+
+
+def test_identifiers_that_became_floats_are_said(tmp_path, capsys):
+    """pandas makes floats of whole numbers of which one is missing, and 40 ids become two."""
+    who: list[Any] = [2**60 + i for i in range(40)] * 4
+    who[5] = None
+    data = pd.DataFrame({"who": pd.Series(who, dtype="float64"), "y": range(160)})
+    path = write(data, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=rf"'who' has numbers that look like .* {2**60}"):
+        load_table(path, targets=["y"])
+    table = load_table(path, targets=["y"], categorical=["who"])
+    assert table.category_sizes == (2,)
+    assert "have become one; write the column as integers or text" in capsys.readouterr().err
+    small = data.assign(who=2.0**24 + np.arange(160) % 40)
+    for kind, said in (("float64", False), ("float32", True)):
+        path = write(small.astype({"who": kind}), tmp_path / "t.parquet")
+        load_table(path, targets=["y"], categorical=["who"])
+        assert ("have become one" in capsys.readouterr().err) == said
+
+
+def test_a_number_with_an_underscore_is_none(tmp_path):
+    """Python reads 1_0 as 10."""
+    path = write(pd.DataFrame({"x": ["1_0", "7"] * 10, "y": range(20)}), tmp_path / "t.csv")
+    with pytest.raises(UserError, match="'x' is '1_0' in row 1, which is no number"):
+        load_table(path, targets=["y"], numeric=["x"])
+
+
+def test_bytes_of_every_arrow_type_are_categories(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    for kind in (pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()):
+        who = pyarrow.array([b"a", b"b\0", b"b"] * 20, kind)
+        parquet.write_table(pyarrow.table({"who": who, "y": range(60)}), tmp_path / "t.parquet")
+        table = load_table(str(tmp_path / "t.parquet"), targets=["y"])
+        assert table.category_values == (("61", "62", "6200"),)
+
+
+def test_times_of_day_and_durations_are_seconds(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    second = np.arange(60) % 7
+    for kind, unit in (
+        (pyarrow.time32("s"), 1), (pyarrow.time32("ms"), 10**3), (pyarrow.time64("us"), 10**6),
+        (pyarrow.time64("ns"), 10**9), (pyarrow.duration("ms"), 10**3),
+        (pyarrow.duration("ns"), 10**9),
+    ):  # fmt: skip
+        ticks = pyarrow.array(second * unit, pyarrow.int32() if kind.bit_width == 32 else None)
+        columns = {"at": ticks.cast(kind), "y": range(60)}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+        table = load_table(str(tmp_path / "t.parquet"), targets=["at"], numeric=["y"])
+        held = heldout_of(60)
+        assert table.targets[0].mean == pytest.approx(second[~held].mean())
+        named = load_table(str(tmp_path / "t.parquet"), targets=["y"], categorical=["at"])
+        assert len(set(named.category_values[0])) == named.category_sizes[0] - 1 == 7
+
+
+def test_a_compressed_csv_is_read_as_one_block(tmp_path):
+    """Its size is that of the text, not of the file: a quoted value may be longer than that."""
+    path = tmp_path / "t.tsv.gz"
+    rows = [f'{i % 5}\t"{"x" * (i % 40)}\n{i % 3}"\t{100 + i % 9}\n' for i in range(100_000)]
+    rows[-3] = '1\t"late"\t007\n'
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        file.write("y\ttext\tcode\n" + "".join(rows))
+    table = load_table(str(path), targets=["y"], categorical=["text", "code"])
+    assert len(table.train) + len(table.heldout) == 100_000
+    with pytest.raises(UserError, match="'code' has numbers that look like identifiers.* 007"):
+        load_table(str(path), targets=["y"])
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (b'{"u": 1, "y": 2}\n' * 9, "JSON lines"), (b'[{"u": 1}]', "a JSON list of records"),
+    (b"PK\x03\x04" + bytes(60), "a zip archive"), (gzip.compress(b"u,y\n1,2\n"), "gzip"),
+    (b"ARROW1" + bytes(60), "Arrow"),
+])  # fmt: skip
+def test_a_file_that_is_no_table_is_said_to_be_what_it_is(tmp_path, content, kind):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(UserError, match=rf"t.csv' looks like {kind}.*, which is no table; name"):
+        load_table(str(tmp_path / "t.csv"), targets=["y"])
+
+
+def test_a_parquet_file_is_known_by_its_content(tmp_path):
+    path = write(frame(), tmp_path / "t.parquet")
+    for name in ("t.PARQUET", "part-0", "t.csv"):
+        other = (tmp_path / "t.parquet").rename(tmp_path / name)
+        assert len(load_table(str(other), **FIELDS).train) == 180
+        other.rename(path)
+
+
+def test_the_start_of_a_run_says_what_a_table_cannot_teach(tmp_path):
+    data = frame().assign(same=7, who=range(N), near=1e17 + np.arange(N) % 3)
+    fields = {**FIELDS, "categorical": ["city", "who"], "numeric": ["size", "same", "near"]}
+    table = load_table(write(data, tmp_path / "t.csv"), **fields)
+    said = TableSource(table, batch_size=4, seed=0, eval_rows=4).warnings()
+    assert said[0].startswith("only 20 examples are held out, and a held-out loss of fewer than")
+    assert [text.split(" has")[0].split(" is")[0] for text in said[1:]] == [
+        "task.numeric: 'same'", "task.numeric: 'near'", "task.categorical: 'who'"
+    ]  # fmt: skip
+    good = load_table(write(frame(rows=2000), tmp_path / "t.csv"), **FIELDS)
+    assert not TableSource(good, batch_size=4, seed=0, eval_rows=4).warnings()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -467,7 +589,7 @@ FILES = {
     "category's encoding": (b"x,y,c\n1,2,\xff\n4,5,b\n", r"cannot parse '.*': .*save .* as UTF-8"),
     "UTF-16": ("x,y\n1,2\n".encode("utf-16"), r"is UTF-16; save the file as UTF-8"),
     "binary": (
-        b"\x93NUMPY\x00\xff\xfe,\n\xff\xff",
+        b"\x93numpy\x00\xff\xfe,\n\xff\xff",
         r"data.path: cannot parse",
     ),
 }

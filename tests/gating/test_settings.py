@@ -53,7 +53,8 @@ def traced_layer(row: Row, setting: str, transport: str) -> None:
         state = layer.init_gate_state(token_counts=gates.token_counts)
         graph, params = nnx.split(layer)
         x_BLD = jnp.ones((2, T, D), jnp.float32)
-        context = moejax.Context.of(2, T, key=jax.random.key(0))
+        ids_BL = jnp.zeros((2, T), jnp.int32)
+        context = moejax.Context.of(2, T, token_BL=ids_BL, key=jax.random.key(0))
 
         def loss(params, x_BLD):
             own = nnx.merge(graph, params)

@@ -151,6 +151,13 @@ CALLS = {
     "context": ((x_of(4, L, D), moejax.Context.of(3, L)), r"context.token_BL has shape .3, 6."),
     "valid": ((x_of(4, L, D), of(valid_BL=jnp.ones(L, bool))), r"context.valid_BL has shape .6,."),
     "row": ((x_of(4, L, D), of(row_B=jnp.arange(3))), r"context.row_B has shape .3,.*Context.of"),
+    "8 bits": ((x_of(4, L, D).astype(jnp.float8_e4m3fn),), "x_BLD has dtype float8.*or cast"),
+    "weights": (
+        (x_of(4, L, D), of(valid_BL=jnp.ones((4, L)))),
+        "valid_BL has dtype float32; pass b",
+    ),
+    "token": ((x_of(4, L, D), of(token_BL=jnp.ones((4, L)))), "context.token_BL has dtype float32"),
+    "key": ((x_of(4, L, D), of(key=3)), r"context.key=3 is no PRNG key; pass jax.random.key\("),
     "a mask": ((x_of(4, L, D), jnp.ones((4, L), bool)), "context is a .*, not a moejax.Context"),
 }
 
@@ -161,6 +168,16 @@ def test_a_wrong_argument_of_a_call_is_named_in_one_line(name):
     with pytest.raises(ValueError, match=message) as found:
         make_by_name("mixtral")(*args)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("gate", ["hash", "stablemoe"])
+def test_a_gate_that_routes_by_token_ids_is_not_given_zeros_for_them(gate):
+    """It would send every token to one expert."""
+    layer, ids = make_by_name(gate, vocab_size=11), jnp.arange(4 * L).reshape(4, L) % 11
+    for context in (None, of(key=jax.random.key(0))):
+        with pytest.raises(ValueError, match=r"routes by token ids: pass .* token_BL=\.\.\.\)"):
+            layer(x_of(4, L, D), context)
+    assert layer(x_of(4, L, D), of(token_BL=ids))[1].stats.tokens == 4 * L
 
 
 @pytest.mark.parametrize(
@@ -186,6 +203,7 @@ MAKES = {
     "dtype": ({"dtype": "int8"}, "dtype='int8' must be one of float32, bfloat16"),
     "param_dtype": ({"param_dtype": "half"}, "param_dtype='half' must be one of"),
     "rngs": ({"rngs": jax.random.key(0)}, "rngs is a .*; pass flax.nnx.Rngs"),
+    "capacity": ({"capacity_factor": "1"}, "capacity_factor='1' must be a finite number above 0"),
     "k": ({"gate": gating.make("mixtral", k=9)}, "k=9 must lie between 1 and num_experts=8"),
 }
 

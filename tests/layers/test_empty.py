@@ -22,7 +22,12 @@ def test_a_batch_of_nothing_gives_zeros_and_finite_numbers(gate, shape, train):
     layer = moejax.MoE(8, 12, 4, gate=gating.make(gate), num_shared=1, rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
     x_BLD = jnp.full((*shape, 8), jnp.nan)
-    context = moejax.Context.of(*shape, valid_BL=jnp.zeros(shape, bool), key=jax.random.key(0))
+    context = moejax.Context.of(
+        *shape,
+        token_BL=jnp.zeros(shape, int),
+        valid_BL=jnp.zeros(shape, bool),
+        key=jax.random.key(0),
+    )
 
     def loss(params):
         y_BLD, info = nnx.merge(graph, params)(x_BLD, context, train=train)
