@@ -21,8 +21,8 @@ class Context:
 
     ``padded_behind`` promises that no padding lies before a valid token of its sequence. Fused
     causal attention then leaves out a mask that would hide nothing, and gates that cut sequences
-    into segments take tokens as they lie. ``knows_tokens``: whether
-    ``token_BL`` was given, for gates that route by it.
+    into segments take tokens as they lie. ``knows_tokens``: whether ``token_BL`` was given, for
+    gates that route by it.
     """
 
     token_BL: Int[Array, "B L"]
