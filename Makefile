@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-input --disable
 	--constraint constraints.txt
 
 # A worker that dies ends the suite: xdist may wait without end for the one that replaces it.
-PARALLEL := -n $(JOBS) --dist loadfile --max-worker-restart=0
+PARALLEL := -n $(JOBS) --dist loadfile --max-worker-restart=0 --durations=25
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
