@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
-from moejax.context import valid_before
-from moejax.types import GateContext
+from moejax.types import GateContext, valid_before
 
 
 def balanced_table(
