@@ -36,11 +36,8 @@ from moejax.choices import Visibility as Visibility
 from moejax.context import Context as Context
 from moejax.context import GateContext as GateContext
 from moejax.context import Order as Order
-<<<<<<< ours
 from moejax.context import are_whole as are_whole
-=======
 from moejax.context import valid_before as valid_before
->>>>>>> theirs
 
 GateParams = PyTree
 """Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""
