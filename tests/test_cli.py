@@ -254,7 +254,8 @@ def test_eval_is_short_for_people_and_whole_for_scripts(
     monkeypatch: pytest.MonkeyPatch,
 ):
     saved = {
-        "config": to_dict(default()), "baselines": {"bigram": 2.0}, "heldout_bytes_per_token": 1.0,
+        "config": to_dict(default()), "fingerprint": "", "baselines": {"bigram": 2.0},
+        "heldout_bytes_per_token": 1.0,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(saved))
     monkeypatch.setattr(sys, "stdout", out := Terminal() if terminal else io.StringIO())
