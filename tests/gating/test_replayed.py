@@ -34,10 +34,11 @@ def layer(gate, **choices):
 )
 def test_a_layer_under_its_own_routing_gives_its_own_output(gate, choices, tmp_path):
     x_BLD = jax.random.normal(jax.random.key(1), (2, LENGTH, 8))
-    own_BLD, info = layer(gate, **choices)(x_BLD, train=False)
+    token_BL = np.zeros((2, LENGTH), np.int32)
+    known = Context.of(2, LENGTH, token_BL=token_BL)
+    own_BLD, info = layer(gate, **choices)(x_BLD, known, train=False)
     arrays = {name: np.asarray(x)[None] for name, x in evaluate.followed(x_BLD, info).items()}
-    token, digest = np.zeros((2, LENGTH), np.int32), np.arange(2, dtype=np.uint64)
-    part = Routed(**arrays, token=token, digest=digest)
+    part = Routed(**arrays, token=token_BL, digest=np.arange(2, dtype=np.uint64))
     about = {"num_experts": EXPERTS, "sees": []}
     recording.save(tmp_path / "routing.npz", Recording(part, part, about))
 

@@ -19,10 +19,15 @@ ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """Whatever a test does, the handlers are those that were there."""
+    """Whatever a test does, the handlers are those that were there.
+
+    SIGHUP has its usual one, although the tests themselves may run under nohup.
+    """
+    found = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in ALL}
     yield
     assert {number: signal.getsignal(number) for number in ALL} == before
+    signal.signal(signal.SIGHUP, found)
 
 
 @pytest.mark.parametrize("number", ALL)
