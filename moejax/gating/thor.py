@@ -80,12 +80,12 @@ class Thor(Unlearned):
     def _of_row_or_token(self, context: GateContext, num_experts: int) -> Int[Array, "G T"]:
         groups, tokens = context.valid_GT.shape
         # As noise of one number per token, so that both are keyed by the row alone; a sequence
-        # takes its first token's.
+        # takes its first valid token's.
         uniform_GT = ops.row_noise(jax.random.uniform, context, ())
         if self.evaluation == "sequence":
-            rows = context.row_GR.shape[1]
-            first_GR1 = uniform_GT.reshape(groups, rows, -1)[..., :1]
-            uniform_GT = jnp.repeat(first_GR1, tokens // rows, axis=-1).reshape(groups, tokens)
+            uniform_BL = uniform_GT.reshape(context.row_GR.size, -1)
+            first_B1 = ops.order_of(context).tokens(uniform_BL)[:, :1]
+            uniform_GT = jnp.broadcast_to(first_B1, uniform_BL.shape).reshape(groups, tokens)
         expert_GT = (uniform_GT * num_experts).astype(jnp.int32)
         return jnp.minimum(expert_GT, num_experts - 1)
 
