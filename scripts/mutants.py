@@ -440,8 +440,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "thor_draws_for_the_last_token",
         "moejax/gating/thor.py",
-        "reshape(groups, rows, -1)[..., :1]",
-        "reshape(groups, rows, -1)[..., -1:]",
+        "tokens(uniform_BL)[:, :1]",
+        "tokens(uniform_BL)[:, -1:]",
         "tests/gating/test_unlearned.py",
         "test_thors_expert_of_a_sequence_does_not_depend_on_its_length",
     ),
