@@ -4,6 +4,7 @@ Set before any test module imports moejax: the import hook of jaxtyping checks t
 public signatures with beartype, under pytest only.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -11,10 +12,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile much and run little: LLVM's optimisations cost twice the time of everything else,
-# and XLA:CPU's emitters of fusions a third of what is left. libtpu ends a process whose flags it
-# does not know, and it does not know the second.
+# and XLA:CPU's emitters of fusions a third of what is left. XLA ends a process whose flags it does
+# not know; libtpu and jaxlib 0.12 do not know the second.
 FLAGS = "--xla_backend_optimization_level=0"
-if importlib.util.find_spec("libtpu") is None:
+OLDER = importlib.metadata.version("jaxlib").startswith("0.10.")
+if OLDER and importlib.util.find_spec("libtpu") is None:
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
