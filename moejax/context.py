@@ -112,7 +112,7 @@ def positions(
 
 
 def valid_before(valid_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """Where the last valid token before each place lies; -1 where there is none."""
+    """The place of the last valid token before each; -1 where there is none."""
     length = valid_BL.shape[1]
     last_BL = jax.lax.cummax(jnp.where(valid_BL, jnp.arange(length, dtype=jnp.int32), -1), axis=1)
     return jnp.pad(last_BL, ((0, 0), (1, 0)), constant_values=-1)[:, :length]

@@ -119,7 +119,7 @@ def unsealed(found: Any) -> dict[str, Any] | None:
 
 
 def parsed(text: str | bytes) -> Any:
-    """What a text of JSON stands for.
+    """The value that a text of JSON stands for.
 
     Raises:
       ValueError: it is none; also if it is nested more deeply than Python can follow.

@@ -35,7 +35,7 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("devices", "text", "evaluated"), dict),
     **dict.fromkeys(("history", "overrides"), list),
 }
-"""What config.json holds besides the config, where it does."""
+"""Types of the entries that config.json may hold besides the config."""
 
 _NUMBERS = ("baselines", "parameters", "flops", "memory")
 _UNITS = {"item": str, "loss": str, "tokens_per_row": int, "items_per_row": int}
@@ -231,7 +231,7 @@ def _read(path: Path, needs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _misshapen(saved: dict[str, Any]) -> str:
-    """What in config.json no run writes; "" if it is as runs write it."""
+    """A sentence on the first value in config.json that no run writes; "" if there is none."""
     for name, kind in _TYPES.items():
         if name in saved and not isinstance(saved[name], kind):
             return f"{name}={json.dumps(saved[name])[:80]} must be of type {kind.__name__}"

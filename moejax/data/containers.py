@@ -178,7 +178,7 @@ def kind_of(path: str) -> Kind | None:
 
 
 def kind_of_bytes(file: io.BufferedIOBase, lists: bool = True) -> Kind | None:
-    """What a file is by its first bytes, read from where it stands.
+    """The kind of a file by its first bytes, read from where it stands.
 
     ``lists``: whether it may be a JSON list of records, as programs begin too.
     """

@@ -91,7 +91,7 @@ class Sentence(ops.Stateless):
     def _pooled(
         self, params: GateParams, x_GTD: Array, context: GateContext
     ) -> tuple[Float[Array, "G R N D"], int, Order]:
-        """What every span of so many tokens is routed by, in this order of tokens."""
+        """The vector that routes every span of so many tokens, in this order of tokens."""
         if context.packed:
             return self._by_text(params, x_GTD, context), 1, Order()
         order = ops.order_of(context) if self.pool == "previous" else Order()
@@ -108,7 +108,7 @@ class Sentence(ops.Stateless):
     def _by_text(
         self, params: GateParams, x_GTD: Array, context: GateContext
     ) -> Float[Array, "G R L D"]:
-        """What each token is routed by where texts are packed."""
+        """The vector that routes each token where texts are packed."""
         x_GRLD, valid_GRL = spans.by_sequence(x_GTD, context)
         taken_GRLL = self._taken(valid_GRL, context.segment_GT.reshape(valid_GRL.shape))
         count_GRL = jnp.sum(taken_GRLL, axis=-1, dtype=jnp.float32)[..., None]
@@ -126,7 +126,7 @@ class Sentence(ops.Stateless):
     def _taken(
         self, valid_GRL: Bool[Array, "G R L"], segment_GRL: Int[Array, "G R L"]
     ) -> Bool[Array, "G R L L"]:
-        """Which tokens the mean of each token is over: of its own text alone."""
+        """The tokens that the mean of each token is over: of its own text alone."""
         own_GRLL = segment_GRL[..., :, None] == segment_GRL[..., None, :]
         own_GRLL &= valid_GRL[..., None, :]
         if self.pool == "mean":

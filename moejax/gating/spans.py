@@ -77,7 +77,7 @@ def span_logits(
 def of_tokens(
     x_GRNE: Float[Array, "G R N E"], span: int, context: GateContext, order: Order
 ) -> Float[Array, "G T E"]:
-    """What is said of spans of ``span`` tokens in this order, for each of their tokens."""
+    """Values of spans of ``span`` tokens in this order, for each of their tokens."""
     groups, rows, _, experts = x_GRNE.shape
     length = context.valid_GT.shape[1] // rows
     x_GRLE = jnp.repeat(x_GRNE, span, axis=2)[:, :, :length]
