@@ -56,3 +56,12 @@ def eight_devices() -> list[jax.Device]:
     devices = jax.devices()
     assert len(devices) == 8, "tests need 8 virtual CPU devices; unset JAX_NUM_CPU_DEVICES"
     return devices
+
+
+def pytest_make_parametrize_id(config, val, argname: str) -> str | None:
+    """Names bytes by their argument: a test has one name in every worker, and one to print.
+
+    Bytes may hold the time at which they were made, as those of gzip do; xdist refuses a suite
+    whose workers name its tests differently.
+    """
+    return argname if isinstance(val, bytes) else None
