@@ -17,10 +17,10 @@ from moejax.config import Config
 from moejax.config import load as load_config
 from moejax.data.documents import Document, Piece
 from moejax.data.source import Source
-from moejax.data.text import TextSource
 from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from moejax.errors import UserError
-from moejax.files import read_rows
+from moejax.record.files import read_rows
+from moejax.tasks.language.source import TextSource
 from moejax.tasks.task import Batch, Output, Task
 from moejax.train import evaluate
 
@@ -218,6 +218,6 @@ def _table(path: Path) -> "pandas.DataFrame":
         import pandas
     except ImportError as error:
         raise UserError(
-            "tables need pandas: pip install pandas; moejax.files.read_rows gives dicts"
+            "tables need pandas: pip install pandas; moejax.record.files.read_rows gives dicts"
         ) from error
     return pandas.DataFrame(read_rows(path))

@@ -217,7 +217,7 @@ class KnowsRows(Protocol):
 
     def check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
         """Raises ValueError unless rows with these ids, of training or held-out data, hold what it
-        knows of them. ``digest_N``: see ``moejax.recording.row_digests``."""
+        knows of them. ``digest_N``: see ``moejax.record.routing.row_digests``."""
         ...
 
 

@@ -25,7 +25,8 @@ import numpy as np
 from jax import lax
 from scipy.optimize import linear_sum_assignment
 
-from moejax.gating import assignment, sinkhorn_bias
+from moejax.gating import sinkhorn_bias
+from moejax.gating.solvers import assignment
 
 SHAPES = [(512, 8), (512, 64), (2048, 16), (4096, 8), (4096, 64), (4096, 256), (16384, 8),
           (16384, 256)]  # fmt: skip

@@ -38,9 +38,9 @@ import plain_lm
 from first_step import PAGE, Row, first_step, spread
 
 from moejax.config import Config, load
-from moejax.schema import set_field
+from moejax.config.tree import set_field
 from moejax.train import loop, setup
-from moejax.train.budget import count_budget
+from moejax.train.cost.budget import count_budget
 from scripts.layer_bench.step_table import TARGETS
 
 CUT = {

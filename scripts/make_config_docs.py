@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moejax.config import FIELDS, MAY_CHANGE, SECTIONS, Field
-from moejax.task_table import TASKS, TaskEntry
+from moejax.config.tasks import TASKS, TaskEntry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 
 INTRODUCTION = """\
 # Config fields
 
-<!-- Written by scripts/make_config_docs.py from moejax/fields.py: edit that, then run it again. -->
+<!-- Written by scripts/make_config_docs.py from moejax/config/table.py: edit that, and run it. -->
 
 A config page (`configs/*.py`) sets fields of this tree; a command overrides them with
 `--config.SECTION.FIELD=VALUE`. A value is read as the type of the field's default; a whole number

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moejax import gating
-from moejax.show import COLUMNS, gate_row
+from moejax.cli.show import COLUMNS, gate_row
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "gates.md"
 BEGIN, END = "<!-- table: scripts/make_gates_docs.py -->", "<!-- end of table -->"

@@ -1,8 +1,8 @@
 """A decoder language model and its training step in plain JAX: what `bench_step.py` holds ours to.
 
-The dense model of `moejax.models.lm` (RMSNorm, rotary positions, causal attention, SwiGLU, tied
-embedding) with AdamW, written the way one writes it by hand: parameters in a list of dicts, a
-Python loop over layers, no mesh, no metrics beyond the loss.
+The dense model of `moejax.tasks.language.model` (RMSNorm, rotary positions, causal attention,
+SwiGLU, tied embedding) with AdamW, written the way one writes it by hand: parameters in a list of
+dicts, a Python loop over layers, no mesh, no metrics beyond the loss.
 """
 
 import math

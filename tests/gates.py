@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import gating, recording
-from moejax.recording import Recording, Routed
+from moejax import gating
+from moejax.record import routing as recording
+from moejax.record.routing import Recording, Routed
 from moejax.types import Context, Gate, GateContext, GateOutput, GateSpec, MoEStats
 
 G, T, D, E, V, TASKS = 4, 16, 16, 8, 32, 3

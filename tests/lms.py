@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.models.lm import LM, LMConfig
+from moejax.tasks.language.model import LM, LMConfig
 from moejax.types import Context, MoEConfig
 
 B, L, V, D, E = 4, 8, 32, 16, 4

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax import probe
+from moejax.record import probe
 
 M, N, L, K, E, V = 2, 6, 16, 2, 4, 12
 LABELS = ("code", "comment")

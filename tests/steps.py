@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moejax import config as configs
+from moejax.config.overrides import apply_overrides
 from moejax.data.corpus import Corpus
-from moejax.data.text import TextSource
 from moejax.gating import TopK
 from moejax.mesh import batch_spec, make_mesh
-from moejax.overrides import apply_overrides
-from moejax.tasks.language import LanguageModel
+from moejax.tasks.language.source import TextSource
+from moejax.tasks.language.task import LanguageModel
 from moejax.train.optim import make_optimizer
 from moejax.train.setup import Run
 from moejax.types import GateContext, GateOutput, GateParams, GateSpec, GateState, MoEStats

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moejax import shipped
-from moejax.config import load
+from moejax.config import load, shipped
 
 ROOT = Path(__file__).parent.parent
 

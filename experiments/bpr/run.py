@@ -19,10 +19,10 @@ from moejax.config import Config, load
 from moejax.errors import UserError
 from moejax.sweep.statistics import estimate, paired
 from moejax.train import setup
-from moejax.train.rows import eval_row
+from moejax.train.metrics.rows import eval_row
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
-from moejax.train.workdir import make_workdir
+from moejax.train.workdir.run_folder import make_workdir
 
 PAGE = "configs/vit.py:gate=top_k"
 SETTINGS = {

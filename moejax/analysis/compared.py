@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.files import parsed
+from moejax.record.files import parsed
 from moejax.sweep.comparison import compare
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import MATCHES, Comparison

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moejax.analysis.statistics.selection import first_choice, selected
-from moejax.probe import Probe
+from moejax.record.probe import Probe
 
 
 @dataclasses.dataclass(frozen=True)

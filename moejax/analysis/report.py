@@ -29,8 +29,8 @@ from moejax.analysis.several import Several
 from moejax.analysis.sweep import SweepData
 from moejax.config import load as load_config
 from moejax.config import validate
+from moejax.config.saved import holds_run
 from moejax.errors import UserError
-from moejax.saved import holds_run
 from moejax.sweep.folder import INDEX
 
 PAGES: tuple[Callable[[RunData], Page], ...] = (

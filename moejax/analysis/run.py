@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from moejax.config.saved import METRICS, TIMINGS, missing, noted_steps, read_config
 from moejax.errors import UserError
-from moejax.files import read_what_can_be
-from moejax.probe import Probe
-from moejax.saved import METRICS, TIMINGS, missing, noted_steps, read_config
+from moejax.record.files import read_what_can_be
+from moejax.record.probe import Probe
 from moejax.tasks.task import Units
-from moejax.train import units
+from moejax.train.cost import units
 
 Row = dict[str, Any]
 

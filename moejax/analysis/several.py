@@ -11,7 +11,7 @@ from pathlib import Path
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
 from moejax.errors import UserError
-from moejax.train.units import PER_TOKEN
+from moejax.train.cost.units import PER_TOKEN
 
 MOST = 8
 """As many as there are colours."""

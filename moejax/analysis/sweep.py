@@ -7,14 +7,14 @@ from typing import Any
 
 from moejax.analysis.compared import up_to_date
 from moejax.analysis.run import RunData
+from moejax.config.saved import holds_run
+from moejax.config.versions import migrated
 from moejax.errors import UserError
-from moejax.files import parsed
-from moejax.saved import holds_run
+from moejax.record.files import parsed
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.folder import INDEX
 from moejax.sweep.results import Result, read_diverged, read_trial
-from moejax.train.workdir import OUTPUT
-from moejax.versions import migrated
+from moejax.train.workdir.run_folder import OUTPUT
 
 TAIL = 15
 """So many last lines of a log say why a trial failed."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
-from moejax.saved import METRICS, TIMINGS
-from moejax.train.metrics import scalars
-from moejax.train.mirrors import TensorBoard
+from moejax.config.saved import METRICS, TIMINGS
+from moejax.train.metrics.log import scalars
+from moejax.train.metrics.mirrors import TensorBoard
 
 SUFFIX = ".report"
 """Ends the names of files written here; a new export takes their place."""

@@ -21,8 +21,8 @@ import numpy as np
 from moejax.analysis.run import Row, RunData
 from moejax.choices import DepthsConfig
 from moejax.config import from_dict, make_gate, moe_config
+from moejax.config.tasks import TASKS
 from moejax.errors import UserError
-from moejax.task_table import TASKS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 from moejax.data.builtin import builtin_documents, builtin_name, builtin_text
 from moejax.data.documents import Document, character_start, find_documents
-from moejax.data.image_folder import EVAL_FOLDERS
 from moejax.errors import UserError
 
 _COUNT_SALT = b"moejax held-out split 1\0"
@@ -19,6 +18,8 @@ _COUNT_SALT = b"moejax held-out split 1\0"
 _SPLIT_SALT = b"moejax held-out split 2.7\0"
 
 TRAIN_NAMES = ("train", "training")
+EVAL_FOLDERS = ("val", "validation", "valid", "dev", "test")
+"""Names of the held-out side beside ``train``; the first there is counts."""
 SIDE = re.compile(
     rf"(?:[\w-]+\.)?({'|'.join((*TRAIN_NAMES, *EVAL_FOLDERS))})(?:[-_.]?\d[\w-]*)?(?:\.\w+)?"
 )

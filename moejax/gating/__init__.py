@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.errors import UserError, suggest
-from moejax.gating.assignment import BalancedAssignment, balanced_assignment
-from moejax.gating.base import Base
+from moejax.gating.base_layer import Base
 from moejax.gating.column_choice import choose_tokens
 from moejax.gating.dense import Dense
 from moejax.gating.dselect_k import DSelectK
@@ -37,11 +36,12 @@ from moejax.gating.remoe import ReMoE
 from moejax.gating.replay import Replay
 from moejax.gating.rl import RL
 from moejax.gating.sbase import SBase
-from moejax.gating.selectors import dselect_k_weights, smooth_step
 from moejax.gating.sentence import Sentence
 from moejax.gating.sinkhorn import sinkhorn_bias, sinkhorn_plan
 from moejax.gating.smear import Smear
 from moejax.gating.soft import Soft
+from moejax.gating.solvers.assignment import BalancedAssignment, balanced_assignment
+from moejax.gating.solvers.selectors import dselect_k_weights, smooth_step
 from moejax.gating.stablemoe import StableMoE
 from moejax.gating.tables import balanced_table
 from moejax.gating.task import Task

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.gating import ops
-from moejax.gating.selectors import TINY, code_bits, entropy, mix, selectors
+from moejax.gating.solvers.selectors import TINY, code_bits, entropy, mix, selectors
 from moejax.types import (
     GateContext,
     GateOutput,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moejax import recording
 from moejax.gating import ops
+from moejax.record import routing as recording
 from moejax.types import (
     GateContext,
     GateOutput,

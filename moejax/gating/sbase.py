@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.assignment import balanced_assignment
 from moejax.gating.sinkhorn import sinkhorn_bias
+from moejax.gating.solvers.assignment import balanced_assignment
 from moejax.mesh import group_local, spreads
 from moejax.types import (
     GateContext,

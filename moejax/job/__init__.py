@@ -13,9 +13,9 @@ first, over TCP at the coordinator's address, and stay connected until they end:
 Process 0 has the `Hub` that all are connected to. Messages are lines of JSON.
 """
 
-from moejax.job.connect import resolved
+from moejax.job.client import Job, Place
 from moejax.job.farewell import current, farewell, join, leave, named, tell, telling
-from moejax.job.member import Job, Place
+from moejax.job.rendezvous import resolved
 
 __all__ = [
     "Job",

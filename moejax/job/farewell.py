@@ -4,8 +4,8 @@ import traceback
 from types import TracebackType
 
 from moejax.errors import UserError
-from moejax.job.connect import await_all, connect
-from moejax.job.member import GRACE, PATIENCE, Job, Place
+from moejax.job.client import GRACE, PATIENCE, Job, Place
+from moejax.job.rendezvous import await_all, connect
 
 LATE = 30.0
 """Seconds in which a process that has failed before all were there tells those that come."""

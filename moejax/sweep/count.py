@@ -84,7 +84,8 @@ def main() -> int:
 
 
 def _counted(saved: dict[str, Any]) -> Counted:
-    from moejax.train import budget, setup
+    from moejax.train import setup
+    from moejax.train.cost import budget
     from moejax.train.state import count_parameters
 
     config = from_dict(saved)

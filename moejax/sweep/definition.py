@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import load, to_dict, validate
+from moejax.config.overrides import PREFIX
+from moejax.config.sources import Page, open_page, split_source
 from moejax.errors import UserError
-from moejax.overrides import PREFIX
-from moejax.sources import Page, open_page, split_source
 from moejax.sweep.match import Comparison, Solved, comparison_of, solve
 
 Variant = dict[str, Any]

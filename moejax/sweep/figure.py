@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.files import replaced
+from moejax.record.files import replaced
 from moejax.sweep import forest
 from moejax.sweep.comparison import Compared, Summary
 from moejax.sweep.labels import Box, Pixel, around, place
@@ -16,7 +16,7 @@ from moejax.sweep.match import TOLERANCE
 from moejax.sweep.results import Result
 from moejax.sweep.table import unit
 from moejax.train import scales
-from moejax.train.summary import ALERT, QUIET, STYLE
+from moejax.train.workdir.summary import ALERT, QUIET, STYLE
 
 # Okabe and Ito's palette without its yellow, too light for points, and with a grey.
 COLOURS = (

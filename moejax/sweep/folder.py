@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import flatten
+from moejax.config.saved import METRICS, holds_run, read_config
+from moejax.config.versions import SCHEMA, migrated
 from moejax.errors import UserError
-from moejax.files import parsed, read_rows, write_whole
-from moejax.saved import METRICS, holds_run, read_config
+from moejax.record.files import parsed, read_rows, write_whole
 from moejax.sweep.definition import Sweep, Trial, computed, config_id
-from moejax.train.workdir import OUTPUT
-from moejax.versions import SCHEMA, migrated
+from moejax.train.workdir.run_folder import OUTPUT
 
 INDEX = "sweep.json"
 

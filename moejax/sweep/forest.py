@@ -5,7 +5,7 @@ from typing import Any
 
 from moejax.sweep.comparison import Compared, Summary
 from moejax.train import scales
-from moejax.train.summary import ALERT, QUIET
+from moejax.train.workdir.summary import ALERT, QUIET
 
 BEYOND = 1.0
 """Intervals show up to this many widths of all points to their left and right."""

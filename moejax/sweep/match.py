@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.config.sources import Page
 from moejax.errors import UserError, suggest
-from moejax.sources import Page
 from moejax.sweep.count import count
 
 TOLERANCE = 0.02

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from moejax.errors import UserError
-from moejax.files import writing
+from moejax.record.files import writing
 from moejax.sweep import folder as folders
 from moejax.sweep import journal, launch, live
 from moejax.sweep.definition import Sweep, Trial, changed

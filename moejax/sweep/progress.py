@@ -4,8 +4,8 @@ import dataclasses
 import math
 from pathlib import Path
 
-from moejax.files import last_row
-from moejax.saved import METRICS, TIMINGS
+from moejax.config.saved import METRICS, TIMINGS
+from moejax.record.files import last_row
 
 
 @dataclasses.dataclass(frozen=True)

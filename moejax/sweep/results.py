@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.config.saved import METRICS, TIMINGS, missing, read_config, stand_for
 from moejax.errors import UserError
-from moejax.files import read_rows, write_whole
-from moejax.saved import METRICS, TIMINGS, missing, read_config, stand_for
+from moejax.record.files import read_rows, write_whole
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
-from moejax.train.units import PER_BYTE, bytes_per_token
+from moejax.train.cost.units import PER_BYTE, bytes_per_token
 
 Row = dict[str, Any]
 

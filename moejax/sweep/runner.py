@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from moejax.devices import check_for_children
 from moejax.errors import UserError
+from moejax.job.launch import check_for_children
 from moejax.sweep import budget, choose, journal, launch, live, status, summary
 from moejax.sweep import folder as folders
 from moejax.sweep.definition import Sweep, Trial
@@ -19,8 +19,8 @@ from moejax.sweep.journal import Journal
 from moejax.sweep.launch import Launcher
 from moejax.sweep.pool import STOPPED, Place, Pool
 from moejax.sweep.signals import Signals
-from moejax.train.lock import WorkdirLock
-from moejax.train.workdir import make_workdir
+from moejax.train.workdir.lock import WorkdirLock
+from moejax.train.workdir.run_folder import make_workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moejax.files import write_whole
+from moejax.record.files import write_whole
 from moejax.sweep import figure, table
 from moejax.sweep.comparison import Compared, Summary, compare
 from moejax.sweep.definition import Sweep

@@ -1,5 +1,5 @@
 """Tasks: each a data source with a model and its loss, chosen by a config page.
 
-``moejax/task_table.py`` has their names, their config fields and where each is built. A task is one
-file here with ``build(config) -> (Task, Source)``.
+``moejax/config/tasks.py`` has their names, their config fields and where each is built. A task is
+one folder with ``build(config) -> (Task, Source)`` in its ``task.py``.
 """

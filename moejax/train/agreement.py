@@ -24,8 +24,8 @@ import jax
 import moejax
 from moejax import job as jobs
 from moejax.config import Config, flatten, make_gate, to_dict
+from moejax.config.tasks import TASKS
 from moejax.errors import UserError
-from moejax.task_table import TASKS
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
 VARIABLES = (

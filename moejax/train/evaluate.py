@@ -14,26 +14,29 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from moejax import recording, settings
-from moejax.config import Config
-from moejax.devices import host_memory
+from moejax.config import Config, settings
+from moejax.config.build import make_gate
+from moejax.config.checks import has_experts
+from moejax.config.saved import read_config
+from moejax.config.tasks import TASKS
 from moejax.errors import UserError
-from moejax.recording import Recording, Routed
-from moejax.resolve import make_gate
-from moejax.saved import read_config
-from moejax.task_table import TASKS
+from moejax.job.launch import host_memory
+from moejax.record import routing as recording
+from moejax.record.routing import Recording, Routed
 from moejax.tasks.task import Batch, Task
-from moejax.train import agreement, budget, compile_cache, leak, rows, setup
-from moejax.train.checkpoint import Checkpointer, Restored
-from moejax.train.look import sent
-from moejax.train.metrics import warn
+from moejax.train import agreement, compile_cache, setup
+from moejax.train.checkpoint.checkpointer import Checkpointer, Restored
+from moejax.train.checkpoint.restore import Part
+from moejax.train.cost import budget
+from moejax.train.metrics import rows
+from moejax.train.metrics.log import warn
+from moejax.train.probe import leak
+from moejax.train.probe.forward import sent
 from moejax.train.processes import is_first, on_host
-from moejax.train.reading import Part
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
-from moejax.train.workdir import check_identity, check_text, missing_checkpoints
+from moejax.train.workdir.run_folder import check_identity, check_text, missing_checkpoints
 from moejax.types import Mixes, MoEInfo
-from moejax.validate import has_experts
 
 ROUTER = "router"
 """The key below which a layer keeps its gate's parameters."""
@@ -186,7 +189,7 @@ def _record(found: Opened, train_steps: int) -> Recording:
 
 
 def about(run: Run, step: int) -> dict[str, Any]:
-    """What a recording says of itself: see ``moejax.recording``."""
+    """What a recording says of itself: see ``moejax.record.routing``."""
     model = run.task.model
     seen = model.gate.visibility(model.moe)
     return {

@@ -10,24 +10,26 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from moejax import saved, settings
-from moejax.config import Config
+from moejax.config import Config, saved, settings
+from moejax.config.saved import CHECKPOINTS, METRICS
 from moejax.data.batches import Prefetcher
 from moejax.errors import UserError
 from moejax.job import telling
-from moejax.saved import CHECKPOINTS, METRICS
-from moejax.train import budget, compile_cache, mirrors, probe, rows, setup
-from moejax.train.checkpoint import Checkpointer, restore_subtree
-from moejax.train.console import Console
-from moejax.train.life import Life
-from moejax.train.lock import WorkdirLock
-from moejax.train.metrics import MetricsLog
-from moejax.train.origin import origin
+from moejax.train import compile_cache, setup
+from moejax.train.checkpoint.checkpointer import Checkpointer, restore_subtree
+from moejax.train.cost import budget
+from moejax.train.metrics import mirrors, rows
+from moejax.train.metrics.console import Console
+from moejax.train.metrics.log import MetricsLog
+from moejax.train.probe import recorder as probe
 from moejax.train.processes import from_first, is_first
 from moejax.train.setup import Run
 from moejax.train.signals import Stop, stopping
 from moejax.train.state import TrainState
-from moejax.train.workdir import (
+from moejax.train.workdir.life import Life
+from moejax.train.workdir.lock import WorkdirLock
+from moejax.train.workdir.origin import origin
+from moejax.train.workdir.run_folder import (
     as_begun,
     check_identity,
     check_workdir,

@@ -13,12 +13,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from moejax import mesh as meshes
-from moejax.config import Config, configure_devices, join_processes, validate
+from moejax.config import Config, validate
+from moejax.config.tasks import TASKS
 from moejax.data.source import Source
-from moejax.devices import started_devices
 from moejax.errors import UserError
-from moejax.recording import row_digests
-from moejax.task_table import TASKS
+from moejax.job.launch import configure_devices, join_processes, started_devices
+from moejax.record.routing import row_digests
 from moejax.tasks.task import Batch, Task, Totals
 from moejax.train import agreement
 from moejax.train.optim import make_optimizer

@@ -9,7 +9,7 @@ import types
 from typing import Any
 
 from moejax import job as jobs
-from moejax.job.member import say
+from moejax.job.client import say
 
 TOGETHER = 1.0
 """Seconds within which SIGTERMs and SIGHUPs are one request: a cluster that stops every process of

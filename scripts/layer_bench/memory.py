@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from moejax.train.memory import residual_bytes
+from moejax.train.cost.memory import residual_bytes
 from scripts.layer_bench.layers import Layer
 from scripts.layer_bench.problems import Problem, Shape
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax import probe
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.run import RunData
+from moejax.record import probe
 from tests import probes
 from tests.analysis import workdirs
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax import probe
 from moejax.analysis import report
 from moejax.analysis.html import render
 from moejax.analysis.page import Choice, Figure, Page, Table, Text
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
+from moejax.record import probe
 from tests import probes
 from tests.analysis import browser, sweeps, workdirs
 from tests.analysis.browser import Browser

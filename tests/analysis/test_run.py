@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moejax.analysis.run import SAVED, RunData
+from moejax.config.versions import SCHEMA
 from moejax.errors import UserError
-from moejax.versions import SCHEMA
 from tests.analysis import workdirs
 
 

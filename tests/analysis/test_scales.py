@@ -20,9 +20,9 @@ from moejax.sweep import figure as picture
 from moejax.sweep.comparison import compare
 from moejax.train import scales
 from moejax.train.scales import span
-from moejax.train.summary import summary_figure
+from moejax.train.workdir.summary import summary_figure
 from tests.analysis import blocks, probed, sweeps, workdirs
-from tests.analysis.openmoe import test_page as openmoe
+from tests.contrib.openmoe import test_page as openmoe
 
 INDEX = re.compile(
     r"step|position|position in the sequence|expert( [ij])?|MoE layer|first choice in layer \d+|"

@@ -14,7 +14,7 @@ from moejax.dispatch import mix
 from moejax.experts import ffn_one
 from moejax.mesh import make_mesh
 from moejax.models.stack import REMAT
-from moejax.train.memory import residual_bytes
+from moejax.train.cost.memory import residual_bytes
 from moejax.types import ExpertWeights, Merge
 from tests import meshes
 from tests.hlo import collectives

@@ -11,7 +11,7 @@ from flax import nnx
 
 import moejax
 from moejax import gating
-from moejax.gating.selectors import code_bits, selectors
+from moejax.gating.solvers.selectors import code_bits, selectors
 from moejax.types import Context, GateSpec
 
 D = 6

@@ -12,7 +12,7 @@ import pytest
 from moejax import gating
 from moejax.dispatch import exchange, pack
 from moejax.mesh import batch_spec
-from moejax.train.console import gate_advice
+from moejax.train.metrics.console import gate_advice
 from moejax.train.setup import Run
 from moejax.types import Context
 from tests import meshes

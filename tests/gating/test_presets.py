@@ -11,7 +11,7 @@ from flax import nnx
 import moejax
 from moejax import gating
 from moejax.config import default, set_gate
-from moejax.schema import get_field
+from moejax.config.tree import get_field
 
 B, L, D, F, E = 2, 7, 8, 6, 16
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax import MoE, gating, recording
-from moejax.recording import Recording, Routed
+from moejax import MoE, gating
+from moejax.record import routing as recording
+from moejax.record.routing import Recording, Routed
 from moejax.train import evaluate
 from moejax.types import Context
 

@@ -9,7 +9,7 @@ import scipy.stats
 
 from moejax import gating
 from moejax.losses import policy_gradient
-from moejax.train.rows import train_row
+from moejax.train.metrics.rows import train_row
 from moejax.types import Context, GateSpec
 from tests import steps
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moejax.kernels import grouped_ffn
 from moejax.kernels.grouped_ffn import _check_operands as check_operands
-from moejax.train.flops import count_flops
+from moejax.train.cost.flops import count_flops
 
 # float32 sums of at most 200 products of numbers around 1, three products deep.
 assert_close = partial(np.testing.assert_allclose, atol=2e-4, rtol=2e-5)

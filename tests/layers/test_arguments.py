@@ -9,7 +9,7 @@ from flax import nnx
 
 import moejax
 from moejax import gating
-from moejax.layers.mmoe import MultiGateMoE
+from moejax.contrib.multitask.mmoe import MultiGateMoE
 from moejax.layers.moa import MixtureOfHeads
 from tests import meshes
 from tests.moes import D, E, F, L, make

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.gating import base
+from moejax.gating import base_layer as base
 from moejax.types import Context, GateSpec, MoEConfig
 from tests import meshes
 from tests.moes import B, D, E, L, context, make, run, same, tokens

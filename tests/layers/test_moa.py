@@ -10,7 +10,7 @@ from flax import nnx
 
 from moejax.layers.attention import Attention
 from moejax.layers.moa import MixtureOfHeads
-from moejax.train.flops import count_flops
+from moejax.train.cost.flops import count_flops
 from moejax.types import Context
 from tests.layers import blocks
 

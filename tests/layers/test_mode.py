@@ -12,8 +12,8 @@ from flax import nnx
 
 import moejax
 from moejax import gating
+from moejax.contrib.multitask.mmoe import MultiGateMoE
 from moejax.layers.depths import Depths
-from moejax.layers.mmoe import MultiGateMoE
 from moejax.layers.moa import MixtureOfHeads
 from moejax.types import DepthsConfig
 from tests import lms

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.models.lm import LM, LMConfig
+from moejax.tasks.language.model import LM, LMConfig
 from moejax.types import Context, MoEConfig
 
 pytestmark = [

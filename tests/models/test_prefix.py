@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.models.lm import LM
+from moejax.tasks.language.model import LM
 from moejax.types import Context, MoEConfig
 from tests import gates, lms
 

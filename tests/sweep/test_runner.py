@@ -11,7 +11,7 @@ import pytest
 from moejax.errors import UserError
 from moejax.sweep import pool, signals, summary
 from moejax.sweep.definition import expand
-from moejax.train.lock import WorkdirLock
+from moejax.train.workdir.lock import WorkdirLock
 from tests.sweep.small import ALL, COMMAND, Small, at, wait_until
 from tests.sweep.trial import STEPS
 

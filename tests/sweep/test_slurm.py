@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from moejax.errors import UserError
-from moejax.sweep import launch, slurm_options
+from moejax.sweep import launch
 from moejax.sweep.launch import Job, Start
+from moejax.sweep.slurm import options as slurm_options
 from tests import slurm_cluster
 from tests.slurm_cluster import Cluster
 from tests.sweep.small import wait_until

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from moejax.errors import UserError
-from moejax.sweep import launch, slurm_options
-from moejax.sweep.slurm_options import complaint, parse
+from moejax.sweep import launch
+from moejax.sweep.slurm import options as slurm_options
+from moejax.sweep.slurm.options import complaint, parse
 
 NOBODY: Any = None  # the launcher does not look at the trial
 

@@ -18,7 +18,7 @@ from moejax.sweep import journal, live, progress, status
 from moejax.sweep.definition import expand
 from moejax.sweep.journal import DONE, FAILED, PENDING, RUNNING, Entry
 from moejax.sweep.progress import Progress
-from moejax.train.metrics import MetricsLog
+from moejax.train.metrics.log import MetricsLog
 from tests.sweep.small import Small, wait_until
 from tests.train.runs import refused
 

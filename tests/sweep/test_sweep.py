@@ -40,7 +40,7 @@ def sweep():
 TELL = """
 import sys
 from moejax import cli
-from moejax.devices import backend_is_running
+from moejax.job.launch import backend_is_running
 status = cli.main(sys.argv[1:])
 print("JAX devices started:", backend_is_running())
 sys.exit(status)

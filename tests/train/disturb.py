@@ -16,7 +16,8 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 from moejax import cli
-from moejax.train import console, setup
+from moejax.train import setup
+from moejax.train.metrics import console
 from tests.train.runs import ROOT, Ended
 
 

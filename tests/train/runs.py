@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import cli
-from moejax.data.text import TextSource
 from moejax.gating import NoisyTopK
+from moejax.tasks.language.source import TextSource
 from moejax.train import setup
-from moejax.train.checkpoint import Checkpointer
+from moejax.train.checkpoint.checkpointer import Checkpointer
 from moejax.types import GateSpec, MoEStats
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,10 @@ import jax
 import pytest
 
 from moejax.config import load, to_dict
-from moejax.train import budget, console, flops, setup, summary
+from moejax.train import setup
+from moejax.train.cost import budget, flops
+from moejax.train.metrics import console
+from moejax.train.workdir import summary
 from tests.train.runs import PAGE, Ended, call, command, flags, snapshot, write_text
 
 

@@ -10,9 +10,15 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.sweep.results import kept_pairs
-from moejax.train import budget as budgets
-from moejax.train import rows
-from moejax.train.budget import Budget, TokenFlops, check_evaluation, checked_budget, count_budget
+from moejax.train.cost import budget as budgets
+from moejax.train.cost.budget import (
+    Budget,
+    TokenFlops,
+    check_evaluation,
+    checked_budget,
+    count_budget,
+)
+from moejax.train.metrics import rows
 from tests import steps
 
 D, V, L, E, F, LAYERS = 16, steps.VOCAB, steps.LENGTH, 8, steps.F, 2

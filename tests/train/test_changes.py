@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from moejax.config import FIELDS, MAY_CHANGE, flatten, from_dict, load, to_dict
+from moejax.config.versions import SCHEMA
 from moejax.errors import UserError
-from moejax.train import console
+from moejax.train.metrics import console
 from moejax.train.optim import make_optimizer, make_schedule
-from moejax.versions import SCHEMA
 from tests.train import runs
 from tests.train.runs import PAGE, ROOT, call, command, refused
 from tests.train.sharing import Whole

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moejax.errors import UserError
-from moejax.train import reading
-from moejax.train.checkpoint import Checkpointer, restore_subtree
+from moejax.train.checkpoint import restore as reading
+from moejax.train.checkpoint.checkpointer import Checkpointer, restore_subtree
 
 ROOT = Path(__file__).parents[2]
 
@@ -430,7 +430,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(two):
 KILLED = """
 import os, signal, sys
 import jax
-from moejax.train.checkpoint import Checkpointer
+from moejax.train.checkpoint.checkpointer import Checkpointer
 
 checkpoints = Checkpointer(sys.argv[1])
 state = {"w": jax.random.normal(jax.random.key(0), (2000, 1000))}
@@ -510,8 +510,8 @@ import sys
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moejax.train import reading
-from moejax.train.checkpoint import Checkpointer
-from moejax.train.manifest import Damaged
+from moejax.train.checkpoint.checkpointer import Checkpointer
+from moejax.train.checkpoint.manifest import Damaged
 
 port, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)

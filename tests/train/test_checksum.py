@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax.train import checksum
-from moejax.train.checksum import checksums
+from moejax.train.checkpoint import checksum
+from moejax.train.checkpoint.checksum import checksums
 
 WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "uint32", "int8", "uint16"]

@@ -9,8 +9,8 @@ import pytest
 import scipy.special
 
 from moejax import losses
-from moejax.tasks.language import SECOND_PASS
-from moejax.train import flops
+from moejax.tasks.language.task import SECOND_PASS
+from moejax.train.cost import flops
 from tests import steps
 
 WEIGHT = 0.7

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moejax import saved
+from moejax.config import saved
 from tests.train import runs
 from tests.train.disturb import end, start, until
 from tests.train.runs import PREEMPTED, STEPS, call, command, copy

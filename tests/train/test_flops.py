@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from moejax.train import flops
-from moejax.train.flops import count_flops
+from moejax.train.cost import flops
+from moejax.train.cost.flops import count_flops
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moejax.train.checkpoint import Checkpointer
+from moejax.train.checkpoint.checkpointer import Checkpointer
 from tests.train import runs
 
 RUNS = {

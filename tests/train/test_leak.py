@@ -9,7 +9,7 @@ import pytest
 
 from moejax.config import load
 from moejax.train import setup
-from moejax.train.checkpoint import Checkpointer
+from moejax.train.checkpoint.checkpointer import Checkpointer
 from tests.train import runs
 
 L, MEASURED = 4, 4

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from moejax.errors import UserError
-from moejax.train.lock import WorkdirLock
+from moejax.train.workdir.lock import WorkdirLock
 
 
 def hold(workdir, ready):

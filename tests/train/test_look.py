@@ -12,8 +12,8 @@ from flax import nnx
 
 from moejax import types
 from moejax.layers import routing_stats
-from moejax.models.lm import LM
-from moejax.train.look import cosines, look, router_vectors
+from moejax.tasks.language.model import LM
+from moejax.train.probe.forward import cosines, look, router_vectors
 from moejax.train.state import TrainState
 from moejax.types import Context
 from tests import gates, steps

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.files import read_rows
+from moejax.record.files import read_rows
 from moejax.tasks.task import Totals
-from moejax.train import rows
+from moejax.train.metrics import rows
 from moejax.types import MoEStats
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy

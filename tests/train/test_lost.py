@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from moejax import files, saved, versions
-from moejax.config import default, to_dict
+from moejax.cli import train as evaluation
+from moejax.config import default, saved, to_dict, versions
+from moejax.config.field import Field
 from moejax.errors import UserError
-from moejax.field import Field
-from moejax.train import command as evaluation
-from moejax.train import workdir as workdirs
-from moejax.train.metrics import Gap, MetricsLog
+from moejax.record import files
+from moejax.train.metrics.log import Gap, MetricsLog
+from moejax.train.workdir import run_folder as workdirs
 from tests.train import runs
 from tests.train.runs import STEPS, call, command, copy, refused
 from tests.train.sharing import Whole

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.models import stack
-from moejax.train.budget import count_budget
-from moejax.train.memory import residual_bytes, tree_bytes_per_device
+from moejax.train.cost.budget import count_budget
+from moejax.train.cost.memory import residual_bytes, tree_bytes_per_device
 from tests import steps
 
 

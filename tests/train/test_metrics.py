@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.files import read_rows
-from moejax.train import mirrors
-from moejax.train.metrics import MetricsLog
+from moejax.record.files import read_rows
+from moejax.train.metrics import mirrors
+from moejax.train.metrics.log import MetricsLog
 
 
 def train_row(step: int) -> dict:

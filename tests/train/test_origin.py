@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import moejax
-from moejax.train import origin
+from moejax.train.workdir import origin
 from tests.train.sharing import Whole
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from moejax import config as configs
-from moejax.data.tables import as_rows, make_table
-from moejax.overrides import apply_overrides
-from moejax.tasks.images import ImageClassifier
-from moejax.tasks.language import LanguageModel
-from moejax.tasks.multimodal import Multimodal
-from moejax.tasks.multitask import MultiTaskLearning
+from moejax.config.overrides import apply_overrides
+from moejax.contrib.multimodal.task import Multimodal
+from moejax.contrib.multitask.tables import as_rows, make_table
+from moejax.contrib.multitask.task import MultiTaskLearning
+from moejax.tasks.images.task import ImageClassifier
+from moejax.tasks.language.task import LanguageModel
 from moejax.train.parameters import Rule, rule
 from tests.gates import ROWS, spec
 

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import probe
 from moejax.config import load
 from moejax.data.domains import token_labels
-from moejax.probe import Probe
+from moejax.record import probe
+from moejax.record.probe import Probe
 from moejax.train import setup
-from moejax.train.probe import Recorder, check
+from moejax.train.probe.recorder import Recorder, check
 from tests.train import runs
 from tests.train.runs import EVAL, STEPS, call, command, copy
 from tests.train.sharing import Compilations, prepared

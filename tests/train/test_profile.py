@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.train import profile
-from moejax.train.attribution import (
+from moejax.train.profile import profile
+from moejax.train.profile.attribution import (
     ALL_REDUCE,
     IDLE,
     OTHER,

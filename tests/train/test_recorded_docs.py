@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from moejax import probe
+from moejax.record import probe
 from tests import probes
 from tests.train import runs
 from tests.train.sharing import Whole

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moejax.models import stack
-from moejax.train.budget import count_budget
+from moejax.train.cost.budget import count_budget
 from tests import meshes, steps
 from tests.hlo import Collective, collectives
 

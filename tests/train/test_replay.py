@@ -6,11 +6,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from moejax import gating, recording
+from moejax import gating
 from moejax.config import load
 from moejax.errors import UserError
-from moejax.recording import Recording, Routed, row_digests
-from moejax.train import evaluate, leak, setup
+from moejax.record import routing as recording
+from moejax.record.routing import Recording, Routed, row_digests
+from moejax.train import evaluate, setup
+from moejax.train.probe import leak
 from moejax.types import MoEConfig, Visibility
 from tests.train import runs
 

@@ -15,9 +15,9 @@ from moejax import cli
 from moejax.config import from_dict, load, to_dict
 from moejax.data.baselines import ngram_baselines
 from moejax.errors import UserError
-from moejax.train.budget import count_budget
-from moejax.train.checkpoint import Checkpointer
-from moejax.train.rows import routing
+from moejax.train.checkpoint.checkpointer import Checkpointer
+from moejax.train.cost.budget import count_budget
+from moejax.train.metrics.rows import routing
 from moejax.types import MoEStats
 from tests.train import runs
 from tests.train.runs import SETTINGS, STEPS, call, command, copy

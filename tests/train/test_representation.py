@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moejax.train.representation import collapse, participation
+from moejax.train.probe.representation import collapse, participation
 
 T, D, E = 400, 6, 4
 

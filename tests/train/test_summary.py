@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.train.summary import summary_figure, write_summary_png
+from moejax.train.workdir.summary import summary_figure, write_summary_png
 
 
 def write_run(folder: Path, rows: list[dict], moe: bool = True) -> str:

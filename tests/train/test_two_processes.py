@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.probe import Probe
+from moejax.record.probe import Probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 

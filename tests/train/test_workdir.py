@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from moejax.tasks.task import Totals
-from moejax.train import console, loop, rows, setup, summary
-from moejax.train.checkpoint import Checkpointer
+from moejax.train import loop, setup
+from moejax.train.checkpoint.checkpointer import Checkpointer
+from moejax.train.metrics import console, rows
+from moejax.train.workdir import summary
 from tests.train import runs
 from tests.train.runs import STEPS, call, command, copy, refused
 from tests.train.sharing import Shared, Whole, prepared

@@ -9,7 +9,8 @@ from moejax.analysis.outcomes import MARKS, Outcome, interval, marked, of_seeds
 from moejax.analysis.page import Block, Figure, Page, Table, Text, Warning
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE
-from moejax.train import scales, units
+from moejax.train import scales
+from moejax.train.cost import units
 
 LOG_FROM = 3.0
 """An axis whose largest value is this many times its smallest is logarithmic."""

@@ -9,8 +9,9 @@ import numpy as np
 from moejax.analysis import figures, traffic
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.run import RunData
-from moejax.files import parsed
-from moejax.train import scales, units
+from moejax.record.files import parsed
+from moejax.train import scales
+from moejax.train.cost import units
 
 PROFILES = ("profile.json", "profile/profile.json")
 """Where in a workdir the table of `moejax profile --out=WORKDIR/profile` is looked for."""

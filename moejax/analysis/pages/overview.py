@@ -10,10 +10,10 @@ from moejax.analysis.page import Block, Page, Table, Text, Warning
 from moejax.analysis.pages.curves import loss
 from moejax.analysis.run import RunData
 from moejax.config import default, flatten, set_gate, to_dict
-from moejax.saved import told
+from moejax.config.saved import told
+from moejax.config.tasks import LANGUAGE
 from moejax.sweep.results import kept_pairs, step_seconds
-from moejax.task_table import LANGUAGE
-from moejax.train import units
+from moejax.train.cost import units
 
 QUARTER = "mean of the last quarter of logged steps"
 

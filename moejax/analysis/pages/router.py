@@ -13,7 +13,7 @@ from moejax.analysis.panels import Panel, fan, panels
 from moejax.analysis.probed import at_tokens, over_steps
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics.spread import histogram, spread
-from moejax.probe import Probe
+from moejax.record.probe import Probe
 from moejax.train import scales
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)

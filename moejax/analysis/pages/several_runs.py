@@ -19,7 +19,7 @@ from moejax.analysis.several import Several
 from moejax.analysis.statistics import balance
 from moejax.config import flatten
 from moejax.sweep.results import step_seconds
-from moejax.train import units
+from moejax.train.cost import units
 
 Runs = Mapping[str, RunData]
 LIKE_SEEDS = (

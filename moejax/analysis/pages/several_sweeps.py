@@ -18,7 +18,7 @@ from moejax.analysis.several import Several
 from moejax.analysis.sweep import SweepData
 from moejax.config import flatten
 from moejax.sweep.statistics import paired
-from moejax.train import units
+from moejax.train.cost import units
 
 Sweeps = Mapping[str, SweepData]
 

@@ -22,7 +22,7 @@ from moejax.analysis.statistics.specialisation import (
     peak_share,
     share_of_kind,
 )
-from moejax.probe import Probe
+from moejax.record.probe import Probe
 
 LEAST = 10
 """Token ids seen less often are left out: OLMoE's threshold (arXiv 2409.02060)."""

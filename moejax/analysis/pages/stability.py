@@ -14,7 +14,7 @@ from moejax.analysis.run import RunData
 from moejax.analysis.statistics.selection import NONE
 from moejax.analysis.statistics.similarity import between
 from moejax.analysis.statistics.stability import churn, saturation, saturation_by_chance
-from moejax.probe import Probe
+from moejax.record.probe import Probe
 
 SIMILARITIES = {
     "expert_similarity": ("expert weights", "the flattened weights of experts"),

@@ -13,7 +13,7 @@ from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
 from moejax.sweep.results import PER_BYTE, step_seconds
 from moejax.sweep.table import SURE
-from moejax.train import units
+from moejax.train.cost import units
 
 
 def page(sweep: SweepData) -> Page:

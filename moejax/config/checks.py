@@ -1,0 +1,265 @@
+"""Does a config make sense? Checked before anything is compiled or written.
+
+Every mistake is one line with the field, the numbers that do not fit and what to change.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from moejax.config.build import gate_message, make_gate, moe_config
+from moejax.config.layer_checks import check_depths, check_layers
+from moejax.config.saved import holds_run
+from moejax.config.tasks import TASKS
+from moejax.config.tree import Config, get_field, table_of
+from moejax.errors import UserError, suggest
+from moejax.mesh import AXES, BATCH_AXES, resolve_shape
+from moejax.types import Gate, Mixes, MoEConfig, Visibility
+
+
+@runtime_checkable
+class NeedsRows(Protocol):
+    """A gate for groups of several sequences: ``least_rows`` or more."""
+
+    def least_rows(self, num_experts: int) -> int: ...
+
+
+@runtime_checkable
+class HasCausalFields(Protocol):
+    """A gate whose evaluation is causal with other values of its fields: these."""
+
+    causal: ClassVar[Mapping[str, Any]]
+
+
+@runtime_checkable
+class HasCausalGate(Protocol):
+    """A gate that sees the future and knows another, by name, that does alike without."""
+
+    causal_gate: ClassVar[str]
+
+
+def validate(config: Config, num_devices: int | None = None) -> Visibility:
+    """Checks everything that can be known without starting devices.
+
+    With ``num_devices`` (all processes together) also that the mesh fits them; a mesh axis of -1 is
+    then filled, and counts as if it were as small as possible before.
+
+    Returns what a token's output may depend on, for the marks on results.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    _check_ranges(config)
+    mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
+    seen = Visibility()
+    if "num_layers" in config.model:
+        check_layers(config, mesh)
+        seen = check_depths(config)
+    _check_batch(config, mesh)
+    check_distributed(config)
+    _check_paths(config)
+    if has_experts(config):
+        _check_moe(config, mesh)
+        seen = seen.union(_check_visibility(config))
+    if not is_causal(config):
+        # Training may look around as it likes; a prediction should not hang on the rest of a batch.
+        return Visibility(eval_others=seen.eval_others)
+    return seen
+
+
+def is_causal(config: Config) -> bool:
+    """Whether the task predicts from what comes before: otherwise there is no future to see."""
+    return "allow_future_leak" in config.moe
+
+
+def has_experts(config: Config) -> bool:
+    """Whether the model has MoE layers."""
+    return bool(config.moe.get("every", 1))
+
+
+def _check_ranges(config: Config) -> None:
+    for name, field in table_of(config).items():
+        value = get_field(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value} must be a finite number")
+        if beyond := field.beyond(value):
+            raise UserError(f"{name}={value} must be {beyond}; default {field.default}")
+        if field.allows(value):
+            continue
+        if field.choices:
+            raise UserError(f"{name}={value!r} is unknown; {suggest(str(value), field.choices)}")
+        raise UserError(f"{name}={value} must be {field.range}; default {field.default}")
+
+
+def _check_batch(config: Config, mesh: Mapping[str, int]) -> None:
+    batch, accum = config.train.batch_size, config.train.grad_accum
+    shards = math.prod(mesh[axis] for axis in BATCH_AXES)
+    product = " x ".join(f"mesh.{axis}={mesh[axis]}" for axis in BATCH_AXES)
+    if batch % accum:
+        raise UserError(
+            f"train.batch_size={batch} is not a multiple of train.grad_accum={accum}; use "
+            f"train.batch_size={math.ceil(batch / accum) * accum}"
+        )
+    if (batch // accum) % shards:
+        each = f" / train.grad_accum={accum} = {batch // accum} sequences" if accum > 1 else ""
+        raise UserError(
+            f"train.batch_size={batch}{each} is not a multiple of {product} = {shards}; use "
+            f"train.batch_size={math.ceil(batch / (accum * shards)) * accum * shards}"
+        )
+
+
+def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
+    moe = config.moe
+    choices, gate = moe_config(config), make_gate(config)
+    try:
+        gate.check(moe.num_experts, train=True)
+    except ValueError as error:
+        raise UserError(gate_message(moe.gate.name, error)) from error
+    _check_groups(config, choices, mesh, gate)
+    if moe.get("shared_gate") and not moe.shared_experts:
+        raise UserError(
+            "moe.shared_gate=True weighs the shared experts, but moe.shared_experts="
+            f"{moe.shared_experts}; use moe.shared_experts=1 or more, or moe.shared_gate=False"
+        )
+    if moe.get("residual") and (moe.shared_gate or not moe.shared_experts):
+        raise UserError(
+            "moe.residual=True weighs routed against shared experts, but moe.shared_experts="
+            f"{moe.shared_experts} and moe.shared_gate={moe.shared_gate}; use at least one shared "
+            "expert without its own gate, or moe.residual=False"
+        )
+    for field in ("group", "balance_scope"):
+        if moe.get(field) == "batch" and config.train.grad_accum > 1:
+            raise UserError(
+                f"moe.{field}=batch needs the whole batch at once, but train.grad_accum="
+                f"{config.train.grad_accum} splits it; use train.grad_accum=1 or "
+                f"moe.{field}=sequence"
+            )
+
+
+def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], gate: Gate) -> None:
+    cause, cure = _slots_of_groups(config, gate)
+    if choices.group == "batch" and cause:
+        raise UserError(
+            f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
+        )
+    accum, per_row = config.train.grad_accum, TASKS[config.task.name].sequences_per_row
+    sequences = config.train.batch_size // accum * per_row
+    rows = choices.rows_per_group(sequences)
+
+    def fitting(unit: int) -> int:
+        """The next batch size whose sequences are a multiple of ``unit`` in each part."""
+        unit = math.lcm(unit, per_row)
+        return math.ceil(sequences / unit) * unit // per_row * accum
+
+    if sequences % rows:
+        each = f" x {per_row}" if per_row > 1 else ""
+        raise UserError(
+            f"train.batch_size / train.grad_accum{each} = {sequences} sequences are not a multiple "
+            f"of moe.group={choices.group}; use train.batch_size={fitting(rows)}"
+        )
+    least = gate.least_rows(choices.num_experts) if isinstance(gate, NeedsRows) else 1
+    if rows < least:
+        raise UserError(
+            f"moe.gate.name={config.moe.gate.name} chooses among the sequences of a group, with "
+            f"these fields at least {least}, but moe.group={choices.group} has {rows}; use "
+            f"moe.group={least} or more"
+        )
+    shards = math.prod(mesh[axis] for axis in BATCH_AXES)
+    if cause and (sequences // rows) % shards:
+        raise UserError(
+            f"moe.group={choices.group} makes {sequences // rows} groups of a batch of {sequences} "
+            f"sequences, not a multiple of mesh.data x mesh.fsdp x mesh.expert = {shards}; use "
+            f"train.batch_size={fitting(rows * shards)} or {cure}"
+        )
+
+
+def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
+    """The choice that keeps a group on one device, where its slots are, and what to do without."""
+    if isinstance(gate, Mixes) and gate.mixes == "slots":
+        return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
+    for field in ("transport", "eval_transport"):
+        if config.moe.get(field) == "cells" and not isinstance(gate, Mixes):
+            return f"moe.{field}=cells", f"moe.{field}=dropless (or gather, all_experts)"
+    return "", ""
+
+
+def _check_visibility(config: Config) -> Visibility:
+    """Refuses a language model whose evaluation would see the tokens it predicts."""
+    moe, gate = moe_config(config), make_gate(config)
+    seen = gate.visibility(moe)
+    if not (seen.eval_future and is_causal(config)) or config.moe.allow_future_leak:
+        return seen
+    around = {
+        "moe.priority=position": dataclasses.replace(moe, priority="position"),
+        "moe.eval_transport=dropless": dataclasses.replace(moe, eval_transport="dropless"),
+        f"moe.eval_capacity_factor={moe.num_experts}": dataclasses.replace(
+            moe, eval_capacity_factor=float(moe.num_experts)
+        ),
+    }
+    cures = [text for text, other in around.items() if not gate.visibility(other).eval_future]
+    cause = (
+        f" with moe.priority={moe.priority}, moe.eval_transport={moe.eval_transport} and "
+        f"moe.eval_capacity_factor={moe.eval_capacity_factor:g}"
+    )
+    cause = cause if cures else ""
+    others = gate.causal if isinstance(gate, HasCausalFields) else {}
+    cures += [
+        f"moe.gate.{field}={value}"
+        for field, value in others.items()
+        if not make_gate(config, **{field: value}).visibility(moe).eval_future
+    ]
+    cures += [f"moe.gate.name={gate.causal_gate}"] if isinstance(gate, HasCausalGate) else []
+    raise UserError(
+        f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
+        "tokens of its sequence in evaluation, so the loss would not be that of a language model; "
+        f"use {', '.join(cures or ['a causal gate'])}, or moe.allow_future_leak=True to run it "
+        "with its results marked"
+    )
+
+
+def check_distributed(config: Config) -> None:
+    """Refuses a place among processes that is none.
+
+    Raises:
+      UserError: naming the field.
+    """
+    given = config.distributed
+    if given.mode != "explicit":
+        for field, unset in (("coordinator", ""), ("num_processes", 0), ("process_id", -1)):
+            if given[field] != unset:
+                raise UserError(
+                    f"distributed.{field}={given[field]} is used only with "
+                    f"distributed.mode=explicit, and the mode is {given.mode}"
+                )
+        return
+    host, _, port = given.coordinator.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UserError(
+            f"distributed.coordinator={given.coordinator!r} must be host:port of process 0 when "
+            "distributed.mode=explicit"
+        )
+    if not 0 <= given.process_id < given.num_processes:
+        raise UserError(
+            f"distributed.process_id={given.process_id} must lie between 0 and "
+            f"distributed.num_processes={given.num_processes} - 1 when distributed.mode=explicit"
+        )
+
+
+def _check_paths(config: Config) -> None:
+    checks = {
+        "data.path": (os.path.exists, "does not exist"),
+        "data.tokenizer": (os.path.isfile, "is not a file"),
+        "data.eval_path": (os.path.exists, "does not exist"),
+        "train.init_from": (
+            lambda path: holds_run(Path(path)),
+            "is not the workdir of a run (it has no config.json)",
+        ),
+    }
+    for name, (is_there, problem) in checks.items():
+        section, _, leaf = name.partition(".")
+        path = config[section].get(leaf, "")
+        if path and not is_there(os.path.expanduser(path)):
+            raise UserError(f"{name}={path!r} {problem}")

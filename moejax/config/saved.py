@@ -1,0 +1,274 @@
+"""What a workdir says of its run: config.json, and the manifests of its checkpoints.
+
+Every checkpoint holds the whole of config.json as well, so that neither is needed to read the
+other. Here are the only reader and the only writer of config.json, and the names of what else a
+run keeps.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.config.versions import SCHEMA, is_newer, migrated, misfit
+from moejax.errors import UserError
+from moejax.record import files
+
+CONFIG, METRICS, TIMINGS = "config.json", "metrics.jsonl", "timings.jsonl"
+CHECKPOINTS, SAVED = "checkpoints", "saved.json"
+
+RUN = ("config", "fingerprint", "baselines")
+"""Without these in config.json a run cannot go on."""
+
+_TYPES: dict[str, type] = {
+    "id": str,
+    "fingerprint": str,
+    "version": str,
+    "commit": str,
+    "source": str,
+    "command": str,
+    "corpus": str,
+    "visibility": str,
+    "encoding": str,
+    **dict.fromkeys(("baselines", "units", "environment", "parameters", "flops", "memory"), dict),
+    **dict.fromkeys(("devices", "text", "evaluated"), dict),
+    **dict.fromkeys(("history", "overrides"), list),
+}
+"""Types of the entries that config.json may hold besides the config."""
+
+_NUMBERS = ("baselines", "parameters", "flops", "memory")
+_UNITS = {"item": str, "loss": str, "tokens_per_row": int, "items_per_row": int}
+
+_said: set[str] = set()
+
+
+def read_config(workdir: Path, needs: tuple[str, ...] = RUN) -> dict[str, Any]:
+    """The workdir's config.json, or a file like it; its config with the fields of this version.
+
+    If there is none that can be read, what the newest checkpoint has of it, with a line on stderr.
+
+    Raises:
+      UserError: there is neither, it has not what it ``needs``, or a newer version wrote it.
+    """
+    of_its_own = workdir.suffix == ".json" and not workdir.is_dir()
+    path = workdir if of_its_own else workdir / CONFIG
+    try:
+        saved = _read(path, needs)
+    except UserError:
+        found = _from_checkpoint(path.parent) if path.name == CONFIG else None
+        if found is None:
+            raise
+        step, saved = found
+        say(f"{path} is missing or damaged; it is taken from checkpoint {step}")
+    return of_this_version(saved, str(path))
+
+
+def of_this_version(saved: dict[str, Any], origin: str) -> dict[str, Any]:
+    """What was saved, its config with the fields of this version.
+
+    Raises:
+      UserError: a newer version wrote it.
+    """
+    schema = saved.get("schema", 0)
+    config, added = migrated(saved["config"], schema, origin)
+    if added and schema == SCHEMA:
+        values = _values(config, added)
+        say(f"{origin} lacks {values}, which is taken for it")
+    return {**saved, "schema": SCHEMA, "config": config}
+
+
+def _values(config: dict[str, Any], names: list[str]) -> str:
+    """``a.b=1, a.c=2``."""
+    shown = []
+    for name in names:
+        value: Any = config
+        for part in name.split("."):
+            value = value[part]
+        shown.append(f"{name}={value}")
+    return ", ".join(shown)
+
+
+def write_config(folder: Path, content: dict[str, Any]) -> None:
+    """Writes config.json, whole or not at all."""
+    files.write_json(folder / CONFIG, content)
+
+
+def is_readable(folder: Path) -> bool:
+    """Whether config.json is there and what a run writes."""
+    try:
+        _read(folder / CONFIG, RUN)
+    except UserError:
+        return False
+    return True
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a config.json, or a checkpoint to take it from."""
+    return (folder / CONFIG).is_file() or _from_checkpoint(folder) is not None
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Steps in a checkpoint directory, ascending. A step's folder gets its name when it commits."""
+    if not directory.is_dir():
+        return []
+    folders = [path.name for path in directory.iterdir() if path.is_dir()]
+    return sorted(int(name) for name in folders if name.isdecimal())
+
+
+def read_manifest(directory: Path, step: int) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, if it is there and whole."""
+    try:
+        return files.unsealed(files.parsed((directory / str(step) / "meta/metadata").read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def manifest_metas(folder: Path) -> dict[int, dict[str, Any]]:
+    """What a workdir's checkpoints were saved with, by step, the newest first."""
+    directory, found = folder / CHECKPOINTS, {}
+    for step in reversed(committed_steps(directory)):
+        manifest = read_manifest(directory, step)
+        if manifest is not None and isinstance(manifest.get("meta"), dict):
+            found[step] = manifest["meta"]
+    return found
+
+
+# ---------------------------------------------------------------- what has happened to the run
+
+
+def noted_steps(folder: Path) -> list[int]:
+    """The checkpoints that a run has written down, ascending; empty if it wrote none down."""
+    try:
+        return sorted(map(int, files.parsed((folder / SAVED).read_bytes())["steps"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return []
+
+
+def told(entry: dict[str, Any]) -> str:
+    """An entry of the history in words."""
+    if "field" in entry:
+        return f"step {entry['step']}: {entry['field']} from {entry['old']} to {entry['new']}"
+    if "log" in entry:
+        lost = entry["rows_missing"]
+        what = f"{lost} of {entry['rows']} rows are missing" if lost else "rows were altered"
+        return f"up to step {entry['step']}: {what} in {entry['log']}"
+    if "missing" in entry:
+        return f"step {entry['step']}: {entry['missing']} was missing"
+    return "started again at step 0, without the checkpoints of the first time"
+
+
+def stand_for(steps: Sequence[int], known: dict[str, Any], field: str) -> list[int]:
+    """How many steps each logged one speaks for: those since the row before, if none is missing.
+
+    ``field``: the interval of the rows, ``train.log_every`` or ``train.eval_every``.
+    """
+    before = [0, *steps]
+    return [
+        min(step - since, _largest(known, field, since, step))
+        for since, step in zip(before, steps, strict=False)
+    ]
+
+
+def missing(
+    steps: Sequence[int], known: dict[str, Any], field: str, upto: int
+) -> list[tuple[int, int]]:
+    """First and last of the steps for which no row speaks, by stretches, until the step ``upto``.
+
+    See `stand_for`.
+    """
+    found, since = [], 0
+    for step, own in zip(steps, stand_for(steps, known, field), strict=True):
+        if step - since > own:
+            found.append((since + 1, step - own))
+        since = step
+    if upto - since >= _largest(known, field, since, upto):
+        found.append((since + 1, upto))
+    return found
+
+
+def first_value(known: dict[str, Any], field: str) -> Any:
+    """The value of a field at the run's first start."""
+    changes = [entry for entry in known.get("history", ()) if entry.get("field") == field]
+    section, _, leaf = field.partition(".")
+    return changes[0]["old"] if changes else known["config"][section][leaf]
+
+
+def _largest(known: dict[str, Any], field: str, after: int, until: int) -> int:
+    """The largest value that a field had in the steps after one until another."""
+    changes = [entry for entry in known.get("history", ()) if entry.get("field") == field]
+    values = [first_value(known, field), *(entry["new"] for entry in changes)]
+    begins = [0, *(entry["step"] for entry in changes)]
+    ends = [*begins[1:], max(until, begins[-1]) + 1]
+    held = [
+        value
+        for value, begin, end in zip(values, begins, ends, strict=True)
+        if begin < until and end > after and end > begin
+    ]
+    return max(held, default=values[-1])
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _read(path: Path, needs: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        saved = files.parsed(path.read_bytes())
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"{path} {what}: is {path.parent} the workdir of a run?") from None
+    except ValueError as error:  # also bytes that are no text
+        raise UserError(
+            f"{path} is not valid JSON ({error}); restore it or use another --workdir"
+        ) from error
+    newer = isinstance(saved, dict) and is_newer(saved.get("schema", 0))  # may lack anything
+    known = isinstance(saved, dict) and (newer or {*needs} <= saved.keys())
+    if not known or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path} was not written by `moejax train`; use another --workdir")
+    if not newer and (problem := _misshapen(saved)):
+        raise UserError(f"{path}: {problem}; restore it or use another --workdir")
+    return saved
+
+
+def _misshapen(saved: dict[str, Any]) -> str:
+    """A sentence on the first value in config.json that no run writes; "" if there is none."""
+    for name, kind in _TYPES.items():
+        if name in saved and not isinstance(saved[name], kind):
+            return f"{name}={json.dumps(saved[name])[:80]} must be of type {kind.__name__}"
+    for name in _NUMBERS:
+        if not _are_numbers(saved.get(name, {})):
+            return f"{name}={json.dumps(saved[name])[:80]} must hold numbers"
+    units = saved.get("units", {})
+    if any(type(units[name]) is not kind for name, kind in _UNITS.items() if name in units):
+        return f"units={json.dumps(units)[:80]} holds a value that no run writes"
+    for entry in saved.get("history", ()):
+        if not (isinstance(entry, dict) and type(entry.get("step")) is int and _is_told(entry)):
+            return f"history has {json.dumps(entry)[:80]}, which no run writes"
+    return misfit(saved["config"])
+
+
+def _are_numbers(found: Any) -> bool:
+    """Whether a value is a number, or a mapping of such."""
+    if isinstance(found, dict):
+        return all(map(_are_numbers, found.values()))
+    return type(found) in (int, float)
+
+
+def _is_told(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the history is of a kind that `told` knows, with what it needs."""
+    kinds = ({"field", "old", "new"}, {"log", "rows_missing", "rows"}, {"missing"}, {"restarted"})
+    return any(kind <= entry.keys() for kind in kinds)
+
+
+def _from_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    for step, meta in manifest_metas(folder).items():
+        if isinstance(meta.get("run"), dict):
+            return step, meta["run"]
+    return None
+
+
+def say(line: str) -> None:
+    """Once a process: several readers may read the same file."""
+    if line not in _said:
+        _said.add(line)
+        print(f"moejax: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,111 @@
+"""Settings of JAX that results depend on: a run has its own, whatever the environment says.
+
+JAX takes them from environment variables (``JAX_DEFAULT_PRNG_IMPL``) and from ``jax.config``, where
+nobody sees them afterwards. Those that change what a program means are fixed here or are a field of
+the config; variables that change how it is compiled are recorded in config.json.
+"""
+
+import enum
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from moejax.config.tree import Config
+
+FIXED: dict[str, Any] = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_threefry_gpu_kernel_lowering": False,
+    "jax_random_seed_offset": 0,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_enable_custom_prng": False,
+    "jax_legacy_prng_key": "allow",
+    "jax_enable_x64": False,
+    "jax_explicit_x64_dtypes": "warn",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_softmax_custom_jvp": False,
+    "jax_allow_f16_reductions": True,
+    "jax_disable_jit": False,
+    "jax_no_tracing": False,
+    "jax_no_execution": False,
+    "jax_custom_vjp3": False,
+    "jax_remat3": False,
+    "jax_scan3": False,
+    "jax_error_checking_behavior_nan": "ignore",
+    "jax_error_checking_behavior_divide": "ignore",
+    "jax_error_checking_behavior_oob": "ignore",
+    "jax_transfer_guard_host_to_device": None,
+    "jax_transfer_guard_device_to_device": None,
+    "jax_transfer_guard_device_to_host": None,
+    "jax_transfer_guard": None,  # which sets all three
+}
+"""JAX's own defaults, by name. Random numbers, element types, how arrays may be combined; then what
+keeps a run from being traced, compiled and executed as it is written: switches for finding faults
+in other programs, and parts of JAX that are not finished."""
+
+PRECISION = "jax_default_matmul_precision"
+"""Is ``model.matmul_precision``."""
+
+_PREFIXES = ("JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "FLAX_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_",
+             "CUDNN_", "TF_CUDNN_", "OMP_NUM_THREADS")  # fmt: skip
+_OTHER_MATTERS = ("JAX_PLATFORM", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JAX_LOG",
+                  "JAX_DUMP", "JAX_ENABLE_COMPILATION_CACHE", "JAX_NUM_CPU_DEVICES",
+                  "JAX_TRACEBACK", "JAX_COORDINATOR", "JAX_LOCAL_DEVICE_IDS", "JAX_NUM_PROCESSES",
+                  "JAX_PROCESS_")  # fmt: skip
+"""Beginnings of names of variables that JAX reads, and that change no number of a run."""
+
+
+def fix(config: Config | None = None) -> None:
+    """Sets what results depend on, in this process; says which settings have no effect thereby.
+
+    Before anything is traced. Without a config matmuls have the precision of the platform.
+    """
+    wanted = FIXED | {PRECISION: _precision(config)}
+    for name, value in wanted.items():
+        if not hasattr(jax.config, name):  # of a later version of JAX
+            continue
+        found = getattr(jax.config, name)
+        found = found.name.lower() if isinstance(found, enum.Enum) else found
+        if found == value:
+            continue
+        remedy = "; set model.matmul_precision" if name == PRECISION else ""
+        print(
+            f"moejax: warning: {name.upper()}={found} has no effect: a run always has "
+            f"{'the default' if value is None else value}{remedy}",
+            file=sys.stderr,
+        )
+        jax.config.update(name, value)
+
+
+def _precision(config: Config | None) -> str | None:
+    chosen = config.model.matmul_precision if config is not None else "default"
+    return None if chosen == "default" else chosen
+
+
+def environment() -> dict[str, str]:
+    """The variables that are set and may change how a run's programs round."""
+    fixed = {name.upper() for name in (*FIXED, PRECISION)}
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_PREFIXES) and not name.startswith(_OTHER_MATTERS) and name not in fixed
+    }
+
+
+def say_changes(saved: Mapping[str, Any]) -> None:
+    """Says a line for each variable of which the run with this config.json had another value."""
+    if "environment" not in saved:  # of a run from before it was recorded
+        return
+    before, now = saved["environment"], environment()
+    for name in sorted(before | now):
+        if before.get(name, "") != now.get(name, ""):
+            print(
+                f"moejax: warning: {name}={now.get(name, '')!r} here and {before.get(name, '')!r} "
+                "when the run was started; programs may be compiled otherwise and numbers rounded "
+                "otherwise",
+                file=sys.stderr,
+            )

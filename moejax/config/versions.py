@@ -1,0 +1,115 @@
+"""Configs that older versions wrote, as this one reads them.
+
+Saved configs carry the number of their schema. Whoever adds, renames or removes a field raises
+`SCHEMA` by one. A config that lacks an added field gets the field's ``before``, or its default,
+which then has to mean what the program did without the field. `CHANGES` has the rest.
+"""
+
+import dataclasses
+from typing import Any
+
+from moejax.config.field import HUGE, Field
+from moejax.config.table import FIELDS
+from moejax.config.tasks import LANGUAGE, TASKS
+from moejax.config.tree import fields_for, flatten, nested
+from moejax.errors import UserError
+
+SCHEMA = 1
+"""0: version 0.1.0, which wrote no number. 1: ``optim.decay_steps``, ``data.split``,
+``data.eval_path``, ``model.matmul_precision``, ``mesh.device_gib``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A field that got another name, or that is gone.
+
+    ``schema``: the first one without it. ``now``: its name since then; "" if it is gone, which is
+    fine for runs that had it at ``off``.
+    """
+
+    schema: int
+    field: str
+    now: str = ""
+    off: Any = None
+
+
+CHANGES: tuple[Change, ...] = ()
+
+
+def migrated(tree: dict[str, Any], schema: int, origin: str) -> tuple[dict[str, Any], list[str]]:
+    """A saved config with the fields of this version, and the names of those it did not have.
+
+    Args:
+      tree: nested, as ``to_dict`` gave it.
+      schema: the number it was saved with.
+      origin: the file, for messages.
+
+    Raises:
+      UserError: a newer version wrote it, or it uses a field that is gone.
+    """
+    if is_newer(schema):
+        raise UserError(
+            f"{origin} has schema {schema} and this moejax reads up to {SCHEMA}: a newer version "
+            "wrote it; upgrade moejax, or use another --workdir"
+        )
+    flat = flatten(tree)
+    for change in CHANGES:
+        if schema < change.schema and change.field in flat:
+            value = flat.pop(change.field)
+            if change.now:
+                flat[change.now] = value
+            elif value != change.off:
+                raise UserError(
+                    f"{origin}: {change.field}={value}, which this version of moejax does not have "
+                    "any more; use the version that wrote it"
+                )
+    added = {}
+    for name, field in _table(flat).items():
+        if name not in flat:
+            added[name] = field.default if field.before is None else field.before
+    if schema == 0 and "task" not in tree:  # from before there were tasks: all were of text
+        added["task.name"] = LANGUAGE
+    return nested({**flat, **added}), list(added)
+
+
+def is_newer(schema: Any) -> bool:
+    """Whether a number of a schema is of no version up to this one."""
+    return type(schema) is not int or schema > SCHEMA
+
+
+def misfit(tree: dict[str, Any]) -> str:
+    """The first field of a saved config with a value that it cannot have; "" if there is none.
+
+    Fields that are unknown or missing are not its business: another version may have written it.
+    """
+    flat = flatten(tree)
+    for name in ("task.name", "moe.gate.name"):
+        if not isinstance(flat.get(name, ""), str):
+            return f"{name}={flat[name]!r} must be text (str)"
+    table = _table(flat)
+    for name, value in flat.items():
+        if name in table and not _fits(value, table[name]):
+            return f"{name}={value!r} must be {table[name].range or table[name].type.__name__}"
+        if any(field.startswith(f"{name}.") for field in table):
+            return f"{name}={value!r} must be a section"
+    return ""
+
+
+def _fits(value: Any, field: Field) -> bool:
+    """Whether a value from JSON, which knows no tuples and writes 1.0 as 1, may be the field's."""
+    if field.type is tuple:
+        return isinstance(value, list | tuple)
+    if field.type is float:
+        return type(value) in (int, float) and abs(value) <= HUGE and field.allows(value)
+    return type(value) is field.type and (bool(field.choices) or field.allows(value))
+
+
+def _table(flat: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a saved config; without those of a gate that cannot be imported here."""
+    gate, task = flat.get("moe.gate.name", ""), flat.get("task.name", LANGUAGE)
+    try:
+        return fields_for(gate, task)
+    except UserError:
+        if task not in TASKS:
+            return {}
+        return {name: field for name, field in FIELDS.items() if TASKS[task].has(name)}

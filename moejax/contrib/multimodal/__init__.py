@@ -1,0 +1,1 @@
+"""Images and their captions under one loss (LIMoE): data, model and task."""

@@ -1,0 +1,224 @@
+"""Images and captions in one space, learned by contrast, in one tower."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from moejax.config import Config
+from moejax.contrib.multimodal.model import BYTES, LIMoE, LIMoEConfig, interleaved
+from moejax.contrib.multimodal.pairs import PairSource, encode, prompts
+from moejax.data.source import Source
+from moejax.errors import UserError
+from moejax.gating import Replay
+from moejax.mesh import BATCH_AXES, ambient, axis_size
+from moejax.models.block import Watch
+from moejax.tasks.images.dataset import load_images
+from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
+
+
+class Embeddings(NamedTuple):
+    """What the model says of B pairs; vectors of length 1, and what their products count."""
+
+    image_BZ: Float[Array, "B Z"]
+    text_BZ: Float[Array, "B Z"]
+    scale: Float[Array, ""]
+
+
+def build(config: Config) -> tuple[Task, Source]:
+    """The tower and the pairs.
+
+    Raises:
+      UserError: sizes that do not fit the images or the captions, gradient accumulation, a
+        recorded routing, scikit-learn missing.
+    """
+    own, train = config.task, config.train
+    if train.grad_accum > 1:
+        raise UserError(
+            f"train.grad_accum={train.grad_accum} would contrast a micro-batch with itself "
+            "only; task multimodal needs the whole batch at once: use train.grad_accum=1"
+        )
+    images = load_images(eval_fraction=config.data.eval_fraction)
+    size = images.train_NHWC.shape[1]
+    if size % own.patch_size:
+        fitting = [str(n) for n in range(1, size + 1) if size % n == 0]
+        raise UserError(
+            f"task.patch_size={own.patch_size} does not divide images of {size} x {size} pixels; "
+            f"use {', '.join(fitting)}"
+        )
+    for name in ("image_experts", "text_experts"):
+        if own[name] > config.moe.num_experts:
+            raise UserError(
+                f"task.{name}={own[name]:g} is more than moe.num_experts="
+                f"{config.moe.num_experts}; use at most that"
+            )
+    source = PairSource(
+        images, own.patch_size, own.caption_length, train.batch_size, train.seed, train.eval_rows
+    )
+    task = Multimodal.from_config(config, size)
+    if task.model.num_moe_layers and isinstance(task.model.gate, Replay):
+        raise UserError(
+            f"moe.gate.name={config.moe.gate.name} looks up routing by rows of text, and a pair is "
+            "two sequences; use another gate"
+        )
+    return task, source
+
+
+@dataclasses.dataclass(frozen=True)
+class Multimodal(Task):
+    r"""Contrastive learning over the pairs of a batch, all devices together.
+
+    .. math::
+       s_{ij} = \tau\, u_i \cdot v_j, \qquad
+       L = \frac{1}{2B} \sum_i \frac{1}{|P_i|} \sum_{j \in P_i}
+           \left( -\log \frac{e^{s_{ij}}}{\sum_k e^{s_{ik}}}
+                  -\log \frac{e^{s_{ji}}}{\sum_k e^{s_{ki}}} \right)
+
+    u are images, v captions, tau a learned scale, P_i the pairs of the same digit as i: with ten
+    digits captions repeat in a batch, and all of a digit's are right (Yang et al., UniCL, arXiv
+    2204.03610). With distinct labels it is CLIP's loss (arXiv 2103.00020). At equal similarities it
+    is log B. Pairs that are not valid are no one's match.
+
+    In evaluation, ``accuracy`` is zero-shot: the class whose prompt is most similar to the image.
+    ``image_to_text`` and ``text_to_image``: the most similar of the batch has the right digit.
+    """
+
+    prompts: tuple[str, ...]
+    """A caption of every class, in order of the labels; empty: no zero-shot evaluation."""
+
+    @classmethod
+    def from_config(cls, config: Config, image_size: int) -> "Multimodal":
+        own = config.task
+        patches = (image_size // own.patch_size) ** 2
+        return cls(
+            LIMoEConfig(
+                image_size=image_size,
+                patch_size=own.patch_size,
+                caption_length=own.caption_length,
+                embed_dim=own.embed_dim,
+                causal=False,
+                vocab_size=BYTES + patches,
+                num_tasks=2,
+                entropy_floors=(math.log(own.image_experts), math.log(own.text_experts)),
+                **stack_config(config),
+            ),
+            loss_weights(config),
+            0.0,
+            prompts(),
+        )
+
+    @property
+    def units(self) -> Units:
+        return Units("pair", "nats/pair", 2 * self.model.length)
+
+    def module(self, rngs: nnx.Rngs) -> LIMoE:
+        return LIMoE(self.model, rngs=rngs)
+
+    def countable(self) -> "Task":
+        """Without the prompts: they are no share of a pair's cost."""
+        return dataclasses.replace(super().countable(), prompts=())
+
+    def apply(
+        self,
+        params: PyTree,
+        gate_state: PyTree,
+        batch: Batch,
+        step: Array,
+        key: Array,
+        train: bool,
+        watch: Watch | None = None,
+    ) -> Output:
+        model, valid_B = self.built(params), batch["valid"]
+        out = model(
+            model.patches(batch["image"], valid_B),
+            model.texts(batch["text"], batch["text_valid"] & valid_B[:, None]),
+            batch["row"],
+            step,
+            jax.random.fold_in(key, step),
+            gate_state,
+            train,
+            watch,
+        )
+        return Output(Embeddings(out.image_BZ, out.text_BZ, out.scale), out.found)
+
+    def forward(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+    ) -> Totals:
+        out = self.apply(params, gate_state, batch, step, key, train)
+        label_B, valid_B = batch["label"], batch["valid"]
+        with jax.named_scope("loss"):
+            logits_BB = similarities(out.said)
+            loss_B = contrastive(logits_BB, label_B, valid_B)
+            hits = {
+                "image_to_text": retrieved(logits_BB, label_B, valid_B),
+                "text_to_image": retrieved(logits_BB.T, label_B, valid_B),
+            }
+        if self.prompts and not train:
+            class_XZ = self._classes(params, gate_state, step, key)
+            hits["accuracy"] = jnp.argmax(out.said.image_BZ @ class_XZ.T, axis=-1) == label_B
+        hits = {name: hit_B.astype(jnp.int32) for name, hit_B in hits.items()}
+        valid_BL = interleaved(*valid_tokens(batch, self.model))
+        reward_BL = jnp.broadcast_to(-jnp.repeat(loss_B, 2)[:, None], valid_BL.shape)
+        return self.totals(out.found, loss_B, valid_B, hits, reward_BL, valid_BL)
+
+    def token_losses(self, said: Embeddings, batch: Batch) -> Float[Array, "B L"]:
+        """The loss of the pair, among those of ``batch``."""
+        loss_B = contrastive(similarities(said), batch["label"], batch["valid"])
+        return jnp.broadcast_to(loss_B[:, None], (len(loss_B), 2 * self.model.length))
+
+    def _classes(
+        self, params: PyTree, gate_state: PyTree, step: Array, key: Array
+    ) -> Float[Array, "X Z"]:
+        """The prompts' embeddings; as many rows as mesh and groups ask for."""
+        text, valid = encode(self.prompts, self.model.caption_length)
+        shards = axis_size(ambient(), *BATCH_AXES)
+        missing = -len(text) % (shards * self.model.moe.rows_per_group(1))
+        rows = ((0, missing), (0, 0))
+        model = self.built(params)
+        tokens = model.texts(jnp.pad(jnp.asarray(text), rows), jnp.pad(jnp.asarray(valid), rows))
+        key = jax.random.fold_in(key, step)
+        return model.embed_texts(tokens, step, key, gate_state)[: len(text)]
+
+
+def valid_tokens(batch: Batch, model: LIMoEConfig) -> tuple[Array, Array]:
+    """Which positions of images and of captions hold tokens, bool[B, L] each."""
+    valid_B1 = batch["valid"][:, None]
+    position_L = jnp.arange(model.length)
+    text_BL = jnp.pad(batch["text_valid"], ((0, 0), (0, model.length - model.caption_length)))
+    return valid_B1 & (position_L < model.patches), valid_B1 & text_BL
+
+
+def similarities(said: Embeddings) -> Float[Array, "B B"]:
+    """Of every image (row) with every caption (column)."""
+    return said.scale * (said.image_BZ @ said.text_BZ.T)
+
+
+def contrastive(
+    logits_BB: Float[Array, "B B"], label_B: Int[Array, "B"], valid_B: Bool[Array, "B"]
+) -> Float[Array, "B"]:
+    """Each pair's loss in both directions, halved: see ``Multimodal``. 0 where not valid."""
+    match_BB = (label_B[:, None] == label_B) & valid_B
+    share_BB = match_BB / jnp.maximum(jnp.sum(match_BB, axis=1, keepdims=True), 1)
+
+    def one_way(logits_BB: Array) -> Array:
+        log_p_BB = jax.nn.log_softmax(_among_valid(logits_BB, valid_B), axis=1)
+        return -jnp.sum(jnp.where(match_BB, share_BB * log_p_BB, 0.0), axis=1)
+
+    loss_B = (one_way(logits_BB) + one_way(logits_BB.T)) / 2
+    return jnp.where(valid_B, loss_B, 0.0)
+
+
+def retrieved(
+    logits_BB: Float[Array, "B B"], label_B: Int[Array, "B"], valid_B: Bool[Array, "B"]
+) -> Bool[Array, "B"]:
+    """Whether the most similar of all valid columns has the row's label."""
+    return label_B[jnp.argmax(_among_valid(logits_BB, valid_B), axis=1)] == label_B
+
+
+def _among_valid(logits_BB: Array, valid_B: Array) -> Array:
+    """A finite number in place of -inf: a batch may have nothing valid."""
+    return jnp.where(valid_B, logits_BB, jnp.finfo(jnp.float32).min)

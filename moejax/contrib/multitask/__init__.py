@@ -1,0 +1,1 @@
+"""Several targets per row of a table (MMoE): data, model and task."""

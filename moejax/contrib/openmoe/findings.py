@@ -1,0 +1,66 @@
+"""The numbers of the three findings, and as JSON."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moejax.contrib.openmoe.drops import Drops
+from moejax.contrib.openmoe.early import Early
+from moejax.contrib.openmoe.routed import Routed
+from moejax.contrib.openmoe.tokens import Specialisation
+from moejax.contrib.openmoe.verdict import (
+    Verdict,
+    drops_verdict,
+    early_verdict,
+    specialisation_verdict,
+)
+
+
+class Measured(NamedTuple):
+    """Of one checkpoint. The first text is the run's own held-out one."""
+
+    run: str
+    step: int
+    steps: int
+    """Of the whole run, by its config."""
+    num_experts: int
+    leak: str
+    """What a token may see besides its past, as rows of metrics say it; empty if nothing."""
+    specialisation: Specialisation
+    early: Early
+    drops: list[Drops]
+    routed: Routed
+    """The run's own text, dropless."""
+    token_text: list[str]
+    """How each token reads; empty if that is not known."""
+
+
+def verdicts(found: Measured) -> list[Verdict]:
+    """One of each finding."""
+    return [
+        specialisation_verdict(found.specialisation),
+        early_verdict(found.early),
+        drops_verdict(found.drops),
+    ]
+
+
+def numbers(found: Measured, judged: Sequence[Verdict]) -> dict[str, Any]:
+    """What was measured in JSON's types, without the routing; what is undefined is null."""
+    about = {name: getattr(found, name) for name in ("run", "step", "steps", "num_experts", "leak")}
+    tree = {
+        **about,
+        "verdicts": [verdict._asdict() for verdict in judged],
+        "specialisation": dataclasses.asdict(found.specialisation),
+        "early": dataclasses.asdict(found.early),
+        "drops": [dataclasses.asdict(drops) | {"arm": drops.arm.name} for drops in found.drops],
+    }
+    return _plain(tree)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

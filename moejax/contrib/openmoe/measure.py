@@ -1,0 +1,219 @@
+"""What has to be evaluated for the three findings: one checkpoint with several ways to give out
+slots, on several texts, and the checkpoints before it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.config import Config, load, make_gate
+from moejax.config.checks import NeedsRows
+from moejax.config.tasks import LANGUAGE
+from moejax.contrib.openmoe.drops import Arm, Drops, drops
+from moejax.contrib.openmoe.early import early
+from moejax.contrib.openmoe.findings import Measured
+from moejax.contrib.openmoe.interval import GROUPS
+from moejax.contrib.openmoe.routed import Routed
+from moejax.contrib.openmoe.texts import Text, all_texts, corpus_of, domains
+from moejax.contrib.openmoe.tokens import specialisation
+from moejax.errors import UserError
+from moejax.record.probe import Probe
+from moejax.tasks.task import Task
+from moejax.train import evaluate
+from moejax.train.checkpoint.checkpointer import Checkpointer
+from moejax.train.processes import on_host
+from moejax.train.setup import Run
+from moejax.train.state import TrainState
+
+DROPLESS = Arm(0.0)
+FACTORS = (1.0, 1.25, 2.0)
+TYPICAL = 1.25
+"""The capacity factor of the arms that differ in something else: OpenMoE's in training."""
+ROWS = 256
+"""Rows of each text, unless told otherwise."""
+EARLY_ROWS = 128
+"""Rows on which checkpoints are compared, where the run has no probe."""
+
+Route = Callable[[TrainState, Text], Routed]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Rows of each text, other texts by path, and the checkpoint (None: the newest)."""
+
+    rows: int
+    data: tuple[str, ...] = ()
+    step: int | None = None
+
+
+def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Measured:
+    """Evaluates a run's checkpoint; ``say`` is told what goes on.
+
+    Raises:
+      UserError: no run or checkpoint; a dense model; a gate that routes whole sequences; texts that
+        cannot be read or are too short.
+    """
+    config = load(str(workdir / "config.json")).config
+    _check(workdir, config, options)
+    with evaluate.opened(config, str(workdir), options.step) as found:
+        this, state, at = found
+        texts = all_texts(this, options.data, options.rows)
+        for text in texts:
+            if text.rows < GROUPS:
+                raise UserError(
+                    f"{text.name} has {text.rows} rows of train.seq_len={config.train.seq_len}, "
+                    f"and intervals need {GROUPS}; name a longer text"
+                )
+        routed, counted = _all_arms(this, state, texts, say)
+        say("comparing checkpoints")
+        earlier = early(*_recordings(this, workdir, at, texts[0]))
+    origin = corpus_of(this).origin
+    return Measured(
+        run=workdir.resolve().name,
+        step=at,
+        steps=config.train.steps,
+        num_experts=config.moe.num_experts,
+        leak=this.leak,
+        specialisation=specialisation(routed),
+        early=earlier,
+        drops=counted,
+        routed=routed,
+        token_text=origin.tokenizer.token_text() if origin else [],
+    )
+
+
+def _check(workdir: Path, config: Config, options: Options) -> None:
+    if options.rows < GROUPS:
+        raise UserError(f"--rows={options.rows} must be at least {GROUPS}, for intervals")
+    if config.task.name != LANGUAGE:
+        raise UserError(
+            f"{workdir} is of task {config.task.name!r}, and the three findings are about text"
+        )
+    if not config.moe.every:
+        raise UserError(f"{workdir} is a dense model (moe.every=0): it routes nothing")
+    gate = make_gate(config)
+    if isinstance(gate, NeedsRows) and gate.least_rows(config.moe.num_experts) > 1:
+        raise UserError(
+            f"{workdir}: moe.gate.name={config.moe.gate.name} routes whole sequences, and the "
+            "three findings are about tokens"
+        )
+
+
+def arms(task: Task) -> list[Arm]:
+    """Dropless, first come at each factor, batch-prioritised, and another number of choices.
+
+    The last of gates that take it with the parameters they have.
+    """
+    found = [DROPLESS, *(Arm(factor) for factor in FACTORS), Arm(TYPICAL, "gate")]
+    k = getattr(task.model.gate, "k", 0)
+    other = Arm(TYPICAL, k=1 if k > 1 else 2)
+    if k and _parameters(task) and _parameters(variant(task, other)) == _parameters(task):
+        found.append(other)
+    return found
+
+
+def _parameters(task: Task) -> Any:
+    """Shapes and types of parameters and gate state; None of a gate that refuses its fields."""
+
+    def counts() -> np.ndarray:
+        return np.ones(task.model.vocab_size, np.int64)
+
+    try:
+        trees = jax.eval_shape(lambda: (task.init(jax.random.key(0)), task.init_gate_state(counts)))
+    except ValueError:
+        return None
+    return jax.tree.map(lambda x: (x.shape, x.dtype.name), trees)
+
+
+def variant(task: Task, arm: Arm) -> Task:
+    """The same model with an arm's way to give out slots, within each sequence."""
+    model = task.model
+    moe = dataclasses.replace(
+        model.moe,
+        group="sequence",
+        reroute=0,
+        priority=arm.priority,
+        eval_transport="cells" if arm.capacity_factor else "dropless",
+        eval_capacity_factor=arm.capacity_factor or 1.0,
+    )
+    changes: dict[str, Any] = {"k": arm.k} if arm.k else {}
+    gate = dataclasses.replace(model.gate, **changes)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(task, model=dataclasses.replace(model, moe=moe, gate=gate))
+
+
+def router(this: Run, arm: Arm) -> Route:
+    """Routes a text; compiles once for all texts and checkpoints."""
+    task = variant(this.task, arm)
+    route = jax.jit(functools.partial(evaluate.route, task=task))
+
+    def routed(state: TrainState, text: Text) -> Routed:
+        parts = []
+        for batch in text.batches:
+            real_B = batch["valid"].any(axis=1)
+            sent = on_host(route(state, this.put(batch)))
+            parts.append({name: x[:, real_B] for name, x in sent.items()})
+        expert, weight, kept = (
+            np.concatenate([part[name] for part in parts], axis=1)
+            for name in ("expert", "weight", "kept")
+        )
+        return Routed(
+            expert, weight, kept, text.token_NL, text.valid_NL, task.model.moe.num_experts,
+            text.label_NL, text.names,
+        )  # fmt: skip
+
+    return routed
+
+
+def _all_arms(
+    this: Run, state: TrainState, texts: Sequence[Text], say: Callable[[str], None]
+) -> tuple[Routed, list[Drops]]:
+    """The dropless routing of the first text, and the drops of every arm on every text."""
+    own, counted = None, []
+    for arm in arms(this.task):
+        route = router(this, arm)
+        for text in texts:
+            say(f"routing {text.rows} rows of {text.name}: {arm.name}")
+            routed = route(state, text)
+            own = routed if own is None else own
+            counted.append(drops(text.name, arm, routed))
+            for name, row_n in domains(routed):
+                counted.append(drops(f"{text.name}, {name}", arm, routed.select(row_n)))
+    assert own is not None
+    return own, counted
+
+
+def _recordings(
+    this: Run, workdir: Path, last: int, text: Text
+) -> tuple[Iterator[tuple[int, Routed]], str]:
+    """The same rows at several steps up to ``last``, and where they are from."""
+    probe = Probe.read(workdir)
+    if probe is not None and last in probe.steps:
+        return _of_probe(probe, last), "the recorded probe"
+    return _of_checkpoints(this, workdir, last, text.head(EARLY_ROWS)), "checkpoints"
+
+
+def _of_probe(probe: Probe, last: int) -> Iterator[tuple[int, Routed]]:
+    for step in (step for step in probe.steps if step <= last):
+        found = probe.at(step)
+        yield step, Routed(
+            found["expert"], found["weight"], found["kept"], probe.tokens["token"],
+            probe.tokens["valid"], int(found["num_experts"]),
+        )  # fmt: skip
+
+
+def _of_checkpoints(
+    this: Run, workdir: Path, last: int, text: Text
+) -> Iterator[tuple[int, Routed]]:
+    """Kept checkpoints, and the state before the first step unless another run's weights were."""
+    route = router(this, DROPLESS)
+    if not this.config.train.init_from:
+        yield 0, route(jax.block_until_ready(this.init_state()), text)
+    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
+        for step in sorted(step for step in checkpoints.steps() if step <= last):
+            restored = checkpoints.restore(this.abstract_state, step=step)
+            assert restored is not None
+            yield step, route(restored.state, text)

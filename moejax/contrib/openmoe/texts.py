@@ -1,0 +1,137 @@
+"""The texts that a checkpoint routes: its own held-out one, and others by path."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from moejax.contrib.openmoe.interval import GROUPS
+from moejax.contrib.openmoe.routed import Routed
+from moejax.data import batches
+from moejax.data.corpus import Corpus, load_corpus
+from moejax.data.documents import find_documents
+from moejax.data.domains import NAMES, heldout_labels
+from moejax.data.shards import is_prepared
+from moejax.data.tokenizer import encode_documents
+from moejax.errors import UserError
+from moejax.tasks.language.source import TextSource
+from moejax.train.setup import Run
+
+OWN = "held out"
+"""The name of the run's own text."""
+MOSTLY = 0.5
+"""A row belongs to a domain if more than this share of its tokens does."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """Rows of a text in batches, as ``data.batches.eval_batches`` gives them."""
+
+    name: str
+    batches: list[dict[str, np.ndarray]]
+    label_NL: Int[np.ndarray, "N L"] | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return len(self.token_NL)
+
+    @property
+    def token_NL(self) -> Int[np.ndarray, "N L"]:
+        """The tokens that are routed, without rows that only fill a batch up."""
+        return np.concatenate([x["tokens"][x["valid"].any(axis=1), :-1] for x in self.batches])
+
+    @property
+    def valid_NL(self) -> Bool[np.ndarray, "N L"]:
+        return np.concatenate([x["valid"][x["valid"].any(axis=1)] for x in self.batches])
+
+    def head(self, rows: int) -> "Text":
+        """About so many rows, whole batches spread over the text."""
+        size = len(self.batches[0]["row"])
+        count = min(max(rows // size, 1), len(self.batches))
+        chosen = [self.batches[i * len(self.batches) // count] for i in range(count)]
+        return Text(self.name, chosen)
+
+
+def all_texts(this: Run, paths: Sequence[str], rows: int) -> list[Text]:
+    """The run's held-out text and those at the paths, up to ``rows`` rows of each.
+
+    Raises:
+      UserError: nothing to read, a text too short for a row, tokens of another vocabulary.
+    """
+    corpus = corpus_of(this)
+    own = _text(this, OWN, corpus.heldout_N, rows)
+    labels_M = heldout_labels(corpus)
+    if labels_M is not None:
+        label_NL = _text(this, OWN, labels_M, rows).token_NL
+        own = dataclasses.replace(own, label_NL=label_NL, names=NAMES)
+    others = {_name(path): path for path in paths}
+    if len(others) < len(paths) or OWN in others:
+        raise UserError(f"--data={' '.join(paths)}: the texts need names of their own; rename one")
+    return [own, *(_text(this, name, _tokens(this, path), rows) for name, path in others.items())]
+
+
+def corpus_of(this: Run) -> Corpus:
+    """The text that a run has learned from."""
+    assert isinstance(this.data, TextSource), "only runs on text are measured"
+    return this.data.corpus
+
+
+def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:
+    """Of a text with labels: each domain with the rows that are mostly of it.
+
+    Domains with too few rows for an interval are left out, and so is the only one.
+    """
+    if routed.label_NL is None:
+        return
+    found = []
+    for label, name in enumerate(routed.names):
+        of_it_NL = (routed.label_NL == label) & routed.valid_NL
+        mostly_N = of_it_NL.sum(axis=1) > MOSTLY * routed.valid_NL.sum(axis=1)
+        if mostly_N.sum() >= GROUPS:
+            found.append((f"mostly {name}", np.flatnonzero(mostly_N)))
+    if len(found) > 1:
+        yield from found
+
+
+def _text(this: Run, name: str, tokens_N: Any, rows: int) -> Text:
+    train = this.config.train
+    return Text(name, batches.eval_batches(tokens_N, train.seq_len, train.batch_size, rows))
+
+
+def _name(path: str) -> str:
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
+
+
+def _tokens(this: Run, path: str) -> np.ndarray:
+    """The whole text at a path as the run's tokens; of prepared shards, what they hold out.
+
+    Raises:
+      UserError: see `all_texts`.
+    """
+    folder = os.path.expanduser(path)
+    if not os.path.exists(folder):
+        raise UserError(f"--data={path} does not exist; name a file or folder of text")
+    corpus = corpus_of(this)
+    if is_prepared(folder):
+        return _same_vocabulary(corpus, load_corpus(path), path).heldout_N
+    if corpus.origin is None:
+        raise UserError(
+            f"--data={path}: the run was trained on prepared tokens, so its tokenizer is not "
+            "known; prepare this text with it (moejax data prepare) and name the result"
+        )
+    documents = find_documents(path, "--data")
+    parts = [tokens for tokens, _ in encode_documents(documents, corpus.origin.tokenizer)]
+    return np.concatenate(parts)
+
+
+def _same_vocabulary(own: Corpus, other: Corpus, path: str) -> Corpus:
+    if other.vocab_size != own.vocab_size:
+        raise UserError(
+            f"--data={path} holds tokens of a vocabulary of {other.vocab_size}, the run's has "
+            f"{own.vocab_size}; prepare the text with the run's tokenizer"
+        )
+    return other

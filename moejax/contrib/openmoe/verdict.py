@@ -1,0 +1,147 @@
+"""Which of the three findings appear in a run, by criteria that docs/openmoe.md states."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moejax.contrib.openmoe.drops import Arm, Drops
+from moejax.contrib.openmoe.early import Early, Then
+from moejax.contrib.openmoe.tokens import POSITION, TOKEN, Specialisation, Spread
+
+APPEARS, ABSENT, UNKNOWN = "appears", "does not appear", "cannot say"
+
+TIMES = 2.0
+"""Finding 1: ids must spread over experts this many times as much as positions, beyond chance."""
+EARLY = 0.2
+"""Finding 2 looks at the recording nearest before this share of the steps: the paper's first of
+five checkpoints."""
+ALIKE = 0.9
+"""Finding 2: the cosine from which on r of a token then and at last count as the same."""
+TYPICAL = Arm(1.25)
+FLAT = Arm(1.25, "gate")
+
+
+class Verdict(NamedTuple):
+    """One finding: its name, whether it appears, and the numbers that say so."""
+
+    finding: str
+    answer: str
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.finding}: {self.answer}. {self.because}"
+
+
+def specialisation_verdict(found: Specialisation) -> Verdict:
+    """Finding 1, on first choices, means over layers."""
+    name = "context-independent specialisation"
+    ids = [layer.first[TOKEN] for layer in found.layers]
+    places = [layer.first[POSITION] for layer in found.layers]
+    if not ids[0].kinds:
+        return Verdict(name, UNKNOWN, "No token id occurs more than 128 times; use more --rows.")
+    beyond, beyond_places = _excess(ids), _excess(places)
+    contexts = {k: v for k, v in found.information.items() if k != TOKEN}
+    context = max(contexts, key=lambda kind: contexts[kind].value)
+    because = (
+        f"Shares of a token id's choices spread over experts by {_mean(ids, 'mean'):.3f} (chance "
+        f"{_mean(ids, 'chance'):.3f}, at most {ids[0].largest:.3f}), of a position's by "
+        f"{_mean(places, 'mean'):.3f} (chance {_mean(places, 'chance'):.3f}). The token id tells "
+        f"{found.information[TOKEN].value:.1%} of its first expert, the most telling context "
+        f"({context}) {contexts[context].value:.1%}; lead {_percent(found.lead)}."
+    )
+    if not places[0].kinds:
+        return Verdict(name, UNKNOWN, f"{because} Positions need more than 128 --rows.")
+    by_chance = all(spread.mean <= spread.chance_high for spread in ids)
+    if by_chance or found.lead.high < 0:
+        return Verdict(name, ABSENT, because)
+    every_layer = all(spread.mean > spread.chance_high for spread in ids)
+    clear = every_layer and beyond >= TIMES * max(beyond_places, 0.0) and found.lead.low > 0
+    return Verdict(name, APPEARS if clear else UNKNOWN, because)
+
+
+def early_verdict(found: Early) -> Verdict:
+    """Finding 2, means over layers."""
+    name = "early routing learning"
+    then = at_early(found)
+    if then is None:
+        because = (
+            f"No recording of the first {EARLY:.0%} of {found.last} steps, from {found.source}."
+        )
+        return Verdict(name, UNKNOWN, because)
+    if not found.kinds:
+        because = f"No token id occurs more than 128 times in {found.source}."
+        return Verdict(name, UNKNOWN, because)
+    cosine, others = float(np.mean(then.cosine)), float(np.mean(found.others))
+    because = (
+        f"At step {then.step} of {found.last}, token ids' shares of experts have cosine "
+        f"{cosine:.3f} with their last ({_untrained(found)}those of other ids {others:.3f}); "
+        f"router saturation is {np.mean(then.saturation):.1%} (chance "
+        f"{np.mean(found.chance):.1%}), of first choices {np.mean(then.first_saturation):.1%}."
+    )
+    alike = cosine >= ALIKE and 1 - cosine <= (1 - others) / 2
+    return Verdict(name, APPEARS if alike else ABSENT, because)
+
+
+def at_early(found: Early) -> Then | None:
+    """The last recording in the first fifth of the steps; None if there is only the untrained."""
+    early = [then for then in found.steps if 0 < then.step <= EARLY * found.last]
+    return early[-1] if early else None
+
+
+def drops_verdict(found: list[Drops]) -> Verdict:
+    """Finding 3, first come, first served at 1.25 times the mean load."""
+    name = "drop towards the end"
+    first_come = {drops.text: drops for drops in found if drops.arm == TYPICAL}
+    flat = next(drops for drops in found if drops.arm == FLAT)
+    own, *others = first_come.values()
+    # Parts of the own text are in the sentence, but are no text of another domain.
+    texts = [own, *(drops for drops in others if not drops.text.startswith(f"{own.text}, "))]
+    rising = [drops for drops in texts if drops.rise.low > 0]
+    parts = [_curve(own), *(_compared(drops, own) for drops in others)]
+    because = "; ".join(parts) + (
+        f". Batch-prioritised, {flat.text} rises by {_percent(flat.rise)}."
+    )
+    if rising:
+        where = "" if own in rising else " out of domain only"
+        return Verdict(name, f"{APPEARS}{where}", because)
+    falling = all(drops.rise.high <= 0 for drops in texts)
+    return Verdict(name, ABSENT if falling else UNKNOWN, because)
+
+
+def _curve(drops: Drops) -> str:
+    return (
+        f"{drops.text}: from {drops.early.value:.1%} of choices in the first quarter to "
+        f"{drops.late.value:.1%} in the last, a rise of {_percent(drops.rise)}"
+    )
+
+
+def _compared(drops: Drops, own: Drops) -> str:
+    if drops.late.low > own.late.high:
+        word = "more"
+    elif drops.late.high < own.late.low:
+        word = "less"
+    else:
+        word = "not distinguishable"
+    return (
+        f"{drops.text}: {drops.late.value:.1%} in the last quarter ({word}), a rise of "
+        f"{_percent(drops.rise)}"
+    )
+
+
+def _excess(spreads: list[Spread]) -> float:
+    return float(np.mean([spread.excess for spread in spreads]))
+
+
+def _mean(spreads: list[Spread], field: str) -> float:
+    return float(np.mean([getattr(spread, field) for spread in spreads]))
+
+
+def _untrained(found: Early) -> str:
+    first = found.steps[0]
+    return f"untrained {np.mean(first.cosine):.3f}, " if first.step == 0 else ""
+
+
+def _percent(interval: object) -> str:
+    """An interval of a share, in points."""
+    value, low, high = (100 * getattr(interval, field) for field in ("value", "low", "high"))
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"

@@ -1,0 +1,1 @@
+"""Assignment solvers that gates share."""

@@ -1,0 +1,368 @@
+"""Starts what a config asks for before JAX does: virtual CPU devices, several processes."""
+
+import contextlib
+import functools
+import math
+import os
+import resource
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import clusters, distributed, xla_bridge
+from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+from moejax import job as jobs
+from moejax.config import settings
+from moejax.config.checks import check_distributed
+from moejax.config.field import CPU_DEVICES as MOST_CPU_DEVICES
+from moejax.config.overrides import apply_overrides, take_overrides
+from moejax.config.sources import read
+from moejax.config.tree import Config, default
+from moejax.errors import UserError
+from moejax.job import rendezvous as connection
+from moejax.mesh import AXES, resolve_shape
+
+CPU_DEVICES = "jax_num_cpu_devices"
+
+
+def join_processes(config: Config) -> int:
+    """Joins the run's processes as ``distributed.mode`` says; how many there are.
+
+    Does nothing the second time. Starts no device.
+
+    Raises:
+      UserError: processes that cannot be joined.
+    """
+    job = jobs.current()
+    if job is not None:
+        return job.place.processes
+    explicit = config.distributed.mode == "explicit"
+    if jax.distributed.is_initialized():
+        raise UserError(
+            "JAX's processes are joined already, without the connection that moejax's keep; leave "
+            "the call of jax.distributed.initialize to moejax (distributed.mode)"
+        )
+    if backend_is_running():
+        if explicit:
+            raise UserError(
+                "distributed.mode=explicit comes too late: JAX has started its devices; join the "
+                "processes before any other use of JAX"
+            )
+        return 1
+    place = _place(config)
+    if place is None:
+        return 1
+    _start_jax(jobs.join(place))
+    return place.processes
+
+
+def configure_devices(config: Config) -> None:
+    """Fixes JAX's settings, joins the run's processes, sets the number of virtual CPU devices.
+
+    Call once, after ``validate`` and before anything touches a device: JAX fixes both when its
+    first backend starts. Where that has happened already (in a notebook, a test) the devices stay
+    as they are. Starts no backend itself.
+
+    Under SLURM and Open MPI, JAX gives each process the one GPU of its local rank; set
+    ``JAX_LOCAL_DEVICE_IDS`` for another layout.
+
+    Raises:
+      UserError: processes that cannot be joined, or a mesh that does not divide over them.
+    """
+    settings.fix(config)
+    processes = join_processes(config)
+    if backend_is_running():
+        return
+    devices = config.mesh.cpu_devices
+    if not devices:
+        total = math.prod(resolve_shape({axis: config.mesh[axis] for axis in AXES}).values())
+        if total % processes:
+            raise UserError(
+                f"the mesh's {total} devices do not divide over {processes} processes; change the "
+                "mesh or the number of processes"
+            )
+        devices = total // processes
+    if devices > MOST_CPU_DEVICES:  # of an accelerator no process has so many either
+        named = " x ".join(f"mesh.{axis}={config.mesh[axis]}" for axis in AXES)
+        raise UserError(
+            f"{named} needs {devices} devices per process, and on CPU a process has at most "
+            f"{MOST_CPU_DEVICES}; make the mesh smaller"
+        )
+    jax.config.update(CPU_DEVICES, devices)
+
+
+def backend_is_running() -> bool:
+    """Whether JAX has started devices; asking does not start them."""
+    # The public sign of it: from then on the number of CPU devices cannot be changed.
+    devices = getattr(jax.config, CPU_DEVICES)
+    try:
+        jax.config.update(CPU_DEVICES, devices + 1)
+    except RuntimeError:
+        return True
+    jax.config.update(CPU_DEVICES, devices)
+    return False
+
+
+def _place(config: Config) -> jobs.Place | None:
+    """This process's place among the others; None for a process alone.
+
+    Raises:
+      UserError: a launcher that does not tell, or a coordinator that is no host.
+    """
+    given = config.distributed
+    if given.mode == "explicit":
+        found = given.coordinator, given.num_processes, given.process_id
+    else:
+        launched = _launched_processes()
+        found = None if given.mode == "off" or launched == 1 else _launchers_place(launched)
+    if found is None or found[1] == 1:
+        return None
+    coordinator, processes, process = found
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "")
+    if process == 0:
+        bind = bind or jobs.resolved(coordinator)
+    return jobs.Place(coordinator, processes, process, bind)
+
+
+def _launchers_place(launched: int | None) -> tuple[str, int, int] | None:
+    """Coordinator, number of processes and process by a launcher that JAX knows; None without.
+
+    Where the launcher has put all processes on one machine they meet on its loopback interface.
+    """
+    start = int(connection.START)
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        with warnings.catch_warnings():
+            # In a plain pod, without the client that a JobSet would need: not a cluster for us.
+            warnings.filterwarnings("ignore", message="Kubernetes environment detected")
+            detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+            coordinator, processes, process, _ = detect(given, launched, None, None, None, start)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"distributed.mode=auto found a launcher but could not join its processes ({reason}); "
+            "use distributed.mode=off for one process or explicit with coordinator, num_processes "
+            "and process_id"
+        ) from error
+    if coordinator is None or processes is None or process is None:
+        _check_no_other_launcher()
+        if launched:
+            print("moejax: none has been launched: one process goes on alone", file=sys.stderr)
+        return None
+    if not given and _all_here(processes):
+        coordinator = f"127.0.0.1:{coordinator.rpartition(':')[2]}"
+    return coordinator, processes, process
+
+
+def _all_here(processes: int) -> bool:
+    """Whether SLURM or Open MPI say that they started all processes on this machine."""
+    return os.environ.get("SLURM_STEP_NUM_NODES") == "1" or (
+        os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(processes)
+    )
+
+
+def _start_jax(job: jobs.Job) -> None:
+    """Joins JAX's processes, whose coordinator listens where process 0 did.
+
+    Raises:
+      UserError: the port has been taken meanwhile.
+    """
+    # JAX's preemption service would take SIGTERM from our own handler, and knows no other signal.
+    jax.config.update("jax_enable_preemption_service", False)
+    place = job.place
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process,
+            coordinator_bind_address=place.bind or None,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"JAX could not join the processes at distributed.coordinator={place.coordinator} "
+            f"({reason}); name a free port"
+        ) from error
+    if jax.config.values["jax_cpu_collectives_implementation"] == "gloo":
+        # It would listen on what the machine's name stands for, also when all processes meet on
+        # the loopback interface.
+        xla_bridge.register_backend_factory(
+            "cpu", functools.partial(_cpu_client, job.address), priority=0, fail_quietly=False
+        )
+
+
+def _cpu_client(address: str) -> Any:
+    client = distributed.global_state.client
+    gloo = _jax.make_gloo_tcp_collectives(distributed_client=client, hostname=address)
+    return xla_bridge.make_cpu_client(gloo)
+
+
+def _launched_processes() -> int | None:
+    """How many processes Open MPI or SLURM started together; None if neither did.
+
+    The innermost launcher counts: mpirun inside an allocation of SLURM, and of SLURM the step. An
+    interactive step has one task, whatever the job has.
+    """
+    for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        count = os.environ.get(variable, "")
+        if count.isdecimal():
+            return int(count)
+    return None
+
+
+def _check_no_other_launcher() -> None:
+    """Refuses to be one of several processes that know nothing of each other.
+
+    Raises:
+      UserError: a launcher that JAX does not know has started several.
+    """
+    for size, rank in (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+                       ("PMI_SIZE", "PMI_RANK"), ("PMIX_SIZE", "PMIX_RANK"),
+                       ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")):  # fmt: skip
+        count = os.environ.get(size, "")
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(
+                f"distributed.mode=auto: {size}={count}, so that many processes were started, by a "
+                "launcher that JAX does not know; use distributed.mode=explicit with coordinator, "
+                f"num_processes={count} and process_id=${rank}, or distributed.mode=off"
+            )
+
+
+_PLATFORM = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+_STARTS = """
+import sys
+from moejax.job.launch import started_devices
+from moejax.errors import UserError
+try:
+    started_devices()
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def check_for_children() -> None:
+    """Asks, for processes that this one will start, whether the devices that the environment names
+    are there. Another process starts them and ends: this one must not hold them.
+
+    Raises:
+      UserError: they are not.
+    """
+    if {os.environ.get(name, "") for name in _PLATFORM} <= {"", "cpu"}:
+        return
+    done = subprocess.run([sys.executable, "-c", _STARTS], capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise UserError(last[0])
+
+
+def memory_of(device: jax.Device, sharing: int) -> int | None:
+    """Bytes that a device has for arrays; None where its driver does not say.
+
+    Virtual CPU devices have the host's memory together: ``sharing`` of them.
+    """
+    if device.platform == "cpu":
+        return host_memory() // sharing
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may take: the host's, or less where a container, a batch
+    system or ``ulimit -v`` allows less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()]
+    of_process, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if of_process != resource.RLIM_INFINITY:
+        limits.append(of_process)
+    return min(limits)
+
+
+def _cgroup_limits(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> list[int]:
+    """The limits of the control groups that this process is in, and of those above them."""
+    try:
+        lines = Path(proc).read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers not in ("", "memory"):  # version 2 has none in its name
+            continue
+        base, name = Path(root), "memory.max"
+        if controllers:
+            base, name = base / "memory", "memory.limit_in_bytes"
+        # Inside a container the path may be the host's, of which only the root is there.
+        group = base / place.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base):
+                found += _limit(folder / name)
+    return found
+
+
+def _limit(path: Path) -> list[int]:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return []
+    return [int(text)] if text.isdecimal() else []  # "max": none
+
+
+def need_no_accelerator() -> None:
+    """For what only counts: the host will do, also where the accelerator that the environment asks
+    for is absent, or another process has it."""
+    if not backend_is_running():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def started_devices() -> list[jax.Device]:
+    """All devices; JAX starts them now, if it has not yet.
+
+    Raises:
+      UserError: what the environment asks for is not there, or cannot be used.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of CUDA without its plugin
+        platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        asked = f"JAX_PLATFORMS={platforms}" if platforms else ""
+        if name := os.environ.get("JAX_PLATFORM_NAME"):
+            asked = asked or f"JAX_PLATFORM_NAME={name}"
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no plugin of JAX is installed"
+        reason = " ".join(reason.split())
+        if not asked:
+            raise UserError(f"JAX cannot start its devices: {reason}") from error
+        raise UserError(
+            f"{asked}: there is no such device here ({reason}); unset it, set it to "
+            "cpu, or install the extra for it (pip install 'moejax[gpu]' or 'moejax[tpu]')"
+        ) from error
+
+
+def place_of_command(argv: Sequence[str]) -> jobs.Place | None:
+    """This process's place among others, from a command line that may be wrong otherwise.
+
+    None for a process alone, and where even that cannot be read.
+    """
+    try:
+        overrides, rest = take_overrides(argv)
+        own = [flag for flag in overrides if flag.startswith("--config.distributed.")]
+        words = [word for flag in rest for word in flag.split("=", 1)]
+        source = words[words.index("--config") + 1] if "--config" in words[:-1] else ""
+        config = _readable(source, own)
+        check_distributed(config)
+        return _place(config)
+    except UserError:
+        return None
+
+
+def _readable(source: str, overrides: Sequence[str]) -> Config:
+    """The page's config, or the defaults where it cannot be read, with these overrides."""
+    config = default()
+    if source:
+        with contextlib.suppress(UserError):
+            config = read(source)
+    apply_overrides(config, overrides)
+    return config

@@ -1,0 +1,1 @@
+"""Image classification: data, model (a vision transformer) and task."""

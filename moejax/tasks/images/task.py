@@ -1,0 +1,107 @@
+"""Image classification: the class of an image, by a vision transformer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from moejax.config import Config
+from moejax.data.source import Source
+from moejax.errors import UserError
+from moejax.models.stack import Watch
+from moejax.tasks.images.dataset import load_images
+from moejax.tasks.images.model import ViT, ViTConfig
+from moejax.tasks.images.source import ImageSource
+from moejax.tasks.language.task import cross_entropy
+from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
+from moejax.types import Context
+
+
+def build(config: Config) -> tuple[Task, Source]:
+    """The classifier and its images.
+
+    Raises:
+      UserError: images that cannot be read, or whose size is no multiple of the patches'.
+    """
+    task, train = config.task, config.train
+    if task.image_size % task.patch_size:
+        raise UserError(
+            f"task.image_size={task.image_size} is not a multiple of "
+            f"task.patch_size={task.patch_size}; change one of them"
+        )
+    images = load_images(
+        config.data.path, task.image_size, task.channels, config.data.eval_fraction
+    )
+    source = ImageSource(
+        images, task.patch_size, train.batch_size, train.seed, train.eval_rows, task.shift
+    )
+    return ImageClassifier.from_config(config, len(images.classes)), source
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageClassifier(Task):
+    """A vision transformer with its loss: cross-entropy of the class of each image."""
+
+    @classmethod
+    def from_config(cls, config: Config, num_classes: int) -> "ImageClassifier":
+        task = config.task
+        model = ViTConfig(
+            image_size=task.image_size,
+            patch_size=task.patch_size,
+            channels=task.channels,
+            num_classes=num_classes,
+            causal=False,
+            vocab_size=(task.image_size // task.patch_size) ** 2,
+            **stack_config(config),
+        )
+        return cls(model, loss_weights(config), config.optim.output_z_loss)
+
+    @property
+    def units(self) -> Units:
+        return Units("image", "nats/image", self.model.num_patches)
+
+    def module(self, rngs: nnx.Rngs) -> ViT:
+        return ViT(self.model, rngs=rngs)
+
+    def apply(
+        self,
+        params: PyTree,
+        gate_state: PyTree,
+        batch: Batch,
+        step: Array,
+        key: Array,
+        train: bool,
+        watch: Watch | None = None,
+    ) -> Output:
+        shape = (batch["image"].shape[0], self.model.num_patches)
+        context = Context.of(
+            *shape,
+            # Gates that go by ids of tokens go by places in the image: see ImageSource.
+            token_BL=jnp.broadcast_to(jnp.arange(shape[1]), shape),
+            valid_BL=self._by_patch(batch["valid"]),
+            row_B=batch["row"],
+            step=step,
+            key=jax.random.fold_in(key, step),
+            padded_behind=True,  # an image is whole, or all of it is padding
+        )
+        return Output(*self.built(params)(batch["image"], context, gate_state, train, watch))
+
+    def forward(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+    ) -> Totals:
+        out = self.apply(params, gate_state, batch, step, key, train)
+        with jax.named_scope("loss"):
+            log_z_B, nats_B = cross_entropy(out.said, batch["label"])
+            hit_B = jnp.argmax(out.said, axis=-1) == batch["label"]
+        hits = {"accuracy": hit_B.astype(jnp.int32)}
+        reward_BL, valid_BL = self._by_patch(-nats_B), self._by_patch(batch["valid"])
+        return self.totals(out.found, nats_B, batch["valid"], hits, reward_BL, valid_BL, log_z_B)
+
+    def token_losses(self, said: Array, batch: Batch) -> Float[Array, "B L"]:
+        return self._by_patch(cross_entropy(said, batch["label"])[1])
+
+    def _by_patch(self, x_B: Array) -> Array:
+        """What is said of an image, for each of its patches."""
+        return jnp.broadcast_to(x_B[:, None], (len(x_B), self.model.num_patches))

@@ -1,0 +1,1 @@
+"""Language modelling: text, decoder and task."""

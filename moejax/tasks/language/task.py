@@ -1,0 +1,151 @@
+"""Language modelling: the next token of a text."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from moejax.config import Config
+from moejax.data import corpus as corpora
+from moejax.data.source import Source
+from moejax.errors import UserError
+from moejax.losses import CONSISTENCY, symmetric_kl
+from moejax.models.stack import Watch
+from moejax.tasks.language.model import LM, LMConfig
+from moejax.tasks.language.source import TextSource
+from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
+from moejax.types import Context
+
+SECOND_PASS = 2**31 - 1
+"""Makes the key of the second pass from that of the first."""
+
+
+def build(config: Config) -> tuple[Task, Source]:
+    """The decoder and its text.
+
+    Raises:
+      UserError: text or tokenizer that cannot be read, or a vocabulary that is too small.
+    """
+    corpus, train = corpora.load(config.data), config.train
+    if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
+        )
+    source = TextSource(corpus, train.seq_len, train.batch_size, train.seed, train.eval_rows)
+    task = LanguageModel.from_config(config, corpus.vocab_size)
+    return dataclasses.replace(task, padded_behind=True), source  # its rows are whole
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Task):
+    """A decoder LM with its loss: cross-entropy of the next token.
+
+    Where a consistency loss runs the batch twice in training, tokens count once, ``metrics`` and
+    ``stats`` are those of the first pass, and everything else is the mean of the two.
+    """
+
+    seq_len: int
+    padded_behind: bool = False
+    """What the source promises of its batches: see ``Context``."""
+
+    causal: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, config: Config, vocab_size: int) -> "LanguageModel":
+        model = config.model
+        return cls(
+            LMConfig(
+                vocab_size=model.vocab_size or vocab_size,
+                rope_theta=model.rope_theta,
+                tie_embeddings=model.tie_embeddings,
+                **stack_config(config),
+            ),
+            loss_weights(config),
+            config.optim.output_z_loss,
+            config.train.seq_len,
+        )
+
+    @property
+    def units(self) -> Units:
+        return Units("token", "nats/token", self.seq_len, self.seq_len)
+
+    def module(self, rngs: nnx.Rngs) -> LM:
+        return LM(self.model, rngs=rngs)
+
+    def apply(
+        self,
+        params: PyTree,
+        gate_state: PyTree,
+        batch: Batch,
+        step: Array,
+        key: Array,
+        train: bool,
+        watch: Watch | None = None,
+    ) -> Output:
+        token_BL = batch["tokens"][:, :-1]
+        context = Context.of(
+            *token_BL.shape,
+            token_BL=token_BL,
+            valid_BL=batch["valid"],
+            row_B=batch["row"],
+            step=step,
+            key=jax.random.fold_in(key, step),
+            padded_behind=self.padded_behind,
+        )
+        return Output(*self.built(params)(token_BL, context, gate_state, train, watch))
+
+    def forward(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
+    ) -> Totals:
+        out = self.apply(params, gate_state, batch, step, key, train)
+        totals = self._totals(out, batch)
+        if not (train and dict(self.loss_weights).get(CONSISTENCY)):
+            return totals
+        key = jax.random.fold_in(key, SECOND_PASS)
+        other = self.apply(params, gate_state, batch, step, key, train)
+        with jax.named_scope("loss"):
+            divergence = symmetric_kl(out.said, other.said, batch["valid"])
+        return _mean_of_passes(totals, self._totals(other, batch), divergence)
+
+    def _totals(self, out: Output, batch: Batch) -> Totals:
+        target_BL, valid_BL = batch["tokens"][:, 1:], batch["valid"]
+        with jax.named_scope("loss"):
+            log_z_BL, nats_BL = cross_entropy(out.said, target_BL)
+            hit_BL = jnp.argmax(out.said, axis=-1) == target_BL
+        hits = {"accuracy": hit_BL.astype(jnp.int32)}
+        return self.totals(out.found, nats_BL, valid_BL, hits, -nats_BL, valid_BL, log_z_BL)
+
+    def token_losses(self, said: Array, batch: Batch) -> Float[Array, "B L"]:
+        return cross_entropy(said, batch["tokens"][:, 1:])[1]
+
+    def nats(
+        self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array
+    ) -> Float[Array, "B L"]:
+        """Cross-entropy of each target in evaluation, from the valid tokens and nothing else."""
+        inputs_BL = jnp.where(batch["valid"], batch["tokens"][:, :-1], 0)
+        masked = {**batch, "tokens": jnp.pad(inputs_BL, ((0, 0), (0, 1)))}
+        out = self.apply(params, gate_state, masked, step, key, train=False)
+        return self.token_losses(out.said, batch)
+
+
+def _mean_of_passes(first: Totals, second: Totals, divergence: Array) -> Totals:
+    """One batch seen twice, and how far the two predictions are apart."""
+    means = {
+        name: jax.tree.map(lambda a, b: (a + b) / 2, getattr(first, name), getattr(second, name))
+        for name in ("loss", "log_z_square", "auxiliary", "means", "mean_square")
+    }
+    means["auxiliary"] |= {CONSISTENCY: divergence * first.items}
+    return first._replace(**means)
+
+
+def cross_entropy(
+    logits_BLV: Float[Array, "*B V"], target_BL: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """log Z and the nats of each target."""
+    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    target_logit_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)
+    return log_z_BL, log_z_BL - target_logit_BL[..., 0]

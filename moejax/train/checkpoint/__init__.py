@@ -1,0 +1,1 @@
+"""Checkpoints with manifests and checksums; restoring the newest intact one."""

@@ -1,0 +1,1 @@
+"""FLOPs, memory and parameters of a run, counted before it starts."""

@@ -1,0 +1,1 @@
+"""Metric rows: how they are computed, logged, mirrored and printed."""

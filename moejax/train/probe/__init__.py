@@ -1,0 +1,1 @@
+"""Forward passes on fixed held-out sequences that record routing and representations."""

@@ -1,0 +1,1 @@
+"""Profiles of the training step, attributed to the layer's parts."""

@@ -1,0 +1,213 @@
+"""The vision transformer: its patches, positions, meshes and gradients, and that it learns."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from moejax import gating
+from moejax.mesh import make_mesh
+from moejax.models.trees import from_tree, to_tree
+from moejax.tasks.images.batches import ImageBatches
+from moejax.tasks.images.dataset import load_images
+from moejax.tasks.images.model import ViT, ViTConfig, patches
+from moejax.train.state import partition_spec, shardings
+from moejax.types import Context, MoEConfig
+from tests import meshes
+
+B, SIZE, CLASSES, D, E = 16, 8, 10, 16, 8
+SETTINGS = ViTConfig(
+    d_model=D,
+    d_ff=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=4,
+    activation="gelu",
+    norm_eps=1e-6,
+    dtype="float32",
+    remat="none",
+    attention="xla",
+    every=2,
+    first_dense=0,
+    moe=MoEConfig(num_experts=E, capacity_factor=1.05),
+    gate=gating.make("mixtral"),
+    expert_d_ff=16,
+    expert_activation="gelu",
+    shared_experts=0,
+    shared_gate=False,
+    balance_scope="sequence",
+    causal=False,
+    image_size=SIZE,
+    patch_size=2,
+    channels=1,
+    num_classes=CLASSES,
+)
+L = SETTINGS.num_patches
+LEARNING_RATE = 1e-2
+
+
+@functools.cache
+def built():
+    return nnx.split(ViT(SETTINGS, rngs=nnx.Rngs(3)))
+
+
+@functools.cache
+def digits():
+    return load_images()
+
+
+def image_batch(step=0):
+    return {k: jnp.asarray(v) for k, v in ImageBatches(digits(), B, 0).batch(step).items()}
+
+
+def apply(params, batch, train):
+    graph, template = built()
+    model = nnx.merge(graph, from_tree(template, params))
+    valid_BL = jnp.broadcast_to(batch["valid"][:, None], (B, L))
+    context = Context.of(B, L, valid_BL=valid_BL, row_B=batch["row"], key=jax.random.key(1))
+    return model(batch["image"], context, model.init_gate_state(), train)
+
+
+def objective(params, batch):
+    out = apply(params, batch, True)
+    nats = optax.softmax_cross_entropy_with_integer_labels(out.logits_BV, batch["label"])
+    losses = out.found.losses
+    return nats.mean() + 0.01 * losses["load_balance"] + 0.001 * losses["z"], (nats.mean(), out)
+
+
+gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))
+evaluate = jax.jit(functools.partial(apply, train=False))
+
+
+@functools.cache
+def initial():
+    return to_tree(built()[1])
+
+
+def test_patches_are_those_of_a_loop():
+    image_BHWC = np.random.default_rng(0).normal(size=(3, 6, 6, 2)).astype(np.float32)
+    expected = np.zeros((3, 9, 8), np.float32)
+    for b in range(3):
+        for i in range(3):
+            for j in range(3):
+                square = image_BHWC[b, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                expected[b, 3 * i + j] = square.reshape(-1)
+    np.testing.assert_array_equal(patches(jnp.asarray(image_BHWC), 2), expected)
+
+
+def test_an_image_that_is_no_multiple_of_the_patch_is_refused():
+    uneven = dataclasses.replace(SETTINGS, patch_size=3)
+    with pytest.raises(ValueError, match="image_size=8 is not a multiple of patch_size=3"):
+        ViT(uneven, rngs=nnx.Rngs(0))
+
+
+def test_positions_tell_patches_apart():
+    """Without them attention, experts (dropless) and the mean would take patches in any order."""
+    batch, order = image_batch(), np.random.default_rng(0).permutation(L)
+    patch_BLP = np.asarray(patches(batch["image"], 2))[:, order]
+    mixed = patch_BLP.reshape(B, 4, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(B, 8, 8, 1)
+    assert (mixed != np.asarray(batch["image"])).any(axis=(1, 2, 3)).all()
+    blind = {**initial(), "position_embed_LD": jnp.zeros((L, D))}
+    changes = []
+    for params in (initial(), blind):
+        first, second = (evaluate(params, {**batch, "image": x}) for x in (batch["image"], mixed))
+        changes.append(float(np.abs(np.asarray(first.logits_BV - second.logits_BV)).max()))
+    assert changes[0] > 0.1
+    assert changes[1] < 1e-5  # sums of 16 float32 in another order
+
+
+def test_patches_see_later_patches_and_no_other_image():
+    batch = image_batch()
+    changed = batch["image"].at[0, -1, -1].add(1.0)  # in the last patch of the first image
+    first, second = (evaluate(initial(), {**batch, "image": x}) for x in (batch["image"], changed))
+    routed = [np.asarray(out.found.stats.entropy) for out in (first, second)]
+    assert (routed[0] != routed[1]).any()
+    assert (first.logits_BV[0] != second.logits_BV[0]).all()
+    np.testing.assert_array_equal(first.logits_BV[1:], second.logits_BV[1:])
+
+
+def test_filler_is_neither_routed_nor_counted_and_changes_nothing():
+    batch = image_batch()
+    valid = batch["valid"].at[-4:].set(False)
+    clean = gradients(initial(), {**batch, "valid": valid})[0][1][1]
+    dirty = {**batch, "valid": valid, "image": batch["image"].at[-4:].set(7.0)}
+    other = gradients(initial(), dirty)[0][1][1]
+    assert int(clean.found.stats.tokens[0]) == (B - 4) * L
+    np.testing.assert_array_equal(clean.logits_BV[:-4], other.logits_BV[:-4])
+    jax.tree.map(np.testing.assert_array_equal, clean.found.stats, other.found.stats)
+    jax.tree.map(np.testing.assert_array_equal, clean.found.losses, other.found.losses)
+    assert np.isfinite(np.asarray(clean.logits_BV)).all()
+
+
+def test_every_parameter_has_a_gradient():
+    (_, (_, out)), grads = gradients(initial(), image_batch())
+    assert out.found.stats.dropped_E.sum() > 0, "capacity should bind"
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(grad).all() and np.any(np.asarray(grad) != 0), path
+
+
+def test_axes_in_names_say_how_parameters_are_split():
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices())
+    specs = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(initial()):
+        specs[path[-1].key] = partition_spec(path, leaf.shape, mesh)
+    P = jax.sharding.PartitionSpec
+    assert specs["patch_embed_PD"] == specs["position_embed_LD"] == P(None, "fsdp")
+    assert specs["head_DV"] == P("fsdp", None)
+    assert specs["patch_bias_D"] == specs["head_bias_V"] == P()
+    assert specs["up_EDF"] == P(None, "expert", "fsdp", "tensor")
+
+
+@functools.cache
+def alone():
+    return gradients(initial(), image_batch())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"data": 2, "expert": 2}, marks=pytest.mark.slow),
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+        pytest.param({"expert": 2}, marks=pytest.mark.slow),
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"expert": 8}, marks=pytest.mark.slow),
+    ],
+    ids=meshes.name,
+)
+def test_every_mesh_gives_the_same_answer(shape):
+    (loss, (_, out)), grads = alone()
+    with meshes.entered(shape):
+        mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
+        placed = jax.device_put(initial(), shardings(initial(), mesh))
+        (other_loss, (_, other)), other_grads = gradients(placed, image_batch())
+    # float32 sums of at most 64 products in another order, through two layers.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(other_loss, loss)
+    close(other.logits_BV, out.logits_BV)
+    np.testing.assert_array_equal(other.found.stats.load_E, out.found.stats.load_E)
+    np.testing.assert_array_equal(other.found.stats.dropped_E, out.found.stats.dropped_E)
+    jax.tree.map(close, jax.device_get(other_grads), jax.device_get(grads))
+
+
+def test_a_vit_with_experts_learns_in_20_steps():
+    """The batch it is trained on, so that 20 steps suffice; chance is ln 10 = 2.30."""
+    params, batch = initial(), image_batch()
+    optimizer = optax.adam(LEARNING_RATE)
+
+    @jax.jit
+    def update(params, state, grads):
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    state, nats = optimizer.init(params), []
+    for _ in range(20):
+        (_, (loss, _)), grads = gradients(params, batch)
+        params, state = update(params, state, grads)
+        nats.append(float(loss))
+    assert nats[0] > 2.0 and nats[-1] < 0.5
