@@ -10,7 +10,7 @@ import pytest
 
 from moejax import gating, losses
 from moejax.mesh import batch_spec
-from moejax.types import Gate, Merge, Mixes
+from moejax.types import Gate, GateTraits, Merge
 from tests import gates, meshes
 from tests.gates import ROWS, D, E, G, T
 
@@ -86,7 +86,7 @@ def test_load_is_exact_where_promised(row):
 @every_row
 def test_a_gate_that_merges_experts_says_so_and_its_routing_tells_the_weights(row, train):
     gate, mixing = row.make(), gates.example(row, train).mixing
-    merges = isinstance(gate, Mixes) and gate.mixes == "weights"
+    merges = GateTraits.of(gate).mixes == "weights"
     assert isinstance(mixing, Merge) == merges
     if isinstance(mixing, Merge):
         assert mixing.weight_BNE.shape == (G, -(-T // mixing.span), E)

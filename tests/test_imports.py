@@ -44,7 +44,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "tasks", "types",
         },
         "contrib/multimodal": {
-            "config", "data", "errors", "gating", "layers", "mesh", "models", "tasks", "types",
+            "config", "data", "errors", "layers", "mesh", "models", "tasks", "types",
         },
         "train": {
             "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
@@ -57,7 +57,9 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "contrib/openmoe": {"analysis", "config", "data", "errors", "record", "tasks", "train"},
+        "contrib/openmoe": {
+            "analysis", "config", "data", "errors", "record", "tasks", "train", "types",
+        },
         "contrib/scaling": {"errors", "record", "sweep", "train"},
         "notebook": {
             "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train",

@@ -9,7 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless, token_choice_capacity
 from moejax.gating.solvers.assignment import balanced_assignment
+from moejax.gating.visibility import balanced_visibility
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -23,7 +25,7 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Base(ops.Stateless):
+class Base(Stateless):
     r"""Every expert gets the same number of tokens, at the highest total affinity.
 
     .. math::
@@ -96,7 +98,7 @@ class Base(ops.Stateless):
         )
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 1, 1.0)
+        return token_choice_capacity(num_tokens, num_experts, 1, 1.0)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.balanced_visibility(moe, eval_factor=1.0)
+        return balanced_visibility(moe, eval_factor=1.0)

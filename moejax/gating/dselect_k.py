@@ -8,22 +8,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.gating import ops
-from moejax.gating.solvers.selectors import TINY, code_bits, entropy, mix, selectors
+from moejax.gating.gate import ConstantState, MaxActive, PositiveWeights
+from moejax.gating.solvers.selectors import TINY, code_bits, mix, selectors, smoothed_entropy
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     RouterStats,
     TrainedBy,
-    Visibility,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class DSelectK(ops.Stateless):
+class DSelectK(ConstantState, PositiveWeights):
     r"""k selectors, each a product of smoothed bits, mixed by a softmax.
 
     .. math:: q(x) = \sum_{i=1}^k \operatorname{softmax}(w(x))_i \, r(z_i(x)), \qquad
@@ -51,7 +50,7 @@ class DSelectK(ops.Stateless):
     k: Annotated[int, "selectors: the most experts a decided token visits"] = 2
     gamma: Annotated[float, "width of the smooth step: |z| >= gamma/2 decides a bit"] = 1.0
     per_example: Annotated[bool, "codes depend on the token (false: one choice for all)"] = True
-    max_active: Annotated[int, "most experts per token, the heaviest ones (0: all E)"] = 0
+    max_active: MaxActive = 0
     entropy_weight: Annotated[float, "of the selectors' entropy: pushes bits to decide"] = 0.01
     entropy_steps: Annotated[int, "steps from 0 to the entropy weight (0: none)"] = 0
     penalty_weight: Annotated[float, "of 1 / (mass on real experts), if E is no power of 2"] = 1.0
@@ -62,12 +61,8 @@ class DSelectK(ops.Stateless):
         ops.check_k(self.k, num_experts)
         ops.check_positive("gamma", self.gamma)
         for field in ("entropy_weight", "entropy_steps", "penalty_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"gate.{field}={getattr(self, field)} must be 0 or more")
+            ops.check_not_negative(field, getattr(self, field))
         ops.check_max_active(self.max_active, num_experts)
-
-    def columns(self, num_experts: int) -> int:
-        return self.max_active or num_experts
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         tasks, bits, small = spec.num_tasks, code_bits(spec.num_experts), self.gamma / 100
@@ -102,7 +97,7 @@ class DSelectK(ops.Stateless):
         # Any logits with these probabilities do: the gate has none of its own.
         logits_GTE = jnp.log(jnp.maximum(probs_GTE, TINY))
         losses = self._losses(chosen_GTSE, context) if context.train else {}
-        entropy_GT = jnp.sum(entropy(chosen_GTSE), axis=-1)
+        entropy_GT = jnp.sum(smoothed_entropy(chosen_GTSE), axis=-1)
         return GateOutput(
             routing,
             RouterStats(logits_GTE, probs_GTE, probs_GTE),
@@ -134,7 +129,7 @@ class DSelectK(ops.Stateless):
         progress = 1.0
         if self.entropy_steps:
             progress = jnp.minimum(context.step.astype(jnp.float32) / self.entropy_steps, 1.0)
-        entropy_GT = jnp.sum(entropy(chosen_GTSE), axis=-1)
+        entropy_GT = jnp.sum(smoothed_entropy(chosen_GTSE), axis=-1)
         losses = {"dselect_entropy": self.entropy_weight * progress * ops.mean(entropy_GT, context)}
         num_experts = chosen_GTSE.shape[-1]
         if 2 ** code_bits(num_experts) != num_experts:
@@ -142,16 +137,6 @@ class DSelectK(ops.Stateless):
             range_GT = jnp.sum(1.0 / (mass_GTS + TINY), axis=-1)
             losses["dselect_range"] = self.penalty_weight * ops.mean(range_GT, context)
         return losses
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        # Without cuts column e is expert e, so that serving column by column favours nobody.
-        cuts = self.columns(moe.num_experts) < moe.num_experts
-        # To reroute there is nowhere either: experts that are not visited have probability 0.
-        moe = moe if cuts else dataclasses.replace(moe, reroute=0)
-        return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)
 
 
 def _per_task(x_GTD: Array, weight_MDX: Array) -> Float[Array, "G T M X"]:

@@ -8,11 +8,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.gating import ops
+from moejax.gating.gate import (
+    INIT_SCALE,
+    InitScale,
+    LinearRouter,
+    MaxActive,
+    Stateless,
+    VariableK,
+    token_choice_capacity,
+)
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
-    GateSpec,
     GateState,
     MoEConfig,
     TrainedBy,
@@ -24,7 +33,7 @@ WEIGHTS = ("softmax", "gumbel")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvoMoE(ops.Stateless):
+class EvoMoE(Stateless, LinearRouter, VariableK):
     r"""Visits every expert whose Gumbel-softmax share is above a threshold; later only the best.
 
     .. math::
@@ -60,8 +69,8 @@ class EvoMoE(ops.Stateless):
     weights: Annotated[str, "'softmax' of the clean logits, or the noisy 'gumbel' share"] = (
         "softmax"
     )
-    max_active: Annotated[int, "most experts per token, the heaviest ones (0: all E)"] = 0
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    max_active: MaxActive = 0
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -83,12 +92,6 @@ class EvoMoE(ops.Stateless):
         if self.hard_step < -1:
             raise ValueError(f"gate.hard_step={self.hard_step} must be a step, or -1 for never")
         ops.check_max_active(self.max_active, num_experts)
-
-    def columns(self, num_experts: int) -> int:
-        return self.max_active or num_experts
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def temperature_at(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """tau at a step."""
@@ -121,12 +124,12 @@ class EvoMoE(ops.Stateless):
         return GateOutput(routing, stats, means=means, cut_GTE=cut_GTE)
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
+        return token_choice_capacity(num_tokens, num_experts, 1, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Without cuts column e is expert e, so that serving column by column favours nobody; in
+        # Without cuts column e is expert e, so service column by column favours no token; in
         # evaluation a token has one expert.
         cuts = self.columns(moe.num_experts) < moe.num_experts
-        train = ops.capacity_visibility(1, moe, columns=self.max_active if cuts else 1)
-        evaluation = ops.capacity_visibility(1, moe)
+        train = capacity_visibility(1, moe, columns=self.max_active if cuts else 1)
+        evaluation = capacity_visibility(1, moe)
         return Visibility(*train[:2], *evaluation[2:])

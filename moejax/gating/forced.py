@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.unlearned import Unlearned, constant_stats
-from moejax.types import GateContext, GateOutput, GateParams, GateState
+from moejax.gating.gate import FixedK, Unlearned
+from moejax.types import GateContext, GateOutput, GateParams, GateState, GateTraits
 
 PATTERNS = ("balanced", "skewed", "one")
 BITS = 20
@@ -27,7 +27,7 @@ def zipf_inclusion(num_experts: int, k: int, exponent: float) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forced(Unlearned):
+class Forced(Unlearned, FixedK):
     r"""k experts per token by its place alone, each with weight 1/k.
 
     .. math:: y_t = \frac{1}{k} \sum_{e \in S(\text{position}, \text{row})} f_e(x_t)
@@ -53,11 +53,10 @@ class Forced(Unlearned):
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_k(self.k, num_experts)
         ops.check_choice("pattern", self.pattern, PATTERNS)
-        if self.exponent < 0:
-            raise ValueError(f"gate.exponent={self.exponent} must be 0 or more")
+        ops.check_not_negative("exponent", self.exponent)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("positions",))
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -70,7 +69,7 @@ class Forced(Unlearned):
         share_E = jnp.asarray(self._inclusion(num_experts) / self.k, jnp.float32)
         return GateOutput(
             ops.masked(expert_GTK, weight_GTK, context.valid_GT),
-            constant_stats(share_E, groups, tokens),
+            ops.constant_stats(share_E, groups, tokens),
         )
 
     def experts(self, position_GT: Array, row_GT: Array, num_experts: int) -> Array:
@@ -97,6 +96,3 @@ class Forced(Unlearned):
             return (np.arange(num_experts) < self.k).astype(float)
         exponent = self.exponent if self.pattern == "skewed" else 0.0
         return zipf_inclusion(num_experts, self.k, exponent)
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)

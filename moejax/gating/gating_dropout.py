@@ -2,22 +2,23 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from moejax.gating import ops
+from moejax.gating.gate import InitScale, LinearRouter, Stateless, TokenChoice
 from moejax.gating.top_k import TopK
-from moejax.types import GateContext, GateOutput, GateParams, GateState
+from moejax.types import GateContext, GateOutput, GateParams, GateState, GateTraits, TrainedBy
 
 COIN = 2**31 - 3
 """Keeps the draw of a step apart from those of rows."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GatingDropout(TopK):
+class GatingDropout(Stateless, LinearRouter, TokenChoice):
     r"""Top-k over all experts, or in a ``local_share`` of training steps over those at home.
 
     .. math::
@@ -47,14 +48,30 @@ class GatingDropout(TopK):
     variant that skips the experts of a dropped step (Gate-Expert-Drop) is left out.
     """
 
+    k: Annotated[int, "experts per token"] = TopK.k
+    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = (
+        TopK.renormalize
+    )
+    jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = TopK.jitter
+    init_scale: InitScale = TopK.init_scale
     local_share: Annotated[float, "probability that a step is local"] = 0.3
     local_shards: Annotated[int, "shards of experts, mesh.expert to save traffic (0: off)"] = 4
     local_rows: Annotated[
         int, "sequences per shard: train.batch_size / (mesh.data x mesh.fsdp x mesh.expert)"
     ] = 4
 
+    trained_by: ClassVar[TrainedBy] = "task"
+
+    @property
+    def top_k(self) -> TopK:
+        """The gate of all steps that are not local."""
+        return TopK(self.k, self.renormalize, self.jitter, self.init_scale)
+
+    def traits(self) -> GateTraits:
+        return GateTraits(advice=self._advice)
+
     def check(self, num_experts: int, train: bool) -> None:
-        super().check(num_experts, train)
+        self.top_k.check(num_experts, train)
         if not 0.0 <= self.local_share <= 1.0:
             raise ValueError(f"gate.local_share={self.local_share} must lie in [0, 1]")
         ops.check_not_negative("local_shards", self.local_shards)
@@ -71,7 +88,7 @@ class GatingDropout(TopK):
                 "or gate.local_shards"
             )
 
-    def advice(self, rows: int, mesh: Mapping[str, int]) -> str:
+    def _advice(self, rows: int, mesh: Mapping[str, int]) -> str:
         wanted = {"local_shards": mesh["expert"], "local_rows": rows}
         at_home = all(getattr(self, field) == value for field, value in wanted.items())
         off = not (self.local_shards and self.local_share)
@@ -87,8 +104,8 @@ class GatingDropout(TopK):
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
         if not (context.train and self.local_shards and self.local_share):
-            return super().__call__(params, state, x_GTD, context)
-        logits_GTE = self.logits(params, x_GTD, context)
+            return self.top_k(params, state, x_GTD, context)
+        logits_GTE = self.top_k.logits(params, x_GTD, context)
         local = self.is_local(context)
         allowed_GTE = self.at_home(context, logits_GTE.shape[-1]) | ~local
         expert_GTK = ops.local_best(jnp.where(allowed_GTE, logits_GTE, -jnp.inf), self.k)

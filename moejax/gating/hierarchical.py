@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless, token_choice_capacity
 from moejax.gating.noisy_top_k import load_probability
+from moejax.gating.visibility import capacity_visibility
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -31,7 +33,7 @@ class _Levels(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hierarchical(ops.Stateless):
+class Hierarchical(Stateless):
     r"""Top-k_1 of the groups of experts, then top-k_2 of the experts of each chosen group.
 
     .. math::
@@ -166,7 +168,7 @@ class Hierarchical(ops.Stateless):
         return jnp.where(hit_GTA[..., None], inner_GTAJ, 0.0) * ratio_GA[:, None, :, None]
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k_groups * self.k, factor)
+        return token_choice_capacity(num_tokens, num_experts, self.k_groups * self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k_groups * self.k, moe)
+        return capacity_visibility(self.k_groups * self.k, moe)

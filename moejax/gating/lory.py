@@ -1,20 +1,22 @@
 """Lory: one merged expert per segment, routed by the segment before."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops, spans
+from moejax.gating.gate import INIT_SCALE, EveryExpert, InitScale, Stateless
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
+    TrainedBy,
     Visibility,
 )
 
@@ -22,7 +24,7 @@ FIRST_SEGMENTS = ("learned", "bos", "uniform", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
-class Lory(spans.MergesExperts):
+class Lory(Stateless, EveryExpert):
     r"""Every segment of a sequence is computed by one expert, a mean of the experts' weights.
 
     .. math::
@@ -63,16 +65,24 @@ class Lory(spans.MergesExperts):
     first_segment: Annotated[
         str, "what merges the first: 'learned', 'bos', 'uniform', 'paper' (leaks)"
     ] = "learned"
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
-    causal: ClassVar[Mapping[str, Any]] = {"first_segment": "learned"}
+    trained_by: ClassVar[TrainedBy] = "task"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_choice("first_segment", self.first_segment, FIRST_SEGMENTS)
         ops.check_positive("segment", self.segment)
         ops.check_positive("init_scale", self.init_scale)
 
-    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
+    def traits(self) -> GateTraits:
+        return GateTraits(
+            reads=("sequence",),
+            mixes="weights",
+            causal_fields={"first_segment": "learned"},
+            check_data=self._check_data,
+        )
+
+    def _check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
         """Raises ValueError where sequences of one segment would leave the router without use."""
         if train_rows and length <= self.segment and self.first_segment != "bos":
             raise ValueError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless, TokenChoice
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -15,10 +16,8 @@ from moejax.types import (
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     RouterStats,
     TrainedBy,
-    Visibility,
 )
 
 
@@ -41,7 +40,7 @@ def load_probability(
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisyTopK(ops.Stateless):
+class NoisyTopK(Stateless, TokenChoice):
     r"""Top-k of logits perturbed by learned Gaussian noise; softmax over the k kept.
 
     .. math::
@@ -74,9 +73,6 @@ class NoisyTopK(ops.Stateless):
                 "so the router gets no gradient from the task; use gate.k=2 or gate switch"
             )
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         shape = (spec.d_model, spec.num_experts)
         return {
@@ -102,9 +98,3 @@ class NoisyTopK(ops.Stateless):
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         probs_GTE = jax.nn.softmax(clean_GTE, axis=-1)
         return GateOutput(routing, RouterStats(clean_GTE, probs_GTE, load_GTE))
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

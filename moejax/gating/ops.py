@@ -1,7 +1,6 @@
 """Arithmetic that token-choice gates share. Pure functions of arrays, float32 inside."""
 
-import dataclasses
-import math
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,34 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-# Under this roof too: `ops.top_k_routing`.
-from moejax.gating.weights import SCORES as SCORES
-from moejax.gating.weights import at_least_tiny as at_least_tiny
-from moejax.gating.weights import softmax_of
-from moejax.gating.weights import top_k_routing as top_k_routing
 from moejax.kernels.platform import resolve_platform
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
     GateSpec,
-    GateState,
-    MoEConfig,
-    MoEStats,
     Order,
     RouterStats,
     Routing,
-    Visibility,
 )
 
-
-class Stateless:
-    """The state methods of gates that remember nothing between steps."""
-
-    def init_state(self, spec: GateSpec) -> GateState:
-        return ()
-
-    def update(self, state: GateState, stats: MoEStats) -> GateState:
-        return state
+SCORES: tuple[str, ...] = ("softmax", "sigmoid")
 
 
 def init_router(key: PRNGKeyArray, spec: GateSpec, scale: float) -> Float[Array, "D E"]:
@@ -59,6 +41,56 @@ def router_logits(x_GTD: Array, weight_DE: Array) -> Float[Array, "G T E"]:
     )
 
 
+def top_k_routing(
+    logits_TE: Float[Array, "*T E"], k: int, *, score: str = "softmax", renormalize: bool = False
+) -> tuple[Int[Array, "*T K"], Float[Array, "*T K"]]:
+    """The k experts with the largest logits, best first, and their combine weights.
+
+    ``score="softmax"``: weights are softmax probabilities over all E; with ``renormalize`` they are
+    divided by their sum, which equals a softmax over the k kept logits (and is computed so).
+    ``score="sigmoid"``: weights are sigmoids of the logits, optionally divided by their sum.
+    Ties go to the lower expert id. Works on any leading axes. A weight that underflows is the
+    smallest normal float32 instead, for a pair of weight 0 is not sent; that of a logit of -inf is
+    0, for so an expert can be left out.
+
+    Raises:
+      ValueError: k not in [1, E], or an unknown score.
+    """
+    num_experts = logits_TE.shape[-1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k} must lie in [1, num_experts={num_experts}]")
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown; use one of {', '.join(SCORES)}")
+    logits_TE = logits_TE.astype(jnp.float32)
+    top_TK, expert_TK = jax.lax.top_k(logits_TE, k)
+    if score == "softmax":
+        return expert_TK.astype(jnp.int32), softmax_of(top_TK, logits_TE, renormalize)
+    if renormalize:
+        # In logarithms, because scores that all underflow still have a share of their sum.
+        weight_TK = jax.nn.softmax(jax.nn.log_sigmoid(top_TK), axis=-1)
+    else:
+        weight_TK = jax.nn.sigmoid(top_TK)
+    return expert_TK.astype(jnp.int32), _positive(weight_TK, top_TK)
+
+
+def softmax_of(chosen_TK: Array, logits_TE: Array, renormalize: bool) -> Array:
+    """The weights of chosen logits: softmax over them, or over all."""
+    if renormalize:
+        return _positive(jax.nn.softmax(chosen_TK, axis=-1), chosen_TK)
+    total_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
+    return _positive(jnp.exp(chosen_TK - total_T1), chosen_TK)
+
+
+def _positive(weight_TK: Array, chosen_TK: Array) -> Array:
+    """Weights above 0, which marks a pair, except where a logit of -inf forbids the expert."""
+    return jnp.where(chosen_TK == -jnp.inf, weight_TK, at_least_tiny(weight_TK))
+
+
+def at_least_tiny(weight: Array) -> Array:
+    """Weights of pairs that are to be sent: one that underflows to 0 would mean, not sent."""
+    return jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+
+
 def masked(expert_GTK: Array, weight_GTK: Array, valid_GT: Array) -> Routing:
     """A routing in which padding visits nobody (all its weights are 0)."""
     return Routing(expert_GTK, jnp.where(valid_GT[..., None], weight_GTK, 0.0))
@@ -68,6 +100,19 @@ def softmax_stats(logits_GTE: Array) -> RouterStats:
     """Statistics of a softmax router without a load estimate of its own."""
     probs_GTE = jax.nn.softmax(logits_GTE, axis=-1)
     return RouterStats(logits_GTE, probs_GTE, probs_GTE)
+
+
+def constant_stats(prob_E: Float[Array, "E"], groups: int, tokens: int) -> RouterStats:
+    """Statistics of a router that gives every token the same distribution."""
+    shape = (groups, tokens, prob_E.size)
+    probs_GTE = jnp.broadcast_to(prob_E, shape)
+    logits_E = jnp.log(jnp.maximum(prob_E, jnp.finfo(jnp.float32).tiny))
+    return RouterStats(jnp.broadcast_to(logits_E, shape), probs_GTE, probs_GTE)
+
+
+def uniform_stats(num_experts: int, groups: int, tokens: int) -> RouterStats:
+    """Statistics of a router that prefers nobody."""
+    return constant_stats(jnp.full(num_experts, 1.0 / num_experts, jnp.float32), groups, tokens)
 
 
 def order_of(context: GateContext) -> Order:
@@ -169,45 +214,6 @@ def heaviest(
     return routing, wanted_GTE & ~has_pair(routing, num_experts)
 
 
-def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: float) -> int:
-    """C = ceil(T k / E * factor), at least 1 and at most T (a token visits an expert once)."""
-    # The subtraction keeps 1.1 * 10 at 11 although the product is 11.000000000000002.
-    slots = math.ceil(num_tokens * k / num_experts * factor - 1e-9)
-    return max(1, min(slots, num_tokens))
-
-
-def capacity_visibility(k: int | float, moe: MoEConfig, columns: int | None = None) -> Visibility:
-    """What capacity alone lets a token see, for k choices per token in ``columns`` (k) columns.
-
-    Only ``cells`` has a capacity, and a factor of E/k or more never binds. Then, while slots are
-    contended: ``position`` serves tokens in order (no future); ``choice`` serves all first choices
-    first, so for k > 1 a token's second choice queues behind later tokens; ``gate`` and ``random``
-    rank all tokens of the group against each other, and so does ``reroute``. A group of several
-    sequences shares its slots.
-    """
-    several = moe.group != "sequence" and moe.group != "1"
-
-    def phase(transport: str, factor: float) -> tuple[bool, bool]:
-        if transport != "cells" or factor * k >= moe.num_experts:
-            return False, False
-        # Who has room for overflow is known when all tokens have been served.
-        ranked = moe.priority in ("gate", "random") or moe.reroute > 0
-        future = ranked or (moe.priority == "choice" and (columns or k) > 1)
-        return future, several
-
-    train = phase(moe.transport, moe.capacity_factor)
-    evaluation = phase(moe.eval_transport, moe.eval_capacity_factor)
-    return Visibility(*train, *evaluation)
-
-
-def balanced_visibility(moe: MoEConfig, eval_factor: float, k: int = 1) -> Visibility:
-    """Of gates that balance a group in training and are greedy in evaluation (BASE, S-BASE)."""
-    several = moe.group not in ("sequence", "1")
-    by_capacity = capacity_visibility(k, dataclasses.replace(moe, eval_capacity_factor=eval_factor))
-    some = moe.num_experts > k
-    return Visibility(some, some and several, by_capacity.eval_future, by_capacity.eval_others)
-
-
 def at_expert(value_GTE: Array, expert_GTK: Array) -> Float[Array, "G T K"]:
     """The values of the chosen experts."""
     return jnp.take_along_axis(value_GTE, expert_GTK, axis=-1)
@@ -281,3 +287,12 @@ def check_trains(k: int, renormalize: bool, num_experts: int, train: bool) -> No
             "gate.k=1 with gate.renormalize=True gives every token the same constant weight, so "
             "the router gets no gradient; set gate.renormalize=False (Switch) or gate.k=2"
         )
+
+
+def __getattr__(name: str) -> Any:
+    # docs/add-a-gate.md once took these from here; gates of users still do.
+    if name in ("Stateless", "token_choice_capacity"):
+        return getattr(importlib.import_module("moejax.gating.gate"), name)
+    if name == "capacity_visibility":
+        return importlib.import_module("moejax.gating.visibility").capacity_visibility
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, LinearRouter, Stateless
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
-    GateSpec,
     GateState,
     MoEConfig,
     RouterStats,
@@ -22,7 +23,7 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Prototypes(ops.Stateless):
+class Prototypes(Stateless, LinearRouter, FixedK):
     r"""Experts are split into k prototypes; a token visits the best expert of each ("k top-1").
 
     .. math::
@@ -44,7 +45,7 @@ class Prototypes(ops.Stateless):
     """
 
     k: Annotated[int, "prototypes, and experts per token: one of each; divides num_experts"] = 2
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -62,12 +63,6 @@ class Prototypes(ops.Stateless):
                 "whose weight is the constant 1, so the router gets no gradient; lower gate.k"
             )
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
-
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
@@ -83,8 +78,5 @@ class Prototypes(ops.Stateless):
         share_GTE = probs_GTE / self.k
         return GateOutput(routing, RouterStats(logits_GTE, share_GTE, share_GTE))
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe, columns=1)
+        return capacity_visibility(self.k, moe, columns=1)

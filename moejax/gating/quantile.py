@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, TokenChoice
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -15,10 +16,8 @@ from moejax.types import (
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     MoEStats,
     TrainedBy,
-    Visibility,
 )
 
 
@@ -48,7 +47,7 @@ def quantile_prices(
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantile:
+class Quantile(LinearRouter, TokenChoice):
     r"""Top-k of logits minus prices that earlier batches have shown to balance the load.
 
     .. math::
@@ -75,7 +74,7 @@ class Quantile:
 
     k: Annotated[int, "experts per token"] = 2
     renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -83,12 +82,6 @@ class Quantile:
         ops.check_k(self.k, num_experts)
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
-
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def init_state(self, spec: GateSpec) -> GateState:
         return {"price_E": jnp.zeros(spec.num_experts, jnp.float32)}
@@ -117,9 +110,3 @@ class Quantile:
             return state
         mean_E = stats.gate["price"] / jnp.maximum(stats.tokens, 1).astype(jnp.float32)
         return {"price_E": jnp.where(stats.tokens > 0, mean_E, state["price_E"])}
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.unlearned import Unlearned, uniform_stats
+from moejax.gating.gate import FixedK, Unlearned
 from moejax.types import GateContext, GateOutput, GateParams, GateState
 
 
 @dataclasses.dataclass(frozen=True)
-class Random(Unlearned):
+class Random(Unlearned, FixedK):
     r"""k distinct experts drawn anew for every token, step and layer, each with weight 1/k.
 
     .. math:: S_t = \operatorname{top}_k(\text{Gumbel noise}), \qquad
@@ -33,9 +33,6 @@ class Random(Unlearned):
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_k(self.k, num_experts)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
@@ -44,7 +41,4 @@ class Random(Unlearned):
         expert_GTK, _ = ops.local_top_k(noise_GTE, self.k, False)
         weight_GTK = jnp.full(expert_GTK.shape, 1.0 / self.k, jnp.float32)
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
-        return GateOutput(routing, uniform_stats(num_experts, *x_GTD.shape[:2]))
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+        return GateOutput(routing, ops.uniform_stats(num_experts, *x_GTD.shape[:2]))

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, MaxActive, PositiveWeights
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     MoEStats,
     RouterStats,
     TrainedBy,
-    Visibility,
 )
 
 SMALLEST, LARGEST = 1e-20, 1e20
@@ -29,7 +28,7 @@ the shares are uniform."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ReMoE:
+class ReMoE(LinearRouter, PositiveWeights):
     r"""Every expert with a positive router output, and that output is its weight.
 
     .. math::
@@ -60,10 +59,10 @@ class ReMoE:
     """
 
     k: Annotated[int, "experts per token that lambda aims at, on average"] = 2
-    max_active: Annotated[int, "most experts per token, the heaviest ones (0: all E)"] = 0
+    max_active: MaxActive = 0
     lambda_init: Annotated[float, "lambda before the first step"] = 1e-8
     lambda_factor: Annotated[float, "lambda is multiplied or divided by it after each step"] = 1.2
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -77,12 +76,6 @@ class ReMoE:
         if not self.lambda_factor > 1:
             raise ValueError(f"gate.lambda_factor={self.lambda_factor} must be above 1")
         ops.check_positive("init_scale", self.init_scale)
-
-    def columns(self, num_experts: int) -> int:
-        return self.max_active or num_experts
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def init_state(self, spec: GateSpec) -> GateState:
         return {"lambda": jnp.float32(self.lambda_init)}
@@ -122,13 +115,3 @@ class ReMoE:
         too_many = stats.pairs > self.k * stats.tokens
         factor = jnp.where(too_many, self.lambda_factor, 1.0 / self.lambda_factor)
         return {"lambda": jnp.clip(state["lambda"] * factor, SMALLEST, LARGEST)}
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        # Without cuts column e is expert e, so that serving column by column favours nobody.
-        cuts = self.columns(moe.num_experts) < moe.num_experts
-        # To reroute there is nowhere either: experts that are not visited have probability 0.
-        moe = moe if cuts else dataclasses.replace(moe, reroute=0)
-        return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import ConstantState, token_choice_capacity
 from moejax.record import routing as recording
 from moejax.types import (
     GateContext,
@@ -15,6 +16,7 @@ from moejax.types import (
     GateParams,
     GateSpec,
     GateState,
+    GateTraits,
     MoEConfig,
     RouterStats,
     TrainedBy,
@@ -23,7 +25,7 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay(ops.Stateless):
+class Replay(ConstantState):
     r"""Every token visits the experts that were recorded for its row and position.
 
     .. math:: y_{rl} = a_{rl} x_{rl} + \sum_k w_{rlk} f_{e_{rlk}}(x_{rl}), \qquad
@@ -63,7 +65,7 @@ class Replay(ops.Stateless):
                 f"{num_experts}; use num_experts={found}"
             )
 
-    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
+    def _check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
         """Raises ValueError unless the file has these layers, positions and rows."""
         for split, rows, remedy in (
             ("train", train_rows, "record training rows with --record-steps"),
@@ -78,7 +80,7 @@ class Replay(ops.Stateless):
                     f"{remedy if short else 'record with the same model and train.seq_len'}"
                 )
 
-    def check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
+    def _check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
         """Raises ValueError unless these rows are those that were recorded."""
         split = "train" if train else "eval"
         differ_N = getattr(self._recording(), split).digest[row_N] != digest_N
@@ -89,6 +91,9 @@ class Replay(ops.Stateless):
                 f"train.seq_len{', train.seed' if train else ''} and train.eval_rows of the "
                 "recorded run, or record again"
             )
+
+    def traits(self) -> GateTraits:
+        return GateTraits(check_data=self._check_data, check_rows=self._check_rows)
 
     def columns(self, num_experts: int) -> int:
         return self._recording().eval.expert.shape[-1] if self.path else 1
@@ -162,7 +167,7 @@ class Replay(ops.Stateless):
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
         k = self.columns(num_experts)
-        return ops.token_choice_capacity(num_tokens, num_experts, k, factor)
+        return token_choice_capacity(num_tokens, num_experts, k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
         if not self.path:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Stateless
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
@@ -23,7 +25,7 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class RL(ops.Stateless):
+class RL(Stateless, FixedK):
     r"""Samples one expert in proportion to its probability; the reward teaches which were good.
 
     .. math::
@@ -47,17 +49,14 @@ class RL(ops.Stateless):
     """
 
     entropy_weight: Annotated[float, "of the entropy bonus, in nats"] = 0.01
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
+    k: ClassVar[int] = 1
     trained_by: ClassVar[TrainedBy] = "policy"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_positive("init_scale", self.init_scale)
-        if self.entropy_weight < 0:
-            raise ValueError(f"gate.entropy_weight={self.entropy_weight} must be 0 or more")
-
-    def columns(self, num_experts: int) -> int:
-        return 1
+        ops.check_not_negative("entropy_weight", self.entropy_weight)
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         # What a model that knows nothing can expect: every choice would look bad next to 0.
@@ -93,11 +92,8 @@ class RL(ops.Stateless):
         routing = ops.masked(expert_GT[..., None], weight_GT1, context.valid_GT)
         return GateOutput(routing, ops.softmax_stats(logits_GTE), losses, policy=policy)
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
         # All weights are equal: priority "gate" has nothing to go by and serves by position.
         by_place = moe.priority == "gate"
         moe = dataclasses.replace(moe, priority="position") if by_place else moe
-        return ops.capacity_visibility(1, moe)
+        return capacity_visibility(1, moe)

@@ -9,8 +9,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.sinkhorn import sinkhorn_bias
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, token_choice_capacity
 from moejax.gating.solvers.assignment import balanced_assignment
+from moejax.gating.solvers.sinkhorn import sinkhorn_bias
+from moejax.gating.visibility import balanced_visibility
 from moejax.mesh import group_local, spreads
 from moejax.types import (
     GateContext,
@@ -29,7 +31,7 @@ EVALUATIONS = ("greedy", "ema")
 
 
 @dataclasses.dataclass(frozen=True)
-class SBase:
+class SBase(LinearRouter):
     r"""Tokens go to the largest entries of an entropic transport plan with equal columns.
 
     .. math::
@@ -37,9 +39,9 @@ class SBase:
        S_t = \operatorname{top}_k(\Pi_t) = \operatorname{top}_k(h_t + b), \qquad
        y_t = \sum_{e \in S_t} p_{te} f_e(x_t)
 
-    b is one bias per expert, computed from the group at hand (`moejax.gating.sinkhorn`): the same
-    object as the bias of loss-free balancing, which is computed from past batches. The plan
-    carries no gradient; p is softmax(h) over all experts, or sigmoid(h).
+    b is one bias per expert, computed from the group at hand (`moejax.gating.solvers.sinkhorn`).
+    Loss-free balancing has the same bias, computed from past batches. The plan carries no
+    gradient; p is softmax(h) over all experts, or sigmoid(h).
 
     The plan is balanced, its largest entries only nearly. The rest is ``rounding``: "capacity" lets
     the transport's slots decide and counts what they drop; "balanced" (k = 1) takes the balanced
@@ -69,7 +71,7 @@ class SBase:
     rounding: Annotated[str, "'capacity', or 'balanced' (k=1): exactly equal loads"] = "capacity"
     evaluation: Annotated[str, "'greedy', or 'ema': with the training biases' average"] = "greedy"
     ema_decay: Annotated[float, "of the bias average, per step"] = 0.99
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -92,9 +94,6 @@ class SBase:
 
     def columns(self, num_experts: int) -> int:
         return self.k
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def init_state(self, spec: GateSpec) -> GateState:
         if self.evaluation == "greedy":
@@ -162,8 +161,8 @@ class SBase:
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
         factor = 1.0 if self.rounding == "balanced" else factor
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+        return token_choice_capacity(num_tokens, num_experts, self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
         factor = 1.0 if self.rounding == "balanced" else moe.eval_capacity_factor
-        return ops.balanced_visibility(moe, eval_factor=factor, k=self.k)
+        return balanced_visibility(moe, eval_factor=factor, k=self.k)

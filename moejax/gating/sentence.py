@@ -1,19 +1,21 @@
 """Sentence-level gating: experts depend on an average over the sequence."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.gating import ops, spans
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Stateless
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
     Order,
     TrainedBy,
@@ -24,7 +26,7 @@ POOLS = ("mean", "running", "previous")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sentence(ops.Stateless):
+class Sentence(Stateless, FixedK):
     r"""Tokens are routed by an average of their sequence instead of by themselves.
 
     .. math::
@@ -56,10 +58,9 @@ class Sentence(ops.Stateless):
     segment: Annotated[int, "tokens in a segment of pool=previous"] = 32
     k: Annotated[int, "experts per token"] = 2
     renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
-    causal: ClassVar[Mapping[str, Any]] = {"pool": "running"}
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_choice("pool", self.pool, POOLS)
@@ -68,8 +69,8 @@ class Sentence(ops.Stateless):
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("sequence",), causal_fields={"pool": "running"})
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         router_key, first_key = jax.random.split(key)
@@ -138,11 +139,8 @@ class Sentence(ops.Stateless):
         part_GRL = (count_GRL - 1) // self.segment
         return own_GRLL & (part_GRL[..., None, :] == part_GRL[..., :, None] - 1)
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
-        by_capacity = ops.capacity_visibility(self.k, moe)
+        by_capacity = capacity_visibility(self.k, moe)
         if self.pool != "mean" or moe.num_experts == 1:
             return by_capacity
         return by_capacity.union(Visibility(train_future=True, eval_future=True))

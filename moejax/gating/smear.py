@@ -8,13 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops, spans
+from moejax.gating.gate import EveryExpert, Stateless
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
     Order,
+    TrainedBy,
     Visibility,
 )
 
@@ -23,7 +26,7 @@ EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Smear(spans.MergesExperts):
+class Smear(Stateless, EveryExpert):
     r"""Every sequence is computed by one expert, whose weights are a mean of the experts' weights.
 
     .. math::
@@ -57,7 +60,7 @@ class Smear(spans.MergesExperts):
     expert_dropout: Annotated[float, "share of experts left out per sequence in training"] = 0.1
     init_scale: Annotated[float, "std of the router, and its norm's scale, at the start"] = 0.01
 
-    causal_gate: ClassVar[str] = "lory"
+    trained_by: ClassVar[TrainedBy] = "task"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_positive("init_scale", self.init_scale)
@@ -65,6 +68,9 @@ class Smear(spans.MergesExperts):
             raise ValueError(
                 f"gate.expert_dropout={self.expert_dropout} must be 0 or above, and below 1"
             )
+
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("sequence",), mixes="weights", causal_gate="lory")
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         width, experts = spec.d_model, spec.num_experts

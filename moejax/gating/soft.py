@@ -1,19 +1,21 @@
 """Soft MoE: experts work on weighted means of a group's tokens instead of on tokens."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
+    GateTraits,
     MoEConfig,
     Slots,
     TrainedBy,
@@ -22,7 +24,7 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Soft(ops.Stateless):
+class Soft(Stateless):
     r"""Every expert has P slots; a slot is a mean of all tokens, a token's output one of all slots.
 
     .. math::
@@ -66,11 +68,13 @@ class Soft(ops.Stateless):
     noise_std: Annotated[float, "standard deviation of the logits' noise in training"] = 0.0
 
     trained_by: ClassVar[TrainedBy] = "task"
-    mixes: ClassVar[Literal["slots", "weights"]] = "slots"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_positive("slots", self.slots)
         ops.check_not_negative("noise_std", self.noise_std)
+
+    def traits(self) -> GateTraits:
+        return GateTraits(mixes="slots")
 
     def columns(self, num_experts: int) -> int:
         return num_experts

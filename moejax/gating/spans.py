@@ -1,27 +1,10 @@
 """What gates that decide for stretches of a sequence share: their means, and merging by them."""
 
-from typing import ClassVar, Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
-from moejax.types import GateContext, GateOutput, Merge, Order, TrainedBy
-
-
-class MergesExperts(ops.Stateless):
-    """What is the same of all gates that merge experts. No transport is used, and no capacity."""
-
-    trained_by: ClassVar[TrainedBy] = "task"
-    mixes: ClassVar[Literal["slots", "weights"]] = "weights"
-
-    def columns(self, num_experts: int) -> int:
-        """Column e of the routing is expert e."""
-        return num_experts
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        """Room for every token: nothing is sent, so nothing is turned away."""
-        return num_tokens
+from moejax.types import GateContext, GateOutput, Merge, Order
 
 
 def by_sequence(

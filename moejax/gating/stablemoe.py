@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless, TokenChoice
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
+    GateTraits,
     TrainedBy,
-    Visibility,
 )
 
 DISTILLED = ("embed_VR", "distill_RE")
@@ -24,7 +24,7 @@ DISTILLED = ("embed_VR", "distill_RE")
 
 
 @dataclasses.dataclass(frozen=True)
-class StableMoE(ops.Stateless):
+class StableMoE(Stateless, TokenChoice):
     r"""Stage 1 routes by the token and teaches a router of token ids, which stage 2 obeys.
 
     .. math::
@@ -62,18 +62,21 @@ class StableMoE(ops.Stateless):
     residual: Annotated[bool, "keep a share 1 - alpha of the input in the output"] = True
     init_scale: Annotated[float, "length of the centroids at the start (orthogonal)"] = 0.1
 
+    k: ClassVar[int] = 1
     trained_by: ClassVar[TrainedBy] = "task"
-    reads_tokens: ClassVar[bool] = True
 
     def check(self, num_experts: int, train: bool) -> None:
         for field in ("distill_dim", "init_scale"):
             ops.check_positive(field, getattr(self, field))
         for field in ("stage_steps", "balance_weight", "distill_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"gate.{field}={getattr(self, field)} must be 0 or more")
+            ops.check_not_negative(field, getattr(self, field))
 
-    def columns(self, num_experts: int) -> int:
-        return 1
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("tokens",), frozen=self._frozen)
+
+    def _frozen(self, step: Int[Array, ""]) -> dict[str, Bool[Array, ""]]:
+        """In stage 2 the distilled router stays as it is."""
+        return dict.fromkeys(DISTILLED, step >= self.stage_steps)
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         if spec.vocab_size < 1:
@@ -88,10 +91,6 @@ class StableMoE(ops.Stateless):
             "embed_VR": self.distill_dim**-0.5 * jax.random.normal(keys[1], table, jnp.float32),
             "distill_RE": orthogonal(keys[2], (self.distill_dim, spec.num_experts), jnp.float32),
         }
-
-    def frozen(self, step: Int[Array, ""]) -> dict[str, Bool[Array, ""]]:
-        """In stage 2 the distilled router stays as it is."""
-        return dict.fromkeys(DISTILLED, step >= self.stage_steps)
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -134,9 +133,3 @@ class StableMoE(ops.Stateless):
         mean_G1 = jnp.mean(load_GE, axis=1, keepdims=True)
         excess_GE = load_GE / jnp.where(mean_G1 > 0, mean_G1, 1.0) - 1.0
         return jnp.take_along_axis(excess_GE, expert_GT, axis=1)
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(1, moe)

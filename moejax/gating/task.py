@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Stateless
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
     TrainedBy,
     Visibility,
@@ -20,7 +23,7 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(ops.Stateless):
+class Task(Stateless, FixedK):
     r"""Every token of a sequence visits the experts of the sequence's task.
 
     .. math::
@@ -44,7 +47,7 @@ class Task(ops.Stateless):
 
     k: Annotated[int, "experts per task"] = 2
     renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -53,8 +56,8 @@ class Task(ops.Stateless):
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("task",))
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         router_key, task_key = jax.random.split(key)
@@ -74,10 +77,7 @@ class Task(ops.Stateless):
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         return GateOutput(routing, ops.softmax_stats(logits_GTE))
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
         # Who is turned away depends on tasks and noise only, whatever the priority.
-        seen = ops.capacity_visibility(self.k, moe)
+        seen = capacity_visibility(self.k, moe)
         return seen._replace(train_future=False, eval_future=False)

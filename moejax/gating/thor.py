@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moejax.gating import ops
-from moejax.gating.unlearned import Unlearned, uniform_stats
+from moejax.gating.gate import Unlearned
 from moejax.types import GateContext, GateOutput, GateParams, GateState, Routing
 
 EVALUATIONS = ("token", "sequence", "mean")
@@ -57,7 +57,7 @@ class Thor(Unlearned):
     ) -> GateOutput:
         groups, tokens = context.valid_GT.shape
         num_experts = state["expert_E"].size
-        stats = uniform_stats(num_experts, groups, tokens)
+        stats = ops.uniform_stats(num_experts, groups, tokens)
         if self.evaluation == "mean":
             weight_GTE = stats.probs_GTE
             if context.train:

@@ -8,20 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.types import (
-    GateContext,
-    GateOutput,
-    GateParams,
-    GateSpec,
-    GateState,
-    MoEConfig,
-    TrainedBy,
-    Visibility,
-)
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, Stateless, TokenChoice
+from moejax.types import GateContext, GateOutput, GateParams, GateState, TrainedBy
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(ops.Stateless):
+class TopK(Stateless, LinearRouter, TokenChoice):
     r"""Each token visits the k experts with the largest router logits.
 
     .. math::
@@ -45,7 +37,7 @@ class TopK(ops.Stateless):
     k: Annotated[int, "experts per token"] = 2
     renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
     jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = 0.0
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -55,12 +47,6 @@ class TopK(ops.Stateless):
             raise ValueError(f"gate.jitter={self.jitter} must lie in [0, 1)")
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
-
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -81,9 +67,3 @@ class TopK(ops.Stateless):
 
             x_GTD = x_GTD * ops.row_noise(draw, context, x_GTD.shape[-1:])
         return ops.router_logits(x_GTD, params["router_DE"])
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

@@ -9,16 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.gating import ops
-from moejax.types import (
-    GateContext,
-    GateOutput,
-    GateParams,
-    GateSpec,
-    GateState,
-    MoEConfig,
-    TrainedBy,
-    Visibility,
-)
+from moejax.gating.gate import Stateless, TokenChoice
+from moejax.types import GateContext, GateOutput, GateParams, GateSpec, GateState, TrainedBy
 
 SMALLEST_NORM = 1e-6
 """Vectors shorter than this are divided by it instead of by their length: 0 stays 0."""
@@ -37,7 +29,7 @@ def cosine_scores(
 
 
 @dataclasses.dataclass(frozen=True)
-class XMoE(ops.Stateless):
+class XMoE(Stateless, TokenChoice):
     r"""Top-k of cosines between a projected token and the experts' centroids.
 
     .. math::
@@ -81,14 +73,7 @@ class XMoE(ops.Stateless):
                 f"gate.temperature={self.temperature} must be at least gate.min_temperature="
                 f"{self.min_temperature}"
             )
-        if train and self.k == 1 and self.renormalize and num_experts > 1:
-            raise ValueError(
-                "gate.k=1 with gate.renormalize=True gives every token the constant weight 1, so "
-                "the router gets no gradient; set gate.renormalize=False or gate.k=2"
-            )
-
-    def columns(self, num_experts: int) -> int:
-        return self.k
+        ops.check_trains(self.k, self.renormalize, num_experts, train)
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         rank = self.rank or max(spec.num_experts // 2, 2)
@@ -116,9 +101,3 @@ class XMoE(ops.Stateless):
             ops.softmax_stats(logits_GTE),
             means=means,
         )
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

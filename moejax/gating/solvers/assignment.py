@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.gating.solvers import flow as residual
+from moejax.gating.solvers.flow import Flow, exchange, potentials, scatter_hash
 from moejax.kernels.vma import varying_like
 
 SCALE = 2**29
@@ -93,9 +93,9 @@ def solve(
     expert_T = jnp.where(valid_T, jnp.argmax(value_TE - price_E, axis=1), -1).astype(jnp.int32)
     # The dearest experts take one more: with prices given, that is optimal.
     extra_E = _descending_rank(price_E) < left_over
-    start = residual.Flow(expert_T, extra_E)
-    flow, rounds = residual.exchange(value_TE, start, share, left_over)
-    price_E = residual.potentials(value_TE, flow, left_over) * unit
+    start = Flow(expert_T, extra_E)
+    flow, rounds = exchange(value_TE, start, share, left_over)
+    price_E = potentials(value_TE, flow, left_over) * unit
     gap = _gap(scores_TE, valid_T, price_E, flow, left_over)
     return BalancedAssignment(flow.expert_T, price_E, gap), rounds
 
@@ -128,7 +128,7 @@ def starting_prices(
     tokens, num_experts = value_TE.shape
     # Experts lead: maxima over them, most of the work, then run over whole vectors of tokens.
     value_ET = value_TE.T
-    hash_TE = residual.scatter_hash(tokens, num_experts, 0)
+    hash_TE = scatter_hash(tokens, num_experts, 0)
     offset_ET = ((hash_TE >> 16).astype(jnp.float32) / 2**16).T
     # A bar below every price, so that invalid tokens count nowhere.
     nobody = -2 * SCALE
@@ -174,7 +174,7 @@ def _descending_rank(price_E: Array) -> Int[Array, "E"]:
 
 
 def _gap(
-    scores_TE: Array, valid_T: Array, price_E: Array, flow: residual.Flow, left_over: Array
+    scores_TE: Array, valid_T: Array, price_E: Array, flow: Flow, left_over: Array
 ) -> Float[Array, ""]:
     """Dual minus primal objective, as a sum of terms that are each at least 0.
 
