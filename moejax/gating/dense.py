@@ -25,8 +25,10 @@ class Dense(Stateless, LinearRouter, EveryExpert):
 
     .. math:: y = \sum_{e=1}^{E} \operatorname{softmax}(x W)_e \, f_e(x)
 
-    Nothing is selected, so every transport computes the same; ``all_experts`` does it without
-    packing. Visibility: none beyond the token itself.
+    Nothing is selected, so every transport gives the same result; ``all_experts`` computes it
+    without packing.
+
+    Visibility: the token itself alone.
 
     References: Jacobs, Jordan, Nowlan, Hinton, "Adaptive Mixtures of Local Experts" (1991);
     Eigen, Ranzato, Sutskever, arXiv 1312.4314.

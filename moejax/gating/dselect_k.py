@@ -31,7 +31,7 @@ class DSelectK(ConstantState, PositiveWeights):
     Trained by gradient descent alone: q is continuously differentiable in z and w. An undecided
     selector spreads over many experts, and every expert with q_e > 0 is visited: compute starts
     near E experts per token and falls towards k as bits are decided (``moe/experts_per_token``).
-    ``max_active`` bounds it; what it cuts is counted as dropped.
+    ``max_active`` bounds it; the pairs that it cuts count as dropped.
 
     ``per_example``: z and w are affine in x, else free parameters, the same for all tokens. With
     several tasks (``num_tasks`` of the layer) each task has its own gate.
@@ -41,10 +41,10 @@ class DSelectK(ConstantState, PositiveWeights):
     ``entropy_steps``; and when E is no power of two ``dselect_range`` = penalty_weight *
     sum_i 1 / sum_e r_e(z_i), which keeps selectors off the codes that number no expert.
 
-    Visibility: static gates and tokens see nothing but themselves, except through capacity.
+    Visibility: a token sees itself alone (a static gate not even that), except through capacity.
 
     Reference: Hazimeh et al., "DSelect-k", arXiv 2106.03760. Deviations: averages instead of sums;
-    1e-6 added inside the logarithm (theirs) and the reciprocal (theirs has none).
+    1e-6 is added inside the logarithm (as in theirs) and the reciprocal (not in theirs).
     """
 
     k: Annotated[int, "selectors: the most experts a decided token visits"] = 2
@@ -82,7 +82,7 @@ class DSelectK(ConstantState, PositiveWeights):
         return params
 
     def init_state(self, spec: GateSpec) -> GateState:
-        """The experts' codes. They never change."""
+        """The experts' codes, which never change."""
         return {"code_E": jnp.arange(spec.num_experts, dtype=jnp.int32)}
 
     def __call__(
@@ -94,7 +94,7 @@ class DSelectK(ConstantState, PositiveWeights):
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         total_GT1 = jnp.sum(weight_GTE, axis=-1, keepdims=True)
         probs_GTE = weight_GTE / jnp.maximum(total_GT1, TINY)
-        # Any logits with these probabilities do: the gate has none of its own.
+        # The gate has no logits of its own; any with these probabilities will do.
         logits_GTE = jnp.log(jnp.maximum(probs_GTE, TINY))
         losses = self._losses(chosen_GTSE, context) if context.train else {}
         entropy_GT = jnp.sum(smoothed_entropy(chosen_GTSE), axis=-1)

@@ -45,28 +45,28 @@ class ExpertChoice(LinearRouter, VariableK):
        p = \operatorname{softmax}_e(x W), \qquad C = \lceil c \, T / E \rceil, \qquad
        S_e = \operatorname{top}_C(p_{\cdot e}), \qquad y_t = \sum_{e: t \in S_e} p_{te} f_e(x_t)
 
-    Load is equal by construction; a token visits c = ``factor`` experts on average, some none and
-    some many (``max_active`` bounds it; what it cuts counts as dropped). Weights are the
-    probabilities, not renormalised. With ``cells`` every slot is filled, whatever the capacity
-    factor. T counts valid tokens.
+    Load is equal by construction. A token visits c = ``factor`` experts on average; some tokens
+    visit none and some many (``max_active`` bounds the number, and pairs that it cuts count as
+    dropped). Weights are the probabilities, not renormalised. With ``cells`` every slot is filled,
+    whatever the capacity factor. T counts valid tokens.
 
-    A choice among all tokens of a sequence shows the future to the past. Surrogates, for training
-    (``policy``) and evaluation (``eval_policy``) separately:
+    A choice among all tokens of a sequence makes earlier tokens depend on later ones. Training
+    (``policy``) and evaluation (``eval_policy``) each use the choice or a causal surrogate:
 
-    * "choice": the paper's.
+    * "choice": the choice of the paper.
     * "threshold": a token visits the experts with p above the moving average, over training steps,
       of the C-th largest p of a group (state, one number per expert). Causal and independent of
-      other tokens; load is equal only on average. With ``policy="threshold"`` capacity is that of
-      token choice; after training by choice it stays C, whatever the evaluation's factor.
+      other tokens, but load is equal only on average. With ``policy="threshold"`` capacity is that
+      of token choice; after training by choice it stays C, whatever the evaluation's factor.
     * "position": each expert chooses among the i-th valid tokens of a group's rows. Causal, but
-      sequences see each other; needs ``moe.group`` of E/c sequences or more, and ``dropless``.
+      sequences see each other. It needs ``moe.group`` of E/c sequences or more, and ``dropless``.
 
     Preset ``expert_choice_causal`` trains by choice and evaluates by threshold.
 
     Visibility: "choice" sees the future and, in groups of several sequences, the others.
 
-    Reference: Zhou et al., "Mixture-of-Experts with Expert Choice Routing", arXiv 2202.09368. Not
-    here: its variant with a bound per token, solved by a linear program.
+    Reference: Zhou et al., "Mixture-of-Experts with Expert Choice Routing", arXiv 2202.09368. Its
+    variant with a bound per token, solved by a linear program, is not implemented.
     """
 
     factor: Annotated[float, "experts per token, on average"] = 2.0
@@ -82,7 +82,7 @@ class ExpertChoice(LinearRouter, VariableK):
 
     @property
     def policies(self) -> tuple[str, str]:
-        """In training and in evaluation."""
+        """The policies in training and in evaluation."""
         return self.policy, self.eval_policy
 
     def check(self, num_experts: int, train: bool) -> None:
@@ -123,7 +123,7 @@ class ExpertChoice(LinearRouter, VariableK):
             chosen_GTE = score_GTE >= state["threshold_E"]
         elif policy == "position":
             chosen_GTE = self._by_position(score_GTE, context)
-        # A probability that underflows to 0 would mean: not sent.
+        # A weight of 0 would mark the pair as absent.
         weight_GTE = ops.at_least_tiny(stats.probs_GTE)
         weight_GTE = jnp.where(chosen_GTE, weight_GTE, 0.0)
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
@@ -164,7 +164,7 @@ class ExpertChoice(LinearRouter, VariableK):
         return token_choice_capacity(num_tokens, num_experts, 1, self.factor * self._slack(factor))
 
     def _slack(self, factor: float) -> float:
-        """Slots over what a choice fills: those of a choice are neither more nor fewer."""
+        """Slots over the pairs of a choice; 1 where the choice fills every slot."""
         if self.policy == "choice":
             return 1.0
         return max(factor, 1.0) if self.eval_policy == "choice" else factor

@@ -118,7 +118,7 @@ class EveryExpert:
         return num_tokens
 
 
-def token_choice_capacity(num_tokens: int, num_experts: int, k: float, factor: float) -> int:
+def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: float) -> int:
     """C = ceil(T k / E * factor), at least 1 and at most T (a token visits an expert once)."""
     # The subtraction keeps 1.1 * 10 at 11 although the product is 11.000000000000002.
     wanted = math.ceil(num_tokens * k / num_experts * factor - 1e-9)

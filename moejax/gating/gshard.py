@@ -22,11 +22,11 @@ class GShard(Stateless, LinearRouter, TokenChoice):
        p = \operatorname{softmax}(x W), \quad g_i = p_i / (p_1 + p_2), \quad
        \text{keep the second if } U < g_2 / \text{threshold}
 
-    The weights are normalised over the two before the second is skipped, and the first is not
-    renormalised afterwards. The draw happens in training only: evaluation visits both. (Mesh
-    TensorFlow draws in evaluation too, which makes its evaluation random.)
+    Weights are normalised over the two experts before the second is skipped, and the first is not
+    renormalised afterwards. Only training draws; evaluation visits both. (Mesh TensorFlow draws in
+    evaluation too, which makes its evaluation random.)
 
-    Visibility: the draw is the token's own; a token sees others only through capacity.
+    Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: Lepikhin et al., "GShard", arXiv 2006.16668, algorithm 1 (threshold 0.5: U < 2 g2).
     """

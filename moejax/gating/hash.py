@@ -31,23 +31,23 @@ TABLES = ("random", "balanced", "bigram")
 
 @dataclasses.dataclass(frozen=True)
 class Hash(ConstantState, FixedK):
-    r"""Each token visits the experts that tables, drawn once, give for its id. Nothing is learned.
+    r"""Each token visits the experts that fixed tables give for its id. Nothing is learned.
 
     .. math:: y_t = \sum_{j=1}^k f_{h_j(id_t)}(x_t), \qquad
        h_j : \text{ids} \to \{(j-1) E/k, \ldots, j E/k - 1\}
 
-    Every weight is 1, as in the paper: there is no gate. With k > 1 (multi-hash) column j chooses
-    among the j-th block of E/k experts; their sum is one FFN k times as wide, each of whose k
-    segments is looked up by a hash of its own.
+    Every weight is 1, as in the paper. With k > 1 (multi-hash) column j chooses among the j-th
+    block of E/k experts; the sum is one FFN k times as wide whose k segments are looked up by
+    separate hashes.
 
-    ``table``: "random" draws each id's expert; "balanced" deals ids in the order of their counts in
-    the training text, each to the expert with the fewest occurrences so far, so that no expert has
-    more than the mean plus the most frequent id; "bigram" hashes the id with the one before (none
-    at the start of a sequence or segment, or behind padding).
+    ``table``: "random" draws each id's expert; "balanced" assigns ids in the order of their counts
+    in the training text, each to the expert with the fewest occurrences so far, so that no expert
+    exceeds the mean by more than the most frequent id; "bigram" hashes the id together with that of
+    the valid token before it in the same text, if there is one.
 
-    Tables depend on ``seed`` and on the layer, not on ``train.seed``. Balanced tables would be
-    alike in all layers: ids whose counts are within a factor of 2 may change places in the order.
-    Ids that do not occur are dealt out by number.
+    Tables depend on ``seed`` and on the layer, not on ``train.seed``. So that balanced tables
+    differ between layers, ids whose counts are within a factor of 2 may change places in the order.
+    Ids that do not occur are spread evenly over the experts.
 
     Router statistics (entropy, balance losses) are those of the choice itself, 1/k per expert.
 
@@ -79,7 +79,7 @@ class Hash(ConstantState, FixedK):
         return {}
 
     def init_state(self, spec: GateSpec) -> GateState:
-        """The tables, or what tells one bigram hash from another. They never change."""
+        """The tables, or the salts of bigram hashes; neither ever changes."""
         key = jax.random.fold_in(jax.random.key(self.seed), spec.layer)
         block = spec.num_experts // self.k
         known = {"expert_E": jnp.arange(spec.num_experts, dtype=jnp.int32)}
@@ -121,15 +121,15 @@ class Hash(ConstantState, FixedK):
         )
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Weights are equal, so that priority "gate" serves by position; columns share no expert. To
-        # reroute there is nowhere: experts that a token does not visit have probability 0.
+        # Weights are equal, so priority "gate" serves by position, and columns share no expert.
+        # Rerouting has no target: experts that a token does not visit have probability 0.
         by_place = "position" if moe.priority == "gate" else moe.priority
         moe = dataclasses.replace(moe, priority=by_place, reroute=0)
         return capacity_visibility(self.k, moe, columns=1)
 
 
 def _counts(spec: GateSpec) -> Int[Array, "V"]:
-    """How often each id occurs, scaled down by a power of 2 where the sum would not be int32."""
+    """The count of each id, divided by a power of 2 where the sum would overflow int32."""
     if spec.token_counts is None:
         raise ValueError(
             "gate.table='balanced' needs the tokens' counts, which `moejax train` takes from its "
@@ -149,11 +149,11 @@ def _counts(spec: GateSpec) -> Int[Array, "V"]:
 def balanced_table(
     counts_V: Int[Array, "V"], num_experts: int, key: PRNGKeyArray | None = None
 ) -> Int[Array, "V"]:
-    """Deals token ids to experts, the most frequent first, each to the least loaded expert.
+    """Experts of token ids: most frequent id first, each to the least loaded expert.
 
-    With a key, ids whose counts are within a factor of 2 may change places in the order. Whatever
-    the order, no expert is loaded by more than the mean plus the largest count. Ids that do not
-    occur go to the expert with the fewest ids. Ties go to the lower expert and the lower id.
+    With a key, ids whose counts are within a factor of 2 may change places in the order. In any
+    order, no expert's load exceeds the mean by more than the largest count. Ids that do not occur
+    go to the expert with the fewest ids. Ties go to the lower expert and the lower id.
     """
     rank_V = counts_V.astype(jnp.float32)
     if key is not None:
@@ -171,9 +171,9 @@ def balanced_table(
 
 
 def bigram_hash(context: GateContext, salt_K: Int[Array, "K"]) -> UInt32[Array, "G T K"]:
-    """32 bits that look random for each pair of a token and the one before, for each salt.
+    """A 32-bit hash of each token id and the id before it, for each salt.
 
-    The one before is the last valid one of the same text.
+    The id before is that of the last valid token of the same text, or -1.
     """
     shape = (context.row_GR.size, -1)
     token_BL, segment_BL = context.token_GT.reshape(shape), context.segment_GT.reshape(shape)

@@ -1,4 +1,4 @@
-"""Hierarchical mixture of experts: a noisy top-k choice of groups, then one within each group."""
+"""Hierarchical mixture of experts: noisy top-k of groups, then of the experts in each group."""
 
 import dataclasses
 from typing import Annotated, ClassVar, NamedTuple
@@ -26,7 +26,7 @@ from moejax.types import (
 
 
 class _Levels(NamedTuple):
-    """Something per group of experts (A), and per expert of each group (J)."""
+    """One array per group of experts (A), and one per expert of each group (J)."""
 
     outer_GTA: Array
     inner_GTAJ: Array
@@ -41,19 +41,19 @@ class Hierarchical(Stateless):
        G_i = \operatorname{softmax}(\operatorname{KeepTopK}(H_i, k_2)), \quad
        y = \sum_{i \in S} \sum_{j \in S_i} G_i \, G_{ij} \, f_{ij}(x)
 
-    H and each H_i are noisy logits as in gate ``shazeer``; every level is renormalised over what it
+    H and each H_i are noisy logits as in gate ``shazeer``. Each level is renormalised over the k it
     kept, so a token's weights sum to 1. ``noisy=False`` draws no noise. Expert (i, j) has id
-    i * E / groups + j: a group is a run of neighbouring experts, so an ``expert`` mesh axis that
-    ``groups`` divides (or that divides ``groups``) gives each group devices of its own, and a
-    token's rows go to k_1 of these only.
+    i * E / groups + j: a group is a run of neighbouring experts. An ``expert`` mesh axis that
+    ``groups`` divides (or that divides ``groups``) therefore gives each group its own devices, and
+    a token's rows go to the devices of k_1 groups only.
 
     Losses: ``importance`` of the product weights, and ``load`` with the published estimate
 
     .. math:: \operatorname{load}_{ij} = \operatorname{load}_i(H) \cdot
        \frac{\sum_{t: i \in S_t} P_t(j | i)}{|\{t : i \in S_t\}|}
 
-    taken over a routing group (``moe.group``); wider balance scopes add these up. Without noise
-    it is the probability p_i p_{j|i}. The z-loss sees H_i + H_{ij}.
+    computed over a routing group (``moe.group``); wider balance scopes sum over groups. Without
+    noise it is the probability p_i p_{j|i}. The z-loss is that of the logits H_i + H_{ij}.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity,
     which the original does not have.
@@ -140,7 +140,7 @@ class Hierarchical(Stateless):
         return _Levels(outer_GTA, inner_GTE.reshape(*inner_GTE.shape[:2], self.groups, -1))
 
     def _select(self, noisy: _Levels) -> tuple[Array, Array, Array]:
-        """Experts and weights, heaviest first, and which groups each token chose."""
+        """Experts and weights, heaviest first, and a mask of the groups that each token chose."""
         group_GTP, share_GTP = ops.top_k_routing(noisy.outer_GTA, self.k_groups, renormalize=True)
         each_GTAS, within_GTAS = ops.top_k_routing(noisy.inner_GTAJ, self.k, renormalize=True)
         at_GTP1 = group_GTP[..., None]
@@ -148,7 +148,7 @@ class Hierarchical(Stateless):
         expert_GTPS = at_GTP1 * noisy.inner_GTAJ.shape[-1] + chosen_GTPS
         weight_GTPS = share_GTP[..., None] * jnp.take_along_axis(within_GTAS, at_GTP1, axis=2)
         flat = (*group_GTP.shape[:2], self.k_groups * self.k)
-        # A product of small weights may underflow, and 0 would mean: not sent.
+        # A product of small weights may underflow, and 0 would mark the pair as absent.
         weight_GTK = ops.at_least_tiny(weight_GTPS.reshape(flat))
         weight_GTK, order_GTK = jax.lax.top_k(weight_GTK, flat[-1])
         expert_GTK = jnp.take_along_axis(expert_GTPS.reshape(flat), order_GTK, axis=-1)

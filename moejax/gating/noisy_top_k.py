@@ -24,12 +24,12 @@ from moejax.types import (
 def load_probability(
     clean_TE: Float[Array, "*T E"], noisy_TE: Float[Array, "*T E"], std_TE: Array, k: int
 ) -> Float[Array, "*T E"]:
-    r"""P(x, e): probability that e is among the k best if only e's noise is drawn again.
+    r"""P(x, e): the probability that e is among the k best if only its own noise is drawn again.
 
     .. math:: P(x, e) = \Phi\left((h_e - \operatorname{kth\_excluding}(H, k, e)) / \sigma_e\right)
 
-    where the k-th largest of the others is H's (k+1)-th value if e is now in the top k, else the
-    k-th. 1 everywhere when k = E. Shazeer et al. 2017, appendix A.
+    The k-th largest value without e is the (k+1)-th value of H if e is now in the top k, and the
+    k-th otherwise. P is 1 everywhere when k = E. Shazeer et al. 2017, appendix A.
     """
     if k == clean_TE.shape[-1]:
         return jnp.ones_like(clean_TE)
@@ -47,10 +47,10 @@ class NoisyTopK(Stateless, TokenChoice):
        H = x W_g + \epsilon \cdot (\operatorname{softplus}(x W_n) + 0.01), \quad
        g = \operatorname{softmax}(\operatorname{KeepTopK}(H, k)), \quad y = \sum_e g_e f_e(x)
 
-    Noise is drawn in training only. Both matrices start at zero (equal load at the start). Its
-    balance losses are ``importance`` (squared share of summed gate weights) and ``load`` (squared
-    share of summed P(x, e), differentiable through the noise); the paper weighs both 0.1 for its
-    language models.
+    Noise is drawn in training only. Both matrices start at zero, for equal load. The balance losses
+    are ``importance`` (squared coefficient of variation of summed gate weights) and ``load`` (the
+    same of summed P(x, e), differentiable through the noise); the paper gives both a weight of 0.1
+    for its language models.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity,
     which the original does not have.

@@ -30,18 +30,18 @@ class Prototypes(Stateless, LinearRouter, FixedK):
        p_z = \operatorname{softmax}(h_z), \quad e_z = \operatorname{argmax} p_z, \quad
        y = \sum_{z=1}^{k} p_{z, e_z} f_{e_z}(x)
 
-    with h = x W and prototype z the experts z E/k .. (z+1) E/k - 1. It is the sum of k Switch
-    layers of E/k experts each that share their input. Column z of the routing is prototype z, so
-    drops by choice are drops by prototype.
+    with h = x W, where prototype z has the experts z E/k .. (z+1) E/k - 1. The output is the sum of
+    k Switch layers with E/k experts each and the same input. Column z of the routing is prototype
+    z, so drops by choice are drops by prototype.
 
-    The probabilities it reports are p / k. ``moe.losses.load_balance`` is then the mean over
-    prototypes of Switch's loss of each, 1 at balance. (The paper adds them up: k times ours.)
+    The reported probabilities are p / k, so ``moe.losses.load_balance`` is the mean over prototypes
+    of the Switch loss, 1 at balance. (The paper sums over prototypes: k times this loss.)
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
-    Columns never compete for an expert, so priority "choice" is causal too.
+    Columns never compete for the same expert, so priority "choice" is causal too.
 
     Reference: Yang et al., "M6-T: Exploring Sparse Expert Models and Beyond", arXiv 2105.15082.
-    Deviations: capacity is ceil(T k / E * factor) like everywhere here.
+    Deviation: capacity is ceil(T k / E * factor), as for all gates here.
     """
 
     k: Annotated[int, "prototypes, and experts per token: one of each; divides num_experts"] = 2
@@ -69,7 +69,7 @@ class Prototypes(Stateless, LinearRouter, FixedK):
         logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
         num_experts = logits_GTE.shape[-1]
         size = num_experts // self.k
-        # Axes of one token: prototypes, then the experts of each.
+        # The axis of experts becomes two: prototypes, and the experts of each.
         apart = logits_GTE.reshape(*logits_GTE.shape[:-1], self.k, size)
         probs_GTE = jax.nn.softmax(apart, axis=-1).reshape(logits_GTE.shape)
         first_K = size * jnp.arange(self.k, dtype=jnp.int32)

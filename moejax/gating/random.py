@@ -1,4 +1,4 @@
-"""Random routing: the control that a learned router has to beat."""
+"""Random routing: the baseline for a learned router."""
 
 import dataclasses
 from typing import Annotated
@@ -19,13 +19,13 @@ class Random(Unlearned, FixedK):
     .. math:: S_t = \operatorname{top}_k(\text{Gumbel noise}), \qquad
        y_t = \frac{1}{k} \sum_{e \in S_t} f_e(x_t)
 
-    Seeded by (seed, step, layer, row, place): the same on every mesh. There is nothing to learn and
-    nothing to balance. Evaluation draws too (from the run's seed, so its loss is reproducible) and
-    needs a key.
+    Draws are keyed by (seed, step, layer, row, position) and are the same on every mesh. There is
+    nothing to learn and nothing to balance. Evaluation draws too, from the run's seed, so that its
+    loss is reproducible, and needs a key.
 
-    Visibility: experts do not depend on any token, nor does who finds them full.
+    Visibility: neither a token's experts nor their free slots depend on any token.
 
-    Reference: Zuo et al., arXiv 2110.04260, compare random with learned routing.
+    Reference: Zuo et al., arXiv 2110.04260, who compare random with learned routing.
     """
 
     k: Annotated[int, "experts per token"] = 2

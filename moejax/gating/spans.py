@@ -1,4 +1,4 @@
-"""What gates that decide for stretches of a sequence share: their means, and merging by them."""
+"""Means over spans of a sequence, and experts merged per span."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -10,7 +10,7 @@ from moejax.types import GateContext, GateOutput, Merge, Order
 def by_sequence(
     x_GTD: Array, context: GateContext
 ) -> tuple[Float[Array, "G R L D"], Bool[Array, "G R L"]]:
-    """Tokens in float32, and which are valid, sequence by sequence."""
+    """Tokens in float32 and their validity, by sequence."""
     groups, rows = context.row_GR.shape
     x_GRLD = x_GTD.astype(jnp.float32).reshape(groups, rows, -1, x_GTD.shape[-1])
     return x_GRLD, context.valid_GT.reshape(x_GRLD.shape[:3])
@@ -19,7 +19,7 @@ def by_sequence(
 def in_order(
     x_GTD: Array, context: GateContext, order: Order
 ) -> tuple[Float[Array, "G R L D"], Bool[Array, "G R L"]]:
-    """``by_sequence`` with the tokens in an order."""
+    """``by_sequence``, with the tokens in the given order."""
     x_GRLD, valid_GRL = by_sequence(x_GTD, context)
     shape = (context.row_GR.size, x_GRLD.shape[2])
     x_BLD, valid_BL = x_GRLD.reshape(*shape, -1), valid_GRL.reshape(shape)
@@ -31,7 +31,7 @@ def in_order(
 def in_spans(
     x_GRLD: Float[Array, "G R L D"], valid_GRL: Bool[Array, "G R L"], size: int
 ) -> tuple[Float[Array, "G R N U D"], Bool[Array, "G R N U"]]:
-    """Spans of U = ``size`` tokens, the last filled up with padding; what is not valid is 0."""
+    """Spans of U = ``size`` tokens, the last one padded; padding is 0."""
     missing = -x_GRLD.shape[2] % size
     x_GRLD = jnp.where(valid_GRL[..., None], x_GRLD, 0.0)
     x_GRLD = jnp.pad(x_GRLD, ((0, 0), (0, 0), (0, missing), (0, 0)))
@@ -43,7 +43,7 @@ def in_spans(
 def span_means(
     x_GRLD: Float[Array, "G R L D"], valid_GRL: Bool[Array, "G R L"], size: int
 ) -> tuple[Float[Array, "G R N D"], Bool[Array, "G R N"]]:
-    """Means of the valid ones in spans of ``size``, the last maybe shorter; and which have any."""
+    """Means over the valid tokens of each span, and a mask of the spans that have any."""
     x_GRNUD, valid_GRNU = in_spans(x_GRLD, valid_GRL, size)
     count_GRN = jnp.sum(valid_GRNU, axis=3, dtype=jnp.float32)
     return jnp.sum(x_GRNUD, axis=3) / jnp.maximum(count_GRN, 1.0)[..., None], count_GRN > 0
@@ -60,7 +60,7 @@ def span_logits(
 def of_tokens(
     x_GRNE: Float[Array, "G R N E"], span: int, context: GateContext, order: Order
 ) -> Float[Array, "G T E"]:
-    """Values of spans of ``span`` tokens in this order, for each of their tokens."""
+    """Values of spans of ``span`` tokens, repeated for the tokens and put back in place."""
     groups, rows, _, experts = x_GRNE.shape
     length = context.valid_GT.shape[1] // rows
     x_GRLE = jnp.repeat(x_GRNE, span, axis=2)[:, :, :length]
@@ -76,8 +76,8 @@ def merge_output(
 ) -> GateOutput:
     """Experts merged by ``weight_GRNE`` for every span of ``span`` tokens.
 
-    The routing tells of each valid token its span's weights, column e those of expert e; the
-    statistics are of its span's logits.
+    The routing has each valid token's span weights, column e for expert e. The statistics are those
+    of the span's logits.
     """
     _, _, spans, experts = logits_GRNE.shape
     weight_GTE = of_tokens(weight_GRNE, span, context, order)

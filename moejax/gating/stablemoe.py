@@ -1,4 +1,4 @@
-"""StableMoE: learn a routing together with its distillation into token ids, then freeze it."""
+"""StableMoE: a routing learned together with its distillation into token ids, then frozen."""
 
 import dataclasses
 from typing import Annotated, ClassVar
@@ -25,7 +25,7 @@ DISTILLED = ("embed_VR", "distill_RE")
 
 @dataclasses.dataclass(frozen=True)
 class StableMoE(Stateless, TokenChoice):
-    r"""Stage 1 routes by the token and teaches a router of token ids, which stage 2 obeys.
+    r"""Stage 1 routes by the token and distills a router of token ids, which stage 2 uses.
 
     .. math::
        s_e = x \cdot c_e, \quad d_e = D[\text{token}] \cdot \hat{c}_e, \quad
@@ -41,18 +41,18 @@ class StableMoE(Stateless, TokenChoice):
        s_t}
 
     with n the tokens per expert of a routing group (``moe.group``). In stage 2 the assignment is a
-    table over the vocabulary that nothing changes any more: the distilled router gets no gradient,
-    and the trainer holds it still (momentum or Lion's sign would move it on). alpha goes on being
-    learned. Evaluation goes by the distilled router in both stages.
+    fixed table over the vocabulary: the distilled router gets no gradient, and the trainer freezes
+    it (momentum, or Lion's sign of it, would still move it). alpha is still learned. Evaluation
+    uses the distilled router in both stages.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: Dai et al., "StableMoE: Stable Routing Strategy for Mixture of Experts",
-    arXiv 2204.08396; sizes and weights from the authors' code (6000 of 60000 steps in stage 1,
+    arXiv 2204.08396; sizes and weights are from the authors' code (6000 of 60000 steps in stage 1,
     losses 0.3, a table of width 50). Deviations: experts start at random, not at the identity, and
-    hold no residual of their own; losses are means (their sums are divided by the number of tokens
-    too), balance per group instead of per device; of the routers to distil into only the table of
-    words.
+    have no residual connection of their own; losses are means (their sums are divided by the number
+    of tokens too), with balance per group instead of per device; the table of words is the only
+    distilled router on offer.
     """
 
     stage_steps: Annotated[int, "steps of stage 1: a tenth of the run in the paper"] = 6000
@@ -60,7 +60,7 @@ class StableMoE(Stateless, TokenChoice):
     balance_weight: Annotated[float, "of the balance loss in stage 1"] = 0.3
     distill_weight: Annotated[float, "of the distillation loss in stage 1"] = 0.3
     residual: Annotated[bool, "keep a share 1 - alpha of the input in the output"] = True
-    init_scale: Annotated[float, "length of the centroids at the start (orthogonal)"] = 0.1
+    init_scale: Annotated[float, "initial length of the centroids (orthogonal)"] = 0.1
 
     k: ClassVar[int] = 1
     trained_by: ClassVar[TrainedBy] = "task"
@@ -81,7 +81,7 @@ class StableMoE(Stateless, TokenChoice):
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         if spec.vocab_size < 1:
             raise ValueError(
-                "vocab_size=0: gate stablemoe looks up token ids; tell the layer vocab_size"
+                "vocab_size=0: gate stablemoe looks up token ids; pass vocab_size to the layer"
             )
         keys = jax.random.split(key, 3)
         orthogonal = jax.nn.initializers.orthogonal(self.init_scale)
@@ -114,7 +114,7 @@ class StableMoE(Stateless, TokenChoice):
             }
             losses = {name: jnp.where(learning, loss, 0.0) for name, loss in losses.items()}
         identity_GT = jnp.where(context.valid_GT, 1.0 - alpha_GT, 0.0) if self.residual else None
-        # An alpha that underflows to 0 would mean: not sent.
+        # A weight of 0 would mark the pair as absent.
         weight_GTK = ops.at_least_tiny(alpha_GT)[..., None]
         agreed_GT = (greedy_GT == learned_GT).astype(jnp.float32)
         used_GTE = jnp.where(learning, score_GTE, jax.lax.stop_gradient(distilled_GTE))

@@ -31,15 +31,15 @@ class Task(Stateless, FixedK):
        y = \sum_{e \in S} \operatorname{softmax}(h)_e f_e(x)
 
     u is a learned embedding of the task; the softmax is over the k kept logits (``renormalize``) or
-    over all. Tasks are told apart by ``Context.task_B``, their number is ``num_tasks`` of the
-    layer; with one task (a language model on one corpus) all tokens visit the same experts. At
-    inference only the experts of the tasks at hand are needed.
+    over all. ``Context.task_B`` has the tasks, and ``num_tasks`` of the layer is their number; with
+    one task (a language model on one corpus) all tokens visit the same experts. Inference needs
+    only the experts of the tasks in use.
 
-    A sequence loads k experts with all its tokens, and slots for a balanced sequence would turn
-    most of it away: its preset takes ``dropless``, and balance losses over the batch.
+    A sequence loads k experts with all its tokens, and slots sized for balanced sequences would
+    drop most of them. The preset therefore uses ``dropless``, and balance losses over the batch.
 
     Visibility: a token's experts depend on no token at all; through capacity it sees the tasks of
-    other sequences in its group, never their tokens and never the future.
+    other sequences in its group, but neither their tokens nor the future.
 
     Reference: Kudugunta et al., "Beyond Distillation: Task-level Mixture-of-Experts for Efficient
     Inference", arXiv 2110.03742.
@@ -78,6 +78,6 @@ class Task(Stateless, FixedK):
         return GateOutput(routing, ops.softmax_stats(logits_GTE))
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Who is turned away depends on tasks and noise only, whatever the priority.
-        seen = capacity_visibility(self.k, moe)
-        return seen._replace(train_future=False, eval_future=False)
+        # Drops depend on tasks and noise only, whatever the priority.
+        by_capacity = capacity_visibility(self.k, moe)
+        return by_capacity._replace(train_future=False, eval_future=False)

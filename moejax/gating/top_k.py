@@ -21,9 +21,9 @@ class TopK(Stateless, LinearRouter, TokenChoice):
        g_e = \frac{e^{h_e}}{\sum_{j \in J} e^{h_j}} \; (e \in S), \quad
        y = \sum_{e \in S} g_e f_e(x)
 
-    with J = S when ``renormalize`` (Mixtral: softmax after top-k), else J = all experts (Switch,
+    With ``renormalize``, J = S (Mixtral: softmax after top-k); otherwise J = all experts (Switch,
     OLMoE: softmax before). With k = 1 and ``renormalize`` every weight is the constant 1 and the
-    router would get no gradient from the task: refused in training.
+    router would get no gradient from the task, which is refused in training.
 
     ``jitter`` e multiplies the router's input by U(1-e, 1+e) per element, in training only. Routers
     start as a truncated normal with std sqrt(init_scale / d_model) (Switch, table 3: 0.1).
@@ -57,7 +57,7 @@ class TopK(Stateless, LinearRouter, TokenChoice):
         return GateOutput(routing, ops.softmax_stats(logits_GTE))
 
     def logits(self, params: GateParams, x_GTD: Array, context: GateContext) -> Array:
-        """The router's logits [G, T, E], of jittered tokens where that is asked for."""
+        """The router's logits [G, T, E]; in training with ``jitter``, those of jittered tokens."""
         x_GTD = x_GTD.astype(jnp.float32)
         if self.jitter and context.train:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter

@@ -10,7 +10,7 @@ import pytest
 import moejax
 from moejax import gating
 from moejax.gating import Lory, Smear
-from moejax.types import GateOutput, Merge
+from moejax.types import GateOutput, GateTraits, Merge
 from tests import gates
 from tests.gates import D, E, G, T
 
@@ -208,11 +208,13 @@ def test_fields_out_of_range_are_refused(gate, message):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sequences_of_one_segment_are_refused_where_the_router_would_learn_nothing(policy):
     gate = gating.make("lory", segment=32, first_segment=policy)
-    assert isinstance(gate, Lory)
-    gate.check_data(layers=1, length=33, train_rows=8, eval_rows=8)
-    gate.check_data(layers=1, length=32, train_rows=0, eval_rows=8)
+    check_data = GateTraits.of(gate).check_data
+    assert check_data is not None
+    layers, enough, one_segment = 1, 33, 32
+    check_data(layers, enough, 8, 8)
+    check_data(layers, one_segment, 0, 8)
     if policy == "bos":
-        gate.check_data(layers=1, length=32, train_rows=8, eval_rows=8)
+        check_data(layers, one_segment, 8, 8)
         return
     with pytest.raises(ValueError, match=r"gate\.segment=32 .* of 32 tokens.*use gate\.segment=8"):
-        gate.check_data(layers=1, length=32, train_rows=8, eval_rows=8)
+        check_data(layers, one_segment, 8, 8)

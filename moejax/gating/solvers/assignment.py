@@ -25,12 +25,16 @@ result on every platform and mesh.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.gating.solvers.flow import Flow, exchange, potentials, scatter_hash
+from moejax.kernels.platform import resolve_platform
 from moejax.kernels.vma import varying_like
+from moejax.mesh import group_local
 
 SCALE = 2**29
 """The largest difference of scores within a row, in integer units. Scores lie in [-SCALE, 0] and
@@ -76,6 +80,21 @@ def balanced_assignment(
     with ``jax.vmap``.
     """
     return solve(scores_TE, valid_T)[0]
+
+
+def balanced_assignments(
+    scores_GTE: Float[Array, "G T E"], valid_GT: Bool[Array, "G T"]
+) -> BalancedAssignment:
+    """``balanced_assignment`` of every group, on the group's own device.
+
+    The solver loops until it is done, so a batch takes as long as its slowest group. On CPU groups
+    run one after the other instead: none waits for another, and its arrays stay in the cache.
+    Checkpointed as "routing", so that rematerialisation does not solve again.
+    """
+    run = jax.vmap(balanced_assignment)
+    if resolve_platform(None) == "cpu":
+        run = lambda *groups: lax.map(lambda group: balanced_assignment(*group), groups)
+    return checkpoint_name(group_local(run)(scores_GTE, valid_GT), "routing")
 
 
 def solve(
