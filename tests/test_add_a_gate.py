@@ -94,7 +94,7 @@ def test_the_exam_finds_a_gate_out(folder):
     """Noise that does not follow the row, and padding that is routed."""
     broken = PYTHON[0].replace("ops.masked(expert_GTK, weight_GTK, context.valid_GT)",
                                "Routing(expert_GTK, weight_GTK)")  # fmt: skip
-    broken = broken.replace("import GateOutput, V", "import GateOutput, Routing, V")
+    broken = broken.replace("import GateOutput", "import GateOutput, Routing")
     (folder / "broken_gates.py").write_text(broken)
     ended = run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "not slow", "-k", "padding",

@@ -33,7 +33,7 @@ class DSelectK(ConstantState, PositiveWeights):
     near E experts per token and falls towards k as bits are decided (``moe/experts_per_token``).
     ``max_active`` bounds it; the pairs that it cuts count as dropped.
 
-    ``per_example``: z and w are affine in x, else free parameters, the same for all tokens. With
+    ``per_example``: z and w are affine in x; otherwise free parameters, equal for all tokens. With
     several tasks (``num_tasks`` of the layer) each task has its own gate.
 
     Losses of its own, in training, averaged over tokens (the published sums grow with the batch):

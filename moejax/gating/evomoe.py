@@ -87,7 +87,7 @@ class EvoMoE(Stateless, LinearRouter, VariableK):
         if not 0.0 <= self.threshold < 1.0 / num_experts:
             raise ValueError(
                 f"gate.threshold={self.threshold} must lie in [0, 1/num_experts="
-                f"{1 / num_experts:g}), or a token might visit nobody"
+                f"{1 / num_experts:g}), or a token might visit no expert"
             )
         if self.hard_step < -1:
             raise ValueError(f"gate.hard_step={self.hard_step} must be a step, or -1 for never")

@@ -123,8 +123,8 @@ class Hash(ConstantState, FixedK):
     def visibility(self, moe: MoEConfig) -> Visibility:
         # Weights are equal, so priority "gate" serves by position, and columns share no expert.
         # Rerouting has no target: experts that a token does not visit have probability 0.
-        by_place = "position" if moe.priority == "gate" else moe.priority
-        moe = dataclasses.replace(moe, priority=by_place, reroute=0)
+        priority = "position" if moe.priority == "gate" else moe.priority
+        moe = dataclasses.replace(moe, priority=priority, reroute=0)
         return capacity_visibility(self.k, moe, columns=1)
 
 

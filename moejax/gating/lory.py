@@ -64,7 +64,7 @@ class Lory(Stateless, EveryExpert):
 
     segment: Annotated[int, "tokens in a segment"] = 32
     first_segment: Annotated[
-        str, "logits of the first: 'learned', 'bos', 'uniform', 'paper' (not causal)"
+        str, "logits of the first: 'learned', 'bos', 'uniform', 'paper' (leaks)"
     ] = "learned"
     init_scale: InitScale = INIT_SCALE
 
@@ -120,5 +120,5 @@ class Lory(Stateless, EveryExpert):
         return spans.merge_output(logits_GRNE, weight_GRNE, self.segment, context, order)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        leaks = self.first_segment == "paper" and moe.num_experts > 1
-        return Visibility(train_future=leaks, eval_future=leaks)
+        future = self.first_segment == "paper" and moe.num_experts > 1
+        return Visibility(train_future=future, eval_future=future)

@@ -94,6 +94,6 @@ class RL(Stateless, FixedK):
 
     def visibility(self, moe: MoEConfig) -> Visibility:
         # All weights are equal, so priority "gate" serves by position.
-        by_place = moe.priority == "gate"
-        moe = dataclasses.replace(moe, priority="position") if by_place else moe
-        return capacity_visibility(1, moe)
+        if moe.priority == "gate":
+            moe = dataclasses.replace(moe, priority="position")
+        return capacity_visibility(self.k, moe)

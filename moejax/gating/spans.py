@@ -82,8 +82,8 @@ def merge_output(
     _, _, spans, experts = logits_GRNE.shape
     weight_GTE = of_tokens(weight_GRNE, span, context, order)
     routing, _ = ops.heaviest(weight_GTE, 0, context.valid_GT)
-    as_they_lie = order.token_BL is None
-    valid_BL = None if as_they_lie else context.valid_GT.reshape(context.row_GR.size, -1)
+    in_place = order.token_BL is None
+    valid_BL = None if in_place else context.valid_GT.reshape(context.row_GR.size, -1)
     return GateOutput(
         routing,
         ops.softmax_stats(of_tokens(logits_GRNE, span, context, order)),
