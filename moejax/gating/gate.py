@@ -25,7 +25,7 @@ from moejax.types import (
 InitScale = Annotated[float, "router init: std = sqrt(init_scale / d_model)"]
 INIT_SCALE = 0.1
 """Scale of a router's initial values (Switch Transformer, table 3)."""
-
+Renormalize = Annotated[bool, "softmax over the k kept logits instead of over all"]
 MaxActive = Annotated[int, "most experts per token, the heaviest ones (0: all E)"]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from moejax.gating import ops
-from moejax.gating.gate import InitScale, LinearRouter, Stateless, TokenChoice
+from moejax.gating.gate import InitScale, LinearRouter, Renormalize, Stateless, TokenChoice
 from moejax.gating.top_k import TopK
 from moejax.types import GateContext, GateOutput, GateParams, GateState, GateTraits, TrainedBy
 
@@ -49,9 +49,7 @@ class GatingDropout(Stateless, LinearRouter, TokenChoice):
     """
 
     k: Annotated[int, "experts per token"] = TopK.k
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = (
-        TopK.renormalize
-    )
+    renormalize: Renormalize = TopK.renormalize
     jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = TopK.jitter
     init_scale: InitScale = TopK.init_scale
     local_share: Annotated[float, "probability that a step is local"] = 0.3

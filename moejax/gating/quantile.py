@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
-from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, TokenChoice
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, Renormalize, TokenChoice
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -73,7 +73,7 @@ class Quantile(LinearRouter, TokenChoice):
     """
 
     k: Annotated[int, "experts per token"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
+    renormalize: Renormalize = True
     init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.gating import ops, spans
-from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Stateless
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Renormalize, Stateless
 from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
@@ -57,7 +57,7 @@ class Sentence(Stateless, FixedK):
     pool: Annotated[str, "'mean' of the sequence (leaks), 'running' or 'previous' segment"] = "mean"
     segment: Annotated[int, "tokens in a segment of pool=previous"] = 32
     k: Annotated[int, "experts per token"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
+    renormalize: Renormalize = True
     init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"

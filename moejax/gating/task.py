@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Stateless
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Renormalize, Stateless
 from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
@@ -46,7 +46,7 @@ class Task(Stateless, FixedK):
     """
 
     k: Annotated[int, "experts per task"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
+    renormalize: Renormalize = True
     init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"

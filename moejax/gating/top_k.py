@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, Stateless, TokenChoice
+from moejax.gating.gate import (
+    INIT_SCALE,
+    InitScale,
+    LinearRouter,
+    Renormalize,
+    Stateless,
+    TokenChoice,
+)
 from moejax.types import GateContext, GateOutput, GateParams, GateState, TrainedBy
 
 
@@ -35,7 +42,7 @@ class TopK(Stateless, LinearRouter, TokenChoice):
     """
 
     k: Annotated[int, "experts per token"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
+    renormalize: Renormalize = True
     jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = 0.0
     init_scale: InitScale = INIT_SCALE
 

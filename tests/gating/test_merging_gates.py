@@ -1,4 +1,4 @@
-"""SMEAR and Lory: by which weights the experts of a sequence or segment are merged."""
+"""SMEAR and Lory: the weights that merge the experts of a sequence or segment."""
 
 import functools
 
@@ -40,8 +40,8 @@ def merging(out: GateOutput) -> Merge:
     return out.mixing
 
 
-def told(gate, valid, rows=1, params=None, train=False, **known):
-    """Merging weights [B, N, E], and the routing that tells of them."""
+def merging(gate, valid, rows=1, params=None, train=False, **known):
+    """Merging weights [B, N, E] and the routing."""
     params = gates.drawn(gate) if params is None else params
     given = gates.context(train, rows=rows, valid_BL=valid, **known)
     x = jnp.where(valid[..., None], gates.tokens(), 0).reshape(G // rows, rows * T, D)
@@ -77,7 +77,7 @@ def test_a_small_case_by_hand():
 def test_a_sequence_is_merged_by_the_norm_of_its_mean(rows):
     gate, valid = Smear(), padded()
     params = gates.drawn(gate)
-    mixing, routing = told(gate, valid, rows)
+    mixing, routing = merging(gate, valid, rows)
     norm = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     p = jax.tree.map(np.asarray, params)
     for b in range(G):
@@ -123,8 +123,8 @@ def test_dropout_leaves_out_experts_of_a_sequence_and_the_rest_share_alike():
 
 def test_dropout_that_would_take_all_experts_takes_none():
     gate = Smear(expert_dropout=0.999)
-    mixing, _ = told(gate, jnp.ones((G, T), bool), train=True)
-    plain, _ = told(gate, jnp.ones((G, T), bool))
+    mixing, _ = merging(gate, jnp.ones((G, T), bool), train=True)
+    plain, _ = merging(gate, jnp.ones((G, T), bool))
     close(mixing.weight_BNE, plain.weight_BNE)
 
 
@@ -159,7 +159,7 @@ def test_a_segment_is_merged_by_the_one_before(policy, segment, rows):
     """Segments that divide the length, that do not, and that are longer."""
     gate, valid = Lory(segment, policy), padded()
     params = gates.drawn(gate)
-    mixing, routing = told(gate, valid, rows, params)
+    mixing, routing = merging(gate, valid, rows, params)
     assert mixing.weight_BNE.shape == (G, -(-T // segment), E) and mixing.span == segment
     of_tokens = routing.weight_GTK.reshape(G, T, E)
     for b in range(G):
@@ -172,7 +172,7 @@ def test_a_segment_is_merged_by_the_one_before(policy, segment, rows):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_router_learns_from_its_first_segment_with_bos_only(policy):
-    """Sequences of one segment: the paper's is told its own mean and learns nothing of it."""
+    """Sequences of one segment: the paper's sees its own mean and learns nothing from it."""
     gate = Lory(T, policy)
     params = gates.drawn(gate)
     reading = jax.random.normal(jax.random.key(1), (E,))
