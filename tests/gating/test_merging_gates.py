@@ -40,7 +40,7 @@ def merging(out: GateOutput) -> Merge:
     return out.mixing
 
 
-def merging(gate, valid, rows=1, params=None, train=False, **known):
+def routed(gate, valid, rows=1, params=None, train=False, **known):
     """Merging weights [B, N, E] and the routing."""
     params = gates.drawn(gate) if params is None else params
     given = gates.context(train, rows=rows, valid_BL=valid, **known)
@@ -77,7 +77,7 @@ def test_a_small_case_by_hand():
 def test_a_sequence_is_merged_by_the_norm_of_its_mean(rows):
     gate, valid = Smear(), padded()
     params = gates.drawn(gate)
-    mixing, routing = merging(gate, valid, rows)
+    mixing, routing = routed(gate, valid, rows)
     norm = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     p = jax.tree.map(np.asarray, params)
     for b in range(G):
@@ -123,8 +123,8 @@ def test_dropout_leaves_out_experts_of_a_sequence_and_the_rest_share_alike():
 
 def test_dropout_that_would_take_all_experts_takes_none():
     gate = Smear(expert_dropout=0.999)
-    mixing, _ = merging(gate, jnp.ones((G, T), bool), train=True)
-    plain, _ = merging(gate, jnp.ones((G, T), bool))
+    mixing, _ = routed(gate, jnp.ones((G, T), bool), train=True)
+    plain, _ = routed(gate, jnp.ones((G, T), bool))
     close(mixing.weight_BNE, plain.weight_BNE)
 
 
@@ -159,7 +159,7 @@ def test_a_segment_is_merged_by_the_one_before(policy, segment, rows):
     """Segments that divide the length, that do not, and that are longer."""
     gate, valid = Lory(segment, policy), padded()
     params = gates.drawn(gate)
-    mixing, routing = merging(gate, valid, rows, params)
+    mixing, routing = routed(gate, valid, rows, params)
     assert mixing.weight_BNE.shape == (G, -(-T // segment), E) and mixing.span == segment
     of_tokens = routing.weight_GTK.reshape(G, T, E)
     for b in range(G):
