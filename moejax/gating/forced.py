@@ -28,7 +28,7 @@ def zipf_inclusion(num_experts: int, k: int, exponent: float) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Forced(Unlearned, FixedK):
-    r"""k experts per token, given by its position and row alone, each with weight 1/k.
+    r"""k experts per token by its position alone, each with weight 1/k.
 
     .. math:: y_t = \frac{1}{k} \sum_{e \in S(\text{position}, \text{row})} f_e(x_t)
 
