@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from moejax.gating import ops
 from moejax.gating.gate import ConstantState, FixedK
-from moejax.gating.visibility import capacity_visibility
+from moejax.gating.visibility import by_position, capacity_visibility, without_reroute
 from moejax.types import (
     GateContext,
     GateOutput,
@@ -21,6 +21,7 @@ from moejax.types import (
     GateTraits,
     MoEConfig,
     RouterStats,
+    SlotRules,
     TrainedBy,
     Visibility,
     valid_before,
@@ -121,11 +122,12 @@ class Hash(ConstantState, FixedK):
         )
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Weights are equal, so priority "gate" serves by position, and columns share no expert.
-        # Rerouting has no target: experts that a token does not visit have probability 0.
-        priority = "position" if moe.priority == "gate" else moe.priority
-        moe = dataclasses.replace(moe, priority=priority, reroute=0)
-        return capacity_visibility(self.k, moe, columns=1)
+        # Columns share no expert, weights are equal, and experts that a token does not visit have
+        # probability 0.
+        def with_gate(rules: SlotRules) -> SlotRules:
+            return by_position(without_reroute(rules))
+
+        return capacity_visibility(self.k, moe, columns=1, with_gate=with_gate)
 
 
 def _counts(spec: GateSpec) -> Int[Array, "V"]:

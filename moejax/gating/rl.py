@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from moejax.gating import ops
 from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Stateless
-from moejax.gating.visibility import capacity_visibility
+from moejax.gating.visibility import by_position, capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
@@ -93,7 +93,4 @@ class RL(Stateless, FixedK):
         return GateOutput(routing, ops.softmax_stats(logits_GTE), losses, policy=policy)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # All weights are equal, so priority "gate" serves by position.
-        if moe.priority == "gate":
-            moe = dataclasses.replace(moe, priority="position")
-        return capacity_visibility(self.k, moe)
+        return capacity_visibility(self.k, moe, with_gate=by_position)  # all weights are equal

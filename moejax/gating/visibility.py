@@ -1,38 +1,62 @@
 """The tokens that a token's output depends on because tokens compete for experts' slots."""
 
 import dataclasses
+from collections.abc import Callable
 
-from moejax.types import MoEConfig, Visibility
+from moejax.types import MoEConfig, SlotRules, Visibility
 
 
-def capacity_visibility(k: int | float, moe: MoEConfig, columns: int | None = None) -> Visibility:
+def capacity_visibility(
+    k: int | float,
+    moe: MoEConfig,
+    columns: int | None = None,
+    with_gate: Callable[[SlotRules], SlotRules] = lambda rules: rules,
+) -> Visibility:
     """Visibility by capacity alone, for k choices per token in ``columns`` (k) columns.
 
-    Only ``cells`` has a capacity, and a factor of E/k or more never binds. Below that, tokens
-    compete for slots, and the priority decides: ``position`` serves tokens in order (no future);
-    ``choice`` serves all first choices first, so for k > 1 a token's second choice queues behind
-    later tokens; ``gate`` and ``random`` rank all tokens of the group against each other, and so
-    does ``reroute``. A group of several sequences shares its slots.
+    Transports without slots show nothing, and a factor of E/k or more never binds. Below that,
+    tokens compete for slots, and the priority decides: ``position`` serves tokens in order (no
+    future); ``choice`` serves all first choices first, so for k > 1 a token's second choice queues
+    behind later tokens; ``gate`` and ``random`` rank all tokens of the group against each other,
+    and so does ``reroute``. A group of several sequences shares its slots. ``with_gate`` returns
+    the rules that have the same effect as the given ones have with this gate.
     """
     several = moe.group != "sequence" and moe.group != "1"
 
-    def phase(transport: str, factor: float) -> tuple[bool, bool]:
-        if transport != "cells" or factor * k >= moe.num_experts:
+    def phase(rules: SlotRules | None) -> tuple[bool, bool]:
+        if rules is None:
             return False, False
-        # The room for overflow is known only after all tokens have been served.
-        ranked = moe.priority in ("gate", "random") or moe.reroute > 0
-        future = ranked or (moe.priority == "choice" and (columns or k) > 1)
+        rules = with_gate(rules)
+        if rules.capacity_factor * k >= moe.num_experts:
+            return False, False
+        future = rules.ranks_tokens or (rules.priority == "choice" and (columns or k) > 1)
         return future, several
 
-    train = phase(moe.transport, moe.capacity_factor)
-    evaluation = phase(moe.eval_transport, moe.eval_capacity_factor)
+    train, evaluation = phase(moe.transport.slot_rules), phase(moe.eval_transport.slot_rules)
     return Visibility(*train, *evaluation)
 
 
-def balanced_visibility(moe: MoEConfig, eval_factor: float, k: int = 1) -> Visibility:
-    """Visibility of gates that balance a group in training and are greedy in evaluation."""
+def without_reroute(rules: SlotRules) -> SlotRules:
+    """The rules for gates that give experts probability 0: rerouting has no target."""
+    return dataclasses.replace(rules, reroute=0)
+
+
+def by_position(rules: SlotRules) -> SlotRules:
+    """The rules for gates whose weights are all equal: priority "gate" serves by position."""
+    return dataclasses.replace(rules, priority="position") if rules.priority == "gate" else rules
+
+
+def balanced_visibility(moe: MoEConfig, k: int = 1, eval_factor: float | None = None) -> Visibility:
+    """Visibility of gates that balance a group in training and are greedy in evaluation.
+
+    ``eval_factor``: the capacity factor of evaluation if the gate, not the config, sets it.
+    """
     several = moe.group not in ("sequence", "1")
-    by_capacity = capacity_visibility(k, dataclasses.replace(moe, eval_capacity_factor=eval_factor))
+
+    def greedy(rules: SlotRules) -> SlotRules:
+        return dataclasses.replace(rules, capacity_factor=eval_factor or rules.capacity_factor)
+
+    by_capacity = capacity_visibility(k, moe, with_gate=greedy)
     some = moe.num_experts > k
     return Visibility(some, some and several, by_capacity.eval_future, by_capacity.eval_others)
 
@@ -44,6 +68,6 @@ def sparse_visibility(moe: MoEConfig, k: int, max_active: int) -> Visibility:
     """
     if 0 < max_active < moe.num_experts:
         return capacity_visibility(k, moe, columns=max_active)
-    # Column e is expert e, so service column by column favours no token. Rerouting has no target
-    # either: experts that a token does not visit have probability 0.
-    return capacity_visibility(k, dataclasses.replace(moe, reroute=0), columns=1)
+    # Column e is expert e, so service column by column favours no token; experts that a token does
+    # not visit have probability 0.
+    return capacity_visibility(k, moe, columns=1, with_gate=without_reroute)

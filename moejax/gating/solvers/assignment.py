@@ -32,8 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.gating.solvers.flow import Flow, exchange, potentials, scatter_hash
-from moejax.kernels.platform import resolve_platform
-from moejax.kernels.vma import varying_like
+from moejax.kernels.support import resolve_platform, varying_like
 from moejax.mesh import group_local
 
 SCALE = 2**29
