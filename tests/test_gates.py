@@ -18,6 +18,7 @@ from moejax.types import Gate, GateContext, Merge, Mixes
 from tests import gates, meshes
 from tests.claims import Claims
 from tests.gates import ROWS, D, E, G, T
+from tests.hlo import collectives
 
 forget = gates.forgetting(every=16)
 TOKENS = np.random.default_rng(0).normal(size=(G, T, D)).astype(np.float32)
@@ -437,14 +438,18 @@ def test_every_mesh_routes_alike(row, train, shape):
 
 
 def on_mesh(exam, shape, wanted, x, given):
-    """Output, statistics and next state on a mesh, against those without one."""
+    """Output, statistics and next state on a mesh are those without one; only sums are sent."""
     with meshes.entered(shape):
         mesh = jax.sharding.get_mesh()
         split = jax.sharding.NamedSharding(mesh, batch_spec(mesh.abstract_mesh))
-        x = jax.device_put(x, split)
-        got = jax.device_get(jax.jit(exam.step)(exam.params, exam.state, x, given))
+        args = exam.params, exam.state, jax.device_put(x, split), given
+        program = jax.jit(exam.step).lower(*args).compile()
+        got = jax.device_get(program(*args))
     np.testing.assert_array_equal(got[0].routing.expert_GTK, wanted[0].routing.expert_GTK)
     jax.tree.map(close, got, wanted)
+    sent = collectives(program.as_text(), mesh)
+    assert {c.kind for c in sent} <= {"all-reduce"}, sent
+    assert max([size for c in sent for size in c.sizes], default=0) < T * E, "more than sums"
 
 
 @pytest.mark.skipif(bool(gates.OWN), reason="one gate from elsewhere is examined")

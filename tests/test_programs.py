@@ -62,7 +62,18 @@ def test_the_reader_sees_every_collective_and_its_axes():
 # The router.
 
 
-@pytest.mark.parametrize("row", gates.PARAMS)
+QUICK = ("top_k", "shazeer", "expert_choice", "sbase", "lory-segment=4")
+"""Gates with a selection, noise, experts that choose, iterations, and segments. The exam's own mesh
+finds what the others would send beyond sums."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
+        for row in gates.ROWS
+    ],
+)
 def test_routing_communicates_nothing(row):
     """In the global view, with groups spread over the mesh: noise, top-k and all statistics."""
     gate, spec = row.make(), GateSpec(D, E, vocab_size=16, token_counts=lambda: np.ones(16, int))
