@@ -20,7 +20,7 @@ from tests.claims import Claims
 from tests.gates import ROWS, D, E, G, T
 from tests.hlo import collectives
 
-forget = gates.forgetting(every=16)
+forget = gates.forgetting()
 TOKENS = np.random.default_rng(0).normal(size=(G, T, D)).astype(np.float32)
 OTHERS = np.random.default_rng(1).normal(size=(G, T, D)).astype(np.float32)
 QUICK = {"data": 2, "expert": 2}

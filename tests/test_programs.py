@@ -236,6 +236,7 @@ def test_fsdp_gathers_weights_over_fsdp_only():
     assert {c.kind for c in found} <= {"all-gather", "all-reduce", "all-to-all"}
 
 
+@pytest.mark.slow
 def test_the_embedding_is_looked_up_where_the_tokens_are():
     """Not by every device for the whole batch, in its own columns of a split table."""
     found = step_collectives((("fsdp", 8),))
@@ -244,6 +245,7 @@ def test_the_embedding_is_looked_up_where_the_tokens_are():
     assert table in [size for c in found if c.kind == "all-gather" for size in c.sizes]
 
 
+@pytest.mark.slow
 def test_the_number_of_collectives_does_not_grow_with_depth():
     shallow = step_collectives(tuple(meshes.LARGE.items()))
     deep = step_collectives(tuple(meshes.LARGE.items()), model__num_layers=6)

@@ -25,7 +25,7 @@ QUICK = ("position", "sequence"), ("gate", "4")
 nothing, in a group of several sequences."""
 SLOW = [("choice", "sequence"), ("gate", "sequence"), ("random", "sequence"), ("position", "2")]
 
-forget = gates.forgetting(every=16)
+forget = gates.forgetting()
 both_phases = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 
 

@@ -121,6 +121,7 @@ def equals_the_oracle(shape, transport, kind, routing):
         assert kept.sum() < active.sum(), "capacity 2 must drop something here"
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("transport", "activation"),
     [(t, ("gelu", "relu")[i % 2]) for i, t in enumerate(TRANSPORTS)]
@@ -134,6 +135,7 @@ def test_equals_the_oracle_for_experts_without_a_gate_branch(transport, activati
     check(shape, transport, meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS), activation)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("priority", ["choice", "gate", "random"])
 def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
     routing = meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS)
@@ -141,6 +143,7 @@ def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
     assert 0 < kept.sum() < active.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("transport", "routing_content"),
     [

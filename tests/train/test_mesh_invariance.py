@@ -155,6 +155,7 @@ START = {"shazeer": 0, "tests.steps:Biased": 2, "switch": 1, "base": 0, "sbase":
 """Gates that are tried on every third mesh, and the first of these; the other one is on all."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", QUICK)
 def test_five_steps_are_the_same_on_one_device_and_on_eight(gate):
     check_it_was_a_test(gate)

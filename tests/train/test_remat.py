@@ -123,6 +123,7 @@ def test_sinkhorn_over_the_batch_is_not_run_twice(remat):
     assert full.count((8,)) == 2 * wanted.count((8,))
 
 
+@pytest.mark.slow
 def test_experts_keeps_the_hidden_layers_on_top_of_what_exchange_keeps():
     """Of every row gate and up; its output has come back by the exchange, which both keep."""
     layers, rows = 2, steps.BATCH * steps.LENGTH * 2 // 8
