@@ -11,13 +11,14 @@ import pytest
 from flax import nnx
 
 from moejax import gating
+from moejax.dispatch import FlatMoEConfig
 from moejax.mesh import make_mesh
 from moejax.models.trees import from_tree, to_tree
 from moejax.tasks.images.batches import ImageBatches
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig, patches
 from moejax.train.state import partition_spec, shardings
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 from tests import meshes
 
 B, SIZE, CLASSES, D, E = 16, 8, 10, 16, 8
@@ -35,7 +36,7 @@ SETTINGS = ViTConfig(
     attention="xla",
     every=2,
     first_dense=0,
-    moe=MoEConfig(num_experts=E, capacity_factor=1.05),
+    moe=FlatMoEConfig(num_experts=E, capacity_factor=1.05).resolve(),
     gate=gating.make("mixtral"),
     expert_d_ff=16,
     expert_activation="gelu",
