@@ -12,8 +12,6 @@ Transport = str
 
 TRANSPORTS: tuple[str, ...] = ("cells", "dropless", "dropless_once", "gather", "all_experts")
 PRIORITIES: tuple[str, ...] = ("position", "choice", "gate", "random")
-SCOPES: tuple[str, ...] = ("sequence", "group", "batch")
-PREDICTORS: tuple[str, ...] = ("mlp", "router")
 
 
 @dataclasses.dataclass(frozen=True)

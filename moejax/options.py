@@ -15,9 +15,7 @@ from typing import Any
 
 from moejax.experts import ACTIVATIONS
 from moejax.types import (
-    PREDICTORS,
     PRIORITIES,
-    SCOPES,
     TRANSPORTS,
     Gate,
     MoEConfig,
@@ -25,8 +23,7 @@ from moejax.types import (
     Visibility,
 )
 
-DTYPES: tuple[str, ...] = ("float32", "bfloat16")
-REMAT: tuple[str, ...] = ("none", "experts", "exchange", "dots", "full")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +168,7 @@ class DepthsOptions(Options):
     )  # fmt: skip
     every: int = option(2, "Mixture-of-Depths: every n-th block is routed", low=1)
     predictor: str = option(
-        "mlp", "Mixture-of-Depths: who decides in evaluation", choices=PREDICTORS
+        "mlp", "Mixture-of-Depths: who decides in evaluation", choices=("mlp", "router")
     )
 
     def routes(self, block: int) -> bool:
@@ -258,7 +255,9 @@ class MoEOptions(Options):
     )
     activation: str = option("swiglu", "of an expert", choices=ACTIVATIONS)
     balance_scope: str = option(
-        "sequence", "tokens over which balance losses take their means", choices=SCOPES
+        "sequence",
+        "tokens over which balance losses take their means",
+        choices=("sequence", "group", "batch"),
     )
     vocab_size: int = 0
     """Token ids that gates may look up."""
@@ -307,7 +306,7 @@ class StackOptions(Options):
     remat: str = option(
         "none",
         "what backward recomputes: nothing, the cheap, experts too, exchanges too, everything",
-        choices=REMAT,
+        choices=("none", "experts", "exchange", "dots", "full"),
     )
     every: int = option(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0)
     first_dense: int = option(0, "layers at the bottom that stay dense", low=0)

@@ -24,9 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 # Under this roof too: `from moejax.types import MoEConfig`.
-from moejax.choices import PREDICTORS as PREDICTORS
 from moejax.choices import PRIORITIES as PRIORITIES
-from moejax.choices import SCOPES as SCOPES
 from moejax.choices import TRANSPORTS as TRANSPORTS
 from moejax.choices import MoEConfig as MoEConfig
 from moejax.choices import Priority as Priority

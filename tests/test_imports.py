@@ -26,17 +26,20 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "dispatch": {"experts", "kernels", "mesh", "types"},
+        "options": {"experts", "types"},
         "reference": {"experts", "types"},
     },
-    {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "types"}},
+    {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "options", "types"}},
     {
-        "models": {"layers", "mesh", "types"},
-        "config": {"errors", "gating", "mesh", "record", "types"},
+        "models": {"layers", "mesh", "options", "types"},
+        "config": {"errors", "gating", "mesh", "options", "record", "types"},
         "data": {"errors"},
     },
     {
         "job": {"config", "errors", "mesh"},
-        "tasks": {"config", "data", "errors", "layers", "losses", "mesh", "models", "types"},
+        "tasks": {
+            "config", "data", "errors", "layers", "losses", "mesh", "models", "options", "types",
+        },
     },
     {
         "contrib/multitask": {
@@ -44,7 +47,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "tasks", "types",
         },
         "contrib/multimodal": {
-            "config", "data", "errors", "gating", "layers", "mesh", "models", "tasks", "types",
+            "config", "data", "errors", "gating", "layers", "mesh", "models", "options", "tasks",
+            "types",
         },
         "train": {
             "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
@@ -53,14 +57,14 @@ FLOORS: list[dict[str, set[str]]] = [
     {"sweep": {"config", "errors", "job", "record", "train", "types"}},
     {
         "analysis": {
-            "choices", "config", "errors", "gating", "moejax", "record", "sweep", "tasks", "train",
+            "config", "errors", "gating", "moejax", "options", "record", "sweep", "tasks", "train",
         },
     },
     {
         "contrib/openmoe": {"analysis", "config", "data", "errors", "record", "tasks", "train"},
         "contrib/scaling": {"errors", "record", "sweep", "train"},
         "notebook": {
-            "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train",
+            "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train", "types",
         },
     },
     {

@@ -75,9 +75,14 @@ def _made(config: Config, kind: type[Kind], given: Mapping[str, Any]) -> Kind:
 
 def in_config_words(config: Config, kind: type[Options], text: str) -> str:
     """A message of ``kind`` with the config's names of options and gate."""
-    names = {**names_of(StackOptions), **names_of(kind)}
-    for field, nested in NESTED.items():
-        names |= {f"{field}.{option}": name for option, name in names_of(nested).items()}
+    dotted = {
+        f"{field}.{option}": name
+        for field, nested in NESTED.items()
+        for option, name in names_of(nested).items()
+    }
+    # A check of attention or of the experts that the stack makes has no dots.
+    plain = {**names_of(MoEOptions), **names_of(AttentionOptions), **names_of(StackOptions)}
+    names = {**dotted, **plain, **names_of(kind)}
     text = renamed(text, names)
     own = f"gate {type(make_gate(config)).__name__} "
     return text.replace(own, f"moe.gate.name={config.moe.gate.name} ")

@@ -130,7 +130,7 @@ class Task:
         return to_tree(nnx.state(self.module(nnx.Rngs(params=key))))
 
     def init_gate_state(self, token_counts: Any = None) -> PyTree:
-        """The states before the first step; some gates read ``token_counts`` of the training text."""
+        """The states before the first step; some gates read the text's ``token_counts``."""
         return self.abstract_module().init_gate_state(token_counts)
 
     def update_gate_state(self, gate_state: PyTree, totals: Totals) -> PyTree:

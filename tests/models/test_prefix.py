@@ -1,6 +1,5 @@
 """Evaluated whole, a sequence gets the logits that decoding it token by token would give."""
 
-import dataclasses
 import functools
 
 import jax
@@ -20,7 +19,7 @@ B, L = 2, 8
 def program(row):
     """A model whose routers decide, as a function of tokens and of how many of them count."""
     moe = MoEConfig(num_experts=gates.E)
-    settings = dataclasses.replace(
+    settings = lms.changed(
         lms.config(), gate=row.make(), moe=moe, vocab_size=gates.V, d_model=gates.D
     )
     model = LM(settings, rngs=nnx.Rngs(3))
@@ -38,7 +37,7 @@ def program(row):
             step=jnp.int32(row.step),
             key=jax.random.key(5) if row.noisy_eval else None,
         )
-        return model(token_BL, given, state, False).logits_BLV
+        return model(token_BL, given, state, False)[0]
 
     return jax.jit(logits), settings
 
