@@ -108,7 +108,9 @@ class AttentionOptions(Options):
     num_kv_heads: int = option(4, "key/value heads; fewer than num_heads: grouped queries", low=1)
     head_dim: int = option(0, "width of one head (0: d_model / num_heads)", low=0)
     rope_theta: float | None = option(10000.0, "base of the rotary position angles", above=0.0)
-    implementation: str = option("auto", "implementation", choices=("auto", "xla", "cudnn"))
+    implementation: str = option(
+        "auto", "implementation of attention", choices=("auto", "xla", "cudnn")
+    )
     causal: bool = True
     """A token sees itself and what is before it; otherwise all tokens."""
 
@@ -168,7 +170,7 @@ class DepthsOptions(Options):
     )  # fmt: skip
     every: int = option(2, "Mixture-of-Depths: every n-th block is routed", low=1)
     predictor: str = option(
-        "mlp", "Mixture-of-Depths: who decides in evaluation", choices=("mlp", "router")
+        "mlp", "Mixture-of-Depths: what decides in evaluation", choices=("mlp", "router")
     )
 
     def routes(self, block: int) -> bool:
@@ -191,7 +193,7 @@ class FFNOptions(Options):
     """The dense feed-forward network."""
 
     d_ff: int = option(512, "hidden width of a dense FFN", low=1)
-    activation: str = option("swiglu", "of a dense FFN", choices=ACTIVATIONS)
+    activation: str = option("swiglu", "activation of a dense FFN", choices=ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,7 +216,7 @@ class DispatchOptions(Options):
         above=0.0,
     )
     priority: str = option(
-        MoEConfig.priority, "who keeps a slot when an expert is full", choices=PRIORITIES
+        MoEConfig.priority, "which pairs keep a slot when an expert is full", choices=PRIORITIES
     )
     reroute: int = option(
         MoEConfig.reroute,
@@ -253,7 +255,7 @@ class MoEOptions(Options):
         False,
         "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
     )
-    activation: str = option("swiglu", "of an expert", choices=ACTIVATIONS)
+    activation: str = option("swiglu", "activation of an expert", choices=ACTIVATIONS)
     balance_scope: str = option(
         "sequence",
         "tokens over which balance losses take their means",
@@ -301,11 +303,11 @@ class StackOptions(Options):
     num_layers: int = option(4, "attention + FFN layers", low=1)
     norm_eps: float = option(1e-6, "added to the mean square in RMSNorm", above=0.0)
     dtype: str = option(
-        "float32", "of activations and matmuls; weights and router are float32", choices=DTYPES
+        "float32", "type of activations and matmuls; weights and router are float32", choices=DTYPES
     )
     remat: str = option(
         "none",
-        "what backward recomputes: nothing, the cheap, experts too, exchanges too, everything",
+        "what the backward pass recomputes: nothing, cheap parts, experts too, exchanges too, all",
         choices=("none", "experts", "exchange", "dots", "full"),
     )
     every: int = option(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0)

@@ -1,4 +1,4 @@
-"""The types every part of moejax shares. Imports jax, ``choices`` and ``context`` only.
+"""The types that all of moejax shares. Imports jax, ``choices`` and ``context`` only.
 
 Axis legend. Letters after the last ``_`` of a name are its axes; lower case is this device's share.
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-# Under this roof too: `from moejax.types import MoEConfig`.
+# Shared types too, in files of their own.
 from moejax.choices import PRIORITIES as PRIORITIES
 from moejax.choices import TRANSPORTS as TRANSPORTS
 from moejax.choices import MoEConfig as MoEConfig
@@ -39,7 +39,7 @@ from moejax.context import valid_before as valid_before
 GateParams = PyTree
 """Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""
 GateState = PyTree
-"""What a gate remembers between steps: float32/int32 arrays, ``()`` when it remembers nothing."""
+"""A gate's memory between steps: float32/int32 arrays, ``()`` when it has none."""
 
 TrainedBy = Literal["task", "aux", "policy", "none"]
 
@@ -47,7 +47,7 @@ TrainedBy = Literal["task", "aux", "policy", "none"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Which experts each token visits and with what weight: one type for every sparse gate.
+    """The experts that each token visits, with their weights: one type for every sparse gate.
 
     A column whose weight is exactly 0 is inactive: it is not sent, not computed and not counted.
     Expert ids lie in [0, E); among a token's active columns they are distinct.
@@ -60,7 +60,7 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """What the router computed on the way to its routing; the losses are functions of it.
+    """The router's intermediate results, which the auxiliary losses are functions of.
 
     ``probs_GTE`` sums to 1 over E; ``logits_GTE`` are the clean logits, before noise and bias.
     ``load_GTE`` is a differentiable estimate of P(token visits expert) where the gate has one
@@ -75,10 +75,10 @@ class RouterStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Of gates whose routing is sampled: what REINFORCE needs of each token's choice.
+    """The inputs of REINFORCE for each token's choice, from gates that sample their routing.
 
-    ``log_prob`` is the differentiable log-probability of the experts it got, ``baseline`` the
-    reward that was expected. The reward is the log-likelihood of the token's target.
+    ``log_prob`` is the differentiable log-probability of the chosen experts, ``baseline`` the
+    expected reward. The reward is the log-likelihood of the token's target.
     """
 
     log_prob_GT: Float[Array, "*G T"]
@@ -88,9 +88,9 @@ class Policy:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Tokens mixed into slots before the experts, and slots into tokens after them (Soft MoE).
+    """Weights that mix tokens into slots before the experts and back after them (Soft MoE).
 
-    X = E * P slots of a group, those of expert 0 first. Weights of padding are 0.
+    X = E * P slots per group, those of expert 0 first. The weights of padding are 0.
     """
 
     dispatch_GTX: Float[Array, "G T X"]
@@ -100,10 +100,10 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Experts merged into one, anew for every span of ``span`` tokens of a sequence (SMEAR, Lory).
+    """Weights that merge the experts into one for each span of a sequence (SMEAR, Lory).
 
-    N = ceil(L / span) spans of each of B sequences, the last maybe shorter. ``valid_BL``: spans are
-    of these tokens, one after the other, wherever they lie; None: of all places.
+    Each of B sequences has N = ceil(L / span) spans of ``span`` tokens; the last may be shorter.
+    ``valid_BL``: spans consist of these tokens in order; None: of all positions.
     """
 
     weight_BNE: Float[Array, "B N E"]
@@ -114,26 +114,26 @@ class Merge:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GateOutput:
-    """A gate's answer: the routing, its statistics, and what only this gate has.
+    """A gate's routing, the router's statistics, and values that only this gate has.
 
-    ``losses``: named scalars of its own, already weighted. ``means``: named values per group, [G,
-    ...]; their means over the batch, weighted by valid tokens, are handed to ``update`` and, where
-    scalar, logged as ``moe/gate/<name>``.
+    ``losses``: the gate's own named scalars, already weighted. ``means``: named values per group,
+    [G, ...]; their means over the batch, weighted by valid tokens, are passed to ``update`` and,
+    where scalar, logged as ``moe/gate/<name>``.
     """
 
     routing: Routing
     stats: RouterStats
     losses: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
     identity_weight_GT: Float[Array, "G T"] | None = None
-    """Share of the input the output keeps, y = a x + ..., for gates that define one (BASE)."""
+    """The share of the input that the output keeps, y = a x + ..., from gates with one (BASE)."""
     means: dict[str, Float[Array, "G ..."]] = dataclasses.field(default_factory=dict)
     cut_GTE: Bool[Array, "G T E"] | None = None
-    """Pairs the gate wanted but had no column for: counted as dropped."""
+    """Pairs that the gate chose but had no column for: counted as dropped."""
     policy: Policy | None = None
-    """Of gates with ``trained_by = "policy"``; the trainer turns it into losses."""
+    """From gates with ``trained_by = "policy"``; the task turns it into losses."""
     mixing: Slots | Merge | None = None
-    """Of gates that mix tokens or experts instead of sending tokens. ``routing`` is then told, not
-    followed: column e is expert e, with its share in the token's output as weight."""
+    """From gates that mix tokens or experts instead of sending tokens. ``routing`` is then for
+    information only: column e is expert e, its weight the expert's share in the token's output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,10 +244,10 @@ class ExpertWeights(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEStats:
-    """One layer's routing in numbers, summed over the whole (global) batch.
+    """Statistics of one layer's routing, summed over the whole (global) batch.
 
-    Pairs are (token, expert) pairs with positive weight on valid tokens; ``load`` counts them
-    before capacity, ``dropped`` those that capacity turned away.
+    Pairs are (token, expert) pairs with positive weight on valid tokens. ``load`` counts them
+    before capacity is applied, ``dropped`` those that exceed it.
     """
 
     tokens: Int[Array, ""]
@@ -255,9 +255,9 @@ class MoEStats:
     dropped_E: Int[Array, "E"]
     dropped_L: Int[Array, "L"]
     dropped_K: Int[Array, "K"]
-    """By column: for top-k gates the rank of the choice."""
+    """By column, which is the rank of the choice in top-k gates."""
     unserved_tokens: Int[Array, ""]
-    """Tokens all of whose pairs were dropped, or that had none."""
+    """Tokens without a pair, or whose pairs were all dropped."""
     prob_E: Float[Array, "E"]
     """Router probability summed over valid tokens."""
     entropy: Float[Array, ""]
@@ -265,7 +265,7 @@ class MoEStats:
     gate: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
     """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
     load_ME: Int[Array, "M E"] | None = None
-    """Pairs of the routing by task (modality); None where there is one task."""
+    """Pairs by task (modality); None with a single task."""
 
     @property
     def pairs(self) -> Int[Array, ""]:
@@ -279,7 +279,7 @@ class EvalStats(MoEStats):
 
 
 class MoEInfo(NamedTuple):
-    """What ``moejax.MoE`` returns beside its output."""
+    """The report of ``moejax.MoE`` about a call: the second of its two results."""
 
     losses: dict[str, Float[Array, ""]]
     """Unweighted auxiliary losses; the balance losses are 1 at perfect balance."""
@@ -294,7 +294,7 @@ class MoEInfo(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """What ``moejax.MoE`` returns, ``y, info = layer(x)``.
+    """The result of ``moejax.MoE``: ``y, info = layer(x)``.
 
     A plain tuple would do, but ``nnx.tabulate`` cannot show one that holds ``MoEInfo``.
     """

@@ -55,15 +55,17 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """
     _check_ranges(config)
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
-    visibility = Visibility()
+    visibility, stack = Visibility(), None
     if "num_layers" in config.model:
-        visibility = stack_options(config).depths.visibility
+        stack = stack_options(config)
+        visibility = stack.depths.visibility
         _check_sharding(config, mesh)
     _check_batch(config, mesh)
     check_distributed(config)
     _check_paths(config)
     if has_experts(config):
-        gate, moe = make_gate(config), moe_config(config)
+        gate = stack.gate if stack else make_gate(config)
+        moe = stack.moe if stack else moe_config(config)
         _check_moe(config, mesh, gate, moe)
         visibility = visibility.union(_check_visibility(config, gate, moe))
     if not is_causal(config):

@@ -1,7 +1,7 @@
-"""Every config field that is not a gate's own or a task's own, in one table, in reading order.
+"""The table of all config fields but those of a gate or a task, in reading order.
 
-The config tree, the typing of overrides, the range checks, ``moejax config`` and ``docs/config.md``
-are all read from it.
+Fields of layers come from ``moejax.options``. The config tree, the typing of overrides, the range
+checks, ``moejax config`` and ``docs/config.md`` are all made from this table.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from moejax.options import (
 DEFAULT_GATE = "top_k"
 
 SECTIONS: dict[str, str] = {
-    "task": "What is learned, chosen by the config page; and the task's own fields.",
+    "task": "The task, chosen by the config page, and its own fields.",
     "mesh": "How devices are arranged. One axis may be -1: it takes the devices left over.",
-    "model": "The layers, and what is around them.",
+    "model": "The layers, embedding and output.",
     "moe": "The Mixture-of-Experts layers.",
     "moe.losses": "Weight of each auxiliary loss. Balance losses are 1 at perfect balance.",
     "moe.gate": "The gate's name and its own hyper-parameters; `moejax gates` lists them.",
     "train": "Length, batch and intervals. A step is one optimizer update.",
     "optim": "Optimizer and learning-rate schedule.",
-    "data": "What is learned from.",
-    "distributed": "Several processes.",
-    "report": "What is written besides metrics.jsonl.",
+    "data": "The training and held-out data.",
+    "distributed": "How processes find each other.",
+    "report": "Output besides metrics.jsonl.",
 }
 
 PREFIXES: dict[type[Options], str] = {
@@ -91,7 +91,7 @@ def _of_options(section: str, others: dict[str, Field]) -> Iterable[tuple[str, F
 
 
 FIELDS: dict[str, Field] = {
-    "task.name": Field(LANGUAGE, "the page's task", choices=tuple(TASKS)),
+    "task.name": Field(LANGUAGE, "task of the config page", choices=tuple(TASKS)),
     "mesh.data": Field(1, "replicas of the model", may_change=True),
     "mesh.fsdp": Field(1, "shards of every weight", may_change=True),
     "mesh.expert": Field(1, "shards of the experts", may_change=True),
@@ -105,7 +105,7 @@ FIELDS: dict[str, Field] = {
     ),
     "mesh.device_gib": Field(
         0.0,
-        "GiB that a run may expect to take per device (0: what the device has)",
+        "GiB per device that a run may take (0: the memory of the device)",
         low=0.0,
         may_change=True,
     ),
@@ -117,7 +117,7 @@ FIELDS: dict[str, Field] = {
                 "model.tie_embeddings": Field(True, "output matrix = embedding"),
                 "model.matmul_precision": Field(
                     "default",
-                    "of float32 matmuls on TPU and GPU; the router's are always exact",
+                    "precision of float32 matmuls on TPU and GPU; the router's are exact",
                     choices=("default", "tensorfloat32", "high", "highest"),
                 ),
             },
@@ -132,23 +132,23 @@ FIELDS: dict[str, Field] = {
     "moe.losses.importance": Field(0.0, "Shazeer's importance loss", low=0.0),
     "moe.losses.load": Field(0.0, "Shazeer's load loss", low=0.0),
     "moe.losses.mod_predictor": Field(
-        0.01, "Mixture-of-Depths: cross-entropy of what is predicted and chosen", low=0.0
+        0.01, "Mixture-of-Depths: cross-entropy of the predicted choice", low=0.0
     ),
     "moe.losses.moa_load_balance": Field(
-        0.01, "Switch's load-balancing loss, of attention heads", low=0.0
+        0.01, "Switch's load-balancing loss for attention heads", low=0.0
     ),
-    "moe.losses.moa_z": Field(0.001, "router z-loss, of attention heads", low=0.0),
-    "moe.losses.policy": Field(0.0, "REINFORCE, of gates trained by policy", low=0.0),
+    "moe.losses.moa_z": Field(0.001, "router z-loss for attention heads", low=0.0),
+    "moe.losses.policy": Field(0.0, "REINFORCE, for gates trained by policy gradient", low=0.0),
     "moe.losses.baseline": Field(0.0, "squared error of the expected reward", low=0.0),
     "moe.losses.consistency": Field(
         0.0,
         "symmetric KL of two passes with different noise (above 0: training runs twice)",
         low=0.0,
     ),
-    "moe.losses.local_entropy_0": Field(0.0, "LIMoE: decided routing, of images", low=0.0),
-    "moe.losses.local_entropy_1": Field(0.0, "LIMoE: decided routing, of text", low=0.0),
-    "moe.losses.global_entropy_0": Field(0.0, "LIMoE: spread routing, of images", low=0.0),
-    "moe.losses.global_entropy_1": Field(0.0, "LIMoE: spread routing, of text", low=0.0),
+    "moe.losses.local_entropy_0": Field(0.0, "LIMoE: confident routing of image tokens", low=0.0),
+    "moe.losses.local_entropy_1": Field(0.0, "LIMoE: confident routing of text tokens", low=0.0),
+    "moe.losses.global_entropy_0": Field(0.0, "LIMoE: spread routing of image tokens", low=0.0),
+    "moe.losses.global_entropy_1": Field(0.0, "LIMoE: spread routing of text tokens", low=0.0),
     "moe.gate.name": Field(
         DEFAULT_GATE,
         "a name from `moejax gates`, or my_package.module:MyGate",
@@ -157,7 +157,7 @@ FIELDS: dict[str, Field] = {
     "train.steps": Field(300, "optimizer updates", low=1, may_change=True),
     "train.batch_size": Field(16, "sequences per step, over all devices", low=1),
     "train.seq_len": Field(128, "tokens per sequence", low=1),
-    "train.seed": Field(0, "of initial weights, data order and noise", low=0, high=2**32 - 1),
+    "train.seed": Field(0, "seed of initial weights, data order and noise", low=0, high=2**32 - 1),
     "train.grad_accum": Field(1, "micro-batches per step", low=1),
     "train.log_every": Field(10, "steps between rows of metrics.jsonl", low=1, may_change=True),
     "train.eval_every": Field(100, "steps between evaluations", low=1, may_change=True),
@@ -167,7 +167,9 @@ FIELDS: dict[str, Field] = {
     "train.init_from": Field("", "workdir whose weights the run starts from (empty: random)"),
     "optim.name": Field("adamw", "optimizer", choices=("adamw", "muon", "lion", "adafactor")),
     "optim.learning_rate": Field(3e-3, "peak learning rate", above=0.0, may_change=True),
-    "optim.weight_decay": Field(0.1, "decoupled, on matrices", low=0.0, may_change=True),
+    "optim.weight_decay": Field(
+        0.1, "decoupled weight decay of matrices", low=0.0, may_change=True
+    ),
     "optim.b1": Field(0.9, "decay of the first moment", low=0.0, below=1.0),
     "optim.b2": Field(0.95, "decay of the second moment", low=0.0, below=1.0),
     "optim.eps": Field(1e-8, "added to the root of the second moment", above=0.0),
@@ -193,11 +195,13 @@ FIELDS: dict[str, Field] = {
     "data.eval_fraction": Field(0.05, "share of the data held out", above=0.0, below=1.0),
     "data.split": Field(
         "bytes",
-        "the share held out is of bytes, or of documents as up to version 0.1.0",
+        "unit of the held-out share: bytes, or documents (as up to version 0.1.0)",
         choices=("bytes", "documents"),
         before="documents",
     ),
-    "data.eval_path": Field("", "a held-out text (empty: what data.path says, or a share of it)"),
+    "data.eval_path": Field(
+        "", "a held-out text (empty: the held-out part of data.path, or a share of it)"
+    ),
     "distributed.mode": Field(
         "auto",
         "auto: join the processes a launcher started, if one did",
@@ -205,13 +209,15 @@ FIELDS: dict[str, Field] = {
         may_change=True,
     ),
     "distributed.coordinator": Field("", "explicit: host:port of process 0", may_change=True),
-    "distributed.num_processes": Field(0, "explicit: processes in all", low=0, may_change=True),
-    "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1, may_change=True),
+    "distributed.num_processes": Field(0, "explicit: number of processes", low=0, may_change=True),
+    "distributed.process_id": Field(
+        -1, "explicit: index of this process, from 0", low=-1, may_change=True
+    ),
     "report.tensorboard": Field(
-        False, "also TensorBoard events (pip install moejax[tensorboard])", may_change=True
+        False, "write TensorBoard events too (pip install moejax[tensorboard])", may_change=True
     ),
     "report.wandb": Field(
-        False, "also Weights & Biases (pip install moejax[wandb])", may_change=True
+        False, "log to Weights & Biases too (pip install moejax[wandb])", may_change=True
     ),
     "report.progress": Field(True, "progress bar on a terminal", may_change=True),
     "report.probe_rows": Field(

@@ -246,7 +246,7 @@ class MoELayer(TrainOrEval):
             routing, moved = self._reroute(output, score_GT, capacity, context.valid_GT)
         sent = routing
         if transport != "cells":
-            # Without capacity groups mean nothing: sequences spread over the mesh more finely.
+            # Groups matter to capacity alone: without, sequences spread over the mesh more finely.
             shape = x_BLD.shape[:2]
             x_GTD, score_GT = x_BLD, score_GT.reshape(shape)
             sent = jax.tree.map(lambda a: a.reshape(*shape, columns), routing)
@@ -300,28 +300,28 @@ class MoE(MoELayer):
       gate: the gating function: ``moejax.gating.make(...)``, your own, or a name such as "mixtral".
         A name sets the arguments below as the published model has them
         (``moejax.gating.preset_overrides``), where you do not give them.
-      transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token goes once to each
-        device that has experts of it), "gather" or "all_experts"; the same five for
-        ``eval_transport``, used in evaluation. Gates that mix (Soft MoE) use none.
+      transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token is sent once to
+        each device that has experts of it), "gather" or "all_experts". ``eval_transport``, used in
+        evaluation, is one of the same five. Gates that mix (Soft MoE) use no transport.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
-      priority: who stays when an expert is full: "position", "choice", "gate" or "random".
-      reroute: how often a pair that finds an expert full tries its token's next-best ("cells").
-      group: tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
+      priority: which pairs stay when an expert is full: "position", "choice", "gate" or "random".
+      reroute: how often an overflowing pair tries its token's next-best expert ("cells" only).
+      group: the tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
       balance_scope: balance losses per "sequence", "group" or "batch".
-      num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
+      num_shared: experts that every token visits, computed as one FFN of width num_shared * d_ff.
       shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
       residual: weigh routed and shared experts by the two values of softmax(x W + b) (DeepSpeed's
-        residual MoE: Rajbhandari et al., arXiv 2201.05596); without, they are added up.
-      num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
-        With more than one, statistics count pairs by task.
+        residual MoE: Rajbhandari et al., arXiv 2201.05596) instead of adding them up.
+      num_tasks: the tasks of ``Context.task_B``, for gates with parameters per task. With more
+        than one, statistics count pairs per task.
       entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
-      dtype: of the experts' computation and of the output, float32 or bfloat16; None is that of the
-        input. The router computes in float32, on the input as it is given.
-      param_dtype: of the experts' parameters, shared ones too. Those of the router are float32.
+      dtype: type of the experts' computation and of the output, float32 or bfloat16; None: that of
+        the input. The router computes in float32, on the input as given.
+      param_dtype: type of the experts' parameters, shared ones too. The router's are float32.
 
     Raises:
       ValueError: a choice that cannot work, naming field, value and remedy.
-      UserError: a name of a gate that is unknown.
+      UserError: an unknown name of a gate.
     """
 
     @own_promotion()
