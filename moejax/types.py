@@ -1,4 +1,4 @@
-"""The types every part of moejax shares. Imports jax, ``choices`` and ``context`` only.
+"""The types every part of moejax shares. Imports jax and ``context`` only.
 
 Axis legend. Letters after the last ``_`` of a name are its axes; lower case is this device's share.
 
@@ -18,7 +18,7 @@ import abc
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -26,11 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-# Under this roof too: `from moejax.types import Visibility`.
-from moejax.choices import PREDICTORS as PREDICTORS
-from moejax.choices import SCOPES as SCOPES
-from moejax.choices import DepthsConfig as DepthsConfig
-from moejax.choices import Visibility as Visibility
+# Under this roof too: `from moejax.types import Context`.
 from moejax.context import Context as Context
 from moejax.context import GateContext as GateContext
 from moejax.context import Order as Order
@@ -291,12 +287,38 @@ class Transport(abc.ABC):
         """
 
 
+class Visibility(NamedTuple):
+    """What a token's output may depend on besides its own sequence up to itself.
+
+    ``future``: later tokens of its own sequence. ``others``: other sequences of the batch.
+    """
+
+    train_future: bool = False
+    train_others: bool = False
+    eval_future: bool = False
+    eval_others: bool = False
+
+    @property
+    def mark(self) -> str:
+        """The mark that metrics, tables and figures carry; empty when nothing leaks."""
+        parts = []
+        for phase in ("train", "eval"):
+            seen = [w for w in ("future", "others") if getattr(self, f"{phase}_{w}")]
+            if seen:
+                parts.append(f"{phase}:{'+'.join(seen)}")
+        return " ".join(parts)
+
+    def union(self, other: "Visibility") -> "Visibility":
+        """Sees whatever either of the two sees."""
+        return Visibility(*(a or b for a, b in zip(self, other, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """The choices around a gate that decide what a token's output may depend on.
 
     ``group``: the tokens that share slots: "sequence", a whole number of sequences such as "4", or
-    "batch". ``moejax.dispatch.FlatMoEConfig`` makes one from names, and has the defaults.
+    "batch". ``moejax.options.DispatchOptions`` makes one from names, and has the defaults.
     """
 
     num_experts: int
@@ -451,12 +473,16 @@ class MoEStats:
     """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
     load_ME: Int[Array, "M E"] | None = None
     """Pairs of the routing by task (modality); None where there is one task."""
-    train: bool = dataclasses.field(default=True, metadata={"static": True})
-    """Of a call in training: an evaluation moves no gate's state."""
 
     @property
     def pairs(self) -> Int[Array, ""]:
         return jnp.sum(self.load_E)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvalStats(MoEStats):
+    """The statistics of a call in evaluation, which moves no gate's state."""
 
 
 class MoEInfo(NamedTuple):
@@ -482,3 +508,54 @@ class MoEOutput(NamedTuple):
 
     y: Float[Array, "..."]
     info: MoEInfo
+
+
+Tap = Callable[[Float[Array, "B L D"], MoEInfo], dict[str, Array]]
+"""Arrays to record of an MoE layer, from its input and its ``MoEInfo``."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerAux:
+    """What layers report besides their output: of one layer, or of all layers of a model.
+
+    Of several layers, ``losses`` and ``means`` are means over the layers that have them,
+    ``mean_square`` has one value per layer, and the rest leads with the MoE layers.
+    """
+
+    losses: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+    """Auxiliary losses, unweighted."""
+    means: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+    """Numbers that are neither losses nor routing, logged under their names."""
+    stats: MoEStats | None = None
+    """None without MoE layers."""
+    policy: Policy | None = None
+    """For gates trained by policy gradient."""
+    taps: dict[str, Array] | None = None
+    """The arrays of a ``Tap``; None without one."""
+    mean_square: Float[Array, "..."] | None = None
+    """Mean square of the output: the first one that is not finite is where a NaN began."""
+
+    def joined(self, other: "LayerAux") -> "LayerAux":
+        """Both reports about the same layer in one."""
+        own, more = (
+            {f.name: getattr(a, f.name) for f in dataclasses.fields(a)} for a in (self, other)
+        )
+        named = {name: {**own.pop(name), **more.pop(name)} for name in ("losses", "means")}
+        return LayerAux(**named, **{n: more[n] if x is None else x for n, x in own.items()})
+
+    @classmethod
+    def over_layers(cls, layers: Sequence["LayerAux"]) -> "LayerAux":
+        """Successive layers' reports in one. At most one of the layers is an MoE layer."""
+
+        def means(dicts: list[dict[str, Array]]) -> dict[str, Array]:
+            names = dict.fromkeys(name for one in dicts for name in one)
+            return {n: jnp.mean(jnp.stack([d[n] for d in dicts if n in d])) for n in names}
+
+        sparse = next((layer for layer in layers if layer.stats is not None), cls())
+        return dataclasses.replace(
+            sparse,
+            losses=means([layer.losses for layer in layers]),
+            means=means([layer.means for layer in layers]),
+            mean_square=jnp.stack([layer.mean_square for layer in layers]),
+        )

@@ -4,12 +4,22 @@ The config tree, the typing of overrides, the range checks, ``moejax config`` an
 are all read from it.
 """
 
+from collections.abc import Iterable
+
 from moejax.config.field import CPU_DEVICES, Field
 from moejax.config.tasks import LANGUAGE, TASKS
-from moejax.dispatch import TRANSPORTS, FlatMoEConfig
-from moejax.types import PREDICTORS, PRIORITIES, SCOPES
+from moejax.options import (
+    AttentionOptions,
+    DepthsOptions,
+    DispatchOptions,
+    FFNOptions,
+    HeadsOptions,
+    MoEOptions,
+    Options,
+    StackOptions,
+    option_fields,
+)
 
-ACTIVATIONS = ("swiglu", "gelu", "relu")
 DEFAULT_GATE = "top_k"
 
 SECTIONS: dict[str, str] = {
@@ -25,6 +35,59 @@ SECTIONS: dict[str, str] = {
     "distributed": "Several processes.",
     "report": "What is written besides metrics.jsonl.",
 }
+
+PREFIXES: dict[type[Options], str] = {
+    StackOptions: "model.",
+    AttentionOptions: "model.",
+    FFNOptions: "model.",
+    DepthsOptions: "model.mod_",
+    HeadsOptions: "model.moa_",
+    DispatchOptions: "moe.",
+    MoEOptions: "moe.",
+}
+"""The classes of ``moejax.options`` whose options are config fields, with the names' prefixes."""
+
+RENAMED = {
+    "model.implementation": "model.attention",
+    "model.every": "moe.every",
+    "model.first_dense": "moe.first_dense",
+}
+
+READING_ORDER = tuple(
+    f"{section}.{name}"
+    for section, names in {
+        "model": "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim activation "
+        "rope_theta norm_eps tie_embeddings dtype matmul_precision remat attention",
+        "moe": "num_experts d_ff every first_dense shared_experts shared_gate residual activation "
+        "transport capacity_factor eval_transport eval_capacity_factor priority reroute group "
+        "balance_scope",
+    }.items()
+    for name in names.split()
+)
+"""Fields that several classes contribute to. An option that is not listed follows the option before
+it in its class."""
+
+
+def names_of(options: type[Options]) -> dict[str, str]:
+    """The config names of a class's options, by option."""
+    prefix = next(PREFIXES[base] for base in options.__mro__ if base in PREFIXES)
+    names = {field.name: f"{prefix}{field.name}" for field in option_fields(options)}
+    return {option: RENAMED.get(name, name) for option, name in names.items()}
+
+
+def _of_options(section: str, others: dict[str, Field]) -> Iterable[tuple[str, Field]]:
+    """The fields of a section in reading order: those of the layers' options, and ``others``."""
+    fields, order = dict(others), [*READING_ORDER]
+    for options in PREFIXES:
+        before, names = "", names_of(options)
+        for entry in option_fields(options):
+            name, allowed = names[entry.name], vars(entry.metadata["allowed"])
+            fields[name] = Field(entry.default, entry.metadata["comment"], **allowed)
+            if name not in order:
+                order.insert(order.index(before) + 1 if before else len(order), name)
+            before = name
+    return ((name, fields[name]) for name in order if name.startswith(f"{section}."))
+
 
 FIELDS: dict[str, Field] = {
     "task.name": Field(LANGUAGE, "the page's task", choices=tuple(TASKS)),
@@ -45,89 +108,21 @@ FIELDS: dict[str, Field] = {
         low=0.0,
         may_change=True,
     ),
-    "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
-    "model.d_model": Field(192, "model width", low=1),
-    "model.d_ff": Field(512, "hidden width of a dense FFN", low=1),
-    "model.num_layers": Field(4, "attention + FFN layers", low=1),
-    "model.num_heads": Field(4, "query heads", low=1),
-    "model.num_kv_heads": Field(4, "key/value heads; fewer than num_heads: grouped queries", low=1),
-    "model.head_dim": Field(0, "width of one head (0: d_model / num_heads)", low=0),
-    "model.activation": Field("swiglu", "of a dense FFN", choices=ACTIVATIONS),
-    "model.rope_theta": Field(10000.0, "base of the rotary position angles", above=0.0),
-    "model.norm_eps": Field(1e-6, "added to the mean square in RMSNorm", above=0.0),
-    "model.tie_embeddings": Field(True, "output matrix = embedding"),
-    "model.dtype": Field(
-        "float32",
-        "of activations and matmuls; weights and router are float32",
-        choices=("float32", "bfloat16"),
+    **dict(
+        _of_options(
+            "model",
+            {
+                "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
+                "model.tie_embeddings": Field(True, "output matrix = embedding"),
+                "model.matmul_precision": Field(
+                    "default",
+                    "of float32 matmuls on TPU and GPU; the router's are always exact",
+                    choices=("default", "tensorfloat32", "high", "highest"),
+                ),
+            },
+        )
     ),
-    "model.matmul_precision": Field(
-        "default",
-        "of float32 matmuls on TPU and GPU; the router's are always exact",
-        choices=("default", "tensorfloat32", "high", "highest"),
-    ),
-    "model.remat": Field(
-        "none",
-        "what backward recomputes: nothing, the cheap, experts too, exchanges too, everything",
-        choices=("none", "experts", "exchange", "dots", "full"),
-    ),
-    "model.attention": Field("auto", "implementation", choices=("auto", "xla", "cudnn")),
-    "model.mod_capacity": Field(
-        0.0,
-        "Mixture-of-Depths: share of tokens a routed block computes (0: off)",
-        low=0.0,
-        high=1.0,
-    ),
-    "model.mod_every": Field(2, "Mixture-of-Depths: every n-th block is routed", low=1),
-    "model.mod_predictor": Field(
-        "mlp", "Mixture-of-Depths: who decides in evaluation", choices=PREDICTORS
-    ),
-    "model.moa_experts": Field(
-        0, "Mixture of Attention heads: heads to choose from (0: ordinary attention)", low=0
-    ),
-    "model.moa_k": Field(2, "Mixture of Attention heads: heads per token", low=1),
-    "moe.num_experts": Field(8, "experts per MoE layer", low=1),
-    "moe.d_ff": Field(256, "hidden width of one expert", low=1),
-    "moe.every": Field(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0),
-    "moe.first_dense": Field(0, "layers at the bottom that stay dense", low=0),
-    "moe.shared_experts": Field(0, "experts of width moe.d_ff that every token visits", low=0),
-    "moe.shared_gate": Field(False, "weigh the shared experts by a sigmoid of the token"),
-    "moe.residual": Field(
-        False,
-        "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
-    ),
-    "moe.activation": Field("swiglu", "of an expert", choices=ACTIVATIONS),
-    "moe.transport": Field(
-        FlatMoEConfig.transport, "how tokens travel in training", choices=TRANSPORTS
-    ),
-    "moe.capacity_factor": Field(
-        FlatMoEConfig.capacity_factor,
-        "cells: slots per expert / mean load, in training",
-        above=0.0,
-    ),
-    "moe.eval_transport": Field(
-        FlatMoEConfig.eval_transport, "how tokens travel in evaluation", choices=TRANSPORTS
-    ),
-    "moe.eval_capacity_factor": Field(
-        FlatMoEConfig.eval_capacity_factor,
-        "cells: slots per expert / mean load, in evaluation",
-        above=0.0,
-    ),
-    "moe.priority": Field(
-        FlatMoEConfig.priority, "who keeps a slot when an expert is full", choices=PRIORITIES
-    ),
-    "moe.reroute": Field(
-        FlatMoEConfig.reroute,
-        "cells: times an overflowing pair tries its next-best expert (0: dropped)",
-        low=0,
-    ),
-    "moe.group": Field(
-        FlatMoEConfig.group,
-        "tokens routed together: sequence, a number of sequences (as '4'), or batch",
-    ),
-    "moe.balance_scope": Field(
-        "sequence", "tokens over which balance losses take their means", choices=SCOPES
-    ),
+    **dict(_of_options("moe", {})),
     "moe.allow_future_leak": Field(
         False, "run although evaluation lets a token see later tokens; results are marked"
     ),

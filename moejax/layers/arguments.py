@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.options import DTYPES
 from moejax.types import Context, Gate, GateState, Mixes, are_whole
-
-DTYPES = ("float32", "bfloat16")
 
 
 def checked_dtype(name: str, value: Any) -> jnp.dtype:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moejax.experts import ffn_one, is_gated
+from moejax.options import FFNOptions
 from moejax.types import ExpertWeights
 
 
@@ -93,17 +94,17 @@ class FFN(nnx.Module):
     def __init__(
         self,
         d_model: int,
-        d_ff: int,
-        activation: str,
+        options: FFNOptions,
         param_dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
     ):
-        self.activation = activation
-        if is_gated(activation):
-            self.gate_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), param_dtype))
-        self.up_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), param_dtype))
-        self.down_FD = nnx.Param(fan_in(rngs.params(), (d_ff, d_model), param_dtype))
+        self.activation = options.activation
+        wide, narrow = (d_model, options.d_ff), (options.d_ff, d_model)
+        if is_gated(options.activation):
+            self.gate_DF = nnx.Param(fan_in(rngs.params(), wide, param_dtype))
+        self.up_DF = nnx.Param(fan_in(rngs.params(), wide, param_dtype))
+        self.down_FD = nnx.Param(fan_in(rngs.params(), narrow, param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate_DF = self.gate_DF[...] if is_gated(self.activation) else None
