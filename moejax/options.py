@@ -10,16 +10,17 @@ Checks are in the layer's words; the config repeats them in its own (``moejax.co
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from moejax.dispatch import TRANSPORTS, Cells, transports
 from moejax.experts import ACTIVATIONS
 from moejax.types import (
     PRIORITIES,
-    TRANSPORTS,
     Gate,
     MoEConfig,
     NeedsData,
+    Transport,
     Visibility,
 )
 
@@ -30,7 +31,7 @@ DTYPES = ("float32", "bfloat16")
 class Range:
     """Allowed values. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not."""
 
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     low: int | float | None = None
     above: int | float | None = None
     high: int | float | None = None
@@ -201,25 +202,25 @@ class DispatchOptions(Options):
     """The choices around a gate by name, as a config and ``moejax.MoE`` take them."""
 
     num_experts: int = option(8, "experts per MoE layer", low=1)
-    transport: str = option(
-        MoEConfig.transport, "how tokens travel in training", choices=TRANSPORTS
+    transport: Transport | str = option(
+        "cells", "how tokens travel in training", choices=TRANSPORTS
     )
     capacity_factor: float = option(
-        MoEConfig.capacity_factor, "cells: slots per expert / mean load, in training", above=0.0
+        Cells.capacity_factor, "cells: slots per expert / mean load, in training", above=0.0
     )
-    eval_transport: str = option(
-        MoEConfig.eval_transport, "how tokens travel in evaluation", choices=TRANSPORTS
+    eval_transport: Transport | str = option(
+        "dropless", "how tokens travel in evaluation", choices=TRANSPORTS
     )
     eval_capacity_factor: float = option(
-        MoEConfig.eval_capacity_factor,
+        Cells.capacity_factor,
         "cells: slots per expert / mean load, in evaluation",
         above=0.0,
     )
     priority: str = option(
-        MoEConfig.priority, "which pairs keep a slot when an expert is full", choices=PRIORITIES
+        Cells.priority, "which pairs keep a slot when an expert is full", choices=PRIORITIES
     )
     reroute: int = option(
-        MoEConfig.reroute,
+        Cells.reroute,
         "cells: times an overflowing pair tries its next-best expert (0: dropped)",
         low=0,
     )
@@ -229,16 +230,16 @@ class DispatchOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        """``MoEConfig`` checks these, with a message for values of any type."""
+        """``config`` checks these, with a message for values of any type."""
 
     @property
     def config(self) -> MoEConfig:
-        """The same choices as the layer and the gates take them.
+        """The same choices with transports as values, as the layer and the gates take them.
 
         Raises:
           ValueError: a choice that does not exist.
         """
-        return MoEConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return MoEConfig(self.num_experts, *transports(vars(self)), self.group)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

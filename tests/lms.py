@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.options import AttentionOptions, FFNOptions, MoEOptions
+from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions
 from moejax.tasks.language.model import LM, LMConfig
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 
 B, L, V, D, E = 4, 8, 32, 16, 4
 KEY = 9
@@ -55,7 +55,7 @@ def changed(settings: LMConfig, **changes) -> LMConfig:
 
 
 def config(gate="mixtral", moe=None, **changes) -> LMConfig:
-    choices = MoEConfig(**{"num_experts": E, "capacity_factor": 1.0, **(moe or {})})
+    choices = DispatchOptions(**{"num_experts": E, "capacity_factor": 1.0, **(moe or {})}).config
     base = LMConfig(
         d_model=D,
         num_layers=2,
@@ -128,4 +128,6 @@ def label(settings: LMConfig):
         return "dense_ffn"
     moe, name = settings.moe, type(settings.gate).__name__.lower()
     k = getattr(settings.gate, "k", "")
-    return f"{name}{k}-{moe.transport}-{moe.priority}-every{settings.every}"
+    rules = moe.transport.slot_rules
+    transport = f"cells-{rules.priority}" if rules else type(moe.transport).__name__.lower()
+    return f"{name}{k}-{transport}-every{settings.every}"

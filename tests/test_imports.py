@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "moejax"
 
 FLOORS: list[dict[str, set[str]]] = [
-    {"errors": set(), "choices": set(), "context": set()},
+    {"errors": set(), "context": set()},
     {
-        "types": {"choices", "context"},
+        "types": {"context"},
         "mesh": {"errors"},
         "kernels": {"errors"},
         "record": {"errors"},
@@ -26,19 +26,20 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "dispatch": {"experts", "kernels", "mesh", "types"},
-        "options": {"experts", "types"},
         "reference": {"experts", "types"},
     },
+    {"options": {"dispatch", "experts", "types"}},
     {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "options", "types"}},
     {
         "models": {"layers", "mesh", "options", "types"},
-        "config": {"errors", "gating", "mesh", "options", "record", "types"},
+        "config": {"dispatch", "errors", "gating", "mesh", "options", "record", "types"},
         "data": {"errors"},
     },
     {
         "job": {"config", "errors", "mesh"},
         "tasks": {
-            "config", "data", "errors", "layers", "losses", "mesh", "models", "options", "types",
+            "config", "data", "dispatch", "errors", "layers", "losses", "mesh", "models", "options",
+            "types",
         },
     },
     {
@@ -54,14 +55,17 @@ FLOORS: list[dict[str, set[str]]] = [
             "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
         },
     },
-    {"sweep": {"config", "errors", "job", "record", "train", "types"}},
+    {"sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"}},
     {
         "analysis": {
             "config", "errors", "gating", "moejax", "options", "record", "sweep", "tasks", "train",
+            "types",
         },
     },
     {
-        "contrib/openmoe": {"analysis", "config", "data", "errors", "record", "tasks", "train"},
+        "contrib/openmoe": {
+            "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train",
+        },
         "contrib/scaling": {"errors", "record", "sweep", "train"},
         "notebook": {
             "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train", "types",

@@ -14,6 +14,7 @@ from flax import nnx
 
 import moejax
 from moejax import gating
+from moejax.options import DispatchOptions
 from tests import gates
 from tests.gates import ROWS, TASKS, D, E, V
 
@@ -102,9 +103,9 @@ def test_overflow_that_finds_another_expert_has_seen_later_tokens(row, train):
 
 
 def test_only_a_gate_whose_overflow_finds_another_expert_declares_it():
-    moe = moejax.types.MoEConfig(E, capacity_factor=0.6, eval_transport="cells", reroute=2)
+    flat = DispatchOptions(num_experts=E, capacity_factor=0.6, eval_transport="cells", reroute=2)
     for name, leaks in {"switch": True, "hash": False, "remoe": False, "dselect_k": False}.items():
-        seen = gating.make(name).visibility(moe)
+        seen = gating.make(name).visibility(flat.config)
         assert seen.train_future == seen.eval_future == leaks
 
 
@@ -176,6 +177,6 @@ def test_a_balanced_batch_sees_every_sequence_in_training_and_none_in_evaluation
 
 @pytest.mark.parametrize("priority", ["position", "gate"])
 def test_dropless_evaluation_is_causal_whatever_training_does(priority):
-    moe = moejax.types.MoEConfig(E, capacity_factor=0.6, priority=priority, group="2")
+    moe = DispatchOptions(num_experts=E, capacity_factor=0.6, priority=priority, group="2").config
     seen = gating.make("mixtral").visibility(moe)
     assert not seen.eval_future and not seen.eval_others

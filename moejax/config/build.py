@@ -88,15 +88,16 @@ def in_config_words(config: Config, kind: type[Options], text: str) -> str:
     return text.replace(own, f"moe.gate.name={config.moe.gate.name} ")
 
 
-def moe_config(config: Config) -> MoEConfig:
-    """The choices around the gate, as the layer takes them.
+def moe_config(config: Config, **changes: Any) -> MoEConfig:
+    """The choices around the gate, as the layer takes them, with ``changes`` to the fields.
 
     Raises:
       UserError: a choice that does not exist.
     """
     names = [field.name for field in dataclasses.fields(DispatchOptions)]
     try:
-        return DispatchOptions(**{n: config.moe[n] for n in names if n in config.moe}).config
+        known = {name: config.moe[name] for name in names if name in config.moe}
+        return DispatchOptions(**{**known, **changes}).config
     except ValueError as error:
         raise UserError(f"moe.{error}") from error
 

@@ -4,7 +4,6 @@ Fields of layers come from ``moejax.options``. The config tree, the typing of ov
 checks, ``moejax config`` and ``docs/config.md`` are all made from this table.
 """
 
-import dataclasses
 from collections.abc import Iterable
 
 from moejax.config.field import CPU_DEVICES, Field
@@ -82,7 +81,7 @@ def _of_options(section: str, others: dict[str, Field]) -> Iterable[tuple[str, F
     for options in PREFIXES:
         before, names = "", names_of(options)
         for entry in option_fields(options):
-            name, allowed = names[entry.name], dataclasses.asdict(entry.metadata["allowed"])
+            name, allowed = names[entry.name], vars(entry.metadata["allowed"])
             fields[name] = Field(entry.default, entry.metadata["comment"], **allowed)
             if name not in order:
                 order.insert(order.index(before) + 1 if before else len(order), name)

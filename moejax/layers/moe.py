@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax import gating
-from moejax.dispatch import dispatch, mix
+from moejax.dispatch import check_options
+from moejax.dispatch.api import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
@@ -51,6 +52,7 @@ from moejax.types import (
     MoEStats,
     Priority,
     Routing,
+    SlotRules,
     Transport,
 )
 
@@ -237,16 +239,18 @@ class MoELayer(TrainOrEval):
         """Output, pairs that found room, the routing after rerouting, and the means of that."""
         config = self.config
         transport = config.transport if context.train else config.eval_transport
-        factor = config.capacity_factor if context.train else config.eval_capacity_factor
+        rules, capacity = transport.slot_rules, 0
         routing, moved = output.routing, {}
-        score_GT = self._priority_score(routing, context, transport)
+        score_GT = priority_score(routing, context, rules)
         tokens, columns = x_GTD.shape[1], routing.expert_GTK.shape[-1]
-        capacity = self.gate.capacity(tokens, config.num_experts, factor)
-        if transport == "cells" and config.reroute:
-            routing, moved = self._reroute(output, score_GT, capacity, context.valid_GT)
+        if rules is not None:
+            factor = rules.capacity_factor
+            capacity = self.gate.capacity(tokens, config.num_experts, factor)
+            if rules.reroute:
+                routing, moved = _rerouted(output, score_GT, capacity, rules, context.valid_GT)
         sent = routing
-        if transport != "cells":
-            # Groups matter to capacity alone: without, sequences spread over the mesh more finely.
+        if rules is None:
+            # Groups matter to slots alone: without, sequences spread over the mesh more finely.
             shape = x_BLD.shape[:2]
             x_GTD, score_GT = x_BLD, score_GT.reshape(shape)
             sent = jax.tree.map(lambda a: a.reshape(*shape, columns), routing)
@@ -258,32 +262,31 @@ class MoELayer(TrainOrEval):
             transport=transport,
             activation=self.options.activation,
             capacity=capacity,
-            priority=config.priority,
         )
         y_GTD = y.reshape(-1, tokens, x_BLD.shape[-1])
         return y_GTD, kept.reshape(-1, tokens, columns), routing, moved
 
-    def _reroute(
-        self, output: GateOutput, score_GT: Array, capacity: int, valid_GT: Array
-    ) -> tuple[Routing, dict[str, Array]]:
-        """The routing with overflowing pairs moved, and their number per token, by group."""
-        before, config = output.routing, self.config
-        move = functools.partial(
-            reroute, capacity=capacity, priority=config.priority, rounds=config.reroute
-        )
-        after = Routing(
-            *group_local(move)(
-                before.expert_GTK, before.weight_GTK, output.stats.probs_GTE, score_GT
-            )
-        )
-        moved_GT = jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1).astype(jnp.float32)
-        return after, {"rerouted": group_mean(moved_GT, valid_GT)}
 
-    def _priority_score(self, routing: Routing, context: GateContext, transport: str) -> Array:
-        """Higher is served earlier; used by "cells" with priorities "gate" and "random" only."""
-        if self.config.priority == "random" and transport == "cells":
-            return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
-        return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
+def _rerouted(
+    output: GateOutput, score_GT: Array, capacity: int, rules: SlotRules, valid_GT: Array
+) -> tuple[Routing, dict[str, Array]]:
+    """The routing with overflowing pairs moved, and their number per token, by group."""
+    before = output.routing
+    move = functools.partial(
+        reroute, capacity=capacity, priority=rules.priority, rounds=rules.reroute
+    )
+    after = Routing(
+        *group_local(move)(before.expert_GTK, before.weight_GTK, output.stats.probs_GTE, score_GT)
+    )
+    moved_GT = jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1).astype(jnp.float32)
+    return after, {"rerouted": group_mean(moved_GT, valid_GT)}
+
+
+def priority_score(routing: Routing, context: GateContext, rules: SlotRules | None) -> Array:
+    """Higher is served earlier; used with slots and priorities "gate" and "random" only."""
+    if rules is not None and rules.draws_score:
+        return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
+    return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
 
 
 class MoE(MoELayer):
@@ -301,8 +304,9 @@ class MoE(MoELayer):
         A name sets the arguments below as the published model has them
         (``moejax.gating.preset_overrides``), where you do not give them.
       transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token is sent once to
-        each device that has experts of it), "gather" or "all_experts". ``eval_transport``, used in
-        evaluation, is one of the same five. Gates that mix (Soft MoE) use no transport.
+        each device that has experts of it), "gather" or "all_experts", or a value with its own
+        options, such as ``moejax.dispatch.Cells(capacity_factor=2.0)``. ``eval_transport`` is the
+        same for evaluation. Gates that mix (Soft MoE) use no transport.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
       priority: which pairs stay when an expert is full: "position", "choice", "gate" or "random".
       reroute: how often an overflowing pair tries its token's next-best expert ("cells" only).
@@ -332,9 +336,9 @@ class MoE(MoELayer):
         num_experts: int,
         *,
         gate: Gate | str,
-        transport: Transport | None = None,
+        transport: Transport | str | None = None,
         capacity_factor: float | None = None,
-        eval_transport: Transport | None = None,
+        eval_transport: Transport | str | None = None,
         eval_capacity_factor: float | None = None,
         priority: Priority | None = None,
         group: str | int | None = None,
@@ -362,6 +366,8 @@ class MoE(MoELayer):
             given = {name: arguments[name] for name in names if arguments[name] is not None}
             return {**{name: preset[name] for name in names if name in preset}, **given}
 
+        flat = {field.name for field in option_fields(DispatchOptions)} - {"num_experts", "group"}
+        check_options({name: arguments[name] for name in flat})
         around, own = DispatchOptions(**chosen(DispatchOptions)), chosen(MoEOptions)
         shared = own.get("shared_experts", 0)
         check_sizes(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts, num_tasks=num_tasks)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from moejax.dispatch import Dropless
 from moejax.losses import policy_gradient
 from moejax.types import LayerAux, MoEStats, Tap
 
@@ -119,7 +120,7 @@ class Task:
 
         Without capacity padding and recomputation, and with attention as visible matrix products.
         """
-        moe = dataclasses.replace(self.model.moe, transport="dropless", eval_transport="dropless")
+        moe = dataclasses.replace(self.model.moe, transport=Dropless(), eval_transport=Dropless())
         attention = dataclasses.replace(self.model.attention, implementation="xla")
         model = self.model.with_experts(config=moe)
         model = dataclasses.replace(model, remat="none", attention=attention)

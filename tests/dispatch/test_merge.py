@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from moejax.dispatch import merge as merge_module
-from moejax.dispatch import mix
+from moejax.dispatch.api import mix
 from moejax.experts import ffn_one
 from moejax.mesh import make_mesh
 from moejax.models.stack import REMAT

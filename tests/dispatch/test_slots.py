@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from moejax.dispatch import mix, weight_specs
+from moejax.dispatch.api import mix, weight_specs
 from moejax.mesh import batch_spec, make_mesh
 from moejax.types import ExpertWeights, Slots
 from tests import hlo, meshes

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.gating import ops, top_k_routing
-from moejax.types import Context, MoEConfig
+from moejax.options import DispatchOptions
+from moejax.types import Context
 
 
 @settings(max_examples=40, deadline=None)
@@ -108,13 +109,13 @@ def test_capacity_is_the_exact_ceiling_of_its_formula(tokens, num_experts, k, pe
     ],
 )
 def test_capacity_visibility_table(k, priority, group, mark):
-    moe = MoEConfig(8, priority=priority, group=group)
+    moe = DispatchOptions(num_experts=8, priority=priority, group=group).config
     assert ops.capacity_visibility(k, moe).mark == mark
 
 
 @pytest.mark.parametrize("change", [{"transport": "dropless"}, {"capacity_factor": 4.0}])
 def test_capacity_that_never_binds_shows_nothing(change):
-    moe = MoEConfig(8, priority="gate", group="2", **change)
+    moe = DispatchOptions(num_experts=8, priority="gate", group="2", **change).config
     assert ops.capacity_visibility(2, moe).mark == ""
 
 

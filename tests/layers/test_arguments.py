@@ -10,6 +10,7 @@ from flax import nnx
 import moejax
 from moejax import gating
 from moejax.contrib.multitask.mmoe import MultiGateMoE
+from moejax.dispatch import Cells, Dropless
 from moejax.layers.moa import MixtureOfHeads
 from moejax.options import AttentionOptions, HeadsOptions
 from tests import meshes
@@ -86,18 +87,18 @@ def test_a_name_is_a_gate_with_what_the_model_sets_around_it():
     layer = make_by_name("deepseek_moe")
     preset = gating.preset_overrides("deepseek_moe")
     assert layer.gate == gating.make("deepseek_moe")
-    assert layer.config.transport == preset["transport"] == "dropless"
+    assert layer.config.transport == Dropless() and preset["transport"] == "dropless"
     assert layer.shared is not None and layer.shared.up_DF[...].shape == (
         D,
         preset["shared_experts"] * F,
     )
     given = make_by_name("deepseek_moe", transport="cells", num_shared=0)
-    assert given.config.transport == "cells" and given.shared is None
+    assert given.config.transport == Cells() and given.shared is None
 
 
 def test_a_gate_by_value_leaves_the_arguments_at_their_defaults():
     layer = moejax.MoE(D, F, E, gate=gating.make("deepseek_moe"), rngs=nnx.Rngs(0))
-    assert layer.config.transport == "cells" and layer.shared is None
+    assert layer.config.transport == Cells() and layer.shared is None
 
 
 @pytest.mark.parametrize("name", gating.names())

@@ -8,7 +8,8 @@ from flax import nnx
 
 from moejax import gating
 from moejax.gating import base_layer as base
-from moejax.types import Context, GateSpec, MoEConfig
+from moejax.options import DispatchOptions
+from moejax.types import Context, GateSpec
 from tests import meshes
 from tests.moes import B, D, E, L, context, make, run, same, tokens
 
@@ -156,7 +157,7 @@ def test_residual_imbalance_is_reported_and_falls_with_epsilon():
     ("sbase", "4", "train:future+others"), ("dselect_k", "batch", ""),
 ])  # fmt: skip
 def test_balancing_leaks_in_training_and_says_so_and_not_in_evaluation(gate, group, mark):
-    config = MoEConfig(E, transport="dropless", group=group)
+    config = DispatchOptions(num_experts=E, transport="dropless", group=group).config
     assert make(gate).gate.visibility(config).mark == mark
 
 

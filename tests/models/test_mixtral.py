@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.options import AttentionOptions, MoEOptions
+from moejax.options import AttentionOptions, DispatchOptions, MoEOptions
 from moejax.tasks.language.model import LM, LMConfig
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +39,8 @@ def ours() -> LM:
         implementation="xla",
     )  # fmt: skip
     experts = MoEOptions(
-        gate=gating.make("mixtral", k=2), config=MoEConfig(E, "dropless"), d_ff=F,
+        gate=gating.make("mixtral", k=2), d_ff=F,
+        config=DispatchOptions(num_experts=E, transport="dropless").config,
         balance_scope="batch", vocab_size=V,
     )  # fmt: skip
     config = LMConfig(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moejax.options import DispatchOptions
 from moejax.tasks.language.model import LM
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 from tests import gates, lms
 
 B, L = 2, 8
@@ -18,7 +19,7 @@ B, L = 2, 8
 @functools.cache
 def program(row):
     """A model whose routers decide, as a function of tokens and of how many of them count."""
-    moe = MoEConfig(num_experts=gates.E)
+    moe = DispatchOptions(num_experts=gates.E).config
     settings = lms.changed(
         lms.config(), gate=row.make(), moe=moe, vocab_size=gates.V, d_model=gates.D
     )

@@ -12,13 +12,13 @@ from flax import nnx
 
 from moejax import gating
 from moejax.mesh import make_mesh
-from moejax.options import AttentionOptions, FFNOptions, MoEOptions
+from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions
 from moejax.tasks.images.batches import ImageBatches
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig, patches
 from moejax.tasks.task import from_tree, to_tree
 from moejax.train.state import partition_spec, shardings
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 from tests import meshes
 
 B, SIZE, CLASSES, D, E = 16, 8, 10, 16, 8
@@ -30,7 +30,7 @@ SETTINGS = ViTConfig(
     ffn=FFNOptions(d_ff=32, activation="gelu"),
     experts=MoEOptions(
         gate=gating.make("mixtral"),
-        config=MoEConfig(num_experts=E, capacity_factor=1.05),
+        config=DispatchOptions(num_experts=E, capacity_factor=1.05).config,
         d_ff=16,
         activation="gelu",
     ),
