@@ -39,6 +39,7 @@ def padded(gate, transport):
 QUICK = [("cells", "shazeer"), ("all_experts", "mixtral")]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("transport", "gate"),
     [
@@ -65,6 +66,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("shape", "choices"),
     [
@@ -99,6 +101,7 @@ def by_hand(info, probs, rows):
     return total / int(VALID.sum())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("scope", "rows"), [("sequence", 1), ("group", 2), ("batch", B)])
 def test_the_balance_loss_counts_the_pairs_that_were_routed(scope, rows):
     """Not the top-k once more: GShard skips second experts at random, and padding visits nobody."""
@@ -128,6 +131,7 @@ def half(transport, mesh_name):
     return jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True)), graph, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transport",
     [pytest.param(t, marks=() if t == "dropless" else pytest.mark.slow) for t in TRANSPORTS],

@@ -137,6 +137,7 @@ def test_one_expert_is_a_shared_bottom(sharing):
     assert aux.stats is not None and (aux.stats.load_E == B).all()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("sharing", "gates"), [("mmoe", M), ("omoe", 1), ("shared_bottom", 0)])
 def test_every_gate_is_reported_like_a_layer(sharing, gates):
     (_, (value_BM, aux)), _ = run(sharing=sharing)
@@ -149,6 +150,7 @@ def test_every_gate_is_reported_like_a_layer(sharing, gates):
     assert value_BM.shape == (B, M) and aux.mean_square.shape == (2,)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", [{}, DSELECT, {"sharing": "shared_bottom"}])
 def test_every_parameter_has_a_gradient(changes):
     _, grads = run(**changes)
