@@ -15,7 +15,7 @@ import pytest
 
 from moejax import cli
 from moejax.errors import UserError
-from moejax.record import files, probe
+from moejax.record import files
 from moejax.record import routing as recording
 from moejax.sweep.folder import write_whole
 from moejax.train.metrics.log import MetricsLog
@@ -37,16 +37,20 @@ def largest_file(size: int) -> Iterator[None]:
 
 def write_probe(path: Path) -> None:
     tokens = probes.tokens()
-    probe.save_step(path, 0, probes.step(0, tokens["valid"]))
+    probes.save_step(path, 0, probes.step(0, tokens["valid"]))
 
 
 def write_recording(path: Path) -> None:
     shape = (2, 40, 16, 2)
-    routed = recording.Routed(
-        np.zeros(shape, np.int32), np.random.default_rng(0).random(shape, np.float32),
-        np.ones(shape, bool), np.zeros(shape[:3], np.float32), np.zeros(shape[1:3], np.int32),
-        np.zeros(40, np.uint64),
-    )  # fmt: skip
+    arrays = {
+        "expert": np.zeros(shape, np.int32),
+        "weight": np.random.default_rng(0).random(shape, np.float32),
+        "kept": np.ones(shape, bool),
+        "identity": np.zeros(shape[:3], np.float32),
+        "token": np.zeros(shape[1:3], np.int32),
+        "digest": np.zeros(40, np.uint64),
+    }
+    routed = recording.from_arrays(arrays, 4)
     recording.save(path / "r.npz", recording.Recording(routed, routed, {"num_experts": 4}))
 
 
@@ -88,7 +92,7 @@ def test_what_was_there_stays_when_it_cannot_be_replaced(target: str, tmp_path: 
     path = tmp_path / "a.json"
     path.write_text("old")
     (tmp_path / ".a.json.tmp").symlink_to(target)
-    with pytest.raises(UserError, match="a.json cannot be written: .*; make room or mend the disk"):
+    with pytest.raises(UserError, match="a.json cannot be written: .*; make room or fix the disk"):
         with files.replaced(path) as temporary:
             temporary.write_text("new" * 10_000)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]

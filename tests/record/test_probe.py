@@ -9,6 +9,7 @@ import pytest
 from moejax.errors import UserError
 from moejax.record import probe
 from moejax.record.probe import Probe
+from moejax.train.probe.arrays import formats
 from tests import probes
 
 
@@ -24,11 +25,11 @@ def test_what_was_saved_is_read_with_the_types_and_axes_of_the_table(optional, t
     found = read(tmp_path)
     assert found.steps == [0, 10, 20] and found.problems == []
     tables = [
-        (found.tokens, probes.tokens(labels=optional), probe.OF_TOKENS | probe.OF_LABELS),
+        (found.tokens, probes.tokens(labels=optional), probe.TOKENS),
         (
             found.at(10),
             probes.step(10, found.tokens["valid"], optional),
-            probe.OF_STEP | probe.OF_ROUTER,
+            formats(),
         ),
     ]
     sizes = {"M": 2, "N": 6, "L": 16, "K": 2, "E": 4, "V": 12, "C": 2}
@@ -36,7 +37,7 @@ def test_what_was_saved_is_read_with_the_types_and_axes_of_the_table(optional, t
         assert set(arrays) == set(given) and len(arrays) == len(given)
         assert ("label" in arrays or "router_similarity" in arrays) == optional
         for name, array in arrays.items():
-            dtype, axes = table[name]
+            dtype, axes, _ = table[name]
             assert array.dtype.kind == "U" if dtype == "str" else array.dtype == dtype
             assert array.shape == tuple(sizes[axis] for axis in axes)
             np.testing.assert_array_equal(array, np.asarray(given[name]).astype(array.dtype))
@@ -127,11 +128,11 @@ def test_arrays_that_do_not_fit_the_table_are_not_written(tmp_path):
     tokens = probes.tokens()
     step = probes.step(0, tokens["valid"])
     with pytest.raises(ValueError, match="weight has shape .* its axes MNLK"):
-        probe.save_step(tmp_path, 0, {**step, "weight": step["weight"][:, :, :-1]})
+        probes.save_step(tmp_path, 0, {**step, "weight": step["weight"][:, :, :-1]})
     with pytest.raises(ValueError, match="nats has shape"):
-        probe.save_step(tmp_path, 0, {**step, "nats": step["nats"][0]})
+        probes.save_step(tmp_path, 0, {**step, "nats": step["nats"][0]})
     with pytest.raises(ValueError, match=r"collapse has shape \(\)"):  # one number for all layers
-        probe.save_step(tmp_path, 0, {**step, "collapse": 0.5})
+        probes.save_step(tmp_path, 0, {**step, "collapse": 0.5})
     del tokens["row"]
     with pytest.raises(ValueError, match="tokens.npz holds"):
         probe.save_tokens(tmp_path, tokens)

@@ -67,25 +67,25 @@ def run_of(steps: int, *overrides: str) -> Any:
 def test_a_rate_that_goes_up_again_is_said_with_both_values_and_what_keeps_it():
     before = to_dict(run_of(20, "optim.learning_rate=0.01").config)
     raised = run_of(400, "optim.learning_rate=0.01")
-    said = console.rise(raised, 20, before)
+    said = console.learning_rate_rise(raised, 20, before)
     assert "at step 21, from 0.001 to 0.0099" in said and "train.steps from 20 to 400" in said
     assert "optim.decay_steps=20 keeps" in said and "\n" not in said
     kept = run_of(400, "optim.learning_rate=0.01", "optim.decay_steps=20")
-    assert console.rise(kept, 20, before) == ""
-    assert console.rise(run_of(20, "optim.learning_rate=0.01"), 20, before) == ""
+    assert console.learning_rate_rise(kept, 20, before) == ""
+    assert console.learning_rate_rise(run_of(20, "optim.learning_rate=0.01"), 20, before) == ""
     lower = run_of(20, "optim.learning_rate=0.005")
-    assert console.rise(lower, 10, before) == ""
+    assert console.learning_rate_rise(lower, 10, before) == ""
     higher = run_of(20, "optim.learning_rate=0.02")
-    assert "optim.learning_rate from 0.01 to 0.02" in console.rise(higher, 10, before)
+    assert "optim.learning_rate from 0.01 to 0.02" in console.learning_rate_rise(higher, 10, before)
     constant = to_dict(run_of(20, "optim.schedule=constant").config)
-    assert console.rise(run_of(400, "optim.schedule=constant"), 20, constant) == ""
+    assert console.learning_rate_rise(run_of(400, "optim.schedule=constant"), 20, constant) == ""
 
 
 def test_the_advice_of_a_finished_run_names_what_raising_its_steps_does():
-    advice = console._longer(run_of(20, "optim.learning_rate=0.01"), 20)
+    advice = console._more_steps(run_of(20, "optim.learning_rate=0.01"), 20)
     assert "goes up again" in advice and "optim.decay_steps=20 keeps it at 0.001" in advice
-    assert console._longer(run_of(20, "optim.schedule=constant"), 20) == ""
-    assert console._longer(run_of(20, "optim.decay_steps=20"), 20) == ""
+    assert console._more_steps(run_of(20, "optim.schedule=constant"), 20) == ""
+    assert console._more_steps(run_of(20, "optim.decay_steps=20"), 20) == ""
 
 
 def test_the_line_at_the_start_says_the_rate_now_at_its_peak_and_at_the_end():

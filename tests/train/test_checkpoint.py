@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moejax.errors import UserError
-from moejax.train.checkpoint import restore as reading
+from moejax.train.checkpoint import restore
 from moejax.train.checkpoint.checkpointer import Checkpointer, restore_subtree
 
 ROOT = Path(__file__).parents[2]
@@ -251,7 +251,7 @@ def test_damage_to_any_one_file_never_yields_a_wrong_state(damage, two, tmp_path
         ),
         (
             lambda step: shutil.copytree(step.parent / "1", step, dirs_exist_ok=True),
-            "its manifest is that of step 1",
+            "its manifest belongs to step 1",
         ),
     ],
 )
@@ -350,9 +350,9 @@ def test_trouble_of_the_machine_does_not_condemn_a_good_checkpoint(trouble, two,
 
     of_files = isinstance(trouble, OSError | ValueError)
     kind = UserError if of_files else type(trouble)
-    said = f"{two}/2/state: array .*{str(trouble)[-10:]}.*; mend that" if of_files else None
+    said = f"{two}/2/state: array .*{str(trouble)[-10:]}.*; fix that" if of_files else None
     with monkeypatch.context() as patch, pytest.raises(kind, match=said):
-        patch.setattr(reading, "_place", fail)
+        patch.setattr(restore, "_read_onto_devices", fail)
         Checkpointer(two).restore(describe(make_state(0)))
     restored = Checkpointer(two).restore(describe(make_state(0)))
     assert restored is not None and restored.step == 2
@@ -509,7 +509,7 @@ PROCESS = """
 import sys
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from moejax.train import reading
+from moejax.train.checkpoint import restore
 from moejax.train.checkpoint.checkpointer import Checkpointer
 from moejax.train.checkpoint.manifest import Damaged
 
@@ -531,12 +531,12 @@ for step in (1, 2, 3):
 checkpoints.wait()
 assert checkpoints.steps() == [1, 2, 3]
 
-read = reading._read_arrays
+read = restore._read_arrays
 def fails_on_one_process(folder, leaves):
     if rank == 1 and folder.parent.name == "3":
         raise Damaged("only process 1 sees this")
     return read(folder, leaves)
-reading._read_arrays = fails_on_one_process
+restore._read_arrays = fails_on_one_process
 
 template = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.train import compile_cache, trust
+from moejax.train import compile_cache, ownership
 from moejax.train.compile_cache import kept, machine
 from tests.train.runs import ROOT
 
@@ -177,14 +177,14 @@ def test_a_folder_below_one_that_others_may_write_to_is_not_used_but_a_sticky_on
     (shared / "mine").mkdir(parents=True)
     (shared / "mine").chmod(0o700)
     shared.chmod(0o777)
-    with pytest.raises(trust.Untrusted, match="shared may be written"):
-        trust.check(shared / "mine")
+    with pytest.raises(ownership.Untrusted, match="shared may be written"):
+        ownership.check(shared / "mine")
     (tmp_path / "link").symlink_to(shared / "mine")
-    with pytest.raises(trust.Untrusted, match="shared may be written"):
-        trust.check(tmp_path / "link")
+    with pytest.raises(ownership.Untrusted, match="shared may be written"):
+        ownership.check(tmp_path / "link")
     shared.chmod(0o1777)
-    trust.check(shared / "mine")
-    trust.check(tmp_path / "link")
+    ownership.check(shared / "mine")
+    ownership.check(tmp_path / "link")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
@@ -205,8 +205,8 @@ def test_what_another_user_owns_is_not_used(keep_everything, tmp_path, capsys):
     os.chown(cache, 0, -1)
     (tmp_path / "link").symlink_to(cache)
     os.chown(tmp_path / "link", 12345, -1, follow_symlinks=False)
-    with pytest.raises(trust.Untrusted, match="link belongs to user 12345"):
-        trust.check(tmp_path / "link")
+    with pytest.raises(ownership.Untrusted, match="link belongs to user 12345"):
+        ownership.check(tmp_path / "link")
 
 
 def test_an_entry_that_others_may_write_to_or_that_is_a_link_is_not_used(

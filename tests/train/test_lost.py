@@ -14,7 +14,7 @@ from moejax.config.field import Field
 from moejax.errors import UserError
 from moejax.record import files
 from moejax.train.metrics.log import Gap, MetricsLog
-from moejax.train.workdir import run_folder as workdirs
+from moejax.train.workdir import contents as workdirs
 from tests.train import runs
 from tests.train.runs import STEPS, call, command, copy, refused
 from tests.train.sharing import Whole
@@ -136,7 +136,7 @@ def test_config_json_is_made_anew_from_a_checkpoint(
     path = half / "config.json"
     content = path.read_bytes()
     path.unlink() if how == "deleted" else path.write_bytes(content[: 700 if how == "cut" else 0])
-    monkeypatch.setattr(saved, "_said", set())
+    monkeypatch.setattr(saved, "_printed", set())
     ended = call(["eval", f"--workdir={half}"])
     assert ended.status == 0 and json.loads(ended.out)["step"] == 6
     assert ended.err.count("\n") == 1 and "config.json is missing or damaged" in ended.err
@@ -192,7 +192,7 @@ def test_a_value_in_config_json_that_no_run_writes_is_damage(
     assert leaf in tree
     tree[leaf] = MISSHAPEN[name]
     (workdir / "config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(saved, "_said", set())
+    monkeypatch.setattr(saved, "_printed", set())
     assert saved.read_config(workdir) == saved.read_config(whole.workdir)
     assert "config.json is missing or damaged" in capsys.readouterr().err
     shutil.rmtree(workdir / "checkpoints")

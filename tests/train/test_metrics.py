@@ -233,7 +233,7 @@ def test_wandb_without_an_account_is_refused_before_anything_is_made(monkeypatch
     fake.setup = lambda: types.SimpleNamespace(settings=settings)
     fake.login = lambda prompt, verify: prompt or verify  # as without an account
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(UserError, match="no account is known here.*wandb login.*WANDB_MODE"):
+    with pytest.raises(UserError, match="it has no account here.*wandb login.*WANDB_MODE"):
         mirrors.check(tensorboard=False, wandb=True)
     settings.mode = "offline"
     mirrors.check(tensorboard=False, wandb=True)

@@ -239,7 +239,7 @@ def test_init_from_gives_the_other_runs_held_out_loss_before_the_first_step(
     """With the gate's state of the other run: the loss follows from weights and state alone."""
     run = prepared(text, train__init_from=whole.workdir)
     with jax.set_mesh(run.mesh):
-        warm = loop._warm_start(run, tmp_path / "run")
+        warm = loop._initial_params(run, tmp_path / "run")
         with Checkpointer(whole.workdir / "checkpoints", read_only=True) as checkpoints:
             other = checkpoints.restore(run.abstract_state)
         assert other is not None
