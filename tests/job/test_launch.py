@@ -19,7 +19,7 @@ from moejax.job.launch import backend_is_running, configure_devices
 ROOT = Path(__file__).parents[2]
 
 
-def test_devices_that_run_already_are_left_alone(eight_devices: list[jax.Device]):
+def test_running_devices_are_left_unchanged(eight_devices: list[jax.Device]):
     assert backend_is_running()
     config = default()
     config.mesh.cpu_devices = 3
@@ -59,7 +59,7 @@ LAUNCHED = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHED)
-def test_the_innermost_launcher_says_how_many_processes_there_are(launcher, monkeypatch):
+def test_the_innermost_launcher_sets_the_number_of_processes(launcher, monkeypatch):
     variables, expected = LAUNCHED[launcher]
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -97,7 +97,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_wait_for_processes_is_said_at_once_and_ends_in_one_line(rank):
+def test_waiting_for_processes_is_reported_at_once_and_ends_with_one_line(rank):
     """JAX would abort with a stack of C++, minutes later."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -117,7 +117,7 @@ def test_a_wait_for_processes_is_said_at_once_and_ends_in_one_line(rank):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "gpux"])
-def test_an_absent_accelerator_is_one_line(platform, tmp_path):
+def test_an_absent_accelerator_is_reported_in_one_line(platform, tmp_path):
     """Of the doctor too, which says what is there; and no folder is made."""
     if platform == "cuda" and importlib.util.find_spec("jax_plugins"):
         pytest.skip("this installation has the plugin")
@@ -143,7 +143,7 @@ def test_an_absent_accelerator_is_one_line(platform, tmp_path):
     assert "devices            none: moejax cannot train here" in done.stdout
 
 
-def test_a_sweep_asks_for_its_devices_before_it_makes_anything(monkeypatch, tmp_path, capsys):
+def test_a_sweep_checks_its_devices_before_it_creates_anything(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "gpux")
     monkeypatch.setattr("moejax.sweep.runner.make_workdir", pytest.fail)  # no trial is begun
     line = ["sweep", f"--experiment={ROOT}/experiments/gating", f"--workdir={tmp_path}/new"]
@@ -173,7 +173,7 @@ def groups(tmp_path: Path, lines: str, limits: dict[str, str]) -> list[int]:
     return memory._cgroup_limits(str(tmp_path / "self"), str(tmp_path / "cgroup"))
 
 
-def test_limits_of_control_groups_count_up_to_the_root(tmp_path: Path):
+def test_limits_of_control_groups_up_to_the_root_count(tmp_path: Path):
     two = {"memory.max": "900", "job/memory.max": "max", "job/step/memory.max": "300"}
     assert groups(tmp_path / "2", "0::/job/step\n", two) == [300, 900]
     one = {"memory/job/memory.limit_in_bytes": "500", "cpu/job/memory.limit_in_bytes": "1"}
@@ -182,7 +182,7 @@ def test_limits_of_control_groups_count_up_to_the_root(tmp_path: Path):
     assert groups(tmp_path / "none", "0::/\n", {}) == []
 
 
-def test_memory_is_what_this_process_may_take(monkeypatch):
+def test_host_memory_respects_the_limits_of_this_process(monkeypatch):
     whole = memory.host_memory()
     assert 2**20 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     monkeypatch.setattr(memory, "_cgroup_limits", lambda: [2**40, 2**20])

@@ -77,7 +77,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_one_line_that_names_the_file(name: str, tmp_path: Path):
+def test_a_full_disk_is_reported_in_one_line_with_the_file(name: str, tmp_path: Path):
     with pytest.raises(UserError) as caught, largest_file(1000):
         WRITERS[name](tmp_path)
     assert name in str(caught.value) and "cannot be written: " in str(caught.value)
@@ -88,7 +88,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "/no/such/folder/file"])
-def test_what_was_there_stays_when_it_cannot_be_replaced(target: str, tmp_path: Path):
+def test_an_old_file_stays_if_it_cannot_be_replaced(target: str, tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text("old")
     (tmp_path / ".a.json.tmp").symlink_to(target)
@@ -98,7 +98,7 @@ def test_what_was_there_stays_when_it_cannot_be_replaced(target: str, tmp_path: 
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_file_is_not_replaced_by_half_of_another(tmp_path: Path):
+def test_a_file_is_not_replaced_by_an_incomplete_one(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(ZeroDivisionError), files.replaced(path) as temporary:
@@ -107,7 +107,7 @@ def test_a_file_is_not_replaced_by_half_of_another(tmp_path: Path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_lock_that_cannot_be_made_is_one_line(tmp_path: Path):
+def test_a_lock_that_cannot_be_created_is_reported_in_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/.lock cannot be written: "):
         with WorkdirLock(tmp_path / "file"):
@@ -115,7 +115,7 @@ def test_a_lock_that_cannot_be_made_is_one_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", files.FULL)
-def test_a_disk_that_fills_anywhere_else_is_one_line_too(number: int, monkeypatch, capsys):
+def test_a_disk_that_fills_up_anywhere_is_reported_in_one_line(number: int, monkeypatch, capsys):
     def run(argv: list[str]) -> int:
         raise OSError(number, os.strerror(number), "some/file")
 
@@ -125,7 +125,7 @@ def test_a_disk_that_fills_anywhere_else_is_one_line_too(number: int, monkeypatc
     assert line.startswith(f"moejax: error: some/file cannot be written: {os.strerror(number)}")
 
 
-def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
+def test_running_out_of_memory_is_reported_in_one_line(monkeypatch, capsys):
     def run(argv: list[str]) -> int:
         jax.block_until_ready(jax.jit(lambda: jnp.zeros((2**20, 2**20, 2**10)))())
         return 0

@@ -20,7 +20,7 @@ def read(workdir) -> Probe:
 
 
 @pytest.mark.parametrize("optional", [True, False])
-def test_what_was_saved_is_read_with_the_types_and_axes_of_the_table(optional, tmp_path):
+def test_saved_arrays_are_read_with_the_types_and_axes_of_the_table(optional, tmp_path):
     probes.write(tmp_path, steps=(20, 0, 10), labels=optional, router=optional)
     found = read(tmp_path)
     assert found.steps == [0, 10, 20] and found.problems == []
@@ -70,7 +70,7 @@ def test_a_folder_without_a_probe_has_none(tmp_path):
     assert Probe.read(tmp_path) is None
 
 
-def test_what_should_have_been_recorded_before_the_first_step_is_missed(tmp_path):
+def test_a_missing_recording_of_step_0_is_reported(tmp_path):
     probes.write(tmp_path, steps=(10,))
     found = read(tmp_path)
     assert found.steps == [10]
@@ -105,7 +105,7 @@ def test_a_flipped_byte_is_found_when_its_array_is_read(tmp_path):
         arrays["weight"]
 
 
-def test_another_format_is_one_line_with_both_numbers(tmp_path, monkeypatch):
+def test_another_format_is_reported_with_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "FORMAT", 7)
     probes.write(tmp_path, steps=(0, 10))
     monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_another_format_is_one_line_with_both_numbers(tmp_path, monkeypatch):
     assert "step-00000000.npz has format 7" in found.problems[0]
 
 
-def test_steps_without_their_tokens_are_no_probe(tmp_path):
+def test_steps_without_tokens_are_an_error(tmp_path):
     probes.write(tmp_path)
     (probe.folder(tmp_path) / "tokens.npz").unlink()
     with pytest.raises(UserError, match="tokens.npz does not exist"):

@@ -62,7 +62,7 @@ def test_the_same_weights_under_their_own_routing_give_the_same_loss(recorded):
 
 
 @pytest.mark.slow
-def test_older_weights_under_the_last_routing_are_neither_checkpoint(recorded):
+def test_older_weights_under_the_last_routing_equal_neither_checkpoint(recorded):
     """What drift of the router costs: the other checkpoint's own loss differs from it."""
     folder, file, row = recorded
     workdir, older = f"--workdir={folder / 'run'}", "--step=2"
@@ -103,7 +103,7 @@ def test_a_run_trains_on_a_routing_that_never_moves(recorded):
         ({"model__num_layers": 3}, "but 3 x 24 x 16 are needed"),
     ],
 )
-def test_a_file_that_does_not_fit_is_one_line(recorded, changes, message, tmp_path):
+def test_a_file_that_does_not_fit_is_reported_in_one_line(recorded, changes, message, tmp_path):
     folder, file, _ = recorded
     fields = {"moe__gate__name": "replay", "moe__gate__path": file, "train__steps": 3, **changes}
     ended = runs.call(runs.command(tmp_path / "run", folder / "text", **fields))

@@ -63,7 +63,7 @@ def test_a_cond_counts_its_most_expensive_branch():
     assert counted(either, flag, array(3, 5), array(5, 5)) == 2 * (2 * 3 * 5 * 5)
 
 
-def test_jit_custom_derivatives_and_checkpoint_are_looked_into():
+def test_operations_inside_jit_custom_derivatives_and_checkpoint_count():
     @jax.custom_vjp
     def product(x, w):
         return x @ w

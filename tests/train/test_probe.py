@@ -118,7 +118,9 @@ def test_the_probe_changes_nothing_else_of_a_run(finished, shared, text, tmp_pat
 
 
 @pytest.mark.slow
-def test_another_number_of_rows_is_refused_and_none_goes_on(finished, shared, text, tmp_path):
+def test_another_number_of_rows_is_refused_and_zero_rows_are_accepted(
+    finished, shared, text, tmp_path
+):
     folder, _ = finished
     workdir = copy(folder / "8", tmp_path / "run")
     before = runs.files(workdir)
@@ -230,7 +232,7 @@ GATES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
-def test_of_every_kind_of_gate_a_bfloat16_model_records_numbers_that_can_be(gate, text, tmp_path):
+def test_a_bfloat16_model_records_possible_values_with_every_kind_of_gate(gate, text, tmp_path):
     changes = {"moe.gate.name": gate, "moe.losses.load": 0.0, "model.dtype": "bfloat16"}
     run, recording = recorder(text, tmp_path, **{**ON, **changes, **GATES[gate]})
     with jax.set_mesh(run.mesh):

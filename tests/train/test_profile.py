@@ -81,7 +81,7 @@ ENTRY %main.9 (x: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_fusions_collectives_and_loops_are_told_apart():
+def test_fusions_collectives_and_loops_are_distinguished():
     program = read_program(HLO)
     assert program["two"] == Operation("experts", mixed=True)
     assert program["one"] == Operation("router"), "named after what it fuses"
@@ -90,7 +90,7 @@ def test_fusions_collectives_and_loops_are_told_apart():
     assert program["copy"] == Operation(OTHER) and program["loop"].is_control
 
 
-def test_an_instant_is_shared_among_what_computes_and_waiting_counts_only_alone():
+def test_an_instant_is_divided_among_computing_operations_and_waiting_counts_alone():
     traced = Traced(
         [
             Interval(0, 10, ROUTER),
@@ -133,7 +133,7 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(tmp_path, capsys):
     refused(["profile", f"--config={PAGE}", f"--out={out}"], "--out=", "not empty")
 
 
-def test_mistakes_are_one_line_and_make_nothing(tmp_path):
+def test_mistakes_are_reported_in_one_line_and_create_nothing(tmp_path):
     out, file = tmp_path / "new", tmp_path / "file"
     file.write_text("")
     base = ["profile", f"--config={PAGE}"]

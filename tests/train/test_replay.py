@@ -81,7 +81,9 @@ def refused(text, file, *parts, **changes):
 @pytest.mark.parametrize(
     ("gate", "mark"), [("expert_choice", "train:future eval:future"), ("top_k", "")]
 )
-def test_a_replayed_routing_has_the_mark_of_the_run_it_is_of(text, recorded, tmp_path, gate, mark):
+def test_a_replayed_routing_has_the_visibility_of_the_recorded_run(
+    text, recorded, tmp_path, gate, mark
+):
     leaking = {"moe__allow_future_leak": True}
     about = record_routing.about(prepared(text, moe__gate__name=gate, **leaking), 0)
     recording.save(tmp_path / "routing.npz", recorded._replace(about=about))
@@ -92,14 +94,14 @@ def test_a_replayed_routing_has_the_mark_of_the_run_it_is_of(text, recorded, tmp
             prepared(text, **changes)
 
 
-def test_a_routing_that_saw_other_sequences_says_so_in_both_phases(recorded, file):
+def test_a_routing_that_depended_on_other_sequences_is_marked_in_both_phases(recorded, file):
     about = {**recorded.about, "sees": ["others"]}
     recording.save(file, recorded._replace(about=about))
     seen = gating.make("replay", path=str(file)).visibility(MoEConfig(EXPERTS))
     assert seen == Visibility(train_others=True, eval_others=True)
 
 
-def test_the_leak_of_a_routing_that_stays_is_not_measured(text, file):
+def test_the_leakage_of_a_replayed_routing_is_not_measured(text, file):
     config = load(runs.PAGE, runs.flags(text, **replaying(file))).config
     with pytest.raises(UserError, match=r"--measure-leak: the routing of gate 'replay' does not"):
         leakage.check(config)
@@ -109,7 +111,7 @@ def test_the_leak_of_a_routing_that_stays_is_not_measured(text, file):
 # ---------------------------------------------------------------- files
 
 
-def test_a_file_without_a_format_is_to_be_recorded_again(text, file):
+def test_a_file_without_a_format_must_be_recorded_again(text, file):
     arrays = dict(np.load(file))
     del arrays["format"]
     np.savez(file, **arrays)
@@ -144,7 +146,7 @@ def changed(file, **arrays):
         ("format", lambda x: np.asarray("two"), "is not a routing that"),
     ],
 )  # fmt: skip
-def test_arrays_that_are_no_routing_are_one_line(recorded, tmp_path, field, change, message):
+def test_invalid_arrays_are_reported_in_one_line(recorded, tmp_path, field, change, message):
     file = tmp_path / "routing.npz"
     recording.save(file, recorded)
     changed(file, **{field: change(np.load(file)[field])})
@@ -153,7 +155,7 @@ def test_arrays_that_are_no_routing_are_one_line(recorded, tmp_path, field, chan
     assert message in str(error.value)
 
 
-def test_a_file_that_is_cut_or_garbled_anywhere_is_a_value_error(recorded, tmp_path):
+def test_a_truncated_or_garbled_file_is_a_value_error(recorded, tmp_path):
     """Or reads the same: not every byte of a zip file is used."""
     file = tmp_path / "routing.npz"
     recording.save(file, recorded)
@@ -200,7 +202,7 @@ def test_a_recording_needs_a_name(tmp_path):
 # ---------------------------------------------------------------- rows
 
 
-def test_the_rows_that_were_recorded_are_followed(text, file):
+def test_recorded_rows_are_accepted(text, file):
     prepared(text, **replaying(file)).check_gate_data(STEPS)
     # Batches of another size hold the same rows, and fewer steps need fewer of them.
     other = replaying(file, train__batch_size=4, train__steps=1)
@@ -218,11 +220,11 @@ def test_another_order_of_the_training_rows_is_refused(text, file):
     refused(text, file, "other data: train row", "train.seed", train__seed=7)
 
 
-def test_fewer_held_out_rows_are_other_rows(text, file):
+def test_fewer_held_out_rows_are_refused(text, file):
     refused(text, file, "other data: eval row", "train.eval_rows", train__eval_rows=3)
 
 
-def test_equal_rows_have_equal_digests_and_others_others():
+def test_equal_rows_have_equal_digests_and_different_rows_different_ones():
     batch = {"tokens": np.arange(12).reshape(4, 3) % 6, "valid": np.ones((4, 3), bool),
              "row": np.arange(4)}  # fmt: skip
     first = row_digests(batch)
@@ -247,7 +249,7 @@ def test_a_gate_that_mixes_has_no_routing_to_record(text, tmp_path, gate, words)
 # ---------------------------------------------------------------- size
 
 
-def test_the_size_that_is_announced_is_that_of_the_arrays(text, recorded):
+def test_the_announced_size_is_that_of_the_arrays(text, recorded):
     splits = (recorded.eval, recorded.train)
     arrays = [getattr(routed, field) for routed in splits for field in FIELDS.values()]
     assert record_routing.recording_bytes(prepared(text), STEPS) == sum(x.nbytes for x in arrays)
