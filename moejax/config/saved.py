@@ -97,7 +97,7 @@ def write_config(folder: Path, content: dict[str, Any]) -> None:
 
 
 def is_readable(folder: Path) -> bool:
-    """Whether config.json is there and intact."""
+    """True if config.json is there and intact."""
     try:
         _read(folder / CONFIG, RUN)
     except UserError:
@@ -106,7 +106,7 @@ def is_readable(folder: Path) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has a config.json, or a checkpoint to take it from."""
+    """True if a folder has a config.json, or a checkpoint to take it from."""
     return (folder / CONFIG).is_file() or _from_checkpoint(folder) is not None
 
 
@@ -252,14 +252,14 @@ def _misshapen(saved: dict[str, Any]) -> str:
 
 
 def _are_numbers(value: Any) -> bool:
-    """Whether a value is a number, or a nested mapping of numbers."""
+    """True if a value is a number, or a nested mapping of numbers."""
     if isinstance(value, dict):
         return all(map(_are_numbers, value.values()))
     return type(value) in (int, float)
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    """Whether an entry of the history is of a kind that `entry_text` knows, with all its keys."""
+    """True if an entry of the history is of a kind that `entry_text` knows, with all its keys."""
     kinds = ({"field", "old", "new"}, {"log", "rows_missing", "rows"}, {"missing"}, {"restarted"})
     return any(kind <= entry.keys() for kind in kinds)
 

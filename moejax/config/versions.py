@@ -73,7 +73,7 @@ def migrated(tree: dict[str, Any], schema: int, origin: str) -> tuple[dict[str, 
 
 
 def is_newer(schema: Any) -> bool:
-    """Whether no version up to this one has this schema."""
+    """True if no version up to this one has this schema."""
     return type(schema) is not int or schema > SCHEMA
 
 
@@ -96,7 +96,7 @@ def misfit(tree: dict[str, Any]) -> str:
 
 
 def _fits(value: Any, field: Field) -> bool:
-    """Whether the field may have a value from JSON, which has no tuples and writes 1.0 as 1."""
+    """True if the field may have a value from JSON, which has no tuples and writes 1.0 as 1."""
     if field.type is tuple:
         return isinstance(value, list | tuple)
     if field.type is float:

@@ -94,7 +94,7 @@ def configure_devices(config: Config) -> None:
 
 
 def backend_is_running() -> bool:
-    """Whether JAX has started devices; asking does not start them."""
+    """True if JAX has started devices; asking does not start them."""
     # The public sign: from then on the number of CPU devices cannot be changed.
     devices = getattr(jax.config, CPU_DEVICES)
     try:
@@ -157,7 +157,7 @@ def _launched_job(launched: int | None) -> tuple[str, int, int] | None:
 
 
 def _all_on_this_machine(processes: int) -> bool:
-    """Whether SLURM or Open MPI report that all processes were started on this machine."""
+    """True if SLURM or Open MPI report that all processes were started on this machine."""
     return os.environ.get("SLURM_STEP_NUM_NODES") == "1" or (
         os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(processes)
     )
@@ -169,7 +169,7 @@ def _start_jax(job: jobs.Job) -> None:
     Raises:
       UserError: the port has been taken meanwhile.
     """
-    # JAX's preemption service would take SIGTERM from our own handler, and knows no other signal.
+    # JAX's preemption service would take SIGTERM from our own handler, and handles no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     spec = job.spec
     try:

@@ -67,7 +67,7 @@ class Job:
         self._failing = threading.Event()
         self._failure: dict[str, Any] = {}
         self.agreed = False
-        """Whether this process fails with a problem that all share and that names processes."""
+        """True if this process fails with a problem that all share and that names processes."""
         self.other_failed = threading.Event()
         """Set once another process has failed, which ends this one too."""
         connection.socket.settimeout(None)
@@ -113,7 +113,7 @@ class Job:
         self._connection.send(stop=why)
 
     def stops_at(self, step: int) -> bool:
-        """Whether all stop after `step` updates; called after each update, and before the first.
+        """True if all stop after `step` updates; called after each update, and before the first.
 
         Blocks while the processes agree on the step; no collective is under way then.
         """

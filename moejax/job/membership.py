@@ -12,7 +12,7 @@ REPORT_FOR = 30.0
 
 _current: Job | None = None
 _tried = False
-"""Whether this process has tried to join its job; it tries once."""
+"""True if this process has tried to join its job; it tries once."""
 
 
 def current() -> Job | None:

@@ -27,13 +27,13 @@ def resolve_address(address: str) -> str:
     """
     host, port = _split(address)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UserError(
             f"distributed.coordinator={address!r}: {error.strerror}; name a host that this machine "
-            "knows, or its number"
+            "can resolve, or its number"
         ) from error
-    number = min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
+    number = min(addresses, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
     return f"[{number}]:{port}" if ":" in str(number) else f"{number}:{port}"
 
 
@@ -125,10 +125,10 @@ def _check_no_other_hub(spec: JobSpec, about: dict[str, object]) -> None:
     Raises:
       UserError: there are two.
     """
-    found = _introduced(_split(spec.bind), about)
-    if found is None:
+    introduced = _introduced(_split(spec.bind), about)
+    if introduced is None:
         return
-    connection, answer = found
+    connection, answer = introduced
     connection.close()
     for message in answer:
         if "failed" in message:
@@ -142,9 +142,9 @@ def _call(
     """A connection to process 0, which may start later, and its answer."""
     quiet_until = time.monotonic() + QUIET
     while True:
-        found = _introduced(_split(spec.coordinator), about)
-        if found:
-            return found
+        introduced = _introduced(_split(spec.coordinator), about)
+        if introduced:
+            return introduced
         now = time.monotonic()
         if now > deadline:
             raise UserError(

@@ -13,7 +13,7 @@ NONE = -1
 def selected(
     expert_TK: Int[np.ndarray, "T K"], weight_TK: Float[np.ndarray, "T K"], num_experts: int
 ) -> Bool[np.ndarray, "T E"]:
-    """Whether token t chose expert e."""
+    """True where token t chose expert e."""
     chosen_TE = np.zeros((len(expert_TK), num_experts), dtype=bool)
     token_P, column_P = np.nonzero(weight_TK > 0)
     chosen_TE[token_P, expert_TK[token_P, column_P]] = True

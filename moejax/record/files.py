@@ -54,26 +54,37 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
+    """``atomically`` with a one-line error, for a file whose folder may be missing.
+
+    Raises:
+      UserError: instead of OSError.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomically(path) as temporary:
+            yield temporary
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
     """A temporary file that replaces ``path`` in one rename at the end.
 
     On any error ``path`` stays as it was and nothing is left beside it. The new file survives a
     power cut. The temporary name is hidden: a folder that holds nothing else counts as empty.
 
     Raises:
-      UserError: instead of OSError.
+      OSError: the file cannot be written.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -71,7 +71,7 @@ class Routed:
 
     @property
     def active_MNLK(self) -> Bool[np.ndarray, "M N L K"]:
-        """Whether the pair was chosen."""
+        """True where the pair was chosen."""
         return (self.weight_MNLK > 0) & self.valid_NL[..., None]
 
     def choices(self, layer: int) -> Int[np.ndarray, "N L K"]:
@@ -85,7 +85,7 @@ class Routed:
 
     @functools.cached_property
     def selected_MTE(self) -> Bool[np.ndarray, "M T E"]:
-        """Whether each of the T valid tokens chose an expert."""
+        """True where one of the T valid tokens chose an expert."""
         expert_MTK, weight_MTK = self._of_valid_tokens()
         layers = zip(expert_MTK, weight_MTK, strict=True)
         return np.stack([selected(*layer, self.num_experts) for layer in layers])
@@ -129,7 +129,7 @@ class Recording(NamedTuple):
         return int(self.about["num_experts"])
 
     def sees(self, what: str) -> bool:
-        """Whether the routing of a token may depend on this, of ``SEES``."""
+        """True if the routing of a token may depend on this, of ``SEES``."""
         return what in self.about["sees"]
 
 

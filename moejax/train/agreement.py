@@ -123,7 +123,7 @@ def on_folder(workdir: Path) -> None:
 
 
 def _is_visible(folder: Path, below: Sequence[str], name: str) -> bool:
-    """Whether process 0's file is where it must be if this folder is process 0's.
+    """True if process 0's file is where it must be if this folder is process 0's.
 
     Waits for a while, since network file systems are slow.
     """

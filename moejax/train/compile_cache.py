@@ -257,7 +257,7 @@ def _remove(folder: Path, name: str) -> None:
 
 
 def _is_complete(entry: Path) -> bool:
-    """Whether a full disk has not cut an entry short. JAX compresses with zstandard or zlib."""
+    """True if a full disk has not cut an entry short. JAX compresses with zstandard or zlib."""
     data = entry.read_bytes()
     if data[:4] == b"\x28\xb5\x2f\xfd":
         return True  # zstandard has the length in front, and JAX refuses a cut entry

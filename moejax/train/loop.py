@@ -124,7 +124,7 @@ def _train(
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where a run's results go: console, logs, probe and checkpoints."""
+    """The destinations of a run's results: console, logs, probe and checkpoints."""
 
     run: Run
     record: RunRecord

@@ -50,7 +50,7 @@ class Parameter(NamedTuple):
     """The letters of the trailing axes. Stacked layers (and gates) lead and have no letter. A name
     without letters stands for a vector or, from two axes on, for matrices in the last two."""
     is_gate: bool
-    """Whether it belongs to a gate or weighs what experts give (see ``GATE_STEMS``)."""
+    """True if it belongs to a gate or weighs what experts give (see ``GATE_STEMS``)."""
 
     @property
     def own_axes(self) -> tuple[int, ...]:
@@ -72,12 +72,12 @@ class Parameter(NamedTuple):
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to matrices, but no gate's, and no norm or bias by name."""
+        """True if weight decay applies: to matrices, but no gate's, and no norm or bias by name."""
         return self.sides is not None and not self.is_gate and self.stem not in ("scale", "bias")
 
     @property
     def orthogonal(self) -> bool:
-        """Whether Muon orthogonalises it: a matrix that decays and has no vocabulary axis."""
+        """True if Muon orthogonalises it: a matrix that decays and has no vocabulary axis."""
         return self.decays and "embed" not in self.stem and "V" not in self.letters
 
     def letters_of(self, axes: tuple[int, ...]) -> str:
@@ -98,7 +98,7 @@ def parameter(path: Sequence[Any], leaf: Any) -> Parameter:
 
 
 def in_gate(names: Sequence[str]) -> bool:
-    """Whether the names of a path lead to a gate's parameter, or to optimizer state of one."""
+    """True if the names of a path lead to a gate's parameter, or to optimizer state of one."""
     stems = (name.rpartition("_")[0] for name in names)
     return not (GATE_NODES.isdisjoint(names) and GATE_STEMS.isdisjoint(stems))
 

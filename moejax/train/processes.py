@@ -13,7 +13,7 @@ _MESSAGE_BYTES = 1000
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints, and lists and moves files."""
+    """True if this process is the one that prints, and lists and moves files."""
     return jax.process_index() == 0
 
 

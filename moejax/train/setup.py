@@ -205,6 +205,6 @@ def _devices(config: Config) -> list[jax.Device]:
 
 
 def real_rows(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Whether each row of a batch holds any token or item, bool[B]."""
+    """True for each row of a batch that holds any token or item, bool[B]."""
     valid = batch["valid"]
     return np.any(valid.reshape(len(valid), -1), axis=1)

@@ -48,7 +48,7 @@ class StopSignals:
         return number in self._previous
 
     def is_request(self, number: int) -> bool:
-        """Whether a signal is a new request to stop, and not a repetition of the one before.
+        """True if a signal is a new request to stop, and not a repetition of the one before.
 
         After a SIGHUP the terminal is gone, and prints go nowhere instead of failing.
         """
@@ -127,7 +127,7 @@ class Stop:
         self._wake()  # for a signal that came just before
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after ``step`` updates; the same answer on every process."""
+        """True if the run must stop after ``step`` updates; the same answer on every process."""
         job = jobs.current()
         return job.stops_at(step) if job else self._request is not None
 

@@ -57,7 +57,7 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
-    """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    """ShapeDtypeStructs with shardings, which checkpoints are restored onto."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
     )

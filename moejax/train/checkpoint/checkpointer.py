@@ -116,7 +116,7 @@ class Checkpointer:
                 self._open().wait_until_finished()
 
     def just_committed(self) -> bool:
-        """Whether the last save has been committed; true once."""
+        """True at the first call after the last save has been committed."""
         step = self._saving
         if step is None or step == self._reported or step not in self.steps():
             return False
@@ -241,8 +241,8 @@ def restore_subtree(directory: str | Path, abstract_subtree: Any, key: str = "pa
 
     restored, rejected = newest_good(directory, abstract_subtree, Part(f"{key}/"), skip)
     if restored is None:
-        found = "only damaged ones" if rejected else "none"
-        raise UserError(f"no checkpoint to start from in {directory}: found {found}")
+        present = "only damaged ones" if rejected else "none"
+        raise UserError(f"no checkpoint to start from in {directory}: found {present}")
     return restored
 
 

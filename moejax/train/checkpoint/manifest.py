@@ -55,7 +55,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether `leaf` is a typed PRNG key (an array or its description)."""
+    """True if `leaf` is a typed PRNG key (an array or its description)."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

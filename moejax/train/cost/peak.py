@@ -81,7 +81,7 @@ def measure_matmul_flops(
     size: int = 1024,
     device: jax.Device | None = None,
 ) -> float:
-    """FLOP/s of the fastest ``size`` x ``size`` matrix product seen within ``seconds``."""
+    """FLOP/s of the fastest ``size`` x ``size`` matrix product measured within ``seconds``."""
     where = jax.local_devices()[0] if device is None else device
     matrix = jax.device_put(np.ones((size, size), jnp.dtype(dtype)), where)
     matmul = jax.jit(jnp.matmul)

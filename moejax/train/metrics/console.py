@@ -275,7 +275,7 @@ def learning_rate_rise(run: Run, step: int, before: dict[str, Any] | None) -> st
 
 
 def _more_steps(run: Run, step: int) -> str:
-    """What raising train.steps does to the learning rate, and how to keep it as it is."""
+    """The effect of raising train.steps on the learning rate, and the remedy; "" without one."""
     optim, steps = run.config.optim, run.config.train.steps
     if optim.schedule == "constant" or optim.decay_steps:
         return ""

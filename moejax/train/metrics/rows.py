@@ -160,7 +160,7 @@ def routing(stats: MoEStats | None) -> Row:
 
 
 def by_task(load_LME: np.ndarray) -> Row:
-    """How L layers share E experts among M tasks (modalities), from pairs by task.
+    """The division of E experts among M tasks (modalities) in L layers, from pairs by task.
 
     ``moe/experts_of_task``: for each task exp(H(expert)), the experts it is spread over;
     ``moe/task_split``: I(expert; task) / H(task), 0 where tasks use experts alike and 1 where no
@@ -182,5 +182,5 @@ def by_task(load_LME: np.ndarray) -> Row:
 
 
 def _entropy(p_E: np.ndarray) -> np.ndarray:
-    """Of distributions in the last axis, in nats."""
+    """The entropy of distributions in the last axis, in nats."""
     return -np.sum(p_E * np.log(np.where(p_E > 0, p_E, 1.0)), axis=-1)

@@ -33,7 +33,7 @@ REST = {
     OTHER: "embedding, norms, residuals, gathered metrics, operations without a scope",
     IDLE: "no operation ran: host, dispatch, gaps",
 }
-"""What an instant counts as if it belongs to none of the parts."""
+"""Names for instants that belong to none of the parts."""
 
 _COLLECTIVES = (
     "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute",

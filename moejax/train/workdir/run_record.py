@@ -1,4 +1,4 @@
-"""What a run writes about itself: config.json with the run's history, and the meta of checkpoints.
+"""The record of a run: config.json with the run's history, and the meta of checkpoints.
 
 ``history`` in config.json (and so in every checkpoint) lists what has happened to the run since its
 first start: fields that changed, rows and files that are missing.
@@ -62,7 +62,7 @@ class RunRecord:
         saved.write_config(self.folder, self.content)
 
     def checkpoint_meta(self, step: int, log: MetricsLog) -> dict[str, Any]:
-        """What is saved with a checkpoint: all that resuming needs if the other files are lost."""
+        """The meta of a checkpoint: all that resuming needs if the other files are lost."""
         if log.gaps and is_first():
             self.content["history"] += [stamped(step, gap_entry(gap)) for gap in log.gaps]
             log.gaps.clear()
@@ -79,7 +79,7 @@ class RunRecord:
         note_saved(self.folder)
 
     def rewrite_config(self) -> None:
-        """Writes config.json as it was found, if it had to be rebuilt from a checkpoint."""
+        """Writes config.json again if it was lost and read from a checkpoint."""
         if self.contents.rebuilt and is_first():
             saved.write_config(self.folder, self.contents.config_json)
 
@@ -105,7 +105,7 @@ def description(
 def _about_run(run: Run) -> dict[str, Any]:
     data = run.data
     return {
-        # How these processes found each other is no part of the run: one alone may evaluate it.
+        # How the processes connect is no part of the run: a single process may evaluate it.
         "config": {**to_dict(run.config), "distributed": to_dict(default())["distributed"]},
         "schema": SCHEMA,
         "version": __version__,
