@@ -84,11 +84,11 @@ def configure_devices(config: Config) -> None:
                 "mesh or the number of processes"
             )
         devices = total // processes
-    if devices > MOST_CPU_DEVICES:  # no process has that many accelerators either
+    if devices > MAX_CPU_DEVICES:  # no process has that many accelerators either
         named = " x ".join(f"mesh.{axis}={config.mesh[axis]}" for axis in AXES)
         raise UserError(
             f"{named} needs {devices} devices per process, and on CPU a process has at most "
-            f"{MOST_CPU_DEVICES}; make the mesh smaller"
+            f"{MAX_CPU_DEVICES}; make the mesh smaller"
         )
     jax.config.update(CPU_DEVICES, devices)
 

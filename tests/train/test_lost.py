@@ -380,14 +380,14 @@ def test_removing_the_folder_of_a_log_ends_the_run_with_one_line(tmp_path: Path)
 def test_a_row_represents_the_steps_since_the_row_before_it():
     known = {"config": {"train": {"log_every": 10}}}
     steps, field = [10, 20, 50, 60], "train.log_every"
-    assert saved.stand_for(steps, known, field) == [10, 10, 10, 10]
-    assert saved.missing(steps, known, field, 60) == [(21, 40)]
-    assert saved.missing(steps, known, field, 85) == [(21, 40), (61, 85)]
-    assert saved.missing([], known, field, 9) == []
+    assert saved.steps_per_row(steps, known, field) == [10, 10, 10, 10]
+    assert saved.missing_steps(steps, known, field, 60) == [(21, 40)]
+    assert saved.missing_steps(steps, known, field, 85) == [(21, 40), (61, 85)]
+    assert saved.missing_steps([], known, field, 9) == []
     changed = [{"field": field, "step": 20, "old": 10, "new": 30}]
     known = {"config": {"train": {"log_every": 30}}, "history": changed}
-    assert saved.missing([10, 20, 30, 60, 90], known, field, 100) == []
-    assert saved.missing([20, 30, 90], known, field, 90) == [(1, 10), (31, 60)]
+    assert saved.missing_steps([10, 20, 30, 60, 90], known, field, 100) == []
+    assert saved.missing_steps([20, 30, 90], known, field, 90) == [(1, 10), (31, 60)]
 
 
 def test_missing_probe_files_are_reported(whole: Whole, text: Path, tmp_path: Path):
