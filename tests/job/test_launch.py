@@ -195,7 +195,6 @@ def test_host_memory_respects_the_limits_of_this_process(monkeypatch):
 
 FRESH = """
 import sys
-from moejax import devices
 from moejax.config import default, validate
 from moejax.job.launch import configure_devices
 from moejax.job.launch import backend_is_running
