@@ -51,7 +51,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "config", "data", "errors", "layers", "mesh", "models", "options", "tasks", "types",
         },
         "train": {
-            "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
+            "config", "data", "dispatch", "errors", "job", "kernels", "mesh", "moejax", "record",
+            "tasks", "types",
         },
     },
     {"sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"}},

@@ -14,7 +14,7 @@ from moejax.record.files import parsed
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.folder import INDEX
 from moejax.sweep.results import Result, read_diverged, read_trial
-from moejax.train.workdir.run_folder import OUTPUT
+from moejax.train.workdir.contents import OUTPUT
 
 TAIL = 15
 """So many last lines of a log say why a trial failed."""

@@ -19,8 +19,8 @@ from moejax.sweep.journal import Journal
 from moejax.sweep.launch import Launcher
 from moejax.sweep.pool import STOPPED, Place, Pool
 from moejax.sweep.signals import Signals
+from moejax.train.workdir.contents import make_workdir
 from moejax.train.workdir.lock import WorkdirLock
-from moejax.train.workdir.run_folder import make_workdir
 
 
 @dataclasses.dataclass(frozen=True)

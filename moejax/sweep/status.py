@@ -16,6 +16,7 @@ from moejax.sweep import journal, launch, progress
 from moejax.sweep.definition import Trial
 from moejax.sweep.journal import Entry
 from moejax.sweep.progress import Progress
+from moejax.train.cost import units
 
 KILLED = "killed"
 """The journal says that it is running, and its process on this machine is gone."""
@@ -152,9 +153,5 @@ def summary(found: Sequence[Line]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``12m05s``, ``1h02m``; - for None."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+    """A duration as text; - for None."""
+    return "-" if seconds is None else units.duration(seconds)
