@@ -18,8 +18,8 @@ from moejax.experts import ACTIVATIONS
 from moejax.types import (
     PRIORITIES,
     Gate,
+    GateTraits,
     MoEConfig,
-    NeedsData,
     Transport,
     Visibility,
 )
@@ -70,7 +70,7 @@ def option(default: Any, comment: str, **allowed: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def option_fields(options: type["Options"]) -> list[dataclasses.Field]:
+def option_fields(options: type[Any]) -> list[dataclasses.Field]:
     """The fields of a class that are options, in order."""
     return [field for field in dataclasses.fields(options) if "comment" in field.metadata]
 
@@ -352,7 +352,9 @@ class StackOptions(Options):
                 f"with experts are routed; use depths.every={self.every} or every={depths.every}"
             )
         self._check_period(repeated, "depths.every", depths.every)
-        if self.every and (gate.trained_by == "policy" or isinstance(gate, NeedsData)):
+        if self.every and (
+            gate.trained_by == "policy" or GateTraits.of(gate).check_data is not None
+        ):
             raise ValueError(
                 f"gate {type(gate).__name__} needs every token of a sequence in training, but "
                 f"depths.capacity={depths.capacity:g} leaves some out; use depths.capacity=0"

@@ -48,8 +48,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "tasks", "types",
         },
         "contrib/multimodal": {
-            "config", "data", "errors", "gating", "layers", "mesh", "models", "options", "tasks",
-            "types",
+            "config", "data", "errors", "layers", "mesh", "models", "options", "tasks", "types",
         },
         "train": {
             "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
@@ -64,7 +63,7 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "contrib/openmoe": {
-            "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train",
+            "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train", "types",
         },
         "contrib/scaling": {"errors", "record", "sweep", "train"},
         "notebook": {

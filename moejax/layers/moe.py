@@ -47,7 +47,7 @@ from moejax.types import (
     GateOutput,
     GateSpec,
     GateState,
-    KnowsRows,
+    GateTraits,
     MoEOutput,
     MoEStats,
     Priority,
@@ -195,7 +195,8 @@ class MoELayer(TrainOrEval):
         """The given state, or the initial one."""
         if given is None:
             return self.init_gate_state()
-        if not isinstance(self.gate, KnowsRows):  # whose state is as large as what it read
+        # The state of a recorded routing is as large as its file: it is not made a second time.
+        if GateTraits.of(self.gate).check_rows is None:
             counts = functools.partial(np.zeros, self.options.vocab_size, np.int64)
             wanted = jax.eval_shape(lambda: self.init_gate_state(token_counts=counts))
             check_gate_state(given, wanted, type(self.gate).__name__)

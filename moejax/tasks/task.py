@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.dispatch import Dropless
 from moejax.losses import policy_gradient
-from moejax.types import LayerAux, MoEStats, Tap
+from moejax.types import GateTraits, LayerAux, MoEStats, Tap
 
 Batch = dict[str, Array]
 """On the devices: what ``Source`` calls a batch."""
@@ -154,10 +154,9 @@ class Task:
 
         Zero gradients would not do: momentum keeps moving a parameter, its sign at full speed.
         """
-        frozen = getattr(self.model.gate, "frozen", None)
-        if frozen is None or not self.model.num_moe_layers:
+        still = GateTraits.of(self.model.gate).frozen(step) if self.model.num_moe_layers else {}
+        if not still:
             return updates
-        still = frozen(step)
 
         def held(path: tuple[Any, ...], update: Array) -> Array:
             *nodes, name = (str(getattr(key, "key", key)) for key in path)

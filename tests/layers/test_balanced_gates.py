@@ -168,12 +168,12 @@ def test_balancing_leaks_in_training_and_says_so_and_not_in_evaluation(gate, gro
 
 def test_the_gap_of_an_assignment_is_told_per_token(monkeypatch):
     """Groups of three and of two tokens, each 6 away from the optimum."""
-    solve = base.balanced_assignment
+    solve = base.balanced_assignments
 
-    def far(score_TE, valid_T):
-        return solve(score_TE, valid_T)._replace(gap=jnp.float32(6.0))
+    def far(score_GTE, valid_GT):
+        return solve(score_GTE, valid_GT)._replace(gap=jnp.full(len(score_GTE), 6.0))
 
-    monkeypatch.setattr(base, "balanced_assignment", far)
+    monkeypatch.setattr(base, "balanced_assignments", far)
     gate = gating.make("base")
     valid = jnp.asarray([[True, True, True], [True, True, False]])
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))
