@@ -111,7 +111,8 @@ def arms(task: Task) -> list[Arm]:
     The last of gates that take it with the parameters they have.
     """
     found = [DROPLESS, *(Arm(factor) for factor in FACTORS), Arm(TYPICAL, "gate")]
-    k = getattr(task.model.gate, "k", 0)
+    gate: Any = task.model.gate
+    k = gate.k if "k" in {field.name for field in dataclasses.fields(gate)} else 0
     other = Arm(TYPICAL, k=1 if k > 1 else 2)
     if k and _parameters(task) and _parameters(variant(task, other)) == _parameters(task):
         found.append(other)
