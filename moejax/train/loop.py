@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from moejax.config import Config, saved, settings
 from moejax.config.saved import CHECKPOINTS, METRICS
-from moejax.data.batches import Prefetcher
+from moejax.data.prefetch import prefetch
 from moejax.errors import UserError
 from moejax.job import telling
 from moejax.train import compile_cache, setup
@@ -177,7 +177,7 @@ def _loop(
     config = this.config.train
     held_out = [this.put(batch) for batch in this.eval_batches()]
     pending: tuple[int, Any] | None = None
-    with Prefetcher(
+    with prefetch(
         lambda step: this.put(this.data.train_batch(step)), start, config.steps
     ) as batches:
         for step, batch in enumerate(batches, start + 1):

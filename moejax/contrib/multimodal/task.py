@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moejax.config import Config
 from moejax.contrib.multimodal.model import BYTES, LIMoE, LIMoEConfig, interleaved
-from moejax.contrib.multimodal.pairs import PairSource, encode, prompts
+from moejax.contrib.multimodal.source import PairSource, encode, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.gating import Replay

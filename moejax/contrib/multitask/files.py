@@ -17,8 +17,9 @@ from moejax.contrib.multitask.columns import (
     parse_spec,
     table_of,
 )
-from moejax.contrib.multitask.tables import Table, check_fraction, heldout_count
+from moejax.contrib.multitask.tables import Table, heldout_count
 from moejax.data.containers import kind_of_bytes
+from moejax.data.split import check_fraction
 from moejax.errors import UserError, suggest
 
 SPLITS: tuple[str, ...] = ("hash", "time")

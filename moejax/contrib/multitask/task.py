@@ -13,11 +13,10 @@ from jaxtyping import Array, Float, PyTree
 from moejax.config import Config, make_gate
 from moejax.config.build import gate_message
 from moejax.contrib.multitask.files import load_table
+from moejax.contrib.multitask.generated import correlated, groups, recommender
 from moejax.contrib.multitask.mmoe import check_gate
 from moejax.contrib.multitask.model import Head, MultiTask, MultiTaskConfig, head_losses
-from moejax.contrib.multitask.recommender import recommender
 from moejax.contrib.multitask.source import TableSource
-from moejax.contrib.multitask.synthetic import correlated, groups
 from moejax.contrib.multitask.tables import Table
 from moejax.data.source import Source
 from moejax.errors import UserError

@@ -52,7 +52,7 @@ class Recorder:
         self._batches = _batches(run, held_out, self._rows)
         there = (probe.folder(folder) / "tokens.npz").exists()
         if is_first() and (resume_step is None or not there):
-            told = run.data.told(_held_out(held_out, self._rows), eval_rows)
+            told = run.data.probe_arrays(_held_out(held_out, self._rows), eval_rows)
             probe.save_tokens(folder, told)
 
     def record(self, step: int, state: TrainState) -> None:

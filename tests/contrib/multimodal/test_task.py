@@ -18,7 +18,7 @@ from moejax import config as configs
 from moejax.config import validate
 from moejax.config.overrides import apply_overrides
 from moejax.contrib.multimodal.model import LARGEST_SCALE
-from moejax.contrib.multimodal.pairs import CLASSES, PairSource, encode, prompts
+from moejax.contrib.multimodal.source import CLASSES, PairSource, encode, prompts
 from moejax.contrib.multimodal.task import Embeddings, Multimodal, build, contrastive, retrieved
 from moejax.errors import UserError
 from moejax.models.stack import Found
@@ -257,7 +257,7 @@ def test_what_a_layer_saw_is_laid_out_by_pair_with_the_image_first():
     expert = found.watched["expert"]
     length = task.units.tokens_per_row
     assert expert.shape == (2, B, length, 1)
-    valid = source.told(jax.device_get(batch(0)), B)["valid"]
+    valid = source.probe_arrays(jax.device_get(batch(0)), B)["valid"]
     own = np.asarray(expert)[..., 0]
     for task_id, half in enumerate((slice(0, length // 2), slice(length // 2, None))):
         for layer in range(2):

@@ -385,7 +385,7 @@ def test_examples_in_a_report_are_named_by_the_values_of_the_file(tmp_path):
     path.write_text("who,y\n" + "".join(f"{v},{i}\n" for i, v in enumerate(["07", "7", "x"] * 30)))
     table = load_table(str(path), targets=["y"], categorical=["who"])
     source = TableSource(table, batch_size=4, seed=0, eval_rows=4)
-    told = source.told(source.eval_batches(4, 4)[0], 4)
+    told = source.probe_arrays(source.eval_batches(4, 4)[0], 4)
     assert told["token_text"][:4] == ["who unknown", "who 07", "who 7", "who x"]
 
 

@@ -16,9 +16,9 @@ import pytest
 
 from moejax.config import load
 from moejax.contrib.multitask.baselines import design, loss_of, table_baselines
+from moejax.contrib.multitask.generated import groups
 from moejax.contrib.multitask.model import Head
 from moejax.contrib.multitask.source import TableSource
-from moejax.contrib.multitask.synthetic import groups
 from moejax.contrib.multitask.tables import as_rows, make_table
 from moejax.contrib.multitask.task import MeanSquare, MultiTaskLearning, binned_area
 from moejax.record.probe import OF_LABELS, OF_TOKENS, Probe
@@ -270,7 +270,7 @@ def test_baselines_of_a_table_are_of_the_evaluated_rows(rows):
 def test_a_source_says_of_its_examples_what_the_probe_wants(arg):
     source = run_of(arg, task__tasks=4).data
     batch = source.eval_batches(16, 16)[0]
-    told = source.told(batch, 16)
+    told = source.probe_arrays(batch, 16)
     for name, (kind, _) in {**OF_TOKENS, **OF_LABELS}.items():
         if kind != "str":
             assert told[name].dtype == kind

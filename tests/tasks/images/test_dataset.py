@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from moejax.data.split import EVAL_FOLDERS
 from moejax.errors import UserError
-from moejax.tasks.images.dataset import Images, load_images, split_classes
-from moejax.tasks.images.folder import EVAL_FOLDERS, SIDES, read_image
+from moejax.tasks.images.dataset import SIDES, Images, load_images, read_image, split_classes
 
 
 @pytest.fixture(scope="module")

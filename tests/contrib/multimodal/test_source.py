@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moejax.contrib.multimodal.pairs import BYTES, CLASSES, TEMPLATES, PairSource
+from moejax.contrib.multimodal.source import BYTES, CLASSES, TEMPLATES, PairSource
 from moejax.errors import UserError
 from moejax.tasks.images.dataset import load_images
 
@@ -76,7 +76,7 @@ def test_evaluation_fills_its_last_batch_with_rows_that_are_not_valid():
 
 def test_the_probe_is_told_modality_patch_and_byte_of_every_token():
     own, batch = source(), source().eval_batches(B, 40)[-1]
-    told = own.told(batch, 40)
+    told = own.probe_arrays(batch, 40)
     assert own.length == 26 and told["token"].shape == told["label"].shape == (B, 52)
     np.testing.assert_array_equal(told["valid"][:8, :26].sum(axis=1), 16)
     np.testing.assert_array_equal(told["valid"][:8, 26:], batch["text_valid"][:8])
