@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from moejax.config.build import gate_message, make_gate, moe_config
 from moejax.config.layer_checks import check_depths, check_layers
 from moejax.config.saved import holds_run
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.config.tree import Config, get_field, table_of
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
@@ -145,7 +145,7 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
         raise UserError(
             f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
         )
-    accum, per_row = config.train.grad_accum, TASKS[config.task.name].sequences_per_row
+    accum, per_row = config.train.grad_accum, task_entry(config.task.name).sequences_per_row
     sequences = config.train.batch_size // accum * per_row
     rows = choices.rows_per_group(sequences)
 
