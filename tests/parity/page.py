@@ -1,0 +1,26 @@
+"""A transformer with experts learns the parity of 4 bits by heart."""
+
+from moejax.config import Config, default
+
+
+def get_config() -> Config:
+    """Sizes that train in seconds."""
+    config = default("tests.parity.fields:TASK")  # the one line that makes the task known
+    config.task.bits = 4
+    config.model.d_model = 16
+    config.model.d_ff = 32
+    config.model.num_layers = 1
+    config.model.num_heads = 2
+    config.model.num_kv_heads = 2
+    config.moe.num_experts = 4
+    config.moe.d_ff = 16
+    config.train.batch_size = 8
+    config.train.steps = 20
+    config.train.eval_every = 10
+    config.train.checkpoint_every = 10
+    config.train.log_every = 1
+    config.train.eval_rows = 4
+    config.optim.learning_rate = 1e-2
+    config.optim.warmup_steps = 0
+    config.report.probe_rows = 4
+    return config
