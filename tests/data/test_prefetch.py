@@ -23,7 +23,7 @@ def test_results_come_in_order():
         assert list(results) == [None, None, None]
 
 
-def test_a_step_is_an_int_of_python():
+def test_the_function_gets_python_ints():
     with prefetch(type, 1, 3) as results:
         assert list(results) == [int, int]
 
