@@ -15,15 +15,15 @@ FEATURES = ("user", "item", "genre", "age", "hour")
 GENRES, AGES, HOURS, FACTORS = 8, 5, 24, 4
 
 RATING_SHARES = {"user": 0.15, "item": 0.2, "affinity": 0.4, "noise": 0.25}
-"""Shares of the rating's variance, which is 1: habits of the user, quality of the item, how well
-the item suits the user, and chance."""
+"""Shares of the rating's variance, which is 1: habits of the user, quality of the item, fit of the
+item to the user, and chance."""
 MEAN_RATING = 3.5
 LOGIT_SPREAD, FINISHED = 1.5, 0.5
 """Standard deviation and mean of the logit of finishing."""
 
 
 class Correlated(NamedTuple):
-    """Draws of ``draw_correlated``: inputs, the noise-free labels, labels, and w of both tasks."""
+    """Draws of ``draw_correlated``: inputs, labels without and with noise, and w of both tasks."""
 
     x_ND: Float[np.ndarray, "N D"]
     clean_NM: Float[np.ndarray, "N 2"]
@@ -44,7 +44,7 @@ def draw_correlated(
     correlation grows with rho, but is not rho: the sines are not linear.
 
     Reference: Ma et al. (MMoE), KDD 2018, doi 10.1145/3219819.3220007, which gives the formula but
-    not alpha, beta, c and the number of sines. Those here are of a public re-implementation.
+    not alpha, beta, c and the number of sines; we take those of a public re-implementation.
     """
     if not -1.0 <= rho <= 1.0:
         raise UserError(f"task.rho: {rho} is not between -1 and 1")
@@ -87,7 +87,7 @@ def draw_groups(
     experts_per_group: int = 4,
     hidden: int = 4,
 ) -> Groups:
-    r"""Two halves of the tasks, each with generating experts of its own.
+    r"""Two halves of the tasks, each with its own generating experts.
 
     .. math:: y_m = \sum_e \operatorname{softmax}(a_m)_e f_e(x) + N(0, 0.01^2), \quad
        f_e(x) = v_e^\top \max(W_e x + b_e, 0)
@@ -95,8 +95,8 @@ def draw_groups(
     over the experts of the task's half, with all of W, b, v and a drawn from N(0, 1), each f_e
     brought to mean 0 and variance 1, and x ~ N(0, I). Tasks 0 .. tasks/2 - 1 are the first half.
 
-    Inspired by the multi-task experiments of Hazimeh et al. (DSelect-k), arXiv 2106.03760, whose
-    sizes we do not know: the protocol is ours.
+    Inspired by the multi-task experiments of Hazimeh et al. (DSelect-k), arXiv 2106.03760, which do
+    not state their sizes: the protocol is ours.
     """
     if tasks < 2 or tasks % 2:
         raise UserError(f"task.tasks: {tasks} tasks do not make two groups; use an even number")
@@ -167,9 +167,9 @@ def draw_recommender(
        P(\text{finished}) = \sigma\big(0.5 + 1.5 (\sqrt{s}\, p_u q_i + \sqrt{1 - s}\, m)\big)
 
     User factors p are half the user's own and half those of the age group, item factors q half the
-    item's and half those of the genre. The moment m depends on the hour and, by a length of its
-    own, on the genre. The parts a, b, p q and m are brought to mean 0 and variance 1 over the rows,
-    so that their weights are shares of variance. ``shared`` (s) is what the tasks have in common.
+    item's own and half those of the genre. The moment m depends on the hour and on the length of
+    the genre. The parts a, b, p q and m are standardised over the rows, so that
+    their weights are shares of variance. ``shared`` (s) is the structure common to both tasks.
 
     Items are drawn with P proportional to 1 / rank (a long tail), users by a lognormal activity.
     """
@@ -198,13 +198,13 @@ def draw_recommender(
     weight = {name: share**0.5 for name, share in RATING_SHARES.items()}
     expected_N = MEAN_RATING + part_NP[:, :3] @ [weight[n] for n in ("user", "item", "affinity")]
     logit_N = part_NP[:, 2:] @ [shared**0.5, (1.0 - shared) ** 0.5]
-    chance_N = 1.0 / (1.0 + np.exp(-(FINISHED + LOGIT_SPREAD * logit_N)))
+    p_finished_N = 1.0 / (1.0 + np.exp(-(FINISHED + LOGIT_SPREAD * logit_N)))
     rating_N = expected_N + weight["noise"] * rng.standard_normal(rows)
-    finished_N = rng.random(rows) < chance_N
+    finished_N = rng.random(rows) < p_finished_N
     return Recommender(
         np.stack([user_N, item_N, genre_I[item_N], age_U[user_N], hour_N], axis=1),
         np.stack([rating_N, finished_N], axis=1),
-        np.stack([expected_N, chance_N], axis=1),
+        np.stack([expected_N, p_finished_N], axis=1),
         part_NP,
     )
 
@@ -218,7 +218,7 @@ def recommender(
     items: int = 200,
     shared: float = 0.5,
 ) -> Table:
-    """``draw_recommender`` as a table of the tasks rating and finished; the last rows held out."""
+    """``draw_recommender`` as a table with tasks rating and finished; the last rows held out."""
     drawn = draw_recommender(seed, rows, users=users, items=items, shared=shared)
     all_rows = as_rows(None, drawn.category_NC, drawn.target_NM)
     cut = first_heldout(rows, eval_fraction)

@@ -258,7 +258,7 @@ def test_identifiers_that_became_floats_are_said(tmp_path, capsys):
 def test_a_number_with_an_underscore_is_none(tmp_path):
     """Python reads 1_0 as 10."""
     path = write(pd.DataFrame({"x": ["1_0", "7"] * 10, "y": range(20)}), tmp_path / "t.csv")
-    with pytest.raises(UserError, match="'x' is '1_0' in row 1, which is no number"):
+    with pytest.raises(UserError, match="'x' is '1_0' in row 1, which is not a number"):
         load_table(path, targets=["y"], numeric=["x"])
 
 
@@ -313,7 +313,7 @@ def test_a_compressed_csv_is_read_as_one_block(tmp_path):
 ])  # fmt: skip
 def test_a_file_that_is_no_table_is_said_to_be_what_it_is(tmp_path, content, kind):
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(UserError, match=rf"t.csv' looks like {kind}.*, which is no table; name"):
+    with pytest.raises(UserError, match=rf"t.csv' looks like {kind}.*, which is not a table; name"):
         load_table(str(tmp_path / "t.csv"), targets=["y"])
 
 
@@ -572,7 +572,10 @@ FILES = {
     "constant": (b"x,y\n" + b"1,7\n2,7\n" * 9, r"task.targets: 'y' is 7 in every training row"),
     "absent": (b"x,y\n" + b"1,\n2,\n" * 9, r"task.targets: 'y' is missing in every training row"),
     "ragged": (b"x,y\n1,2\n3\n4,5\n", r"data.path: cannot parse '.*': .*columns"),
-    "word": (b"x,y\n1,2\n3,4\n5,six\n", r"task.targets: 'y' is 'six' in row 3, which is no number"),
+    "word": (
+        b"x,y\n1,2\n3,4\n5,six\n",
+        r"task.targets: 'y' is 'six' in row 3, which is not a number",
+    ),
     "infinite": (b"x,y\n1,2\n3,inf\n5,6\n", r"task.targets: 'y' is inf in row 2; use finite"),
     "large": (b"x,y\n1,2\n3,1e300\n5,6\n", r"targets: 'y' is 1e\+300 in row 2, beyond .* float32"),
     "large feature": (
