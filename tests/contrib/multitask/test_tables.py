@@ -54,7 +54,7 @@ def test_the_labels_correlation_grows_with_rho_to_one():
     assert abs(found[0]) < 0.03 and found[-1] > 0.9999  # noise 0.01 beside a spread of 2.6
 
 
-def test_a_seed_is_a_table_and_rho_is_checked():
+def test_a_seed_determines_the_table_and_rho_is_checked():
     assert correlated(3, 50, 0.9).fingerprint == correlated(3, 50, 0.9).fingerprint
     assert correlated(3, 50, 0.9).fingerprint != correlated(4, 50, 0.9).fingerprint
     assert correlated(3, 50, 0.9).fingerprint != correlated(3, 50, 0.5).fingerprint
@@ -100,7 +100,7 @@ def test_parts_explain_the_ratings_variance_as_designed(watched):
     np.testing.assert_allclose(residual.var(), generated.RATING_SHARES["noise"], rtol=0.05)
 
 
-def test_whoever_knows_the_structure_beats_the_mean(watched):
+def test_knowledge_of_the_structure_beats_the_mean(watched):
     finished_N, chance_N = watched.target_NM[:, 1], watched.ideal_NM[:, 1]
 
     def log_loss(p):
@@ -126,7 +126,7 @@ def test_the_hidden_factors_can_be_recovered_from_the_rows_alone(watched):
     assert 0.25 < explained < 0.75
 
 
-def test_tasks_share_what_was_asked_for():
+def test_tasks_share_the_requested_structure():
     def overlap(shared):
         drawn = generated.draw_recommender(0, N, shared=shared)
         return pearson(drawn.target_NM)
@@ -141,7 +141,7 @@ def test_items_have_a_long_tail(watched):
     assert count_I[:20].sum() > 0.5 * N
 
 
-def test_ids_lie_below_the_sizes_of_their_columns():
+def test_ids_are_below_the_sizes_of_their_columns():
     table = generated.recommender(0, 2000)
     for rows in (table.train, table.heldout):
         assert (rows.category_NC >= 0).all()
@@ -193,7 +193,7 @@ def test_a_batch_is_a_function_of_the_step_and_a_share_of_it_is_a_slice():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 60))
-def test_evaluation_sees_each_chosen_row_once_and_padding_says_so(rows, batch_size, count):
+def test_evaluation_has_each_chosen_row_once_and_padding_is_invalid(rows, batch_size, count):
     batches = heldout_batches(rows, batch_size, count, numbered(rows).read)
     seen = np.concatenate([b["dense"][b["valid"], 0] for b in batches])
     assert len(seen) == len(set(seen)) == min(rows, count)

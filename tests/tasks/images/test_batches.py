@@ -120,7 +120,7 @@ def test_impossible_settings_are_refused(digits):
 
 
 @pytest.mark.parametrize("rows", [3, 1000])
-def test_the_class_prior_is_of_the_evaluated_images(digits, rows):
+def test_the_class_prior_is_computed_on_the_evaluated_images(digits, rows):
     source = ImageSource(digits, 2, 8, 0, rows)
     labels = [b["label"][b["valid"]] for b in source.eval_batches(8, rows)]
     chance = np.bincount(digits.train_label_N, minlength=10) / len(digits.train_label_N)

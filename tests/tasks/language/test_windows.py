@@ -90,7 +90,7 @@ def test_a_host_reads_its_own_rows_only():
     assert Watched.reads == [100 * window for window in windows_of(share)]
 
 
-def test_a_batch_may_straddle_epochs_and_hold_a_row_twice():
+def test_a_batch_may_span_epochs_and_contain_a_row_twice():
     batches = train_windows(TOKENS, 300, batch_size=8, seed=0)  # 3 rows
     starts = batches.batch(0)["tokens"][:, 0].tolist()
     assert sorted(starts[:3]) == sorted(starts[3:6]) == [0, 300, 600]
