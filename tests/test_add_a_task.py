@@ -40,13 +40,13 @@ def test_the_config_has_the_tasks_fields_and_leaves_out_what_it_does_not_use():
 
 def test_the_task_learns_and_is_evaluated_beside_its_baseline(workdir):
     trained, held_out = rows(workdir, "train"), rows(workdir, "eval")
-    assert [row["step"] for row in trained] == list(range(1, 21))
+    assert [row["step"] for row in trained] == list(range(1, 31))
     assert trained[0]["loss"] == pytest.approx(0.693, abs=1e-3)  # the head starts at 0
     assert trained[-1]["loss"] < 0.5
-    assert [row["step"] for row in held_out] == [10, 20]
+    assert [row["step"] for row in held_out] == [15, 30]
     assert all(0 <= row["accuracy"] <= 1 and "aux/load_balance" in row for row in held_out)
     saved = json.loads((workdir / "config.json").read_text())
-    assert saved["config"]["task"] == {"name": NAME, "bits": 4}
+    assert saved["config"]["task"] == {"name": NAME, "bits": 3}
     assert saved["units"]["item"] == "vector"
     assert saved["baselines"] == {"chance": pytest.approx(0.693, abs=1e-3)}
 
@@ -57,12 +57,12 @@ def test_a_saved_run_of_the_task_is_evaluated_and_resumed(workdir):
     assert ended.status == 0, ended.err
     assert f"{last['loss']:.4f}"[:5] in ended.out
     ended = call([
-        "train", f"--config={PAGE}", f"--workdir={workdir}", "--config.train.steps=22",
+        "train", f"--config={PAGE}", f"--workdir={workdir}", "--config.train.steps=32",
         "--config.optim.schedule=constant",
     ])  # fmt: skip
     assert ended.status == 2 and "optim.schedule" in ended.err
-    ended = call(["train", f"--config={PAGE}", f"--workdir={workdir}", "--config.train.steps=22"])
-    assert (ended.status, rows(workdir, "train")[-1]["step"]) == (0, 22), ended.err
+    ended = call(["train", f"--config={PAGE}", f"--workdir={workdir}", "--config.train.steps=32"])
+    assert (ended.status, rows(workdir, "train")[-1]["step"]) == (0, 32), ended.err
 
 
 def test_the_probe_names_its_tokens(workdir):

@@ -1,4 +1,4 @@
-"""A transformer with experts learns the parity of 4 bits by heart."""
+"""A transformer with experts learns the parity of 3 bits by heart."""
 
 from moejax.config import Config, default
 
@@ -6,7 +6,7 @@ from moejax.config import Config, default
 def get_config() -> Config:
     """Sizes that train in seconds."""
     config = default("tests.parity.fields:TASK")  # the one line that makes the task known
-    config.task.bits = 4
+    config.task.bits = 3
     config.model.d_model = 16
     config.model.d_ff = 32
     config.model.num_layers = 1
@@ -15,12 +15,12 @@ def get_config() -> Config:
     config.moe.num_experts = 4
     config.moe.d_ff = 16
     config.train.batch_size = 8
-    config.train.steps = 20
-    config.train.eval_every = 10
-    config.train.checkpoint_every = 10
+    config.train.steps = 30
+    config.train.eval_every = 15
+    config.train.checkpoint_every = 15
     config.train.log_every = 1
-    config.train.eval_rows = 4
-    config.optim.learning_rate = 1e-2
+    config.train.eval_rows = 2
+    config.optim.learning_rate = 3e-2
     config.optim.warmup_steps = 0
-    config.report.probe_rows = 4
+    config.report.probe_rows = 2
     return config
