@@ -14,24 +14,22 @@ D     model width                         F     hidden width of one expert
 Router mathematics (logits, probabilities, weights, statistics, gate state) is float32 everywhere.
 """
 
+import abc
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-# Under this roof too: `from moejax.types import MoEConfig`.
+# Under this roof too: `from moejax.types import Visibility`.
 from moejax.choices import PREDICTORS as PREDICTORS
-from moejax.choices import PRIORITIES as PRIORITIES
 from moejax.choices import SCOPES as SCOPES
-from moejax.choices import TRANSPORTS as TRANSPORTS
 from moejax.choices import DepthsConfig as DepthsConfig
-from moejax.choices import MoEConfig as MoEConfig
-from moejax.choices import Priority as Priority
-from moejax.choices import Transport as Transport
 from moejax.choices import Visibility as Visibility
 from moejax.context import Context as Context
 from moejax.context import GateContext as GateContext
@@ -45,6 +43,10 @@ GateState = PyTree
 """What a gate remembers between steps: float32/int32 arrays, ``()`` when it remembers nothing."""
 
 TrainedBy = Literal["task", "aux", "policy", "none"]
+
+Priority = str
+"""Who keeps a slot of a full expert: one of ``PRIORITIES``."""
+PRIORITIES: tuple[str, ...] = ("position", "choice", "gate", "random")
 
 
 @jax.tree_util.register_dataclass
@@ -139,6 +141,197 @@ class GateOutput:
     followed: column e is expert e, with its share in the token's output as weight."""
 
 
+class ExpertWeights(NamedTuple):
+    """FFN weights of all experts, stacked; every leaf leads with E.
+
+    ``gate_EDF`` is None for experts without a gated activation (GELU, ReLU).
+    """
+
+    gate_EDF: Float[Array, "E D F"] | None
+    up_EDF: Float[Array, "E D F"]
+    down_EFD: Float[Array, "E F D"]
+
+
+class Tokens(NamedTuple):
+    """A device's tokens and where they go, group by group.
+
+    Weights are float32, 0 in inactive columns. Tokens with larger scores get slots earlier, where
+    slots are given out by score.
+    """
+
+    x_gTD: Float[Array, "g T D"]
+    expert_gTK: Int[Array, "g T K"]
+    weight_gTK: Float[Array, "g T K"]
+    score_gT: Float[Array, "g T"]
+
+    def flat(self) -> tuple[Array, Array, Array]:
+        """x_tD, expert_tK, weight_tK with groups laid end to end."""
+        arrays = (self.x_gTD, self.expert_gTK, self.weight_gTK)
+        x_tD, expert_tK, weight_tK = (a.reshape(-1, a.shape[-1]) for a in arrays)
+        return x_tD, expert_tK, weight_tK
+
+    def grouped(self, y_tD: Array, kept_tK: Array) -> "Dispatched":
+        """A result for the flat tokens, group by group again."""
+        return y_tD.reshape(self.x_gTD.shape), kept_tK.reshape(self.expert_gTK.shape)
+
+
+Dispatched = tuple[Float[Array, "g T D"], Bool[Array, "g T K"]]
+"""Each token's weighted sum of its experts' outputs, and which of its pairs found room."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """The manual mesh axes around a transport: experts are split S ways, F over ``tensor``."""
+
+    shards: int = 1
+    expert_axis: str | None = None
+    tensor_axis: str | None = None
+
+
+class Job(NamedTuple):
+    """The static side of a dispatch."""
+
+    num_experts: int
+    activation: str
+    site: Site
+    capacity: int = 0
+    """Slots per group and expert; 0 for transports without slots."""
+
+    @property
+    def own_experts(self) -> int:
+        """Experts of one shard."""
+        return self.num_experts // self.site.shards
+
+    def most_rows(self, expert_tK: Array) -> int:
+        """Rows that one shard may have to compute: every token of every shard on its experts."""
+        tokens, columns = expert_tK.shape
+        return self.site.shards * tokens * min(columns, self.own_experts)
+
+
+class Counts(NamedTuple):
+    """One layer's work in one step, over all devices."""
+
+    tokens: float
+    pairs: float
+    kept: float
+    """Pairs that were not dropped."""
+    slots: float
+    """Slots of all experts and groups; 0 for transports without slots."""
+    num_experts: int
+    shards: int
+    """Shards of the experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotRules:
+    """How many slots an expert has, and which pairs get them."""
+
+    capacity_factor: float = 1.25
+    """Slots per expert over the mean number of pairs."""
+    priority: Priority = "position"
+    """Who keeps a slot of a full expert: one of ``PRIORITIES``."""
+    reroute: int = 0
+    """How often a pair that finds its expert full tries its token's next-best one."""
+
+    def __post_init__(self) -> None:
+        if self.priority not in PRIORITIES:
+            raise ValueError(
+                f"priority={self.priority!r} is unknown; use one of {', '.join(PRIORITIES)}"
+            )
+        if self.reroute < 0:
+            raise ValueError(f"reroute={self.reroute} must be 0 (off) or a number of rounds")
+        _check_above_0("capacity_factor", self.capacity_factor)
+
+    @property
+    def draws_score(self) -> bool:
+        """Whether tokens are served by a score that is drawn, not by their largest weight."""
+        return self.priority == "random"
+
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether a token's slot depends on all tokens of its group, later ones too."""
+        # Who has room for overflow is known when all tokens have been served.
+        return self.priority in ("gate", "random") or self.reroute > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Transport(abc.ABC):
+    """How tokens travel to their experts and back: a frozen dataclass with its options as fields.
+
+    Every field has a default: a config that names the transport may give none of them. The names
+    are those of ``moejax.dispatch.TRANSPORTS``.
+    """
+
+    calls_grouped_matmul: ClassVar[bool] = False
+    """Whether experts run in ``kernels.grouped_matmul`` or ``grouped_ffn`` on every platform. The
+    kernels of TPU and GPU do not pass ``check_vma``, which is then off."""
+
+    @property
+    def slot_rules(self) -> SlotRules | None:
+        """How pairs get slots; None where every pair has room.
+
+        Without slots nothing is dropped, and a result does not depend on groups.
+        """
+        return None
+
+    @abc.abstractmethod
+    def run(self, tokens: Tokens, weights: ExpertWeights, job: Job) -> Dispatched:
+        """The experts' outputs for this device's tokens, in ``shard_map`` or without a mesh.
+
+        The named scopes "pack", "exchange", "experts" and "unpack" are the parts that
+        ``moejax profile`` tells apart.
+        """
+
+    @abc.abstractmethod
+    def rows(self, counts: Counts) -> tuple[float, float | None]:
+        """Rows that experts compute and rows that are sent to experts, over all devices.
+
+        Sent rows include the share 1 / S that stays on its shard; None where the counts do not
+        determine them.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The choices around a gate that decide what a token's output may depend on.
+
+    ``group``: the tokens that share slots: "sequence", a whole number of sequences such as "4", or
+    "batch". ``moejax.dispatch.FlatMoEConfig`` makes one from names, and has the defaults.
+    """
+
+    num_experts: int
+    transport: Transport
+    eval_transport: Transport
+    group: str = "sequence"
+
+    def __post_init__(self) -> None:
+        for field in ("transport", "eval_transport"):
+            if not isinstance(getattr(self, field), Transport):
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} is not a transport; use a value such as "
+                    "moejax.dispatch.Dropless()"
+                )
+        if self.group not in ("sequence", "batch") and not (
+            self.group.isdecimal() and int(self.group) > 0
+        ):
+            raise ValueError(
+                f"group={self.group!r} is unknown; use 'sequence', 'batch' or a whole number of "
+                "sequences such as '4'"
+            )
+        _check_above_0("num_experts", self.num_experts)
+
+    def rows_per_group(self, batch: int) -> int:
+        """Sequences in one routing group, for a batch of ``batch`` sequences."""
+        if self.group == "batch":
+            return batch
+        return 1 if self.group == "sequence" else int(self.group)
+
+
+def _check_above_0(field: str, value: Any) -> None:
+    if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
+        raise ValueError(f"{field}={value!r} must be a finite number above 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class GateSpec:
     """The sizes a gate is built for. ``layer`` may be traced: stacked layers share one program.
@@ -231,17 +424,6 @@ class FitsMesh(Protocol):
         ``rows``: sequences of a batch per device; ``mesh``: the sizes of its axes.
         """
         ...
-
-
-class ExpertWeights(NamedTuple):
-    """FFN weights of all experts, stacked; every leaf leads with E.
-
-    ``gate_EDF`` is None for experts without a gated activation (GELU, ReLU).
-    """
-
-    gate_EDF: Float[Array, "E D F"] | None
-    up_EDF: Float[Array, "E D F"]
-    down_EFD: Float[Array, "E F D"]
 
 
 @jax.tree_util.register_dataclass

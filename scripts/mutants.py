@@ -160,8 +160,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "evaluation_has_the_training_capacity",
         "moejax/layers/moe.py",
-        "factor = config.capacity_factor if context.train else config.eval_capacity_factor",
-        "factor = config.capacity_factor",
+        "transport = config.transport if context.train else config.eval_transport",
+        "transport = config.transport",
         "tests/layers/test_moe_choices.py",
         "test_training_and_evaluation_have_a_capacity_factor_each",
     ),

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from moejax import gating
+from moejax.dispatch import FlatMoEConfig
 from moejax.tasks.language.model import LM, LMConfig
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 
 B, L, V, D, E = 4, 8, 32, 16, 4
 KEY = 9
@@ -37,7 +38,7 @@ def config(gate="mixtral", moe=None, **changes) -> LMConfig:
         attention="xla",
         every=1,
         first_dense=0,
-        moe=MoEConfig(**{"num_experts": E, "capacity_factor": 1.0, **(moe or {})}),
+        moe=FlatMoEConfig(**{"num_experts": E, "capacity_factor": 1.0, **(moe or {})}).resolve(),
         gate=gating.make(gate),
         expert_d_ff=12,
         expert_activation="swiglu",
@@ -106,4 +107,6 @@ def label(settings: LMConfig):
         return "dense_ffn"
     moe, name = settings.moe, type(settings.gate).__name__.lower()
     k = getattr(settings.gate, "k", "")
-    return f"{name}{k}-{moe.transport}-{moe.priority}-every{settings.every}"
+    rules = moe.transport.slot_rules
+    transport = f"cells-{rules.priority}" if rules else type(moe.transport).__name__.lower()
+    return f"{name}{k}-{transport}-every{settings.every}"

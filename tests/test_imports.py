@@ -31,12 +31,14 @@ FLOORS: list[dict[str, set[str]]] = [
     {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "types"}},
     {
         "models": {"layers", "mesh", "types"},
-        "config": {"errors", "gating", "mesh", "record", "types"},
+        "config": {"dispatch", "errors", "gating", "mesh", "record", "types"},
         "data": {"errors"},
     },
     {
         "job": {"config", "errors", "mesh"},
-        "tasks": {"config", "data", "errors", "layers", "losses", "mesh", "models", "types"},
+        "tasks": {
+            "config", "data", "dispatch", "errors", "layers", "losses", "mesh", "models", "types",
+        },
     },
     {
         "contrib/multitask": {
@@ -50,14 +52,16 @@ FLOORS: list[dict[str, set[str]]] = [
             "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
         },
     },
-    {"sweep": {"config", "errors", "job", "record", "train", "types"}},
+    {"sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"}},
     {
         "analysis": {
-            "choices", "config", "errors", "gating", "moejax", "record", "sweep", "tasks", "train",
+            "config", "errors", "gating", "moejax", "record", "sweep", "tasks", "train", "types",
         },
     },
     {
-        "contrib/openmoe": {"analysis", "config", "data", "errors", "record", "tasks", "train"},
+        "contrib/openmoe": {
+            "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train",
+        },
         "contrib/scaling": {"errors", "record", "sweep", "train"},
         "notebook": {
             "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train",

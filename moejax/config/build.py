@@ -5,20 +5,21 @@ from typing import Any
 
 from moejax import gating
 from moejax.config.tree import Config
+from moejax.dispatch import FlatMoEConfig
 from moejax.errors import UserError
 from moejax.types import Gate, MoEConfig
 
 
-def moe_config(config: Config) -> MoEConfig:
-    """The choices around the gate, as the layer takes them.
+def moe_config(config: Config, **changes: Any) -> MoEConfig:
+    """The choices around the gate with transports as values, after ``changes`` to the fields.
 
     Raises:
       UserError: a choice that does not exist.
     """
     moe = config.moe
     try:
-        known = {f.name: moe[f.name] for f in dataclasses.fields(MoEConfig) if f.name in moe}
-        return MoEConfig(**known)
+        known = {f.name: moe[f.name] for f in dataclasses.fields(FlatMoEConfig) if f.name in moe}
+        return FlatMoEConfig(**{**known, **changes}).resolve()
     except ValueError as error:
         raise UserError(f"moe.{error}") from error
 

@@ -3,7 +3,6 @@
 Every mistake is one line with the field, the numbers that do not fit and what to change.
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from moejax.config.layer_checks import check_depths, check_layers
 from moejax.config.saved import holds_run
 from moejax.config.tasks import task_entry
 from moejax.config.tree import Config, get_field, table_of
+from moejax.dispatch import without_slots
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.types import Gate, Mixes, MoEConfig, Visibility
@@ -180,9 +180,11 @@ def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
     """The choice that keeps a group on one device, where its slots are, and what to do without."""
     if isinstance(gate, Mixes) and gate.mixes == "slots":
         return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
+    first, *others = without_slots()
     for field in ("transport", "eval_transport"):
-        if config.moe.get(field) == "cells" and not isinstance(gate, Mixes):
-            return f"moe.{field}=cells", f"moe.{field}=dropless (or gather, all_experts)"
+        name = config.moe.get(field)
+        if name is not None and name not in (first, *others) and not isinstance(gate, Mixes):
+            return f"moe.{field}={name}", f"moe.{field}={first} (or {', '.join(others)})"
     return "", ""
 
 
@@ -192,17 +194,19 @@ def _check_visibility(config: Config) -> Visibility:
     seen = gate.visibility(moe)
     if not (seen.eval_future and is_causal(config)) or config.moe.allow_future_leak:
         return seen
+    roomy = without_slots()[0]
     around = {
-        "moe.priority=position": dataclasses.replace(moe, priority="position"),
-        "moe.eval_transport=dropless": dataclasses.replace(moe, eval_transport="dropless"),
-        f"moe.eval_capacity_factor={moe.num_experts}": dataclasses.replace(
-            moe, eval_capacity_factor=float(moe.num_experts)
+        "moe.priority=position": moe_config(config, priority="position"),
+        f"moe.eval_transport={roomy}": moe_config(config, eval_transport=roomy),
+        f"moe.eval_capacity_factor={moe.num_experts}": moe_config(
+            config, eval_capacity_factor=float(moe.num_experts)
         ),
     }
     cures = [text for text, other in around.items() if not gate.visibility(other).eval_future]
+    flat = config.moe
     cause = (
-        f" with moe.priority={moe.priority}, moe.eval_transport={moe.eval_transport} and "
-        f"moe.eval_capacity_factor={moe.eval_capacity_factor:g}"
+        f" with moe.priority={flat.priority}, moe.eval_transport={flat.eval_transport} and "
+        f"moe.eval_capacity_factor={flat.eval_capacity_factor:g}"
     )
     cause = cause if cures else ""
     others = gate.causal if isinstance(gate, HasCausalFields) else {}

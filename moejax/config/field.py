@@ -1,6 +1,7 @@
 """A field of the config: its default, what it means, and the values it may take."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Field:
 
     default: Any
     comment: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     low: int | float | None = None
     above: int | float | None = None
     high: int | float | None = None

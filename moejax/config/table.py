@@ -6,7 +6,8 @@ are all read from it.
 
 from moejax.config.field import CPU_DEVICES, Field
 from moejax.config.tasks import LANGUAGE, TASKS
-from moejax.types import PREDICTORS, PRIORITIES, SCOPES, TRANSPORTS
+from moejax.dispatch import TRANSPORTS, FlatMoEConfig
+from moejax.types import PREDICTORS, PRIORITIES, SCOPES
 
 ACTIVATIONS = ("swiglu", "gelu", "relu")
 DEFAULT_GATE = "top_k"
@@ -96,22 +97,33 @@ FIELDS: dict[str, Field] = {
         "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
     ),
     "moe.activation": Field("swiglu", "of an expert", choices=ACTIVATIONS),
-    "moe.transport": Field("cells", "how tokens travel in training", choices=TRANSPORTS),
-    "moe.capacity_factor": Field(
-        1.25, "cells: slots per expert / mean load, in training", above=0.0
+    "moe.transport": Field(
+        FlatMoEConfig.transport, "how tokens travel in training", choices=TRANSPORTS
     ),
-    "moe.eval_transport": Field("dropless", "how tokens travel in evaluation", choices=TRANSPORTS),
+    "moe.capacity_factor": Field(
+        FlatMoEConfig.capacity_factor,
+        "cells: slots per expert / mean load, in training",
+        above=0.0,
+    ),
+    "moe.eval_transport": Field(
+        FlatMoEConfig.eval_transport, "how tokens travel in evaluation", choices=TRANSPORTS
+    ),
     "moe.eval_capacity_factor": Field(
-        1.25, "cells: slots per expert / mean load, in evaluation", above=0.0
+        FlatMoEConfig.eval_capacity_factor,
+        "cells: slots per expert / mean load, in evaluation",
+        above=0.0,
     ),
     "moe.priority": Field(
-        "position", "who keeps a slot when an expert is full", choices=PRIORITIES
+        FlatMoEConfig.priority, "who keeps a slot when an expert is full", choices=PRIORITIES
     ),
     "moe.reroute": Field(
-        0, "cells: times an overflowing pair tries its next-best expert (0: dropped)", low=0
+        FlatMoEConfig.reroute,
+        "cells: times an overflowing pair tries its next-best expert (0: dropped)",
+        low=0,
     ),
     "moe.group": Field(
-        "sequence", "tokens routed together: sequence, a number of sequences (as '4'), or batch"
+        FlatMoEConfig.group,
+        "tokens routed together: sequence, a number of sequences (as '4'), or batch",
     ),
     "moe.balance_scope": Field(
         "sequence", "tokens over which balance losses take their means", choices=SCOPES

@@ -149,9 +149,10 @@ class DSelectK(ops.Stateless):
     def visibility(self, moe: MoEConfig) -> Visibility:
         # Without cuts column e is expert e, so that serving column by column favours nobody.
         cuts = self.columns(moe.num_experts) < moe.num_experts
-        # To reroute there is nowhere either: experts that are not visited have probability 0.
-        moe = moe if cuts else dataclasses.replace(moe, reroute=0)
-        return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)
+        if cuts:
+            return ops.capacity_visibility(self.k, moe, columns=self.max_active)
+        # Experts that are not visited have probability 0.
+        return ops.capacity_visibility(self.k, moe, columns=1, with_gate=ops.without_reroute)
 
 
 def _per_task(x_GTD: Array, weight_MDX: Array) -> Float[Array, "G T M X"]:

@@ -21,6 +21,7 @@ from moejax.types import (
     MoEConfig,
     MoEStats,
     Order,
+    SlotRules,
     TrainedBy,
     Visibility,
 )
@@ -168,15 +169,12 @@ class ExpertChoice:
         several = moe.group not in ("sequence", "1")
         selects = self.factor < moe.num_experts
         cuts = self.columns(moe.num_experts) < moe.num_experts
-        by_capacity = ops.capacity_visibility(
-            self.factor,
-            dataclasses.replace(
-                moe,
-                capacity_factor=self._slack(moe.capacity_factor),
-                eval_capacity_factor=self._slack(moe.eval_capacity_factor),
-            ),
-            columns=self.max_active if cuts else 1,
-        )
+
+        def with_gate(rules: SlotRules) -> SlotRules:
+            return dataclasses.replace(rules, capacity_factor=self._slack(rules.capacity_factor))
+
+        columns = self.max_active if cuts else 1
+        by_capacity = ops.capacity_visibility(self.factor, moe, columns, with_gate)
         train, evaluation = (
             {
                 "choice": (selects, selects and several),

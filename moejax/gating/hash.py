@@ -19,6 +19,7 @@ from moejax.types import (
     GateState,
     MoEConfig,
     RouterStats,
+    SlotRules,
     TrainedBy,
     Visibility,
 )
@@ -122,11 +123,12 @@ class Hash(ops.Stateless):
         return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Weights are equal, so that priority "gate" serves by position; columns share no expert. To
-        # reroute there is nowhere: experts that a token does not visit have probability 0.
-        by_place = "position" if moe.priority == "gate" else moe.priority
-        moe = dataclasses.replace(moe, priority=by_place, reroute=0)
-        return ops.capacity_visibility(self.k, moe, columns=1)
+        # Weights are equal, columns share no expert, and experts that a token does not visit have
+        # probability 0.
+        def with_gate(rules: SlotRules) -> SlotRules:
+            return ops.by_position(ops.without_reroute(rules))
+
+        return ops.capacity_visibility(self.k, moe, columns=1, with_gate=with_gate)
 
 
 def _counts(spec: GateSpec) -> Int[Array, "V"]:

@@ -14,7 +14,7 @@ from moejax.gating.weights import SCORES as SCORES
 from moejax.gating.weights import at_least_tiny as at_least_tiny
 from moejax.gating.weights import softmax_of
 from moejax.gating.weights import top_k_routing as top_k_routing
-from moejax.kernels.platform import resolve_platform
+from moejax.kernels.support import resolve_platform
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -25,6 +25,7 @@ from moejax.types import (
     Order,
     RouterStats,
     Routing,
+    SlotRules,
     Visibility,
 )
 
@@ -176,34 +177,56 @@ def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: flo
     return max(1, min(slots, num_tokens))
 
 
-def capacity_visibility(k: int | float, moe: MoEConfig, columns: int | None = None) -> Visibility:
+def capacity_visibility(
+    k: int | float,
+    moe: MoEConfig,
+    columns: int | None = None,
+    with_gate: Callable[[SlotRules], SlotRules] = lambda rules: rules,
+) -> Visibility:
     """What capacity alone lets a token see, for k choices per token in ``columns`` (k) columns.
 
-    Only ``cells`` has a capacity, and a factor of E/k or more never binds. Then, while slots are
-    contended: ``position`` serves tokens in order (no future); ``choice`` serves all first choices
-    first, so for k > 1 a token's second choice queues behind later tokens; ``gate`` and ``random``
-    rank all tokens of the group against each other, and so does ``reroute``. A group of several
-    sequences shares its slots.
+    Transports without slots show nothing, and a factor of E/k or more never binds. Otherwise:
+    ``position`` serves tokens in order (no future); ``choice`` serves all first choices first, so
+    for k > 1 a token's second choice queues behind later tokens; ``gate`` and ``random`` rank all
+    tokens of the group against each other, and so does ``reroute``. A group of several sequences
+    shares its slots. ``with_gate``: the rules that give the same slots with this gate.
     """
     several = moe.group != "sequence" and moe.group != "1"
 
-    def phase(transport: str, factor: float) -> tuple[bool, bool]:
-        if transport != "cells" or factor * k >= moe.num_experts:
+    def phase(rules: SlotRules | None) -> tuple[bool, bool]:
+        if rules is None:
             return False, False
-        # Who has room for overflow is known when all tokens have been served.
-        ranked = moe.priority in ("gate", "random") or moe.reroute > 0
-        future = ranked or (moe.priority == "choice" and (columns or k) > 1)
+        rules = with_gate(rules)
+        if rules.capacity_factor * k >= moe.num_experts:
+            return False, False
+        future = rules.ranks_tokens or (rules.priority == "choice" and (columns or k) > 1)
         return future, several
 
-    train = phase(moe.transport, moe.capacity_factor)
-    evaluation = phase(moe.eval_transport, moe.eval_capacity_factor)
+    train, evaluation = phase(moe.transport.slot_rules), phase(moe.eval_transport.slot_rules)
     return Visibility(*train, *evaluation)
 
 
-def balanced_visibility(moe: MoEConfig, eval_factor: float, k: int = 1) -> Visibility:
-    """Of gates that balance a group in training and are greedy in evaluation (BASE, S-BASE)."""
+def without_reroute(rules: SlotRules) -> SlotRules:
+    """The rules with gates that give experts probability 0: there is nowhere to reroute to."""
+    return dataclasses.replace(rules, reroute=0)
+
+
+def by_position(rules: SlotRules) -> SlotRules:
+    """The rules with gates whose weights are all equal: priority "gate" serves by position."""
+    return dataclasses.replace(rules, priority="position") if rules.priority == "gate" else rules
+
+
+def balanced_visibility(moe: MoEConfig, k: int = 1, eval_factor: float | None = None) -> Visibility:
+    """Of gates that balance a group in training and are greedy in evaluation (BASE, S-BASE).
+
+    ``eval_factor``: the capacity factor of evaluation, if it is the gate's and not the config's.
+    """
     several = moe.group not in ("sequence", "1")
-    by_capacity = capacity_visibility(k, dataclasses.replace(moe, eval_capacity_factor=eval_factor))
+
+    def greedy(rules: SlotRules) -> SlotRules:
+        return dataclasses.replace(rules, capacity_factor=eval_factor or rules.capacity_factor)
+
+    by_capacity = capacity_visibility(k, moe, with_gate=greedy)
     some = moe.num_experts > k
     return Visibility(some, some and several, by_capacity.eval_future, by_capacity.eval_others)
 

@@ -97,7 +97,4 @@ class RL(ops.Stateless):
         return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # All weights are equal: priority "gate" has nothing to go by and serves by position.
-        by_place = moe.priority == "gate"
-        moe = dataclasses.replace(moe, priority="position") if by_place else moe
-        return ops.capacity_visibility(1, moe)
+        return ops.capacity_visibility(1, moe, with_gate=ops.by_position)  # weights are all equal

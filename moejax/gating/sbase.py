@@ -165,5 +165,5 @@ class SBase:
         return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        factor = 1.0 if self.rounding == "balanced" else moe.eval_capacity_factor
+        factor = 1.0 if self.rounding == "balanced" else None
         return ops.balanced_visibility(moe, eval_factor=factor, k=self.k)

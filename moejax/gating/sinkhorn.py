@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from moejax.kernels.vma import varying_like
+from moejax.kernels.support import varying_like
 
 MOST_DRIFT, LEAST_COLUMN = 20.0, 1e-8
 """How far log v may go from where exponentials were last taken, and the least sum of a column, for

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax import gating
-from moejax.dispatch import dispatch, mix
+from moejax.dispatch import FlatMoEConfig, check_options
+from moejax.dispatch.api import dispatch, mix
 from moejax.dispatch.reroute import reroute
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
@@ -40,11 +41,11 @@ from moejax.types import (
     GateSpec,
     GateState,
     KnowsRows,
-    MoEConfig,
     MoEOutput,
     MoEStats,
     Priority,
     Routing,
+    SlotRules,
     Transport,
 )
 
@@ -57,12 +58,17 @@ PRIORITY_NOISE = 2**31 - 1
 
 
 DEFAULTS = {
-    "transport": "cells",
-    "capacity_factor": 1.25,
-    "eval_transport": "dropless",
-    "eval_capacity_factor": 1.25,
-    "priority": "position",
-    "group": "sequence",
+    **{
+        name: getattr(FlatMoEConfig, name)
+        for name in (
+            "transport",
+            "capacity_factor",
+            "eval_transport",
+            "eval_capacity_factor",
+            "priority",
+            "group",
+        )
+    },
     "num_shared": 0,
     "shared_gate": False,
     "residual": False,
@@ -90,7 +96,8 @@ class MoE(TrainOrEval):
         (``moejax.gating.preset_overrides``), where you do not give them.
       transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token goes once to each
         device that has experts of it), "gather" or "all_experts"; the same five for
-        ``eval_transport``, used in evaluation. Gates that mix (Soft MoE) use none.
+        ``eval_transport``, used in evaluation. Or a value, which has its own options:
+        ``moejax.dispatch.Cells(capacity_factor=2.0)``. Gates that mix (Soft MoE) use none.
       capacity_factor: slots per expert over the mean number of pairs ("cells" only).
       priority: who stays when an expert is full: "position", "choice", "gate" or "random".
       reroute: how often a pair that finds an expert full tries its token's next-best ("cells").
@@ -120,9 +127,9 @@ class MoE(TrainOrEval):
         num_experts: int,
         *,
         gate: Gate | str,
-        transport: Transport | None = None,
+        transport: Transport | str | None = None,
         capacity_factor: float | None = None,
-        eval_transport: Transport | None = None,
+        eval_transport: Transport | str | None = None,
         eval_capacity_factor: float | None = None,
         priority: Priority | None = None,
         group: str | int | None = None,
@@ -141,6 +148,7 @@ class MoE(TrainOrEval):
         rngs: nnx.Rngs,
     ):
         given = {name: value for name, value in locals().items() if name in DEFAULTS}
+        check_options({**given, "reroute": reroute or None})
         gate, chosen = _with_preset(gate, given)
         check_sizes(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts, num_tasks=num_tasks)
         check_sizes(0, num_shared=chosen["num_shared"], reroute=reroute, vocab_size=vocab_size)
@@ -151,7 +159,7 @@ class MoE(TrainOrEval):
             chosen.pop("residual"),
         )
         self.balance_scope: str = chosen.pop("balance_scope")
-        self.config = MoEConfig(num_experts=num_experts, reroute=reroute, **chosen)
+        self.config = FlatMoEConfig(num_experts, reroute=reroute, **chosen).resolve()
         for field, value, valid in (
             ("activation", activation, ACTIVATIONS),
             ("balance_scope", self.balance_scope, SCOPES),
@@ -341,14 +349,16 @@ class MoE(TrainOrEval):
         """Output, pairs that found room, and the gate's output with the routing that was sent."""
         config = self.config
         transport = config.transport if context.train else config.eval_transport
-        factor = config.capacity_factor if context.train else config.eval_capacity_factor
-        score_GT = self._priority_score(output.routing, context, transport)
+        rules, capacity = transport.slot_rules, 0
+        score_GT = priority_score(output.routing, context, rules)
         tokens, columns = x_GTD.shape[1], output.routing.expert_GTK.shape[-1]
-        capacity = self.gate.capacity(tokens, config.num_experts, factor)
-        if transport == "cells" and config.reroute:
-            output = self._reroute(output, score_GT, capacity, context.valid_GT)
+        if rules is not None:
+            factor = rules.capacity_factor
+            capacity = self.gate.capacity(tokens, config.num_experts, factor)
+            if rules.reroute:
+                output = _rerouted(output, score_GT, capacity, rules, context.valid_GT)
         routing = output.routing
-        if transport != "cells":
+        if rules is None:
             # Without capacity groups mean nothing: sequences spread over the mesh more finely.
             shape = x_BLD.shape[:2]
             x_GTD, score_GT = x_BLD, score_GT.reshape(shape)
@@ -361,32 +371,31 @@ class MoE(TrainOrEval):
             transport=transport,
             activation=self.activation,
             capacity=capacity,
-            priority=config.priority,
         )
         y_GTD = y.reshape(-1, tokens, x_BLD.shape[-1])
         return y_GTD, kept.reshape(-1, tokens, columns), output
 
-    def _reroute(
-        self, output: GateOutput, score_GT: Array, capacity: int, valid_GT: Array
-    ) -> GateOutput:
-        before, choices = output.routing, self.config
-        move = functools.partial(
-            reroute, capacity=capacity, priority=choices.priority, rounds=choices.reroute
-        )
-        after = Routing(
-            *group_local(move)(
-                before.expert_GTK, before.weight_GTK, output.stats.probs_GTE, score_GT
-            )
-        )
-        moved_GT = jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1).astype(jnp.float32)
-        means = {**output.means, "rerouted": group_mean(moved_GT, valid_GT)}
-        return dataclasses.replace(output, routing=after, means=means)
 
-    def _priority_score(self, routing: Routing, context: GateContext, transport: str) -> Array:
-        """Higher is served earlier; used by "cells" with priorities "gate" and "random" only."""
-        if self.config.priority == "random" and transport == "cells":
-            return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
-        return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
+def _rerouted(
+    output: GateOutput, score_GT: Array, capacity: int, rules: SlotRules, valid_GT: Array
+) -> GateOutput:
+    before = output.routing
+    move = functools.partial(
+        reroute, capacity=capacity, priority=rules.priority, rounds=rules.reroute
+    )
+    after = Routing(
+        *group_local(move)(before.expert_GTK, before.weight_GTK, output.stats.probs_GTE, score_GT)
+    )
+    moved_GT = jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1).astype(jnp.float32)
+    means = {**output.means, "rerouted": group_mean(moved_GT, valid_GT)}
+    return dataclasses.replace(output, routing=after, means=means)
+
+
+def priority_score(routing: Routing, context: GateContext, rules: SlotRules | None) -> Array:
+    """Higher is served earlier; used with slots and priorities "gate" and "random" only."""
+    if rules is not None and rules.draws_score:
+        return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
+    return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
 
 
 def _with_preset(gate: Gate | str, given: dict[str, Any]) -> tuple[Gate, dict[str, Any]]:

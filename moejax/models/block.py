@@ -1,6 +1,5 @@
 """One layer of a model: attention and feed-forward, and what tokens go through them."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,7 +73,7 @@ class Block(nnx.Module):
                 entropy_floors=config.entropy_floors,
                 layer=layer,
                 rngs=rngs,
-                **dataclasses.asdict(config.moe),
+                **vars(config.moe),
             )
         else:
             self.ffn = FFN(width, config.d_ff, config.activation, rngs=rngs)

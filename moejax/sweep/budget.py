@@ -4,7 +4,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from moejax.dispatch import TRANSPORTS
 from moejax.sweep.count import count
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.noise import Pilot, detectable_difference, noise, read_pilot
@@ -41,17 +43,20 @@ def lines(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> 
 
 
 def _solved(sweep: Sweep) -> str:
-    """The widths. Cells drop pairs, of which nobody knows how many before the run."""
+    """The widths. How many pairs find no slot is not known before the run."""
     match, baseline = sweep.comparison.match, sweep.comparison.baseline
     names = (baseline, *(solved.variant for solved in sweep.solved))
     drops = match == "active_flops" and any(
-        trial.config["moe"]["transport"] == "cells"
-        for trial in sweep.trials
-        if trial.variant in names
+        _may_drop(trial.config["moe"]) for trial in sweep.trials if trial.variant in names
     )
     before = " before drops" if drops else ""
     widths = (f"{s.variant} {s.field}={s.width} ({s.ratio:.3f})" for s in sweep.solved)
     return f"matched to {baseline}'s counted {match}{before}: {', '.join(widths)}"
+
+
+def _may_drop(moe: dict[str, Any]) -> bool:
+    """Whether pairs may find no slot, from the ``moe`` section of a resolved config."""
+    return "transport" in moe and TRANSPORTS[moe["transport"]]().slot_rules is not None
 
 
 def _work(trials: Sequence[Trial]) -> str:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config, make_gate, moe_config
+from moejax.dispatch import Dropless
 from moejax.losses import policy_gradient
 from moejax.models.stack import Found, Watch
 from moejax.models.trees import from_tree, to_tree
@@ -127,7 +128,7 @@ class Task:
 
         No capacity padding, no recomputation, and attention as matrix products that can be seen.
         """
-        moe = dataclasses.replace(self.model.moe, transport="dropless", eval_transport="dropless")
+        moe = dataclasses.replace(self.model.moe, transport=Dropless(), eval_transport=Dropless())
         model = dataclasses.replace(self.model, moe=moe, remat="none", attention="xla")
         return dataclasses.replace(self, model=model)
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moejax.dispatch import FlatMoEConfig
 from moejax.gating import ops, top_k_routing
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 
 
 @settings(max_examples=40, deadline=None)
@@ -108,13 +109,13 @@ def test_capacity_is_the_exact_ceiling_of_its_formula(tokens, num_experts, k, pe
     ],
 )
 def test_capacity_visibility_table(k, priority, group, mark):
-    moe = MoEConfig(8, priority=priority, group=group)
+    moe = FlatMoEConfig(8, priority=priority, group=group).resolve()
     assert ops.capacity_visibility(k, moe).mark == mark
 
 
 @pytest.mark.parametrize("change", [{"transport": "dropless"}, {"capacity_factor": 4.0}])
 def test_capacity_that_never_binds_shows_nothing(change):
-    moe = MoEConfig(8, priority="gate", group="2", **change)
+    moe = FlatMoEConfig(8, priority="gate", group="2", **change).resolve()
     assert ops.capacity_visibility(2, moe).mark == ""
 
 
@@ -127,6 +128,7 @@ def test_means_are_over_the_valid_tokens_and_0_where_there_are_none():
         assert ops.mean(value_GT, Context.of(3, 4, **known).grouped(1, True)) == wanted
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_padding_moves_no_draw_of_a_valid_token(shape):
     """Of one row, padded on the left, behind and in between."""

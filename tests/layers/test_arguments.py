@@ -10,6 +10,7 @@ from flax import nnx
 import moejax
 from moejax import gating
 from moejax.contrib.multitask.mmoe import MultiGateMoE
+from moejax.dispatch import Cells, Dropless
 from moejax.layers.moa import MixtureOfHeads
 from tests import meshes
 from tests.moes import D, E, F, L, make
@@ -44,6 +45,7 @@ ODD_SLOW = [("mixtral", t) for t in ("dropless", "dropless_once", "gather", "all
 ODD_SLOW += [("smear", "cells"), ("base", "cells"), ("sbase", "cells"), ("shazeer", "cells")]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "transport"),
     [*ODD, *(pytest.param(*row, marks=pytest.mark.slow) for row in ODD_SLOW)],
@@ -84,18 +86,18 @@ def test_a_name_is_a_gate_with_what_the_model_sets_around_it():
     layer = make_by_name("deepseek_moe")
     preset = gating.preset_overrides("deepseek_moe")
     assert layer.gate == gating.make("deepseek_moe")
-    assert layer.config.transport == preset["transport"] == "dropless"
+    assert layer.config.transport == Dropless() and preset["transport"] == "dropless"
     assert layer.shared is not None and layer.shared.up_DF[...].shape == (
         D,
         preset["shared_experts"] * F,
     )
     given = make_by_name("deepseek_moe", transport="cells", num_shared=0)
-    assert given.config.transport == "cells" and given.shared is None
+    assert given.config.transport == Cells() and given.shared is None
 
 
 def test_a_gate_by_value_leaves_the_arguments_at_their_defaults():
     layer = moejax.MoE(D, F, E, gate=gating.make("deepseek_moe"), rngs=nnx.Rngs(0))
-    assert layer.config.transport == "cells" and layer.shared is None
+    assert layer.config.transport == Cells() and layer.shared is None
 
 
 @pytest.mark.parametrize("name", gating.names())
@@ -250,6 +252,7 @@ def test_a_train_that_is_no_choice_is_refused(train):
         make()(x_of(4, L, D), train=train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gate", ["mixtral", *(pytest.param(g, marks=pytest.mark.slow) for g in ("smear", "lory"))]
 )
@@ -272,6 +275,7 @@ def test_forward_mode_passes_all_experts_and_merged_ones(gate):
     np.testing.assert_allclose(hvp, twice, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "transport", "instead"),
     [

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from moejax import gating
+from moejax.dispatch import FlatMoEConfig
 from moejax.tasks.language.model import LM, LMConfig
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +37,7 @@ def ours() -> LM:
     config = LMConfig(
         vocab_size=V, d_model=D, d_ff=F, num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KV_HEADS,
         head_dim=WIDTH, activation="swiglu", norm_eps=1e-5, dtype="float32", remat="none",
-        attention="xla", every=1, first_dense=0, moe=MoEConfig(E, "dropless"),
+        attention="xla", every=1, first_dense=0, moe=FlatMoEConfig(E, "dropless").resolve(),
         gate=gating.make("mixtral", k=2), expert_d_ff=F, expert_activation="swiglu",
         shared_experts=0, shared_gate=False, balance_scope="batch", rope_theta=10000.0,
         tie_embeddings=False,

@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moejax import mesh as meshes
-from moejax.dispatch import check_divides, exchange, site_on
-from moejax.dispatch.exchange import Site
+from moejax.dispatch import exchange
+from moejax.dispatch.api import check_divides, site_on
 from moejax.experts import activate
+from moejax.types import Site
 
 
 class SharedExperts(NamedTuple):

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.contrib.multitask.dispatch import SharedExperts, multi_gate
+from moejax.dispatch import Dropless
 from moejax.experts import ACTIVATIONS, is_gated
 from moejax.gating import DSelectK, Forced, Hash, Replay, Sentence, StableMoE, Task
 from moejax.layers.arguments import check_context, check_gate_state, check_tokens, drawn_from
@@ -195,7 +196,7 @@ def check_gate(gate: Gate, num_experts: int, gate_input: str) -> None:
             "gate.per_example=True with gate_input=constant makes two parameters of every number "
             "of the code; use per_example=False"
         )
-    sees = gate.visibility(MoEConfig(num_experts, "dropless"))
+    sees = gate.visibility(MoEConfig(num_experts, Dropless(), Dropless()))
     name, reason = type(gate).__name__, ""
     if isinstance(gate, Mixes):
         reason = f"mixes {gate.mixes}"

@@ -19,6 +19,7 @@ from moejax.contrib.multitask.model import Head, MultiTask, MultiTaskConfig, hea
 from moejax.contrib.multitask.source import TableSource
 from moejax.contrib.multitask.tables import Table
 from moejax.data.source import Source
+from moejax.dispatch import AllExperts
 from moejax.errors import UserError
 from moejax.mesh import AXES, resolve_shape
 from moejax.models.stack import Watch
@@ -190,7 +191,7 @@ class MultiTaskLearning(Task):
             gate_input=task.gate_input,
             activation=moe.activation,
             dtype=config.model.dtype,
-            moe=MoEConfig(moe.num_experts, "all_experts", eval_transport="all_experts"),
+            moe=MoEConfig(moe.num_experts, AllExperts(), AllExperts()),
             gate=make_gate(config),
         )
         return cls(model, loss_weights(config), 0.0)

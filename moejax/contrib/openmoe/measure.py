@@ -20,6 +20,7 @@ from moejax.contrib.openmoe.interval import GROUPS
 from moejax.contrib.openmoe.routed import Routed
 from moejax.contrib.openmoe.texts import Text, all_texts, corpus_of, domains
 from moejax.contrib.openmoe.tokens import specialisation
+from moejax.dispatch import Cells, Dropless
 from moejax.errors import UserError
 from moejax.record.probe import Probe
 from moejax.tasks.task import Task
@@ -135,10 +136,9 @@ def variant(task: Task, arm: Arm) -> Task:
     moe = dataclasses.replace(
         model.moe,
         group="sequence",
-        reroute=0,
-        priority=arm.priority,
-        eval_transport="cells" if arm.capacity_factor else "dropless",
-        eval_capacity_factor=arm.capacity_factor or 1.0,
+        eval_transport=Cells(arm.capacity_factor, arm.priority)
+        if arm.capacity_factor
+        else Dropless(),
     )
     changes: dict[str, Any] = {"k": arm.k} if arm.k else {}
     gate = dataclasses.replace(model.gate, **changes)  # pyright: ignore[reportArgumentType]

@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.gating.solvers import flow as residual
-from moejax.kernels.vma import varying_like
+from moejax.kernels.support import varying_like
 
 SCALE = 2**29
 """The largest difference of scores within a row, in integer units. Scores lie in [-SCALE, 0] and

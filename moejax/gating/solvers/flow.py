@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.kernels.vma import varying_like
+from moejax.kernels.support import varying_like
 
 FAR = 2**31 - 1
 """The cost of an arc that does not exist."""

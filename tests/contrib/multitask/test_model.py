@@ -12,7 +12,8 @@ from flax import nnx
 
 from moejax import gating
 from moejax.contrib.multitask.model import Head, MultiTask, MultiTaskConfig, head_losses, predict
-from moejax.types import Context, MoEConfig
+from moejax.dispatch import FlatMoEConfig
+from moejax.types import Context
 from tests import meshes
 
 B, F, E = 16, 3, 4
@@ -33,7 +34,7 @@ CONFIG = MultiTaskConfig(
     gate_input="example",
     activation="gelu",
     dtype="float32",
-    moe=MoEConfig(E),
+    moe=FlatMoEConfig(E).resolve(),
     gate=gating.make("dense"),
 )
 DSELECT = {
@@ -122,7 +123,7 @@ def test_a_shared_bottom_is_embeddings_a_network_and_towers():
 @pytest.mark.parametrize("sharing", ["mmoe", pytest.param("omoe", marks=pytest.mark.slow)])
 def test_one_expert_is_a_shared_bottom(sharing):
     """Its weight is a softmax over itself: 1 for every task."""
-    one = {"moe": MoEConfig(1), "activation": "relu", "d_bottom": 0}
+    one = {"moe": FlatMoEConfig(1).resolve(), "activation": "relu", "d_bottom": 0}
     mixed, shared = model_of(sharing=sharing, **one), model_of(sharing="shared_bottom", **one)
     expert = jax.tree.map(lambda w: w[0], mixed.mixture.experts())
     shared.shared[0].map_DF[...], shared.shared[0].shift_F[...] = expert.in_EDF, expert.shift_EF
@@ -136,6 +137,7 @@ def test_one_expert_is_a_shared_bottom(sharing):
     assert out.found.stats is not None and (out.found.stats.load_E == B).all()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("sharing", "gates"), [("mmoe", M), ("omoe", 1), ("shared_bottom", 0)])
 def test_every_gate_is_reported_like_a_layer(sharing, gates):
     (_, out), _ = run(sharing=sharing)
@@ -148,6 +150,7 @@ def test_every_gate_is_reported_like_a_layer(sharing, gates):
     assert out.value_BM.shape == (B, M) and out.found.mean_square.shape == (2,)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", [{}, DSELECT, {"sharing": "shared_bottom"}])
 def test_every_parameter_has_a_gradient(changes):
     _, grads = run(**changes)

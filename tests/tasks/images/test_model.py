@@ -11,13 +11,14 @@ import pytest
 from flax import nnx
 
 from moejax import gating
+from moejax.dispatch import FlatMoEConfig
 from moejax.mesh import make_mesh
 from moejax.models.trees import from_tree, to_tree
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig, patches
 from moejax.tasks.images.source import image_train_batches
 from moejax.train.state import partition_spec, shardings
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 from tests import meshes
 
 B, SIZE, CLASSES, D, E = 16, 8, 10, 16, 8
@@ -35,7 +36,7 @@ SETTINGS = ViTConfig(
     attention="xla",
     every=2,
     first_dense=0,
-    moe=MoEConfig(num_experts=E, capacity_factor=1.05),
+    moe=FlatMoEConfig(num_experts=E, capacity_factor=1.05).resolve(),
     gate=gating.make("mixtral"),
     expert_d_ff=16,
     expert_activation="gelu",
@@ -107,6 +108,7 @@ def test_an_image_that_is_no_multiple_of_the_patch_is_refused():
         ViT(uneven, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_positions_tell_patches_apart():
     """Without them attention, experts (dropless) and the mean would take patches in any order."""
     batch, order = image_batch(), np.random.default_rng(0).permutation(L)
@@ -169,6 +171,7 @@ def alone():
     return gradients(initial(), image_batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [
