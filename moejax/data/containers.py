@@ -150,18 +150,18 @@ def refuse_containers(paths: Sequence[str], field: str) -> None:
     Raises:
       UserError: a file that is not text, of which the first is named, or that cannot be read.
     """
-    found: list[tuple[str, Kind]] = []
+    refused: list[tuple[str, Kind]] = []
     for path in paths:
         try:
             kind = kind_of(path)
         except OSError as error:
             raise UserError(f"{field}: cannot read {path!r}: {error.strerror}") from error
         if kind:
-            found.append((path, kind))
-    if not found:
+            refused.append((path, kind))
+    if not refused:
         return
-    path, kind = found[0]
-    more = f" (nor are {len(found) - 1} more of {len(paths)} files)" if len(found) > 1 else ""
+    path, kind = refused[0]
+    more = f" (nor are {len(refused) - 1} more of {len(paths)} files)" if len(refused) > 1 else ""
     aside = "" if len(paths) == 1 else ", or move files that are not text out of the folder"
     raise UserError(
         f"{field}: {path!r} looks like {kind.name}, which is not text{more}; {kind.remedy}{aside}"
