@@ -1,4 +1,4 @@
-"""A task outside the package: a folder (``tests/parity``) and one line in its config page."""
+"""A task outside the package: a folder (``tests/majority``) and one line in its config page."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from moejax.errors import UserError
 from moejax.record.probe import Probe
 from tests.train.runs import ROOT, call, refused, rows
 
-PAGE = ROOT / "tests" / "parity" / "page.py"
-NAME = "tests.parity.fields:TASK"
+PAGE = ROOT / "tests" / "majority" / "page.py"
+NAME = "tests.majority.fields:TASK"
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("parity") / "run"
+    folder = tmp_path_factory.mktemp("majority") / "run"
     ended = call(["train", f"--config={PAGE}", f"--workdir={folder}"])
     assert (ended.status, ended.err) == (0, "")
     return folder
@@ -26,7 +26,7 @@ def workdir(tmp_path_factory) -> Path:
 def test_the_package_does_not_name_the_task():
     assert NAME not in TASKS
     sources = (ROOT / "moejax").rglob("*.py")
-    assert not [path for path in sources if "parity" in path.read_text()]
+    assert not [path for path in sources if "tests.majority" in path.read_text()]
     assert PAGE.read_text().count(NAME) == 1
 
 
@@ -42,11 +42,11 @@ def test_the_task_learns_and_is_evaluated_beside_its_baseline(workdir):
     trained, held_out = rows(workdir, "train"), rows(workdir, "eval")
     assert [row["step"] for row in trained] == list(range(1, 31))
     assert trained[0]["loss"] == pytest.approx(0.693, abs=1e-3)  # the head starts at 0
-    assert trained[-1]["loss"] < 0.5
     assert [row["step"] for row in held_out] == [15, 30]
-    assert all(0 <= row["accuracy"] <= 1 and "aux/load_balance" in row for row in held_out)
+    assert held_out[-1]["loss"] < 0.5 and held_out[-1]["accuracy"] > 0.75
+    assert all("aux/load_balance" in row for row in held_out)
     saved = json.loads((workdir / "config.json").read_text())
-    assert saved["config"]["task"] == {"name": NAME, "bits": 3}
+    assert saved["config"]["task"] == {"name": NAME, "bits": 7}
     assert saved["units"]["item"] == "vector"
     assert saved["baselines"] == {"chance": pytest.approx(0.693, abs=1e-3)}
 
@@ -55,7 +55,7 @@ def test_a_saved_run_of_the_task_is_evaluated_and_resumed(workdir):
     last = rows(workdir, "eval")[-1]
     ended = call(["eval", f"--workdir={workdir}"])
     assert ended.status == 0, ended.err
-    assert f"{last['loss']:.4f}"[:5] in ended.out
+    assert json.loads(ended.out)["loss"] == pytest.approx(last["loss"], rel=1e-5)
     ended = call([
         "train", f"--config={PAGE}", f"--workdir={workdir}", "--config.train.steps=32",
         "--config.optim.schedule=constant",
@@ -68,15 +68,15 @@ def test_a_saved_run_of_the_task_is_evaluated_and_resumed(workdir):
 def test_the_probe_names_its_tokens(workdir):
     probe = Probe.read(workdir)
     assert probe is not None
-    assert list(probe.tokens["token_text"]) == ["0", "1", "even", "odd"]
+    assert list(probe.tokens["token_text"]) == ["0", "1", "mostly 0", "mostly 1"]
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("tests.parity.fields:TUSK", "cannot be imported: AttributeError"),
-        ("tests.pairity.fields:TASK", "cannot be imported: ModuleNotFoundError"),
-        ("tests.parity.task:build", "is a function; name a moejax.config.tasks.TaskEntry"),
+        ("tests.majority.fields:TUSK", "cannot be imported: AttributeError"),
+        ("tests.minority.fields:TASK", "cannot be imported: ModuleNotFoundError"),
+        ("tests.majority.task:build", "is a function; name a moejax.config.tasks.TaskEntry"),
         ("image", "is unknown; did you mean 'images'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""All vectors of so many bits, and whether the number of ones is odd."""
+"""All vectors of a number of bits, and whether most of the bits are ones."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ from moejax.data.source import Batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ParitySource:
-    """A batch: ``bit`` int32[B, L], ``parity`` int32[B], ``valid`` bool[B], ``row`` int32[B]."""
+class MajoritySource:
+    """A batch: ``bit`` int32[B, L], ``majority`` int32[B], ``valid`` bool[B], ``row`` int32[B]."""
 
     bits: int
     eval_fraction: float
@@ -32,7 +32,7 @@ class ParitySource:
             bit_BL = number_N[row_B, None] >> np.arange(self.bits) & 1
             return {
                 "bit": bit_BL.astype(np.int32),
-                "parity": (bit_BL.sum(axis=1) % 2).astype(np.int32),
+                "majority": (2 * bit_BL.sum(axis=1) > self.bits).astype(np.int32),
                 "valid": np.ones(len(row_B), dtype=bool),
             }
 
@@ -40,11 +40,11 @@ class ParitySource:
 
     @property
     def name(self) -> str:
-        return f"parity of {self.bits} bits"
+        return f"majority of {self.bits} bits"
 
     @property
     def fingerprint(self) -> str:
-        return f"parity {self.bits} {self.eval_fraction}"
+        return f"majority {self.bits} {self.eval_fraction}"
 
     @functools.cached_property
     def _train(self) -> TrainBatches:
@@ -58,7 +58,7 @@ class ParitySource:
     def shapes(self, rows: int) -> Batch:
         return {
             "bit": np.zeros((rows, self.bits), np.int32),
-            "parity": np.zeros(rows, np.int32),
+            "majority": np.zeros(rows, np.int32),
             "valid": np.zeros(rows, np.bool_),
             "row": np.zeros(rows, np.int32),
         }
@@ -89,8 +89,8 @@ class ParitySource:
         shape = batch["bit"].shape
         return {
             "token": batch["bit"],
-            "target": np.broadcast_to(2 + batch["parity"][:, None], shape),
+            "target": np.broadcast_to(2 + batch["majority"][:, None], shape),
             "valid": np.broadcast_to(batch["valid"][:, None], shape),
             "row": batch["row"],
-            "token_text": ["0", "1", "even", "odd"],
+            "token_text": ["0", "1", "mostly 0", "mostly 1"],
         }

@@ -9,7 +9,7 @@ from moejax.models.stack import Found, Stack, StackConfig, Watch
 from moejax.types import Context
 
 
-class ParityModel(Stack):
+class MajorityModel(Stack):
     """``model(bit_BL, context, gate_state, train)`` -> logits [B, 2], and reports of the layers."""
 
     def __init__(self, config: StackConfig, bits: int, *, rngs: nnx.Rngs):
