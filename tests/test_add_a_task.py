@@ -38,6 +38,7 @@ def test_the_config_has_the_tasks_fields_and_leaves_out_what_it_does_not_use():
     refused(["config", f"--config={PAGE}", "--config.train.seq_len=8"], "means nothing to task")
 
 
+@pytest.mark.slow
 def test_the_task_learns_and_is_evaluated_beside_its_baseline(workdir):
     trained, held_out = rows(workdir, "train"), rows(workdir, "eval")
     assert [row["step"] for row in trained] == list(range(1, 31))
@@ -51,6 +52,7 @@ def test_the_task_learns_and_is_evaluated_beside_its_baseline(workdir):
     assert saved["baselines"] == {"chance": pytest.approx(0.693, abs=1e-3)}
 
 
+@pytest.mark.slow
 def test_a_saved_run_of_the_task_is_evaluated_and_resumed(workdir):
     last = rows(workdir, "eval")[-1]
     ended = call(["eval", f"--workdir={workdir}"])
@@ -65,6 +67,7 @@ def test_a_saved_run_of_the_task_is_evaluated_and_resumed(workdir):
     assert (ended.status, rows(workdir, "train")[-1]["step"]) == (0, 32), ended.err
 
 
+@pytest.mark.slow
 def test_the_probe_names_its_tokens(workdir):
     probe = Probe.read(workdir)
     assert probe is not None
