@@ -352,22 +352,21 @@ class GateSpec:
 class Gate(Protocol):
     """A gating function: a frozen dataclass whose fields are its hyper-parameters.
 
-    Pure in every method. State changes only in ``update``, once per optimizer step.
-
-    A gate may also have ``frozen(step) -> {parameter's name: bool}``: what the trainer leaves
-    exactly as it is in the update after ``step`` completed ones; and ``reads_tokens = True``, if it
-    routes by token ids, which a context must have then.
+    Every method is pure. State changes only in ``update``, once per optimizer step. These members
+    are required; everything optional is in ``GateTraits``, which a gate returns from ``traits()``.
+    ``moejax.gating.gate`` has base classes with the usual implementations.
     """
 
     trained_by: ClassVar[TrainedBy]
-    """What moves the gate's parameters: the task loss, only auxiliary losses, a policy gradient."""
+    """The source of the parameters' gradient: the task loss, only auxiliary losses, or a policy
+    gradient."""
 
     def check(self, num_experts: int, train: bool) -> None:
-        """Raises ValueError, naming field, value and remedy, when the gate cannot work so."""
+        """Raises ValueError, naming field, value and remedy, when the gate cannot work."""
         ...
 
     def columns(self, num_experts: int) -> int:
-        """K: how many columns its routings have."""
+        """K: the number of columns of its routings."""
         ...
 
     def init(self, key: PRNGKeyArray, spec: GateSpec) -> GateParams: ...
@@ -387,43 +386,84 @@ class Gate(Protocol):
     def visibility(self, moe: MoEConfig) -> Visibility: ...
 
 
-@runtime_checkable
-class Mixes(Protocol):
-    """A gate whose outputs have ``mixing``: what it mixes. No transport is used."""
-
-    mixes: ClassVar[Literal["slots", "weights"]]
+Reads = Literal["tokens", "positions", "sequence", "task"]
+"""Inputs of a routing besides a token's own activations: see ``GateTraits.reads``."""
 
 
-@runtime_checkable
-class NeedsData(Protocol):
-    """A gate that works with certain rows of the data only."""
-
-    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
-        """Raises ValueError unless it can route rows 0 .. n-1 of both kinds, of ``length`` tokens,
-        in each of the MoE layers."""
-        ...
+def _one_row(num_experts: int) -> int:
+    return 1
 
 
-@runtime_checkable
-class KnowsRows(Protocol):
-    """A gate whose routing is of certain rows of the data, whatever the model makes of them."""
-
-    def check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
-        """Raises ValueError unless rows with these ids, of training or held-out data, hold what it
-        knows of them. ``digest_N``: see ``moejax.record.routing.row_digests``."""
-        ...
+def _nothing_frozen(step: Int[Array, ""]) -> dict[str, Bool[Array, ""]]:
+    return {}
 
 
-@runtime_checkable
-class FitsMesh(Protocol):
-    """A gate that saves time on a mesh its fields describe. Results are the same on every mesh."""
+def _no_advice(rows: int, mesh: Mapping[str, int]) -> str:
+    return ""
 
-    def advice(self, rows: int, mesh: Mapping[str, int]) -> str:
-        """What to set so that it does, in one line; empty where it does, or nothing is to save.
 
-        ``rows``: sequences of a batch per device; ``mesh``: the sizes of its axes.
+@dataclasses.dataclass(frozen=True)
+class GateTraits:
+    """Everything optional that a gate states about itself; the defaults are those of top-k.
+
+    A gate returns one from a method ``traits()``. A gate without that method has the defaults.
+    """
+
+    reads: tuple[Reads, ...] = ()
+    """Inputs of the routing besides the token's own activations: token ids (the context must then
+    have them), positions, other tokens of the same sequence, or the sequence's task."""
+    mixes: Literal["slots", "weights"] | None = None
+    """Outputs have ``mixing``: tokens are mixed into slots, or the experts' weights into one
+    expert. No transport is used, and rows must not hold several texts."""
+    least_rows: Callable[[int], int] = _one_row
+    """``least_rows(num_experts)``: the fewest sequences that a routing group may have."""
+    causal_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of the gate's fields that make evaluation causal, for the message that refuses a gate
+    that sees the future."""
+    causal_gate: str = ""
+    """The name of a similar gate that is causal, for the same message."""
+    frozen: Callable[[Int[Array, ""]], dict[str, Bool[Array, ""]]] = _nothing_frozen
+    """``frozen(step)``: whether each named parameter stays exactly as it is in the update after
+    ``step`` completed ones. Parameters that are not named are trained."""
+    advice: Callable[[int, Mapping[str, int]], str] = _no_advice
+    """``advice(rows, mesh)``: one line with the fields to set so that the gate saves time on this
+    mesh; empty if there is nothing to gain. ``rows``: sequences of a batch per device; ``mesh``:
+    the sizes of its axes. Results are the same on every mesh."""
+    check_data: Callable[[int, int, int, int], None] | None = None
+    """``check_data(layers, length, train_rows, eval_rows)`` raises ValueError unless the gate can
+    route rows 0 .. n-1 of both kinds, of ``length`` tokens, in each of the MoE layers. None: it
+    routes any data."""
+    check_rows: Callable[[bool, np.ndarray, np.ndarray], None] | None = None
+    """``check_rows(train, row_N, digest_N)`` raises ValueError unless the rows with these ids, of
+    training or held-out data, have the content that the gate's routing was recorded for.
+    ``digest_N``: see ``moejax.record.routing.row_digests``. Given only by a gate whose routing
+    belongs to certain rows and does not depend on the model. None: any content will do."""
+
+    @classmethod
+    def of(cls, gate: Gate) -> "GateTraits":
+        """The gate's traits, or the defaults.
+
+        Raises:
+          ValueError: a gate without ``traits`` has a member that belongs there.
         """
-        ...
+        traits = getattr(gate, "traits", None)
+        if traits is not None:
+            return traits()
+        misplaced = [name for name in FORMER_MEMBERS if hasattr(gate, name)]
+        if misplaced:
+            raise ValueError(
+                f"gate {type(gate).__name__} has {', '.join(misplaced)} as members; return them "
+                "from its method traits(), see moejax.types.GateTraits"
+            )
+        return cls()
+
+
+FORMER_MEMBERS = (
+    "mixes", "reads_tokens", "least_rows", "causal", "causal_gate", "frozen", "advice",
+    "check_data", "check_rows",
+)  # fmt: skip
+"""Members by which gates stated these things before ``GateTraits``: refused, or they would be
+ignored without a word."""
 
 
 @jax.tree_util.register_dataclass

@@ -77,7 +77,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "gating_dropout_without_jitter",
         "moejax/gating/gating_dropout.py",
-        "logits_GTE = self.logits(params, x_GTD, context)",
+        "logits_GTE = self.top_k.logits(params, x_GTD, context)",
         'logits_GTE = ops.router_logits(x_GTD, params["router_DE"])',
         "tests/gating/test_gating_dropout.py",
         "test_a_local_step_routes_the_jittered_tokens_of_top_k",

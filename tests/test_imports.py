@@ -46,7 +46,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "tasks", "types",
         },
         "contrib/multimodal": {
-            "config", "data", "errors", "gating", "layers", "mesh", "models", "tasks", "types",
+            "config", "data", "errors", "layers", "mesh", "models", "tasks", "types",
         },
         "train": {
             "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
@@ -60,7 +60,7 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "contrib/openmoe": {
-            "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train",
+            "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train", "types",
         },
         "contrib/scaling": {"errors", "record", "sweep", "train"},
         "notebook": {

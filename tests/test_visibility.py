@@ -74,7 +74,7 @@ def seen(row, priority, group, train):
 def quick(row):
     """Priorities and groups of the fast suite in training: of several sequences only for gates
     that look at other tokens without any capacity too."""
-    moe = moejax.types.MoEConfig(E, capacity_factor=float(E), priority="gate", group="4")
+    moe = FlatMoEConfig(E, capacity_factor=float(E), priority="gate", group="4").resolve()
     return QUICK if any(row.make().visibility(moe)) or row == ROWS[0] else QUICK[:1]
 
 

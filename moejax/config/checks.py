@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from moejax.config.build import gate_message, make_gate, moe_config
 from moejax.config.layer_checks import check_depths, check_layers
@@ -17,28 +16,7 @@ from moejax.config.tree import Config, get_field, table_of
 from moejax.dispatch import without_slots
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
-from moejax.types import Gate, Mixes, MoEConfig, Visibility
-
-
-@runtime_checkable
-class NeedsRows(Protocol):
-    """A gate for groups of several sequences: ``least_rows`` or more."""
-
-    def least_rows(self, num_experts: int) -> int: ...
-
-
-@runtime_checkable
-class HasCausalFields(Protocol):
-    """A gate whose evaluation is causal with other values of its fields: these."""
-
-    causal: ClassVar[Mapping[str, Any]]
-
-
-@runtime_checkable
-class HasCausalGate(Protocol):
-    """A gate that sees the future and knows another, by name, that does alike without."""
-
-    causal_gate: ClassVar[str]
+from moejax.types import Gate, GateTraits, MoEConfig, Visibility
 
 
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
@@ -160,7 +138,7 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
             f"train.batch_size / train.grad_accum{each} = {sequences} sequences are not a multiple "
             f"of moe.group={choices.group}; use train.batch_size={fitting(rows)}"
         )
-    least = gate.least_rows(choices.num_experts) if isinstance(gate, NeedsRows) else 1
+    least = GateTraits.of(gate).least_rows(choices.num_experts)
     if rows < least:
         raise UserError(
             f"moe.gate.name={config.moe.gate.name} chooses among the sequences of a group, with "
@@ -178,12 +156,13 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
 
 def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
     """The choice that keeps a group on one device, where its slots are, and what to do without."""
-    if isinstance(gate, Mixes) and gate.mixes == "slots":
+    mixes = GateTraits.of(gate).mixes
+    if mixes == "slots":
         return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
     first, *others = without_slots()
     for field in ("transport", "eval_transport"):
         name = config.moe.get(field)
-        if name is not None and name not in (first, *others) and not isinstance(gate, Mixes):
+        if name is not None and name not in (first, *others) and not mixes:
             return f"moe.{field}={name}", f"moe.{field}={first} (or {', '.join(others)})"
     return "", ""
 
@@ -209,13 +188,13 @@ def _check_visibility(config: Config) -> Visibility:
         f"moe.eval_capacity_factor={flat.eval_capacity_factor:g}"
     )
     cause = cause if cures else ""
-    others = gate.causal if isinstance(gate, HasCausalFields) else {}
+    traits = GateTraits.of(gate)
     cures += [
         f"moe.gate.{field}={value}"
-        for field, value in others.items()
+        for field, value in traits.causal_fields.items()
         if not make_gate(config, **{field: value}).visibility(moe).eval_future
     ]
-    cures += [f"moe.gate.name={gate.causal_gate}"] if isinstance(gate, HasCausalGate) else []
+    cures += [f"moe.gate.name={traits.causal_gate}"] if traits.causal_gate else []
     raise UserError(
         f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "

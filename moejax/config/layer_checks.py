@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from moejax.config.build import make_gate
 from moejax.config.tree import Config, get_field
 from moejax.errors import UserError
-from moejax.types import DepthsConfig, NeedsData, Visibility
+from moejax.types import DepthsConfig, GateTraits, Visibility
 
 
 def check_layers(config: Config, mesh: Mapping[str, int]) -> None:
@@ -78,7 +78,8 @@ def check_depths(config: Config) -> Visibility:
             f"{moe.first_dense + math.ceil(layers / depths.every) * depths.every}"
         )
     gate = make_gate(config)
-    if moe.every and (gate.trained_by == "policy" or isinstance(gate, NeedsData)):
+    needs_data = GateTraits.of(gate).check_data is not None
+    if moe.every and (gate.trained_by == "policy" or needs_data):
         raise UserError(
             f"moe.gate.name={moe.gate.name} needs every token of a sequence in training, but "
             f"model.mod_capacity={depths.capacity:g} leaves some out; use model.mod_capacity=0"

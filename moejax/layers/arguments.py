@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.types import Context, Gate, GateState, Mixes, are_whole
+from moejax.types import Context, Gate, GateState, GateTraits, are_whole
 
 DTYPES = ("float32", "bfloat16")
 
@@ -89,7 +89,7 @@ def check_context(context: Any, batch: int, length: int) -> None:
 
 def check_known(context: Context, gate: Gate) -> None:
     """Raises ValueError if the gate routes by token ids and the context was made without any."""
-    if getattr(gate, "reads_tokens", False) and not context.knows_tokens:
+    if not context.knows_tokens and "tokens" in GateTraits.of(gate).reads:
         raise ValueError(
             f"gate {type(gate).__name__} routes by token ids: pass a context with them, "
             "moejax.Context.of(B, L, token_BL=...)"
@@ -98,9 +98,10 @@ def check_known(context: Context, gate: Gate) -> None:
 
 def check_packed(context: Context, gate: Gate) -> None:
     """Raises ValueError where packed texts would be mixed with each other."""
-    if context.segment_BL is not None and isinstance(gate, Mixes):
+    mixes = GateTraits.of(gate).mixes
+    if context.segment_BL is not None and mixes:
         raise ValueError(
-            f"gate {type(gate).__name__} mixes {gate.mixes} over whole rows, which hold several "
+            f"gate {type(gate).__name__} mixes {mixes} over whole rows, which hold several "
             "texts (context.segment_BL); give each text a row of its own, or use a gate that keeps "
             "them apart, such as top_k or sentence"
         )

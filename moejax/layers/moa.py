@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from moejax import losses
 from moejax.dispatch.heads import from_heads, to_heads
-from moejax.gating import TopK
 from moejax.gating.ops import imbalance
+from moejax.gating.top_k import TopK
 from moejax.layers.attention import attend, rope
 from moejax.layers.basic import TrainOrEval, fan_in, is_training, project
 from moejax.layers.moe import expert_init

@@ -40,7 +40,7 @@ from moejax.types import (
     GateOutput,
     GateSpec,
     GateState,
-    KnowsRows,
+    GateTraits,
     MoEOutput,
     MoEStats,
     Priority,
@@ -307,7 +307,8 @@ class MoE(TrainOrEval):
         """The state as given, or that before the first step."""
         if given is None:
             return self.init_gate_state()
-        if not isinstance(self.gate, KnowsRows):  # whose state is as large as what it read
+        # The state of a recorded routing is as large as its file: it is not made once more.
+        if GateTraits.of(self.gate).check_rows is None:
             counts = functools.partial(np.zeros, self.vocab_size, np.int64)
             wanted = jax.eval_shape(lambda: self.init_gate_state(token_counts=counts))
             check_gate_state(given, wanted, type(self.gate).__name__)

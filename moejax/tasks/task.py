@@ -14,7 +14,7 @@ from moejax.dispatch import Dropless
 from moejax.losses import policy_gradient
 from moejax.models.stack import Found, Watch
 from moejax.models.trees import from_tree, to_tree
-from moejax.types import MoEStats
+from moejax.types import GateTraits, MoEStats
 
 Batch = dict[str, Array]
 """On the devices: what ``Source`` calls a batch."""
@@ -160,10 +160,9 @@ class Task:
 
         No gradient is not enough: momentum goes on, and a sign of it at full speed.
         """
-        frozen = getattr(self.model.gate, "frozen", None)
-        if frozen is None or not self.model.num_moe_layers:
+        still = GateTraits.of(self.model.gate).frozen(step) if self.model.num_moe_layers else {}
+        if not still:
             return updates
-        still = frozen(step)
 
         def held(path: tuple[Any, ...], update: Array) -> Array:
             *nodes, name = (str(getattr(key, "key", key)) for key in path)

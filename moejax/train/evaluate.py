@@ -36,7 +36,7 @@ from moejax.train.processes import is_first, on_host
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
 from moejax.train.workdir.run_folder import check_identity, check_text, missing_checkpoints
-from moejax.types import Mixes, MoEInfo
+from moejax.types import GateTraits, MoEInfo
 
 ROUTER = "router"
 """The key below which a layer keeps its gate's parameters."""
@@ -131,10 +131,10 @@ def _check_target(config: Config, path: str, steps: int) -> None:
             f"--record-routing={path}: a row of the task {config.task.name!r} is more than one "
             "sequence, which no recording holds; leave the flag out"
         )
-    gate = make_gate(config)
-    if isinstance(gate, Mixes):
+    mixes = GateTraits.of(make_gate(config)).mixes
+    if mixes:
         raise UserError(
-            f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {gate.mixes} and sends "
+            f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {mixes} and sends "
             "no token anywhere, so there is no routing to follow; leave the flag out"
         )
     folder = Path(os.path.expanduser(path)).absolute().parent

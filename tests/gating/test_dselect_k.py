@@ -157,7 +157,7 @@ def test_the_losses_are_means_over_valid_tokens_in_training_only():
     assert set(call(gate, x, 8).losses) == {"dselect_entropy"}
 
 
-def test_what_max_active_cuts_is_counted_as_dropped():
+def test_pairs_cut_by_max_active_count_as_dropped():
     gate = gating.make("dselect_k", max_active=3)
     layer = moejax.MoE(D, 8, 8, gate=gate, transport="dropless", rngs=nnx.Rngs(0))
     valid = jnp.arange(5) < jnp.asarray([[5], [3]])

@@ -208,7 +208,7 @@ def test_each_phase_sees_what_its_policy_sees(policy, eval_policy, group):
     assert gate.visibility(moe) == Visibility(*DECLARED[policy, eval_policy, group])
 
 
-def test_whoever_takes_all_tokens_sees_none():
+def test_experts_that_take_all_tokens_reveal_nothing():
     gate = ExpertChoice(factor=8.0)
     assert gate.visibility(FlatMoEConfig(E, group="4").resolve()) == Visibility()
     assert (

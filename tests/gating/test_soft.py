@@ -75,13 +75,13 @@ def test_weights_are_those_of_the_two_softmaxes_written_out(slots, normalize):
     CLOSE(mixing.combine_GTX, wanted[1])
     CLOSE(mixing.dispatch_GTX.sum(1), np.broadcast_to(VALID.any(1, keepdims=True), (G, E * slots)))
     CLOSE(mixing.combine_GTX.sum(-1), VALID)
-    # What is told: every expert, with the share of its slots.
+    # The routing reports every expert, with the share of its slots.
     np.testing.assert_array_equal(out.routing.expert_GTK[1, 2], np.arange(E))
     CLOSE(out.routing.weight_GTK, wanted[1].reshape(G, T, E, slots).sum(-1))
     CLOSE(out.stats.probs_GTE[VALID], out.routing.weight_GTK[VALID])
 
 
-def test_the_log_sum_exp_of_the_logits_told_is_that_of_all_slots():
+def test_the_log_sum_exp_of_the_reported_logits_is_that_of_all_slots():
     gate = Soft(slots=3, normalize=False)
     out, _ = call(gate)
     logits = np.asarray(gates.tokens()) @ np.asarray(gates.drawn(gate)["router_DX"])

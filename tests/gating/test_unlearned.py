@@ -142,7 +142,7 @@ def test_skewed_follows_the_law_of_zipf_and_never_doubles(k, exponent):
         np.testing.assert_allclose(got, wanted, atol=0.01)
 
 
-def test_one_sends_everything_to_the_first_k():
+def test_pattern_one_sends_all_tokens_to_the_first_k_experts():
     routing = call("forced", pattern="one", k=2, key=None)
     np.testing.assert_array_equal(routing.expert_GTK, np.broadcast_to([0, 1], (4, 64, 2)))
     assert (routing.weight_GTK == 0.5).all()

@@ -47,7 +47,7 @@ def program(row):
 
 def cases():
     """Quick: gates that look at more than a token itself in evaluation, and the first of all."""
-    moe = MoEConfig(num_experts=gates.E)
+    moe = FlatMoEConfig(num_experts=gates.E).resolve()
     for i, row in enumerate(gates.ROWS):
         alone = row.equivariant and not any(row.make().visibility(moe)) and bool(i)
         marks = pytest.mark.slow if row.slow or alone else ()

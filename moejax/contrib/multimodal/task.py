@@ -14,11 +14,11 @@ from moejax.contrib.multimodal.model import BYTES, LIMoE, LIMoEConfig, interleav
 from moejax.contrib.multimodal.source import PairSource, encode, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
-from moejax.gating import Replay
 from moejax.mesh import BATCH_AXES, ambient, axis_size
 from moejax.models.block import Watch
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
+from moejax.types import GateTraits
 
 
 class Embeddings(NamedTuple):
@@ -60,7 +60,7 @@ def build(config: Config) -> tuple[Task, Source]:
         images, own.patch_size, own.caption_length, train.batch_size, train.seed, train.eval_rows
     )
     task = Multimodal.from_config(config, size)
-    if task.model.num_moe_layers and isinstance(task.model.gate, Replay):
+    if task.model.num_moe_layers and GateTraits.of(task.model.gate).check_rows is not None:
         raise UserError(
             f"moe.gate.name={config.moe.gate.name} looks up routing by rows of text, and a pair is "
             "two sequences; use another gate"

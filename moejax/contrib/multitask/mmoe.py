@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from moejax.contrib.multitask.dispatch import SharedExperts, multi_gate
 from moejax.dispatch import Dropless
 from moejax.experts import ACTIVATIONS, is_gated
-from moejax.gating import DSelectK, Forced, Hash, Replay, Sentence, StableMoE, Task
+from moejax.gating.dselect_k import DSelectK
 from moejax.layers.arguments import check_context, check_gate_state, check_tokens, drawn_from
 from moejax.layers.basic import TrainOrEval, is_training, own_promotion
 from moejax.layers.moe import expert_init
@@ -29,20 +29,16 @@ from moejax.types import (
     GateOutput,
     GateSpec,
     GateState,
-    Mixes,
+    GateTraits,
     MoEConfig,
     MoEInfo,
     MoEOutput,
     MoEStats,
-    NeedsData,
     Routing,
 )
 
 GateInput = Literal["example", "constant"]
 GATE_INPUTS: tuple[str, ...] = ("example", "constant")
-
-OF_SEQUENCES = (Forced, Hash, Replay, Sentence, StableMoE, Task)
-"""Gates that read token ids, positions, sequences or recorded routings, which examples lack."""
 
 
 class MultiGateMoE(TrainOrEval):
@@ -197,10 +193,10 @@ def check_gate(gate: Gate, num_experts: int, gate_input: str) -> None:
             "of the code; use per_example=False"
         )
     sees = gate.visibility(MoEConfig(num_experts, Dropless(), Dropless()))
-    name, reason = type(gate).__name__, ""
-    if isinstance(gate, Mixes):
-        reason = f"mixes {gate.mixes}"
-    elif isinstance(gate, (NeedsData, *OF_SEQUENCES)):
+    name, traits, reason = type(gate).__name__, GateTraits.of(gate), ""
+    if traits.mixes:
+        reason = f"mixes {traits.mixes}"
+    elif traits.reads or traits.check_data is not None:
         reason = "reads tokens or sequences"
     elif gate.trained_by == "policy":
         reason = "is trained by a policy gradient"

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from moejax.config import Config, load, make_gate
-from moejax.config.checks import NeedsRows
 from moejax.config.tasks import LANGUAGE
 from moejax.contrib.openmoe.drops import Arm, Drops, drops
 from moejax.contrib.openmoe.early import early
@@ -29,6 +28,7 @@ from moejax.train.checkpoint.checkpointer import Checkpointer
 from moejax.train.processes import on_host
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
+from moejax.types import GateTraits
 
 DROPLESS = Arm(0.0)
 FACTORS = (1.0, 1.25, 2.0)
@@ -97,7 +97,7 @@ def _check(workdir: Path, config: Config, options: Options) -> None:
     if not config.moe.every:
         raise UserError(f"{workdir} is a dense model (moe.every=0): it routes nothing")
     gate = make_gate(config)
-    if isinstance(gate, NeedsRows) and gate.least_rows(config.moe.num_experts) > 1:
+    if GateTraits.of(gate).least_rows(config.moe.num_experts) > 1:
         raise UserError(
             f"{workdir}: moe.gate.name={config.moe.gate.name} routes whole sequences, and the "
             "three findings are about tokens"

@@ -264,6 +264,8 @@ def test_states_of_gates_are_updated_each_from_its_own_counts():
         ("hash", "reads tokens or sequences"),
         ("sentence", "reads tokens or sequences"),
         ("task", "reads tokens or sequences"),
+        ("forced", "reads tokens or sequences"),
+        ("stablemoe", "reads tokens or sequences"),
         ("rl", "is trained by a policy gradient"),
     ],
 )

@@ -1,4 +1,4 @@
-r"""Entropic optimal transport between tokens and experts, in the log domain (S-BASE)."""
+"""Entropic optimal transport between tokens and experts, in the log domain (S-BASE)."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float
 from moejax.kernels.support import varying_like
 
 MOST_DRIFT, LEAST_COLUMN = 20.0, 1e-8
-"""How far log v may go from where exponentials were last taken, and the least sum of a column, for
-iterations without exponentials. In a row whose largest exponential is 1, those below float32's
-range (1e-38) then lack less than T e^40 1e-38 of a column: 1e-8 of it up to 10^5 tokens."""
+"""Limits for iterations without exponentials: the change of log v since exponentials were last
+computed, and the smallest sum of a column. In a row whose largest exponential is 1, the terms below
+float32's range (1e-38) then miss less than T e^40 1e-38 of a column: 1e-8 of it up to 10^5 tokens.
+"""
 
 
 def sinkhorn_plan(
@@ -27,8 +28,8 @@ def sinkhorn_plan(
 
     .. math:: \max_\Pi \sum_{te} \Pi_{te} s_{te} - \epsilon \sum_{te} \Pi_{te} \log \Pi_{te}
 
-    It ends on the row update: rows are exact, columns are at convergence. Invalid tokens have a row
-    of zeros, and T counts valid tokens only. See ``sinkhorn_bias`` for the other arguments.
+    The last update is that of the rows: rows are exact, columns only at convergence. Invalid tokens
+    have a row of zeros, and T counts valid tokens only. See ``sinkhorn_bias`` for the arguments.
     """
     tokens, num_experts = scores_TE.shape
     valid_T = jnp.ones(tokens, bool) if valid_T is None else valid_T
@@ -49,9 +50,9 @@ def sinkhorn_bias(
     tol: float | None = None,
     valid_T: Bool[Array, "T"] | None = None,
 ) -> Float[Array, "E"]:
-    r"""What Sinkhorn's algorithm comes down to: one additive bias per expert, of mean 0.
+    r"""One additive bias per expert, of mean 0, equivalent to Sinkhorn's algorithm.
 
-    The plan is u_t v_e exp(s_te / eps). A row's factor u_t changes no comparison within the row, so
+    The plan is u_t v_e exp(s_te / eps). The factor u_t changes no comparison within its row, so
 
     .. math:: \operatorname{argmax}_e \Pi_{te} = \operatorname{argmax}_e (s_{te} + b_e),
        \qquad b_e = \epsilon \log v_e
@@ -61,13 +62,13 @@ def sinkhorn_bias(
     .. math:: b_e \leftarrow b_e + \epsilon \left( \log \tfrac{1}{E} -
        \log \operatorname{mean}_t \operatorname{softmax}((s_t + b) / \epsilon)_e \right)
 
-    As epsilon goes to 0, -b goes to the dual prices of the balanced assignment.
+    As epsilon approaches 0, -b approaches the dual prices of the balanced assignment.
 
     Args:
-      scores_TE: scores; subtracting a row's maximum first keeps every exponential in range.
+      scores_TE: scores of any size; each row's maximum is subtracted first.
       epsilon: weight of the entropy, in units of the scores, above 0.
       num_iters: iterations, or their upper bound when ``tol`` is given.
-      tol: stop when no column sum is further than this share from 1/E.
+      tol: stop when every column sum is within this share of 1/E.
       valid_T: tokens that take part; default all.
     """
     tokens, num_experts = scores_TE.shape
@@ -95,7 +96,7 @@ def sinkhorn_bias(
 
 
 def _log_excess(scaled_TE: Array, valid_T: Array, log_v_E: Array) -> Array:
-    """log(E * column sum): 0 where a column has its share. In the log domain: of any size."""
+    """log(E * column sum), 0 where a column has its share; in the log domain, so of any size."""
     log_row_TE = jax.nn.log_softmax(scaled_TE + log_v_E, axis=1)
     log_row_TE = jnp.where(valid_T[:, None], log_row_TE, -jnp.inf)
     log_column_E = jax.nn.logsumexp(log_row_TE, axis=0) - _log_share(valid_T, log_v_E.size)
@@ -103,7 +104,7 @@ def _log_excess(scaled_TE: Array, valid_T: Array, log_v_E: Array) -> Array:
 
 
 def _log_share(valid_T: Array, num_experts: int) -> Array:
-    """Of what a column has when all have the same, tokens counted as 1."""
+    """The log of a column's sum if all columns have the same and each row sums to 1."""
     return jnp.log(jnp.maximum(jnp.sum(valid_T), 1).astype(jnp.float32) / num_experts)
 
 
@@ -113,19 +114,19 @@ def _without_exponentials(
     carry: tuple[Array, Array, Array],
     busy: Callable[[Array, Array], Array],
 ) -> tuple[Array, Array, Array]:
-    """As many iterations as can do without the log domain: two sums of products each.
+    """Iterations outside the log domain, two sums of products each, for as long as possible.
 
-    ``exp(s + log v)`` is taken once; from there v changes by factors. The loop ends where numbers
-    could leave float32's range, and leaves the next iteration to the log domain.
+    ``exp(s + log v)`` is computed once; then v changes by factors. The loop ends before numbers
+    could leave float32's range, and the next iteration runs in the log domain.
     """
     log_v_E, excess_E, turn = carry
     logit_TE = scaled_TE + log_v_E
     kernel_TE = jnp.exp(logit_TE - jnp.max(logit_TE, axis=1, keepdims=True))
-    # A sum over the leading axis is vectorised, one over the last is not: hence both layouts.
+    # Both layouts, because only sums over the leading axis are vectorised.
     kernel_ET = kernel_TE.T
     log_share = _log_share(valid_T, log_v_E.size)
 
-    def go_on(carry: tuple[Array, Array, Array, Array]) -> Array:
+    def keep_going(carry: tuple[Array, Array, Array, Array]) -> Array:
         drift_E, excess_E, turn, in_range = carry
         near = jnp.max(jnp.abs(drift_E - excess_E)) <= MOST_DRIFT
         return busy(excess_E, turn) & in_range & near
@@ -147,5 +148,5 @@ def _without_exponentials(
         )
 
     start = (jnp.zeros_like(log_v_E), excess_E, turn, jnp.bool_(True))
-    drift_E, excess_E, turn, _ = lax.while_loop(go_on, one, varying_like(start, scaled_TE))
+    drift_E, excess_E, turn, _ = lax.while_loop(keep_going, one, varying_like(start, scaled_TE))
     return log_v_E + drift_E, excess_E, turn
