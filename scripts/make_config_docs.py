@@ -67,7 +67,7 @@ def of_task(name: str, entry: TaskEntry) -> str:
     single = [f"`{out}`" for out in entry.without if not out.startswith(sections)]
     for what, names in (
         ("Not used", [f"`{out}*`" for out in sections] + single),
-        ("Used of these sections", [f"`{name}`" for name in entry.uses]),
+        ("Used from these sections", [f"`{name}`" for name in entry.uses]),
         ("Other defaults", [f"`{field}={value}`" for field, value in entry.defaults.items()]),
     ):
         if names:
