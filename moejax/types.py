@@ -1,4 +1,4 @@
-"""The types every part of moejax shares. Imports jax, ``choices`` and ``context`` only.
+"""The types that all of moejax shares. Imports jax and ``context`` only.
 
 Axis legend. Letters after the last ``_`` of a name are its axes; lower case is this device's share.
 
@@ -18,7 +18,7 @@ import abc
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -26,11 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-# Under this roof too: `from moejax.types import Visibility`.
-from moejax.choices import PREDICTORS as PREDICTORS
-from moejax.choices import SCOPES as SCOPES
-from moejax.choices import DepthsConfig as DepthsConfig
-from moejax.choices import Visibility as Visibility
+# Shared types too, in a file of their own.
 from moejax.context import Context as Context
 from moejax.context import GateContext as GateContext
 from moejax.context import Order as Order
@@ -40,7 +36,7 @@ from moejax.context import valid_before as valid_before
 GateParams = PyTree
 """Trainable arrays of a gate: a dict of float32 arrays, ``{}`` when it has none."""
 GateState = PyTree
-"""What a gate remembers between steps: float32/int32 arrays, ``()`` when it remembers nothing."""
+"""A gate's memory between steps: float32/int32 arrays, ``()`` when it has none."""
 
 TrainedBy = Literal["task", "aux", "policy", "none"]
 
@@ -52,7 +48,7 @@ PRIORITIES: tuple[str, ...] = ("position", "choice", "gate", "random")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Which experts each token visits and with what weight: one type for every sparse gate.
+    """The experts that each token visits, with their weights: one type for every sparse gate.
 
     A column whose weight is exactly 0 is inactive: it is not sent, not computed and not counted.
     Expert ids lie in [0, E); among a token's active columns they are distinct.
@@ -65,7 +61,7 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """What the router computed on the way to its routing; the losses are functions of it.
+    """The router's intermediate results, which the auxiliary losses are functions of.
 
     ``probs_GTE`` sums to 1 over E; ``logits_GTE`` are the clean logits, before noise and bias.
     ``load_GTE`` is a differentiable estimate of P(token visits expert) where the gate has one
@@ -80,10 +76,10 @@ class RouterStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Of gates whose routing is sampled: what REINFORCE needs of each token's choice.
+    """The inputs of REINFORCE for each token's choice, from gates that sample their routing.
 
-    ``log_prob`` is the differentiable log-probability of the experts it got, ``baseline`` the
-    reward that was expected. The reward is the log-likelihood of the token's target.
+    ``log_prob`` is the differentiable log-probability of the chosen experts, ``baseline`` the
+    expected reward. The reward is the log-likelihood of the token's target.
     """
 
     log_prob_GT: Float[Array, "*G T"]
@@ -93,9 +89,9 @@ class Policy:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Tokens mixed into slots before the experts, and slots into tokens after them (Soft MoE).
+    """Weights that mix tokens into slots before the experts and back after them (Soft MoE).
 
-    X = E * P slots of a group, those of expert 0 first. Weights of padding are 0.
+    X = E * P slots per group, those of expert 0 first. The weights of padding are 0.
     """
 
     dispatch_GTX: Float[Array, "G T X"]
@@ -105,10 +101,10 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Experts merged into one, anew for every span of ``span`` tokens of a sequence (SMEAR, Lory).
+    """Weights that merge the experts into one for each span of a sequence (SMEAR, Lory).
 
-    N = ceil(L / span) spans of each of B sequences, the last maybe shorter. ``valid_BL``: spans are
-    of these tokens, one after the other, wherever they lie; None: of all places.
+    Each of B sequences has N = ceil(L / span) spans of ``span`` tokens; the last may be shorter.
+    ``valid_BL``: spans consist of these tokens in order; None: of all positions.
     """
 
     weight_BNE: Float[Array, "B N E"]
@@ -119,26 +115,26 @@ class Merge:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GateOutput:
-    """A gate's answer: the routing, its statistics, and what only this gate has.
+    """A gate's routing, the router's statistics, and values that only this gate has.
 
-    ``losses``: named scalars of its own, already weighted. ``means``: named values per group, [G,
-    ...]; their means over the batch, weighted by valid tokens, are handed to ``update`` and, where
-    scalar, logged as ``moe/gate/<name>``.
+    ``losses``: the gate's own named scalars, already weighted. ``means``: named values per group,
+    [G, ...]; their means over the batch, weighted by valid tokens, are passed to ``update`` and,
+    where scalar, logged as ``moe/gate/<name>``.
     """
 
     routing: Routing
     stats: RouterStats
     losses: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
     identity_weight_GT: Float[Array, "G T"] | None = None
-    """Share of the input the output keeps, y = a x + ..., for gates that define one (BASE)."""
+    """The share of the input that the output keeps, y = a x + ..., from gates with one (BASE)."""
     means: dict[str, Float[Array, "G ..."]] = dataclasses.field(default_factory=dict)
     cut_GTE: Bool[Array, "G T E"] | None = None
-    """Pairs the gate wanted but had no column for: counted as dropped."""
+    """Pairs that the gate chose but had no column for: counted as dropped."""
     policy: Policy | None = None
-    """Of gates with ``trained_by = "policy"``; the trainer turns it into losses."""
+    """From gates with ``trained_by = "policy"``; the task turns it into losses."""
     mixing: Slots | Merge | None = None
-    """Of gates that mix tokens or experts instead of sending tokens. ``routing`` is then told, not
-    followed: column e is expert e, with its share in the token's output as weight."""
+    """From gates that mix tokens or experts instead of sending tokens. ``routing`` is then for
+    information only: column e is expert e, its weight the expert's share in the token's output."""
 
 
 class ExpertWeights(NamedTuple):
@@ -291,12 +287,38 @@ class Transport(abc.ABC):
         """
 
 
+class Visibility(NamedTuple):
+    """What a token's output may depend on besides its own sequence up to itself.
+
+    ``future``: later tokens of its own sequence. ``others``: other sequences of the batch.
+    """
+
+    train_future: bool = False
+    train_others: bool = False
+    eval_future: bool = False
+    eval_others: bool = False
+
+    @property
+    def mark(self) -> str:
+        """The mark that metrics, tables and figures carry; empty when nothing leaks."""
+        parts = []
+        for phase in ("train", "eval"):
+            seen = [w for w in ("future", "others") if getattr(self, f"{phase}_{w}")]
+            if seen:
+                parts.append(f"{phase}:{'+'.join(seen)}")
+        return " ".join(parts)
+
+    def union(self, other: "Visibility") -> "Visibility":
+        """Sees whatever either of the two sees."""
+        return Visibility(*(a or b for a, b in zip(self, other, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """The choices around a gate that decide what a token's output may depend on.
 
     ``group``: the tokens that share slots: "sequence", a whole number of sequences such as "4", or
-    "batch". ``moejax.dispatch.FlatMoEConfig`` makes one from names, and has the defaults.
+    "batch". ``moejax.options.DispatchOptions`` makes one from names, and has the defaults.
     """
 
     num_experts: int
@@ -469,10 +491,10 @@ ignored without a word."""
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEStats:
-    """One layer's routing in numbers, summed over the whole (global) batch.
+    """Statistics of one layer's routing, summed over the whole (global) batch.
 
-    Pairs are (token, expert) pairs with positive weight on valid tokens; ``load`` counts them
-    before capacity, ``dropped`` those that capacity turned away.
+    Pairs are (token, expert) pairs with positive weight on valid tokens. ``load`` counts them
+    before capacity is applied, ``dropped`` those that exceed it.
     """
 
     tokens: Int[Array, ""]
@@ -480,9 +502,9 @@ class MoEStats:
     dropped_E: Int[Array, "E"]
     dropped_L: Int[Array, "L"]
     dropped_K: Int[Array, "K"]
-    """By column: for top-k gates the rank of the choice."""
+    """By column, which is the rank of the choice in top-k gates."""
     unserved_tokens: Int[Array, ""]
-    """Tokens all of whose pairs were dropped, or that had none."""
+    """Tokens without a pair, or whose pairs were all dropped."""
     prob_E: Float[Array, "E"]
     """Router probability summed over valid tokens."""
     entropy: Float[Array, ""]
@@ -490,17 +512,21 @@ class MoEStats:
     gate: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
     """The gate's ``means`` times valid tokens, summed: divide by ``tokens``."""
     load_ME: Int[Array, "M E"] | None = None
-    """Pairs of the routing by task (modality); None where there is one task."""
-    train: bool = dataclasses.field(default=True, metadata={"static": True})
-    """Of a call in training: an evaluation moves no gate's state."""
+    """Pairs by task (modality); None with a single task."""
 
     @property
     def pairs(self) -> Int[Array, ""]:
         return jnp.sum(self.load_E)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvalStats(MoEStats):
+    """The statistics of a call in evaluation, which moves no gate's state."""
+
+
 class MoEInfo(NamedTuple):
-    """What ``moejax.MoE`` returns beside its output."""
+    """The report of ``moejax.MoE`` about a call: the second of its two results."""
 
     losses: dict[str, Float[Array, ""]]
     """Unweighted auxiliary losses; the balance losses are 1 at perfect balance."""
@@ -515,10 +541,61 @@ class MoEInfo(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """What ``moejax.MoE`` returns, ``y, info = layer(x)``.
+    """The result of ``moejax.MoE``: ``y, info = layer(x)``.
 
     A plain tuple would do, but ``nnx.tabulate`` cannot show one that holds ``MoEInfo``.
     """
 
     y: Float[Array, "..."]
     info: MoEInfo
+
+
+Tap = Callable[[Float[Array, "B L D"], MoEInfo], dict[str, Array]]
+"""Arrays to record of an MoE layer, from its input and its ``MoEInfo``."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerAux:
+    """What layers report besides their output: of one layer, or of all layers of a model.
+
+    Of several layers, ``losses`` and ``means`` are means over the layers that have them,
+    ``mean_square`` has one value per layer, and the rest leads with the MoE layers.
+    """
+
+    losses: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+    """Auxiliary losses, unweighted."""
+    means: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
+    """Numbers that are neither losses nor routing, logged under their names."""
+    stats: MoEStats | None = None
+    """None without MoE layers."""
+    policy: Policy | None = None
+    """For gates trained by policy gradient."""
+    taps: dict[str, Array] | None = None
+    """The arrays of a ``Tap``; None without one."""
+    mean_square: Float[Array, "..."] | None = None
+    """Mean square of the output: the first one that is not finite is where a NaN began."""
+
+    def joined(self, other: "LayerAux") -> "LayerAux":
+        """Both reports about the same layer in one."""
+        own, more = (
+            {f.name: getattr(a, f.name) for f in dataclasses.fields(a)} for a in (self, other)
+        )
+        named = {name: {**own.pop(name), **more.pop(name)} for name in ("losses", "means")}
+        return LayerAux(**named, **{n: more[n] if x is None else x for n, x in own.items()})
+
+    @classmethod
+    def over_layers(cls, layers: Sequence["LayerAux"]) -> "LayerAux":
+        """Successive layers' reports in one. At most one of the layers is an MoE layer."""
+
+        def means(dicts: list[dict[str, Array]]) -> dict[str, Array]:
+            names = dict.fromkeys(name for one in dicts for name in one)
+            return {n: jnp.mean(jnp.stack([d[n] for d in dicts if n in d])) for n in names}
+
+        sparse = next((layer for layer in layers if layer.stats is not None), cls())
+        return dataclasses.replace(
+            sparse,
+            losses=means([layer.losses for layer in layers]),
+            means=means([layer.means for layer in layers]),
+            mean_square=jnp.stack([layer.mean_square for layer in layers]),
+        )

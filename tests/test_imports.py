@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "moejax"
 
 FLOORS: list[dict[str, set[str]]] = [
-    {"errors": set(), "choices": set(), "context": set()},
+    {"errors": set(), "context": set()},
     {
-        "types": {"choices", "context"},
+        "types": {"context"},
         "mesh": {"errors"},
         "kernels": {"errors"},
         "record": {"errors"},
@@ -28,16 +28,18 @@ FLOORS: list[dict[str, set[str]]] = [
         "dispatch": {"experts", "kernels", "mesh", "types"},
         "reference": {"experts", "types"},
     },
-    {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "types"}},
+    {"options": {"dispatch", "experts", "types"}},
+    {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "options", "types"}},
     {
-        "models": {"layers", "mesh", "types"},
-        "config": {"dispatch", "errors", "gating", "mesh", "record", "types"},
+        "models": {"layers", "mesh", "options", "types"},
+        "config": {"dispatch", "errors", "gating", "mesh", "options", "record", "types"},
         "data": {"errors"},
     },
     {
         "job": {"config", "errors", "mesh"},
         "tasks": {
-            "config", "data", "dispatch", "errors", "layers", "losses", "mesh", "models", "types",
+            "config", "data", "dispatch", "errors", "layers", "losses", "mesh", "models", "options",
+            "types",
         },
     },
     {
@@ -46,7 +48,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "tasks", "types",
         },
         "contrib/multimodal": {
-            "config", "data", "errors", "layers", "mesh", "models", "tasks", "types",
+            "config", "data", "errors", "layers", "mesh", "models", "options", "tasks", "types",
         },
         "train": {
             "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
@@ -55,7 +57,8 @@ FLOORS: list[dict[str, set[str]]] = [
     {"sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"}},
     {
         "analysis": {
-            "config", "errors", "gating", "moejax", "record", "sweep", "tasks", "train", "types",
+            "config", "errors", "gating", "moejax", "options", "record", "sweep", "tasks", "train",
+            "types",
         },
     },
     {
@@ -64,7 +67,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "contrib/scaling": {"errors", "record", "sweep", "train"},
         "notebook": {
-            "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train",
+            "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train", "types",
         },
     },
     {

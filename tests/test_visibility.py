@@ -14,7 +14,7 @@ from flax import nnx
 
 import moejax
 from moejax import gating
-from moejax.dispatch import FlatMoEConfig
+from moejax.options import DispatchOptions
 from tests import gates
 from tests.claims import Claims
 from tests.gates import ROWS, TASKS, D, E, V
@@ -74,7 +74,9 @@ def seen(row, priority, group, train):
 def quick(row):
     """Priorities and groups of the fast suite in training: of several sequences only for gates
     that look at other tokens without any capacity too."""
-    moe = FlatMoEConfig(E, capacity_factor=float(E), priority="gate", group="4").resolve()
+    moe = DispatchOptions(
+        num_experts=E, capacity_factor=float(E), priority="gate", group="4"
+    ).config
     return QUICK if any(row.make().visibility(moe)) or row == ROWS[0] else QUICK[:1]
 
 
@@ -128,9 +130,9 @@ def test_overflow_that_finds_another_expert_depends_on_later_tokens(row, train):
 
 
 def test_only_a_gate_whose_overflow_finds_another_expert_declares_it():
-    moe = FlatMoEConfig(E, capacity_factor=0.6, eval_transport="cells", reroute=2).resolve()
+    flat = DispatchOptions(num_experts=E, capacity_factor=0.6, eval_transport="cells", reroute=2)
     for name, leaks in {"switch": True, "hash": False, "remoe": False, "dselect_k": False}.items():
-        seen = gating.make(name).visibility(moe)
+        seen = gating.make(name).visibility(flat.config)
         assert seen.train_future == seen.eval_future == leaks
 
 
@@ -218,6 +220,6 @@ def test_a_balanced_batch_sees_every_sequence_in_training_and_none_in_evaluation
 
 @pytest.mark.parametrize("priority", ["position", "gate"])
 def test_dropless_evaluation_is_causal_whatever_training_does(priority):
-    moe = FlatMoEConfig(E, capacity_factor=0.6, priority=priority, group="2").resolve()
+    moe = DispatchOptions(num_experts=E, capacity_factor=0.6, priority=priority, group="2").config
     seen = gating.make("mixtral").visibility(moe)
     assert not seen.eval_future and not seen.eval_others

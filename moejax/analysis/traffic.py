@@ -24,7 +24,8 @@ from moejax.analysis.run import Row, RunData
 from moejax.config import from_dict, make_gate, moe_config
 from moejax.config.tasks import task_entry
 from moejax.errors import UserError
-from moejax.types import Counts, DepthsConfig
+from moejax.options import DepthsOptions
+from moejax.types import Counts
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -55,7 +56,7 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
     sequences, length = train.batch_size * per_row, run.units.tokens_per_row // per_row
     model = resolved.model
     if model.get("mod_capacity"):  # the experts' layers are of the blocks that take some tokens
-        length = DepthsConfig(model.mod_capacity, model.mod_every).chosen(length)
+        length = DepthsOptions(model.mod_capacity, model.mod_every).chosen(length)
     tokens = sequences * length
     load_ME, dropped_ME = np.asarray(row["moe/load"]), np.asarray(row["moe/dropped"])
     pairs = load_ME.sum() / len(load_ME)

@@ -1,6 +1,8 @@
-"""Does a config make sense? Checked before anything is compiled or written.
+"""Checks of a config before anything is compiled or written.
 
-Every mistake is one line with the field, the numbers that do not fit and what to change.
+Every mistake is one line with the field, the numbers that do not fit and what to change. Checks of
+the layers alone are in their options (``moejax.options``); those here involve the mesh, the batch
+and the data.
 """
 
 import math
@@ -8,8 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from moejax.config.build import gate_message, make_gate, moe_config
-from moejax.config.layer_checks import check_depths, check_layers
+from moejax.config.build import gate_message, make_gate, moe_config, stack_options
 from moejax.config.saved import holds_run
 from moejax.config.tasks import task_entry
 from moejax.config.tree import Config, get_field, table_of
@@ -22,34 +23,37 @@ from moejax.types import Gate, GateTraits, MoEConfig, Visibility
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """Checks everything that can be known without starting devices.
 
-    With ``num_devices`` (all processes together) also that the mesh fits them; a mesh axis of -1 is
-    then filled, and counts as if it were as small as possible before.
+    With ``num_devices`` (all processes together), also checks that the mesh fits them. A mesh axis
+    of -1 is then filled; without, it counts as small as possible.
 
     Returns what a token's output may depend on, for the marks on results.
 
     Raises:
-      UserError: the first thing that is wrong.
+      UserError: the first mistake.
     """
     _check_ranges(config)
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
-    seen = Visibility()
+    visibility, stack = Visibility(), None
     if "num_layers" in config.model:
-        check_layers(config, mesh)
-        seen = check_depths(config)
+        stack = stack_options(config)
+        visibility = stack.depths.visibility
+        _check_sharding(config, mesh)
     _check_batch(config, mesh)
     check_distributed(config)
     _check_paths(config)
     if has_experts(config):
-        _check_moe(config, mesh)
-        seen = seen.union(_check_visibility(config))
+        gate = stack.gate if stack else make_gate(config)
+        moe = stack.moe if stack else moe_config(config)
+        _check_moe(config, mesh, gate, moe)
+        visibility = visibility.union(_check_visibility(config, gate, moe))
     if not is_causal(config):
-        # Training may look around as it likes; a prediction should not hang on the rest of a batch.
-        return Visibility(eval_others=seen.eval_others)
-    return seen
+        # Training may use the whole batch; a prediction should not depend on its other rows.
+        return Visibility(eval_others=visibility.eval_others)
+    return visibility
 
 
 def is_causal(config: Config) -> bool:
-    """Whether the task predicts from what comes before: otherwise there is no future to see."""
+    """Whether the task predicts from earlier tokens; otherwise there is no future to see."""
     return "allow_future_leak" in config.moe
 
 
@@ -89,25 +93,37 @@ def _check_batch(config: Config, mesh: Mapping[str, int]) -> None:
         )
 
 
-def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
+def _check_sharding(config: Config, mesh: Mapping[str, int]) -> None:
+    """Checks that the sizes of the layers divide over the mesh."""
     moe = config.moe
-    choices, gate = moe_config(config), make_gate(config)
+    divides(config, "model.d_model", mesh, "fsdp")
+    divides(config, "model.num_heads", mesh, "tensor")
+    divides(config, "model.num_kv_heads", mesh, "tensor")
+    if moe.every != 1 or moe.first_dense:
+        divides(config, "model.d_ff", mesh, "tensor")
+    if moe.every:
+        divides(config, "moe.num_experts", mesh, "expert")
+        divides(config, "moe.d_ff", mesh, "tensor")
+
+
+def divides(config: Config, name: str, mesh: Mapping[str, int], axis: str) -> None:
+    """Raises UserError unless a field that is sharded over a mesh axis is a multiple of it."""
+    value, size = get_field(config, name), mesh[axis]
+    if value % size:
+        near = sorted({max(value // size, 1) * size, (value // size + 1) * size})
+        raise UserError(
+            f"{name}={value} is not a multiple of mesh.{axis}={size}; use {name}="
+            f"{' or '.join(map(str, near))}, or a mesh.{axis} that divides {value}"
+        )
+
+
+def _check_moe(config: Config, mesh: Mapping[str, int], gate: Gate, choices: MoEConfig) -> None:
+    moe = config.moe
     try:
         gate.check(moe.num_experts, train=True)
     except ValueError as error:
         raise UserError(gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
-    if moe.get("shared_gate") and not moe.shared_experts:
-        raise UserError(
-            "moe.shared_gate=True weighs the shared experts, but moe.shared_experts="
-            f"{moe.shared_experts}; use moe.shared_experts=1 or more, or moe.shared_gate=False"
-        )
-    if moe.get("residual") and (moe.shared_gate or not moe.shared_experts):
-        raise UserError(
-            "moe.residual=True weighs routed against shared experts, but moe.shared_experts="
-            f"{moe.shared_experts} and moe.shared_gate={moe.shared_gate}; use at least one shared "
-            "expert without its own gate, or moe.residual=False"
-        )
     for field in ("group", "balance_scope"):
         if moe.get(field) == "batch" and config.train.grad_accum > 1:
             raise UserError(
@@ -155,7 +171,7 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
 
 
 def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
-    """The choice that keeps a group on one device, where its slots are, and what to do without."""
+    """The choice that needs a group's slots on one device, and the remedy; empty without one."""
     mixes = GateTraits.of(gate).mixes
     if mixes == "slots":
         return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
@@ -167,9 +183,8 @@ def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
     return "", ""
 
 
-def _check_visibility(config: Config) -> Visibility:
+def _check_visibility(config: Config, gate: Gate, moe: MoEConfig) -> Visibility:
     """Refuses a language model whose evaluation would see the tokens it predicts."""
-    moe, gate = moe_config(config), make_gate(config)
     seen = gate.visibility(moe)
     if not (seen.eval_future and is_causal(config)) or config.moe.allow_future_leak:
         return seen
@@ -204,7 +219,7 @@ def _check_visibility(config: Config) -> Visibility:
 
 
 def check_distributed(config: Config) -> None:
-    """Refuses a place among processes that is none.
+    """Refuses fields of ``distributed`` that name no place among processes.
 
     Raises:
       UserError: naming the field.

@@ -1,8 +1,8 @@
 """From a routing to the experts and back, on any mesh: the transports and their names.
 
 A transport is a frozen dataclass such as ``Cells(capacity_factor=2.0)``; ``dispatch.api`` runs it.
-Names exist at the edge only, in a config's fields and in the layer's arguments, and
-``FlatMoEConfig`` turns them into values.
+Names exist at the edge only, in a config's fields and in the layer's arguments, and ``transports``
+turns them into values.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from moejax.dispatch.all_experts import AllExperts
 from moejax.dispatch.cells import Cells
 from moejax.dispatch.dropless import Dropless, DroplessOnce
 from moejax.dispatch.gather import Gather
-from moejax.types import MoEConfig, Priority, Transport
+from moejax.types import Transport
 
 TRANSPORTS: dict[str, type[Transport]] = {
     "cells": Cells,
@@ -30,71 +30,58 @@ def without_slots() -> list[str]:
     return [name for name, transport in TRANSPORTS.items() if transport().slot_rules is None]
 
 
-@dataclasses.dataclass(frozen=True)
-class FlatMoEConfig:
-    """``MoEConfig`` with transports by name and their options beside them, and the defaults.
+def transports(flat: Mapping[str, Any]) -> tuple[Transport, Transport]:
+    """The transports of training and of evaluation, by their names and options.
 
-    An option goes to the fields of that name in both transports, but each transport has its own
-    capacity factor. Options are checked even where no transport uses them.
+    ``flat`` holds ``transport`` and ``eval_transport``, as names or values, beside the options of
+    those by name. An option goes to the fields of that name in both transports; evaluation takes
+    the one with ``eval_`` before its name where there is one. Options are checked even if neither
+    transport uses them.
+
+    Raises:
+      ValueError: naming the option, its value and the remedy.
     """
+    return _transport(flat, ""), _transport(flat, "eval_")
 
-    num_experts: int
-    transport: Transport | str = "cells"
-    capacity_factor: float = Cells.capacity_factor
-    eval_transport: Transport | str = "dropless"
-    eval_capacity_factor: float = Cells.capacity_factor
-    priority: Priority = Cells.priority
-    reroute: int = Cells.reroute
-    group: str = MoEConfig.group
 
-    def resolve(self) -> MoEConfig:
-        """The same with transports as values.
+def _transport(flat: Mapping[str, Any], prefix: str) -> Transport:
+    given = flat[f"{prefix}transport"]
+    if isinstance(given, Transport):
+        return given
+    if not isinstance(given, str) or given not in TRANSPORTS:
+        raise ValueError(
+            f"{prefix}transport={given!r} is unknown; use one of {', '.join(TRANSPORTS)}"
+        )
+    made = {name: _made(transport, flat, prefix) for name, transport in TRANSPORTS.items()}
+    return made[given]
 
-        Raises:
-          ValueError: naming the field, its value and the remedy.
-        """
-        transport, eval_transport = self._transport(""), self._transport("eval_")
-        return MoEConfig(self.num_experts, transport, eval_transport, self.group)
 
-    def _transport(self, prefix: str) -> Transport:
-        given = getattr(self, f"{prefix}transport")
-        if isinstance(given, Transport):
-            return given
-        if not isinstance(given, str) or given not in TRANSPORTS:
-            raise ValueError(
-                f"{prefix}transport={given!r} is unknown; use one of {', '.join(TRANSPORTS)}"
-            )
-        made = {name: self._made(transport, prefix) for name, transport in TRANSPORTS.items()}
-        return made[given]
-
-    def _made(self, transport: type[Transport], prefix: str) -> Transport:
-        """A transport with the options that it has fields for."""
-        flat = vars(self)
-        names = {
-            field.name: prefix + field.name if prefix + field.name in flat else field.name
-            for field in dataclasses.fields(transport)
-        }
-        try:
-            return transport(**{name: flat[own] for name, own in names.items() if own in flat})
-        except ValueError as error:
-            name, equals, rest = str(error).partition("=")
-            raise ValueError(names.get(name, name) + equals + rest) from error
+def _made(transport: type[Transport], flat: Mapping[str, Any], prefix: str) -> Transport:
+    """A transport with the options that it has fields for."""
+    names = {
+        field.name: prefix + field.name if prefix + field.name in flat else field.name
+        for field in dataclasses.fields(transport)
+    }
+    try:
+        return transport(**{name: flat[own] for name, own in names.items() if own in flat})
+    except ValueError as error:
+        name, equals, rest = str(error).partition("=")
+        raise ValueError(names.get(name, name) + equals + rest) from error
 
 
 def check_options(given: Mapping[str, Any]) -> None:
     """Raises ValueError if an option would be ignored, as all transports it goes to are values.
 
-    ``given``: arguments by the names of ``FlatMoEConfig``, None where none was given.
+    ``given``: as for ``transports``, None where an argument was not given.
     """
-    names = [field.name for field in dataclasses.fields(FlatMoEConfig)]
-    for name in names:
+    for name, value in given.items():
         own = name.removeprefix("eval_")
         takers = ["eval_transport"] if own != name else ["transport", "eval_transport"]
-        takers = ["transport"] if f"eval_{name}" in names else takers
-        if own in ("num_experts", "transport", "group") or given.get(name) is None:
+        takers = ["transport"] if f"eval_{name}" in given else takers
+        if own == "transport" or value is None:
             continue
         if all(isinstance(given.get(taker), Transport) for taker in takers):
             raise ValueError(
-                f"{name}={given[name]!r} belongs to a transport that is given by name, but "
+                f"{name}={value!r} belongs to a transport that is given by name, but "
                 f"{takers[0]}={given[takers[0]]} is a value; set {own} in the value"
             )

@@ -212,10 +212,10 @@ def followed(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
 def route(state: TrainState, batch: Batch, *, task: Task) -> dict[str, Array]:
     """How the MoE layers of a state route a batch in evaluation: see ``followed``."""
     key = jax.random.wrap_key_data(state.key)
-    out = task.apply(
-        state.params, state.gate_state, batch, state.step, key, train=False, watch=followed
+    _, aux = task.apply(
+        state.params, state.gate_state, batch, state.step, key, train=False, tap=followed
     )
-    return out.found.watched
+    return aux.taps
 
 
 def _routed(this: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:

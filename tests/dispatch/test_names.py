@@ -19,13 +19,13 @@ from moejax.dispatch import (
     AllExperts,
     Cells,
     Dropless,
-    FlatMoEConfig,
     exchange,
     without_slots,
 )
 from moejax.dispatch.api import dispatch
 from moejax.errors import UserError
 from moejax.experts import ffn_one
+from moejax.options import DispatchOptions
 from moejax.types import Counts, Transport
 from tests import meshes
 
@@ -135,7 +135,7 @@ def test_only_cells_have_slots():
 )  # fmt: skip
 def test_a_bad_name_or_option_is_refused_by_its_own_name(choices, message):
     with pytest.raises(ValueError, match=message):
-        FlatMoEConfig(E, **choices).resolve()
+        assert DispatchOptions(num_experts=E, **choices).config
 
 
 def test_a_layer_takes_a_value_beside_a_name():

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import moejax
 from moejax import gating
-from moejax.dispatch import FlatMoEConfig
 from moejax.gating import ops
 from moejax.gating.gate import token_choice_capacity
 from moejax.gating.visibility import capacity_visibility
+from moejax.options import DispatchOptions
 from moejax.types import FORMER_MEMBERS, GateOutput, GateTraits
 
 CLASSES = [getattr(gating, name) for name in gating.classes()]
@@ -87,7 +87,7 @@ def test_a_gate_without_traits_routes_as_top_1_does():
     # top_k takes a weight from a log-sum-exp, which rounds otherwise.
     np.testing.assert_allclose(y_BLD, wanted_BLD, rtol=1e-5)
     assert len(jnp.unique(info.routing.expert_GTK)) > 1
-    moe = FlatMoEConfig(8, priority="random", group="2").resolve()
+    moe = DispatchOptions(num_experts=8, priority="random", group="2").config
     assert gate.visibility(moe) == same.visibility(moe)
 
 
@@ -132,11 +132,11 @@ def test_capacity_is_the_exact_ceiling_of_its_formula(tokens, num_experts, k, pe
     ],
 )
 def test_capacity_visibility_table(k, priority, group, mark):
-    moe = FlatMoEConfig(8, priority=priority, group=group).resolve()
+    moe = DispatchOptions(num_experts=8, priority=priority, group=group).config
     assert capacity_visibility(k, moe).mark == mark
 
 
 @pytest.mark.parametrize("change", [{"transport": "dropless"}, {"capacity_factor": 4.0}])
 def test_capacity_that_never_binds_shows_nothing(change):
-    moe = FlatMoEConfig(8, priority="gate", group="2", **change).resolve()
+    moe = DispatchOptions(num_experts=8, priority="gate", group="2", **change).config
     assert capacity_visibility(2, moe).mark == ""

@@ -84,7 +84,7 @@ def published(built, x, k, renormalize):
 def test_a_preset_computes_the_published_layer(name, k, renormalize, shared, gated):
     built = layer(name)
     assert built.gate == gating.TopK(k=k, renormalize=renormalize)
-    assert built.shared_gate == gated
+    assert built.options.shared_gate == gated
     width = 0 if built.shared is None else built.shared.up_DF[...].shape[1]
     assert width == shared * F
     x = jax.random.normal(jax.random.key(1), (B, L, D))

@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from moejax import gating
-from moejax.dispatch import FlatMoEConfig
 from moejax.gating.soft import Soft, mean_cosine, softmax_over_tokens
+from moejax.options import DispatchOptions
 from moejax.types import Context, Slots, Visibility
 from tests import gates
 from tests.gates import D, E, G, T
@@ -227,12 +227,11 @@ def test_noise_is_that_of_a_row_and_in_training_only():
 
 def test_a_token_sees_its_group_even_if_there_is_one_slot():
     for experts in (1, E):
-        assert Soft().visibility(FlatMoEConfig(experts).resolve()) == Visibility(
+        assert Soft().visibility(DispatchOptions(num_experts=experts).config) == Visibility(
             True, False, True, False
         )
-        assert Soft().visibility(FlatMoEConfig(experts, group="2").resolve()) == Visibility(
-            *[True] * 4
-        )
+        two = DispatchOptions(num_experts=experts, group="2").config
+        assert Soft().visibility(two) == Visibility(*[True] * 4)
     assert Soft(slots=3).capacity(100, E, 9.0) == 3, "whatever the capacity factor"
 
 

@@ -12,6 +12,7 @@ from moejax import gating
 from moejax.contrib.multitask.mmoe import MultiGateMoE
 from moejax.dispatch import Cells, Dropless
 from moejax.layers.moa import MixtureOfHeads
+from moejax.options import AttentionOptions, HeadsOptions
 from tests import meshes
 from tests.moes import D, E, F, L, make
 
@@ -70,7 +71,8 @@ def test_a_batch_that_does_not_divide_over_the_mesh_gives_the_numbers_of_no_mesh
 @pytest.mark.slow
 def test_heads_and_shared_gates_take_odd_batches_on_a_mesh_too():
     x = jax.random.normal(jax.random.key(1), (5, L, D))
-    heads = MixtureOfHeads(D, 4, 2, 8, theta=0.0, implementation="xla", rngs=nnx.Rngs(0))
+    attention = AttentionOptions(head_dim=8, rope_theta=None, implementation="xla")
+    heads = MixtureOfHeads(D, HeadsOptions(4, 2), attention, rngs=nnx.Rngs(0))
     tables = MultiGateMoE(D, F, 3, 4, 2, gate=gating.make("dense"), rngs=nnx.Rngs(0))
 
     def run(x):

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.dispatch import FlatMoEConfig
 from moejax.gating import base_layer as base
+from moejax.options import DispatchOptions
 from moejax.types import Context, GateSpec
 from tests import meshes
 from tests.moes import B, D, E, L, context, make, run, same, tokens
@@ -162,18 +162,18 @@ def test_residual_imbalance_is_reported_and_falls_with_epsilon():
     ("sbase", "4", "train:future+others"), ("dselect_k", "batch", ""),
 ])  # fmt: skip
 def test_balancing_leaks_in_training_and_says_so_and_not_in_evaluation(gate, group, mark):
-    config = FlatMoEConfig(E, transport="dropless", group=group).resolve()
+    config = DispatchOptions(num_experts=E, transport="dropless", group=group).config
     assert make(gate).gate.visibility(config).mark == mark
 
 
 def test_the_gap_of_an_assignment_is_told_per_token(monkeypatch):
     """Groups of three and of two tokens, each 6 away from the optimum."""
-    solve = base.balanced_assignment
+    solve = base.balanced_assignments
 
-    def far(score_TE, valid_T):
-        return solve(score_TE, valid_T)._replace(gap=jnp.float32(6.0))
+    def far(score_GTE, valid_GT):
+        return solve(score_GTE, valid_GT)._replace(gap=jnp.full(len(score_GTE), 6.0))
 
-    monkeypatch.setattr(base, "balanced_assignment", far)
+    monkeypatch.setattr(base, "balanced_assignments", far)
     gate = gating.make("base")
     valid = jnp.asarray([[True, True, True], [True, True, False]])
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))

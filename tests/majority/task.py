@@ -8,11 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from moejax.config import Config
+from moejax.config.build import loss_weights, stack_options
 from moejax.data.source import Source
-from moejax.models.stack import StackConfig, Watch
+from moejax.options import StackOptions
 from moejax.tasks.language.task import cross_entropy
-from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
-from moejax.types import Context
+from moejax.tasks.task import Batch, Task, Totals, Units
+from moejax.types import Context, LayerAux, Tap
 from tests.majority.model import MajorityModel
 from tests.majority.source import MajoritySource
 
@@ -21,7 +22,12 @@ def build(config: Config) -> tuple[Task, Source]:
     """The classifier and its vectors."""
     task, train = config.task, config.train
     source = MajoritySource(task.bits, config.data.eval_fraction, train.batch_size, train.seed)
-    model = StackConfig(causal=False, vocab_size=2, **stack_config(config))
+    model = stack_options(
+        config,
+        StackOptions,
+        attention={"causal": False, "rope_theta": None},
+        experts={"vocab_size": 2},
+    )
     return Majority(model, loss_weights(config), 0.0, task.bits), source
 
 
@@ -46,8 +52,8 @@ class Majority(Task):
         step: Array,
         key: Array,
         train: bool,
-        watch: Watch | None = None,
-    ) -> Output:
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B V"], LayerAux]:
         context = Context.of(
             *batch["bit"].shape,
             token_BL=batch["bit"],
@@ -56,17 +62,17 @@ class Majority(Task):
             step=step,
             key=jax.random.fold_in(key, step),
         )
-        return Output(*self.built(params)(batch["bit"], context, gate_state, train, watch))
+        return self.built(params)(batch["bit"], context, gate_state, train, tap)
 
     def forward(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
-        logits_BV, found = self.apply(params, gate_state, batch, step, key, train)
+        logits_BV, aux = self.apply(params, gate_state, batch, step, key, train)
         _, nats_B = cross_entropy(logits_BV, batch["majority"])
         correct_B = jnp.argmax(logits_BV, axis=-1) == batch["majority"]
         metrics = {"accuracy": correct_B.astype(jnp.int32)}
         reward_BL, valid_BL = self._by_bit(-nats_B), self._by_bit(batch["valid"])
-        return self.totals(found, nats_B, batch["valid"], metrics, reward_BL, valid_BL)
+        return self.totals(aux, nats_B, batch["valid"], metrics, reward_BL, valid_BL)
 
     def token_losses(self, predictions: Array, batch: Batch) -> Float[Array, "B L"]:
         return self._by_bit(cross_entropy(predictions, batch["majority"])[1])

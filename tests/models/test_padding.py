@@ -1,6 +1,5 @@
 """Models whose sequences have padding before, between or instead of their tokens."""
 
-import dataclasses
 import functools
 
 import jax
@@ -23,7 +22,7 @@ PAD = 3
 
 def with_gate(name, **fields):
     settings = lms.config(moe={"transport": "dropless"})
-    return dataclasses.replace(settings, gate=gating.make(name, **fields))
+    return lms.changed(settings, gate=gating.make(name, **fields))
 
 
 MODELS = {
@@ -46,12 +45,9 @@ def program(model: str, train: bool):
         known = {"token_BL": token_BL, "valid_BL": valid_BL, "position_BL": position_BL}
         given = Context.of(*token_BL.shape, **known)
         lm = model_of(settings, params)
-        out = lm(token_BL, given, lm.init_gate_state(), train)
-        logits_BLV = jnp.where(valid_BL[..., None], out.logits_BLV, 0)
-        return jnp.sum(jnp.sin(logits_BLV)) + sum(out.found.losses.values()), (
-            out.logits_BLV,
-            out.found,
-        )
+        logits_BLV, aux = lm(token_BL, given, lm.init_gate_state(), train)
+        valid_BLV = jnp.where(valid_BL[..., None], logits_BLV, 0)
+        return jnp.sum(jnp.sin(valid_BLV)) + sum(aux.losses.values()), (logits_BLV, aux)
 
     return jax.jit(jax.value_and_grad(run, has_aux=True))
 
@@ -147,7 +143,7 @@ def test_texts_packed_into_one_sequence_are_those_texts_alone(model):
     segment = jnp.repeat(jnp.array([[3, 1]]), L, axis=1)
     lm = model_of(MODELS[model])
     packed = Context.of(1, 2 * L, token_BL=jnp.asarray(token), segment_BL=segment)
-    run = jax.jit(lambda t, c: lm(t, c, lm.init_gate_state(), False).logits_BLV)
+    run = jax.jit(lambda t, c: lm(t, c, lm.init_gate_state(), False)[0])
     got = run(jnp.asarray(token), packed).reshape(2, L, V)
     alone = run(jnp.asarray(TOKENS), Context.of(2, L, token_BL=jnp.asarray(TOKENS)))
     CLOSE(got, alone)

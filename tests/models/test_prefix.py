@@ -1,6 +1,5 @@
 """Evaluated whole, a sequence gets the logits that decoding it token by token would give."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.dispatch import FlatMoEConfig
+from moejax.options import DispatchOptions
 from moejax.tasks.language.model import LM
 from moejax.types import Context
 from tests import gates, lms
@@ -20,8 +19,8 @@ B, L = 2, 8
 @functools.cache
 def program(row):
     """A model whose routers decide, as a function of tokens and of how many of them count."""
-    moe = FlatMoEConfig(num_experts=gates.E).resolve()
-    settings = dataclasses.replace(
+    moe = DispatchOptions(num_experts=gates.E).config
+    settings = lms.changed(
         lms.config(), gate=row.make(), moe=moe, vocab_size=gates.V, d_model=gates.D
     )
     model = LM(settings, rngs=nnx.Rngs(3))
@@ -39,7 +38,7 @@ def program(row):
             step=jnp.int32(row.step),
             key=jax.random.key(5) if row.noisy_eval else None,
         )
-        return model(token_BL, given, state, False).logits_BLV
+        return model(token_BL, given, state, False)[0]
 
     run = jax.jit(logits)
     return lambda *args: np.asarray(run(*args)), settings
@@ -47,7 +46,7 @@ def program(row):
 
 def cases():
     """Quick: gates that look at more than a token itself in evaluation, and the first of all."""
-    moe = FlatMoEConfig(num_experts=gates.E).resolve()
+    moe = DispatchOptions(num_experts=gates.E).config
     for i, row in enumerate(gates.ROWS):
         alone = row.equivariant and not any(row.make().visibility(moe)) and bool(i)
         marks = pytest.mark.slow if row.slow or alone else ()

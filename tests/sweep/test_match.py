@@ -9,8 +9,8 @@ import pytest
 
 from moejax import gating
 from moejax.config import load, to_dict
-from moejax.dispatch import FlatMoEConfig
 from moejax.errors import UserError
+from moejax.options import DispatchOptions
 from moejax.sweep import count as counting
 from moejax.sweep import match
 from moejax.sweep.count import Counted, count
@@ -93,7 +93,9 @@ def test_a_matched_width_costs_what_the_baseline_costs_by_hand(write: Write):
 def test_a_gate_that_mixes_counts_all_the_pairs_that_it_tells_of():
     """Its slots are not for pairs: tests/train/test_budget.py has what one of these costs."""
     model = SimpleNamespace(
-        num_moe_layers=LAYERS, moe=FlatMoEConfig(E).resolve(), gate=gating.make("soft", slots=3)
+        num_moe_layers=LAYERS,
+        moe=DispatchOptions(num_experts=E).config,
+        gate=gating.make("soft", slots=3),
     )
     assert counting._nominal_pairs(model) == LAYERS * E
 

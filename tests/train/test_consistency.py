@@ -37,8 +37,9 @@ def forward(gate, weight, *, train=True, jit=True):
 
 def one_pass(run, state, batch, key):
     """Totals and logits of a single pass, whatever the weights."""
-    out = run.task.apply(state.params, state.gate_state, batch, jnp.int32(0), key, train=True)
-    return run.task._totals(out, batch), out.said
+    given = (state.params, state.gate_state, batch, jnp.int32(0), key)
+    logits_BLV, aux = run.task.apply(*given, train=True)
+    return run.task._totals(logits_BLV, aux, batch), logits_BLV
 
 
 def symmetric(p_logits, q_logits, valid):

@@ -179,7 +179,7 @@ QUICK = ("hash", "dense", "expert_choice", "rl", "remoe")
 )
 def test_every_gate_has_a_probe_whose_router_is_float32_in_a_bfloat16_model(row):
     base, gate = steps.make({"data": 1}, model__dtype="bfloat16"), row.make()
-    model = dataclasses.replace(base.task.model, gate=gate)
+    model = base.task.model.with_experts(gate=gate)
     task = dataclasses.replace(base.task, model=model)
 
     def program(batches):

@@ -100,7 +100,7 @@ def trained(mesh: tuple[tuple[str, int], ...], gate: str) -> Trace:
     def watched(state, batch):
         key = jax.random.wrap_key_data(state.key)
         args = state.params, state.gate_state, batch, state.step, key
-        return run.task.apply(*args, train=True, watch=routing_of).found.watched
+        return run.task.apply(*args, train=True, tap=routing_of)[1].taps
 
     with jax.set_mesh(run.mesh):
         state, metrics, routings = run.init_state(), [], []

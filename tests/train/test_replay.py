@@ -8,8 +8,8 @@ import pytest
 
 from moejax import gating
 from moejax.config import load
-from moejax.dispatch import FlatMoEConfig
 from moejax.errors import UserError
+from moejax.options import DispatchOptions
 from moejax.record import routing as recording
 from moejax.record.routing import Recording, Routed, row_digests
 from moejax.train import evaluate, setup
@@ -93,7 +93,8 @@ def test_a_replayed_routing_has_the_mark_of_the_run_it_is_of(text, recorded, tmp
 def test_a_routing_that_saw_other_sequences_says_so_in_both_phases(recorded, file):
     about = {**recorded.about, "sees": ["others"]}
     recording.save(file, recorded._replace(about=about))
-    seen = gating.make("replay", path=str(file)).visibility(FlatMoEConfig(EXPERTS).resolve())
+    moe = DispatchOptions(num_experts=EXPERTS).config
+    seen = gating.make("replay", path=str(file)).visibility(moe)
     assert seen == Visibility(train_others=True, eval_others=True)
 
 

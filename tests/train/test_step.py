@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax.dispatch import FlatMoEConfig
+from moejax.options import DispatchOptions
 from moejax.tasks.task import Task, Totals
 from moejax.train.state import TrainState
 from moejax.train.step import eval_step, split_batch, train_step
@@ -48,7 +48,9 @@ class Line(Task):
 
 
 TASK = Line(
-    SimpleNamespace(moe=FlatMoEConfig(1).resolve()), (("load_balance", 0.25),), output_z_loss=0.5
+    SimpleNamespace(moe=DispatchOptions(num_experts=1).config),
+    (("load_balance", 0.25),),
+    output_z_loss=0.5,
 )
 """The balance loss counts a quarter; the other one has no weight and counts as it is."""
 OPTIMIZER = optax.sgd(0.01)

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from moejax.layers.basic import fan_in, masked_mean, project
 from moejax.mesh import BATCH_AXES, constrain
-from moejax.models.block import Watch
-from moejax.models.stack import Found, Stack, StackConfig
-from moejax.types import Context
+from moejax.models.stack import Stack
+from moejax.options import StackOptions
+from moejax.types import Context, LayerAux, Tap
 
 BYTES = 256
 IMAGE, TEXT = 0, 1
@@ -23,7 +23,7 @@ FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LIMoEConfig(StackConfig):
+class LIMoEConfig(StackOptions):
     """Sizes of the model around the layers, for grey images; ``num_tasks`` is 2.
 
     ``vocab_size`` is 256 bytes and a number for each patch: what gates may look tokens up by.
@@ -52,13 +52,12 @@ class Tokens(NamedTuple):
     valid_BL: Bool[Array, "B L"]
 
 
-class LIMoEOutput(NamedTuple):
-    """``image_BZ`` and ``text_BZ`` have length 1; logits are ``scale`` times their products."""
+class Embeddings(NamedTuple):
+    """Unit vectors of B pairs; logits are ``scale`` times their products."""
 
     image_BZ: Float[Array, "B Z"]
     text_BZ: Float[Array, "B Z"]
     scale: Float[Array, ""]
-    found: Found
 
 
 class LIMoE(Stack):
@@ -103,10 +102,10 @@ class LIMoE(Stack):
         key: PRNGKeyArray | None,
         gate_state: PyTree,
         train: bool | None = None,
-        watch: Watch | None = None,
-    ) -> LIMoEOutput:
-        """The embeddings of B pairs. ``watch``: what it returns is laid out by pair, [B, 2 L, ...],
-        the image first."""
+        tap: Tap | None = None,
+    ) -> tuple[Embeddings, LayerAux]:
+        """The embeddings of B pairs. The arrays of ``tap`` are laid out by pair, [B, 2 L, ...], the
+        image first."""
         both = jax.tree.map(interleaved, image, text)
         context = Context.of(
             *both.id_BL.shape,
@@ -117,16 +116,15 @@ class LIMoE(Stack):
             step=step,
             key=key,
         )
-        x_BLD, found = self.run_layers(both.x_BLD, context, gate_state, train, watch)
+        x_BLD, aux = self.run_layers(both.x_BLD, context, gate_state, train, tap)
         pooled = masked_mean(x_BLD, both.valid_BL).reshape(len(row_B), 2, -1)
-        if watch is not None:
-            found = found._replace(watched=jax.tree.map(jax.vmap(by_pair), found.watched))
-        return LIMoEOutput(
+        aux = dataclasses.replace(aux, taps=jax.tree.map(jax.vmap(by_pair), aux.taps))
+        embeddings = Embeddings(
             unit(project(pooled[:, IMAGE], self.image_head_DZ[...])),
             unit(project(pooled[:, TEXT], self.text_head_DZ[...])),
             self.scale(),
-            found,
         )
+        return embeddings, aux
 
     def embed_texts(
         self,

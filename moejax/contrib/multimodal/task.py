@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moejax.config import Config
-from moejax.contrib.multimodal.model import BYTES, LIMoE, LIMoEConfig, interleaved
+from moejax.config.build import loss_weights, stack_options
+from moejax.contrib.multimodal.model import BYTES, Embeddings, LIMoE, LIMoEConfig, interleaved
 from moejax.contrib.multimodal.source import PairSource, encode, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.mesh import BATCH_AXES, ambient, axis_size
-from moejax.models.block import Watch
 from moejax.tasks.images.dataset import load_images
-from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
-from moejax.types import GateTraits
-
-
-class Embeddings(NamedTuple):
-    """Embeddings of B pairs, of length 1, and the scale of their products."""
-
-    image_BZ: Float[Array, "B Z"]
-    text_BZ: Float[Array, "B Z"]
-    scale: Float[Array, ""]
+from moejax.tasks.task import Batch, Task, Totals, Units
+from moejax.types import GateTraits, LayerAux, Tap
 
 
 def build(config: Config) -> tuple[Task, Source]:
@@ -96,16 +87,19 @@ class Multimodal(Task):
         own = config.task
         patches = (image_size // own.patch_size) ** 2
         return cls(
-            LIMoEConfig(
+            stack_options(
+                config,
+                LIMoEConfig,
+                attention={"causal": False, "rope_theta": None},
+                experts={
+                    "vocab_size": BYTES + patches,
+                    "num_tasks": 2,
+                    "entropy_floors": (math.log(own.image_experts), math.log(own.text_experts)),
+                },
                 image_size=image_size,
                 patch_size=own.patch_size,
                 caption_length=own.caption_length,
                 embed_dim=own.embed_dim,
-                causal=False,
-                vocab_size=BYTES + patches,
-                num_tasks=2,
-                entropy_floors=(math.log(own.image_experts), math.log(own.text_experts)),
-                **stack_config(config),
             ),
             loss_weights(config),
             0.0,
@@ -131,10 +125,10 @@ class Multimodal(Task):
         step: Array,
         key: Array,
         train: bool,
-        watch: Watch | None = None,
-    ) -> Output:
+        tap: Tap | None = None,
+    ) -> tuple[Embeddings, LayerAux]:
         model, valid_B = self.built(params), batch["valid"]
-        out = model(
+        return model(
             model.patches(batch["image"], valid_B),
             model.texts(batch["text"], batch["text_valid"] & valid_B[:, None]),
             batch["row"],
@@ -142,17 +136,16 @@ class Multimodal(Task):
             jax.random.fold_in(key, step),
             gate_state,
             train,
-            watch,
+            tap,
         )
-        return Output(Embeddings(out.image_BZ, out.text_BZ, out.scale), out.found)
 
     def forward(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
-        out = self.apply(params, gate_state, batch, step, key, train)
+        embeddings, aux = self.apply(params, gate_state, batch, step, key, train)
         label_B, valid_B = batch["label"], batch["valid"]
         with jax.named_scope("loss"):
-            logits_BB = similarities(out.said)
+            logits_BB = similarities(embeddings)
             loss_B = contrastive(logits_BB, label_B, valid_B)
             hits = {
                 "image_to_text": retrieved(logits_BB, label_B, valid_B),
@@ -160,15 +153,15 @@ class Multimodal(Task):
             }
         if self.prompts and not train:
             class_XZ = self._classes(params, gate_state, step, key)
-            hits["accuracy"] = jnp.argmax(out.said.image_BZ @ class_XZ.T, axis=-1) == label_B
+            hits["accuracy"] = jnp.argmax(embeddings.image_BZ @ class_XZ.T, axis=-1) == label_B
         hits = {name: hit_B.astype(jnp.int32) for name, hit_B in hits.items()}
         valid_BL = interleaved(*valid_tokens(batch, self.model))
         reward_BL = jnp.broadcast_to(-jnp.repeat(loss_B, 2)[:, None], valid_BL.shape)
-        return self.totals(out.found, loss_B, valid_B, hits, reward_BL, valid_BL)
+        return self.totals(aux, loss_B, valid_B, hits, reward_BL, valid_BL)
 
-    def token_losses(self, said: Embeddings, batch: Batch) -> Float[Array, "B L"]:
+    def token_losses(self, predictions: Embeddings, batch: Batch) -> Float[Array, "B L"]:
         """The loss of the pair, among those of ``batch``."""
-        loss_B = contrastive(similarities(said), batch["label"], batch["valid"])
+        loss_B = contrastive(similarities(predictions), batch["label"], batch["valid"])
         return jnp.broadcast_to(loss_B[:, None], (len(loss_B), 2 * self.model.length))
 
     def _classes(
@@ -193,9 +186,9 @@ def valid_tokens(batch: Batch, model: LIMoEConfig) -> tuple[Array, Array]:
     return valid_B1 & (position_L < model.patches), valid_B1 & text_BL
 
 
-def similarities(said: Embeddings) -> Float[Array, "B B"]:
+def similarities(embeddings: Embeddings) -> Float[Array, "B B"]:
     """Similarity of every image (row) with every caption (column)."""
-    return said.scale * (said.image_BZ @ said.text_BZ.T)
+    return embeddings.scale * (embeddings.image_BZ @ embeddings.text_BZ.T)
 
 
 def contrastive(

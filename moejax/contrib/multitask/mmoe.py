@@ -17,6 +17,7 @@ from moejax.layers.basic import TrainOrEval, is_training, own_promotion
 from moejax.layers.moe import expert_init
 from moejax.layers.routing_stats import (
     collect_stats,
+    of_evaluation,
     of_training,
     router_losses,
     sum_over_groups,
@@ -144,7 +145,7 @@ class MultiGateMoE(TrainOrEval):
             gates = jnp.arange(self.num_gates)
             weight_MBE, info = jax.vmap(one_gate)(self._gate_params(), state, gates)
         y_BMO = multi_gate(x_BD, jnp.moveaxis(weight_MBE, 0, 1), self.experts(), self.activation)
-        info = info._replace(stats=dataclasses.replace(info.stats, train=train))
+        info = info if train else info._replace(stats=of_evaluation(info.stats))
         y_MBO = constrain(jnp.moveaxis(y_BMO, 1, 0), None, ("data", "fsdp", "expert"))
         return MoEOutput(y_MBO, info)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from moejax.config import Config, make_gate
-from moejax.config.build import gate_message
+from moejax.config.build import gate_message, loss_weights
 from moejax.contrib.multitask.files import load_table
 from moejax.contrib.multitask.generated import correlated, groups, recommender
 from moejax.contrib.multitask.mmoe import check_gate
@@ -22,9 +22,8 @@ from moejax.data.source import Source
 from moejax.dispatch import AllExperts
 from moejax.errors import UserError
 from moejax.mesh import AXES, resolve_shape
-from moejax.models.stack import Watch
-from moejax.tasks.task import Batch, Output, Ratio, Task, Totals, Units, loss_weights
-from moejax.types import Context, MoEConfig
+from moejax.tasks.task import Batch, Ratio, Task, Totals, Units
+from moejax.types import Context, LayerAux, MoEConfig, Tap
 
 BINS, WIDEST = 2000, 20.0
 """Number and range of the bins of logits for the area under the ROC curve: 0.02 wide."""
@@ -211,8 +210,8 @@ class MultiTaskLearning(Task):
         step: Array,
         key: Array,
         train: bool,
-        watch: Watch | None = None,
-    ) -> Output:
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B M"], LayerAux]:
         context = Context.of(
             len(batch["row"]),
             1,
@@ -222,24 +221,22 @@ class MultiTaskLearning(Task):
             key=jax.random.fold_in(key, step),
         )
         model = self.built(params)
-        return Output(*model(batch["dense"], batch["category"], context, gate_state, train, watch))
+        return model(batch["dense"], batch["category"], context, gate_state, train, tap)
 
     def forward(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
-        out = self.apply(params, gate_state, batch, step, key, train)
+        value_BM, aux = self.apply(params, gate_state, batch, step, key, train)
         with jax.named_scope("loss"):
-            loss_B = self._losses(out.said, batch)
-            metrics = self._metrics(out.said, batch)
-            areas = {} if train else self._areas(out.said, batch)
+            loss_B = self._losses(value_BM, batch)
+            metrics = self._metrics(value_BM, batch)
+            areas = {} if train else self._areas(value_BM, batch)
         unused = jnp.zeros((len(loss_B), 1))
-        totals = self.totals(
-            out.found, loss_B, batch["valid"], metrics, unused, batch["valid"][:, None]
-        )
+        totals = self.totals(aux, loss_B, batch["valid"], metrics, unused, batch["valid"][:, None])
         return totals._replace(metrics=totals.metrics | areas)
 
-    def token_losses(self, said: Array, batch: Batch) -> Float[Array, "B 1"]:
-        return self._losses(said, batch)[:, None]
+    def token_losses(self, predictions: Array, batch: Batch) -> Float[Array, "B 1"]:
+        return self._losses(predictions, batch)[:, None]
 
     def objective(self, totals: Totals, items: Array) -> Array:
         gates = self.model.num_moe_layers

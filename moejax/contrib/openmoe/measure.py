@@ -142,7 +142,7 @@ def variant(task: Task, arm: Arm) -> Task:
     )
     changes: dict[str, Any] = {"k": arm.k} if arm.k else {}
     gate = dataclasses.replace(model.gate, **changes)  # pyright: ignore[reportArgumentType]
-    return dataclasses.replace(task, model=dataclasses.replace(model, moe=moe, gate=gate))
+    return dataclasses.replace(task, model=model.with_experts(config=moe, gate=gate))
 
 
 def router(this: Run, arm: Arm) -> Route:

@@ -251,7 +251,7 @@ def active_parameters(run: Run) -> int:
 
     heads = size("query_EDI", "out_EID")
     if heads:
-        total += heads * model.moa_k // model.moa_experts - heads
+        total += heads * model.heads.k // model.heads.experts - heads
     if not model.num_moe_layers:
         return total
     experts = size("gate_EDF", "up_EDF", "down_EFD")

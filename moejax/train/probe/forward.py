@@ -33,19 +33,18 @@ def look(
     """
     key = jax.random.wrap_key_data(state.key)
 
-    def watch(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
+    def tap(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
         routed = sent(x_BLD, info)
         seen = {"x": x_BLD.astype(jnp.float32), "class": best(routed["expert"], routed["weight"])}
         sampled_of = {name: sample(x, sampled) for name, x in seen.items()}
         return {**routed, **router_statistics(x_BLD, info), **sampled_of}
 
     def one(batch: dict[str, Array]) -> dict[str, Array]:
-        out = task.apply(
-            state.params, state.gate_state, batch, state.step, key, train=False, watch=watch
+        predictions, aux = task.apply(
+            state.params, state.gate_state, batch, state.step, key, train=False, tap=tap
         )
-        nats_BL = task.token_losses(out.said, batch)
-        watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out.found.watched)
-        return {**watched, "nats": nats_BL}
+        taps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), aux.taps)
+        return {**taps, "nats": task.token_losses(predictions, batch)}
 
     def in_a_row(x: Array) -> Array:
         return x.reshape(-1, *x.shape[2:])

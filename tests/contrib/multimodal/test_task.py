@@ -21,10 +21,9 @@ from moejax.contrib.multimodal.model import LARGEST_SCALE
 from moejax.contrib.multimodal.source import CLASSES, PairSource, encode, prompts
 from moejax.contrib.multimodal.task import Embeddings, Multimodal, build, contrastive, retrieved
 from moejax.errors import UserError
-from moejax.models.stack import Found
-from moejax.tasks.task import Output
 from moejax.train.metrics.rows import routing
 from moejax.train.step import split_batch
+from moejax.types import LayerAux
 from tests import meshes
 
 B, KEY = 16, 9
@@ -168,9 +167,9 @@ class Fixed(Multimodal):
     """Says the embeddings that it is given in the place of parameters."""
 
     def apply(
-        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, watch=None
-    ) -> Output:
-        return Output(params, Found(jnp.ones(1), {}, {}, None, None, None))
+        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, tap=None
+    ) -> tuple[Any, LayerAux]:
+        return params, LayerAux(mean_square=jnp.ones(1))
 
 
 def test_captions_are_retrieved_by_images_and_images_by_captions():
@@ -229,12 +228,12 @@ def embedded():
     """The jitted embeddings of a batch in evaluation, with what a layer saw."""
     task, _ = built()
 
-    def watch(x_BLD, info):
+    def tap(x_BLD, info):
         return {"expert": info.routing.expert_GTK.reshape(*x_BLD.shape[:2], -1)}
 
     return jax.jit(
         lambda params, batch: task.apply(
-            params, (), batch, jnp.int32(0), jax.random.key(KEY), False, watch
+            params, (), batch, jnp.int32(0), jax.random.key(KEY), False, tap
         )
     )
 
@@ -243,7 +242,7 @@ def test_images_and_captions_do_not_see_each_other_and_vectors_have_length_1():
     first, other = batch(0), batch(0)
     other["text"] = jnp.roll(other["text"], 1, axis=0)
     other["text_valid"] = jnp.roll(other["text_valid"], 1, axis=0)
-    before, after = (embedded()(params(), x).said for x in (first, other))
+    before, after = (embedded()(params(), x)[0] for x in (first, other))
     np.testing.assert_array_equal(before.image_BZ, after.image_BZ)
     # Rows of a sorted matmul move with other rows; their sums may be blocked otherwise.
     np.testing.assert_allclose(jnp.roll(before.text_BZ, 1, axis=0), after.text_BZ, atol=1e-5)
@@ -254,8 +253,8 @@ def test_images_and_captions_do_not_see_each_other_and_vectors_have_length_1():
 
 def test_tapped_arrays_are_laid_out_by_pair_with_the_image_first():
     task, source = built()
-    found = embedded()(params(), batch(0)).found
-    expert = found.watched["expert"]
+    _, aux = embedded()(params(), batch(0))
+    expert = aux.taps["expert"]
     length = task.units.tokens_per_row
     assert expert.shape == (2, B, length, 1)
     valid = source.probe_arrays(jax.device_get(batch(0)), B)["valid"]
@@ -263,7 +262,7 @@ def test_tapped_arrays_are_laid_out_by_pair_with_the_image_first():
     for task_id, half in enumerate((slice(0, length // 2), slice(length // 2, None))):
         for layer in range(2):
             counts = np.bincount(own[layer, :, half][valid[:, half]], minlength=4)
-            np.testing.assert_array_equal(counts, found.stats.load_ME[layer, task_id])
+            np.testing.assert_array_equal(counts, aux.stats.load_ME[layer, task_id])
 
 
 @pytest.mark.slow
@@ -271,7 +270,7 @@ def test_zero_shot_accuracy_uses_the_prompts_as_captions():
     _, source = built()
     text, valid = encode([*prompts(), *prompts()[: B - 10]], source.caption_length)
     held_out = {name: jnp.asarray(x) for name, x in source.eval_batches(B, B)[0].items()}
-    said = embedded()(params(), {**held_out, "text": text, "text_valid": valid}).said
+    said = embedded()(params(), {**held_out, "text": text, "text_valid": valid})[0]
     predicted = np.argmax(said.image_BZ @ said.text_BZ[: len(CLASSES)].T, axis=1)
     hits = (predicted == np.asarray(held_out["label"])).sum()
     totals = evaluated()(params(), held_out)

@@ -88,7 +88,7 @@ def gaps():
     def forward(batch, train):
         return task.forward(params, state, batch, jnp.int32(0), key, train)
 
-    said = jax.jit(lambda batch: task.apply(params, state, batch, jnp.int32(0), key, False).said)
+    said = jax.jit(lambda batch: task.apply(params, state, batch, jnp.int32(0), key, False)[0])
     batches = source.eval_batches(16, 40)
     return table, source, [forward(b, train=False) for b in batches], [said(b) for b in batches]
 
