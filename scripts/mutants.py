@@ -883,7 +883,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "right_B = (said_BM[:, m] > 0) ==",
         "right_B = (said_BM[:, m] > 0.5) ==",
         "tests/contrib/multitask/test_task.py",
-        "test_a_binary_task_says_one_where_its_logit_is_above_0",
+        "test_a_binary_task_predicts_one_where_its_logit_is_above_0",
     ),
     Mutant(
         "areas_of_padding",
@@ -891,7 +891,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'batch["present"] & batch["valid"][:, None]',
         'batch["present"]',
         "tests/contrib/multitask/test_task.py",
-        "test_padding_has_no_share_in_an_area_under_the_curve",
+        "test_padding_does_not_count_in_the_area_under_the_curve",
     ),
 )
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from moejax.analysis.run import Row, RunData
 from moejax.config import from_dict, make_gate, moe_config
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.errors import UserError
 from moejax.options import DepthsOptions
 from moejax.types import Counts
@@ -52,7 +52,7 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
     if "transport" not in resolved.moe:  # experts that all examples visit: no rows are sent
         return None
     train, shards = resolved.train, _expert_shards(run)
-    per_row = TASKS[resolved.task.name].sequences_per_row
+    per_row = task_entry(resolved.task.name).sequences_per_row
     sequences, length = train.batch_size * per_row, run.units.tokens_per_row // per_row
     model = resolved.model
     if model.get("mod_capacity"):  # the experts' layers are of the blocks that take some tokens

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from moejax.config import Config
 from moejax.config.build import make_gate
 from moejax.config.checks import has_experts
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.errors import UserError
 from moejax.job.memory import host_memory
 from moejax.record import routing
@@ -35,7 +35,7 @@ def check_target(config: Config, path: str, train_steps: int) -> None:
     """
     if not has_experts(config):
         raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
-    if TASKS[config.task.name].sequences_per_row > 1:
+    if task_entry(config.task.name).sequences_per_row > 1:
         raise UserError(
             f"--record-routing={path}: a row of the task {config.task.name!r} is more than one "
             "sequence, which no recording holds; leave the flag out"

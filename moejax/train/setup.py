@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax import mesh as meshes
 from moejax.config import Config, validate
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.job.launch import configure_devices, join_processes, started_devices
@@ -119,7 +119,7 @@ class Run:
         traits = GateTraits.of(model.gate)
         if traits.check_data is None:
             return
-        per_row = TASKS[self.config.task.name].sequences_per_row
+        per_row = task_entry(self.config.task.name).sequences_per_row
         length = self.task.units.tokens_per_row // per_row
         train_rows, rows = train_steps * train.batch_size * per_row, self.eval_rows() * per_row
         try:
@@ -194,7 +194,7 @@ def prepare(config: Config, workdir: str | Path | None = None) -> Run:
 
 
 def _build(config: Config) -> tuple[Task, Source]:
-    module, _, function = TASKS[config.task.name].build.partition(":")
+    module, _, function = task_entry(config.task.name).build.partition(":")
     return getattr(importlib.import_module(module), function)(config)
 
 

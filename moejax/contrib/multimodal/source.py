@@ -1,4 +1,4 @@
-"""Images of digits with captions of their names: pairs for contrastive learning."""
+"""Images of digits with captions that name them: pairs for contrastive learning."""
 
 import dataclasses
 import functools
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from moejax.data.batches import TrainBatches
 from moejax.data.source import Batch
 from moejax.errors import UserError
-from moejax.tasks.images.batches import ImageBatches, image_eval_batches
 from moejax.tasks.images.dataset import Images
+from moejax.tasks.images.source import image_eval_batches, image_train_batches
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -24,21 +25,21 @@ TEMPLATES = (
     "{}, written by hand",
     "an image of a {}",
 )
-"""Captions; the first is also the prompt of a class."""
+"""Templates of captions; the first is also the prompt of a class."""
 MODALITIES = ("image", "text")
 """The tasks of the routing, in this order."""
 BYTES = 256
 CAPTIONS = 1
-"""Keeps the draws of captions apart from others with the same seed."""
+"""Separates the random stream of captions from others with the same seed."""
 
 
 def encode(
     captions: Sequence[str], length: int
 ) -> tuple[Int32[np.ndarray, "N T"], Bool[np.ndarray, "N T"]]:
-    """Captions as bytes padded with 0, and which of these are theirs.
+    """Captions as bytes, padded with 0, and a mask of the bytes that are not padding.
 
     Raises:
-      UserError: one is longer.
+      UserError: a caption is longer than ``length``.
     """
     shape = (len(captions), length)
     ids, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -54,19 +55,19 @@ def encode(
 
 
 def prompts() -> tuple[str, ...]:
-    """One caption per class, by which images are classified."""
+    """One caption per class, for zero-shot classification."""
     return tuple(TEMPLATES[0].format(name) for name in CLASSES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairSource:
-    """Images of digits with captions; which one of its class an image gets is drawn at each step.
+    """Images of digits with captions; the caption of an image is drawn anew at each step.
 
     A batch: ``image`` float32[B, H, W, 1], ``text`` int32[B, T] (bytes), ``text_valid`` bool[B, T],
     ``label`` int32[B], ``valid`` bool[B], ``row`` int32[B].
 
-    For gates and recordings a pair is one row of 2 L tokens, L = max(patches, T): the patches of
-    the image, whose ids follow those of bytes, then the caption, each padded to L.
+    In gates and recordings a pair is one row of 2 L tokens, L = max(patches, T): the patches of the
+    image, whose ids follow those of bytes, then the caption, each padded to L.
     """
 
     images: Images
@@ -75,7 +76,7 @@ class PairSource:
     batch_size: int
     seed: int
     eval_rows: int
-    """Pairs of an evaluation, at most: what the baseline is of."""
+    """Most pairs of an evaluation. The baseline is computed on the same pairs."""
 
     @property
     def name(self) -> str:
@@ -83,8 +84,8 @@ class PairSource:
 
     @property
     def fingerprint(self) -> str:
-        said = (self.images.fingerprint, CLASSES, TEMPLATES)
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+        content = (self.images.fingerprint, CLASSES, TEMPLATES)
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     @property
     def image_size(self) -> int:
@@ -101,9 +102,9 @@ class PairSource:
 
     @functools.cached_property
     def _captions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes [classes * templates, T] and which are valid."""
-        every = [template.format(name) for name in CLASSES for template in TEMPLATES]
-        return encode(every, self.caption_length)
+        """Bytes [classes * templates, T] and the mask of valid ones."""
+        captions = [template.format(name) for name in CLASSES for template in TEMPLATES]
+        return encode(captions, self.caption_length)
 
     def size(self) -> tuple[int, int]:
         return len(self.images.train_label_N), len(self.images.heldout_label_N)
@@ -120,8 +121,8 @@ class PairSource:
         }
 
     @functools.cached_property
-    def _train(self) -> ImageBatches:
-        return ImageBatches(self.images, self.batch_size, self.seed)
+    def _train(self) -> TrainBatches:
+        return image_train_batches(self.images, self.batch_size, self.seed)
 
     def train_batch(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, CAPTIONS, step])
@@ -138,8 +139,8 @@ class PairSource:
 
     @functools.cached_property
     def _baselines(self) -> dict[str, float]:
-        """The held-out loss of equal similarities: log n for each of the n valid pairs of a batch,
-        and its mean over pairs. The last batch may have fewer than the others."""
+        """Held-out loss at equal similarities: log n for each of the n valid pairs of a batch,
+        averaged over pairs. The last batch may have fewer pairs than the others."""
         batches = self.eval_batches(self.batch_size, self.eval_rows)
         pairs = [int(batch["valid"].sum()) for batch in batches]
         return {"uniform": sum(n * math.log(n) for n in pairs) / sum(pairs)}
@@ -151,7 +152,7 @@ class PairSource:
         return {}
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Expected over the draw of captions, times their number so that they are whole."""
+        """Expected counts over the draw of captions, times the number of templates to be whole."""
         label_N = self.images.train_label_N
         text_XT, valid_XT = self._captions
         images_X = np.repeat(np.bincount(label_N, minlength=len(CLASSES)), len(TEMPLATES))
@@ -167,8 +168,8 @@ class PairSource:
         token[:, 1, : self.caption_length] = batch["text"]
         return token.reshape(rows, -1)
 
-    def told(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
-        """The target of a token is the next one of its sequence, and 0 behind the last."""
+    def probe_arrays(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
+        """The target of a token is the next token of its sequence, and 0 after the last."""
         rows, token_NL = len(batch["row"]), self.tokens(batch)
         valid = np.zeros((rows, 2, self.length), bool)
         valid[:, 0, : self.patches] = batch["valid"][:, None]
@@ -190,7 +191,7 @@ class PairSource:
         }
 
     def _captioned(self, batch: Batch, template_B: np.ndarray) -> Batch:
-        """A batch of images with captions; none where there is no image."""
+        """A batch of images with captions; padding has none."""
         text_XT, valid_XT = self._captions
         caption_B, real_B1 = batch["label"] * len(TEMPLATES) + template_B, batch["valid"][:, None]
         return {

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moejax.contrib.multimodal.pairs import BYTES, CLASSES, TEMPLATES, PairSource
+from moejax.contrib.multimodal.source import BYTES, CLASSES, TEMPLATES, PairSource
 from moejax.errors import UserError
 from moejax.tasks.images.dataset import load_images
 
@@ -74,9 +74,9 @@ def test_evaluation_fills_its_last_batch_with_rows_that_are_not_valid():
     assert len(source().eval_batches(B, 10_000)) == -(-len(DIGITS.heldout_label_N) // B)
 
 
-def test_the_probe_is_told_modality_patch_and_byte_of_every_token():
+def test_the_probe_has_modality_patch_and_byte_of_every_token():
     own, batch = source(), source().eval_batches(B, 40)[-1]
-    told = own.told(batch, 40)
+    told = own.probe_arrays(batch, 40)
     assert own.length == 26 and told["token"].shape == told["label"].shape == (B, 52)
     np.testing.assert_array_equal(told["valid"][:8, :26].sum(axis=1), 16)
     np.testing.assert_array_equal(told["valid"][:8, 26:], batch["text_valid"][:8])
@@ -91,7 +91,7 @@ def test_the_probe_is_told_modality_patch_and_byte_of_every_token():
     assert told["target"][0, 15] == 0, "nothing follows the last patch"
 
 
-def test_token_counts_are_those_of_all_captions_of_all_images():
+def test_token_counts_count_all_captions_of_all_images():
     own = source(batch_size=len(DIGITS.train_label_N))
     counts = own.token_counts(BYTES + own.patches)
     text = "".join(
@@ -102,6 +102,6 @@ def test_token_counts_are_those_of_all_captions_of_all_images():
     assert (counts[BYTES:] == len(TEMPLATES) * len(DIGITS.train_label_N)).all()
 
 
-def test_a_caption_that_does_not_fit_is_refused_in_a_line():
+def test_a_caption_that_does_not_fit_is_refused_in_one_line():
     with pytest.raises(UserError, match="task.caption_length=25.*'a photo of the digit .*26"):
         source(caption_length=25).train_batch(0)
