@@ -275,7 +275,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if p_holm < LEVEL:",
         "if p_holm <= LEVEL:",
         "tests/sweep/test_statistics.py",
-        "test_a_p_value_of_the_level_itself_is_not_below_it",
+        "test_a_p_value_equal_to_the_level_is_not_significant",
     ),
     Mutant(
         "verdict_at_the_level_alone",
@@ -283,7 +283,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if difference.p < LEVEL else SAME",
         "if difference.p <= LEVEL else SAME",
         "tests/sweep/test_statistics.py",
-        "test_a_p_value_of_the_level_itself_is_not_below_it",
+        "test_a_p_value_equal_to_the_level_is_not_significant",
     ),
     Mutant(
         "interval_with_two_decimals",
@@ -291,7 +291,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "min(max(3, -math.floor",
         "min(max(2, -math.floor",
         "tests/sweep/test_statistics.py",
-        "test_an_interval_has_three_decimals_or_as_many_as_its_first_digit_needs_up_to_six",
+        "test_an_interval_is_shown_with_three_to_six_decimals",
     ),
     Mutant(
         "interval_with_nine_decimals",
@@ -299,7 +299,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "(half_width))), 6)",
         "(half_width))), 9)",
         "tests/sweep/test_statistics.py",
-        "test_an_interval_has_three_decimals_or_as_many_as_its_first_digit_needs_up_to_six",
+        "test_an_interval_is_shown_with_three_to_six_decimals",
     ),
     Mutant(
         "mean_over_rows_that_weigh_wrongly",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moejax.errors import UserError
 from moejax.sweep.definition import Sweep
 from moejax.sweep.results import Result
-from moejax.sweep.statistics import LEVEL, detectable, spread
+from moejax.sweep.statistics import LEVEL, detectable, deviation_factors
 
 ENOUGH = 4
 """Degrees of freedom from which paired differences are preferred to more seeds without pairs."""
@@ -174,6 +174,6 @@ def detectable_difference(sweep: Sweep, found: Noise | None) -> Detectable | Non
         comparisons=many,
         deviation=found.deviation,
         freedom=found.freedom,
-        factors=spread(found.freedom) if found.freedom else None,
+        factors=deviation_factors(found.freedom) if found.freedom else None,
         source=found.source,
     )

@@ -74,7 +74,7 @@ def test_what_is_detectable_is_what_the_variant_with_the_fewest_common_seeds_can
 
 
 def found_with(freedom: int) -> Detectable:
-    factors = statistics.spread(freedom) if freedom else None
+    factors = statistics.deviation_factors(freedom) if freedom else None
     return Detectable(0.025, 0.05, 2, 2, 0.0016, freedom, factors, "runs/pilot")
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy.optimize import least_squares
 
 Reals = Float[np.ndarray, " R"]
 
@@ -37,7 +38,6 @@ HIGHEST = np.log([1e3, 1e6])
 
 _STARTS = tuple(itertools.product(np.log([0.5, 2.0, 8.0, 64.0]), np.log([8.0, 64.0, 512.0, 1e4])))
 _TOLERANCE = 1e-12
-_MOST_STEPS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,17 @@ def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) 
         inner = min(_STARTS, key=lambda point: problem.at(np.array(point)).cost)
     else:
         inner = np.log([_delta(start.E_start, start.E_max), start.E_max])
-    best = _descend(problem, np.clip(np.array(inner), LOWEST, HIGHEST))
+    found = least_squares(
+        lambda point: problem.at(point).error_R,
+        np.clip(np.array(inner), LOWEST, HIGHEST),
+        lambda point: problem.at(point).jacobian_R2,
+        bounds=(LOWEST, HIGHEST),
+        method="dogbox",
+        ftol=_TOLERANCE,
+        xtol=_TOLERANCE,
+        gtol=_TOLERANCE,
+    )
+    best = problem.at(found.x)
     delta, most = np.exp(best.inner)
     linear = dict(zip(REDUCED if problem.reduced else FULL, best.linear_C.tolist(), strict=True))
     saturation = {"E_start": float(1 / (1 / delta + 1 / most)), "E_max": float(most)}
@@ -182,28 +192,3 @@ class _Problem:
         moved_R2 = change_R2 * np.reshape(slope_R, (-1, 1))
         error_R = q_RC @ (r_CC @ linear_C) - self.target_R
         return _Point(inner, linear_C, error_R, moved_R2 - q_RC @ (q_RC.T @ moved_R2))
-
-
-def _descend(problem: _Problem, inner: Float[np.ndarray, "2"]) -> _Point:
-    """Levenberg and Marquardt's method within the bounds."""
-    here, damping = problem.at(inner), 1e-3
-    for _ in range(_MOST_STEPS):
-        gradient = here.jacobian_R2.T @ here.error_R
-        # A variable on a bound that wants to leave the box stays there.
-        held = ((here.inner <= LOWEST) & (gradient > 0)) | (
-            (here.inner >= HIGHEST) & (gradient < 0)
-        )
-        gradient = np.where(held, 0.0, gradient)
-        normal = here.jacobian_R2.T @ here.jacobian_R2 * np.outer(~held, ~held)
-        damped = normal + damping * np.diag(np.diag(normal))
-        # A pseudo-inverse: a held variable, or one the losses do not depend on, has a row of zeros.
-        step = np.linalg.lstsq(damped, -gradient, rcond=None)[0]
-        there = problem.at(np.clip(here.inner + np.clip(step, -1.0, 1.0), LOWEST, HIGHEST))
-        gain = here.cost - there.cost
-        if gain > 0:
-            here, damping = there, max(damping / 5, 1e-12)
-        else:
-            damping *= 4
-        if abs(gain) <= _TOLERANCE * here.cost or here.cost < 1e-28 or damping > 1e10:
-            break
-    return here
