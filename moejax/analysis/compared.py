@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moejax.record.files import parsed
-from moejax.sweep.comparison import compare
+from moejax.sweep.comparison import FORMAT, compare, to_json
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import MATCHES, Comparison
 from moejax.sweep.results import Result
-from moejax.sweep.summary import FORMAT, to_json
 
 NAME = "summary.json"
 

@@ -4,13 +4,26 @@ import dataclasses
 import math
 import statistics as plain
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from moejax.sweep.definition import Sweep
-from moejax.sweep.match import TOLERANCE
+from moejax.sweep.match import MATCHES, TOLERANCE
 from moejax.sweep.noise import Detectable, detectable_difference, noise
 from moejax.sweep.results import Result, unit_of
-from moejax.sweep.statistics import Difference, estimate, holm, outcome, paired, verdict
+from moejax.sweep.statistics import (
+    CONFIDENCE,
+    LEVEL,
+    POWER,
+    Difference,
+    estimate,
+    holm,
+    outcome,
+    paired,
+    verdict,
+)
 
+FORMAT = 1
+"""The version of summary.json."""
 BASELINE = "baseline"
 LEAK, MISSED, DIVERGED, UNFINISHED = "leak", "cost", "diverged", "unfinished"
 """A variant's marks: what it must not be read without."""
@@ -202,3 +215,28 @@ def _verdict(
         return said
     lost = f"{len(diverged)} diverged (seed {', '.join(map(str, diverged))})"
     return f"{said}; {lost}" if said else lost
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The tree of summary.json."""
+    found = summary.detectable
+    return {
+        "format": FORMAT,
+        "experiment": summary.source,
+        "baseline": summary.baseline,
+        "match": summary.match,
+        "tolerance": TOLERANCE,
+        "confidence": CONFIDENCE,
+        "unit": summary.unit,
+        "cost": {"name": summary.cost, "unit": MATCHES[summary.cost]},
+        "detectable": found and {**dataclasses.asdict(found), "power": POWER, "level": LEVEL},
+        "variants": [_variant_to_json(variant) for variant in summary.variants],
+    }
+
+
+def _variant_to_json(variant: Compared) -> dict[str, Any]:
+    tree = dataclasses.asdict(variant)
+    p_holm = tree.pop("p_holm")
+    if tree["difference"]:
+        tree["difference"]["p_holm"] = p_holm
+    return tree

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from moejax.analysis import figures, health
-from moejax.analysis.outcomes import LEAKS
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
 from moejax.analysis.pages import load
 from moejax.analysis.pages.curves import SETTLED
@@ -17,6 +16,7 @@ from moejax.analysis.pages.sweep_load import side_by_side
 from moejax.analysis.run import RunData
 from moejax.analysis.several import Several
 from moejax.analysis.statistics import balance
+from moejax.analysis.variants import LEAKS
 from moejax.config import flatten
 from moejax.sweep.results import step_seconds
 from moejax.train.cost import units

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.outcomes import by_name, legend, marked
 from moejax.analysis.page import Block, Choice, Figure, Page
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
+from moejax.analysis.variants import by_name, legend, marked
 from moejax.sweep.results import PER_BYTE
 from moejax.sweep.statistics import estimate
 from moejax.train import scales

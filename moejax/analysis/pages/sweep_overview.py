@@ -4,13 +4,14 @@ from collections import Counter
 from typing import Any
 
 from moejax.analysis import health
-from moejax.analysis.outcomes import Outcome, by_name, interval, legend, marked, marks
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
 from moejax.analysis.pages.comparison import losses
 from moejax.analysis.pages.overview import QUARTER, at_end
 from moejax.analysis.pages.sweep_load import drop_rate, spread
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
+from moejax.analysis.variants import Outcome, by_name, interval, legend, marked, marks
+from moejax.sweep import picture
 from moejax.sweep.results import PER_BYTE, step_seconds
 from moejax.sweep.table import SURE
 from moejax.train.cost import units
@@ -60,7 +61,7 @@ def _outcome(sweep: SweepData) -> list[Block]:
         f"{QUARTER}; evaluation: the last one. Busiest expert: load over the mean load."
     )
     return [
-        losses(measured, unit, "overview-losses"),
+        losses(picture.drawn_variants(sweep.summary), unit, "overview-losses"),
         Table(header, rows, caption + legend(sweep.summary)),
         Table(("made by", ""), _made(sweep)),
     ]
