@@ -351,10 +351,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "detectable_by_the_most_seeds",
-        "moejax/sweep/noise.py",
+        "moejax/sweep/seed_variance.py",
         "least, many = min(common)",
         "least, many = max(common)",
-        "tests/sweep/test_noise.py",
+        "tests/sweep/test_seed_variance.py",
         "test_what_is_detectable_is_what_the_variant_with_the_fewest_common_seeds_can_show",
     ),
     Mutant(

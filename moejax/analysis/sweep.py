@@ -8,13 +8,10 @@ from typing import Any
 from moejax.analysis.compared import up_to_date
 from moejax.analysis.run import RunData
 from moejax.config.saved import holds_run
-from moejax.config.versions import migrated
 from moejax.errors import UserError
-from moejax.record.files import parsed
 from moejax.sweep.definition import Sweep, Trial
-from moejax.sweep.folder import INDEX
+from moejax.sweep.folder import INDEX, log_of, read_index, workdir_of
 from moejax.sweep.results import Result, read_diverged, read_trial
-from moejax.train.workdir.run_folder import OUTPUT
 
 TAIL = 15
 """So many last lines of a log say why a trial failed."""
@@ -24,18 +21,22 @@ TAIL = 15
 class TrialData:
     """One trial; ``run`` is None until it has written its config."""
 
-    name: str
-    variant: str
-    seed: int
-    overrides: list[str]
-    config: dict[str, Any]
+    trial: Trial
     run: RunData | None
     log: str
-    """The last lines of what it said."""
+    """The last lines of its output."""
 
     @property
-    def defined(self) -> Trial:
-        return Trial(self.variant, self.seed, tuple(self.overrides), self.config)
+    def name(self) -> str:
+        return self.trial.name
+
+    @property
+    def variant(self) -> str:
+        return self.trial.variant
+
+    @property
+    def seed(self) -> int:
+        return self.trial.seed
 
     @property
     def finished(self) -> bool:
@@ -75,18 +76,11 @@ class SweepData:
           UserError: the folder holds no sweep.
         """
         folder, problems = Path(folder), []
-        path = folder / INDEX
-        try:
-            index = parsed(path.read_text())
-            schema = index.get("schema", 0)
-            trials = [_trial(folder, dict(entry), schema, problems) for entry in index["trials"]]
-        except OSError:
-            raise UserError(f"{path} cannot be read: is {folder} the folder of a sweep?") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} was not written by `moejax sweep`; restore it") from error
-        if not trials:
-            raise UserError(f"{path} has no trials: `moejax sweep` did not write it; restore it")
-        sweep = Sweep(str(index.get("experiment", "?")), tuple(trial.defined for trial in trials))
+        index = read_index(folder)
+        if not index.trials:
+            raise UserError(f"{folder / INDEX} has no trials; restore it or name another folder")
+        trials = [_trial(folder, trial, problems) for trial in index.trials]
+        sweep = Sweep(index.experiment, index.trials)
         results, diverged = _results(folder, trials, problems), _diverged(folder, sweep, trials)
         summary, stale = up_to_date(folder, sweep, results, diverged, problems)
         return cls(
@@ -110,26 +104,16 @@ class SweepData:
         return [trial.run for trial in of if trial.run is not None]
 
 
-def _trial(folder: Path, entry: dict[str, Any], schema: int, problems: list[str]) -> TrialData:
-    name = entry["name"]
-    variant, _, seed = name.rpartition("-seed")
-    workdir, run = folder / "trials" / name, None
+def _trial(folder: Path, trial: Trial, problems: list[str]) -> TrialData:
+    workdir, run = workdir_of(folder, trial), None
     if holds_run(workdir):
         try:
             run = RunData.read(workdir).per_byte()  # as the comparison is
         except UserError as error:
-            problems.append(f"{name}: {error}.")
-    log = workdir / OUTPUT
-    said = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return TrialData(
-        name=name,
-        variant=entry.get("variant", variant),
-        seed=int(entry.get("seed", seed)),
-        overrides=list(entry.get("overrides", [])),
-        config=migrated(dict(entry["config"]), schema, str(folder / INDEX))[0],
-        run=run,
-        log="\n".join(said[-TAIL:]),
-    )
+            problems.append(f"{trial.name}: {error}.")
+    log = log_of(folder, trial)
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return TrialData(trial, run, "\n".join(lines[-TAIL:]))
 
 
 def _diverged(folder: Path, sweep: Sweep, trials: Iterable[TrialData]) -> set[tuple[str, int]]:
@@ -137,7 +121,7 @@ def _diverged(folder: Path, sweep: Sweep, trials: Iterable[TrialData]) -> set[tu
     found = set()
     for trial in trials:
         if not trial.finished:
-            alone = dataclasses.replace(sweep, trials=(trial.defined,))
+            alone = dataclasses.replace(sweep, trials=(trial.trial,))
             try:
                 found |= read_diverged(folder, alone)
             except UserError:
@@ -150,7 +134,7 @@ def _results(folder: Path, trials: Iterable[TrialData], problems: list[str]) -> 
     for trial in trials:
         if trial.finished:
             try:
-                found.append(read_trial(folder, trial.defined))
+                found.append(read_trial(folder, trial.trial))
             except (UserError, OSError) as error:
                 problems.append(f"{trial.name} is not in the comparison: {error}.")
             except KeyError as error:

@@ -15,15 +15,15 @@ POWER = 0.8
 
 BETTER, WORSE, SAME, NONE = "better", "worse", "not distinguishable", "no verdict"
 ALONE = " if alone"
-"""After better or worse: for a comparison that were the only one, without Holm's correction."""
+"""Follows "better" or "worse" if only Holm's correction makes a difference insignificant."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A mean over seeds with its interval, ``mean`` +- ``half_width``.
 
-    One value has no interval and no deviation: they are None. Where a value is not finite, the mean
-    is NaN and has neither.
+    A single value has neither interval nor deviation: they are None. If a value is not finite, the
+    mean is NaN and they are None.
     """
 
     mean: float
@@ -34,9 +34,9 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Variant minus baseline over the seeds that both have; ``p`` of the paired t-test.
+    """Variant minus baseline over the seeds that both have, with ``p`` of the paired t-test.
 
-    ``mean`` and the rest are as those of an `Estimate`; without a deviation there is no p.
+    The other fields are as in `Estimate`; without a deviation there is no p.
     """
 
     seeds: tuple[int, ...]
@@ -93,9 +93,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """The mean of the differences at equal seeds; None if no seed is in both.
+    """The mean difference at equal seeds; None without a common seed.
 
-    Pairing takes out what a seed does to both: the order of the data and the initial weights.
+    Pairing removes the effects that a seed has on both: the order of the data and the initial
+    weights.
     """
     seeds = tuple(sorted(values.keys() & baseline.keys()))
     if not seeds:
@@ -104,14 +105,14 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     p = None
     if found.deviation is not None:
         error = found.deviation / math.sqrt(len(seeds))
-        # Differences without any spread: certain, whichever way.
+        # Differences without any spread are certain either way.
         t = abs(found.mean) / error if error else math.inf if found.mean else 0.0
         p = float(2 * stats.t.sf(t, len(seeds) - 1))
     return Difference(seeds, found.mean, found.half_width, found.deviation, p)
 
 
 def outcome(difference: Difference | None, p_holm: float | None) -> str:
-    """In a word or two, what the seeds say about a difference of losses."""
+    """The outcome of a comparison of losses in a word or two."""
     if difference is None or difference.p is None or p_holm is None:
         return NONE
     side = BETTER if difference.mean < 0 else WORSE
@@ -140,14 +141,14 @@ def verdict(difference: Difference | None, p_holm: float | None, unit: str) -> s
 
 
 def decimals(half_width: float) -> int:
-    """Decimals that show an interval: three, or as many as its first digit needs, up to six."""
+    """The number of decimals for an interval: three, or up to six if its first digit needs them."""
     return 3 if half_width <= 0 else min(max(3, -math.floor(math.log10(half_width))), 6)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values, each to be compared with the level that all of them share.
+    """Holm's adjusted p-values, each to be compared with the family-wise level.
 
-    The smallest of m is multiplied by m, the next by m - 1, and none is smaller than one before it.
+    The smallest of m is multiplied by m, the next by m - 1, and so on, with a running maximum.
 
     Reference: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.
     """
@@ -178,9 +179,9 @@ def power(effect: float, seeds: int, level: float = LEVEL) -> float:
 
 @functools.lru_cache
 def detectable(seeds: int, level: float = LEVEL, wanted: float = POWER) -> float:
-    """The smallest true difference that is found with probability ``wanted``.
+    """The smallest true difference that is detected with probability ``wanted``.
 
-    In standard deviations of the paired differences; at least two seeds.
+    It is in standard deviations of the paired differences and needs at least two seeds.
     """
     if seeds < 2:
         raise ValueError(f"seeds={seeds}: a difference needs at least two seeds to be tested")

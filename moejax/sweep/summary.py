@@ -1,4 +1,4 @@
-"""What a sweep leaves: results.csv, summary.json, sweep.png, and its table as text."""
+"""The files of a finished sweep: results.csv, summary.json, sweep.png, and its table as text."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,7 @@ from moejax.sweep.results import read_diverged, read_sweep, write_csv
 
 
 def write(sweep: Sweep, folder: Path) -> str:
-    """Writes the files and returns the table; without a finished trial neither it nor a picture.
-
+    """Write the files and return the table; without a finished trial there is no table or picture.
     Raises:
       UserError: a file of a trial, or the pilot's, cannot be read.
     """
@@ -29,7 +28,7 @@ def write(sweep: Sweep, folder: Path) -> str:
 
 
 def columns(summary: Summary) -> dict[tuple[str, int], dict[str, Any]]:
-    """What results.csv has of the comparison: of each trial, and of its variant."""
+    """The comparison's columns of results.csv, by variant and seed."""
     rows = {}
     for variant in summary.variants:
         shared = _shared(variant)

@@ -198,7 +198,7 @@ def test_trials_that_finished_after_summary_json_was_written_are_compared(tmp_pa
     assert facts["matched"] == "active_flops, within 2% of the baseline"
     assert "the deviation over seeds in this sweep" in facts["can be detected"]
     assert facts["can be detected"].endswith(
-        "; 2 degrees of freedom: the true one may be 0.52 to 6.3 times that"
+        "; 2 degrees of freedom: the true value may be 0.52 to 6.3 times that"
     )
 
 

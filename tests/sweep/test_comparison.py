@@ -17,8 +17,8 @@ from moejax.sweep.comparison import Summary, compare
 from moejax.sweep.count import Counted
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import Comparison, Solved
-from moejax.sweep.noise import read_pilot
 from moejax.sweep.results import Result, write_csv
+from moejax.sweep.seed_variance import read_pilot
 from moejax.sweep.statistics import Difference, outcome, verdict
 from tests.sweep.test_results import LEAK, result, sweep_of
 
@@ -224,7 +224,7 @@ def test_the_budget_of_a_new_sweep(monkeypatch: pytest.MonkeyPatch):
     work, time, noise = announced(monkeypatch, sweep_with(baseline="top_2"), [])
     # 12 trials of 100 steps of 128 tokens of 1 MFLOP
     assert work.startswith("to run: 12 trials, 1200 steps, 153.6 k tokens, 153.6 GFLOP (counted")
-    assert time == "time: not known before a trial has finished"
+    assert time == "time: unknown until a trial has finished"
     assert "without a pilot: run --filter='top_2-seed*' first, or set PILOT" in noise
 
 
@@ -236,7 +236,7 @@ def test_the_budget_of_what_is_left(monkeypatch: pytest.MonkeyPatch):
     assert "8 trials, 800 steps" in work
     others = (3 * 15 + 50) / 4
     assert f"about {(2 * 50 + 6 * others) / 60:.0f} min one after the other, as the 4" in time
-    assert noise.startswith("3 seeds find a difference of ")
+    assert noise.startswith("3 seeds detect a difference of ")
     chosen = with_configs(sweep, "dropless").trials[4:5]
     work, time, _ = announced(monkeypatch, sweep, finished, chosen=chosen)
     assert "1 trial, 100 steps" in work and "about 50 s" in time
@@ -265,7 +265,7 @@ def test_a_finished_sweep_has_no_work_left_and_one_seed_tells_nothing(
     one = {name: own[:1] for name, own in LOSSES.items()}
     sweep = sweep_with(one, baseline="top_2", pilot=0.01)
     (said,) = announced(monkeypatch, sweep, results_of(one))
-    assert said == "one seed or one variant: there is nothing to tell apart"
+    assert said == "one seed or one variant: there are no differences to test"
 
 
 def test_a_pilots_sweep_tells_time_and_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -277,7 +277,8 @@ def test_a_pilots_sweep_tells_time_and_noise(monkeypatch: pytest.MonkeyPatch, tm
     sweep = sweep_with(baseline="top_2", pilot=str(tmp_path))
     _, time, noise = announced(monkeypatch, sweep, [])
     assert (
-        "as the 12 pilot's trials took" in time and f"9 differences to top_2 in {tmp_path}" in noise
+        "judged by the 12 pilot's trials" in time
+        and f"9 differences to top_2 in {tmp_path}" in noise
     )
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="results.csv is not what this version"):

@@ -90,7 +90,7 @@ def test_a_filter_runs_what_it_names_and_leaves_the_rest_for_later(tmp_path: Pat
     assert small.states() == {"quick_1": "pending", "quick_2": "done", "other_1": "done"}
     assert not small.workdir("quick_1").exists()
     ended = small.run()
-    assert ended.status == 0 and "2 of 3 trials are finished already" in ended.out
+    assert ended.status == 0 and "2 of 3 trials are already finished" in ended.out
     assert small.log("quick_2").count("begins") == 1
 
 

@@ -142,8 +142,8 @@ def test_a_trial_is_looked_for_where_it_was_begun(tmp_path: Path, monkeypatch: p
     with Journal(small.folder) as record:
         (trial,) = expand(str(small.page)).trials
         record.begin(trial, "elsewhere")
-        record.place(trial, "7", "node")
-    refused(small.words, "begun with --launcher=elsewhere and may still run")
+        record.locate(trial, "7", "node")
+    refused(small.words, "started with --launcher=elsewhere and may still be running")
     monkeypatch.setitem(launch.LAUNCHERS, "elsewhere", f"{__name__}:Elsewhere")
     ended = small.run()
     assert ended.status == 0 and "quick-seed0 is still running" in ended.out

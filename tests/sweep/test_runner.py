@@ -32,7 +32,7 @@ def test_a_failing_trial_shows_its_last_lines_and_does_not_stop_the_rest(tmp_pat
     assert small.steps("quick") == ALL
 
     ended = small.run()
-    assert ended.status == 1 and "1 of 3 trials are finished already" in ended.out
+    assert ended.status == 1 and "1 of 3 trials are already finished" in ended.out
     assert "quick" not in ended.out and "[2/3] bad_then_good-seed0 done" in ended.out
     assert small.log("quick").count("begins") == 1
     assert small.log("bad_then_good").count("begins") == 2  # appended to, not overwritten
@@ -43,7 +43,7 @@ def test_a_finished_sweep_starts_nothing_and_ends_with_its_table(tmp_path: Path)
     assert small.run().status == 0
     ended = small.run()
     assert (ended.status, ended.err) == (0, "")
-    assert "2 of 2 trials are finished already" in ended.out and "..." not in ended.out
+    assert "2 of 2 trials are already finished" in ended.out and "..." not in ended.out
     assert "the table" in ended.out and small.log("quick_1").count("begins") == 1
 
 

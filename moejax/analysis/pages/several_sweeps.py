@@ -227,7 +227,7 @@ def _differences(sweeps: Sweeps) -> Table | Text:
 def _values(sweep: SweepData) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for trial in sweep.trials:
-        for field, value in flatten(trial.config).items():
+        for field, value in flatten(trial.trial.config).items():
             found.setdefault(field, set()).add(repr(value))
     return {field: sorted(values) for field, values in found.items()}
 

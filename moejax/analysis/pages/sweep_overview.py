@@ -220,7 +220,9 @@ def _variants(sweep: SweepData) -> Table:
     """Each variant with the overrides that make it."""
     rows = []
     for variant in sweep.variants:
-        trial = next(trial for trial in sweep.trials if trial.variant == variant)
-        names = [o.removeprefix("--config.") for o in trial.overrides if "train.seed=" not in o]
+        trial = next(each.trial for each in sweep.trials if each.variant == variant)
+        names = [
+            o.removeprefix("--config.") for o in trial.overrides if "train.seed=" not in o
+        ]
         rows.append((variant, " ".join(names)))
     return Table(("variant", "differs from the experiment's page in"), rows)

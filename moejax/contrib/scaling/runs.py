@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
-from moejax.record.files import parsed
+from moejax.sweep.folder import read_index
 
 DENSE = "Dense"
 """The router of a model without experts. Its runs are the E = 1 of every router."""
@@ -132,7 +132,7 @@ def _read_curves(path: Path) -> Source:
 
 
 def _read_sweep(folder: Path) -> Source:
-    index = _read_index(folder)
+    index = {trial.name: trial.config for trial in read_index(folder).trials}
     runs, left = [], 0
     for row in _read_table(folder / "results.csv", RESULTS):
         name = f"{row['variant']}-seed{row['seed']}"
@@ -193,17 +193,6 @@ def _check_one_variant(folder: Path, runs: Iterable[tuple[Run, str, str]]) -> No
                 f"{folder}: variants {other!r} and {variant!r} are both {run.router} with "
                 f"E={run.experts} and one model; the law needs a sweep that changes nothing else"
             )
-
-
-def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """The config of every trial, by its name."""
-    path = folder / "sweep.json"
-    try:
-        return {trial["name"]: trial["config"] for trial in parsed(path.read_text())["trials"]}
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no sweep.json; name the folder of a sweep") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} was not written by `moejax sweep`; name another folder") from error
 
 
 def _read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
