@@ -187,7 +187,7 @@ def load(
     config = load_config(source, list(overrides)).config
     shape = dict.fromkeys(meshes.AXES, 1) | dict(mesh or {})
     there = load_config(source, [*overrides, *(f"mesh.{axis}={n}" for axis, n in shape.items())])
-    with evaluate.opened(there.config, str(folder), step) as found:
+    with evaluate.open_run(there.config, str(folder), step) as found:
         run, state = found.run, found.state
         model = run.task.built(state.params)
     return LoadedRun(

@@ -459,7 +459,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "sorted({0, *_evaluated(Path(workdir))}",
         "sorted({*_evaluated(Path(workdir))}",
         "tests/record/test_probe.py",
-        "test_what_should_have_been_recorded_before_the_first_step_is_missed",
+        "test_a_missing_recording_of_step_0_is_reported",
     ),
     Mutant(
         "probe_arrays_with_too_few_axes",
@@ -659,7 +659,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "state.step, key, train=False)",
         "state.step, key, train=True)",
         "tests/train/test_step.py",
-        "test_an_evaluation_is_told_that_it_is_one",
+        "test_an_evaluation_runs_with_train_false",
     ),
     Mutant(
         "groups_cut_by_micro_batches",

@@ -47,7 +47,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "config", "data", "errors", "gating", "layers", "mesh", "models", "tasks", "types",
         },
         "train": {
-            "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
+            "config", "data", "dispatch", "errors", "job", "kernels", "mesh", "moejax", "record",
+            "tasks", "types",
         },
     },
     {"sweep": {"config", "errors", "job", "record", "train", "types"}},

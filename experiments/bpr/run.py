@@ -22,7 +22,7 @@ from moejax.train import setup
 from moejax.train.metrics.rows import eval_row
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
-from moejax.train.workdir.run_folder import make_workdir
+from moejax.train.workdir.contents import make_workdir
 
 PAGE = "configs/vit.py:gate=top_k"
 SETTINGS = {

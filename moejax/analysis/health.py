@@ -8,7 +8,7 @@ import numpy as np
 
 from moejax.analysis.run import LEAK, RunData
 from moejax.analysis.statistics import balance
-from moejax.train.workdir.run_folder import OUTPUT
+from moejax.train.workdir.contents import OUTPUT
 
 DROPS = 0.10
 """Share of pairs dropped, mean over the last quarter of the run, from which it is a warning."""

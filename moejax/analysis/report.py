@@ -31,6 +31,7 @@ from moejax.config import load as load_config
 from moejax.config import validate
 from moejax.config.saved import holds_run
 from moejax.errors import UserError
+from moejax.record.files import atomically
 from moejax.sweep.folder import INDEX
 
 PAGES: tuple[Callable[[RunData], Page], ...] = (
@@ -141,10 +142,9 @@ def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Pag
         text = of_run(found, more) if isinstance(found, RunData) else of_sweep(found)
     # A folder's name may hold bytes that are no UTF-8.
     content = text.encode("utf-8", "backslashreplace")
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
+        with atomically(target) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise UserError(f"--output={target} cannot be written: {error.strerror}") from error
     return len(content)

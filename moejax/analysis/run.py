@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config.saved import METRICS, TIMINGS, missing, noted_steps, read_config
+from moejax.config.saved import METRICS, TIMINGS, missing_steps, noted_steps, read_config
 from moejax.errors import UserError
-from moejax.record.files import read_what_can_be
+from moejax.record.files import read_valid_rows
 from moejax.record.probe import Probe
 from moejax.tasks.task import Units
 from moejax.train.cost import units
@@ -187,7 +187,7 @@ def _gaps(folder: Path, about: dict[str, Any], rows: list[Row], timings: list[Ro
         section, _, leaf = field.partition(".")
         if leaf not in about["config"].get(section, {}):
             continue
-        gaps = missing([row["step"] for row in logged], about, field, upto)
+        gaps = missing_steps([row["step"] for row in logged], about, field, upto)
         if gaps:
             where = ", ".join(f"{first} to {last}" for first, last in gaps[:5])
             more = ", ..." if len(gaps) > 5 else ""
@@ -225,7 +225,7 @@ def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[
     The torn last line of a killed run is no problem: the run writes it again when it resumes.
     """
     try:
-        rows, bad = read_what_can_be(path, lambda row: _fits(row, needs))
+        rows, bad = read_valid_rows(path, lambda row: _fits(row, needs))
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror}).")
         return []

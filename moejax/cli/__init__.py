@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name that the terminal's encoding lacks, or that is no text, is no reason to stop.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with job.farewell():
+    with job.leave_together():
         return _exit_status(argv)
 
 
@@ -106,14 +106,14 @@ def _leave(argv: list[str], status: int, line: str, problem: str) -> int:
 
     The status, for a process alone; the others of a job say the problem.
     """
-    place = None
+    spec = None
     if argv and argv[0] in TOGETHER and job.current() is None:
-        from moejax.job.launch import place_of_command
+        from moejax.job.launch import job_spec_of_command
 
-        place = place_of_command(argv)
-    print(f"moejax: {line.format(job.named(problem, place))}", file=sys.stderr, flush=True)
-    if place:
-        job.tell(place, problem, status)
+        spec = job_spec_of_command(argv)
+    print(f"moejax: {line.format(job.with_process(problem, spec))}", file=sys.stderr, flush=True)
+    if spec:
+        job.report(spec, problem, status)
     return job.leave(status, problem)
 
 
@@ -273,9 +273,9 @@ def _profile(args: argparse.Namespace) -> int:
     loaded = load(args.config, args.overrides)
     validate(loaded.config)
 
-    from moejax.train.profile import profile
+    from moejax.train.profile import trace
 
-    return profile.run(loaded.config, args.steps, args.out)
+    return trace.run(loaded.config, args.steps, args.out)
 
 
 def _add_gates(commands: Any) -> None:
@@ -293,9 +293,9 @@ def _add_gates(commands: Any) -> None:
 
 def _gates(args: argparse.Namespace) -> int:
     from moejax.cli.show import gate_page, gates_table
-    from moejax.job.launch import need_no_accelerator
+    from moejax.job.launch import use_host_only
 
-    need_no_accelerator()
+    use_host_only()
     text = gate_page(args.name) if args.name else gates_table()
     encoding = sys.stdout.encoding or "utf-8"  # a terminal without Greek letters gets escapes
     print(text.encode(encoding, "backslashreplace").decode(encoding))

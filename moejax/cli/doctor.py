@@ -16,7 +16,8 @@ from jaxtyping import PyTree
 import moejax
 from moejax.config import settings
 from moejax.errors import UserError
-from moejax.job.launch import CPU_DEVICES, backend_is_running, host_memory, started_devices
+from moejax.job.launch import CPU_DEVICES, backend_is_running, started_devices
+from moejax.job.memory import host_memory
 from moejax.mesh import AXES, make_mesh
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -63,7 +63,7 @@ class Source(Protocol):
 
     def told(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
         """What the probe's ``tokens.npz`` says of rows of ``eval_batches(_, eval_rows)``, told by
-        their ``row``: see ``moejax.record.probe.OF_TOKENS`` and ``OF_LABELS``."""
+        their ``row``: see ``moejax.record.probe.TOKENS``."""
         ...
 
 

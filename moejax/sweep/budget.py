@@ -10,6 +10,7 @@ from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.results import Result, read_sweep, unit_of
 from moejax.sweep.seed_variance import Pilot, detectable_difference, read_pilot, seed_variance
 from moejax.sweep.table import detectable_note, unit
+from moejax.train.cost.units import rough_duration
 
 
 def announce(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> None:
@@ -88,7 +89,7 @@ def _time(sweep: Sweep, waiting: Sequence[Trial], finished: Sequence[Result]) ->
         own = [each for each in timed if each.variant == trial.variant] or timed
         total += statistics.fmean(_seconds(each, trial.steps) for each in own)
     return (
-        f"time: about {_duration(total)} one after the other, judged by the {len(timed)} {where} "
+        f"time: about {rough_duration(total)} one after the other, judged by the {len(timed)} {where} "
         "trials, without starting processes"
     )
 
@@ -96,12 +97,6 @@ def _time(sweep: Sweep, waiting: Sequence[Trial], finished: Sequence[Result]) ->
 def _seconds(trial: Result | Pilot, steps: int) -> float:
     """The duration of a finished trial if it had taken so many steps."""
     return trial.elapsed_seconds + (steps - trial.step) * trial.seconds_per_step
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _detectable(sweep: Sweep, finished: Sequence[Result]) -> str:

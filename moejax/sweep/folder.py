@@ -20,7 +20,7 @@ from moejax.config.versions import SCHEMA, migrated
 from moejax.errors import UserError
 from moejax.record.files import parsed, read_rows, write_whole
 from moejax.sweep.definition import Sweep, Trial, computed, config_id
-from moejax.train.workdir.run_folder import OUTPUT
+from moejax.train.workdir.contents import OUTPUT
 
 INDEX = "sweep.json"
 

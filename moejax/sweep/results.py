@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.config.saved import METRICS, TIMINGS, missing, read_config, stand_for
+from moejax.config.saved import METRICS, TIMINGS, missing_steps, read_config, steps_per_row
 from moejax.errors import UserError
 from moejax.record.files import read_rows, write_whole
 from moejax.sweep import folder as folders
@@ -98,10 +98,10 @@ def read_trial(folder: Path, trial: Trial) -> Result:
     train = [row for row in rows if row.get("split") == "train"]
     held_out = [row for row in rows if row.get("split") == "eval"][-1]
     steps = [row["step"] for row in train]
-    weights = stand_for(steps, saved, LOGGED)
-    gaps = missing(steps, saved, LOGGED, held_out["step"])
+    weights = steps_per_row(steps, saved, LOGGED)
+    gaps = missing_steps(steps, saved, LOGGED, held_out["step"])
     timings = read_rows(workdir / TIMINGS)
-    own = stand_for([row["step"] for row in timings], saved, LOGGED)
+    own = steps_per_row([row["step"] for row in timings], saved, LOGGED)
     seconds, total_seconds = step_seconds(timings, own, held_out["step"])
 
     def mean(values: Iterable[float | None]) -> float | None:

@@ -20,8 +20,8 @@ from moejax.sweep.launch import Launcher
 from moejax.sweep.pool import STOPPED, Pool, SweepRun
 from moejax.sweep.screen import open_screen
 from moejax.sweep.signals import Signals
+from moejax.train.workdir.contents import make_workdir
 from moejax.train.workdir.lock import WorkdirLock
-from moejax.train.workdir.run_folder import make_workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moejax.sweep import folder as folders
 from moejax.sweep import journal, launch
 from moejax.sweep.definition import Trial
 from moejax.sweep.journal import Entry
+from moejax.train.cost import units
 
 KILLED = "killed"
 """The state of a trial that the journal has as running but whose process is gone."""
@@ -184,9 +185,5 @@ def summary(found: Sequence[Line]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``12m05s``, ``1h02m``; - for None."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+    """A duration as text; - for None."""
+    return "-" if seconds is None else units.duration(seconds)

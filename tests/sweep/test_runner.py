@@ -11,6 +11,7 @@ import pytest
 from moejax.errors import UserError
 from moejax.sweep import pool, signals, summary
 from moejax.sweep.definition import expand
+from moejax.train import signals as train_signals
 from moejax.train.workdir.lock import WorkdirLock
 from tests.sweep.small import ALL, COMMAND, Small, at, wait_until
 from tests.sweep.trial import STEPS
@@ -93,7 +94,7 @@ def test_a_stopped_sweep_leaves_what_its_finished_trials_gave(
 def test_a_second_signal_reaches_the_trial_too(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(signals, "TOGETHER", 0.01)
+    monkeypatch.setattr(train_signals, "MERGE_WITHIN", 0.01)
     monkeypatch.setattr(signals, "BETWEEN", 0.02)
     small = Small(tmp_path, "rude")
     threads = [at(lambda n=n: len(small.steps("rude")) >= n, signal.SIGTERM) for n in (1, 2)]

@@ -14,7 +14,7 @@ import pytest
 
 from moejax.config import load, to_dict
 from moejax.train import setup
-from moejax.train.cost import budget, flops
+from moejax.train.cost import budget, peak
 from moejax.train.metrics import console
 from moejax.train.workdir import summary
 from tests.train.runs import PAGE, Ended, call, command, flags, snapshot, write_text
@@ -99,7 +99,7 @@ def sharing() -> Iterator[Shared]:
         patch.setattr(setup, "prepare", SHARED.prepare)
         patch.setattr(budget, "count_budget", SHARED.budget)
         patch.setattr(console, "write_summary_png", lambda workdir: None)
-        patch.setattr(flops, "peak_flops", lambda devices, dtype: 1e12)
+        patch.setattr(peak, "peak_flops", lambda devices, dtype: 1e12)
         yield SHARED
 
 

@@ -5,10 +5,10 @@ import numpy as np
 from moejax.analysis import figures
 from moejax.analysis.lifts import WRITTEN, cell_axes, lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
-from moejax.analysis.probed import Routed, routed
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics.coactivation import chance, coactivation
 from moejax.analysis.statistics.transitions import transition_lift, transitions
+from moejax.record.routing import Routed
 
 PAIRS = 10
 """So many of the most co-activated pairs are in the table."""
@@ -18,7 +18,7 @@ def page(run: RunData) -> Page:
     probe = run.probe
     if probe is None or not probe.steps:
         return Page("Co-activation", [])
-    last = routed(probe, probe.steps[-1])
+    last = probe.routed(probe.steps[-1])
     return Page("Co-activation", [*_together(last), *_following(last)])
 
 
@@ -31,7 +31,7 @@ def _together(last: Routed) -> list[Block]:
                 "chosen together: there is no co-activation to show."
             )
         ]
-    if choices.min() == last.experts > 1:
+    if choices.min() == last.num_experts > 1:
         return [Text("Every token chose all experts: all are chosen together, always.")]
     options: dict[str, list[Block]] = {}
     for layer in last.layers:
@@ -91,7 +91,7 @@ def _following(last: Routed) -> list[Block]:
         return [Text("The model has one MoE layer: there are no transitions to show.")]
     options: dict[str, list[Block]] = {}
     for first, second in pairs:
-        share_EE = transitions(last.first_MT[first], last.first_MT[second], last.experts)
+        share_EE = transitions(last.first_MT[first], last.first_MT[second], last.num_experts)
         options[f"{first} to {second}"] = [_transitions(share_EE, first, second, last.step)]
     return [
         Text(

@@ -10,7 +10,7 @@ from moejax.analysis.page import Block, Page, Table, Text, Warning
 from moejax.analysis.pages.curves import loss
 from moejax.analysis.run import RunData
 from moejax.config import default, flatten, set_gate, to_dict
-from moejax.config.saved import told
+from moejax.config.saved import entry_text
 from moejax.config.tasks import LANGUAGE
 from moejax.sweep.results import kept_pairs, step_seconds
 from moejax.train.cost import units
@@ -145,7 +145,7 @@ def _what(run: RunData) -> list[tuple[str, str]]:
         ("made from", " ".join([run.saved.get("source", "?"), *run.saved.get("overrides", [])])),
         ("moejax", str(run.saved.get("version", "?"))),
     ]
-    return rows + [("history", told(entry)) for entry in run.saved.get("history", ())]
+    return rows + [("history", entry_text(entry)) for entry in run.saved.get("history", ())]
 
 
 def _experts(run: RunData) -> str:

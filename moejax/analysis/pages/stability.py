@@ -9,11 +9,11 @@ from moejax.analysis.lifts import WRITTEN, cell_axes
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
 from moejax.analysis.panels import Panel, panels
-from moejax.analysis.probed import over_steps, routed
+from moejax.analysis.probed import over_steps
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.selection import NONE
 from moejax.analysis.statistics.similarity import between
 from moejax.analysis.statistics.stability import churn, saturation, saturation_by_chance
+from moejax.record.counts import NONE
 from moejax.record.probe import Probe
 
 SIMILARITIES = {
@@ -37,7 +37,7 @@ def page(run: RunData) -> Page:
 
 def churns(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     """Steps but the first, and the churn [S, M] since the recording before each."""
-    found = [routed(probe, step).first_MT for step in probe.steps]
+    found = [probe.routed(step).first_MT for step in probe.steps]
     moved = [
         [churn(before_T, after_T) for before_T, after_T in zip(before, after, strict=True)]
         for before, after in zip(found, found[1:], strict=False)
@@ -49,10 +49,10 @@ def saturations(probe: Probe, first: bool) -> tuple[np.ndarray, np.ndarray, floa
     """Steps, saturation [S, M] of all choices or of the first ones, and its mean by chance."""
 
     def chosen(step: int) -> np.ndarray:
-        then = routed(probe, step)
+        then = probe.routed(step)
         if not first:
             return then.selected_MTE
-        return (then.first_MT[..., None] == np.arange(then.experts)) & (
+        return (then.first_MT[..., None] == np.arange(then.num_experts)) & (
             then.first_MT[..., None] != NONE
         )
 

@@ -6,20 +6,9 @@ A kind is a domain or a token id, 0 <= kind < C. A pair is a (token, expert) cho
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Float, Int
 
 from moejax.analysis.statistics.ratios import ratio
-
-
-def pair_counts(
-    selected_TE: Bool[np.ndarray, "T E"], kind_T: Integer[np.ndarray, " T"], num_kinds: int
-) -> Int[np.ndarray, "C E"]:
-    """Pairs of each kind and expert."""
-    num_experts = selected_TE.shape[1]
-    token_P, expert_P = np.nonzero(selected_TE)
-    cell_P = kind_T[token_P].astype(np.int64) * num_experts + expert_P
-    counts = np.bincount(cell_P, minlength=num_kinds * num_experts)
-    return counts.reshape(num_kinds, num_experts)
 
 
 def share_of_kind(counts_CE: Int[np.ndarray, "C E"]) -> Float[np.ndarray, "C E"]:

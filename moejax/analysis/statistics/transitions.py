@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.analysis.statistics.ratios import ratio
-from moejax.analysis.statistics.selection import NONE
+from moejax.record.counts import NONE
 
 
 def transitions(

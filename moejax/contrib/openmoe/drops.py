@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from moejax.analysis.statistics.ratios import ratio
 from moejax.contrib.openmoe.interval import Interval, over_rows
-from moejax.contrib.openmoe.routed import Routed
+from moejax.record.routing import Routed
 
 
 @dataclasses.dataclass(frozen=True)

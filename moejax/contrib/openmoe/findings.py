@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from moejax.contrib.openmoe.drops import Drops
 from moejax.contrib.openmoe.early import Early
-from moejax.contrib.openmoe.routed import Routed
 from moejax.contrib.openmoe.tokens import Specialisation
 from moejax.contrib.openmoe.verdict import (
     Verdict,
@@ -15,6 +14,7 @@ from moejax.contrib.openmoe.verdict import (
     early_verdict,
     specialisation_verdict,
 )
+from moejax.record.routing import Routed
 
 
 class Measured(NamedTuple):

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from moejax.contrib.openmoe.interval import GROUPS
-from moejax.contrib.openmoe.routed import Routed
 from moejax.data import batches
 from moejax.data.corpus import Corpus, load_corpus
 from moejax.data.documents import find_documents
@@ -17,6 +16,7 @@ from moejax.data.domains import NAMES, heldout_labels
 from moejax.data.shards import is_prepared
 from moejax.data.tokenizer import encode_documents
 from moejax.errors import UserError
+from moejax.record.routing import Routed
 from moejax.tasks.language.source import TextSource
 from moejax.train.setup import Run
 

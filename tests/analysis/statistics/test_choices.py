@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.analysis.statistics.coactivation import chance, coactivation
-from moejax.analysis.statistics.selection import NONE, first_choice, selected
 from moejax.analysis.statistics.stability import churn, saturation, saturation_by_chance
 from moejax.analysis.statistics.transitions import transition_lift, transitions
+from moejax.record.counts import NONE, first_choice, selected
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -12,10 +12,10 @@ from moejax.analysis.statistics import information
 from moejax.analysis.statistics.specialisation import (
     favourites,
     lift,
-    pair_counts,
     peak_share,
     share_of_kind,
 )
+from moejax.record.counts import pair_counts
 
 SEEDS = st.integers(0, 2**32 - 1)
 COUNTS = np.array([[8, 2], [1, 9], [0, 0], [3, 1]])

@@ -21,7 +21,7 @@ from moejax.contrib.multitask.source import TableSource
 from moejax.contrib.multitask.synthetic import groups
 from moejax.contrib.multitask.tables import as_rows, make_table
 from moejax.contrib.multitask.task import MeanSquare, MultiTaskLearning, binned_area
-from moejax.record.probe import OF_LABELS, OF_TOKENS, Probe
+from moejax.record.probe import TOKENS, Probe
 from moejax.train import setup
 from moejax.train.metrics.rows import eval_row
 from tests import meshes
@@ -271,7 +271,7 @@ def test_a_source_says_of_its_examples_what_the_probe_wants(arg):
     source = run_of(arg, task__tasks=4).data
     batch = source.eval_batches(16, 16)[0]
     told = source.told(batch, 16)
-    for name, (kind, _) in {**OF_TOKENS, **OF_LABELS}.items():
+    for name, (kind, *_) in TOKENS.items():
         if kind != "str":
             assert told[name].dtype == kind
     assert told["token"].max() < len(told["token_text"]) - len(told["label_names"])

@@ -1,6 +1,5 @@
-"""``moejax profile``: a trace of a few training steps, and a table of where their time went."""
+"""``moejax profile``: a trace of a few training steps, and a table of their time by part."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,59 +9,67 @@ import jax
 from moejax.config import Config
 from moejax.config.flags import not_text
 from moejax.errors import UserError
-from moejax.record.files import replaced
+from moejax.record.files import write_json
 from moejax.train import compile_cache, setup
 from moejax.train.cost import budget
-from moejax.train.profile.attribution import IDLE, PARTS, REST, read_program, read_trace, share_out
+from moejax.train.profile.attribution import (
+    IDLE,
+    PARTS,
+    REST,
+    read_program,
+    read_trace,
+    time_by_part,
+)
+from moejax.train.step import train_step
 
 WARM_UP = 2
 STEP = "training step"
-MODULE = "jit_train_step"
+MODULE = f"jit_{train_step.__name__}"
+"""The name of the compiled program in a trace."""
 
 
 def run(config: Config, steps: int, out: str) -> int:
-    """Traces ``steps`` training steps after a warm-up; writes DIR and prints the table.
+    """Traces ``steps`` training steps after a warm-up; writes to ``out`` and prints the table.
 
     Raises:
       UserError: a mistake in the config or the folder, before anything is compiled or created.
     """
     folder = Path(out)
     check_folder(folder)
-    this = setup.prepare(config)
+    training = setup.prepare(config)
     if jax.process_count() > 1:
         raise UserError("moejax profile runs in one process; use distributed.mode=off")
-    budget.checked_budget(this)
-    this.data.train_batch(0)  # refuses data that are too few
+    budget.checked_budget(training)
+    training.data.train_batch(0)  # refuses too little data
     make_folder(folder)
     with (
         compile_cache.kept(config.report.compile_cache, names_matter=True),
-        jax.set_mesh(this.mesh),
+        jax.set_mesh(training.mesh),
     ):
         print(f"compiling, {WARM_UP} steps to warm up, {steps} steps traced ...", flush=True)
-        program = _trace(this, steps, folder)
+        program = _trace(training, steps, folder)
     traced = read_trace(folder, program, MODULE, STEP)
-    rows = table(share_out(traced), len(traced.windows))
-    device = this.mesh.devices.flat[0].device_kind
-    about = {"steps": steps, "devices": this.mesh.size, "device": device, "rows": rows}
-    with replaced(folder / "profile.json") as temporary:
-        temporary.write_text(json.dumps(about, indent=1) + "\n")
+    rows = table(time_by_part(traced), len(traced.windows))
+    device = training.mesh.devices.flat[0].device_kind
+    about = {"steps": steps, "devices": training.mesh.size, "device": device, "rows": rows}
+    write_json(folder / "profile.json", about)
     print(render(rows))
     print(f"\n{_trace_file(folder)}\n  opens in https://ui.perfetto.dev; TensorBoard: {folder}")
     return 0
 
 
-def _trace(this: setup.Run, steps: int, folder: Path) -> Any:
-    """Runs the steps; the operations of the program that ran."""
-    compiled = this.train_step.lower(this.abstract_state, this.abstract_batch).compile()
-    state = this.init_state()
+def _trace(training: setup.Run, steps: int, folder: Path) -> Any:
+    """Runs the steps; returns the operations of the program."""
+    compiled = training.train_step.lower(training.abstract_state, training.abstract_batch).compile()
+    state = training.init_state()
     for step in range(WARM_UP):
-        state, metrics = compiled(state, this.put(this.data.train_batch(step)))
+        state, metrics = compiled(state, training.put(training.data.train_batch(step)))
         jax.block_until_ready(metrics)
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # its thousands of events would slow what is measured
+    options.python_tracer_level = 0  # its thousands of events would slow the steps down
     with jax.profiler.trace(str(folder), profiler_options=options):
         for step in range(WARM_UP, WARM_UP + steps):
-            batch = this.put(this.data.train_batch(step))
+            batch = training.put(training.data.train_batch(step))
             with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
                 state, metrics = compiled(state, batch)
                 jax.block_until_ready((state, metrics))
@@ -70,7 +77,7 @@ def _trace(this: setup.Run, steps: int, folder: Path) -> Any:
 
 
 def table(spent: dict[tuple[str, bool], float], steps: int) -> list[dict[str, Any]]:
-    """A row per part: milliseconds per step, share of the step, and how much of it is mixed."""
+    """One row per part: milliseconds per step, share of the step, and the mixed part of it."""
     total = sum(spent.values())
     rows = []
     for part in [*PARTS, *REST]:
@@ -99,10 +106,10 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that holds something, or whose name is not UTF-8.
+    """Refuses a folder that is not empty, or whose name is not UTF-8.
 
     Raises:
-      UserError: it is one, or no folder.
+      UserError: it is such a folder, or no folder.
     """
     if problem := not_text(str(folder)):
         raise UserError(f"--out={folder} {problem}; name another folder")
@@ -115,10 +122,10 @@ def check_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder.
+    """Creates the folder.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def cut_short(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", LEAKING)
-def test_a_leak_is_the_loss_of_sequences_cut_short_less_that_of_whole_ones(finished, gate):
+def test_leakage_is_the_loss_of_truncated_sequences_minus_that_of_whole_ones(finished, gate):
     workdir, row = finished(gate)
     whole, causal = cut_short(workdir)
     # The same float32 sums in programs of other shapes.
@@ -98,7 +98,7 @@ def test_a_leak_is_the_loss_of_sequences_cut_short_less_that_of_whole_ones(finis
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["hash", "expert_choice_causal", "lory"])
-def test_a_causal_evaluation_has_none(finished, gate):
+def test_a_causal_evaluation_has_no_leakage(finished, gate):
     workdir, row = finished(gate)
     # Masked or not, the same numbers are added: float32 rounding of a loss of about 5.
     assert abs(row["leak/nats_per_token"]) < 1e-5

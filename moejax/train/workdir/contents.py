@@ -1,20 +1,16 @@
-"""What a run may find in its workdir, what is refused there, and what it writes down of itself.
+"""The contents of a workdir: what a run finds there, what it refuses, and what it has saved.
 
-``saved.json`` names the checkpoints that were saved, so that a run that lost them is told from one
-that never had any. ``history`` in config.json (and so in every checkpoint) has what has happened to
-the run since its first start: fields that changed, rows that are missing, files that were.
+``saved.json`` names the checkpoints that were saved, which distinguishes a run that lost them from
+one that never had any.
 """
 
 import dataclasses
 import json
 import os
-import secrets
 import shutil
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moejax import __version__
 from moejax.config import (
     Config,
     all_differences,
@@ -31,23 +27,22 @@ from moejax.config.saved import CHECKPOINTS, CONFIG, METRICS, SAVED, TIMINGS, co
 from moejax.config.tree import nested
 from moejax.errors import UserError
 from moejax.record import files, probe
-from moejax.train.metrics.log import Gap, warn
+from moejax.train.metrics.log import warn
 from moejax.train.processes import is_first
 
 OUTPUT = "log.txt"
-"""A file of this name, into which what the run says is sent, may be in the workdir before it."""
+"""The only file that may be in a new workdir: the redirected output of the run itself."""
 
 ASIDE = "before-restart"
-Entry = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a workdir holds of the run.
+class Contents:
+    """The state of a run in its workdir.
 
     ``config_json`` is empty for a new run. ``changes``: fields with another value than there, which
-    they may have. ``rebuilt``: config.json was lost, and taken from a checkpoint. ``lost``: what is
-    not there, although it was saved.
+    they may have, with the old and the new value. ``rebuilt``: config.json was lost, and taken from
+    a checkpoint. ``lost``: saved files that are missing.
     """
 
     config_json: dict[str, Any]
@@ -56,7 +51,7 @@ class Found:
     lost: tuple[str, ...] = ()
 
     @property
-    def history(self) -> list[Entry]:
+    def history(self) -> list[saved.Entry]:
         return list(self.config_json.get("history", ()))
 
     @property
@@ -70,15 +65,17 @@ class Found:
         return self.config_json.get("id", "")
 
 
-NOTHING = Found({}, [])
+EMPTY = Contents({}, [])
 
 
-def check_workdir(folder: Path, config: Config, fingerprint: str, restart: bool = False) -> Found:
-    """Refuses a workdir that belongs to something else, to this run with other data, or to this run
-    without what it has saved.
+def check_workdir(
+    folder: Path, config: Config, fingerprint: str, restart: bool = False
+) -> Contents:
+    """Checks a workdir and returns its contents.
 
     Raises:
-      UserError: naming the field, the checkpoint or the file that is wrong.
+      UserError: the folder belongs to something else, to this run with other data, or its saved
+        checkpoints are gone; naming the field, the checkpoint or the file.
     """
     if problem := not_text(str(folder)):
         raise UserError(f"--workdir={folder} {problem}; name another folder")
@@ -87,10 +84,10 @@ def check_workdir(folder: Path, config: Config, fingerprint: str, restart: bool 
     if not (folder / CONFIG).exists() and not saved.holds_run(folder):
         if folder.is_dir() and any(n for n in os.listdir(folder) if n[0] != "." and n != OUTPUT):
             raise UserError(f"--workdir={folder} is not empty and holds no run; name a new folder")
-        return NOTHING
+        return EMPTY
     rebuilt = not saved.is_readable(folder)
     known = saved.read_config(folder)
-    settings.say_changes(known)
+    settings.warn_of_changes(known)
     for name, old, new in config_differences(known["config"], to_dict(config)):
         raise UserError(
             f"{name}={new} but the run in {folder} has {name}={old}; use another --workdir, or "
@@ -104,12 +101,14 @@ def check_workdir(folder: Path, config: Config, fingerprint: str, restart: bool 
         for change in all_differences(known["config"], to_dict(config))
         if not change[0].startswith("distributed.")
     ]
-    return Found(known, changes, rebuilt, lost)
+    return Contents(known, changes, rebuilt, lost)
 
 
-def as_begun(folder: Path, config: Config) -> Config:
-    """The config for a run that goes on: where it began with what a field was ``before`` there was
-    one, and the config has the field's default, it goes on as it began, and says so.
+def as_started(folder: Path, config: Config) -> Config:
+    """The config to resume a run with.
+
+    A run older than a field has the field's ``before`` in its config. If the config has the field's
+    default now, the run keeps ``before``, with a line on stderr.
 
     Raises:
       UserError: config.json cannot be read.
@@ -127,12 +126,16 @@ def as_begun(folder: Path, config: Config) -> Config:
     if not kept:
         return config
     for name, value in kept.items():
-        saved.say(f"{name}={value}, as the run in {folder} began")
+        saved.say_once(f"{name}={value}, as the run in {folder} began")
     return from_dict(nested({**now, **kept}))
 
 
 def check_text(known: dict[str, Any], config: Config, fingerprint: str, remedy: str) -> None:
-    """Refuses other tokens than the run's, unless the config names other data."""
+    """Refuses other tokens than the run's, unless the config names other data.
+
+    Raises:
+      UserError: the files of the data have changed.
+    """
     if to_dict(config)["data"] == known["config"]["data"] and fingerprint != known["fingerprint"]:
         own = f"data.path={config.data.path!r}" if "path" in config.data else config.task.name
         raise UserError(
@@ -145,7 +148,7 @@ def check_identity(folder: Path, known: dict[str, Any]) -> str:
     """The id of the run in a folder; "" for one of version 0.1.0, which had none.
 
     Raises:
-      UserError: a checkpoint is of another run.
+      UserError: a checkpoint belongs to another run.
     """
     own, where = known.get("id", ""), f"{folder}/{CONFIG}"
     for step, meta in saved.manifest_metas(folder).items():
@@ -160,7 +163,7 @@ def check_identity(folder: Path, known: dict[str, Any]) -> str:
     return own
 
 
-# ---------------------------------------------------------------- what was saved
+# ---------------------------------------------------------------- saved checkpoints
 
 
 def last_saved(folder: Path, known: dict[str, Any]) -> int:
@@ -170,7 +173,7 @@ def last_saved(folder: Path, known: dict[str, Any]) -> int:
 
 
 def _surely_saved(folder: Path, train: dict[str, Any]) -> int:
-    """What follows from the rows of a run that wrote down no saves.
+    """The last step that a run without ``saved.json`` has surely saved, from its rows.
 
     The first save makes the folder of checkpoints, and a save waits for the one before it.
     """
@@ -185,7 +188,7 @@ def _surely_saved(folder: Path, train: dict[str, Any]) -> int:
 
 
 def missing_checkpoints(folder: Path, known: dict[str, Any]) -> str:
-    """What to say of a run whose newest checkpoint is not there; "" if it is."""
+    """A sentence about a run whose newest checkpoint is missing; "" if it is there."""
     step, there = last_saved(folder, known), committed_steps(folder / CHECKPOINTS)
     bad = folder / f"{CHECKPOINTS}_bad"
     damaged = [path.name.partition("-")[0] for path in bad.iterdir()] if bad.is_dir() else []
@@ -203,21 +206,21 @@ def missing_checkpoints(folder: Path, known: dict[str, Any]) -> str:
 
 
 def _check_saved(folder: Path, known: dict[str, Any], restart: bool) -> tuple[str, ...]:
-    """Refuses a run without any of the checkpoints it saved; names the newest if that is missing.
+    """The newest checkpoint, if it is missing and an older one is there.
 
     Raises:
-      UserError: also for ``restart`` where there are checkpoints.
+      UserError: all saved checkpoints are missing; or there are some, and ``restart`` is set.
     """
     there = committed_steps(folder / CHECKPOINTS)
     problem = missing_checkpoints(folder, known)
     if there and restart:
         raise UserError(
             f"--restart: {folder / CHECKPOINTS} holds checkpoint {there[-1]}, from which the run "
-            "goes on; leave the flag out, or use another --workdir to start at step 0"
+            "resumes; leave the flag out, or use another --workdir to start at step 0"
         )
     if problem and there:
         if is_first():
-            warn(f"{problem}; going on from there")
+            warn(f"{problem}; resuming from there")
         return (f"{CHECKPOINTS}/{last_saved(folder, known)}",)
     elif problem and not restart:
         raise UserError(
@@ -228,14 +231,14 @@ def _check_saved(folder: Path, known: dict[str, Any], restart: bool) -> tuple[st
 
 
 def note_saved(folder: Path) -> None:
-    """Writes down which checkpoints there are."""
+    """Writes the steps of the present checkpoints to ``saved.json``."""
     steps = committed_steps(folder / CHECKPOINTS) if is_first() else []
     if steps:
         files.write_whole(folder / SAVED, json.dumps({"steps": steps}) + "\n")
 
 
 def set_aside(folder: Path) -> None:
-    """Moves what an earlier life of the run left, without its checkpoints, to a folder below."""
+    """Moves the files of an earlier start that has lost its checkpoints to a subfolder."""
     names = (METRICS, TIMINGS, SAVED, "summary.png", "probe")
     left = [folder / name for name in names if (folder / name).exists()]
     if not left or not is_first():
@@ -248,47 +251,11 @@ def set_aside(folder: Path) -> None:
         shutil.copy(folder / CONFIG, aside)
     for path in left:
         path.rename(aside / path.name)
-    warn(f"what the run left before it is started again is in {aside}")
-
-
-# ---------------------------------------------------------------- config.json
-
-
-def new_id() -> str:
-    """What a run is known by, whatever its folder is called."""
-    return secrets.token_hex(8)
-
-
-def history(
-    found: Found, step: int, gaps: list[Gap], restart: bool, lost: list[str]
-) -> list[Entry]:
-    """The history of a run that starts at a step: what it was, and what this start adds.
-
-    A run that starts at step 0 has none, whatever an earlier attempt was.
-    """
-    if step == 0:
-        return [stamped(0, {"restarted": True})] if restart and found.config_json else []
-    # What happened after the step that the run goes on from holds from there on.
-    before = [{**entry, "step": min(entry["step"], step)} for entry in found.history]
-    new: list[Entry] = [{"field": name, "old": old, "new": x} for name, old, x in found.changes]
-    new += [gap_entry(gap) for gap in gaps]
-    new += [{"missing": name} for name in lost]
-    return before + [stamped(step, entry) for entry in new]
-
-
-def gap_entry(gap: Gap) -> Entry:
-    """A gap of a log, for the history."""
-    return {"log": gap.log, "rows_missing": gap.rows, "rows": gap.of}
-
-
-def stamped(step: int, entry: Entry) -> Entry:
-    """An entry of the history with the step, the time and the version."""
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"step": step, **entry, "time": now, "version": __version__}
+    warn(f"the files of the run before this restart are in {aside}")
 
 
 def missing_probes(folder: Path, recorded: list[int]) -> list[str]:
-    """Names of the files of the probe that were there when a checkpoint was saved."""
+    """Names of missing probe files, of the steps that were recorded when a checkpoint was saved."""
     there = probe.step_files(folder)
     names = [probe.step_path(folder, step).name for step in recorded if step not in there]
     if recorded and not (probe.folder(folder) / "tokens.npz").exists():

@@ -1,4 +1,4 @@
-"""What the probe's program sees of a model, against the model taken apart in NumPy."""
+"""The probe's forward pass, against the model computed layer by layer in NumPy."""
 
 import dataclasses
 import functools
@@ -13,7 +13,8 @@ from flax import nnx
 from moejax import types
 from moejax.layers import routing_stats
 from moejax.tasks.language.model import LM
-from moejax.train.probe.forward import cosines, look, router_vectors
+from moejax.train.probe.arrays import cosines, router_vectors
+from moejax.train.probe.forward import probe_forward
 from moejax.train.state import TrainState
 from moejax.types import Context
 from tests import gates, steps
@@ -24,20 +25,20 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 """float32 in another program, two layers deep."""
 
 
-def looked(run, state=None, step=0):
-    """``look`` of two batches of random tokens."""
+def forward(run, state=None, step=0):
+    """``probe_forward`` of two batches of random tokens."""
     parts = [steps.batch(step), steps.batch(step + 1)]
     batches = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def program(state, batches):
-        return look(state, batches, task=run.task, sampled=SAMPLED)
+        return probe_forward(state, batches, task=run.task, sampled=SAMPLED)
 
     with jax.set_mesh(run.mesh):
         state = run.init_state() if state is None else state
         return batches, jax.device_get(state), jax.device_get(jax.jit(program)(state, batches))
 
 
-def taken_apart(run, state, batch):
+def layer_by_layer(run, state, batch):
     """Input and router's logits of each MoE layer, block by block, and the final logits."""
     length = run.config.train.seq_len
 
@@ -67,16 +68,16 @@ def log_sum_exp(x):
     return np.log(np.exp(x).sum(-1))
 
 
-def test_every_array_is_what_the_layers_say_one_by_one():
+def test_every_array_equals_that_of_the_layers_run_one_by_one():
     run = steps.make({"data": 1}, moe__transport="dropless")
-    batches, state, seen = looked(run)
+    batches, state, seen = forward(run)
     layers = run.task.model.num_moe_layers
     for part in range(2):
         batch = {name: x[part] for name, x in batches.items()}
         rows = slice(part * BATCH, (part + 1) * BATCH)
         valid = batch["valid"]
-        assert not valid.all(), "padding is looked at too"
-        by_layer, logits_BLV = taken_apart(run, state, batch)
+        assert not valid.all(), "the batch has padding"
+        by_layer, logits_BLV = layer_by_layer(run, state, batch)
         target = np.take_along_axis(logits_BLV, batch["tokens"][:, 1:, None], -1)[..., 0]
         nats_BL = log_sum_exp(logits_BLV) - target
         CLOSE(seen["nats"][rows][valid], nats_BL[valid])
@@ -116,7 +117,7 @@ def cosine(a, b):
 @pytest.mark.slow
 def test_similarities_are_cosines_of_all_of_an_experts_weights_and_of_the_routers_columns():
     run = steps.make({"data": 1}, moe__every=2, model__num_layers=4)
-    _, state, seen = looked(run)
+    _, state, seen = forward(run)
     layer = state.params["periods"]["blocks"]["1"]["ffn"]
     experts = run.config.moe.num_experts
     assert seen["expert_similarity"].shape == seen["router_similarity"].shape == (2, experts, 8)
@@ -174,7 +175,7 @@ QUICK = ("hash", "dense", "expert_choice", "rl", "remoe")
         for row in gates.ROWS
     ],
 )
-def test_every_gate_has_a_probe_whose_router_is_float32_in_a_bfloat16_model(row):
+def test_the_probe_of_every_gate_has_a_float32_router_in_a_bfloat16_model(row):
     base, gate = steps.make({"data": 1}, model__dtype="bfloat16"), row.make()
     model = dataclasses.replace(base.task.model, gate=gate)
     task = dataclasses.replace(base.task, model=model)
@@ -183,7 +184,7 @@ def test_every_gate_has_a_probe_whose_router_is_float32_in_a_bfloat16_model(row)
         key, counts_V = jax.random.key(0), np.arange(steps.VOCAB)
         params, gate_state = task.init(key), task.init_gate_state(lambda: counts_V)
         state = TrainState(jnp.int32(0), params, (), gate_state, jax.random.key_data(key))
-        return look(state, batches, task=task, sampled=SAMPLED)
+        return probe_forward(state, batches, task=task, sampled=SAMPLED)
 
     parts = {name: np.stack([x, x]) for name, x in steps.batch(0).items()}
     seen = jax.eval_shape(program, parts)
@@ -197,8 +198,8 @@ def test_every_gate_has_a_probe_whose_router_is_float32_in_a_bfloat16_model(row)
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
-def test_what_the_probe_asks_of_a_layer_leaves_no_trace_in_training(remat, monkeypatch):
-    """Letter for letter the same program as of a layer that does not say what its router did."""
+def test_the_statistics_for_the_probe_leave_the_training_program_unchanged(remat, monkeypatch):
+    """The program is, character for character, that of a layer without the router's statistics."""
 
     def program(which):
         run = steps.make({"expert": 2}, model__remat=remat, model__num_layers=1)
@@ -207,27 +208,27 @@ def test_what_the_probe_asks_of_a_layer_leaves_no_trace_in_training(remat, monke
 
     with_probe = {which: program(which) for which in ("train_step", "eval_step")}
 
-    def silent(**said):
-        return types.MoEInfo(**{**said, "router": None})
+    def silent(**fields):
+        return types.MoEInfo(**{**fields, "router": None})
 
     monkeypatch.setattr(routing_stats, "MoEInfo", silent)
     assert with_probe == {which: program(which) for which in ("train_step", "eval_step")}
     run = steps.make({"data": 1})
     with pytest.raises(AttributeError, match="probs_GTE"):  # the probe needs what was left out
-        looked(run)
+        forward(run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"expert": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_on_any_mesh_the_probe_sees_the_same(shape):
+def test_the_probe_records_the_same_on_any_mesh(shape):
     one = steps.make({"data": 1})
     many = steps.make(shape)
-    _, state, wanted = looked(one)
+    _, state, wanted = forward(one)
     with jax.set_mesh(many.mesh):
         state = jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding), state, many.abstract_state
         )
-    _, _, found = looked(many, state)
+    _, _, found = forward(many, state)
     assert found.keys() == wanted.keys()
     for name, x in wanted.items():
         if x.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""The measured leak: what an evaluation gains by seeing the future, in nats per token."""
+"""Measured leakage: how much an evaluation gains from later tokens, in nats per token."""
 
 import functools
 import math
@@ -25,12 +25,12 @@ from moejax.types import KnowsRows
 
 
 def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
-    """Loss of held-out sequences evaluated whole, and token by token without what comes later.
+    """Loss of held-out sequences evaluated whole, and token by token without later tokens.
 
     For the second, the model runs once for every prefix length, with everything after the prefix
-    masked as padding in all sequences, and only its last prediction counts: what decoding would
-    give. The two agree up to rounding for whatever is causal; the second is larger by what the
-    first learns from later tokens.
+    masked as padding in all sequences, and only its last prediction counts, as in decoding. For a
+    causal model the two agree up to rounding; otherwise the second is larger by the amount that the
+    first gains from later tokens.
 
     Costs seq_len forward passes. ``sequences`` is rounded up to fill the mesh and the groups.
 
@@ -63,22 +63,25 @@ def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Raises UserError unless the config's task predicts what comes next, by a gate that would
-    route otherwise without it."""
+    """Refuses a task without a future to leak, and a gate whose routing no mask changes.
+
+    Raises:
+      UserError: naming the task or the gate.
+    """
     if config.task.name != LANGUAGE:
         raise UserError(
-            f"--measure-leak: task {config.task.name!r} does not predict from what comes before: "
-            "there is no future to leak; leave the flag out"
+            f"--measure-leak: task {config.task.name!r} does not predict a token from earlier "
+            "ones: there is no future to leak; leave the flag out"
         )
     if has_experts(config) and isinstance(make_gate(config), KnowsRows):
         raise UserError(
-            f"--measure-leak: the routing of gate {config.moe.gate.name!r} stays whatever is "
-            "masked, so nothing would be measured; measure the run that was recorded"
+            f"--measure-leak: the routing of gate {config.moe.gate.name!r} does not depend on the "
+            "mask, so nothing would be measured; measure the run that was recorded"
         )
 
 
 def rows_per_batch(run: Run, sequences: int) -> int:
-    """Batches for ``sequences`` are no larger than they must be for mesh and groups."""
+    """The smallest batch for ``sequences`` that mesh and routing groups allow."""
     train, moe = run.config.train, run.task.model.moe
     unit = axis_size(run.mesh.abstract_mesh, *BATCH_AXES) * moe.rows_per_group(1)
     if moe.group == "batch" or train.batch_size % unit:
@@ -87,7 +90,7 @@ def rows_per_batch(run: Run, sequences: int) -> int:
 
 
 def _batches(run: Run, sequences: int) -> tuple[int, list[dict[str, np.ndarray]]]:
-    """Batches as small as mesh and groups allow, and how many sequences they hold together."""
+    """The number of sequences, and batches of them as small as mesh and groups allow."""
     size = rows_per_batch(run, sequences)
     wanted = math.ceil(sequences / size) * size
     batches = run.data.eval_batches(size, wanted)
@@ -95,10 +98,10 @@ def _batches(run: Run, sequences: int) -> tuple[int, list[dict[str, np.ndarray]]
 
 
 def _sums(state: TrainState, batch: Batch, length: Array, *, task: LanguageModel) -> Any:
-    """Nats of the first ``length`` tokens, which see no others, and of the last one of them."""
+    """Nats of the first ``length`` tokens, with all others masked, and of the last of these."""
     key = jax.random.wrap_key_data(state.key)
     position_L = jnp.arange(batch["valid"].shape[1])
-    seen = {**batch, "valid": batch["valid"] & (position_L < length)}
-    nats_BL = task.nats(state.params, state.gate_state, seen, state.step, key)
-    nats_BL = jnp.where(seen["valid"], nats_BL, 0.0)
+    prefix = {**batch, "valid": batch["valid"] & (position_L < length)}
+    nats_BL = task.nats(state.params, state.gate_state, prefix, state.step, key)
+    nats_BL = jnp.where(prefix["valid"], nats_BL, 0.0)
     return jnp.sum(nats_BL), jnp.sum(jnp.where(position_L == length - 1, nats_BL, 0.0))

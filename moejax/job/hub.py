@@ -1,38 +1,38 @@
-"""Process 0's thread that all processes of a job are connected to."""
+"""The thread in process 0 that all processes of a job are connected to."""
 
 import selectors
 import socket
 import threading
 from typing import Any
 
-from moejax.job.messages import Wire
+from moejax.job.connection import Connection
 
 
 class Hub(threading.Thread):
-    """Passes on what processes say, collects what all of them have to say, and misses the dead.
+    """Relays messages, collects values from all processes, and notices the death of one.
 
-    Whatever ends this thread closes the connections, by which every process learns of it.
+    However this thread ends, it closes the connections, which every process notices.
     """
 
     def __init__(self, listener: socket.socket, processes: int, own: socket.socket):
         super().__init__(name="moejax hub", daemon=True)
         self.deserted = threading.Event()
-        """Set once all other processes have come and gone."""
+        """Set once all other processes have joined and left."""
         self._listener: socket.socket | None = listener
         self._processes = processes
-        self._members: dict[int, Wire] = {}
+        self._members: dict[int, Connection] = {}
         self._described: dict[int, str] = {}
-        self._said: dict[str, dict[int, Any]] = {}
+        self._values: dict[str, dict[int, Any]] = {}
         self._counts: dict[int, int] = {}
         self._stopping = ""
         self._failure: dict[str, Any] | None = None
-        self._parted, self._ready, self._gone = set[int](), set[int](), set[int]()
+        self._leaving, self._ready, self._gone = set[int](), set[int](), set[int]()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._watch(own)
+        self._register(own)
 
     def missing(self) -> list[int]:
-        """Processes that have not come yet."""
+        """Numbers of the processes that have not joined yet."""
         return sorted(set(range(self._processes)) - self._described.keys())
 
     def run(self) -> None:
@@ -52,32 +52,32 @@ class Hub(threading.Thread):
     def _accept(self) -> None:
         assert self._listener is not None
         try:
-            connection, _ = self._listener.accept()
-        except OSError:  # who called has gone
+            accepted, _ = self._listener.accept()
+        except OSError:  # the caller has gone
             return
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._watch(connection)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._register(accepted)
 
-    def _watch(self, connection: socket.socket) -> None:
-        connection.settimeout(10)
-        self._selector.register(connection, selectors.EVENT_READ, Wire(connection))
+    def _register(self, accepted: socket.socket) -> None:
+        accepted.settimeout(10)
+        self._selector.register(accepted, selectors.EVENT_READ, Connection(accepted))
 
-    def _read(self, wire: Wire) -> None:
-        process = next((r for r, member in self._members.items() if member is wire), None)
-        messages = wire.receive()
+    def _read(self, connection: Connection) -> None:
+        process = next((r for r, member in self._members.items() if member is connection), None)
+        messages = connection.receive()
         for message in messages or []:
             if process is None:
-                process = self._hello(wire, message)
+                process = self._hello(connection, message)
             else:
-                self._hear(process, message)
+                self._handle(process, message)
         if messages is None or (messages and process is None):
-            self._selector.unregister(wire.connection)
-            wire.close()
+            self._selector.unregister(connection.socket)
+            connection.close()
             if process is not None:
-                self._miss(process)
+                self._lost(process)
 
-    def _hello(self, wire: Wire, message: dict[str, Any]) -> int | None:
-        """The number of a process that introduces itself; None if it is none or has no place."""
+    def _hello(self, connection: Connection, message: dict[str, Any]) -> int | None:
+        """The number of a process that introduces itself; None if it is not of this job."""
         try:
             process, processes = int(message["hello"]), int(message["processes"])
             who = str(message["who"])
@@ -85,7 +85,7 @@ class Hub(threading.Thread):
             return None
         if not 0 <= process < processes:
             return None
-        wire.send(welcome=True)
+        connection.send(welcome=True)
         if processes != self._processes and self._failure is None:
             self._fail(
                 process,
@@ -102,35 +102,35 @@ class Hub(threading.Thread):
             )
         if process not in self._described:
             self._described[process] = who
-            self._members[process] = wire
+            self._members[process] = connection
         if message.get("problem") and self._failure is None:
             self._fail(process, message["problem"], message["status"])
         if self._failure:
-            wire.send(failed=self._failure)
+            connection.send(failed=self._failure)
         elif self._stopping:
-            wire.send(freeze=self._stopping)
+            connection.send(freeze=self._stopping)
         if self._failure is None and len(self._members) == self._processes:
             self._stop_listening()
             self._broadcast(begin=True)
-        return process if self._members.get(process) is wire else None
+        return process if self._members.get(process) is connection else None
 
     def _stop_listening(self) -> None:
-        """Frees the port, at which JAX's own coordinator is to listen."""
+        """Frees the port, where JAX's own coordinator will listen."""
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
 
-    def _hear(self, process: int, message: dict[str, Any]) -> None:
-        if "say" in message:
-            said = self._said.setdefault(message["say"], {})
-            said[process] = message["value"]
-            if len(said) == self._processes:
-                values = [said[r] for r in range(self._processes)]
-                self._members[0].send(all_said=message["say"], values=values)
-                del self._said[message["say"]]
-        elif "heard" in message:  # what process 0 makes of it
-            if message["problem"]:  # of which every process now ends by itself
+    def _handle(self, process: int, message: dict[str, Any]) -> None:
+        if "submit" in message:
+            values = self._values.setdefault(message["submit"], {})
+            values[process] = message["value"]
+            if len(values) == self._processes:
+                ordered = [values[r] for r in range(self._processes)]
+                self._members[0].send(collected=message["submit"], values=ordered)
+                del self._values[message["submit"]]
+        elif "outcome" in message:  # from process 0
+            if message["problem"]:  # every process now ends by itself
                 self._failure = {}
             self._broadcast(**message)
         elif "stop" in message and not self._stopping:
@@ -142,29 +142,29 @@ class Hub(threading.Thread):
                 self._broadcast(stop_at=max(self._counts.values()) + 1)
         elif "failed" in message and self._failure is None:
             self._fail(process, message["failed"], message["status"])
-        elif "part" in message:
-            self._parted.add(process)
+        elif "leaving" in message:
+            self._leaving.add(process)
         elif "ready" in message:
             self._ready.add(process)
-            self._let_go()
+            self._release()
 
     def _fail(self, process: int, problem: str, status: int) -> None:
         self._failure = {"process": process, "problem": problem, "status": status}
         self._broadcast(failed=self._failure)
 
-    def _miss(self, process: int) -> None:
-        """A connection has ended: as it should, or with the process."""
+    def _lost(self, process: int) -> None:
+        """Handles the end of a connection, in an orderly way or with the process."""
         del self._members[process]
         self._gone.add(process)
-        if process not in self._parted and self._failure is None:
+        if process not in self._leaving and self._failure is None:
             who = self._described[process]
             self._fail(process, f"({who}) has died, or can no longer be reached", status=1)
-        self._let_go()
+        self._release()
         if self._gone >= set(range(1, self._processes)):
             self.deserted.set()
 
-    def _let_go(self) -> None:
-        """Has all end together: gloo may abort a process that waits for one that has gone."""
+    def _release(self) -> None:
+        """Lets all processes end together: gloo may abort one that waits for one that has gone."""
         if self._ready >= self._members.keys():
             self._broadcast(go=True)
 
