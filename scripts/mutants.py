@@ -359,7 +359,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "favourites_of_lift_1",
-        "moejax/analysis/statistics/specialisation.py",
+        "moejax/analysis/statistics/kinds.py",
         "lift_CE[kinds, expert] > 1]",
         "lift_CE[kinds, expert] >= 1]",
         "tests/analysis/statistics/test_kinds.py",

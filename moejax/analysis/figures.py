@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,12 @@ COLUMNS = 200
 """A heatmap over more logged steps than this averages neighbours."""
 TITLE = 34
 """Letters of an axis title that fit beside a figure."""
+OCTAVES = 3
+"""The scale ends at lifts of 1/8 and 8, always: beyond, more colour says nothing more."""
+WRITTEN = 16
+"""Shares are written into the cells of maps of at most so many columns."""
+DIGITS = 5
+"""Of maps of many experts and layers, seventeen digits a number would be most of the report."""
 MARKED = 12
 """A line of at most so many points has markers."""
 
@@ -168,3 +174,110 @@ def binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def listed(values: Any) -> list[Any]:
     """Plain Python numbers, strings and lists of them."""
     return np.asarray(values).tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+def lift_cells(lift: np.ndarray, share: np.ndarray, **style: Any) -> Spec:
+    """A heatmap of ``lift`` [rows, columns], coloured by its logarithm to base 2: 1 is neutral.
+
+    ``share``, of the same shape, is written into the cells; hover texts find the lift as
+    ``customdata[0]`` and the share as ``customdata[1]``. Lift 0 and unknown lift are gaps.
+    """
+    above_0 = np.nan_to_num(lift) > 0
+    octaves = np.log2(lift, out=np.full(lift.shape, np.nan), where=above_0)
+    edge = OCTAVES
+    ticks = range(-edge, edge + 1)
+    cells = {
+        "type": "heatmap",
+        "z": listed(octaves.round(DIGITS)),
+        "customdata": listed(np.stack([lift, share], axis=-1).round(DIGITS)),
+        "zmin": -edge,
+        "zmax": edge,
+        "zmid": 0,
+        "colorbar": {
+            "title": {"text": "lift, ratio", "side": "top"},
+            "tickvals": list(ticks),
+            "ticktext": [f"{2.0**tick:g}" for tick in ticks],
+        },
+        "hoverongaps": False,
+    }
+    if share.shape[1] <= WRITTEN:
+        cells |= {"text": [[_percent(x) for x in row] for row in share], "texttemplate": "%{text}"}
+    return cells | style
+
+
+def cell_axes(rows: int, columns: int) -> dict[str, dict[str, Any]]:
+    """Axes of numbered or named cells, the first row on top; not every number where many are."""
+    return {
+        "xaxis": {"dtick": max(1, columns // 16), "showgrid": False, "zeroline": False},
+        "yaxis": {
+            "dtick": max(1, rows // 16),
+            "showgrid": False,
+            "zeroline": False,
+            "autorange": "reversed",
+        },
+    }
+
+
+def _percent(share: float) -> str:
+    if not share > 0:
+        return ""
+    return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One chart: its axes as ``chart`` takes them, traces, what else is said of y."""
+
+    x: str | Scale
+    y: str | Scale
+    traces: Sequence[Spec]
+    axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    x_axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
+    """Panels in rows of ``columns``; a name is in the legend once."""
+    layout: dict[str, Any] = {
+        "grid": {
+            "rows": -(-len(found) // columns),
+            "columns": columns,
+            "pattern": "independent",
+            "xgap": 0.22,
+            "ygap": 0.28,
+        }
+    }
+    data, named = [], set()
+    for number, panel in enumerate(found, start=1):
+        suffix = "" if number == 1 else str(number)
+        layout[f"xaxis{suffix}"] = {
+            **axis_of(panel.x, panel.traces, "x"), **panel.x_axis,
+        }  # fmt: skip
+        layout[f"yaxis{suffix}"] = {
+            **axis_of(panel.y, panel.traces, "y"), **panel.axis,
+        }  # fmt: skip
+        for trace in panel.traces:
+            name = trace.get("name", "")
+            data.append(
+                {
+                    "legendgroup": name,
+                    "showlegend": name not in named,
+                    **trace,
+                    "xaxis": f"x{suffix}",
+                    "yaxis": f"y{suffix}",
+                }
+            )
+            if data[-1]["showlegend"]:
+                named.add(name)
+    return {"data": data, "layout": {**layout, "showlegend": len(named) > 1}}
+
+
+def fan(steps: Any, bands: dict[str, tuple[Any, Any]], middle: tuple[str, Any]) -> list[Spec]:
+    """A line within bands: each band is its lower and upper values by name, the widest first."""
+    traces = []
+    for name, (low, high) in bands.items():
+        edge = {"mode": "lines", "line": {"width": 0, "color": "C0"}, "hoverinfo": "skip"}
+        same = {"legendgroup": name, "opacity": 0.5}
+        traces.append(line(name, steps, low, **edge, **same, showlegend=False))
+        traces.append(line(name, steps, high, **edge, **same, fill="tonexty"))
+    name, values = middle
+    return [*traces, line(name, steps, values, line={"color": "C0"})]

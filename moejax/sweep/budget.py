@@ -89,8 +89,8 @@ def _time(sweep: Sweep, waiting: Sequence[Trial], finished: Sequence[Result]) ->
         own = [each for each in timed if each.variant == trial.variant] or timed
         total += statistics.fmean(_seconds(each, trial.steps) for each in own)
     return (
-        f"time: about {rough_duration(total)} one after the other, judged by the {len(timed)} {where} "
-        "trials, without starting processes"
+        f"time: about {rough_duration(total)} one after the other, judged by the {len(timed)} "
+        f"{where} trials, without starting processes"
     )
 
 

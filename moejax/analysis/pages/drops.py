@@ -3,8 +3,8 @@
 import numpy as np
 
 from moejax.analysis import figures
+from moejax.analysis.figures import WRITTEN
 from moejax.analysis.health import recent
-from moejax.analysis.lifts import WRITTEN
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
 from moejax.analysis.run import RunData

@@ -5,14 +5,13 @@ import math
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.figures import Scale
+from moejax.analysis.figures import Panel, Scale, fan, panels
 from moejax.analysis.html import plain
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import Panel, fan, panels
 from moejax.analysis.probed import at_tokens, over_steps
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.spread import histogram, spread
+from moejax.analysis.statistics.values import histogram, spread
 from moejax.record.probe import Probe
 from moejax.train import scales
 

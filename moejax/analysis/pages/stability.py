@@ -5,14 +5,13 @@ from collections.abc import Callable
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.lifts import WRITTEN, cell_axes
+from moejax.analysis.figures import WRITTEN, Panel, cell_axes, panels
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import Panel, panels
 from moejax.analysis.probed import over_steps
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.similarity import between
-from moejax.analysis.statistics.stability import churn, saturation, saturation_by_chance
+from moejax.analysis.statistics.choices import churn, saturation, saturation_by_chance
+from moejax.analysis.statistics.values import between
 from moejax.record.counts import NONE
 from moejax.record.probe import Probe
 

@@ -221,8 +221,6 @@ def _variants(sweep: SweepData) -> Table:
     rows = []
     for variant in sweep.variants:
         trial = next(each.trial for each in sweep.trials if each.variant == variant)
-        names = [
-            o.removeprefix("--config.") for o in trial.overrides if "train.seed=" not in o
-        ]
+        names = [o.removeprefix("--config.") for o in trial.overrides if "train.seed=" not in o]
         rows.append((variant, " ".join(names)))
     return Table(("variant", "differs from the experiment's page in"), rows)

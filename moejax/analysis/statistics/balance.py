@@ -7,7 +7,7 @@ are NaN where there are no pairs.
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.values import ratio
 
 Load = Shaped[np.ndarray, "... E"]
 PerLoad = Float[np.ndarray, "..."]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.interval import Interval, over_rows
 from moejax.record.routing import Routed
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float, Int
 
-from moejax.analysis.statistics.ratios import ratio
-from moejax.analysis.statistics.stability import saturation, saturation_by_chance
+from moejax.analysis.statistics.choices import saturation, saturation_by_chance
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.tokens import LEAST
 from moejax.record.counts import choice_counts, selected
 from moejax.record.routing import Routed

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.analysis.statistics.balance import entropy
-from moejax.analysis.statistics.information import mutual_information
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.kinds import mutual_information
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.interval import Interval, over_rows
 from moejax.record.counts import NONE, choice_counts
 from moejax.record.routing import Routed
