@@ -15,36 +15,36 @@ Spec = dict[str, Any]
 COLUMNS = 200
 """A heatmap over more logged steps than this averages neighbours."""
 TITLE = 34
-"""Letters of an axis title that fit beside a figure."""
+"""Characters of an axis title that fit beside a figure."""
 OCTAVES = 3
-"""The scale ends at lifts of 1/8 and 8, always: beyond, more colour says nothing more."""
+"""The colour scale always ends at lifts of 1/8 and 8."""
 WRITTEN = 16
-"""Shares are written into the cells of maps of at most so many columns."""
+"""Maps of at most so many columns have shares written into their cells."""
 DIGITS = 5
-"""Of maps of many experts and layers, seventeen digits a number would be most of the report."""
+"""Decimals of the numbers of a map: full precision would dominate the report's size."""
 MARKED = 12
-"""A line of at most so many points has markers."""
+"""Lines of at most so many points have markers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What an axis shows: a quantity with its unit, and how far the axis spans at least.
+    """The scale of an axis: a quantity, its unit, and the least span.
 
-    ``least`` may be 0 only where ``bounds`` are both finite: then the axis is always these.
+    ``least`` may be 0 only if both ``bounds`` are finite: the axis then always spans them.
     """
 
     quantity: str
     unit: str
     least: float = 0.0
     start: float | None = None
-    """Where the axis begins, such as 0."""
+    """The start of the axis, such as 0."""
     bounds: scales.Ends = scales.EVERYWHERE
-    """What the quantity cannot leave."""
+    """The bounds of the quantity."""
     format: str = ""
 
     @property
     def title(self) -> str:
-        """Quantity and unit, the latter on a line of its own where both are long."""
+        """Quantity and unit, on two lines if both are long."""
         whole = f"{self.quantity}, {self.unit}"
         return whole if len(whole) <= TITLE else f"{self.quantity},<br>{self.unit}"
 
@@ -63,12 +63,12 @@ def share(quantity: str, of: str = "share") -> Scale:
 
 
 def whole_share(quantity: str, of: str = "share") -> Scale:
-    """A share between 0 and 100 %, on that scale always."""
+    """A share, always on the scale from 0 to 100 %."""
     return Scale(quantity, of, bounds=(0.0, 1.02), format=".0%")
 
 
 def loss(quantity: str, unit: str, values: Iterable[float] = ()) -> Scale:
-    """A loss; ``values`` are wanted where its unit is not in nats."""
+    """A loss; ``values`` are needed if its unit is not in nats."""
     return Scale(quantity, unit, scales.least_loss(unit, values))
 
 
@@ -78,7 +78,7 @@ def from_0(quantity: str, unit: str, least: float) -> Scale:
 
 
 def line(name: str, x: Any, y: Any, **style: Any) -> Spec:
-    """A line by name; few points get markers."""
+    """A named line; few points get markers."""
     x, y = listed(x), listed(y)
     mode = "lines+markers" if len(x) <= MARKED else "lines"
     return {"type": "scatter", "name": plain(name), "x": x, "y": y, "mode": mode, **style}
@@ -94,7 +94,7 @@ def level(name: str, steps: Any, value: float) -> Spec:
 def chart(traces: Sequence[Spec], x: str | Scale, y: str | Scale, **layout: Any) -> Spec:
     """Traces over two axes; ``layout`` adds to it, axis by axis.
 
-    An axis with a text for a title is of steps, positions or names; all others have a scale.
+    Axes of steps, positions or names have a title; all others have a scale.
     """
     axes = {"xaxis": axis_of(x, traces, "x"), "yaxis": axis_of(y, traces, "y")}
     for name, axis in axes.items():
@@ -119,7 +119,7 @@ def heatmap(
 ) -> Spec:
     """Cells of rows ``y`` and columns ``x``, whose colours reach from one of ``ends`` to the other.
 
-    The ends do not depend on the values, so that a colour says the same in every picture.
+    The ends do not depend on the values, so that a colour means the same in every figure.
     ``colour`` names quantity and unit. From below 0 to above there are two colours.
     """
     low, high = ends

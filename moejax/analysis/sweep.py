@@ -1,4 +1,8 @@
-"""What a sweep has written so far: its trials, finished or not, and its comparison."""
+"""A sweep's files: its trials, finished or not, and its comparison.
+
+`moejax sweep` writes summary.json when it ends. If trials have finished or diverged since, the
+comparison is recomputed from the runs.
+"""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -29,7 +33,7 @@ OF_TRIAL = ("seed", "loss", "cost")
 """The fields of summary.json that the pages read."""
 
 TAIL = 15
-"""So many last lines of a log say why a trial failed."""
+"""The number of last lines of a log that are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +67,15 @@ class TrialData:
             return "finished"
         if self.run is None or not self.run.last_step:
             return "no step logged" if self.log else "not started"
-        return f"stopped or going on, step {self.run.last_step} of {self.run.field('train.steps')}"
+        return f"stopped or running, step {self.run.last_step} of {self.run.field('train.steps')}"
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepData:
     """A sweep's folder: ``results`` in numbers, a finished trial each.
 
-    ``summary`` is that of summary.json (docs/sweeps.md), or made anew of ``results`` if there is
-    none or it has other trials; ``stale`` then says which, in a sentence.
+    ``summary`` is the tree of summary.json (docs/sweeps.md), or recomputed from ``results`` if
+    there is none or it has other trials; ``stale`` then names these in a sentence.
     """
 
     name: str
@@ -85,7 +89,7 @@ class SweepData:
 
     @classmethod
     def read(cls, folder: str | Path) -> "SweepData":
-        """Reads a sweep that is finished, going on, or has nothing but failures.
+        """Read a sweep, finished or not.
 
         Raises:
           UserError: the folder holds no sweep.
@@ -164,9 +168,9 @@ def _up_to_date(
     diverged: set[tuple[str, int]],
     problems: list[str],
 ) -> tuple[dict[str, Any], str]:
-    """The tree of summary.json, and what to say if it is not that of the file.
+    """The tree of summary.json, and a warning if it is not that of the file.
 
-    What is compared with what is known from the file alone: without it, nothing has a baseline.
+    Only the file knows baseline and match: without it, nothing has a baseline.
     """
     written = _read_summary(folder / SUMMARY, sweep.variants, problems)
     if written is None:
@@ -216,7 +220,7 @@ def _read_summary(
 
 
 def _damages(summary: dict[str, Any], variants: Collection[str]) -> Iterator[str]:
-    """What is wrong with it."""
+    """The problems of a summary.json."""
     yield from _lacks("it", summary, OF_SUMMARY)
     if summary["baseline"] not in (None, *variants):
         yield f"its baseline {summary['baseline']!r} is no variant of the sweep"

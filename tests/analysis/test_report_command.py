@@ -144,7 +144,7 @@ def test_events_that_a_run_wrote_itself_are_left_as_they_are(tmp_path: Path, cap
     (workdir / "tensorboard").mkdir()
     own = workdir / "tensorboard/events.out.tfevents.1.host"
     own.write_bytes(b"its own")
-    assert "left as it is" in call(capsys, workdir, "--tensorboard")[1]
+    assert "left alone" in call(capsys, workdir, "--tensorboard")[1]
     assert [path.read_bytes() for path in (workdir / "tensorboard").iterdir()] == [b"its own"]
 
 

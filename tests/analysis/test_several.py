@@ -79,7 +79,7 @@ def test_of_other_data_no_difference_is_taken_and_it_is_said(tmp_path: Path):
     page = several_runs.page(several)
     assert "minus that of the first" not in column(page, "outcome", 2)
     first = next(block for block in page.blocks if isinstance(block, Warning))
-    assert first.text.startswith("The data differ (fingerprints)")
+    assert first.text.startswith("The data differ (by fingerprint)")
 
 
 def test_runs_with_other_tokens_are_compared_per_byte(tmp_path: Path):

@@ -371,7 +371,7 @@ def test_an_unfinished_trial_says_how_far_it_came_and_is_not_compared(tmp_path: 
     workdirs.write(folder / "trials/top_2-seed1", [workdirs.row(10)], workdirs.saved())
     sweep = read(folder)
     row = blocks.table(sweep_overview.page(sweep), "state").rows[0]
-    assert row == ("stopped or going on, step 10 of 30", "top_2-seed1")
+    assert row == ("stopped or running, step 10 of 30", "top_2-seed1")
     assert blocks.table(comparison.page(sweep), "variant").rows[1][1] == "1/2"
 
 

@@ -1,4 +1,4 @@
-"""Which experts are chosen together, and which follow each other from layer to layer."""
+"""Co-activation of experts, and transitions from layer to layer."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from moejax.analysis.statistics.choices import (
 from moejax.record.routing import Routed
 
 PAIRS = 10
-"""So many of the most co-activated pairs are in the table."""
+"""The number of most co-activated pairs in the table."""
 
 
 def page(run: RunData) -> Page:

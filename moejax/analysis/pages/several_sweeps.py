@@ -1,4 +1,4 @@
-"""Sweeps beside each other: the losses of all variants, and what the sweeps do not share."""
+"""The comparison of sweeps: the losses of all variants, and differences of their configs."""
 
 import dataclasses
 import math
@@ -169,7 +169,7 @@ def _table(several: Several) -> Table:
     caption = (
         "Means over n finished seeds with the half width of their 95 % interval. minus the "
         "first's: to the same variant of the first sweep that has it, over the seeds that both "
-        f"have; it is no test, and not corrected for looking at many. Training: {QUARTER}. "
+        f"have; it is not a test and not corrected for multiple comparisons. Training: {QUARTER}. "
         + (MARKS if any("\N{DAGGER}" in r[0] or "\N{DOUBLE DAGGER}" in r[0] for r in rows) else "")
     )
     return Table(header, rows, caption.strip())

@@ -1,4 +1,4 @@
-"""Which tokens experts get: by domain, by token, and how much of routing either explains."""
+"""Specialisation of experts by domain and token, and how much of routing either explains."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Kinds:
 
 
 def kinds_of(probe: Probe, item: str) -> list[Kinds]:
-    """By token and, of text, by the token that follows; where there are labels, by these.
+    """Kinds by token, by next token for text, and by label if there are labels.
 
     Labels of text are called domains.
     """
@@ -135,7 +135,7 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
 
 
 def quoted(token: str) -> str:
-    """So that a token that is a space can be seen, and no line breaks at it."""
+    """Quote a token so that spaces are visible and do not break lines."""
     whole = token.replace(" ", "\N{NO-BREAK SPACE}")
     return f"\N{LEFT DOUBLE QUOTATION MARK}{whole}\N{RIGHT DOUBLE QUOTATION MARK}"
 

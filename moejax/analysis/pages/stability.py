@@ -1,4 +1,4 @@
-"""Whether routing has settled, and whether experts and their inputs stay different."""
+"""The stability of routing, and the similarity of experts and of their inputs."""
 
 from collections.abc import Callable
 
@@ -79,7 +79,7 @@ def _moves(probe: Probe) -> list[Block]:
     spec = figures.chart(by_layer("", steps, churn_SM), "step", scale)
     caption = (
         "Share of the probe's tokens whose first choice is another expert than at the recording "
-        "before. It should fall as training goes on: tokens that keep moving between experts teach "
+        "before. It should fall during training: tokens that keep moving between experts teach "
         "each of them little (StableMoE, arXiv 2204.08396). Compare gates at equal intervals."
     )
     return [

@@ -1,4 +1,4 @@
-"""How evenly each variant uses its experts: in numbers, side by side, and one at a time."""
+"""The balance of every variant: in numbers, side by side, and one at a time."""
 
 import dataclasses
 from typing import Any

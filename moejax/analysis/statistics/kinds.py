@@ -13,7 +13,7 @@ from moejax.analysis.statistics.values import ratio
 
 
 def share_of_kind(counts_CE: Int[np.ndarray, "C E"]) -> Float[np.ndarray, "C E"]:
-    """Of a kind's pairs, the share each expert gets: a row sums to 1, NaN for a kind unseen.
+    """The share of a kind's pairs that each expert gets: a row sums to 1, NaN for an unseen kind.
 
     OLMoE's domain specialisation (Muennighoff et al., arXiv 2409.02060, eq. 7) divides by tokens
     instead of pairs: k times this where every token chooses k experts.
@@ -29,12 +29,12 @@ def lift(counts_CE: Int[np.ndarray, "C E"]) -> Float[np.ndarray, "C E"]:
 
 @dataclasses.dataclass(frozen=True)
 class Favourite:
-    """A kind of which an expert gets more than of other kinds."""
+    """A kind that an expert gets more than other kinds."""
 
     kind: int
     lift: float
     pairs: int
-    """Of this kind and expert."""
+    """The number of pairs of this kind and expert."""
 
 
 def favourites(
@@ -112,5 +112,5 @@ def _explained(expert_P: Integer[np.ndarray, " P"], kind_P: Integer[np.ndarray, 
 
 
 def _information(of_first: np.ndarray, of_second: np.ndarray, of_both: np.ndarray) -> float:
-    """From the three lists of counts; below 0 it is rounding."""
+    """Mutual information from three lists of counts; negative values are rounding."""
     return float(np.maximum(entropy(of_first) + entropy(of_second) - entropy(of_both), 0.0))
