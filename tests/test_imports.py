@@ -59,7 +59,7 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "contrib/openmoe": {"analysis", "config", "data", "errors", "record", "tasks", "train"},
-        "contrib/scaling": {"errors", "record", "sweep", "train"},
+        "contrib/scaling": {"errors", "sweep", "train"},
         "notebook": {
             "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train",
         },

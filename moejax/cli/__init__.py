@@ -1,4 +1,7 @@
-"""The ``moejax`` command. Each subcommand imports what it needs when it runs."""
+"""The ``moejax`` command: parses the command line and dispatches to a command.
+
+A command imports its dependencies when it runs.
+"""
 
 import argparse
 import errno
@@ -22,16 +25,16 @@ PREEMPTED = 75
 INTERRUPTED = 130
 
 TOGETHER = ("train", "eval")
-"""Commands that several processes may run together."""
+"""The commands that may run in several processes."""
 
 CONFIG_HELP = (
-    "a page of moejax's own (lm, vit, multitask, multimodal), path.py, package.module or a run's "
-    "workdir; :key=value,key=value behind a page is its argument"
+    "a built-in page (lm, vit, multitask, multimodal), path.py, package.module or the workdir of a "
+    "run; :key=value,key=value after a page is its argument"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit status.
+    """Run one command line and return its exit status.
 
     0 done, 1 a check (doctor) or a trial (sweep) failed or the loss is not finite, 2 the user's
     mistake, 75 preempted after saving (train, sweep), 130 interrupted.
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Makes a stream that was closed (`2>&-`) one that nobody reads.
+    """Replace a stream that was closed (`2>&-`) by one that discards its output.
 
     Else the next file to be opened, a log or a checkpoint, would get the stream's number and what
     libraries write there; and `print` to a stderr that is None goes to stdout.
@@ -83,7 +86,7 @@ def _exit_status(argv: list[str]) -> int:
         return FAILED if stopped_short else 0
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            problem = f"{str(error.filename)[:60]}... cannot be looked for: {error.strerror}"
+            problem = f"{str(error.filename)[:60]}... cannot be accessed: {error.strerror}"
             return _leave(argv, USER_ERROR, "error: {}", f"{problem}; name another path")
         if error.errno not in files.FULL:
             raise
@@ -102,7 +105,7 @@ def _exit_status(argv: list[str]) -> int:
 
 
 def _leave(argv: list[str], status: int, line: str, problem: str) -> int:
-    """Says the line, and ends the job that this process is in or was meant to be in.
+    """Print the line and end the job that this process belongs to.
 
     The status, for a process alone; the others of a job say the problem.
     """
@@ -143,7 +146,7 @@ def _run(argv: list[str]) -> int:
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole command line, and that of each command."""
+    """The parser of the whole command line, and the parser of each command."""
     from moejax import __version__
     from moejax.cli import data, report, scaling, sweep
     from moejax.cli import train as evaluation

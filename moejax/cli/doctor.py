@@ -23,11 +23,11 @@ from moejax.mesh import AXES, make_mesh
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 AXIS = "expert"
 SECONDS = 1.0
-"""How long the matmul is timed."""
+"""Duration of the timed matmul."""
 
 
 def report(cpu_devices: int) -> int:
-    """Prints the findings; 0 if moejax can train here, 1 if something it needs does not work.
+    """Print the findings; return 0 if moejax can train here, 1 if something it needs fails.
 
     ``cpu_devices`` virtual CPU devices are made, unless JAX has started devices before.
 
@@ -87,7 +87,7 @@ def _memory() -> str:
 
 
 def _try(mesh: Mesh, fn: Callable[[jax.Array], jax.Array], expected: np.ndarray) -> str:
-    """Runs ``fn`` on [n*n, 2] rows numbered from 0, n of them on each of n shards."""
+    """Run ``fn`` on [n*n, 2] rows numbered from 0, n of them on each of n shards."""
     n = mesh.shape[AXIS]
     x = jnp.arange(2 * n * n, dtype=jnp.float32).reshape(n * n, 2)
     spec = PartitionSpec(AXIS)

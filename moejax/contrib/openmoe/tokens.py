@@ -58,7 +58,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Of one MoE layer, by kind."""
+    """The measures of one MoE layer, by kind."""
 
     first: dict[str, Spread]
     """r of first choices: one expert a token."""
@@ -77,7 +77,7 @@ class Specialisation:
     information: dict[str, Interval]
     """Mean over layers."""
     lead: Interval
-    """Information of the token id less that of the context that says most, mean over layers."""
+    """Information of the token id minus that of the most informative context, mean over layers."""
 
 
 def largest_spread(num_experts: int, choices: int = 1) -> float:

@@ -34,7 +34,7 @@ SATURATION = ("E_start", "E_max")
 
 LOWEST = np.log([0.1, 2.0])
 HIGHEST = np.log([1e3, 1e6])
-"""Bounds of (delta, E_max); a fit that ends on one has found no saturation at that end."""
+"""Bounds of (delta, E_max); a fit that ends on a bound has found no saturation there."""
 
 _STARTS = tuple(itertools.product(np.log([0.5, 2.0, 8.0, 64.0]), np.log([8.0, 64.0, 512.0, 1e4])))
 _TOLERANCE = 1e-12
@@ -42,8 +42,7 @@ _TOLERANCE = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """Coefficients of the law; ``a`` and ``c`` are 0 in the reduced one, whose only size is its
-    runs'."""
+    """Coefficients of the law; ``a`` and ``c`` are 0 in the reduced law, for runs of one size."""
 
     a: float
     b: float
@@ -60,7 +59,7 @@ class Law:
 
     @property
     def at_bound(self) -> tuple[str, ...]:
-        """Those of E_start and E_max on a bound of the search: the runs do not determine them."""
+        """E_start or E_max if it lies on a bound of the search: the runs do not determine it."""
         inner = np.log([_delta(self.E_start, self.E_max), self.E_max])
         on = (inner <= LOWEST + 1e-6) | (inner >= HIGHEST - 1e-6)
         return tuple(name for name, hit in zip(SATURATION, on, strict=True) if hit)
@@ -76,7 +75,7 @@ class Law:
         """The size of the dense model (E = 1) with the loss of N parameters and E experts.
 
         ``log10 Nbar = (a n + b e + c n e - b s) / (a + c s)``, n = log10 N, e = log10 Eh,
-        s = log10 E_start: the effective parameter count of section 5. Of the full law only.
+        s = log10 E_start: the effective parameter count of section 5. Full law only.
         """
         n = np.log10(np.asarray(size_R, float))
         e, s = np.log10(saturated(experts_R, self.E_start, self.E_max)), math.log10(self.E_start)
@@ -88,8 +87,8 @@ class Law:
     def cutoff(self) -> float:
         """``N_cutoff = 10^(-b/c)``: from this size on more experts do not help.
 
-        Infinite where experts help a larger model as much as a smaller one or more (c <= 0), not a
-        number for the reduced law.
+        Infinite if experts help larger models at least as much as smaller ones (c <= 0); NaN for
+        the reduced law.
         """
         if self.reduced:
             return math.nan
@@ -109,7 +108,7 @@ PUBLISHED_CUTOFF = {"S-Base": 937e9, "RL-R": 85e9, "Hash": 83e9}
 
 
 def saturated(experts_R: Any, start: float, most: float) -> Reals:
-    """Eh of the numbers of experts."""
+    """Eh for the given numbers of experts."""
     return 1 / (1 / (np.asarray(experts_R, float) - 1 + _delta(start, most)) + 1 / most)
 
 
@@ -118,7 +117,7 @@ def _delta(start: float, most: float) -> float:
 
 
 def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) -> Law:
-    """The law with the least sum of squared errors of log10 L.
+    """The law with the smallest sum of squared errors of log10 L.
 
     Args:
       size_R: N of every run. If all are equal, the reduced law is fitted.
@@ -150,7 +149,7 @@ def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) 
 
 
 def squared_error(law: Law, size_R: Any, experts_R: Any, loss_R: Any) -> float:
-    """What the fit makes least: the sum over runs of (log10 of predicted over measured loss)^2."""
+    """The objective of the fit: the sum over runs of (log10 of predicted over measured loss)^2."""
     return float(np.sum(np.log10(law.loss(size_R, experts_R) / np.asarray(loss_R, float)) ** 2))
 
 
