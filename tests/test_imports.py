@@ -92,7 +92,7 @@ COLLECTIVES = {
     "all_gather", "all_to_all", "pmax", "pmean", "pmin", "ppermute", "pshuffle", "psum",
     "psum_scatter", "ragged_all_to_all",
 }  # fmt: skip
-MAY_COMMUNICATE = {"dispatch", "kernels", "train/checkpoint/checksum.py", "cli/doctor.py"}
+MAY_COMMUNICATE = {"dispatch", "kernels", "train/checkpoint/checksum.py", "cli/machine.py"}
 """Tokens travel in dispatch; checksums are sums over devices; doctor tries each collective."""
 
 MAY_AGREE = {"train/processes.py", "train/checkpoint/checkpointer.py"}

@@ -85,3 +85,8 @@ Every config field can be overridden, before or after the other flags, with
 The value is read as the type of the field's default. --config.moe.gate.name=NAME
 also brings the gate's own fields, which can be set in the same command.
 `moejax config` lists all fields."""
+
+CONFIG_HELP = (
+    "a built-in page (lm, vit, multitask, multimodal), path.py, package.module or the workdir of a "
+    "run; :key=value,key=value after a page is its argument"
+)
