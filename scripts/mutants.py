@@ -347,7 +347,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "is not None and result.variant != sweep.comparison.baseline",
         "is not None",
         "tests/sweep/test_comparison.py",
-        "test_the_baseline_is_matched_with_nobody",
+        "test_the_baseline_cannot_miss_the_match",
     ),
     Mutant(
         "detectable_by_the_most_seeds",
@@ -355,7 +355,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "least, many = min(common)",
         "least, many = max(common)",
         "tests/sweep/test_seed_variance.py",
-        "test_what_is_detectable_is_what_the_variant_with_the_fewest_common_seeds_can_show",
+        "test_the_variant_with_the_fewest_common_seeds_limits_the_detectable_difference",
     ),
     Mutant(
         "favourites_of_lift_1",
@@ -363,7 +363,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "lift_CE[kinds, expert] > 1]",
         "lift_CE[kinds, expert] >= 1]",
         "tests/analysis/statistics/test_kinds.py",
-        "test_kinds_that_go_where_all_tokens_go_are_nobodys_favourites",
+        "test_kinds_of_lift_1_are_not_favourites",
     ),
     Mutant(
         "shazeer_without_min_std",

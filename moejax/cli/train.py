@@ -12,7 +12,7 @@ def add_command(commands: Any) -> None:
         "train",
         help="train a model or resume a run",
         description="Trains the model that a config describes. Run the same command again in the "
-        "same workdir\nto resume from the last checkpoint; if the run has finished, it does nothing.",
+        "same\nworkdir to resume from the last checkpoint; a finished run is left alone.",
         epilog="Examples:\n"
         "  moejax train --config=configs/lm.py:gate=switch --workdir=runs/switch\n"
         "  moejax train --config=configs/lm.py:size=debug --config.train.steps=20 --workdir=runs/a"

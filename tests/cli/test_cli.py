@@ -245,7 +245,7 @@ class Terminal(io.StringIO):
     ("flags", "terminal", "short"),
     [([], False, False), ([], True, True), (["--summary"], False, True), (["--json"], True, False)],
 )
-def test_eval_is_short_for_people_and_whole_for_scripts(
+def test_eval_prints_a_summary_on_a_terminal_and_everything_otherwise(
     flags: list[str],
     terminal: bool,
     short: bool,

@@ -30,7 +30,7 @@ def test_a_trial_that_outlives_its_killed_runner_is_waited_for_and_not_run_twice
     assert small.steps("slow") == small.steps("quick") == ALL
 
 
-def test_a_trial_killed_with_its_runner_goes_on_where_it_was(tmp_path: Path):
+def test_a_trial_killed_with_its_runner_resumes(tmp_path: Path):
     small = Small(tmp_path, "slow")
     process = small.start()
     wait_until(lambda: small.steps("slow"))
@@ -104,7 +104,7 @@ def test_killed_again_and_again_every_trial_does_every_step_once(tmp_path: Path)
     assert small.log("quick").count("begins") == 1
 
 
-def test_two_runners_started_together_are_one(tmp_path: Path):
+def test_only_one_of_two_simultaneous_runners_runs(tmp_path: Path):
     small = Small(tmp_path, "slow", "quick")
     pair = [small.start(stderr=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate(timeout=60)[1].decode() for process in pair]

@@ -66,7 +66,7 @@ def timings(*rows: tuple[int, float, float]) -> list[dict[str, Any]]:
     return [{"step": s, "seconds_per_step": t, "elapsed": e} for s, t, e in rows]
 
 
-def test_the_median_step_leaves_out_the_first_interval_of_each_life():
+def test_the_median_step_leaves_out_the_first_interval_after_each_start():
     rows = timings((10, 9.0, 90), (20, 1.0, 100), (30, 3.0, 130), (40, 8.0, 80), (50, 2.0, 100))
     assert step_seconds(rows) == (2.0, 10 * (9 + 1 + 3 + 8 + 2))
 
@@ -81,7 +81,7 @@ def test_an_interval_that_was_a_compilation_alone_counts_as_median_steps():
     assert step_seconds(rows) == (3.0, 1 * 3.0 + 2 * 2.0 + 3 * 4.0)
 
 
-def test_a_single_interval_is_better_than_none_and_none_is_not_a_number():
+def test_a_single_interval_is_the_median_and_none_gives_nan():
     assert step_seconds(timings((8, 2.0, 16))) == (2.0, 16.0)
     assert all(map(math.isnan, step_seconds(timings((1, math.nan, 0)))))
 
@@ -157,7 +157,7 @@ def test_a_loss_of_text_is_divided_by_the_bytes_of_the_targets_it_is_of(tmp_path
         per_token({"heldout_bytes_per_token": 3.1}, tmp_path)
 
 
-def test_elapsed_seconds_are_those_of_every_life():
+def test_elapsed_seconds_are_summed_over_all_starts():
     rows = timings((10, 9.0, 90), (20, 1.0, 100), (30, 3.0, 30), (40, 8.0, 80), (50, 2.0, 20))
     assert elapsed_seconds(rows) == 100 + 80 + 20 and elapsed_seconds([]) == 0
 
@@ -172,7 +172,7 @@ def test_a_start_that_took_longer_than_the_one_before_it_is_a_start_too():
     assert elapsed_seconds(rows[:2] + starts[2:]) == 20 + 30
 
 
-def test_a_trial_diverged_if_its_last_attempt_says_so(tmp_path: Path):
+def test_a_trial_has_diverged_if_its_last_attempt_did(tmp_path: Path):
     """Not an attempt before, and not one that somebody mentions."""
     said, again = "moejax: diverged at step 3: ...", "# 2026-01-01  moejax train"
     logs = {
@@ -194,14 +194,14 @@ def rendered(sweep: Sweep, found: list[Result]) -> str:
     return table.render(found, compare(sweep, found, set()))
 
 
-def test_an_interval_has_the_decimals_that_show_it():
+def test_an_interval_has_enough_decimals():
     plain = ("2.0000", "2.1235 ±0.0123", "-0.50000 ±0.00002")
     given = ((2.0, None, ""), (2.12346, 0.01234, ""), (-0.5, 2e-5, "+"))
     assert tuple(table.interval(*each) for each in given) == plain
     assert table.interval(None, None) == "-"
 
 
-def test_variants_keep_their_order_and_say_how_many_seeds_they_have():
+def test_variants_keep_their_order_and_show_their_seeds():
     sweep = sweep_of(("b", 0), ("b", 1), ("a", 0), ("c", 0))
     found = [result(variant="b"), result(variant="b", seed=1, loss=2.5), result(variant="c")]
     lines = rendered(sweep, found).splitlines()

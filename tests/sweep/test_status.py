@@ -38,7 +38,7 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
 # How far a run is.
 
 
-def test_progress_is_what_the_last_rows_say(tmp_path: Path):
+def test_progress_comes_from_the_last_rows(tmp_path: Path):
     with MetricsLog(tmp_path, resume_step=None) as log:
         assert status.read_progress(tmp_path) == status.Progress()
         for step in (3, 6):
@@ -58,7 +58,7 @@ def test_progress_is_what_the_last_rows_say(tmp_path: Path):
     )
 
 
-def test_no_rows_and_no_times_are_not_known(tmp_path: Path):
+def test_without_rows_progress_is_unknown(tmp_path: Path):
     assert status.read_progress(tmp_path / "nothing") == status.Progress(0, None, None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": "NaN"}\n')
     (tmp_path / "timings.jsonl").write_text('{"step": 1, "seconds_per_step": "NaN"}\n')
@@ -151,7 +151,7 @@ def test_status_after_the_sweep_changes_nothing_and_says_how_it_ended(tmp_path: 
 
 @small_sweep
 @pytest.mark.parametrize("what", ["lost", "damaged"])
-def test_without_a_journal_status_says_what_the_workdirs_do(what: str, tmp_path: Path):
+def test_without_a_journal_status_comes_from_the_workdirs(what: str, tmp_path: Path):
     small = Small(tmp_path, "quick", "bad")
     small.run()
     path = small.folder / journal.NAME
@@ -163,12 +163,12 @@ def test_without_a_journal_status_says_what_the_workdirs_do(what: str, tmp_path:
     assert (ended.status, ended.err) == (0, "") and snapshot(small.folder) == before
     assert row_of(ended.out, "quick")[:3] == ["done", "-", "-"]
     assert row_of(ended.out, "bad")[0] == "pending"
-    wanted = {"lost": "without journal.sqlite", "damaged": "journal.sqlite cannot be read"}
+    wanted = {"lost": "there is no journal.sqlite", "damaged": "journal.sqlite cannot be read"}
     assert wanted[what] in ended.out.splitlines()[-1]
 
 
 @small_sweep
-def test_status_does_not_believe_a_journal_that_a_workdir_contradicts(tmp_path: Path):
+def test_workdirs_override_the_journal_in_the_status(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2", "bad")
     small.run()
     (small.workdir("quick_2") / "summary.png").unlink()
@@ -202,7 +202,7 @@ def test_damaged_rows_and_configs_are_said_in_a_line_by_status_and_by_the_runner
 @small_sweep
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_status_tells_a_trial_that_runs_from_one_that_was_killed_with_its_runner(tmp_path: Path):
+def test_status_distinguishes_running_trials_from_killed_ones(tmp_path: Path):
     small = Small(tmp_path, "slow")
     process = small.start()
     wait_until(lambda: small.steps("slow"))

@@ -96,7 +96,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 
 @pytest.mark.slow
-def test_what_can_run_has_run_and_what_failed_has_said_why(swept: Swept):
+def test_working_trials_finish_and_failed_ones_show_their_error(swept: Swept):
     assert (swept.status, swept.err) == (1, "")
     assert "[3/3] broken-seed0 failed with status 2" in swept.out
     assert "    | moejax: error: train.seq_len: the training text has" in swept.out

@@ -59,7 +59,7 @@ def test_favourites_are_frequent_kinds_of_lift_above_1_best_first():
     assert favourites(COUNTS, TOKENS, least=11, most=5) == [[], []]
 
 
-def test_kinds_that_go_where_all_tokens_go_are_nobodys_favourites():
+def test_kinds_of_lift_1_are_not_favourites():
     counts = np.array([[2, 6], [1, 3]])
     assert lift(counts).tolist() == [[1, 1], [1, 1]]
     assert favourites(counts, counts.sum(axis=1), least=1, most=5) == [[], []]
@@ -103,7 +103,7 @@ def test_the_explained_share_is_between_0_and_1_and_ignores_order_and_names(seed
     assert kinds.explained(selected_TE, 10 - 3 * kind_T) == pytest.approx(value)
 
 
-def test_a_kind_that_decides_explains_all_and_one_choice_for_all_has_nothing_to_explain():
+def test_a_deciding_kind_explains_everything_and_constant_choices_are_undefined():
     kind_T = np.arange(12) % 4
     assert kinds.explained(np.eye(4, dtype=bool)[kind_T], kind_T) == pytest.approx(1)
     assert math.isnan(kinds.explained(np.eye(4, dtype=bool)[0 * kind_T], kind_T))
@@ -112,7 +112,7 @@ def test_a_kind_that_decides_explains_all_and_one_choice_for_all_has_nothing_to_
     assert kinds.explained(pairs_TE, kind_T) == pytest.approx(1 - math.log(2) / math.log(4))
 
 
-def test_the_null_is_what_many_kinds_explain_by_chance():
+def test_shuffled_kinds_explain_what_many_kinds_explain_by_chance():
     random = np.random.default_rng(0)
     selected_TE = np.eye(4, dtype=bool)[random.integers(4, size=4000)]
     kind_T = random.integers(20, size=4000)
