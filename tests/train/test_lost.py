@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moejax.cli import train as evaluation
+from moejax.cli import eval as evaluation
 from moejax.config import default, saved, to_dict, versions
 from moejax.config.field import Field
 from moejax.errors import UserError

@@ -1,4 +1,4 @@
-"""How a run came out, in a picture and a table; what to beware of; what ran, at what cost."""
+"""The outcome of a run in a picture and a table, with warnings, what ran and its cost."""
 
 import math
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def at_end(run: RunData, key: str) -> float:
 
 
 def _outcome(run: RunData) -> list[tuple[str, str]]:
-    """Losses, drops and balance: training and evaluation apart, each with what it is a mean of."""
+    """Losses, drops and balance of training and evaluation, each with the mean it is."""
     rows, unit = [], run.units.loss
     held = run.held_out[-1] if run.held_out else {}
     if held:
@@ -117,7 +117,7 @@ def _marks(found: Sequence[health.Finding]) -> list[tuple[str, str]]:
 
 
 def _made(run: RunData) -> list[tuple[str, str]]:
-    """Seed, commit and command: how to get these numbers again."""
+    """Seed, commit and command, which reproduce the numbers."""
     saved = run.saved
     made = " ".join([str(saved.get("source", "?")), *saved.get("overrides", [])])
     return [

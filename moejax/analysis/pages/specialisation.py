@@ -1,4 +1,4 @@
-"""Which tokens experts get: by domain, by token, and how much of routing either explains."""
+"""Specialisation of experts by domain and token, and how much of routing either explains."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from moejax.analysis import figures
+from moejax.analysis.figures import Panel, cell_axes, lift_cells, panels
 from moejax.analysis.html import plain
-from moejax.analysis.lifts import cell_axes, lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import Panel, panels
 from moejax.analysis.probed import of_tokens, over_steps
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.information import explained, null
-from moejax.analysis.statistics.specialisation import (
+from moejax.analysis.statistics.kinds import (
     Favourite,
+    explained,
+    explained_by_chance,
     favourites,
     lift,
     peak_share,
@@ -42,7 +42,7 @@ class Kinds:
 
 
 def kinds_of(probe: Probe, item: str) -> list[Kinds]:
-    """By token and, of text, by the token that follows; where there are labels, by these.
+    """Kinds by token, by next token for text, and by label if there are labels.
 
     Labels of text are called domains.
     """
@@ -135,7 +135,7 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
 
 
 def quoted(token: str) -> str:
-    """So that a token that is a space can be seen, and no line breaks at it."""
+    """Quote a token so that spaces are visible and do not break lines."""
     whole = token.replace(" ", "\N{NO-BREAK SPACE}")
     return f"\N{LEFT DOUBLE QUOTATION MARK}{whole}\N{RIGHT DOUBLE QUOTATION MARK}"
 
@@ -150,7 +150,10 @@ def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Blo
     steps, share_SCM = over_steps(probe, at)
     null_CMR = np.array(
         [
-            [null(last.selected_MTE[m], of.kind_T, SHUFFLES, seed=0) for m in last.layers]
+            [
+                explained_by_chance(last.selected_MTE[m], of.kind_T, SHUFFLES, seed=0)
+                for m in last.layers
+            ]
             for of in kinds
         ]
     )

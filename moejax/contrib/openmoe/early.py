@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float, Int
 
-from moejax.analysis.statistics.ratios import ratio
-from moejax.analysis.statistics.stability import saturation, saturation_by_chance
+from moejax.analysis.statistics.choices import saturation, saturation_by_chance
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.tokens import LEAST
 from moejax.record.counts import choice_counts, selected
 from moejax.record.routing import Routed
@@ -33,12 +33,12 @@ class Then:
 
 @dataclasses.dataclass(frozen=True)
 class Early:
-    """Finding 2 of a run. Of the last step itself every number is 1."""
+    """Finding 2 of a run. At the last step every number is 1 by definition."""
 
     steps: list[Then]
     last: int
     source: str
-    """What was routed: the recorded probe, or rows that checkpoints were evaluated on."""
+    """The routed rows: the recorded probe, or rows that checkpoints were evaluated on."""
     tokens: int
     kinds: int
     """Token ids with more than `LEAST` occurrences."""

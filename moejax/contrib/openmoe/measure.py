@@ -1,5 +1,7 @@
-"""What has to be evaluated for the three findings: one checkpoint with several ways to give out
-slots, on several texts, and the checkpoints before it."""
+"""The evaluations behind the three findings.
+
+One checkpoint with several ways to assign slots, on several texts, and the checkpoints before it.
+"""
 
 import dataclasses
 import functools
@@ -53,7 +55,7 @@ class Options:
 
 
 def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Measured:
-    """Evaluates a run's checkpoint; ``say`` is told what goes on.
+    """Evaluate a run's checkpoint; ``say`` receives progress messages.
 
     Raises:
       UserError: no run or checkpoint; a dense model; a gate that routes whole sequences; texts that

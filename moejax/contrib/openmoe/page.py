@@ -7,7 +7,7 @@ import numpy as np
 from moejax.analysis import figures
 from moejax.analysis.html import plain
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.drops import Drops
 from moejax.contrib.openmoe.early import Early
 from moejax.contrib.openmoe.findings import Measured

@@ -81,7 +81,7 @@ def corpus_of(this: Run) -> Corpus:
 
 
 def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:
-    """Of a text with labels: each domain with the rows that are mostly of it.
+    """The domains of a labelled text, each with the rows that mostly belong to it.
 
     Domains with too few rows for an interval are left out, and so is the only one.
     """

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.analysis.statistics.balance import entropy
-from moejax.analysis.statistics.information import mutual_information
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.kinds import mutual_information
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.interval import Interval, over_rows
 from moejax.record.counts import NONE, choice_counts
 from moejax.record.routing import Routed
@@ -58,7 +58,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Of one MoE layer, by kind."""
+    """The measures of one MoE layer, by kind."""
 
     first: dict[str, Spread]
     """r of first choices: one expert a token."""
@@ -77,7 +77,7 @@ class Specialisation:
     information: dict[str, Interval]
     """Mean over layers."""
     lead: Interval
-    """Information of the token id less that of the context that says most, mean over layers."""
+    """Information of the token id minus that of the most informative context, mean over layers."""
 
 
 def largest_spread(num_experts: int, choices: int = 1) -> float:

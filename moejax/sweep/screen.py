@@ -1,4 +1,4 @@
-"""What a runner says: a live table of the trials on a terminal, plain lines elsewhere."""
+"""The runner's output: a live table of the trials on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SECONDS = 1.0
-"""Between two looks at the files of the trials that run."""
+"""Interval between two reads of the files of running trials."""
 _FIRST = (journal.RUNNING, journal.FAILED, journal.PREEMPTED, journal.PENDING, journal.DONE)
-"""What is shown first where the terminal is too low for all trials."""
+"""The order in which states are shown if the terminal is too low for all trials."""
 _COLOURS = {journal.RUNNING: "cyan", journal.DONE: "green", journal.FAILED: "red"}
 
 
 class Screen(Protocol):
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         ...
 
     def update(self) -> None:
-        """Called several times a second."""
+        """Refresh the screen; called several times a second."""
         ...
 
 
 @contextmanager
-def screen(folder: Path, trials: Sequence[Trial], record: Journal) -> Iterator[Screen]:
-    """A live table while entered, if standard output is a terminal; the last one stays there."""
+def open_screen(folder: Path, trials: Sequence[Trial], record: Journal) -> Iterator[Screen]:
+    """Open a live table if standard output is a terminal; its last state stays there."""
     if not sys.stdout.isatty():
         yield _Plain()
         return
     from rich.console import Console
     from rich.live import Live
 
-    def look() -> list[status.Line]:
+    def read() -> list[status.Line]:
         return status.lines(folder, trials, record.entries())
 
     console = Console()
     with Live(console=console, auto_refresh=False, transient=False) as shown:
-        table = _Table(console, look, lambda table: shown.update(table, refresh=True))
+        table = _Table(console, read, lambda table: shown.update(table, refresh=True))
         try:
             yield table
         finally:
@@ -65,10 +65,10 @@ class _Table:
     def __init__(
         self,
         console: "Console",
-        look: Callable[[], list[status.Line]],
+        read: Callable[[], list[status.Line]],
         draw: Callable[["Table"], None],
     ):
-        self._console, self._look, self._draw = console, look, draw
+        self._console, self._read, self._draw = console, read, draw
         self._drawn = 0.0
 
     def say(self, line: str) -> None:
@@ -79,12 +79,12 @@ class _Table:
             self.draw()
 
     def draw(self) -> None:
-        self._draw(render(self._look(), self._console.size.height))
+        self._draw(render(self._read(), self._console.size.height))
         self._drawn = time.monotonic()
 
 
 def render(found: Sequence[status.Line], height: int) -> "Table":
-    """The trials that fit into ``height`` lines, those that run first if not all do."""
+    """The trials that fit into ``height`` lines, running ones first if not all do."""
     from rich.table import Table
     from rich.text import Text
 

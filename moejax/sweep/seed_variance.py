@@ -1,4 +1,4 @@
-"""How much seeds vary, from a pilot or from the trials at hand, and what that lets a sweep find."""
+"""The variance over seeds, from a pilot or the sweep itself, and the detectable difference."""
 
 import csv
 import dataclasses
@@ -12,10 +12,10 @@ from typing import NamedTuple
 from moejax.errors import UserError
 from moejax.sweep.definition import Sweep
 from moejax.sweep.results import Result
-from moejax.sweep.statistics import LEVEL, detectable, spread
+from moejax.sweep.statistics import LEVEL, detectable, deviation_factors
 
 ENOUGH = 4
-"""Degrees of freedom from which paired differences are preferred to more seeds without pairs."""
+"""Degrees of freedom above which paired differences are preferred to more unpaired seeds."""
 
 Losses = Mapping[str, Mapping[int, float]]
 """Held-out losses by variant and seed."""
@@ -33,24 +33,25 @@ class Pilot(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Noise:
-    """Standard deviation of the difference of two variants at equal seeds, and where it is from."""
+class SeedVariance:
+    """The standard deviation of the difference of two variants at equal seeds."""
 
     deviation: float
     paired: bool
-    """False: from the deviation s over seeds as s sqrt(2), which is right if pairing is no help."""
+    """False: s sqrt(2) from the deviation s over seeds, which is right if pairing does not help."""
     freedom: int
-    """Of the deviation; 0 for a number that was given."""
+    """Degrees of freedom of the deviation; 0 for a number given by the user."""
     source: str
+    """The data behind it, in words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Detectable:
-    """The smallest true difference that a paired t-test finds in 80 % of sweeps, at the 5 % level.
+    """The smallest true difference that a paired t-test detects in 80 % of sweeps, at level 5 %.
 
-    ``difference_holm`` is it at the level of Holm's first step, 5 % over ``comparisons``.
-    ``factors`` are the ends of the 95 % interval of the deviation over it, and so of both
-    differences; None where the deviation is a given number and ``freedom`` 0.
+    ``difference_holm`` is the same quantity at Holm's first-step level, 5 % over ``comparisons``.
+    ``factors`` are the ends of the deviation's 95 % interval relative to its estimate, and so of
+    both differences; None where the deviation is a given number and ``freedom`` is 0.
     """
 
     difference: float
@@ -63,27 +64,28 @@ class Detectable:
     source: str
 
 
-def noise(sweep: Sweep, finished: Sequence[Result]) -> Noise | None:
-    """The best of what the sweep's own trials and its PILOT tell; None if they tell nothing.
+def seed_variance(sweep: Sweep, finished: Sequence[Result]) -> SeedVariance | None:
+    """The best estimate from the sweep's own trials and its PILOT; None if there is none.
 
     Raises:
       UserError: the pilot's file cannot be read.
     """
     baseline, pilot = sweep.comparison.baseline, sweep.comparison.pilot
-    found = known(losses_of(finished), baseline, "this sweep")
+    found = estimates(losses_of(finished), baseline, "this sweep")
     if isinstance(pilot, str):
-        found += known(losses_of(read_pilot(pilot)), baseline, pilot)
+        found += estimates(losses_of(read_pilot(pilot)), baseline, pilot)
     elif pilot is not None:
         text = f"PILOT = {pilot:g}, the deviation over seeds, times \N{SQUARE ROOT}2"
-        found.append(Noise(math.sqrt(2) * pilot, False, 0, text))
+        found.append(SeedVariance(math.sqrt(2) * pilot, False, 0, text))
     return best(found)
 
 
-def best(found: Sequence[Noise]) -> Noise | None:
-    """The one to rely on: many degrees of freedom are better than few.
+def best(found: Sequence[SeedVariance]) -> SeedVariance | None:
+    """The most reliable estimate: more degrees of freedom are better.
 
-    Differences at equal seeds are better than the deviation over seeds, unless they are both few
-    and fewer: one of one degree of freedom is wrong by a factor of 30 now and then.
+    Paired differences are preferred to the deviation over seeds, unless they have fewer than
+    `ENOUGH` degrees of freedom and the seeds have more: with a single degree of freedom an estimate
+    can be wrong by a factor of 30.
     """
     by_freedom = sorted(found, key=lambda each: each.freedom, reverse=True)
     paired = next((each for each in by_freedom if each.paired), None)
@@ -92,10 +94,10 @@ def best(found: Sequence[Noise]) -> Noise | None:
     return next(iter(by_freedom), None)
 
 
-def known(losses: Losses, baseline: str | None, where: str) -> list[Noise]:
-    """What losses tell: of the differences to the baseline, and of seeds, each pooled.
+def estimates(losses: Losses, baseline: str | None, where: str) -> list[SeedVariance]:
+    """The pooled estimates from paired differences to the baseline and from seeds.
 
-    Without a baseline among them the first variant is in its place.
+    If the baseline has no losses, the first variant takes its place.
     """
     reference = baseline if baseline in losses else next(iter(losses), None)
     if reference is None:
@@ -110,16 +112,16 @@ def known(losses: Losses, baseline: str | None, where: str) -> list[Noise]:
     if freedom:
         count = freedom + sum(len(differences) > 1 for differences in pairs)
         text = f"{count} differences to {reference} in {where}"
-        found.append(Noise(deviation, True, freedom, text))
+        found.append(SeedVariance(deviation, True, freedom, text))
     deviation, freedom = _pooled([list(own.values()) for own in losses.values()])
     if freedom:
         text = f"the deviation over seeds in {where}, {deviation:.2g}, times \N{SQUARE ROOT}2"
-        found.append(Noise(math.sqrt(2) * deviation, False, freedom, text))
+        found.append(SeedVariance(math.sqrt(2) * deviation, False, freedom, text))
     return found
 
 
 def _pooled(groups: Iterable[list[float]]) -> tuple[float, int]:
-    """Standard deviation within groups, and its degrees of freedom."""
+    """The pooled standard deviation within groups, and its degrees of freedom."""
     groups = [group for group in groups if len(group) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum(statistics.variance(group) * (len(group) - 1) for group in groups)
@@ -151,13 +153,13 @@ def read_pilot(folder: str) -> list[Pilot]:
             ]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path} is not what this version of `moejax sweep` writes ({error}); name another "
+            f"{path} was not written by this version of `moejax sweep` ({error}); name another "
             "PILOT, or run that sweep's command again"
         ) from error
 
 
-def detectable_difference(sweep: Sweep, found: Noise | None) -> Detectable | None:
-    """What the sweep's seeds can tell apart; None for one seed, one variant or unknown noise."""
+def detectable_difference(sweep: Sweep, found: SeedVariance | None) -> Detectable | None:
+    """The difference that the sweep can detect; None for one seed or variant, or no estimate."""
     seeds = {
         variant: {trial.seed for trial in sweep.trials if trial.variant == variant}
         for variant in sweep.variants
@@ -174,6 +176,6 @@ def detectable_difference(sweep: Sweep, found: Noise | None) -> Detectable | Non
         comparisons=many,
         deviation=found.deviation,
         freedom=found.freedom,
-        factors=spread(found.freedom) if found.freedom else None,
+        factors=deviation_factors(found.freedom) if found.freedom else None,
         source=found.source,
     )

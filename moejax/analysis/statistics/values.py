@@ -1,11 +1,17 @@
-"""Means, quantiles and histograms over tokens."""
+"""Ratios, and means, quantiles and histograms of values over tokens."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from moejax.analysis.statistics.ratios import ratio
+Numbers = np.ndarray | np.number | float | int
+
+
+def ratio(above: Numbers, below: Numbers) -> np.ndarray:
+    """``above / below`` in float64, NaN where `below` is 0."""
+    top, bottom = np.broadcast_arrays(above, below)
+    return np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom != 0)
 
 
 def spread(
@@ -29,3 +35,11 @@ def histogram(
 ) -> Float[np.ndarray, " bins"]:
     """Share of tokens between neighbouring edges; the last bin includes its upper one."""
     return ratio(np.histogram(value_T, edges)[0], value_T.size)
+
+
+def between(similarity_EE: Float[np.ndarray, "... E E"]) -> Float[np.ndarray, "..."]:
+    """The mean off the diagonal: over pairs of different experts. NaN for a single expert."""
+    num_experts = similarity_EE.shape[-1]
+    off_EE = ~np.eye(num_experts, dtype=bool)
+    total = np.sum(similarity_EE, axis=(-2, -1), where=off_EE, dtype=np.float64)
+    return ratio(total, num_experts * (num_experts - 1))
