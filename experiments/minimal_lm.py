@@ -7,9 +7,9 @@ train step, loop.
 
     python experiments/minimal_lm.py --steps 300
 
-takes about MINUTES minutes on two CPU cores and ends at a held-out loss of LOSS nats per byte. A
-bigram model of the same rows has BIGRAM and a trigram model TRIGRAM (Python 3.11.7; the corpus, and
-so the numbers, vary a little with the Python version).
+takes about two minutes on two busy CPU cores and ends at a held-out loss of 1.731 nats per byte,
+where a bigram model of the same rows has 2.485 and a trigram model 1.911. (Python 3.11.7: the
+corpus, and with it the numbers, vary a little between Python versions.)
 
 Array names end in their axes: B sequences, L positions, D model width, H heads, I head width,
 V byte values, E experts.
