@@ -37,14 +37,15 @@ INTRODUCTION = """\
     python scripts/bench_moe_layer.py --out bench.json
     python scripts/make_benchmark_docs.py bench.json [step.json] [gpu.json]
 
-Ratios compare a layer's time with that of a dense SwiGLU of equal active FLOPs (hidden size k F; the
-faster of its forms on [tokens, D] and [sequences, tokens, D]). Each run of a layer is divided by the mean
-of the dense runs just before and after it. The tables show the median of these ratios with quartiles in
-brackets, for one device in float32, router included, with the batch in sequences of 512 tokens. Blocks
-of the transformers library are divided by torch's own dense FFN. The row `dense` divides the dense FFN
-by itself; its distance from 1 is the noise. Outputs and gradients of every layer (tokens, router,
-experts) were checked in the same process against the dense oracle in float64, on fewer tokens ({tokens};
-0: all). The column `error` is the largest difference, relative to the largest entry of the array.
+Ratios compare a layer's time with that of a dense SwiGLU of equal active FLOPs (hidden size k F;
+the faster of its forms on [tokens, D] and [sequences, tokens, D]). Each run of a layer is divided
+by the mean of the dense runs just before and after it. The tables show the median of these ratios
+with quartiles in brackets, for one device in float32, router included, with the batch in sequences
+of 512 tokens. Blocks of the transformers library are divided by torch's own dense FFN. The row
+`dense` divides the dense FFN by itself; its distance from 1 is the noise. Outputs and gradients of
+every layer (tokens, router, experts) were checked in the same process against the dense oracle in
+float64, on fewer tokens ({tokens}; 0: all). The column `error` is the largest difference, relative
+to the largest entry of the array.
 
 Shapes: A 4096 tokens, D 256, F 1024, E 8, k 2; B 8192, 256, 512, 64, 2; C 4096, 512, 1024, 16, 4.
 """
@@ -52,28 +53,29 @@ Shapes: A 4096 tokens, D 256, F 1024, E 8, k 2; B 8192, 256, 512, 64, 2; C 4096,
 MEMORY = """\
 ## Memory
 
-`temporaries` are the temporary buffers of the compiled forward and backward pass, also relative to the
-dense FFN's. The target is {target} times the dense FFN's plus the exchange buffers (packed rows in both
-directions, with their gradients). `kept` is the memory saved for the backward pass, including the layer's
-input, per token and relative to k (D + 2 F) + D floats.
+`temporaries` are the temporary buffers of the compiled forward and backward pass, also relative to
+the dense FFN's. The target is {target} times the dense FFN's plus the exchange buffers (packed
+rows in both directions, with their gradients). `kept` is the memory saved for the backward pass,
+including the layer's input, per token and relative to k (D + 2 F) + D floats.
 """
 
 WHY = """\
-* The machine is shared. Ratios are paired for that reason, and the load at the start is given above.
-* In the whole step, the optimizer updates all experts, which have E/k times the parameters of the dense
-  FFN, and on CPU an update is memory-bound. How much of the gap this explains was not measured
-  separately (`moejax profile` shows the parts of a step).
-* `kept` exceeds k (D + 2 F) + D because it counts the layer's input twice (as given and by sequence), and
-  because the experts' outputs, k D floats per token, are saved: the gradient of a router weight is their
-  product with the output's gradient. `cells` also saves its empty slots.
+* The machine is shared. Ratios are paired for that reason, and the load at the start is given
+  above.
+* In the whole step, the optimizer updates all experts, which have E/k times the parameters of the
+  dense FFN, and on CPU an update is memory-bound. How much of the gap this explains was not
+  measured separately (`moejax profile` shows the parts of a step).
+* `kept` exceeds k (D + 2 F) + D because it counts the layer's input twice (as given and by
+  sequence), and because the experts' outputs, k D floats per token, are saved: the gradient of a
+  router weight is their product with the output's gradient. `cells` also saves its empty slots.
 * At a capacity factor of 1.25 `cells` computes 1.25 times the FLOPs, which leaves little time for
   anything else in shape A, where experts are large.
-* Weights of the experts, and their gradients, grow with the number of experts: at E = 256 and the widths
-  of that table they take 200 MB each, against 2 MB for the dense FFN. Whether this is the cause was not
-  measured separately.
-* The bytes of `dropless` and `dropless_once` are the send sizes of their ragged exchanges. CPUs have no
-  such exchange, and every device gathers all rows instead. `dropless_once` sends 2 k floats of routing
-  with each row, which are counted, and none on the way back.
+* Weights of the experts, and their gradients, grow with the number of experts: at E = 256 and the
+  widths of that table they take 200 MB each, against 2 MB for the dense FFN. Whether this is the
+  cause was not measured separately.
+* The bytes of `dropless` and `dropless_once` are the send sizes of their ragged exchanges. CPUs
+  have no such exchange, and every device gathers all rows instead. `dropless_once` sends 2 k
+  floats of routing with each row, which are counted, and none on the way back.
 * Layers missing from a table were left out of that run.
 """
 

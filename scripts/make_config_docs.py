@@ -11,37 +11,38 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
 # Config fields
 
-<!-- Written by scripts/make_config_docs.py from moejax/config/table.py: edit that and run the script. -->
+<!-- Written by scripts/make_config_docs.py from moejax/config/table.py: edit that and run it. -->
 
 A config page (`configs/*.py`) sets fields of this tree, and a command overrides them with
-`--config.SECTION.FIELD=VALUE`. Values are parsed as the type of the field's default. An integer may be
-written as 1000, 1_000 or 1e3 and is at most 2147483647 unless the table gives another limit. `moejax
-config --config=PAGE` prints the resolved tree.
+`--config.SECTION.FIELD=VALUE`. Values are parsed as the type of the field's default. An integer
+may be written as 1000, 1_000 or 1e3 and is at most 2147483647 unless the table gives another
+limit. `moejax config --config=PAGE` prints the resolved tree.
 
 `moe.gate` holds the name of the gate and the gate's own fields, which `moejax gates` lists.
 `--config.moe.gate.name=NAME` (in a page: `set_gate(config, NAME)`) sets the fields of that gate to
-their defaults. The preset of a published model also sets other `moe` fields. Fields overridden in the
-same command take precedence, in any order. Naming the gate that the page already has changes nothing.
+their defaults. The preset of a published model also sets other `moe` fields. Fields overridden in
+the same command take precedence, in any order. Naming the gate that the page already has changes
+nothing.
 
-A page also chooses the task, with `default("images")` for example; the default is language. A task's
-tree omits the fields that mean nothing to it and has its own fields below `task`; see the end of this
-page.
+A page also chooses the task, with `default("images")` for example; the default is language. A
+task's tree omits the fields that mean nothing to it and has its own fields below `task`; see the
+end of this page.
 """
 
 RESUMING = """\
 ## Resuming
 
 The same command resumes a run from the last checkpoint in its workdir. These fields may change on
-resumption; every change is recorded in the run's history, in `config.json`, and shown in its report. Any
-other difference is an error.
+resumption; every change is recorded in the run's history, in `config.json`, and shown in its
+report. Any other difference is an error.
 
 {fields}
 
-A `cosine` or `wsd` schedule spans `train.steps`, so that raising `train.steps` raises the learning rate
-again; the run prints a warning when it starts. `optim.decay_steps` sets the length of the schedule
-separately: with the old number of steps, the rate stays at its final value from there on. To train at a
-high rate for an open-ended time, use `optim.schedule=wsd` with a large `train.steps`, and lower it when
-the decay should begin.
+A `cosine` or `wsd` schedule spans `train.steps`, so that raising `train.steps` raises the learning
+rate again; the run prints a warning when it starts. `optim.decay_steps` sets the length of the
+schedule separately: with the old number of steps, the rate stays at its final value from there on.
+To train at a high rate for an open-ended time, use `optim.schedule=wsd` with a large
+`train.steps`, and lower it when the decay should begin.
 """
 
 

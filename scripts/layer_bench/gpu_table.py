@@ -12,10 +12,11 @@ TEXT = """\
 
     python scripts/bench_gpu.py --out gpu.json
 
-In bfloat16, with 16384 tokens: *fine* D 2048, F 1408, E 64, k 6; *mixtral* D 4096, F 14336, E 8, k 2.
-The product is the one into the hidden layer (T k rows by their experts' [D, F]). The number in the name
-of a `cells` row is the factor by which it computes more FLOPs. Outputs and gradients are checked against
-float64 before timing: products within 2^-8 of the largest entry, layers within 2^-6.
+In bfloat16, with 16384 tokens: *fine* D 2048, F 1408, E 64, k 6; *mixtral* D 4096, F 14336, E 8, k
+2. The product is the one into the hidden layer (T k rows by their experts' [D, F]). The number in
+the name of a `cells` row is the factor by which it computes more FLOPs. Outputs and gradients are
+checked against float64 before timing: products within 2^-8 of the largest entry, layers within
+2^-6.
 """
 
 Row = dict

@@ -17,12 +17,13 @@ TEXT = """\
 
     python scripts/bench_step.py --out step.json
 
-Pairs of steps in alternating order in one process; medians and quartiles of wall time and processor
-time. `moe_over_dense` is the MoE model's tokens per second relative to those of the dense model with
-equal active FLOPs (k experts of width moe.d_ff against one FFN of their total width). `ours_over_plain`
-is the time of our dense step relative to that of the same model and optimizer written as one plain jitted
-JAX function; both are first checked to give the same losses. `small` is reduced to 2 layers, 4 sequences
-of 256 tokens and float32, because its full steps take minutes on two cores.
+Pairs of steps in alternating order in one process; medians and quartiles of wall time and
+processor time. `moe_over_dense` is the MoE model's tokens per second relative to those of the
+dense model with equal active FLOPs (k experts of width moe.d_ff against one FFN of their total
+width). `ours_over_plain` is the time of our dense step relative to that of the same model and
+optimizer written as one plain jitted JAX function; both are first checked to give the same losses.
+`small` is reduced to 2 layers, 4 sequences of 256 tokens and float32, because its full steps take
+minutes on two cores.
 """
 
 
