@@ -22,6 +22,7 @@ from mkdocs.structure.files import Files as SiteFiles
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 MODULES = re.compile(r"^\[modules: ([\w.]+)\]$", re.MULTILINE)
+README = "overview.md"  # MkDocs would take the site's README.md for its index
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml"}
 
 
@@ -50,6 +51,8 @@ class Equations(griffe.Extension):
 
 def site_path(path: str) -> str:
     """Where a file of the repository is on the site."""
+    if path == "README.md":
+        return README
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     if path.startswith("experiments/") and path.endswith("/README.md"):
@@ -59,6 +62,8 @@ def site_path(path: str) -> str:
 
 def repository_path(page: str) -> str:
     """The inverse of ``site_path`` for pages of text."""
+    if page == README:
+        return "README.md"
     if (ROOT / "docs" / page).is_file():
         return f"docs/{page}"
     readme = f"{page.removesuffix('.md')}/README.md"
