@@ -50,7 +50,7 @@ class Equations(griffe.Extension):
 
 
 def site_path(path: str) -> str:
-    """Where a file of the repository is on the site."""
+    """The path on the site of a file of the repository."""
     if path == "README.md":
         return README
     if path.startswith("docs/"):

@@ -1,8 +1,8 @@
-"""Writes docs/benchmarks.md from results of bench_moe_layer.py, bench_step.py and bench_gpu.py:
+"""Write docs/benchmarks.md from results of bench_moe_layer.py, bench_step.py and bench_gpu.py:
 
 python scripts/make_benchmark_docs.py FILE [FILE ...]
 
-A row of a later file takes the place of the same one of an earlier file.
+A row of a later file replaces the same row of an earlier one.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Docstrings of the package name their subject, in words that a reader of the field knows."""
+"""Docstrings name their subject, in words that a reader of the field knows."""
 
 import ast
 import collections
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "moejax"
+ROOT = Path(__file__).parents[1]
 
 RIDDLE = re.compile(r"(What|Which|How|Whether|Where|Who|Whose|Of|When|Why)\b(?!:)")
 """The first word of a docstring that asks for its subject instead of naming it."""
@@ -39,11 +39,11 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield statement.lineno, statement.value.value
 
 
-def offenders(package: Path) -> dict[str, list[str]]:
+def offenders(folder: Path) -> dict[str, list[str]]:
     """Offending docstrings, by room: file, line, and the words."""
     found = collections.defaultdict(list)
-    for file in sorted(package.rglob("*.py")):
-        path = file.relative_to(package)
+    for file in sorted(folder.rglob("*.py")):
+        path = file.relative_to(folder)
         room = path.parts[0].removesuffix(".py")
         for line, text in docstrings(ast.parse(file.read_text(encoding="utf-8"))):
             flat = " ".join(text.split())
@@ -56,8 +56,9 @@ def offenders(package: Path) -> dict[str, list[str]]:
     return {room: lines for room, lines in found.items() if lines}
 
 
-def test_no_docstring_opens_with_a_riddle_or_uses_a_coined_word():
-    found = offenders(PACKAGE)
+@pytest.mark.parametrize("folder", ["moejax", "configs", "experiments", "scripts"])
+def test_no_docstring_opens_with_a_riddle_or_uses_a_coined_word(folder):
+    found = offenders(ROOT / folder)
     counts = {room: len(lines) for room, lines in found.items()}
     assert not found, "\n".join(
         [f"{sum(counts.values())} in all, by room {counts}", *sum(found.values(), [])]

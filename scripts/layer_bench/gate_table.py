@@ -1,4 +1,4 @@
-"""The rows of gate_share.py as a section of the page, and the target they are held to."""
+"""The rows of gate_share.py as a section of the page, and their target."""
 
 from scripts.layer_bench.markdown import ratio, table
 

@@ -1,4 +1,4 @@
-"""Rows of scripts/bench_gpu.py as tables, and which candidate they speak for."""
+"""Rows of scripts/bench_gpu.py as tables, and the fastest candidate."""
 
 from scripts.layer_bench.markdown import ratio, table
 
@@ -33,7 +33,7 @@ def render(rows: list[Row]) -> str:
 
 
 def choices(rows: list[Row]) -> list[str]:
-    """One line per shape and kind: which candidate, and by what margin."""
+    """One line per shape and kind: the fastest candidate and its margin."""
     keys = dict.fromkeys((row["kind"], row["shape"]) for row in rows)
     lines = []
     for kind, shape in keys:

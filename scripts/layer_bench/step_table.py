@@ -28,7 +28,7 @@ minutes on two cores.
 
 
 def of_a_step(result: dict) -> bool:
-    """Whether a result is one of bench_step.py."""
+    """True for a result of bench_step.py."""
     return any("row" in row for row in result["rows"])
 
 
