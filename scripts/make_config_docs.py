@@ -52,14 +52,14 @@ def render() -> str:
     for section, text in SECTIONS.items():
         rows = [(n, f) for n, f in FIELDS.items() if n.rpartition(".")[0] == section]
         parts.append("\n".join([f"## {section}", "", text, "", *table(rows)]) + "\n")
-    parts += [task_section(name, entry) for name, entry in TASKS.items()]
+    parts += [of_task(name, entry) for name, entry in TASKS.items()]
     rows = ["| field | meaning |", "| --- | --- |"]
     rows += [f"| `{name}` | {FIELDS[name].comment} |" for name in MAY_CHANGE]
     parts.append(RESUMING.format(fields="\n".join(rows)))
     return "\n".join(parts)
 
 
-def task_section(name: str, entry: TaskEntry) -> str:
+def of_task(name: str, entry: TaskEntry) -> str:
     """The section of a task: the fields it adds and leaves out, and its own defaults."""
     lines = [f"## Task `{name}`", ""]
     if entry.fields:
