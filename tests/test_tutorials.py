@@ -46,12 +46,12 @@ def check_output(quoted: str, printed: str) -> None:
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     for wanted in (" ".join(line.split()) for line in quoted.splitlines()):
         pattern = r"([\d.]+)".join(map(re.escape, NUMBER.split(wanted)))
-        while lines and not (match := re.match(pattern, lines[0])):
-            lines.pop(0)
-        assert lines, f"{wanted!r} is not in\n{printed}"
+        match = None
+        while lines and match is None:
+            match = re.match(pattern, lines.pop(0))
+        assert match is not None, f"{wanted!r} is not in\n{printed}"
         numbers = [float(x) for x in NUMBER.findall(wanted)]
         assert [float(x.rstrip(".")) for x in match.groups()] == pytest.approx(numbers, rel=0.25)
-        lines.pop(0)
 
 
 def follow(page: str, folder: Path) -> None:
