@@ -1,4 +1,4 @@
-"""The time of every gate in `moejax.gating.GATES` relative to that of its layer's experts.
+"""The time of every gate in `moejax.gating.names()` relative to that of its layer's experts.
 
 Gate: its call on groups of one sequence in training, with all that it returns; backward, gradients
 of its parameters and of the tokens from gradients of the weights it gives. Parameters are those of
