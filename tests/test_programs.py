@@ -62,7 +62,18 @@ def test_the_reader_sees_every_collective_and_its_axes():
 # The router.
 
 
-@pytest.mark.parametrize("row", gates.PARAMS)
+QUICK = ("top_k", "shazeer", "expert_choice", "sbase", "lory-segment=4")
+"""Gates with a selection, noise, experts that choose, iterations, and segments. The exam's own mesh
+finds what the others would send beyond sums."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
+        for row in gates.ROWS
+    ],
+)
 def test_routing_communicates_nothing(row):
     """In the global view, with groups spread over the mesh: noise, top-k and all statistics."""
     gate, spec = row.make(), GateSpec(D, E, vocab_size=16, token_counts=lambda: np.ones(16, int))
@@ -225,6 +236,7 @@ def test_fsdp_gathers_weights_over_fsdp_only():
     assert {c.kind for c in found} <= {"all-gather", "all-reduce", "all-to-all"}
 
 
+@pytest.mark.slow
 def test_the_embedding_is_looked_up_where_the_tokens_are():
     """Not by every device for the whole batch, in its own columns of a split table."""
     found = step_collectives((("fsdp", 8),))
@@ -233,6 +245,7 @@ def test_the_embedding_is_looked_up_where_the_tokens_are():
     assert table in [size for c in found if c.kind == "all-gather" for size in c.sizes]
 
 
+@pytest.mark.slow
 def test_the_number_of_collectives_does_not_grow_with_depth():
     shallow = step_collectives(tuple(meshes.LARGE.items()))
     deep = step_collectives(tuple(meshes.LARGE.items()), model__num_layers=6)

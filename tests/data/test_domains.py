@@ -104,6 +104,7 @@ def test_bytes_that_are_not_python_get_labels_too(source):
     assert label_bytes(source).shape == (len(source),)
 
 
+@pytest.mark.slow
 def test_labelling_is_fast_on_source_and_linear_on_hostile_input():
     source = b"\n".join(document.read() for document in builtin_documents()[:60])
     quoted = [quote + b'\\"' * 200_000 for quote in (b"'''", b"'", b'"', b"", b'""')]
@@ -151,6 +152,7 @@ def test_token_labels_are_those_of_each_tokens_first_byte(python_files, tmp_path
     assert len(np.unique(labels)) >= 3
 
 
+@pytest.mark.slow
 def test_the_built_in_corpus_has_all_four_domains():
     corpus = load_corpus()
     train, heldout = token_labels(corpus)

@@ -11,6 +11,7 @@ from moejax import reference
 from moejax.dispatch import TRANSPORTS, dispatch, exchange
 from moejax.types import ExpertWeights
 from tests import meshes
+from tests.claims import Claims
 
 GROUPS, TOKENS, WIDTH, HIDDEN, EXPERTS = 8, 6, 5, 6, 8
 
@@ -93,42 +94,48 @@ def check(shape, transport, routing, activation="swiglu", capacity=2, priority="
     return kept, active
 
 
-@pytest.mark.parametrize("kind", meshes.KINDS)
+ROUTINGS = {kind: meshes.routing(kind, GROUPS, TOKENS, 3, EXPERTS) for kind in meshes.KINDS}
+ROUTINGS["inactive columns and padding"] = meshes.inactive(ROUTINGS["zipf"])
+QUICK = [meshes.SMALL, meshes.LARGE]
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("shape", [meshes.SMALL, meshes.LARGE], ids=meshes.name)
-def test_equals_the_oracle(shape, transport, kind):
-    kept, active = check(shape, transport, meshes.routing(kind, GROUPS, TOKENS, 2, EXPERTS))
+@pytest.mark.parametrize(
+    "shape",
+    [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in meshes.ALL if s not in QUICK)],
+    ids=meshes.name,
+)
+def test_equals_the_oracle_for_every_load(shape, transport):
+    """All pairs of mesh and transport: each pair sends in its own way. Loads share a program."""
+    claims = Claims(f"{transport} on {meshes.name(shape)}")
+    for kind, routing in ROUTINGS.items():
+        claims.check(equals_the_oracle, shape, transport, kind, routing, name=kind)
+    claims.settle()
+
+
+def equals_the_oracle(shape, transport, kind, routing):
+    kept, active = check(shape, transport, routing)
+    assert kept.sum() > 0
+    assert (active.sum() < active.size) == kind.startswith("inactive")
     if transport == "cells" and kind != "balanced":
         assert kept.sum() < active.sum(), "capacity 2 must drop something here"
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("shape", [meshes.SMALL, meshes.LARGE], ids=meshes.name)
-def test_equals_the_oracle_with_inactive_columns_and_padding(shape, transport):
-    routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
-    kept, active = check(shape, transport, routing)
-    assert active.sum() < active.size and kept.sum() > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*meshes.KINDS, "inactive"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("shape", meshes.ALL, ids=meshes.name)
-def test_equals_the_oracle_on_all_meshes(shape, transport, kind):
-    if kind == "inactive":
-        routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
-    else:
-        routing = meshes.routing(kind, GROUPS, TOKENS, 2, EXPERTS)
-    check(shape, transport, routing)
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(
+    ("transport", "activation"),
+    [(t, ("gelu", "relu")[i % 2]) for i, t in enumerate(TRANSPORTS)]
+    + [
+        pytest.param(t, ("relu", "gelu")[i % 2], marks=pytest.mark.slow)
+        for i, t in enumerate(TRANSPORTS)
+    ],
+)
 def test_equals_the_oracle_for_experts_without_a_gate_branch(transport, activation):
     shape = {"data": 2, "expert": 2, "tensor": 2}
     check(shape, transport, meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS), activation)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("priority", ["choice", "gate", "random"])
 def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
     routing = meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS)
@@ -136,6 +143,7 @@ def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
     assert 0 < kept.sum() < active.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("transport", "routing_content"),
     [

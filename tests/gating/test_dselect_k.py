@@ -126,6 +126,7 @@ def test_a_static_gate_chooses_alike_for_all_tokens_and_an_example_one_does_not(
     assert bool((weight == weight[0, 0]).all()) != per_example
 
 
+@pytest.mark.slow
 def test_each_task_has_its_own_gate():
     gate, x = gating.make("dselect_k"), tokens(3)
     params = gate.init(jax.random.key(1), GateSpec(D, 8, num_tasks=2))
@@ -173,6 +174,7 @@ def test_what_max_active_cuts_is_counted_as_dropped():
     np.testing.assert_allclose(info.routing.weight_GTK, heaviest)
 
 
+@pytest.mark.slow
 def test_training_decides_the_bits():
     """Adam on a task that needs two of four experts: the other weights end at exactly 0."""
     wanted = jnp.asarray([0.0, 0.7, 0.0, 0.3])

@@ -147,6 +147,7 @@ def rows_sent(shape, routing):
     return send_SE.reshape(len(send_SE), shape["expert"], -1).sum(-1)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("shape", "share"),
     [({"expert": 4}, 1.0), ({"data": 2, "expert": 4}, 1.0), ({"data": 2, "expert": 4}, 0.0)],

@@ -30,6 +30,7 @@ def route(gate, state, given):
     return gate({}, state, gates.tokens(), given).routing
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("table", ["random", "balanced"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_routing_is_a_lookup_in_one_dictionary_per_column(table, k):

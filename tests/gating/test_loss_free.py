@@ -165,6 +165,7 @@ def simulate(gate, offset_E, steps):
     return jax.lax.fori_loop(0, steps, step, (gate.init_state(spec), zero))
 
 
+@pytest.mark.slow
 def test_skewed_logits_are_balanced_within_gap_over_rate_steps():
     gate = gating.LossFree(k=2, bias_rate=0.005)
     offset = jnp.linspace(0.0, 2.0, 8)

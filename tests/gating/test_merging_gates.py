@@ -73,6 +73,7 @@ def test_a_small_case_by_hand():
     assert (out.routing.weight_GTK[0, 2] == 0).all() and merging(out).span == 3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_sequence_is_merged_by_the_norm_of_its_mean(rows):
     gate, valid = Smear(), padded()

@@ -127,6 +127,7 @@ def test_means_are_over_the_valid_tokens_and_0_where_there_are_none():
         assert ops.mean(value_GT, Context.of(3, 4, **known).grouped(1, True)) == wanted
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_padding_moves_no_draw_of_a_valid_token(shape):
     """Of one row, padded on the left, behind and in between."""

@@ -70,6 +70,7 @@ def published(built, x, k, renormalize):
     return out
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("name", "k", "renormalize", "shared", "gated"),
     [

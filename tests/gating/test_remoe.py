@@ -132,6 +132,7 @@ def along(gate_name, **fields):
     return fine, coarse, np.abs(np.diff(visited, axis=0)).sum()
 
 
+@pytest.mark.slow
 def test_its_output_is_continuous_where_that_of_top_k_jumps():
     """Ten times finer steps make ten times smaller changes, or the same jump."""
     fine, coarse, changes = along("remoe")

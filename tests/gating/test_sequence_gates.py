@@ -41,6 +41,7 @@ def same(routing, group, token, wanted):
         assert abs(found[expert] - weight) < 1e-5
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("k", "renormalize"), [(2, True), (1, False)])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_task_has_one_choice_of_experts_for_all_tokens_of_its_sequences(k, renormalize, rows):

@@ -28,6 +28,7 @@ def by_pot(score_TE, epsilon):
     return np.asarray(plan)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 5.0])
 @pytest.mark.parametrize("shape", [(40, 6), (7, 9), (12, 1)])
 def test_the_plan_is_that_of_pot(shape, epsilon):

@@ -27,6 +27,7 @@ def call(name, logits=None, train=True, seed=0, **fields):
     return gate(params, gate.init_state(spec), x, context)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "name", ["switch", "mixtral", "shazeer", "gshard", "dense", "base", "sbase"]
 )

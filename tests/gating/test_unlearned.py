@@ -68,6 +68,7 @@ def test_thors_draw_is_the_same_in_every_part_of_a_batch():
     assert len(got) == 1
 
 
+@pytest.mark.slow
 def test_thor_evaluates_with_an_expert_per_token_or_per_sequence():
     token = call("thor", length=2000, train=False).expert_GTK
     assert scipy.stats.chisquare(np.bincount(token.ravel(), minlength=E)).pvalue > 1e-3

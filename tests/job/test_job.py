@@ -220,6 +220,7 @@ def test_one_that_is_missing_is_named(make, monkeypatch):
         connect(make(2).places[1], patience=0)
 
 
+@pytest.mark.slow
 def test_a_port_that_another_program_has_is_said_so(make, monkeypatch):
     monkeypatch.setattr(connection, "TAKEN", 0.0)
     processes = make(2)

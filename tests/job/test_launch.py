@@ -97,6 +97,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_wait_for_processes_is_said_at_once_and_ends_in_one_line(rank):
     """JAX would abort with a stack of C++, minutes later."""
@@ -117,6 +118,7 @@ def test_a_wait_for_processes_is_said_at_once_and_ends_in_one_line(rank):
     assert "stack trace" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("platform", ["cuda", "gpux"])
 def test_an_absent_accelerator_is_one_line(platform, tmp_path):
     """Of the doctor too, which says what is there; and no folder is made."""
@@ -144,6 +146,7 @@ def test_an_absent_accelerator_is_one_line(platform, tmp_path):
     assert "devices            none: moejax cannot train here" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_asks_for_its_devices_before_it_makes_anything(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "gpux")
     monkeypatch.setattr("moejax.sweep.runner.make_workdir", pytest.fail)  # no trial is begun

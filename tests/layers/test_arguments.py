@@ -44,6 +44,7 @@ ODD_SLOW = [("mixtral", t) for t in ("dropless", "dropless_once", "gather", "all
 ODD_SLOW += [("smear", "cells"), ("base", "cells"), ("sbase", "cells"), ("shazeer", "cells")]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "transport"),
     [*ODD, *(pytest.param(*row, marks=pytest.mark.slow) for row in ODD_SLOW)],
@@ -250,6 +251,7 @@ def test_a_train_that_is_no_choice_is_refused(train):
         make()(x_of(4, L, D), train=train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gate", ["mixtral", *(pytest.param(g, marks=pytest.mark.slow) for g in ("smear", "lory"))]
 )
@@ -272,6 +274,7 @@ def test_forward_mode_passes_all_experts_and_merged_ones(gate):
     np.testing.assert_allclose(hvp, twice, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "transport", "instead"),
     [

@@ -96,6 +96,7 @@ def test_padding_between_valid_tokens_is_masked():
     CLOSE(run(layer, x_BLD, given)[0][valid], wanted[valid])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [1, 3])
 def test_with_all_heads_and_equal_weights_it_is_multi_query_attention(heads):
     """Of weight 1 / heads each: 1 where there is a single head."""

@@ -70,6 +70,7 @@ def test_the_statistics_of_an_evaluation_by_the_switch_move_no_state():
         layer.update_gate_state(layer.init_gate_state(), info.stats)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", ["soft", "smear", "expert_choice_causal", "evomoe"])
 def test_every_kind_of_gate_evaluates_after_eval(gate):
     layer = make(gate, gate_fields={"noise_std": 1.0} if gate == "soft" else {})
@@ -82,6 +83,7 @@ def test_every_kind_of_gate_evaluates_after_eval(gate):
     assert not info.stats.train and jnp.abs(trained - wanted).max() > 0
 
 
+@pytest.mark.slow
 def test_the_multi_gate_layer_and_the_heads_evaluate_after_eval():
     tables = MultiGateMoE(D, F, 3, 4, 2, gate=gating.make("shazeer"), rngs=nnx.Rngs(0))
     x_BD = tokens()[:, 0]
@@ -101,6 +103,7 @@ def test_the_multi_gate_layer_and_the_heads_evaluate_after_eval():
     heads(tokens(), moejax.Context.of(B, L))
 
 
+@pytest.mark.slow
 def test_mixture_of_depths_chooses_in_training_and_predicts_after_eval():
     depths = Depths(D, DepthsConfig(capacity=0.5), rngs=nnx.Rngs(0))
     lengths = []
@@ -115,6 +118,7 @@ def test_mixture_of_depths_chooses_in_training_and_predicts_after_eval():
     assert lengths == [L // 2, L]
 
 
+@pytest.mark.slow
 def test_a_model_hands_the_switch_to_its_layers():
     model = lms.LM(lms.config("mixtral", moe={"capacity_factor": 0.5}), rngs=nnx.Rngs(0))
     ids = jax.random.randint(jax.random.key(0), (2, 16), 0, 16)
@@ -130,6 +134,7 @@ def test_a_model_hands_the_switch_to_its_layers():
     assert lost(train=True)[0] > 0
 
 
+@pytest.mark.slow
 def test_tabulate_shows_the_layer_and_leaves_it_as_it_is():
     layer = make("loss_free", num_shared=1)
     shown = {"console_kwargs": {"width": 240}, "compute_flops": True}
@@ -138,6 +143,7 @@ def test_tabulate_shows_the_layer_and_leaves_it_as_it_is():
     assert layer(tokens())[0].shape == (B, L, D)
 
 
+@pytest.mark.slow
 def test_layers_are_stacked_by_vmap_and_run_by_scan():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -161,6 +167,7 @@ def test_layers_are_stacked_by_vmap_and_run_by_scan():
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_layer_is_a_pytree_for_jax_itself():
     layer, x = make(), tokens()
     wanted, _ = layer(x)

@@ -37,6 +37,7 @@ def padded(gate, transport):
 QUICK = [("cells", "shazeer"), ("all_experts", "mixtral")]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("transport", "gate"),
     [
@@ -63,6 +64,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("shape", "choices"),
     [
@@ -97,6 +99,7 @@ def by_hand(info, probs, rows):
     return total / int(VALID.sum())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("scope", "rows"), [("sequence", 1), ("group", 2), ("batch", B)])
 def test_the_balance_loss_counts_the_pairs_that_were_routed(scope, rows):
     """Not the top-k once more: GShard skips second experts at random, and padding visits nobody."""
@@ -126,6 +129,7 @@ def half(transport, mesh_name):
     return jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True)), graph, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transport",
     [pytest.param(t, marks=() if t == "dropless" else pytest.mark.slow) for t in TRANSPORTS],

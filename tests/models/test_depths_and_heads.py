@@ -72,6 +72,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("settings", "train"), CASES)
 def test_later_tokens_are_seen_where_that_is_declared_and_nowhere_else(settings, train):
     """Routed blocks see them in training; nothing does in evaluation."""
@@ -88,6 +89,7 @@ def test_later_tokens_are_seen_where_that_is_declared_and_nowhere_else(settings,
     assert max(changed) > 1e-3 if seen else max(changed) <= 1e-6
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "settings", [DEPTHS, SPARSE, slow_unless(False, BY_ROUTER), HEADS], ids=label
 )
@@ -154,6 +156,7 @@ def test_recomputation_changes_nothing(remat):
     same(outcome("none", remat), outcome("none"), 2e-6)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient_and_every_layer_reports_once():
     _, (_, found), grads = outcome("none")
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):

@@ -68,6 +68,7 @@ def by_hand(config: dict[str, Any], experts: float) -> float:
     return 3 * (attention + head + LAYERS * (router + experts * expert))
 
 
+@pytest.mark.slow
 def test_a_matched_width_costs_what_the_baseline_costs_by_hand(write: Write):
     """The baseline's 64 hidden units are two experts' 32, but for the router."""
     sweep = expand(write(FLOPS, SOLVE))

@@ -248,6 +248,7 @@ with compile_cache.kept(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_entry_a_run_leaves_nothing_that_the_next_could_trip_over(
     keep_everything, tmp_path, capsys
 ):

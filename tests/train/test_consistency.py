@@ -93,6 +93,7 @@ def test_two_passes_are_averaged_and_compared():
     close(objective, both.loss / both.items + WEIGHT * wanted)
 
 
+@pytest.mark.slow
 def test_without_a_weight_and_in_evaluation_there_is_one_pass():
     """By the traced program itself, and by its FLOPs."""
     key = jax.random.key(0)

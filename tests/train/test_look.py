@@ -67,6 +67,7 @@ def log_sum_exp(x):
     return np.log(np.exp(x).sum(-1))
 
 
+@pytest.mark.slow
 def test_every_array_is_what_the_layers_say_one_by_one():
     run = steps.make({"data": 1}, moe__transport="dropless")
     batches, state, seen = looked(run)
@@ -146,6 +147,7 @@ VECTORS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name, gate", [(n, g) for n, gates in VECTORS.items() for g in gates])
 def test_the_routers_vectors_are_the_gates_matrix_with_one_column_per_expert(name, gate):
     run = steps.make({"data": 1}, gate)
@@ -167,6 +169,7 @@ QUICK = ("hash", "dense", "expert_choice", "rl", "remoe")
 """Of gates without logits, with K = E, that choose per expert, with a policy, with many columns."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "row",
     [
@@ -196,6 +199,7 @@ def test_every_gate_has_a_probe_whose_router_is_float32_in_a_bfloat16_model(row)
     assert seen["weight"].dtype == seen["x"].dtype == seen["nats"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_what_the_probe_asks_of_a_layer_leaves_no_trace_in_training(remat, monkeypatch):
     """Letter for letter the same program as of a layer that does not say what its router did."""

@@ -18,6 +18,7 @@ from tests.train.sharing import Whole
 PAGE = (Path(__file__).parents[2] / "docs" / "notebook.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
@@ -55,6 +56,7 @@ def test_a_text_survives_the_tokenizer(whole: Whole):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_report_is_plotlys(whole: Whole):
     run = moejax.load(whole.workdir)
     names = run.figures()

@@ -195,6 +195,7 @@ def test_captions_are_retrieved_by_images_and_images_by_captions():
 # The model.
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient():
     """Temperature, both projections, router, embeddings of bytes that occur: all of them."""
     _, grads = stepped()(params(), batch())
@@ -265,6 +266,7 @@ def test_what_a_layer_saw_is_laid_out_by_pair_with_the_image_first():
             np.testing.assert_array_equal(counts, found.stats.load_ME[layer, task_id])
 
 
+@pytest.mark.slow
 def test_zero_shot_accuracy_is_that_of_the_prompts_as_captions():
     _, source = built()
     text, valid = encode([*prompts(), *prompts()[: B - 10]], source.caption_length)
@@ -336,6 +338,7 @@ def check_same(other, totals):
 MESHES = [{"expert": 2}, {"data": 2, "expert": 2}, {"data": 8}, {"data": 2, "expert": 4}]
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_has_the_totals_of_the_whole_batch():
     """Similarities, soft targets, entropies and prompts are the same wherever pairs lie."""
     shape = MESHES[-1]

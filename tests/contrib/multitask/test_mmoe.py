@@ -88,6 +88,7 @@ def outputs_by_hand(name):
     ])  # fmt: skip
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_output_is_each_gates_weighted_sum_of_experts(name):
     """Against a loop over examples, gates and the pairs of the routing that the layer returns."""
@@ -181,6 +182,7 @@ def same(got, wanted):
     close(info.stats.prob_E, info_.stats.prob_E)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("shape", "name"),
     [({"expert": 2}, "dense"), (meshes.LARGE, "shazeer")],

@@ -136,6 +136,7 @@ def test_one_expert_is_a_shared_bottom(sharing):
     assert out.found.stats is not None and (out.found.stats.load_E == B).all()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("sharing", "gates"), [("mmoe", M), ("omoe", 1), ("shared_bottom", 0)])
 def test_every_gate_is_reported_like_a_layer(sharing, gates):
     (_, out), _ = run(sharing=sharing)
@@ -148,6 +149,7 @@ def test_every_gate_is_reported_like_a_layer(sharing, gates):
     assert out.value_BM.shape == (B, M) and out.found.mean_square.shape == (2,)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", [{}, DSELECT, {"sharing": "shared_bottom"}])
 def test_every_parameter_has_a_gradient(changes):
     _, grads = run(**changes)

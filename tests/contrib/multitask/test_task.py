@@ -196,6 +196,7 @@ def pushes(run, table, sharing="mmoe"):
     return jax.tree.map(lambda w: np.asarray(w[0]), grads), jax.device_get(totals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arg", ["data=groups,gate=dselect_k", "data=groups,gate=top_k"])
 def test_a_gates_own_losses_push_it_as_hard_beside_one_task_as_beside_sixteen(arg):
     run, table = run_of(arg), groups(0, 200, 16)
@@ -293,6 +294,7 @@ def trained(tmp_path_factory):
     return workdir, ended
 
 
+@pytest.mark.slow
 def test_a_run_learns_more_than_a_linear_model(trained):
     workdir, ended = trained
     last = rows(workdir, "eval")[-1]
@@ -352,6 +354,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "arg"), CASES)
 def test_a_run_is_the_same_on_every_mesh(shape, arg):
     got, wanted = losses_on(tuple(shape.items()), arg), losses_on((("data", 1),), arg)
@@ -466,6 +469,7 @@ def test_mistakes_in_a_file_are_one_line(sales, tmp_path):
         refused(command(tmp_path / "run", "data=file", **changes), part)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", ["dense", "top_k", "dselect_k", "shazeer"])
 def test_no_parameters_of_a_static_gate_are_one_number(gate):
     """Two with the same gradients would be one that the optimizer moves twice as far."""

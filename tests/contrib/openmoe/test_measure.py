@@ -18,6 +18,7 @@ def task(gate, **fields):
     return LanguageModel.from_config(config, 32)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "other"),
     [("top_k", 1), ("switch", 2), ("dselect_k", None), ("hash", None)],

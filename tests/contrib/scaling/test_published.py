@@ -49,6 +49,7 @@ def test_every_run_of_the_architecture_is_read_once():
     assert ours == final_losses()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_scipy_finds_no_lower_sum_of_squares(router: str):
     found = study(router)

@@ -77,6 +77,7 @@ def check(score_TE, valid_T=None):
     return (best - ours) / max(spread * valid.sum(), 1e-30)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("tokens", "num_experts"), [(96, 8), (101, 8), (5, 8), (48, 3)])
 def test_it_is_optimal_by_scipy(kind, tokens, num_experts):

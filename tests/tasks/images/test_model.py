@@ -107,6 +107,7 @@ def test_an_image_that_is_no_multiple_of_the_patch_is_refused():
         ViT(uneven, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_positions_tell_patches_apart():
     """Without them attention, experts (dropless) and the mean would take patches in any order."""
     batch, order = image_batch(), np.random.default_rng(0).permutation(L)
@@ -169,6 +170,7 @@ def alone():
     return gradients(initial(), image_batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [

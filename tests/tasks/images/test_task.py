@@ -64,6 +64,7 @@ def drill(tmp_path_factory):
         yield workdir, broken, gate, prepared(**gate)
 
 
+@pytest.mark.slow
 def test_it_learns_and_says_so_in_images(drill):
     workdir = drill[0]
     first, last = runs.rows(workdir, "eval")
@@ -78,6 +79,7 @@ def test_it_learns_and_says_so_in_images(drill):
     assert timing["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(drill, tmp_path):
     workdir, broken, gate, run = drill
     again = runs.copy(broken, tmp_path / "run")

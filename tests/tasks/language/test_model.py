@@ -68,6 +68,7 @@ def check_causal(settings, train):
         assert stats.dropped_E.sum() > 0, "capacity must bind for this to prove anything"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("settings", [slow_unless(s in QUICK, s) for s in CAUSAL], ids=label)
 def test_logits_do_not_depend_on_later_tokens_in_training(settings):
     check_causal(settings, train=True)
@@ -78,6 +79,7 @@ def test_logits_do_not_depend_on_later_tokens_in_evaluation(settings):
     check_causal(settings, train=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "priority", [slow_unless(p == "choice", p) for p in ("choice", "gate", "random")]
 )
@@ -118,6 +120,7 @@ def unrolled(model: LM, token_BL, train):
     return (x_BLD * model.final_norm.scale_D[...]) @ head, jnp.stack(squares), infos
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "settings",
     [MIXED, config(every=0), slow_unless(False, config(tie_embeddings=False))],

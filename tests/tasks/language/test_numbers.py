@@ -41,6 +41,7 @@ def matmul_operands(jaxpr):
                 yield from matmul_operands(inner)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_leaves_router_and_parameters_in_float32():
     experts = 5  # no other width of the model is 5, so a product of this width is the router's
     changes = {"moe": {"num_experts": experts, "transport": "dropless"}, "tie_embeddings": False}
@@ -66,6 +67,7 @@ def test_bfloat16_compute_leaves_router_and_parameters_in_float32():
     assert {x.dtype.name for x in jax.tree.leaves(grads)} == {"float32"}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("train", [True, False], ids=["cells", "dropless"])
 def test_identical_experts_are_the_dense_model(train):
     """Weights of a renormalised gate add up to 1, so equal experts are one FFN; none dropped."""
@@ -85,6 +87,7 @@ def test_identical_experts_are_the_dense_model(train):
     CLOSE(run(sparse, tokens(), train, params).logits_BLV, run(dense, tokens(), train).logits_BLV)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("tied", "excess"), [(False, 0.5), (True, 0.9)])
 def test_the_untrained_model_starts_near_the_uniform_distribution(tied, excess):
     """On random tokens its loss is ln(vocab) + 1/2: logits are standard normal.
