@@ -919,7 +919,7 @@ def copy_tree(root: Path, target: Path) -> None:
 
 
 class Outcome(NamedTuple):
-    """How tests ended: pytest's exit status, which tests failed, and what it printed."""
+    """Outcome of a test run: pytest's exit status, the failed tests, and the output."""
 
     status: int
     failed: frozenset[str]
@@ -944,7 +944,7 @@ def run_tests(tree: Path, tests: Iterable[str]) -> Outcome:
 
 
 def is_noticed(tree: Path, mutant: Mutant) -> bool:
-    """Whether the mutant's test fails with it; the tree is as before afterwards.
+    """True if the mutant's test fails with it; the tree is restored afterwards.
 
     Raises:
       RuntimeError: the test did not run.
