@@ -174,7 +174,7 @@ def make_steps(graph, optimizer: optax.GradientTransformation):
             block.moe.update_gate_state(state, stat)
             for block, state, stat in zip(blocks, gate_states, stats, strict=True)
         ]
-        load_E = sum(stat.load_E for stat in stats)
+        load_E = jnp.sum(jnp.stack([stat.load_E for stat in stats]), axis=0)
         metrics = {"loss": loss, "busiest": load_E.max() / load_E.mean()}
         return optax.apply_updates(params, updates), opt_state, gate_states, metrics
 
@@ -222,7 +222,7 @@ def train(steps: int, learning_rate: float = 5e-3, seed: int = 0) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)

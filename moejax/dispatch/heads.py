@@ -70,7 +70,10 @@ def head_outputs(
     return _by_token(run, mesh)((mixed_BLKI, routing), out_EID)
 
 
-FIXED_ROWS = (head_queries.__name__, head_outputs.__name__)
+FIXED_ROWS = (
+    head_queries.__name__,  # pyright: ignore[reportAttributeAccessIssue]
+    head_outputs.__name__,  # pyright: ignore[reportAttributeAccessIssue]
+)
 """Names by which a count of FLOPs knows that the grouped matmuls inside do not depend on the
 routing: a token has k heads, whichever they are."""
 

@@ -188,4 +188,5 @@ def detectable(seeds: int, level: float = LEVEL, wanted: float = POWER) -> float
     high = 1.0
     while power(high, seeds, level) < wanted:
         high *= 2
-    return optimize.brentq(lambda effect: power(effect, seeds, level) - wanted, 0.0, high)
+    root = optimize.brentq(lambda effect: power(effect, seeds, level) - wanted, 0.0, high)
+    return float(root)  # pyright: ignore[reportArgumentType]
