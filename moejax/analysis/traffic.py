@@ -64,12 +64,12 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
     load_ME, dropped_ME = np.asarray(row["moe/load"]), np.asarray(row["moe/dropped"])
     pairs = load_ME.sum() / len(load_ME)
     kept = pairs - dropped_ME.sum() / len(load_ME)
-    slots, rules = 0, moe.transport.slot_rules
+    slots, rules = 0.0, moe.transport.slot_rules
     if rules is not None:
         rows = moe.rows_per_group(sequences // train.grad_accum)
         capacity = gate.capacity(rows * length, moe.num_experts, rules.capacity_factor)
-        slots = sequences // rows * moe.num_experts * capacity
-    counts = Counts(tokens, pairs, kept, slots, moe.num_experts, shards)
+        slots = float(sequences // rows * moe.num_experts * capacity)
+    counts = Counts(float(tokens), pairs, kept, slots, moe.num_experts, shards)
     computed, sent = moe.transport.rows(counts)
     if shards < 2 or sent is None:
         return Traffic(computed / max(kept, 1), None, None)
