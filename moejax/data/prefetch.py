@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 
@@ -26,7 +26,7 @@ def prefetch(
         workers.add(threading.current_thread())
         return fn(step)
 
-    def in_order() -> Iterator[Any]:
+    def in_order() -> Generator[Any, None, None]:
         # Inside a generator a StopIteration of ``fn`` is a RuntimeError, not the end.
         for _ in range(start, stop):
             yield next(ahead)
