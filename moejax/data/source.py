@@ -63,7 +63,7 @@ class Source(Protocol):
 
     def probe_arrays(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
         """Arrays of the probe's ``tokens.npz`` for rows of ``eval_batches(_, eval_rows)``, which
-        ``row`` identifies: see ``moejax.record.probe.OF_TOKENS`` and ``OF_LABELS``."""
+        ``row`` identifies: see ``moejax.record.probe.TOKENS``."""
         ...
 
 

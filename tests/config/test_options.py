@@ -13,8 +13,10 @@ from moejax.config import FIELDS, default
 from moejax.config.build import NESTED, stack_options
 from moejax.config.overrides import apply_overrides
 from moejax.config.table import PREFIXES, names_of
+from moejax.dispatch import Cells, Gather
 from moejax.errors import UserError
-from moejax.options import AttentionOptions, DispatchOptions, StackOptions, option_fields, renamed
+from moejax.options import AttentionOptions, StackOptions, option_fields, renamed
+from moejax.types import MoEConfig
 
 PACKAGE = Path(configs.__file__).parents[1]
 ANCHOR = "    causal: bool = True\n"
@@ -102,11 +104,12 @@ def test_every_field_of_the_layers_reaches_its_own_option_and_no_other():
     names = {name for options in PREFIXES for name in names_of(options).values()}
     wanted = {n: FITTING.get(n, OTHER[FIELDS[n].type]) for n in names}
     stack = stack_options(config_with(*(f"{name}={value}" for name, value in wanted.items())))
-    parts = {StackOptions: stack, DispatchOptions: stack.moe}
-    parts |= {kind: getattr(stack, field) for field, kind in NESTED.items()}
+    parts = {StackOptions: stack} | {kind: getattr(stack, f) for f, kind in NESTED.items()}
     for kind, part in parts.items():
         for option, name in names_of(kind).items():
             assert getattr(part, option) == wanted[name], name
+    cells = Cells(capacity_factor=0.625, priority="gate", reroute=7)
+    assert stack.moe == MoEConfig(7, Gather(), cells, "4")
     changed = [name for name in names if wanted[name] != FIELDS[name].default]
     assert set(names) - set(changed) == {"moe.residual"}
 
