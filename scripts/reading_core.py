@@ -70,7 +70,7 @@ class Source:
         self.module = importlib.import_module(module_name(file, root))
         self.tree = ast.parse(file.read_text(encoding="utf-8"))
         self.imports = {
-            alias.asname or alias.name: (node.module, alias.name)
+            alias.asname or alias.name: (node.module or "", alias.name)
             for node in ast.walk(self.tree)
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moejax")
             for alias in node.names

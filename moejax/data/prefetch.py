@@ -26,7 +26,7 @@ def prefetch(
         workers.add(threading.current_thread())
         return fn(step)
 
-    def in_order() -> Generator[Any]:
+    def in_order() -> Generator[Any, None, None]:
         # Inside a generator a StopIteration of ``fn`` is a RuntimeError, not the end.
         for _ in range(start, stop):
             yield next(ahead)
