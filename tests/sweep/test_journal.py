@@ -193,7 +193,7 @@ def test_a_sweep_without_its_journal_resumes_and_runs_nothing_twice(what: str, t
         damage(path, "other file")
     ended = small.run()
     assert ended.status == 0 and "2 of 3 trials are already finished" in ended.out
-    assert ("journal.sqlite was damaged" in ended.out) == (what == "damaged")
+    assert ("journal.sqlite was corrupt" in ended.out) == (what == "damaged")
     assert small.log("quick_1").count("begins") == 1
     assert set(small.states().values()) == {"done"}
     assert [entry.attempts for entry in small.entries().values()] == [0, 1, 0]
