@@ -1,4 +1,4 @@
-"""What a model knows about its tokens besides their activations. Needs jax alone."""
+"""Facts about the tokens of a batch besides their activations. Needs jax alone."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,18 +11,18 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a model knows about its tokens besides their activations, sequence by sequence.
+    """Facts about the tokens of a batch besides their activations, sequence by sequence.
 
-    ``valid_BL``: False is padding, which may lie anywhere and hold anything: nothing attends to it,
-    it visits no expert and counts in no mean. ``segment_BL``: texts packed into one sequence, told
-    apart by a number each; tokens attend to their own segment only. None: one segment.
-    ``row_B`` are global ids of the sequences: noise is keyed by them, so a sequence draws the same
-    noise wherever it lies. ``key`` may be None when nothing random is asked for.
+    ``valid_BL``: False marks padding, which may lie anywhere and hold anything: nothing attends to
+    it, it visits no expert and counts in no mean. ``segment_BL``: a number for each text packed
+    into a sequence; tokens attend to their own segment only. None: one segment. ``row_B``: global
+    ids of the sequences. Noise is keyed by them, so a sequence draws the same noise on any device.
+    ``key`` may be None when nothing draws noise.
 
     ``padded_behind`` promises that no padding lies before a valid token of its sequence. Fused
-    causal attention then leaves out a mask that would hide nothing, and gates that cut sequences
-    into segments take tokens as they lie. ``knows_tokens``: whether ``token_BL`` was given, for
-    gates that route by it.
+    causal attention then omits a mask that would hide nothing, and gates that cut sequences into
+    segments need not reorder tokens. ``knows_tokens``: whether ``token_BL`` was given, for gates
+    that route by it.
     """
 
     token_BL: Int[Array, "B L"]
@@ -38,9 +38,9 @@ class Context:
 
     @classmethod
     def of(cls, batch: int, length: int, **known: Any) -> "Context":
-        """A context of ``batch`` sequences; what is not ``known`` is taken as all valid, all 0.
+        """A context of ``batch`` sequences. By default all tokens are valid and ids are 0.
 
-        Positions count from the first valid token of a sequence, or of a segment, as 0.
+        Positions count from 0 at the first valid token of a sequence, or of a segment.
         """
         default: dict[str, Any] = {
             "token_BL": jnp.zeros((batch, length), jnp.int32),
@@ -57,12 +57,12 @@ class Context:
             of_tokens = [x for x in (given["valid_BL"], given["segment_BL"]) if x is not None]
             if all(jnp.shape(x) == (batch, length) and are_whole(x) for x in of_tokens):
                 given["position_BL"] = positions(given["valid_BL"], given["segment_BL"])
-            else:  # a mistake, which the layer that gets the context names
+            else:  # a mistake that the layer reports
                 given["position_BL"] = jnp.zeros((batch, length), jnp.int32)
         return cls(**given)
 
     def grouped(self, rows: int, train: bool) -> "GateContext":
-        """The same, in routing groups of ``rows`` sequences."""
+        """The same context in routing groups of ``rows`` sequences."""
 
         segment_BL = self.segment_BL
 
@@ -86,7 +86,7 @@ class Context:
 
 
 def are_whole(x: Any) -> bool:
-    """Whether an array is of booleans or whole numbers."""
+    """Whether an array holds booleans or whole numbers."""
     kind = jnp.result_type(x)
     return jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.bool_)
 
@@ -94,10 +94,10 @@ def are_whole(x: Any) -> bool:
 def positions(
     valid_BL: Bool[Array, "B L"], segment_BL: Int[Array, "B L"] | None
 ) -> Int[Array, "B L"]:
-    """Places counted from the first valid token, which has 0, as has padding before it.
+    """Positions from 0 at the first valid token; padding before it has 0 too.
 
-    Padding between valid tokens keeps its place. Where a valid token's segment is another than that
-    of the valid token before it, the count starts anew.
+    Padding between valid tokens counts. The count restarts at a valid token whose segment differs
+    from that of the valid token before it.
     """
     valid_BL = jnp.asarray(valid_BL)
     index_BL = jnp.broadcast_to(jnp.arange(valid_BL.shape[1], dtype=jnp.int32), valid_BL.shape)
@@ -112,17 +112,17 @@ def positions(
 
 
 def valid_before(valid_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """The place of the last valid token before each; -1 where there is none."""
+    """The index of the last valid token before each token; -1 without one."""
     length = valid_BL.shape[1]
     last_BL = jax.lax.cummax(jnp.where(valid_BL, jnp.arange(length, dtype=jnp.int32), -1), axis=1)
     return jnp.pad(last_BL, ((0, 0), (1, 0)), constant_values=-1)[:, :length]
 
 
 class Order(NamedTuple):
-    """Sequences without the padding before and between their tokens, which goes behind them.
+    """An order of each sequence with its valid tokens first and its padding behind them.
 
-    ``token_BL``: where the i-th token lies, valid ones first, in order; ``place_BL``: its inverse.
-    Both None: tokens stay where they are.
+    ``token_BL``: the index of the i-th token in this order; ``place_BL``: the inverse. Both None:
+    tokens stay in place.
     """
 
     token_BL: Int[Array, "B L"] | None = None
@@ -130,7 +130,7 @@ class Order(NamedTuple):
 
     @classmethod
     def of(cls, valid_BL: Bool[Array, "B L"]) -> "Order":
-        """The order of sequences of which these tokens are valid."""
+        """The order for these valid tokens."""
         before_BL = jnp.cumsum(valid_BL, axis=1, dtype=jnp.int32)
         index_L = jnp.arange(valid_BL.shape[1], dtype=jnp.int32)
         padding_BL = before_BL[:, -1:] + index_L - before_BL
@@ -142,11 +142,11 @@ class Order(NamedTuple):
         return cls(jax.vmap(inverse)(place_BL), place_BL)
 
     def tokens(self, x_BL: Array) -> Array:
-        """[B, L, ...] as it lies -> in this order."""
+        """[B, L, ...] in the original order -> in this order."""
         return _at(x_BL, self.token_BL)
 
     def places(self, x_BL: Array) -> Array:
-        """[B, L, ...] in this order -> as it lies."""
+        """[B, L, ...] in this order -> in the original order."""
         return _at(x_BL, self.place_BL)
 
 
@@ -160,12 +160,11 @@ def _at(x_BL: Array, index_BL: Array | None) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GateContext:
-    """Everything but the activations that a gate may look at, in routing groups.
+    """A gate's inputs besides the activations, in routing groups.
 
-    ``key`` already depends on (seed, step, layer); gates fold in ``row_GR``, the global ids of the
-    sequences in each group, so that noise never depends on the device that draws it.
-    ``padded_behind``: see ``Context``. ``packed``: rows hold several texts, which ``segment_GT``
-    tells apart.
+    ``key`` already depends on (seed, step, layer). Gates fold in ``row_GR``, the global ids of the
+    sequences in each group, so that noise does not depend on the device that draws it.
+    ``padded_behind``: see ``Context``. ``packed``: rows hold several texts, one per segment.
     """
 
     token_GT: Int[Array, "G T"]

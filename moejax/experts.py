@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import grouped_ffn
-from moejax.kernels.platform import resolve_platform
+from moejax.kernels.support import resolve_platform
 from moejax.types import ExpertWeights
 
 ACTIVATIONS: tuple[str, ...] = ("swiglu", "gelu", "relu")

@@ -1,11 +1,11 @@
-r"""Auxiliary router losses: statistics of the routing that was used in, one scalar out.
+r"""Auxiliary router losses: functions of the routing and its statistics to one scalar.
 
-Every balance loss is taken per scope (a sequence, a routing group or the whole batch), averaged
-over scopes with the number of valid tokens as weight, and is 1 at perfect balance. So a value means
-the same for every number of experts and every k, and token-weighted averages over micro-batches
-give the value of the whole batch (for scopes that a micro-batch does not cut).
+Every balance loss is computed per scope (a sequence, a routing group or the whole batch), averaged
+over scopes weighted by their valid tokens, and is 1 at perfect balance. So a value means the same
+for every number of experts and every k, and token-weighted averages over micro-batches give the
+value of the whole batch (for scopes that no micro-batch cuts).
 
-Q scopes of U tokens each; padding is counted nowhere. Arrays are global: on a mesh XLA inserts the
+Q scopes of U tokens each; padding is not counted. Arrays are global: on a mesh XLA inserts the
 reductions, so the value cannot depend on it.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.types import Policy
 
 CONSISTENCY = "consistency"
-"""Of two passes with different noise; the task runs the second only where this has a weight."""
+"""The loss of two passes with different noise; the task runs both only where it has a weight."""
 
 
 @partial(jax.jit, static_argnames="num_experts")
@@ -57,7 +57,7 @@ def load_balance(
 
 @jax.jit
 def squared_share(mass_QE: Float[Array, "Q E"], valid_QU: Bool[Array, "Q U"]) -> Float[Array, ""]:
-    r"""How unevenly a mass is spread over experts: 1 + CV\ :sup:`2`.
+    r"""The unevenness of a mass over experts: 1 + CV\ :sup:`2`.
 
     .. math:: L = E \sum_e \left(\frac{m_e}{\sum_j m_j}\right)^2 = 1 + \operatorname{CV}(m)^2
 
@@ -133,7 +133,7 @@ def task_entropies(
     task_B: Int[Array, "B"],
     floor_M: Float[Array, "M"],
 ) -> dict[str, Float[Array, ""]]:
-    r"""LIMoE's entropy losses: each of M tasks (modalities) decided per token, spread as a whole.
+    r"""LIMoE's entropy losses: each of M tasks (modalities) confident per token, spread overall.
 
     .. math::
        L_{local,m} = \operatorname{mean}_{t \in m} H(p_t), \qquad
@@ -146,16 +146,16 @@ def task_entropies(
     Names: ``local_entropy_m`` and ``global_entropy_m``. Mustafa et al. (LIMoE), arXiv 2206.02770,
     whose global loss -H is shifted by tau before it is cut at 0, as here.
     """
-    found = {}
+    entropies = {}
     for task in range(floor_M.shape[0]):
         own_BL1 = (valid_BL & (task_B == task)[:, None])[..., None]
         tokens = jnp.sum(own_BL1).astype(jnp.float32)
         own_BLE = jnp.where(own_BL1, prob_BLE, 0.0)
         mean_E = jnp.sum(own_BLE, axis=(0, 1)) / _at_least_one(tokens)
         lack = jax.nn.relu(floor_M[task] - _entropy(mean_E))
-        found[f"local_entropy_{task}"] = jnp.sum(_entropy(own_BLE)) / _at_least_one(tokens)
-        found[f"global_entropy_{task}"] = jnp.where(tokens > 0, lack, 0.0)
-    return found
+        entropies[f"local_entropy_{task}"] = jnp.sum(_entropy(own_BLE)) / _at_least_one(tokens)
+        entropies[f"global_entropy_{task}"] = jnp.where(tokens > 0, lack, 0.0)
+    return entropies
 
 
 def _entropy(p_E: Float[Array, "*B E"]) -> Float[Array, "*B"]:
@@ -169,13 +169,13 @@ def symmetric_kl(
     other_BLV: Float[Array, "B L V"],
     valid_BL: Bool[Array, "B L"],
 ) -> Float[Array, ""]:
-    r"""How far apart two predictions are: mean over valid tokens of the symmetric divergence.
+    r"""The symmetric divergence of two predictions, averaged over valid tokens.
 
     .. math::
        L = \operatorname{mean}_t \tfrac12 \sum_v (p_{tv} - q_{tv}) (\log p_{tv} - \log q_{tv})
          = \operatorname{mean}_t \tfrac12 (KL(p \| q) + KL(q \| p))
 
-    Zuo et al. (THOR), arXiv 2110.04260, whose code adds it up over tokens. Both sides learn.
+    Zuo et al. (THOR), arXiv 2110.04260, whose code sums it over tokens. Both sides learn.
     """
     log_p_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32), axis=-1)
     log_q_BLV = jax.nn.log_softmax(other_BLV.astype(jnp.float32), axis=-1)

@@ -21,8 +21,9 @@ from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 from moejax.errors import UserError
 from moejax.record.files import read_rows
 from moejax.tasks.language.source import TextSource
-from moejax.tasks.task import Batch, Output, Task
+from moejax.tasks.task import Batch, Task
 from moejax.train import evaluate
+from moejax.types import LayerAux
 
 if TYPE_CHECKING:
     import pandas
@@ -89,8 +90,8 @@ class LoadedRun:
             raise UserError(f"batch({number}): an evaluation has {len(batches)} batches, from 0")
         return {name: jax.numpy.asarray(x) for name, x in batches[number].items()}
 
-    def apply(self, batch: Batch) -> Output:
-        """The model on a batch, in evaluation: what it ``said``, and what its layers ``found``."""
+    def apply(self, batch: Batch) -> tuple[Any, LayerAux]:
+        """The model's predictions for a batch in evaluation, and its layers' report."""
         step = jax.numpy.int32(self.step)
         with jax.set_mesh(self.mesh):
             return self._applied(self.params, self.state, dict(batch), step, self.key)
@@ -127,7 +128,7 @@ class LoadedRun:
             ),
             "row": jax.numpy.arange(rows, dtype=np.int32),
         }
-        return self.apply(batch).said[: len(token_BL)]
+        return self.apply(batch)[0][: len(token_BL)]
 
     @functools.cached_property
     def recorded(self) -> RunData:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moejax.config import FIELDS, MAY_CHANGE, SECTIONS, Field
-from moejax.config.tasks import TASKS, TaskEntry
+from moejax.config.tasks import TASKS, TaskEntry, task_entry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 
@@ -51,7 +51,7 @@ def render() -> str:
     for section, text in SECTIONS.items():
         rows = [(n, f) for n, f in FIELDS.items() if n.rpartition(".")[0] == section]
         parts.append("\n".join([f"## {section}", "", text, "", *table(rows)]) + "\n")
-    parts += [of_task(name, entry) for name, entry in TASKS.items()]
+    parts += [of_task(name, task_entry(name)) for name in TASKS]
     rows = ["| field | meaning |", "| --- | --- |"]
     rows += [f"| `{name}` | {FIELDS[name].comment} |" for name in MAY_CHANGE]
     parts.append(RESUMING.format(fields="\n".join(rows)))
@@ -63,8 +63,11 @@ def of_task(name: str, entry: TaskEntry) -> str:
     lines = [f"## Task `{name}`", ""]
     if entry.fields:
         lines += [*table((f"task.{own}", field) for own, field in entry.fields.items()), ""]
+    sections = tuple(out for out in entry.without if out.endswith("."))
+    single = [f"`{out}`" for out in entry.without if not out.startswith(sections)]
     for what, names in (
-        ("Not used", [f"`{out}*`" if out.endswith(".") else f"`{out}`" for out in entry.without]),
+        ("Not used", [f"`{out}*`" for out in sections] + single),
+        ("Used from these sections", [f"`{name}`" for name in entry.uses]),
         ("Other defaults", [f"`{field}={value}`" for field, value in entry.defaults.items()]),
     ):
         if names:

@@ -77,7 +77,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "gating_dropout_without_jitter",
         "moejax/gating/gating_dropout.py",
-        "logits_GTE = self.logits(params, x_GTD, context)",
+        "logits_GTE = self.top_k.logits(params, x_GTD, context)",
         'logits_GTE = ops.router_logits(x_GTD, params["router_DE"])',
         "tests/gating/test_gating_dropout.py",
         "test_a_local_step_routes_the_jittered_tokens_of_top_k",
@@ -160,8 +160,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "evaluation_has_the_training_capacity",
         "moejax/layers/moe.py",
-        "factor = config.capacity_factor if context.train else config.eval_capacity_factor",
-        "factor = config.capacity_factor",
+        "transport = config.transport if context.train else config.eval_transport",
+        "transport = config.transport",
         "tests/layers/test_moe_choices.py",
         "test_training_and_evaluation_have_a_capacity_factor_each",
     ),
@@ -583,17 +583,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "rerouting_hides_imbalance",
-        "moejax/layers/moe.py",
-        "chosen = dataclasses.replace(sent, routing=output.routing)",
-        "chosen = sent",
+        "moejax/layers/routing_stats.py",
+        'lambda x: scoped(x, "sequence"), (output.routing,',
+        'lambda x: scoped(x, "sequence"), (routing,',
         "tests/dispatch/test_reroute.py",
         "test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose",
     ),
     Mutant(
         "info_of_what_was_not_sent",
-        "moejax/layers/moe.py",
-        "info._replace(routing=sent.routing, stats=stats)",
-        "info._replace(stats=stats)",
+        "moejax/layers/routing_stats.py",
+        "routing=routing,",
+        "routing=output.routing,",
         "tests/dispatch/test_reroute.py",
         "test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose",
     ),
@@ -883,7 +883,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "right_B = (said_BM[:, m] > 0) ==",
         "right_B = (said_BM[:, m] > 0.5) ==",
         "tests/contrib/multitask/test_task.py",
-        "test_a_binary_task_says_one_where_its_logit_is_above_0",
+        "test_a_binary_task_predicts_one_where_its_logit_is_above_0",
     ),
     Mutant(
         "areas_of_padding",
@@ -891,7 +891,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'batch["present"] & batch["valid"][:, None]',
         'batch["present"]',
         "tests/contrib/multitask/test_task.py",
-        "test_padding_has_no_share_in_an_area_under_the_curve",
+        "test_padding_does_not_count_in_the_area_under_the_curve",
     ),
 )
 

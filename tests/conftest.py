@@ -32,22 +32,36 @@ CHECKED = (
 )  # fmt: skip
 install_import_hook([f"moejax.{module}" for module in CHECKED], "beartype.beartype")
 
-import gc
-
 import jax
 import pytest
+
+from tests.mappings import forget_programs_if_many
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Frees a module's programs when it is done.
-
-    Every program of XLA:CPU maps memory, and a process may have 65530 mappings (vm.max_map_count):
-    the slow suite alone would compile more than fit, and XLA then dies with a segmentation fault.
-    """
+    """Free programs between modules, where they have become many."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    forget_programs_if_many()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "quick(n): of a parametrised test, cases after the first n fast ones are slow"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark cases slow that ``quick`` leaves out."""
+    fast: dict[tuple[str, str], int] = {}
+    for item in items:
+        mark = item.get_closest_marker("quick")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            name = str(item.path), getattr(item, "originalname", item.name)
+            fast[name] = fast.get(name, 0) + 1
+            if fast[name] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

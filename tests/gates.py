@@ -8,7 +8,6 @@ import ast
 import atexit
 import dataclasses
 import functools
-import gc
 import os
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from moejax import gating
 from moejax.record import routing as recording
 from moejax.record.routing import Recording, from_arrays
 from moejax.types import Context, Gate, GateContext, GateOutput, GateSpec, MoEStats
+from tests.mappings import forget_programs_if_many
 
 G, T, D, E, V, TASKS = 4, 16, 16, 8, 32, 3
 """Groups (one sequence each), tokens per group, width, experts, vocabulary, tasks."""
@@ -196,17 +196,15 @@ if OWN:
 PARAMS = [pytest.param(r, id=r.name, marks=[pytest.mark.slow] * r.slow) for r in ROWS]
 
 
-def forgetting(every: int = 150) -> Any:
-    """A fixture that frees compiled programs after so many tests (see tests/conftest.py)."""
+def forgetting(every: int = 16) -> Any:
+    """A fixture that frees compiled programs after so many tests, where they have become many."""
     done = iter(range(1, 10**9))
 
     @pytest.fixture(autouse=True)
     def forget() -> Iterator[None]:
         yield
         if next(done) % every == 0:
-            jax.clear_caches()
-            program.cache_clear()
-            gc.collect()
+            forget_programs_if_many()
 
     return forget
 
@@ -256,14 +254,6 @@ def program(row: Row, experts: int = E):
         return gate(params, state, x_GTD, given)
 
     return jax.jit(call)
-
-
-@functools.cache
-def example(row: Row, train: bool) -> GateOutput:
-    """The gate's output on the usual tokens."""
-    gate = row.make()
-    given = context(train, step=row.step, keyed=train or row.noisy_eval)
-    return program(row)(drawn(gate), gate.init_state(spec()), tokens(), given)
 
 
 def stats_of(output: GateOutput, valid_GT: jax.Array) -> MoEStats:

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from moejax import gating
+from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions
 from moejax.tasks.language.model import LM, LMConfig
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 
 B, L, V, D, E = 4, 8, 32, 16, 4
 KEY = 9
@@ -19,33 +20,53 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 """float32 sums of at most 48 products, in another order or program."""
 
 
+OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "causal")
+OF_EXPERTS = ("gate", "vocab_size", "shared_experts", "shared_gate", "residual")
+NESTED = {
+    **{name: ("attention", name) for name in OF_ATTENTION},
+    **{name: ("experts", name) for name in OF_EXPERTS},
+    "d_ff": ("ffn", "d_ff"),
+    "activation": ("ffn", "activation"),
+    "attention": ("attention", "implementation"),
+    "moe": ("experts", "config"),
+    "expert_d_ff": ("experts", "d_ff"),
+    "expert_activation": ("experts", "activation"),
+    "mod_capacity": ("depths", "capacity"),
+    "mod_every": ("depths", "every"),
+    "mod_predictor": ("depths", "predictor"),
+    "moa_experts": ("heads", "experts"),
+    "moa_k": ("heads", "k"),
+}
+"""Options of layers by short names; the others are the model's own."""
+
+
+def changed(settings: LMConfig, **changes) -> LMConfig:
+    """The same settings with other options, by the names above."""
+    parts: dict = {}
+    for name, value in changes.items():
+        part, option = NESTED.get(name, ("", name))
+        parts.setdefault(part, {})[option] = value
+    own = parts.pop("", {})
+    own |= {
+        part: dataclasses.replace(getattr(settings, part), **options)
+        for part, options in parts.items()
+    }
+    return dataclasses.replace(settings, **own)
+
+
 def config(gate="mixtral", moe=None, **changes) -> LMConfig:
+    choices = DispatchOptions(**{"num_experts": E, "capacity_factor": 1.0, **(moe or {})}).config
     base = LMConfig(
-        vocab_size=V,
         d_model=D,
-        d_ff=24,
         num_layers=2,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=4,
-        activation="swiglu",
-        rope_theta=100.0,
-        norm_eps=1e-6,
+        attention=AttentionOptions(
+            num_heads=4, num_kv_heads=4, head_dim=4, rope_theta=100.0, implementation="xla"
+        ),
+        ffn=FFNOptions(d_ff=24),
+        experts=MoEOptions(gate=gating.make(gate), config=choices, d_ff=12, vocab_size=V),
         tie_embeddings=True,
-        dtype="float32",
-        remat="none",
-        attention="xla",
-        every=1,
-        first_dense=0,
-        moe=MoEConfig(**{"num_experts": E, "capacity_factor": 1.0, **(moe or {})}),
-        gate=gating.make(gate),
-        expert_d_ff=12,
-        expert_activation="swiglu",
-        shared_experts=0,
-        shared_gate=False,
-        balance_scope="sequence",
     )
-    return dataclasses.replace(base, **changes)
+    return changed(base, **changes)
 
 
 MIXED = config("shazeer", num_layers=5, every=2, first_dense=1, shared_experts=2, num_kv_heads=2)
@@ -90,9 +111,10 @@ def run(settings: LMConfig, token_BL, train=True, params=None):
 
 def objective(out, token_BL):
     """Cross-entropy of the next token plus router losses: every parameter has a gradient."""
-    log_p_BLV = jax.nn.log_softmax(out.logits_BLV)
+    logits_BLV, aux = out
+    log_p_BLV = jax.nn.log_softmax(logits_BLV)
     nats = -jnp.take_along_axis(log_p_BLV[:, :-1], token_BL[:, 1:, None], axis=-1).mean()
-    return nats + 0.1 * sum(out.found.losses.values())
+    return nats + 0.1 * sum(aux.losses.values())
 
 
 def slow_unless(quick, value):
@@ -106,4 +128,6 @@ def label(settings: LMConfig):
         return "dense_ffn"
     moe, name = settings.moe, type(settings.gate).__name__.lower()
     k = getattr(settings.gate, "k", "")
-    return f"{name}{k}-{moe.transport}-{moe.priority}-every{settings.every}"
+    rules = moe.transport.slot_rules
+    transport = f"cells-{rules.priority}" if rules else type(moe.transport).__name__.lower()
+    return f"{name}{k}-{transport}-every{settings.every}"

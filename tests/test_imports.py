@@ -12,9 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "moejax"
 
 FLOORS: list[dict[str, set[str]]] = [
-    {"errors": set(), "choices": set(), "context": set()},
+    {"errors": set(), "context": set()},
     {
-        "types": {"choices", "context"},
+        "types": {"context"},
         "mesh": {"errors"},
         "kernels": {"errors"},
         "record": {"errors"},
@@ -28,15 +28,19 @@ FLOORS: list[dict[str, set[str]]] = [
         "dispatch": {"experts", "kernels", "mesh", "types"},
         "reference": {"experts", "types"},
     },
-    {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "types"}},
+    {"options": {"dispatch", "experts", "types"}},
+    {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "options", "types"}},
     {
-        "models": {"layers", "mesh", "types"},
-        "config": {"errors", "gating", "mesh", "record", "types"},
+        "models": {"layers", "mesh", "options", "types"},
+        "config": {"dispatch", "errors", "gating", "mesh", "options", "record", "types"},
         "data": {"errors"},
     },
     {
         "job": {"config", "errors", "mesh"},
-        "tasks": {"config", "data", "errors", "layers", "losses", "mesh", "models", "types"},
+        "tasks": {
+            "config", "data", "dispatch", "errors", "layers", "losses", "mesh", "models", "options",
+            "types",
+        },
     },
     {
         "contrib/multitask": {
@@ -44,24 +48,27 @@ FLOORS: list[dict[str, set[str]]] = [
             "tasks", "types",
         },
         "contrib/multimodal": {
-            "config", "data", "errors", "gating", "layers", "mesh", "models", "tasks", "types",
+            "config", "data", "errors", "layers", "mesh", "models", "options", "tasks", "types",
         },
         "train": {
             "config", "data", "dispatch", "errors", "job", "kernels", "mesh", "moejax", "record",
             "tasks", "types",
         },
     },
-    {"sweep": {"config", "errors", "job", "record", "train", "types"}},
+    {"sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"}},
     {
         "analysis": {
-            "choices", "config", "errors", "gating", "moejax", "record", "sweep", "tasks", "train",
+            "config", "errors", "gating", "moejax", "options", "record", "sweep", "tasks", "train",
+            "types",
         },
     },
     {
-        "contrib/openmoe": {"analysis", "config", "data", "errors", "record", "tasks", "train"},
+        "contrib/openmoe": {
+            "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train", "types",
+        },
         "contrib/scaling": {"errors", "sweep", "train"},
         "notebook": {
-            "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train",
+            "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train", "types",
         },
     },
     {

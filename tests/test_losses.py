@@ -145,6 +145,23 @@ def test_padding_changes_no_loss(poison):
     np.testing.assert_array_equal(values(logits), values(poisoned))
 
 
+def test_a_padded_scope_has_the_losses_of_its_valid_tokens_alone():
+    expert, weight = one_column(jnp.argmax(VMOE_PROBS, -1))
+    behind = ((0, 0), (0, 3), (0, 0))
+    valid = jnp.pad(ALL, behind[:2])
+    padded = (jnp.pad(x, behind) for x in (expert, weight, VMOE_PROBS))
+    alone = balance(expert, weight, VMOE_PROBS, ALL)
+    np.testing.assert_allclose(balance(*padded, valid), alone, rtol=1e-6)
+    z_loss = losses.z_loss(jnp.pad(VMOE_PROBS, behind), valid)
+    np.testing.assert_allclose(z_loss, losses.z_loss(VMOE_PROBS, ALL), rtol=1e-6)
+
+
+def test_a_share_does_not_depend_on_the_size_of_the_mass():
+    mass = jnp.sum(VMOE_PROBS, axis=1)
+    small = losses.squared_share(1e-3 * mass, ALL)
+    np.testing.assert_allclose(small, losses.squared_share(mass, ALL), rtol=1e-5)
+
+
 def test_z_loss_is_the_value_published_with_flaxformer():
     with jax.threefry_partitionable(False):  # the random bits of the time of its publication
         logits = jax.random.uniform(jax.random.PRNGKey(0), (2, 6, 4), minval=-5, maxval=5)

@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax import dispatch as dispatch_module
 from moejax import gating
-from moejax.dispatch import dispatch
+from moejax.dispatch import TRANSPORTS, Cells
+from moejax.dispatch import api as dispatch_api
+from moejax.dispatch.api import dispatch
 from moejax.mesh import batch_spec, make_mesh
 from moejax.models import stack
 from moejax.types import Context, ExpertWeights, GateSpec, Routing
@@ -62,7 +63,18 @@ def test_the_reader_sees_every_collective_and_its_axes():
 # The router.
 
 
-@pytest.mark.parametrize("row", gates.PARAMS)
+QUICK = ("top_k", "shazeer", "expert_choice", "sbase", "lory-segment=4")
+"""Gates with a selection, noise, experts that choose, iterations, and segments. The exam's own mesh
+finds what the others would send beyond sums."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in QUICK else pytest.mark.slow)
+        for row in gates.ROWS
+    ],
+)
 def test_routing_communicates_nothing(row):
     """In the global view, with groups spread over the mesh: noise, top-k and all statistics."""
     gate, spec = row.make(), GateSpec(D, E, vocab_size=16, token_counts=lambda: np.ones(16, int))
@@ -105,8 +117,8 @@ def test_balancing_the_batch_moves_scores_or_their_column_sums_and_no_tokens(gat
 # One layer's dispatch.
 
 
-def layer(mesh, transport, capacity, backward):
-    """Text of the compiled dispatch, or of the gradients of its tokens, weights and experts."""
+def layer(mesh, capacity, backward):
+    """Text of the compiled dispatch in cells, or of gradients of tokens, weights and experts."""
 
     def run(x_GTD, weight_GTK, weights, expert_GTK):
         y_GTD, _ = dispatch(
@@ -114,7 +126,7 @@ def layer(mesh, transport, capacity, backward):
             Routing(expert_GTK, weight_GTK),
             weight_GTK.max(-1),
             weights,
-            transport=transport,
+            transport=Cells(),
             activation="swiglu",
             capacity=capacity,
         )
@@ -137,7 +149,7 @@ def layer(mesh, transport, capacity, backward):
 def test_cells_sends_k_copies_of_a_token_times_the_capacity_factor_and_nothing_else(shape, factor):
     mesh = make_mesh(shape)
     capacity = gating.make("mixtral", k=K).capacity(T, E, factor)
-    found = collectives(layer(mesh, "cells", capacity, backward=False), mesh)
+    found = collectives(layer(mesh, capacity, backward=False), mesh)
     assert counted(found) == {("all-to-all", "expert"): 2}
     tokens = G * T // mesh.size
     for exchange in found:
@@ -146,7 +158,7 @@ def test_cells_sends_k_copies_of_a_token_times_the_capacity_factor_and_nothing_e
 
 
 def test_the_gradient_of_cells_sends_as_much_again_and_sums_expert_gradients_over_data():
-    text = layer(LARGE, "cells", T * K // E, backward=True)
+    text = layer(LARGE, T * K // E, backward=True)
     found = collectives(text, LARGE)
     exchanges = [c for c in found if c.kind == "all-to-all"]
     assert len(exchanges) == 4 and all(c.axes == {"expert"} for c in exchanges)
@@ -160,7 +172,7 @@ def test_the_gradient_of_cells_sends_as_much_again_and_sums_expert_gradients_ove
 def test_axes_of_size_one_cost_nothing(shape):
     """Experts alone: nothing to sum over data. Data alone: no exchange."""
     mesh = make_mesh(shape)
-    found = counted(collectives(layer(mesh, "cells", T * K // E, backward=True), mesh))
+    found = counted(collectives(layer(mesh, T * K // E, backward=True), mesh))
     wanted = {("all-to-all", "expert"): 4} if "expert" in shape else {("all-reduce", "data"): 1}
     assert found == wanted
 
@@ -170,12 +182,12 @@ def test_a_split_hidden_width_adds_one_sum_of_tokens_each_way():
     mesh = make_mesh({"data": 2, "expert": 2, "tensor": 2})
     tokens = G * T // 4
     (forward,) = [
-        c for c in collectives(layer(mesh, "cells", 4, backward=False), mesh)
+        c for c in collectives(layer(mesh, 4, backward=False), mesh)
         if c.axes == {"tensor"}
     ]  # fmt: skip
     assert forward.kind == "all-reduce" and forward.sizes == (tokens * D,)
     both = [
-        size for c in collectives(layer(mesh, "cells", 4, backward=True), mesh)
+        size for c in collectives(layer(mesh, 4, backward=True), mesh)
         if c.axes == {"tensor"} for size in c.sizes
     ]  # fmt: skip
     assert sorted(both) == sorted([tokens * D, tokens * D, tokens * K])
@@ -225,6 +237,7 @@ def test_fsdp_gathers_weights_over_fsdp_only():
     assert {c.kind for c in found} <= {"all-gather", "all-reduce", "all-to-all"}
 
 
+@pytest.mark.slow
 def test_the_embedding_is_looked_up_where_the_tokens_are():
     """Not by every device for the whole batch, in its own columns of a split table."""
     found = step_collectives((("fsdp", 8),))
@@ -233,6 +246,7 @@ def test_the_embedding_is_looked_up_where_the_tokens_are():
     assert table in [size for c in found if c.kind == "all-gather" for size in c.sizes]
 
 
+@pytest.mark.slow
 def test_the_number_of_collectives_does_not_grow_with_depth():
     shallow = step_collectives(tuple(meshes.LARGE.items()))
     deep = step_collectives(tuple(meshes.LARGE.items()), model__num_layers=6)
@@ -282,7 +296,7 @@ def test_without_the_vma_check_outputs_and_gradients_are_the_same(transport, mon
     def run(x_GTD, weight_GTK, weights):
         y_GTD, kept_GTK = dispatch(
             x_GTD, Routing(routing.expert_GTK, weight_GTK), weight_GTK.max(-1), weights,
-            transport=transport, activation="swiglu",
+            transport=TRANSPORTS[transport](), activation="swiglu",
         )  # fmt: skip
         return jnp.sum(jnp.sin(y_GTD)), (y_GTD, kept_GTK)
 
@@ -293,7 +307,7 @@ def test_without_the_vma_check_outputs_and_gradients_are_the_same(transport, mon
             return jax.device_get(step(x_GTD, routing.weight_GTK, weights))
 
     checked = outcome()
-    monkeypatch.setattr(dispatch_module, "kernels_pass_check_vma", lambda: False)
+    monkeypatch.setattr(dispatch_api, "kernels_pass_check_vma", lambda: False)
     unchecked = outcome()
     jax.clear_caches()
     assert checks == [True, False]

@@ -14,35 +14,20 @@ from flax import nnx
 
 import moejax
 from moejax import gating
+from moejax.options import DispatchOptions
 from tests import gates
+from tests.claims import Claims
 from tests.gates import ROWS, TASKS, D, E, V
 
 B, L = 4, 12
 SEEDS = 24
-QUICK = [("position", "sequence"), ("gate", "4")]
+QUICK = ("position", "sequence"), ("gate", "4")
+"""Priority and group: a priority that hides later tokens where capacity does, and one that hides
+nothing, in a group of several sequences."""
 SLOW = [("choice", "sequence"), ("gate", "sequence"), ("random", "sequence"), ("position", "2")]
 
 forget = gates.forgetting()
-
-
-def more(i, row):
-    """Slow: of the other priorities and groups half, in turn; none where the code is another's."""
-    return [] if row.slow else [SLOW[(i + j) % len(SLOW)] for j in (0, 2 + i % 2)]
-
-
-def cases():
-    """The second of the quick choices in training only, where more gates look at other tokens."""
-    for i, row in enumerate(ROWS):
-        for choices in QUICK + more(i, row):
-            for train in (True, False):
-                quick = choices == QUICK[0] or (choices == QUICK[1] and train)
-                yield pytest.param(
-                    row,
-                    *choices,
-                    train,
-                    id=f"{row.name}-{'-'.join(choices)}-{'train' if train else 'eval'}",
-                    marks=() if quick and not row.slow else pytest.mark.slow,
-                )
+both_phases = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 
 
 @functools.cache
@@ -76,8 +61,8 @@ def program(row, priority, group, train, factor=0.6, reroute=0):
     return jax.jit(jax.vmap(once)), layer
 
 
-@pytest.mark.parametrize(("row", "priority", "group", "train"), list(cases()))
-def test_a_token_sees_what_its_gate_declares(row, priority, group, train):
+def seen(row, priority, group, train):
+    """Perturb one row's layer, with a capacity that binds; raise if its declaration is wrong."""
     run, layer = program(row, priority, group, train)
     dropped = check(run, layer.gate.visibility(layer.config), train)
     rows = layer.config.rows_per_group(B)
@@ -86,30 +71,72 @@ def test_a_token_sees_what_its_gate_declares(row, priority, group, train):
         assert (dropped > 0).any(), "a capacity that never binds proves nothing"
 
 
+def quick(row):
+    """Priorities and groups of the fast suite in training: of several sequences only for gates
+    that look at other tokens without any capacity too."""
+    moe = DispatchOptions(
+        num_experts=E, capacity_factor=float(E), priority="gate", group="4"
+    ).config
+    return QUICK if any(row.make().visibility(moe)) or row == ROWS[0] else QUICK[:1]
+
+
+def rows():
+    """Quick: gates that look at other tokens without any capacity, or at their order, and the
+    first of those that only capacity lets look at others."""
+    for row in ROWS:
+        alone = len(quick(row)) == 1 and row.equivariant
+        yield pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.slow or alone))
+
+
+def all_seen(row, choices, train):
+    claims = Claims(f"{row.name} in {'training' if train else 'evaluation'}")
+    for priority, group in choices:
+        name = f"priority {priority}, group {group}"
+        claims.check(seen, row, priority, group, train, name=name)
+    claims.settle()
+
+
+@both_phases
+@pytest.mark.parametrize("row", list(rows()))
+def test_a_token_depends_on_what_its_gate_declares(row, train):
+    all_seen(row, quick(row) if train else QUICK[:1], train)
+
+
+@pytest.mark.slow
+@both_phases
+@pytest.mark.parametrize("row", gates.PARAMS)
+def test_a_token_depends_on_what_its_gate_declares_with_other_choices(row, train):
+    """Each of the slow choices for a quarter of the rows; none where the code is another row's."""
+    i = ROWS.index(row)
+    done = quick(row) if train else QUICK[:1]
+    more = [] if row.slow else [SLOW[(i if train else i + 1 + i // 4) % len(SLOW)]]
+    all_seen(row, [*QUICK[len(done) :], *more], train)
+
+
 def rerouted():
     """Quick: a gate whose overflow finds other experts, and gates without any other to find."""
     for row in ROWS:
         for train in (True, False) if not row.slow else ():
-            quick = row.gate in ("switch", "hash", "remoe") and not row.fields
+            phases = {"switch": (True, False), "hash": (True,), "remoe": (True,)}
+            quick = not row.fields and train in phases.get(row.gate, ())
             marks = () if quick else pytest.mark.slow
             yield pytest.param(row, train, id=f"{row.name}-{train}", marks=marks)
 
 
 @pytest.mark.parametrize(("row", "train"), list(rerouted()))
-def test_overflow_that_finds_another_expert_has_seen_later_tokens(row, train):
+def test_overflow_that_finds_another_expert_depends_on_later_tokens(row, train):
     run, layer = program(row, "position", "sequence", train, reroute=2)
     check(run, layer.gate.visibility(layer.config), train)
 
 
 def test_only_a_gate_whose_overflow_finds_another_expert_declares_it():
-    moe = moejax.types.MoEConfig(E, capacity_factor=0.6, eval_transport="cells", reroute=2)
+    flat = DispatchOptions(num_experts=E, capacity_factor=0.6, eval_transport="cells", reroute=2)
     for name, leaks in {"switch": True, "hash": False, "remoe": False, "dselect_k": False}.items():
-        seen = gating.make(name).visibility(moe)
+        seen = gating.make(name).visibility(flat.config)
         assert seen.train_future == seen.eval_future == leaks
 
 
-@pytest.mark.parametrize("priority", ["choice", "gate", "random"])
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(("priority", "k"), [("choice", 1), ("gate", 2), ("random", 3)])
 def test_capacity_shows_tokens_to_each_other_below_e_over_k_and_not_from_there_on(k, priority):
     """At the factor of perfect balance, and at the least that never binds."""
     row = gates.row("top_k", fields={"k": k, "renormalize": False})
@@ -120,20 +147,33 @@ def test_capacity_shows_tokens_to_each_other_below_e_over_k_and_not_from_there_o
         assert any(declared) == binds
 
 
+@functools.cache
+def inputs():
+    """Tokens, ids and tasks, each with others to put in their place, and keys, of every seed."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, SEEDS, B, L, D)).astype(np.float32)
+    token = rng.integers(0, V, (2, SEEDS, B, L)).astype(np.int32)
+    task = rng.integers(0, TASKS, (2, SEEDS, B)).astype(np.int32)
+    return x, token, task, jax.random.split(jax.random.key(0), SEEDS)
+
+
+def replaced(pair, where):
+    """The first of two arrays, with those entries of the second."""
+    found = pair[0].copy()
+    if where is not None:
+        found[where] = pair[1][where]
+    return found
+
+
 def check(run, declared, train):
-    """Perturbs and compares with what is declared; pairs dropped on the way, by seed."""
-    keys = jax.random.split(jax.random.key(0), SEEDS)
-    seeds = jax.random.split(jax.random.key(1), 6)
-    x, x_ = (jax.random.normal(key, (SEEDS, B, L, D)) for key in seeds[:2])
-    token, token_ = (jax.random.randint(key, (SEEDS, B, L), 0, V) for key in seeds[2:4])
-    task, task_ = (jax.random.randint(key, (SEEDS, B), 0, TASKS) for key in seeds[4:])
-    y, dropped = run(x, token, task, keys)
+    """Perturb, and compare with what is declared; return the pairs dropped, by seed."""
+    x, token, task, keys = inputs()
+    y, dropped = jax.device_get(run(x[0], token[0], task[0], keys))
 
     def moved(where, tasks=None):
         """Largest change of each position when ``where`` holds other tokens, of other tasks."""
-        changed = x.at[where].set(x_[where]), token.at[where].set(token_[where])
-        changed_task = task if tasks is None else task.at[tasks].set(task_[tasks])
-        return np.abs(run(*changed, changed_task, keys)[0] - y)
+        changed = replaced(x, where), replaced(token, where), replaced(task, tasks)
+        return np.abs(run(*changed, keys)[0] - y)
 
     cut = L // 2
     moved_by_future = moved(np.s_[:, 1, cut:])[:, 1, :cut].max()
@@ -146,12 +186,16 @@ def check(run, declared, train):
     )
     # Same program, same sums: what is not seen moves nothing, to the last bit but the ulp that a
     # matmul over other rows may differ by.
-    for change, is_declared in ((moved_by_future, future), (moved_by_others, others)):
-        assert (change > 1e-3) if is_declared else (change < 1e-6), (change, is_declared)
+    for name, change, is_declared in (
+        ("later tokens", moved_by_future, future),
+        ("other sequences", moved_by_others, others),
+    ):
+        right = change > 1e-3 if is_declared else change < 1e-6
+        assert right, f"{name} move the output by {change}; declared: {is_declared}"
     return dropped
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@both_phases
 @pytest.mark.parametrize(("gate", "fields"), [("base", {}), ("sbase", {"k": 1})])
 def test_a_balanced_batch_sees_every_sequence_in_training_and_none_in_evaluation(
     gate, fields, train
@@ -176,6 +220,6 @@ def test_a_balanced_batch_sees_every_sequence_in_training_and_none_in_evaluation
 
 @pytest.mark.parametrize("priority", ["position", "gate"])
 def test_dropless_evaluation_is_causal_whatever_training_does(priority):
-    moe = moejax.types.MoEConfig(E, capacity_factor=0.6, priority=priority, group="2")
+    moe = DispatchOptions(num_experts=E, capacity_factor=0.6, priority=priority, group="2").config
     seen = gating.make("mixtral").visibility(moe)
     assert not seen.eval_future and not seen.eval_others

@@ -11,6 +11,8 @@ those of docs/benchmarks.md, where the sends are counted on compiled programs.
     dropless_once   N'                a token once per shard with experts of it: not recorded
     gather          N'                T S
     all_experts     T E               T S
+
+Each transport states its own row of this table (``Transport.rows``).
 """
 
 import dataclasses
@@ -19,10 +21,11 @@ import math
 import numpy as np
 
 from moejax.analysis.run import Row, RunData
-from moejax.choices import DepthsConfig
 from moejax.config import from_dict, make_gate, moe_config
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.errors import UserError
+from moejax.options import DepthsOptions
+from moejax.types import Counts
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -52,22 +55,22 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
     if "transport" not in resolved.moe:  # experts that all examples visit: no rows are sent
         return None
     train, shards = resolved.train, _expert_shards(run)
-    per_row = TASKS[resolved.task.name].sequences_per_row
+    per_row = task_entry(resolved.task.name).sequences_per_row
     sequences, length = train.batch_size * per_row, run.units.tokens_per_row // per_row
     model = resolved.model
     if model.get("mod_capacity"):  # the experts' layers are of the blocks that take some tokens
-        length = DepthsConfig(model.mod_capacity, model.mod_every).chosen(length)
+        length = DepthsOptions(model.mod_capacity, model.mod_every).chosen(length)
     tokens = sequences * length
     load_ME, dropped_ME = np.asarray(row["moe/load"]), np.asarray(row["moe/dropped"])
     pairs = load_ME.sum() / len(load_ME)
     kept = pairs - dropped_ME.sum() / len(load_ME)
-    if moe.transport == "cells":
+    slots, rules = 0, moe.transport.slot_rules
+    if rules is not None:
         rows = moe.rows_per_group(sequences // train.grad_accum)
-        capacity = gate.capacity(rows * length, moe.num_experts, moe.capacity_factor)
-        computed = sent = sequences // rows * moe.num_experts * capacity
-    else:
-        computed = tokens * moe.num_experts if moe.transport == "all_experts" else kept
-        sent = {"dropless": pairs, "dropless_once": None}.get(moe.transport, tokens * shards)
+        capacity = gate.capacity(rows * length, moe.num_experts, rules.capacity_factor)
+        slots = sequences // rows * moe.num_experts * capacity
+    counts = Counts(tokens, pairs, kept, slots, moe.num_experts, shards)
+    computed, sent = moe.transport.rows(counts)
     if shards < 2 or sent is None:
         return Traffic(computed / max(kept, 1), None, None)
     width = resolved.model.d_model * BYTES[resolved.model.dtype]

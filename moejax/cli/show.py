@@ -14,7 +14,7 @@ from moejax.cli.equations import readable
 from moejax.config import Loaded, default, flatten, moe_config, set_gate, table_of
 from moejax.config.field import Field
 from moejax.config.table import SECTIONS
-from moejax.types import Context, Gate, GateSpec, Mixes, Visibility
+from moejax.types import Context, Gate, GateSpec, GateTraits, Visibility
 
 PARAGRAPH = "\n\n"
 LEGEND = "* set on the command line    ~ set by the config page    (others: defaults)"
@@ -159,15 +159,15 @@ def sees(name: str) -> str:
 
 def told(name: str, room: int) -> str:
     """A description in at most ``room`` characters; for a preset, its gate and model."""
-    gate = type(gating.make(name))
-    base = next(other for other in gating.GATES if gating.GATES[other].gate is gate)
-    text = " ".join((inspect.getdoc(gate) or "").partition("\n\n")[0].split())
-    if base != name and gating.source(name):
-        model = re.search(r"\(([^;)]*)", gating.source(name))
-        text = f"{base}, preset as in {model[1] if model else gating.source(name)}"
-    elif base != name:
-        preset = ", ".join(f"{key}={value}" for key, value in gating.GATES[name].preset.items())
-        text = f"{base} with {preset}"
+    text = inspect.getdoc(type(gating.make(name))) or ""
+    text = " ".join(text.partition("\n\n")[0].split())
+    preset = gating.PRESETS.get(name)
+    if preset and preset.source:
+        model = re.search(r"\(([^;)]*)", preset.source)
+        text = f"{preset.gate}, preset as in {model[1] if model else preset.source}"
+    elif preset:
+        fields = ", ".join(f"{key}={value}" for key, value in preset.fields.items())
+        text = f"{preset.gate} with {fields}"
     text = IN_SHORT.get(name, text.replace("``", "").rstrip("."))
     return textwrap.shorten(text, room, placeholder=" ...")
 
@@ -200,8 +200,9 @@ def gate_row(name: str) -> tuple[str, ...]:
 
 def visited(gate: Gate) -> str:
     """The number of experts that a token visits, in words."""
-    if isinstance(gate, Mixes):
-        return MIXED[gate.mixes]
+    mixes = GateTraits.of(gate).mixes
+    if mixes:
+        return MIXED[mixes]
     few, more = gate.columns(8), gate.columns(16)
     return str(few) if few == more else "up to all"
 

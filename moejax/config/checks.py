@@ -1,77 +1,59 @@
-"""Does a config make sense? Checked before anything is compiled or written.
+"""Checks of a config before anything is compiled or written.
 
-Every mistake is one line with the field, the numbers that do not fit and what to change.
+Every mistake is one line with the field, the numbers that do not fit and what to change. Checks of
+the layers alone are in their options (``moejax.options``); those here involve the mesh, the batch
+and the data.
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from moejax.config.build import gate_message, make_gate, moe_config
-from moejax.config.layer_checks import check_depths, check_layers
+from moejax.config.build import gate_message, make_gate, moe_config, stack_options
 from moejax.config.saved import holds_run
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.config.tree import Config, get_field, table_of
+from moejax.dispatch import without_slots
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
-from moejax.types import Gate, Mixes, MoEConfig, Visibility
-
-
-@runtime_checkable
-class NeedsRows(Protocol):
-    """A gate for groups of several sequences: ``least_rows`` or more."""
-
-    def least_rows(self, num_experts: int) -> int: ...
-
-
-@runtime_checkable
-class HasCausalFields(Protocol):
-    """A gate whose evaluation is causal with other values of its fields: these."""
-
-    causal: ClassVar[Mapping[str, Any]]
-
-
-@runtime_checkable
-class HasCausalGate(Protocol):
-    """A gate that sees the future and knows another, by name, that does alike without."""
-
-    causal_gate: ClassVar[str]
+from moejax.types import Gate, GateTraits, MoEConfig, Visibility
 
 
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """Checks everything that can be known without starting devices.
 
-    With ``num_devices`` (all processes together) also that the mesh fits them; a mesh axis of -1 is
-    then filled, and counts as if it were as small as possible before.
+    With ``num_devices`` (all processes together), also checks that the mesh fits them. A mesh axis
+    of -1 is then filled; without, it counts as small as possible.
 
     Returns what a token's output may depend on, for the marks on results.
 
     Raises:
-      UserError: the first thing that is wrong.
+      UserError: the first mistake.
     """
     _check_ranges(config)
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
-    seen = Visibility()
+    visibility, stack = Visibility(), None
     if "num_layers" in config.model:
-        check_layers(config, mesh)
-        seen = check_depths(config)
+        stack = stack_options(config)
+        visibility = stack.depths.visibility
+        _check_sharding(config, mesh)
     _check_batch(config, mesh)
     check_distributed(config)
     _check_paths(config)
     if has_experts(config):
-        _check_moe(config, mesh)
-        seen = seen.union(_check_visibility(config))
+        gate = stack.gate if stack else make_gate(config)
+        moe = stack.moe if stack else moe_config(config)
+        _check_moe(config, mesh, gate, moe)
+        visibility = visibility.union(_check_visibility(config, gate, moe))
     if not is_causal(config):
-        # Training may look around as it likes; a prediction should not hang on the rest of a batch.
-        return Visibility(eval_others=seen.eval_others)
-    return seen
+        # Training may use the whole batch; a prediction should not depend on its other rows.
+        return Visibility(eval_others=visibility.eval_others)
+    return visibility
 
 
 def is_causal(config: Config) -> bool:
-    """Whether the task predicts from what comes before: otherwise there is no future to see."""
+    """Whether the task predicts from earlier tokens; otherwise there is no future to see."""
     return "allow_future_leak" in config.moe
 
 
@@ -111,25 +93,37 @@ def _check_batch(config: Config, mesh: Mapping[str, int]) -> None:
         )
 
 
-def _check_moe(config: Config, mesh: Mapping[str, int]) -> None:
+def _check_sharding(config: Config, mesh: Mapping[str, int]) -> None:
+    """Checks that the sizes of the layers divide over the mesh."""
     moe = config.moe
-    choices, gate = moe_config(config), make_gate(config)
+    divides(config, "model.d_model", mesh, "fsdp")
+    divides(config, "model.num_heads", mesh, "tensor")
+    divides(config, "model.num_kv_heads", mesh, "tensor")
+    if moe.every != 1 or moe.first_dense:
+        divides(config, "model.d_ff", mesh, "tensor")
+    if moe.every:
+        divides(config, "moe.num_experts", mesh, "expert")
+        divides(config, "moe.d_ff", mesh, "tensor")
+
+
+def divides(config: Config, name: str, mesh: Mapping[str, int], axis: str) -> None:
+    """Raises UserError unless a field that is sharded over a mesh axis is a multiple of it."""
+    value, size = get_field(config, name), mesh[axis]
+    if value % size:
+        near = sorted({max(value // size, 1) * size, (value // size + 1) * size})
+        raise UserError(
+            f"{name}={value} is not a multiple of mesh.{axis}={size}; use {name}="
+            f"{' or '.join(map(str, near))}, or a mesh.{axis} that divides {value}"
+        )
+
+
+def _check_moe(config: Config, mesh: Mapping[str, int], gate: Gate, choices: MoEConfig) -> None:
+    moe = config.moe
     try:
         gate.check(moe.num_experts, train=True)
     except ValueError as error:
         raise UserError(gate_message(moe.gate.name, error)) from error
     _check_groups(config, choices, mesh, gate)
-    if moe.get("shared_gate") and not moe.shared_experts:
-        raise UserError(
-            "moe.shared_gate=True weighs the shared experts, but moe.shared_experts="
-            f"{moe.shared_experts}; use moe.shared_experts=1 or more, or moe.shared_gate=False"
-        )
-    if moe.get("residual") and (moe.shared_gate or not moe.shared_experts):
-        raise UserError(
-            "moe.residual=True weighs routed against shared experts, but moe.shared_experts="
-            f"{moe.shared_experts} and moe.shared_gate={moe.shared_gate}; use at least one shared "
-            "expert without its own gate, or moe.residual=False"
-        )
     for field in ("group", "balance_scope"):
         if moe.get(field) == "batch" and config.train.grad_accum > 1:
             raise UserError(
@@ -145,7 +139,7 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
         raise UserError(
             f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
         )
-    accum, per_row = config.train.grad_accum, TASKS[config.task.name].sequences_per_row
+    accum, per_row = config.train.grad_accum, task_entry(config.task.name).sequences_per_row
     sequences = config.train.batch_size // accum * per_row
     rows = choices.rows_per_group(sequences)
 
@@ -160,7 +154,7 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
             f"train.batch_size / train.grad_accum{each} = {sequences} sequences are not a multiple "
             f"of moe.group={choices.group}; use train.batch_size={fitting(rows)}"
         )
-    least = gate.least_rows(choices.num_experts) if isinstance(gate, NeedsRows) else 1
+    least = GateTraits.of(gate).least_rows(choices.num_experts)
     if rows < least:
         raise UserError(
             f"moe.gate.name={config.moe.gate.name} chooses among the sequences of a group, with "
@@ -177,41 +171,45 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
 
 
 def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
-    """The choice that keeps a group on one device, where its slots are, and what to do without."""
-    if isinstance(gate, Mixes) and gate.mixes == "slots":
+    """The choice that needs a group's slots on one device, and the remedy; empty without one."""
+    mixes = GateTraits.of(gate).mixes
+    if mixes == "slots":
         return f"moe.gate.name={config.moe.gate.name}", "moe.group=sequence"
+    first, *others = without_slots()
     for field in ("transport", "eval_transport"):
-        if config.moe.get(field) == "cells" and not isinstance(gate, Mixes):
-            return f"moe.{field}=cells", f"moe.{field}=dropless (or gather, all_experts)"
+        name = config.moe.get(field)
+        if name is not None and name not in (first, *others) and not mixes:
+            return f"moe.{field}={name}", f"moe.{field}={first} (or {', '.join(others)})"
     return "", ""
 
 
-def _check_visibility(config: Config) -> Visibility:
+def _check_visibility(config: Config, gate: Gate, moe: MoEConfig) -> Visibility:
     """Refuses a language model whose evaluation would see the tokens it predicts."""
-    moe, gate = moe_config(config), make_gate(config)
     seen = gate.visibility(moe)
     if not (seen.eval_future and is_causal(config)) or config.moe.allow_future_leak:
         return seen
+    roomy = without_slots()[0]
     around = {
-        "moe.priority=position": dataclasses.replace(moe, priority="position"),
-        "moe.eval_transport=dropless": dataclasses.replace(moe, eval_transport="dropless"),
-        f"moe.eval_capacity_factor={moe.num_experts}": dataclasses.replace(
-            moe, eval_capacity_factor=float(moe.num_experts)
+        "moe.priority=position": moe_config(config, priority="position"),
+        f"moe.eval_transport={roomy}": moe_config(config, eval_transport=roomy),
+        f"moe.eval_capacity_factor={moe.num_experts}": moe_config(
+            config, eval_capacity_factor=float(moe.num_experts)
         ),
     }
     cures = [text for text, other in around.items() if not gate.visibility(other).eval_future]
+    flat = config.moe
     cause = (
-        f" with moe.priority={moe.priority}, moe.eval_transport={moe.eval_transport} and "
-        f"moe.eval_capacity_factor={moe.eval_capacity_factor:g}"
+        f" with moe.priority={flat.priority}, moe.eval_transport={flat.eval_transport} and "
+        f"moe.eval_capacity_factor={flat.eval_capacity_factor:g}"
     )
     cause = cause if cures else ""
-    others = gate.causal if isinstance(gate, HasCausalFields) else {}
+    traits = GateTraits.of(gate)
     cures += [
         f"moe.gate.{field}={value}"
-        for field, value in others.items()
+        for field, value in traits.causal_fields.items()
         if not make_gate(config, **{field: value}).visibility(moe).eval_future
     ]
-    cures += [f"moe.gate.name={gate.causal_gate}"] if isinstance(gate, HasCausalGate) else []
+    cures += [f"moe.gate.name={traits.causal_gate}"] if traits.causal_gate else []
     raise UserError(
         f"moe.gate.name={config.moe.gate.name}{cause} lets a token see later "
         "tokens of its sequence in evaluation, so the loss would not be that of a language model; "
@@ -221,7 +219,7 @@ def _check_visibility(config: Config) -> Visibility:
 
 
 def check_distributed(config: Config) -> None:
-    """Refuses a place among processes that is none.
+    """Refuses fields of ``distributed`` that name no place among processes.
 
     Raises:
       UserError: naming the field.

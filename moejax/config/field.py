@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from moejax.options import Range
+
 WHOLE = 2**31 - 1
 """The largest whole number of a field that states no other: step counters and arrays are int32."""
 CPU_DEVICES = 1024
@@ -15,41 +17,24 @@ TINY, HUGE = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "m
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
-    """A config field. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not.
+class Field(Range):
+    """A config field, with its range (``Range``).
 
-    ``before``: what a run had that was written before there was the field, or before it had this
-    default; None: the default.
-    ``may_change``: a run may go on with another value of it.
+    ``before``: the value of runs from before the field existed, or had this default; None: the
+    default. ``may_change``: a run may resume with another value.
     """
 
     default: Any
     comment: str
-    choices: tuple[str, ...] = ()
-    low: int | float | None = None
-    above: int | float | None = None
-    high: int | float | None = None
-    below: int | float | None = None
-    before: Any = None
-    may_change: bool = False
+    before: Any = dataclasses.field(default=None, kw_only=True)
+    may_change: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def type(self) -> type:
         return type(self.default)
 
-    @property
-    def range(self) -> str:
-        """The allowed values in words; empty when every value of the type is."""
-        if self.choices:
-            return " | ".join(self.choices)
-        low = f">= {_shown(self.low)}" if self.low is not None else ""
-        low = f"> {_shown(self.above)}" if self.above is not None else low
-        high = f"<= {_shown(self.high)}" if self.high is not None else ""
-        high = f"< {_shown(self.below)}" if self.below is not None else high
-        return " and ".join(part for part in (low, high) if part)
-
     def beyond(self, value: Any) -> str:
-        """What a number of the right type is too large or too small for; empty if it is neither."""
+        """The bound that a number of the right type exceeds; empty where it is representable."""
         if isinstance(value, tuple):
             return next(filter(None, map(self.beyond, value)), "")
         if type(value) is int and self.high is None and abs(value) > WHOLE:
@@ -59,18 +44,3 @@ class Field:
         if isinstance(value, float) and 0 < abs(value) < TINY:
             return f"0 or at least {TINY:.2g}, the smallest number of float32"
         return ""
-
-    def allows(self, value: Any) -> bool:
-        """Whether a value of the right type is a choice or within the range."""
-        if self.choices:
-            return value in self.choices
-        return (
-            (self.low is None or value >= self.low)
-            and (self.above is None or value > self.above)
-            and (self.high is None or value <= self.high)
-            and (self.below is None or value < self.below)
-        )
-
-
-def _shown(bound: int | float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"

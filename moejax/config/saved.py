@@ -37,7 +37,7 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("devices", "text", "evaluated"), dict),
     **dict.fromkeys(("history", "overrides"), list),
 }
-"""Types of the entries that config.json may hold besides the config."""
+"""Types of the entries that config.json may hold besides the config. ``commit`` may be null."""
 
 _NUMBERS = ("baselines", "parameters", "flops", "memory")
 _UNITS = {"item": str, "loss": str, "tokens_per_row": int, "items_per_row": int}
@@ -237,7 +237,8 @@ def _read(path: Path, needs: tuple[str, ...]) -> dict[str, Any]:
 def _misshapen(saved: dict[str, Any]) -> str:
     """A sentence about the first value in config.json that no run writes; "" if there is none."""
     for name, kind in _TYPES.items():
-        if name in saved and not isinstance(saved[name], kind):
+        unknown = name == "commit" and saved.get(name) is None  # a run without git
+        if name in saved and not unknown and not isinstance(saved[name], kind):
             return f"{name}={json.dumps(saved[name])[:80]} must be of type {kind.__name__}"
     for name in _NUMBERS:
         if not _are_numbers(saved.get(name, {})):

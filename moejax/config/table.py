@@ -1,32 +1,96 @@
-"""Every config field that is not a gate's own or a task's own, in one table, in reading order.
+"""The table of all config fields but those of a gate or a task, in reading order.
 
-The config tree, the typing of overrides, the range checks, ``moejax config`` and ``docs/config.md``
-are all read from it.
+Fields of layers come from ``moejax.options``. The config tree, the typing of overrides, the range
+checks, ``moejax config`` and ``docs/config.md`` are all made from this table.
 """
+
+from collections.abc import Iterable
 
 from moejax.config.field import CPU_DEVICES, Field
 from moejax.config.tasks import LANGUAGE, TASKS
-from moejax.types import PREDICTORS, PRIORITIES, SCOPES, TRANSPORTS
+from moejax.options import (
+    AttentionOptions,
+    DepthsOptions,
+    DispatchOptions,
+    FFNOptions,
+    HeadsOptions,
+    MoEOptions,
+    Options,
+    StackOptions,
+    option_fields,
+)
 
-ACTIVATIONS = ("swiglu", "gelu", "relu")
 DEFAULT_GATE = "top_k"
 
 SECTIONS: dict[str, str] = {
-    "task": "What is learned, chosen by the config page; and the task's own fields.",
+    "task": "The task, chosen by the config page, and its own fields.",
     "mesh": "How devices are arranged. One axis may be -1: it takes the devices left over.",
-    "model": "The layers, and what is around them.",
+    "model": "The layers, embedding and output.",
     "moe": "The Mixture-of-Experts layers.",
     "moe.losses": "Weight of each auxiliary loss. Balance losses are 1 at perfect balance.",
     "moe.gate": "The gate's name and its own hyper-parameters; `moejax gates` lists them.",
     "train": "Length, batch and intervals. A step is one optimizer update.",
     "optim": "Optimizer and learning-rate schedule.",
-    "data": "What is learned from.",
-    "distributed": "Several processes.",
-    "report": "What is written besides metrics.jsonl.",
+    "data": "The training and held-out data.",
+    "distributed": "How processes find each other.",
+    "report": "Output besides metrics.jsonl.",
 }
 
+PREFIXES: dict[type[Options], str] = {
+    StackOptions: "model.",
+    AttentionOptions: "model.",
+    FFNOptions: "model.",
+    DepthsOptions: "model.mod_",
+    HeadsOptions: "model.moa_",
+    DispatchOptions: "moe.",
+    MoEOptions: "moe.",
+}
+"""The classes of ``moejax.options`` whose options are config fields, with the names' prefixes."""
+
+RENAMED = {
+    "model.implementation": "model.attention",
+    "model.every": "moe.every",
+    "model.first_dense": "moe.first_dense",
+}
+
+READING_ORDER = tuple(
+    f"{section}.{name}"
+    for section, names in {
+        "model": "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim activation "
+        "rope_theta norm_eps tie_embeddings dtype matmul_precision remat attention",
+        "moe": "num_experts d_ff every first_dense shared_experts shared_gate residual activation "
+        "transport capacity_factor eval_transport eval_capacity_factor priority reroute group "
+        "balance_scope",
+    }.items()
+    for name in names.split()
+)
+"""Fields that several classes contribute to. An option that is not listed follows the option before
+it in its class."""
+
+
+def names_of(options: type[Options]) -> dict[str, str]:
+    """The config names of a class's options, by option."""
+    prefix = next(PREFIXES[base] for base in options.__mro__ if base in PREFIXES)
+    names = {field.name: f"{prefix}{field.name}" for field in option_fields(options)}
+    return {option: RENAMED.get(name, name) for option, name in names.items()}
+
+
+def _of_options(section: str, others: dict[str, Field]) -> Iterable[tuple[str, Field]]:
+    """The fields of a section in reading order: those of the layers' options, and ``others``."""
+    fields, order = dict(others), [*READING_ORDER]
+    for options in PREFIXES:
+        before, names = "", names_of(options)
+        for entry in option_fields(options):
+            name, allowed = names[entry.name], vars(entry.metadata["allowed"])
+            fields[name] = Field(entry.default, entry.metadata["comment"], **allowed)
+            if name not in order:
+                order.insert(order.index(before) + 1 if before else len(order), name)
+            before = name
+    return ((name, fields[name]) for name in order if name.startswith(f"{section}."))
+
+
 FIELDS: dict[str, Field] = {
-    "task.name": Field(LANGUAGE, "the page's task", choices=tuple(TASKS)),
+    "task.name": Field(LANGUAGE, "task of the config page", choices=tuple(TASKS)),
     "mesh.data": Field(1, "replicas of the model", may_change=True),
     "mesh.fsdp": Field(1, "shards of every weight", may_change=True),
     "mesh.expert": Field(1, "shards of the experts", may_change=True),
@@ -40,82 +104,25 @@ FIELDS: dict[str, Field] = {
     ),
     "mesh.device_gib": Field(
         0.0,
-        "GiB that a run may expect to take per device (0: what the device has)",
+        "GiB per device that a run may take (0: the memory of the device)",
         low=0.0,
         may_change=True,
     ),
-    "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
-    "model.d_model": Field(192, "model width", low=1),
-    "model.d_ff": Field(512, "hidden width of a dense FFN", low=1),
-    "model.num_layers": Field(4, "attention + FFN layers", low=1),
-    "model.num_heads": Field(4, "query heads", low=1),
-    "model.num_kv_heads": Field(4, "key/value heads; fewer than num_heads: grouped queries", low=1),
-    "model.head_dim": Field(0, "width of one head (0: d_model / num_heads)", low=0),
-    "model.activation": Field("swiglu", "of a dense FFN", choices=ACTIVATIONS),
-    "model.rope_theta": Field(10000.0, "base of the rotary position angles", above=0.0),
-    "model.norm_eps": Field(1e-6, "added to the mean square in RMSNorm", above=0.0),
-    "model.tie_embeddings": Field(True, "output matrix = embedding"),
-    "model.dtype": Field(
-        "float32",
-        "of activations and matmuls; weights and router are float32",
-        choices=("float32", "bfloat16"),
+    **dict(
+        _of_options(
+            "model",
+            {
+                "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
+                "model.tie_embeddings": Field(True, "output matrix = embedding"),
+                "model.matmul_precision": Field(
+                    "default",
+                    "precision of float32 matmuls on TPU and GPU; the router's are exact",
+                    choices=("default", "tensorfloat32", "high", "highest"),
+                ),
+            },
+        )
     ),
-    "model.matmul_precision": Field(
-        "default",
-        "of float32 matmuls on TPU and GPU; the router's are always exact",
-        choices=("default", "tensorfloat32", "high", "highest"),
-    ),
-    "model.remat": Field(
-        "none",
-        "what backward recomputes: nothing, the cheap, experts too, exchanges too, everything",
-        choices=("none", "experts", "exchange", "dots", "full"),
-    ),
-    "model.attention": Field("auto", "implementation", choices=("auto", "xla", "cudnn")),
-    "model.mod_capacity": Field(
-        0.0,
-        "Mixture-of-Depths: share of tokens a routed block computes (0: off)",
-        low=0.0,
-        high=1.0,
-    ),
-    "model.mod_every": Field(2, "Mixture-of-Depths: every n-th block is routed", low=1),
-    "model.mod_predictor": Field(
-        "mlp", "Mixture-of-Depths: who decides in evaluation", choices=PREDICTORS
-    ),
-    "model.moa_experts": Field(
-        0, "Mixture of Attention heads: heads to choose from (0: ordinary attention)", low=0
-    ),
-    "model.moa_k": Field(2, "Mixture of Attention heads: heads per token", low=1),
-    "moe.num_experts": Field(8, "experts per MoE layer", low=1),
-    "moe.d_ff": Field(256, "hidden width of one expert", low=1),
-    "moe.every": Field(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0),
-    "moe.first_dense": Field(0, "layers at the bottom that stay dense", low=0),
-    "moe.shared_experts": Field(0, "experts of width moe.d_ff that every token visits", low=0),
-    "moe.shared_gate": Field(False, "weigh the shared experts by a sigmoid of the token"),
-    "moe.residual": Field(
-        False,
-        "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
-    ),
-    "moe.activation": Field("swiglu", "of an expert", choices=ACTIVATIONS),
-    "moe.transport": Field("cells", "how tokens travel in training", choices=TRANSPORTS),
-    "moe.capacity_factor": Field(
-        1.25, "cells: slots per expert / mean load, in training", above=0.0
-    ),
-    "moe.eval_transport": Field("dropless", "how tokens travel in evaluation", choices=TRANSPORTS),
-    "moe.eval_capacity_factor": Field(
-        1.25, "cells: slots per expert / mean load, in evaluation", above=0.0
-    ),
-    "moe.priority": Field(
-        "position", "who keeps a slot when an expert is full", choices=PRIORITIES
-    ),
-    "moe.reroute": Field(
-        0, "cells: times an overflowing pair tries its next-best expert (0: dropped)", low=0
-    ),
-    "moe.group": Field(
-        "sequence", "tokens routed together: sequence, a number of sequences (as '4'), or batch"
-    ),
-    "moe.balance_scope": Field(
-        "sequence", "tokens over which balance losses take their means", choices=SCOPES
-    ),
+    **dict(_of_options("moe", {})),
     "moe.allow_future_leak": Field(
         False, "run although evaluation lets a token see later tokens; results are marked"
     ),
@@ -124,23 +131,23 @@ FIELDS: dict[str, Field] = {
     "moe.losses.importance": Field(0.0, "Shazeer's importance loss", low=0.0),
     "moe.losses.load": Field(0.0, "Shazeer's load loss", low=0.0),
     "moe.losses.mod_predictor": Field(
-        0.01, "Mixture-of-Depths: cross-entropy of what is predicted and chosen", low=0.0
+        0.01, "Mixture-of-Depths: cross-entropy of the predicted choice", low=0.0
     ),
     "moe.losses.moa_load_balance": Field(
-        0.01, "Switch's load-balancing loss, of attention heads", low=0.0
+        0.01, "Switch's load-balancing loss for attention heads", low=0.0
     ),
-    "moe.losses.moa_z": Field(0.001, "router z-loss, of attention heads", low=0.0),
-    "moe.losses.policy": Field(0.0, "REINFORCE, of gates trained by policy", low=0.0),
+    "moe.losses.moa_z": Field(0.001, "router z-loss for attention heads", low=0.0),
+    "moe.losses.policy": Field(0.0, "REINFORCE, for gates trained by policy gradient", low=0.0),
     "moe.losses.baseline": Field(0.0, "squared error of the expected reward", low=0.0),
     "moe.losses.consistency": Field(
         0.0,
         "symmetric KL of two passes with different noise (above 0: training runs twice)",
         low=0.0,
     ),
-    "moe.losses.local_entropy_0": Field(0.0, "LIMoE: decided routing, of images", low=0.0),
-    "moe.losses.local_entropy_1": Field(0.0, "LIMoE: decided routing, of text", low=0.0),
-    "moe.losses.global_entropy_0": Field(0.0, "LIMoE: spread routing, of images", low=0.0),
-    "moe.losses.global_entropy_1": Field(0.0, "LIMoE: spread routing, of text", low=0.0),
+    "moe.losses.local_entropy_0": Field(0.0, "LIMoE: confident routing of image tokens", low=0.0),
+    "moe.losses.local_entropy_1": Field(0.0, "LIMoE: confident routing of text tokens", low=0.0),
+    "moe.losses.global_entropy_0": Field(0.0, "LIMoE: spread routing of image tokens", low=0.0),
+    "moe.losses.global_entropy_1": Field(0.0, "LIMoE: spread routing of text tokens", low=0.0),
     "moe.gate.name": Field(
         DEFAULT_GATE,
         "a name from `moejax gates`, or my_package.module:MyGate",
@@ -149,7 +156,7 @@ FIELDS: dict[str, Field] = {
     "train.steps": Field(300, "optimizer updates", low=1, may_change=True),
     "train.batch_size": Field(16, "sequences per step, over all devices", low=1),
     "train.seq_len": Field(128, "tokens per sequence", low=1),
-    "train.seed": Field(0, "of initial weights, data order and noise", low=0, high=2**32 - 1),
+    "train.seed": Field(0, "seed of initial weights, data order and noise", low=0, high=2**32 - 1),
     "train.grad_accum": Field(1, "micro-batches per step", low=1),
     "train.log_every": Field(10, "steps between rows of metrics.jsonl", low=1, may_change=True),
     "train.eval_every": Field(100, "steps between evaluations", low=1, may_change=True),
@@ -159,7 +166,9 @@ FIELDS: dict[str, Field] = {
     "train.init_from": Field("", "workdir whose weights the run starts from (empty: random)"),
     "optim.name": Field("adamw", "optimizer", choices=("adamw", "muon", "lion", "adafactor")),
     "optim.learning_rate": Field(3e-3, "peak learning rate", above=0.0, may_change=True),
-    "optim.weight_decay": Field(0.1, "decoupled, on matrices", low=0.0, may_change=True),
+    "optim.weight_decay": Field(
+        0.1, "decoupled weight decay of matrices", low=0.0, may_change=True
+    ),
     "optim.b1": Field(0.9, "decay of the first moment", low=0.0, below=1.0),
     "optim.b2": Field(0.95, "decay of the second moment", low=0.0, below=1.0),
     "optim.eps": Field(1e-8, "added to the root of the second moment", above=0.0),
@@ -185,11 +194,13 @@ FIELDS: dict[str, Field] = {
     "data.eval_fraction": Field(0.05, "share of the data held out", above=0.0, below=1.0),
     "data.split": Field(
         "bytes",
-        "the share held out is of bytes, or of documents as up to version 0.1.0",
+        "unit of the held-out share: bytes, or documents (as up to version 0.1.0)",
         choices=("bytes", "documents"),
         before="documents",
     ),
-    "data.eval_path": Field("", "a held-out text (empty: what data.path says, or a share of it)"),
+    "data.eval_path": Field(
+        "", "a held-out text (empty: the held-out part of data.path, or a share of it)"
+    ),
     "distributed.mode": Field(
         "auto",
         "auto: join the processes a launcher started, if one did",
@@ -197,13 +208,15 @@ FIELDS: dict[str, Field] = {
         may_change=True,
     ),
     "distributed.coordinator": Field("", "explicit: host:port of process 0", may_change=True),
-    "distributed.num_processes": Field(0, "explicit: processes in all", low=0, may_change=True),
-    "distributed.process_id": Field(-1, "explicit: this process, from 0", low=-1, may_change=True),
+    "distributed.num_processes": Field(0, "explicit: number of processes", low=0, may_change=True),
+    "distributed.process_id": Field(
+        -1, "explicit: index of this process, from 0", low=-1, may_change=True
+    ),
     "report.tensorboard": Field(
-        False, "also TensorBoard events (pip install moejax[tensorboard])", may_change=True
+        False, "write TensorBoard events too (pip install moejax[tensorboard])", may_change=True
     ),
     "report.wandb": Field(
-        False, "also Weights & Biases (pip install moejax[wandb])", may_change=True
+        False, "log to Weights & Biases too (pip install moejax[wandb])", may_change=True
     ),
     "report.progress": Field(True, "progress bar on a terminal", may_change=True),
     "report.probe_rows": Field(

@@ -1,6 +1,6 @@
-"""The config tree: made from the table of fields, of which it has those of its task and its gate.
+"""The config tree, made from the fields of the table that its task has.
 
-``moejax.config.table`` has the table; the fields below ``task`` are the task's own
+The table is in ``moejax.config.table``. The fields below ``task`` are the task's own
 (``moejax.config.tasks``), those below ``moe.gate`` the gate's (``moejax.gating.fields``).
 """
 
@@ -13,14 +13,14 @@ import numpy as np
 from moejax import gating
 from moejax.config.field import Field
 from moejax.config.table import DEFAULT_GATE, FIELDS
-from moejax.config.tasks import LANGUAGE, TASKS
-from moejax.errors import UserError, suggest
+from moejax.config.tasks import LANGUAGE, task_entry
+from moejax.errors import UserError
 
 
 class Config(ml_collections.ConfigDict):
     """The config tree: ``config.moe.num_experts`` reads and sets a field, and keeps its type."""
 
-    if TYPE_CHECKING:  # any field may be asked for; which exist is known when the config is loaded
+    if TYPE_CHECKING:  # any name is allowed here; the fields are known when a config is loaded
 
         def __getattr__(self, attribute: str) -> Any: ...
         def __getitem__(self, key: str) -> Any: ...
@@ -30,7 +30,7 @@ class Config(ml_collections.ConfigDict):
 
 
 def _plain(value: Any, known: Any) -> Any:
-    """A number of NumPy or JAX as Python's, and 1e3 as 1000 where a whole number is ``known``."""
+    """A NumPy or JAX number as a Python number, and 1e3 as 1000 where ``known`` is an int."""
     if isinstance(known, tuple) and isinstance(value, (list, tuple, np.ndarray)):
         return tuple(_plain(item, known[0] if known else None) for item in value)
     if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:
@@ -46,9 +46,7 @@ def fields_for(gate: str, task: str) -> dict[str, Field]:
     Raises:
       UserError: unknown task or gate, or a gate with a field that has no typed default.
     """
-    if task not in TASKS:
-        raise UserError(f"task.name={task!r} is unknown; {suggest(task, TASKS)}")
-    entry = TASKS[task]
+    entry = task_entry(task)
     table = {}
     for name, field in FIELDS.items():
         if not entry.has(name):
@@ -56,6 +54,8 @@ def fields_for(gate: str, task: str) -> dict[str, Field]:
         known = {"task.name": task, **entry.defaults}
         table[name] = dataclasses.replace(field, default=known.get(name, field.default))
         if name == "task.name":
+            if task not in field.choices:  # a task outside the package
+                table[name] = dataclasses.replace(table[name], choices=())
             table |= {f"task.{own}": field for own, field in entry.fields.items()}
         if name == "moe.gate.name":
             table |= _gate_fields(gate)
@@ -81,7 +81,7 @@ def table_of(config: Config) -> dict[str, Field]:
 
 
 def default(task: str = LANGUAGE) -> Config:
-    """The config of all defaults of a task, with gate ``top_k``: a locked tree to set fields on.
+    """A task's config with all fields at their defaults and gate ``top_k``, locked.
 
     Raises:
       UserError: unknown task; the message lists the valid ones.
@@ -94,7 +94,7 @@ def default(task: str = LANGUAGE) -> Config:
 
 
 def _sections(tree: dict[str, Any]) -> Config:
-    """The tree with every section as a Config, where ConfigDict has sections of its own type."""
+    """The tree with every section as a Config; a ConfigDict's sections are ConfigDicts."""
     return Config({k: _sections(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
@@ -114,9 +114,9 @@ class GateConfig(Config):
 def set_gate(config: Config, name: str) -> None:
     """Chooses the gate: ``moe.gate`` gets its fields at their defaults, ``moe`` its preset.
 
-    A preset of a published model may set other ``moe`` fields (``moejax gates NAME`` lists them).
-    A task may lack some of these. What the previous gate's preset had set, and nothing has changed
-    since, goes back to its default: the result does not depend on which gate was there before.
+    A preset of a published model may set other ``moe`` fields (``moejax gates NAME`` lists them),
+    where the task has them. Fields that still have the value of the previous gate's preset return
+    to their defaults, so the result does not depend on the previous gate.
 
     Raises:
       UserError: unknown gate; the message lists the valid ones.

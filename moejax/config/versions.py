@@ -10,7 +10,7 @@ from typing import Any
 
 from moejax.config.field import HUGE, Field
 from moejax.config.table import FIELDS
-from moejax.config.tasks import LANGUAGE, TASKS
+from moejax.config.tasks import LANGUAGE, task_entry
 from moejax.config.tree import fields_for, flatten, nested
 from moejax.errors import UserError
 
@@ -110,6 +110,9 @@ def _table(flat: dict[str, Any]) -> dict[str, Any]:
     try:
         return fields_for(gate, task)
     except UserError:
-        if task not in TASKS:
-            return {}
-        return {name: field for name, field in FIELDS.items() if TASKS[task].has(name)}
+        pass
+    try:
+        entry = task_entry(task)
+    except UserError:
+        return {}
+    return {name: field for name, field in FIELDS.items() if entry.has(name)}

@@ -1,154 +1,87 @@
-"""From a routing to the experts and back, on any mesh."""
+"""From a routing to the experts and back, on any mesh: the transports and their names.
 
-from functools import partial
+A transport is a frozen dataclass such as ``Cells(capacity_factor=2.0)``; ``dispatch.api`` runs it.
+Names exist at the edge only, in a config's fields and in the layer's arguments, and ``transports``
+turns them into values.
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import chex
-import jax
-from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from moejax.dispatch.all_experts import AllExperts
+from moejax.dispatch.cells import Cells
+from moejax.dispatch.dropless import Dropless, DroplessOnce
+from moejax.dispatch.gather import Gather
+from moejax.types import Transport
 
-from moejax import mesh as meshes
-from moejax.dispatch import transports
-from moejax.dispatch.exchange import Site, sum_over_tensor
-from moejax.dispatch.merge import merge_experts
-from moejax.dispatch.slots import mix_slots
-from moejax.dispatch.transports import Job, Tokens
-from moejax.kernels import forward_mode, kernels_pass_check_vma
-from moejax.kernels.vma import vary_over, varying_axes
-from moejax.types import ExpertWeights, Merge, Priority, Routing, Slots, Transport
-
-TRANSPORTS = {
-    "cells": transports.cells,
-    "dropless": transports.dropless,
-    "dropless_once": transports.dropless_once,
-    "gather": transports.gather,
-    "all_experts": transports.all_experts,
+TRANSPORTS: dict[str, type[Transport]] = {
+    "cells": Cells,
+    "dropless": Dropless,
+    "dropless_once": DroplessOnce,
+    "gather": Gather,
+    "all_experts": AllExperts,
 }
-
-GROUPED = ("dropless", "dropless_once", "gather")
-"""Transports that call ``grouped_matmul``, whose TPU and GPU kernels the vma check refuses."""
+"""The transports by the names that configs use."""
 
 
-def dispatch(
-    x_GTD: Float[Array, "G T D"],
-    routing: Routing,
-    score_GT: Float[Array, "G T"],
-    weights: ExpertWeights,
-    *,
-    transport: Transport,
-    activation: str,
-    capacity: int = 0,
-    priority: Priority = "position",
-) -> tuple[Float[Array, "G T D"], Bool[Array, "G T K"]]:
-    """Each token's weighted sum of its experts' outputs, and which of its pairs found room.
+def without_slots() -> list[str]:
+    """Names of the transports that have room for every pair."""
+    return [name for name, transport in TRANSPORTS.items() if transport().slot_rules is None]
 
-    Without a mesh it runs where it is called. Under ``jax.set_mesh`` tokens are split over (data,
-    fsdp, expert), experts over ``expert``, hidden widths over ``tensor``; the result does not
-    depend on the split. Groups that do not divide over the shards cost what the next multiple does.
-    ``score_GT`` orders tokens for priorities ``gate`` and ``random``. ``capacity`` (slots per group
-    and expert) matters to ``cells`` only.
+
+def transports(flat: Mapping[str, Any]) -> tuple[Transport, Transport]:
+    """The transports of training and of evaluation, by their names and options.
+
+    ``flat`` holds ``transport`` and ``eval_transport``, as names or values, beside the options of
+    those by name. An option goes to the fields of that name in both transports; evaluation takes
+    the one with ``eval_`` before its name where there is one. Options are checked even if neither
+    transport uses them.
 
     Raises:
-      ValueError: unknown transport; experts that do not divide over the mesh.
+      ValueError: naming the option, its value and the remedy.
     """
-    if transport not in TRANSPORTS:
-        raise ValueError(f"transport={transport!r} is unknown; use one of {', '.join(TRANSPORTS)}")
-    chex.assert_equal_shape([routing.expert_GTK, routing.weight_GTK])
-    chex.assert_equal_shape_prefix([x_GTD, routing.expert_GTK], 2)
-    mesh = meshes.ambient()
-    check_divides(mesh, len(weights.up_EDF))
-    tokens = Tokens(x_GTD, routing.expert_GTK, routing.weight_GTK, score_GT)
-    job = Job(len(weights.up_EDF), activation, site_on(mesh), capacity, priority)
-    with forward_mode.refused('transport="all_experts" (equal to "dropless")'):
-        return _run(tokens, weights, transport=transport, job=job, mesh=mesh)
+    return _transport(flat, ""), _transport(flat, "eval_")
 
 
-def mix(
-    x_GTD: Float[Array, "G T D"], mixing: Slots | Merge, weights: ExpertWeights, activation: str
-) -> Float[Array, "G T D"]:
-    """Each token's output where tokens are mixed into slots, or experts into one (``Merge``).
-
-    On a mesh as ``dispatch``; of a ``Merge`` it is the sequences that are split over the shards.
-
-    Raises:
-      ValueError: experts that do not divide over the mesh.
-    """
-    mesh = meshes.ambient()
-    check_divides(mesh, len(weights.up_EDF))
-    if isinstance(mixing, Merge):
-        x_BLD = x_GTD.reshape(len(mixing.weight_BNE), -1, x_GTD.shape[-1])
-        return _mix(x_BLD, mixing, weights, activation=activation, mesh=mesh).reshape(x_GTD.shape)
-    with forward_mode.refused("a gate that does not mix into slots"):
-        return _mix(x_GTD, mixing, weights, activation=activation, mesh=mesh)
-
-
-def check_divides(mesh: AbstractMesh | None, num_experts: int) -> None:
-    """Raises ValueError unless the experts divide over the mesh."""
-    shards = meshes.axis_size(mesh, "expert")
-    if num_experts % shards:
-        more = (num_experts // shards + 1) * shards
+def _transport(flat: Mapping[str, Any], prefix: str) -> Transport:
+    given = flat[f"{prefix}transport"]
+    if isinstance(given, Transport):
+        return given
+    if not isinstance(given, str) or given not in TRANSPORTS:
         raise ValueError(
-            f"num_experts={num_experts} is not a multiple of the 'expert' mesh axis ({shards}); "
-            f"use {more - shards or shards} or {more}"
+            f"{prefix}transport={given!r} is unknown; use one of {', '.join(TRANSPORTS)}"
         )
+    made = {name: _made(transport, flat, prefix) for name, transport in TRANSPORTS.items()}
+    return made[given]
 
 
-def site_on(mesh: AbstractMesh | None) -> Site:
-    """Where a computation inside ``shard_map`` on this mesh finds its experts."""
-    shards = meshes.axis_size(mesh, "expert")
-    return Site(
-        shards=shards,
-        expert_axis="expert" if shards > 1 else None,
-        tensor_axis="tensor" if meshes.axes_in(mesh, ("tensor",)) else None,
-    )
+def _made(transport: type[Transport], flat: Mapping[str, Any], prefix: str) -> Transport:
+    """A transport with the options that it has fields for."""
+    names = {
+        field.name: prefix + field.name if prefix + field.name in flat else field.name
+        for field in dataclasses.fields(transport)
+    }
+    try:
+        return transport(**{name: flat[own] for name, own in names.items() if own in flat})
+    except ValueError as error:
+        name, equals, rest = str(error).partition("=")
+        raise ValueError(names.get(name, name) + equals + rest) from error
 
 
-@partial(jax.jit, static_argnames=("transport", "job", "mesh"))
-def _run(
-    tokens: Tokens, weights: ExpertWeights, *, transport: str, job: Job, mesh: AbstractMesh | None
-) -> Any:
-    """Jitted so that a layer called outside ``jax.jit`` is one program, not hundreds."""
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if an option would be ignored, as all transports it goes to are values.
 
-    def run(tokens: Tokens, weights: ExpertWeights) -> Any:
-        # Declared here, the backward sum over `tensor` is one of tokens; at the experts' matmuls it
-        # would be one of every copy of a token, for each matmul.
-        axes = varying_axes(*jax.tree.leaves(weights))
-        tokens = tokens._replace(x_gTD=vary_over(tokens.x_gTD, axes))
-        return TRANSPORTS[transport](tokens, weights, job)
-
-    if mesh is None:
-        return run(tokens, weights)
-    checked = transport not in GROUPED or kernels_pass_check_vma()
-    specs = (weight_specs(weights),)
-    return meshes.on_batch_shards(run, mesh, specs, check_vma=checked)(tokens, weights)
-
-
-@partial(jax.jit, static_argnames=("activation", "mesh"))
-def _mix(
-    x: Array, mixing: Slots | Merge, weights: ExpertWeights, *, activation: str, mesh: Any
-) -> Array:
-    site = site_on(mesh)
-
-    def run(tokens: tuple[Array, Slots | Merge], weights: ExpertWeights) -> Array:
-        x, mixing = tokens
-        if isinstance(mixing, Merge):
-            return sum_over_tensor(merge_experts(x, mixing, weights, activation, site), site)
-        return mix_slots(x, mixing, weights, activation, site)
-
-    if mesh is None:
-        return run((x, mixing), weights)
-    return meshes.on_batch_shards(run, mesh, (weight_specs(weights),))((x, mixing), weights)
-
-
-def weight_specs(weights: ExpertWeights) -> Any:
-    """PartitionSpecs of the weights: experts and hidden width split, D whole."""
-    mesh = meshes.ambient()
-    expert = "expert" if meshes.axes_in(mesh, ("expert",)) else None
-    tensor = "tensor" if meshes.axes_in(mesh, ("tensor",)) else None
-    wide, narrow = P(expert, None, tensor), P(expert, tensor, None)
-    names = ExpertWeights._fields
-    by_name = {"gate_EDF": wide, "up_EDF": wide, "down_EFD": narrow}
-    leaves = [by_name[name] for name, w in zip(names, weights, strict=True) if w is not None]
-    return jax.tree.unflatten(jax.tree.structure(weights), leaves)
+    ``given``: as for ``transports``, None where an argument was not given.
+    """
+    for name, value in given.items():
+        own = name.removeprefix("eval_")
+        takers = ["eval_transport"] if own != name else ["transport", "eval_transport"]
+        takers = ["transport"] if f"eval_{name}" in given else takers
+        if own == "transport" or value is None:
+            continue
+        if all(isinstance(given.get(taker), Transport) for taker in takers):
+            raise ValueError(
+                f"{name}={value!r} belongs to a transport that is given by name, but "
+                f"{takers[0]}={given[takers[0]]} is a value; set {own} in the value"
+            )

@@ -4,7 +4,6 @@ A ``Site`` says where a device-local computation runs. Without a mesh all functi
 identity, so transports are written once.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -13,16 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.ragged_exchange import ragged_exchange
-from moejax.kernels.vma import vary_over, varying_axes
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """The manual mesh axes around a transport: experts are split S ways, F over ``tensor``."""
-
-    shards: int = 1
-    expert_axis: str | None = None
-    tensor_axis: str | None = None
+from moejax.kernels.support import vary_over, varying_axes
+from moejax.types import Site
 
 
 @jax.named_scope("exchange")

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from moejax import mesh as meshes
 from moejax.dispatch import pack
-from moejax.kernels import forward_mode, grouped_matmul, kernels_pass_check_vma
-from moejax.kernels.vma import match_varying
+from moejax.kernels import grouped_matmul, kernels_pass_check_vma
+from moejax.kernels.support import forward_mode_refused, match_varying
 from moejax.types import Routing
 
 ORDINARY = "ordinary attention"
@@ -26,7 +26,7 @@ def to_heads(
     x_BLD: Float[Array, "B L D"], routing: Routing, query_EDI: Float[Array, "E D I"]
 ) -> Float[Array, "B L K I"]:
     """Each token times the matrix of each of its K heads; zeros where a column is inactive."""
-    with forward_mode.refused(ORDINARY):
+    with forward_mode_refused(ORDINARY):
         return head_queries(x_BLD, routing, query_EDI, mesh=meshes.ambient())
 
 
@@ -34,7 +34,7 @@ def from_heads(
     mixed_BLKI: Float[Array, "B L K I"], routing: Routing, out_EID: Float[Array, "E I D"]
 ) -> Float[Array, "B L D"]:
     """y_t = sum over k of weight_tk mixed_tk @ out[expert_tk], accumulated in float32."""
-    with forward_mode.refused(ORDINARY):
+    with forward_mode_refused(ORDINARY):
         return head_outputs(mixed_BLKI, routing, out_EID, mesh=meshes.ambient())
 
 

@@ -9,9 +9,8 @@ from jaxtyping import Array, Float
 
 from moejax import experts
 from moejax.dispatch import exchange
-from moejax.dispatch.exchange import Site
-from moejax.kernels.vma import vary_over, varying_axes
-from moejax.types import ExpertWeights, Merge, Order
+from moejax.kernels.support import vary_over, varying_axes
+from moejax.types import ExpertWeights, Merge, Order, Site
 
 SPANS_AT_ONCE = 4
 """Spans merged in one go, if their number divides: merging reads all experts once for so many."""

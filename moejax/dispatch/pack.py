@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.kernels.support import match_varying
 from moejax.types import Priority
 
 _UNROLLED_COLUMNS = 8
@@ -258,3 +259,12 @@ def _combine_rows_bwd(
 
 
 combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+
+
+@jax.named_scope("unpack")
+def unpack(
+    rows_MD: Float[Array, "M D"], weight_tK: Float[Array, "t K"], plan: Plan
+) -> Float[Array, "t D"]:
+    """``combine_rows`` as the last part of a transport, of rows that came from other devices."""
+    rows_MD, weight_tK = match_varying(rows_MD, weight_tK)
+    return combine_rows(rows_MD, weight_tK, plan)

@@ -6,9 +6,8 @@ from jaxtyping import Array, Float
 
 from moejax import experts
 from moejax.dispatch import exchange
-from moejax.dispatch.exchange import Site
-from moejax.kernels.vma import vary_over, varying_axes
-from moejax.types import ExpertWeights, Slots
+from moejax.kernels.support import vary_over, varying_axes
+from moejax.types import ExpertWeights, Site, Slots
 
 
 def mix_slots(
@@ -20,7 +19,7 @@ def mix_slots(
 ) -> Float[Array, "g T D"]:
     """y = combine f(dispatch^T x), one all-to-all each way.
 
-    Slots are cells that are always full, so this is ``transports.cells`` without a plan. Sums over
+    Slots are cells that are always full, so this is ``Cells`` without a plan. Sums over
     a split F, forward and backward, are of slots: the two products with weights then need none.
     """
     groups, _, width = x_gTD.shape

@@ -1,17 +1,17 @@
 """The dense gate: every expert sees every token, weighted by a softmax."""
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, EveryExpert, InitScale, LinearRouter, Stateless
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
-    GateSpec,
     GateState,
     MoEConfig,
     TrainedBy,
@@ -20,30 +20,26 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(ops.Stateless):
+class Dense(Stateless, LinearRouter, EveryExpert):
     r"""A softmax over all experts: the classical mixture, at E times the compute.
 
     .. math:: y = \sum_{e=1}^{E} \operatorname{softmax}(x W)_e \, f_e(x)
 
-    Nothing is selected, so every transport computes the same; ``all_experts`` does it without
-    packing. Visibility: none beyond the token itself.
+    Nothing is selected, so every transport gives the same result; ``all_experts`` computes it
+    without packing.
+
+    Visibility: the token itself alone.
 
     References: Jacobs, Jordan, Nowlan, Hinton, "Adaptive Mixtures of Local Experts" (1991);
     Eigen, Ranzato, Sutskever, arXiv 1312.4314.
     """
 
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_positive("init_scale", self.init_scale)
-
-    def columns(self, num_experts: int) -> int:
-        return num_experts
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -55,9 +51,6 @@ class Dense(ops.Stateless):
         )
         weight_GTE = ops.at_least_tiny(stats.probs_GTE)
         return GateOutput(ops.masked(expert_GTE, weight_GTE, context.valid_GT), stats)
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return num_tokens
 
     def visibility(self, moe: MoEConfig) -> Visibility:
         return Visibility()

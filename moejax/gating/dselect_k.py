@@ -8,22 +8,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.gating import ops
-from moejax.gating.solvers.selectors import TINY, code_bits, entropy, mix, selectors
+from moejax.gating.gate import ConstantState, MaxActive, PositiveWeights
+from moejax.gating.solvers.selectors import TINY, code_bits, mix, selectors, smoothed_entropy
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     RouterStats,
     TrainedBy,
-    Visibility,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class DSelectK(ops.Stateless):
+class DSelectK(ConstantState, PositiveWeights):
     r"""k selectors, each a product of smoothed bits, mixed by a softmax.
 
     .. math:: q(x) = \sum_{i=1}^k \operatorname{softmax}(w(x))_i \, r(z_i(x)), \qquad
@@ -32,9 +31,9 @@ class DSelectK(ops.Stateless):
     Trained by gradient descent alone: q is continuously differentiable in z and w. An undecided
     selector spreads over many experts, and every expert with q_e > 0 is visited: compute starts
     near E experts per token and falls towards k as bits are decided (``moe/experts_per_token``).
-    ``max_active`` bounds it; what it cuts is counted as dropped.
+    ``max_active`` bounds it; the pairs that it cuts count as dropped.
 
-    ``per_example``: z and w are affine in x, else free parameters, the same for all tokens. With
+    ``per_example``: z and w are affine in x; otherwise free parameters, equal for all tokens. With
     several tasks (``num_tasks`` of the layer) each task has its own gate.
 
     Losses of its own, in training, averaged over tokens (the published sums grow with the batch):
@@ -42,16 +41,16 @@ class DSelectK(ops.Stateless):
     ``entropy_steps``; and when E is no power of two ``dselect_range`` = penalty_weight *
     sum_i 1 / sum_e r_e(z_i), which keeps selectors off the codes that number no expert.
 
-    Visibility: static gates and tokens see nothing but themselves, except through capacity.
+    Visibility: a token sees itself alone (a static gate not even that), except through capacity.
 
     Reference: Hazimeh et al., "DSelect-k", arXiv 2106.03760. Deviations: averages instead of sums;
-    1e-6 added inside the logarithm (theirs) and the reciprocal (theirs has none).
+    1e-6 is added inside the logarithm (as in theirs) and the reciprocal (not in theirs).
     """
 
     k: Annotated[int, "selectors: the most experts a decided token visits"] = 2
     gamma: Annotated[float, "width of the smooth step: |z| >= gamma/2 decides a bit"] = 1.0
     per_example: Annotated[bool, "codes depend on the token (false: one choice for all)"] = True
-    max_active: Annotated[int, "most experts per token, the heaviest ones (0: all E)"] = 0
+    max_active: MaxActive = 0
     entropy_weight: Annotated[float, "of the selectors' entropy: pushes bits to decide"] = 0.01
     entropy_steps: Annotated[int, "steps from 0 to the entropy weight (0: none)"] = 0
     penalty_weight: Annotated[float, "of 1 / (mass on real experts), if E is no power of 2"] = 1.0
@@ -62,12 +61,8 @@ class DSelectK(ops.Stateless):
         ops.check_k(self.k, num_experts)
         ops.check_positive("gamma", self.gamma)
         for field in ("entropy_weight", "entropy_steps", "penalty_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"gate.{field}={getattr(self, field)} must be 0 or more")
+            ops.check_not_negative(field, getattr(self, field))
         ops.check_max_active(self.max_active, num_experts)
-
-    def columns(self, num_experts: int) -> int:
-        return self.max_active or num_experts
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         tasks, bits, small = spec.num_tasks, code_bits(spec.num_experts), self.gamma / 100
@@ -87,7 +82,7 @@ class DSelectK(ops.Stateless):
         return params
 
     def init_state(self, spec: GateSpec) -> GateState:
-        """The experts' codes. They never change."""
+        """The experts' codes, which never change."""
         return {"code_E": jnp.arange(spec.num_experts, dtype=jnp.int32)}
 
     def __call__(
@@ -99,10 +94,10 @@ class DSelectK(ops.Stateless):
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         total_GT1 = jnp.sum(weight_GTE, axis=-1, keepdims=True)
         probs_GTE = weight_GTE / jnp.maximum(total_GT1, TINY)
-        # Any logits with these probabilities do: the gate has none of its own.
+        # The gate has no logits of its own; any with these probabilities will do.
         logits_GTE = jnp.log(jnp.maximum(probs_GTE, TINY))
         losses = self._losses(chosen_GTSE, context) if context.train else {}
-        entropy_GT = jnp.sum(entropy(chosen_GTSE), axis=-1)
+        entropy_GT = jnp.sum(smoothed_entropy(chosen_GTSE), axis=-1)
         return GateOutput(
             routing,
             RouterStats(logits_GTE, probs_GTE, probs_GTE),
@@ -134,7 +129,7 @@ class DSelectK(ops.Stateless):
         progress = 1.0
         if self.entropy_steps:
             progress = jnp.minimum(context.step.astype(jnp.float32) / self.entropy_steps, 1.0)
-        entropy_GT = jnp.sum(entropy(chosen_GTSE), axis=-1)
+        entropy_GT = jnp.sum(smoothed_entropy(chosen_GTSE), axis=-1)
         losses = {"dselect_entropy": self.entropy_weight * progress * ops.mean(entropy_GT, context)}
         num_experts = chosen_GTSE.shape[-1]
         if 2 ** code_bits(num_experts) != num_experts:
@@ -142,16 +137,6 @@ class DSelectK(ops.Stateless):
             range_GT = jnp.sum(1.0 / (mass_GTS + TINY), axis=-1)
             losses["dselect_range"] = self.penalty_weight * ops.mean(range_GT, context)
         return losses
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        # Without cuts column e is expert e, so that serving column by column favours nobody.
-        cuts = self.columns(moe.num_experts) < moe.num_experts
-        # To reroute there is nowhere either: experts that are not visited have probability 0.
-        moe = moe if cuts else dataclasses.replace(moe, reroute=0)
-        return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)
 
 
 def _per_task(x_GTD: Array, weight_MDX: Array) -> Float[Array, "G T M X"]:

@@ -1,4 +1,4 @@
-"""EvoMoE's dense-to-sparse gate: Gumbel noise and a falling temperature thin out the choice."""
+"""EvoMoE's dense-to-sparse gate: Gumbel noise and a falling temperature make routing sparse."""
 
 import dataclasses
 from typing import Annotated, ClassVar
@@ -8,11 +8,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.gating import ops
+from moejax.gating.gate import (
+    INIT_SCALE,
+    InitScale,
+    LinearRouter,
+    MaxActive,
+    Stateless,
+    VariableK,
+    token_choice_capacity,
+)
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
-    GateSpec,
     GateState,
     MoEConfig,
     TrainedBy,
@@ -24,35 +33,35 @@ WEIGHTS = ("softmax", "gumbel")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvoMoE(ops.Stateless):
-    r"""Visits every expert whose Gumbel-softmax share is above a threshold; later only the best.
+class EvoMoE(Stateless, LinearRouter, VariableK):
+    r"""Every expert whose Gumbel-softmax share is above a threshold; later only the best one.
 
     .. math::
        \tilde{g} = \operatorname{softmax}((h + \text{Gumbel}) / \tau), \quad
        S = \{e : \tilde{g}_e > \text{threshold}\}, \quad
        y = \sum_{e \in S} \operatorname{softmax}(h)_e f_e(x), \quad h = x W
 
-    A high temperature visits everyone, a low one samples from softmax(h). tau falls over
-    ``temperature_steps`` steps, by equal factors (``exponential``) or differences (``linear``), and
-    stays at ``min_temperature``; from ``hard_step`` on S is the one expert with the largest noisy
-    logit. Evaluation visits argmax h without noise. Weights are not renormalised; with
-    ``weights=gumbel`` training uses g~ in their place.
+    At a high temperature a token visits all experts, at a low one a sample from softmax(h). tau
+    falls over ``temperature_steps`` steps, by equal factors (``exponential``) or differences
+    (``linear``), and then stays at ``min_temperature``. From ``hard_step`` on, S is the one expert
+    with the largest noisy logit. Evaluation visits argmax h without noise. Weights are not
+    renormalised; with ``weights=gumbel`` training uses g~ instead.
 
-    The number of experts per token depends on tau alone at the start (``moe/experts_per_token``):
-    use ``dropless`` (the preset), and ``max_active`` where memory must be bounded.
+    At first the number of experts per token (``moe/experts_per_token``) depends on tau alone: use
+    ``dropless`` (the preset), and ``max_active`` to bound memory.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: Nie et al., "EvoMoE: An Evolutional Mixture-of-Experts Training Framework via
-    Dense-To-Sparse Gate", arXiv 2112.14397. Threshold and temperatures are the defaults of the
-    authors' code, the numbers of steps ours. Deviations: the balance loss is
-    ``moe.losses.load_balance`` at all steps, of softmax(h) and the pairs' shares; theirs takes the
-    kept weights and stops at the hard stage. Their first stage (one expert, copied) is a training
-    scheme, not a gate. Their evaluation may draw noise; this one never does.
+    Dense-To-Sparse Gate", arXiv 2112.14397. The threshold and temperatures are the defaults of the
+    authors' code; the numbers of steps are ours. Deviations: the balance loss is
+    ``moe.losses.load_balance`` at all steps, computed from softmax(h) and the pairs' shares; theirs
+    is computed from the kept weights and ends at the hard stage. Their first stage (one expert,
+    copied) is a training scheme, not a gate. Their evaluation may draw noise; this one never does.
     """
 
     temperature: Annotated[float, "tau at step 0"] = 1.0
-    min_temperature: Annotated[float, "tau in the end"] = 0.5
+    min_temperature: Annotated[float, "final tau"] = 0.5
     temperature_steps: Annotated[int, "steps from one to the other"] = 200
     schedule: Annotated[str, "'exponential' or 'linear'"] = "exponential"
     threshold: Annotated[float, "experts with a larger share are visited; below 1/E"] = 0.001
@@ -60,8 +69,8 @@ class EvoMoE(ops.Stateless):
     weights: Annotated[str, "'softmax' of the clean logits, or the noisy 'gumbel' share"] = (
         "softmax"
     )
-    max_active: Annotated[int, "most experts per token, the heaviest ones (0: all E)"] = 0
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    max_active: MaxActive = 0
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -78,20 +87,14 @@ class EvoMoE(ops.Stateless):
         if not 0.0 <= self.threshold < 1.0 / num_experts:
             raise ValueError(
                 f"gate.threshold={self.threshold} must lie in [0, 1/num_experts="
-                f"{1 / num_experts:g}), or a token might visit nobody"
+                f"{1 / num_experts:g}), or a token might visit no expert"
             )
         if self.hard_step < -1:
             raise ValueError(f"gate.hard_step={self.hard_step} must be a step, or -1 for never")
         ops.check_max_active(self.max_active, num_experts)
 
-    def columns(self, num_experts: int) -> int:
-        return self.max_active or num_experts
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
-
     def temperature_at(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """tau at a step."""
+        """The temperature tau at a step."""
         done = jnp.minimum(step.astype(jnp.float32) / self.temperature_steps, 1.0)
         if self.schedule == "linear":
             return self.temperature + (self.min_temperature - self.temperature) * done
@@ -114,19 +117,19 @@ class EvoMoE(ops.Stateless):
         best_GTE = best_GT1 == jnp.arange(num_experts)
         visited_GTE = jnp.where(hard, best_GTE, share_GTE > self.threshold)
         value_GTE = share_GTE if self.weights == "gumbel" else stats.probs_GTE
-        # A probability that underflows to 0 would mean: not sent.
+        # A weight of 0 would mark the pair as absent.
         value_GTE = ops.at_least_tiny(value_GTE)
         weight_GTE = jnp.where(visited_GTE, value_GTE, 0.0)
         routing, cut_GTE = ops.heaviest(weight_GTE, self.max_active, context.valid_GT)
         return GateOutput(routing, stats, means=means, cut_GTE=cut_GTE)
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
+        return token_choice_capacity(num_tokens, num_experts, 1, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Without cuts column e is expert e, so that serving column by column favours nobody; in
+        # Without cuts column e is expert e, so service column by column favours no token; in
         # evaluation a token has one expert.
         cuts = self.columns(moe.num_experts) < moe.num_experts
-        train = ops.capacity_visibility(1, moe, columns=self.max_active if cuts else 1)
-        evaluation = ops.capacity_visibility(1, moe)
+        train = capacity_visibility(1, moe, columns=self.max_active if cuts else 1)
+        evaluation = capacity_visibility(1, moe)
         return Visibility(*train[:2], *evaluation[2:])

@@ -1,4 +1,4 @@
-"""Forced routing: a load pattern of one's choice, for benchmarks."""
+"""Forced routing: a given load pattern, for benchmarks."""
 
 import dataclasses
 from typing import Annotated
@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.unlearned import Unlearned, constant_stats
-from moejax.types import GateContext, GateOutput, GateParams, GateState
+from moejax.gating.gate import FixedK, Unlearned
+from moejax.types import GateContext, GateOutput, GateParams, GateState, GateTraits
 
 PATTERNS = ("balanced", "skewed", "one")
 BITS = 20
-"""Probabilities and draws of ``skewed`` are whole multiples of 2^-BITS: experts stay distinct."""
+"""Probabilities and draws of ``skewed`` are multiples of 2^-BITS, which keeps experts distinct."""
 
 
 def zipf_inclusion(num_experts: int, k: int, exponent: float) -> np.ndarray:
     """P(a token visits expert e) in proportion to (e + 1)^-exponent, at most 1 each, k in all."""
     share_E = np.arange(1.0, num_experts + 1) ** -exponent
-    capped = 0  # shares fall, so the first experts are the ones that would pass 1
+    capped = 0  # shares decrease, so only the first experts can exceed 1
     while capped < k and share_E[capped] * (k - capped) >= share_E[capped:].sum():
         capped += 1
     rest_E = share_E[capped:] * (k - capped) / max(share_E[capped:].sum(), 1e-300)
@@ -27,23 +27,23 @@ def zipf_inclusion(num_experts: int, k: int, exponent: float) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forced(Unlearned):
-    r"""k experts per token by its place alone, each with weight 1/k.
+class Forced(Unlearned, FixedK):
+    r"""k experts per token by its position alone, each with weight 1/k.
 
     .. math:: y_t = \frac{1}{k} \sum_{e \in S(\text{position}, \text{row})} f_e(x_t)
 
     * ``balanced``: (position + row) k + j modulo E: a run of E tokens loads every expert k times.
     * ``skewed``: expert e gets a share of the tokens in proportion to (e + 1)^-exponent (at most
-      all of them), in an order that looks random: a Weyl sequence over positions and rows, and
-      from it a systematic sample of k experts, which are distinct.
+      all of them), in pseudo-random order: a Weyl sequence over positions and rows selects a
+      systematic sample of k distinct experts.
     * ``one``: all tokens visit experts 0 to k - 1.
 
-    The same in every step, layer and run, in training and in evaluation: what differs between two
-    measurements is not the routing. Nothing is learned or drawn.
+    The routing is the same in every step, layer and run, in training and in evaluation, so two
+    measurements never differ by their routing. Nothing is learned or drawn.
 
-    Visibility: experts depend on no token, nor does who finds them full.
+    Visibility: neither a token's experts nor their free slots depend on any token.
 
-    Reference: none; systematic sampling is Madow's (1949).
+    Reference: none; systematic sampling is from Madow (1949).
     """
 
     pattern: Annotated[str, "'balanced', 'skewed' (Zipf) or 'one' (experts 0 to k-1)"] = "balanced"
@@ -53,11 +53,10 @@ class Forced(Unlearned):
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_k(self.k, num_experts)
         ops.check_choice("pattern", self.pattern, PATTERNS)
-        if self.exponent < 0:
-            raise ValueError(f"gate.exponent={self.exponent} must be 0 or more")
+        ops.check_not_negative("exponent", self.exponent)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("positions",))
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -70,11 +69,11 @@ class Forced(Unlearned):
         share_E = jnp.asarray(self._inclusion(num_experts) / self.k, jnp.float32)
         return GateOutput(
             ops.masked(expert_GTK, weight_GTK, context.valid_GT),
-            constant_stats(share_E, groups, tokens),
+            ops.constant_stats(share_E, groups, tokens),
         )
 
     def experts(self, position_GT: Array, row_GT: Array, num_experts: int) -> Array:
-        """The experts of every place, int32[G, T, K]."""
+        """The experts of every token, int32[G, T, K]."""
         column_K = jnp.arange(self.k, dtype=jnp.int32)
         if self.pattern == "one":
             return jnp.broadcast_to(column_K, (*position_GT.shape, self.k))
@@ -86,7 +85,7 @@ class Forced(Unlearned):
         )
         draw_GT = (place_GT * np.uint32(0x9E3779B9)) >> np.uint32(32 - BITS)
         at_GTK = draw_GT.astype(jnp.int32)[..., None] + (column_K << BITS)
-        # The expert whose stretch of the line [0, k) holds the point; stretches are at most 1 long.
+        # The expert whose interval of [0, k) holds the point; no interval is longer than 1.
         ends_E = np.rint(np.cumsum(self._inclusion(num_experts)) * 2**BITS).astype(np.int32)
         inner_E = jnp.asarray(ends_E[:-1])
         return jnp.searchsorted(inner_E, at_GTK, side="right").astype(jnp.int32)
@@ -97,6 +96,3 @@ class Forced(Unlearned):
             return (np.arange(num_experts) < self.k).astype(float)
         exponent = self.exponent if self.pattern == "skewed" else 0.0
         return zipf_inclusion(num_experts, self.k, exponent)
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)

@@ -8,59 +8,42 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.types import (
-    GateContext,
-    GateOutput,
-    GateParams,
-    GateSpec,
-    GateState,
-    MoEConfig,
-    TrainedBy,
-    Visibility,
-)
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, Stateless, TokenChoice
+from moejax.types import GateContext, GateOutput, GateParams, GateState, TrainedBy
 
 SECOND_POLICIES = ("random", "all")
 
 
 @dataclasses.dataclass(frozen=True)
-class GShard(ops.Stateless):
+class GShard(Stateless, LinearRouter, TokenChoice):
     r"""Two experts per token; the second one is visited at random, in proportion to its weight.
 
     .. math::
        p = \operatorname{softmax}(x W), \quad g_i = p_i / (p_1 + p_2), \quad
        \text{keep the second if } U < g_2 / \text{threshold}
 
-    The weights are normalised over the two before the second is skipped, and the first is not
-    renormalised afterwards. The draw happens in training only: evaluation visits both. (Mesh
-    TensorFlow draws in evaluation too, which makes its evaluation random.)
+    Weights are normalised over the two experts before the second is skipped, and the first is not
+    renormalised afterwards. Only training draws; evaluation visits both. (Mesh TensorFlow draws in
+    evaluation too, which makes its evaluation random.)
 
-    Visibility: the draw is the token's own; a token sees others only through capacity.
+    Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: Lepikhin et al., "GShard", arXiv 2006.16668, algorithm 1 (threshold 0.5: U < 2 g2).
     """
 
     second_policy: Annotated[str, "'random' (the paper's) or 'all' (always visit both)"] = "random"
     threshold: Annotated[float, "second weight from which the second expert is always kept"] = 0.5
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
+    k: ClassVar[int] = 2
     trained_by: ClassVar[TrainedBy] = "task"
 
     def check(self, num_experts: int, train: bool) -> None:
         if num_experts < 2:
             raise ValueError(f"num_experts={num_experts}: gate gshard needs at least 2 experts")
-        if self.second_policy not in SECOND_POLICIES:
-            raise ValueError(
-                f"gate.second_policy={self.second_policy!r} is unknown; "
-                f"use one of {', '.join(SECOND_POLICIES)}"
-            )
+        ops.check_choice("second_policy", self.second_policy, SECOND_POLICIES)
         ops.check_positive("threshold", self.threshold)
         ops.check_positive("init_scale", self.init_scale)
-
-    def columns(self, num_experts: int) -> int:
-        return 2
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -74,9 +57,3 @@ class GShard(ops.Stateless):
             weight_GTK = jnp.where(skipped_GTK, weight_GTK, 0.0)
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         return GateOutput(routing, ops.softmax_stats(logits_GTE))
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 2, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(2, moe)

@@ -7,44 +7,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from moejax.gating import ops
-from moejax.gating.tables import balanced_table, bigram_hash
+from moejax.gating.gate import ConstantState, FixedK
+from moejax.gating.visibility import by_position, capacity_visibility, without_reroute
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
+    GateTraits,
     MoEConfig,
     RouterStats,
+    SlotRules,
     TrainedBy,
     Visibility,
+    valid_before,
 )
 
 TABLES = ("random", "balanced", "bigram")
 
 
 @dataclasses.dataclass(frozen=True)
-class Hash(ops.Stateless):
-    r"""Each token visits the experts that tables, drawn once, give for its id. Nothing is learned.
+class Hash(ConstantState, FixedK):
+    r"""Each token visits the experts that fixed tables give for its id. Nothing is learned.
 
     .. math:: y_t = \sum_{j=1}^k f_{h_j(id_t)}(x_t), \qquad
        h_j : \text{ids} \to \{(j-1) E/k, \ldots, j E/k - 1\}
 
-    Every weight is 1, as in the paper: there is no gate. With k > 1 (multi-hash) column j chooses
-    among the j-th block of E/k experts; their sum is one FFN k times as wide, each of whose k
-    segments is looked up by a hash of its own.
+    Every weight is 1, as in the paper. With k > 1 (multi-hash) column j chooses among the j-th
+    block of E/k experts; the sum is one FFN k times as wide whose k segments are looked up by
+    separate hashes.
 
-    ``table``: "random" draws each id's expert; "balanced" deals ids in the order of their counts in
-    the training text, each to the expert with the fewest occurrences so far, so that no expert has
-    more than the mean plus the most frequent id; "bigram" hashes the id with the one before (none
-    at the start of a sequence or segment, or behind padding).
+    ``table``: "random" draws each id's expert; "balanced" assigns ids in the order of their counts
+    in the training text, each to the expert with the fewest occurrences so far, so that no expert
+    exceeds the mean by more than the most frequent id; "bigram" hashes the id together with that of
+    the valid token before it in the same text, if there is one.
 
-    Tables depend on ``seed`` and on the layer, not on ``train.seed``. Balanced tables would be
-    alike in all layers: ids whose counts are within a factor of 2 may change places in the order.
-    Ids that do not occur are dealt out by number.
+    Tables depend on ``seed`` and on the layer, not on ``train.seed``. So that balanced tables
+    differ between layers, ids whose counts are within a factor of 2 may change places in the order.
+    Ids that do not occur are spread evenly over the experts.
 
     Router statistics (entropy, balance losses) are those of the choice itself, 1/k per expert.
 
@@ -59,7 +63,6 @@ class Hash(ops.Stateless):
     seed: Annotated[int, "of the tables"] = 0
 
     trained_by: ClassVar[TrainedBy] = "none"
-    reads_tokens: ClassVar[bool] = True
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_choice("table", self.table, TABLES)
@@ -70,14 +73,14 @@ class Hash(ops.Stateless):
                 "that divides it"
             )
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("tokens",))
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         return {}
 
     def init_state(self, spec: GateSpec) -> GateState:
-        """The tables, or what tells one bigram hash from another. They never change."""
+        """The tables, or the salts of bigram hashes; neither ever changes."""
         key = jax.random.fold_in(jax.random.key(self.seed), spec.layer)
         block = spec.num_experts // self.k
         known = {"expert_E": jnp.arange(spec.num_experts, dtype=jnp.int32)}
@@ -118,19 +121,17 @@ class Hash(ops.Stateless):
             RouterStats(logits_GTE, probs_GTE, probs_GTE),
         )
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Weights are equal, so that priority "gate" serves by position; columns share no expert. To
-        # reroute there is nowhere: experts that a token does not visit have probability 0.
-        by_place = "position" if moe.priority == "gate" else moe.priority
-        moe = dataclasses.replace(moe, priority=by_place, reroute=0)
-        return ops.capacity_visibility(self.k, moe, columns=1)
+        # Columns share no expert, weights are equal, and experts that a token does not visit have
+        # probability 0.
+        def with_gate(rules: SlotRules) -> SlotRules:
+            return by_position(without_reroute(rules))
+
+        return capacity_visibility(self.k, moe, columns=1, with_gate=with_gate)
 
 
 def _counts(spec: GateSpec) -> Int[Array, "V"]:
-    """How often each id occurs, scaled down by a power of 2 where the sum would not be int32."""
+    """The count of each id, divided by a power of 2 where the sum would overflow int32."""
     if spec.token_counts is None:
         raise ValueError(
             "gate.table='balanced' needs the tokens' counts, which `moejax train` takes from its "
@@ -145,3 +146,51 @@ def _counts(spec: GateSpec) -> Int[Array, "V"]:
         )
     shift = max(int(counts_V.sum()).bit_length() - 31, 0)
     return jnp.asarray(counts_V >> shift, jnp.int32)
+
+
+def balanced_table(
+    counts_V: Int[Array, "V"], num_experts: int, key: PRNGKeyArray | None = None
+) -> Int[Array, "V"]:
+    """Experts of token ids: most frequent id first, each to the least loaded expert.
+
+    With a key, ids whose counts are within a factor of 2 may change places in the order. In any
+    order, no expert's load exceeds the mean by more than the largest count. Ids that do not occur
+    go to the expert with the fewest ids. Ties go to the lower expert and the lower id.
+    """
+    rank_V = counts_V.astype(jnp.float32)
+    if key is not None:
+        rank_V *= jax.random.uniform(key, counts_V.shape, jnp.float32, 1.0, 2.0)
+    order_V = jnp.argsort(-rank_V, stable=True)
+
+    def deal(carry: tuple[Array, Array], count: Array) -> tuple[tuple[Array, Array], Array]:
+        load_E, ids_E = carry
+        expert = jnp.argmin(jnp.where(count > 0, load_E, ids_E)).astype(jnp.int32)
+        return (load_E.at[expert].add(count), ids_E.at[expert].add(1)), expert
+
+    zero_E = jnp.zeros(num_experts, jnp.int32)
+    _, expert_V = lax.scan(deal, (zero_E, zero_E), counts_V[order_V])
+    return jnp.zeros_like(expert_V).at[order_V].set(expert_V, unique_indices=True)
+
+
+def bigram_hash(context: GateContext, salt_K: Int[Array, "K"]) -> UInt32[Array, "G T K"]:
+    """A 32-bit hash of each token id and the id before it, for each salt.
+
+    The id before is that of the last valid token of the same text, or -1.
+    """
+    shape = (context.row_GR.size, -1)
+    token_BL, segment_BL = context.token_GT.reshape(shape), context.segment_GT.reshape(shape)
+    before_BL = valid_before(context.valid_GT.reshape(shape))
+    at_BL = jnp.maximum(before_BL, 0)
+    follows_BL = jnp.take_along_axis(segment_BL, at_BL, axis=1) == segment_BL
+    previous_BL = jnp.take_along_axis(token_BL, at_BL, axis=1)
+    previous_BL = jnp.where(follows_BL & (before_BL >= 0), previous_BL, -1)
+    token_GT1 = context.token_GT.astype(jnp.uint32)[..., None]
+    previous_GT1 = previous_BL.reshape(context.token_GT.shape).astype(jnp.uint32)[..., None]
+    return _scramble(_scramble(token_GT1 ^ salt_K.astype(jnp.uint32)) + previous_GT1)
+
+
+def _scramble(bits: Array) -> Array:
+    """A bijection of 32-bit words in which every bit depends on every other (xor, shift, odd)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)

@@ -1,4 +1,4 @@
-"""Hierarchical mixture of experts: a noisy top-k choice of groups, then one within each group."""
+"""Hierarchical mixture of experts: noisy top-k of groups, then of the experts in each group."""
 
 import dataclasses
 from typing import Annotated, ClassVar, NamedTuple
@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless, token_choice_capacity
 from moejax.gating.noisy_top_k import load_probability
+from moejax.gating.visibility import capacity_visibility
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -24,14 +26,14 @@ from moejax.types import (
 
 
 class _Levels(NamedTuple):
-    """Something per group of experts (A), and per expert of each group (J)."""
+    """One array per group of experts (A), and one per expert of each group (J)."""
 
     outer_GTA: Array
     inner_GTAJ: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Hierarchical(ops.Stateless):
+class Hierarchical(Stateless):
     r"""Top-k_1 of the groups of experts, then top-k_2 of the experts of each chosen group.
 
     .. math::
@@ -39,19 +41,19 @@ class Hierarchical(ops.Stateless):
        G_i = \operatorname{softmax}(\operatorname{KeepTopK}(H_i, k_2)), \quad
        y = \sum_{i \in S} \sum_{j \in S_i} G_i \, G_{ij} \, f_{ij}(x)
 
-    H and each H_i are noisy logits as in gate ``shazeer``; every level is renormalised over what it
+    H and each H_i are noisy logits as in gate ``shazeer``. Each level is renormalised over the k it
     kept, so a token's weights sum to 1. ``noisy=False`` draws no noise. Expert (i, j) has id
-    i * E / groups + j: a group is a run of neighbouring experts, so an ``expert`` mesh axis that
-    ``groups`` divides (or that divides ``groups``) gives each group devices of its own, and a
-    token's rows go to k_1 of these only.
+    i * E / groups + j: a group is a run of neighbouring experts. An ``expert`` mesh axis that
+    ``groups`` divides (or that divides ``groups``) therefore gives each group its own devices, and
+    a token's rows go to the devices of k_1 groups only.
 
     Losses: ``importance`` of the product weights, and ``load`` with the published estimate
 
     .. math:: \operatorname{load}_{ij} = \operatorname{load}_i(H) \cdot
        \frac{\sum_{t: i \in S_t} P_t(j | i)}{|\{t : i \in S_t\}|}
 
-    taken over a routing group (``moe.group``); wider balance scopes add these up. Without noise
-    it is the probability p_i p_{j|i}. The z-loss sees H_i + H_{ij}.
+    computed over a routing group (``moe.group``); wider balance scopes sum over groups. Without
+    noise it is the probability p_i p_{j|i}. The z-loss is that of the logits H_i + H_{ij}.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity,
     which the original does not have.
@@ -138,7 +140,7 @@ class Hierarchical(ops.Stateless):
         return _Levels(outer_GTA, inner_GTE.reshape(*inner_GTE.shape[:2], self.groups, -1))
 
     def _select(self, noisy: _Levels) -> tuple[Array, Array, Array]:
-        """Experts and weights, heaviest first, and which groups each token chose."""
+        """Experts and weights, heaviest first, and a mask of the groups that each token chose."""
         group_GTP, share_GTP = ops.top_k_routing(noisy.outer_GTA, self.k_groups, renormalize=True)
         each_GTAS, within_GTAS = ops.top_k_routing(noisy.inner_GTAJ, self.k, renormalize=True)
         at_GTP1 = group_GTP[..., None]
@@ -146,7 +148,7 @@ class Hierarchical(ops.Stateless):
         expert_GTPS = at_GTP1 * noisy.inner_GTAJ.shape[-1] + chosen_GTPS
         weight_GTPS = share_GTP[..., None] * jnp.take_along_axis(within_GTAS, at_GTP1, axis=2)
         flat = (*group_GTP.shape[:2], self.k_groups * self.k)
-        # A product of small weights may underflow, and 0 would mean: not sent.
+        # A product of small weights may underflow, and 0 would mark the pair as absent.
         weight_GTK = ops.at_least_tiny(weight_GTPS.reshape(flat))
         weight_GTK, order_GTK = jax.lax.top_k(weight_GTK, flat[-1])
         expert_GTK = jnp.take_along_axis(expert_GTPS.reshape(flat), order_GTK, axis=-1)
@@ -166,7 +168,7 @@ class Hierarchical(ops.Stateless):
         return jnp.where(hit_GTA[..., None], inner_GTAJ, 0.0) * ratio_GA[:, None, :, None]
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k_groups * self.k, factor)
+        return token_choice_capacity(num_tokens, num_experts, self.k_groups * self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k_groups * self.k, moe)
+        return capacity_visibility(self.k_groups * self.k, moe)

@@ -1,20 +1,22 @@
-"""Lory: one merged expert per segment, routed by the segment before."""
+"""Lory: one merged expert per segment, routed by the previous segment."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops, spans
+from moejax.gating.gate import INIT_SCALE, EveryExpert, InitScale, Stateless
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
+    TrainedBy,
     Visibility,
 )
 
@@ -22,58 +24,67 @@ FIRST_SEGMENTS = ("learned", "bos", "uniform", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
-class Lory(spans.MergesExperts):
+class Lory(Stateless, EveryExpert):
     r"""Every segment of a sequence is computed by one expert, a mean of the experts' weights.
 
     .. math::
        e_k = \operatorname{softmax}(W^\top \operatorname{mean}_{t \in k} x_t), \qquad
        \bar\theta_k = \sum_i e_{k-1,i} \theta_i, \qquad y_t = f(x_t; \bar\theta_k), \; t \in k
 
-    Segments have ``segment`` valid tokens, counted from a sequence's first one, the last maybe
-    fewer: padding, wherever it lies, is in none. A segment is merged by what the one before it
-    says. The first has none and is merged, by ``first_segment``, with the softmax of
+    Segments have ``segment`` valid tokens, counted from the first of a sequence; the last may have
+    fewer. Padding belongs to no segment, wherever it lies. The mean of the previous segment gives
+    the merging weights of a segment. The first segment has no predecessor; ``first_segment``
+    selects the logits for it:
 
-    * "learned": one learned logit per expert, the same for all sequences, 0 at the start. The
-      default: it is causal, and does not ask the router, which reads means, about something else.
-    * "bos": the router's logits of the sequence's first valid token alone. Causal, and different
-      from sequence to sequence where they do not all begin with the same token; a single token
-      varies more than a mean of many, hence its logits are larger.
-    * "uniform": zeros: the plain mean of the experts. Causal, learns nothing.
-    * "paper": the segment's own mean, through which no gradient flows. The gradient is stopped and
-      the value is not: tokens of this segment see later ones of it.
+    * "learned": one learned logit per expert, the same for all sequences, initially 0. This is the
+      default: it is causal, and the router is applied to means only.
+    * "bos": the router's logits of the sequence's first valid token alone. Causal, and specific to
+      a sequence unless all begin with the same token. A single token varies more than a mean of
+      many, so its logits are larger.
+    * "uniform": zeros, for the plain mean of the experts. Causal; learns nothing.
+    * "paper": those of the segment's own mean, through which no gradient flows. Only the gradient
+      is stopped, so tokens of this segment still depend on later ones.
 
     Nothing is selected, so the task loss alone trains the router; there is no auxiliary loss. A
     layer costs one FFN per token, and E / ``segment`` FFNs per token for the merging.
 
-    The routing told to statistics has E columns, column e expert e, with the segment's weight.
-    ``transport`` and capacity are not used; other sequences are never seen, whatever the group.
+    The routing serves statistics only: it has E columns, column e for expert e, with the weights of
+    the segment. ``transport`` and capacity are not used.
 
-    Visibility: the past only; with first_segment=paper also later tokens of the first segment, in
-    training and in evaluation.
+    Visibility: a token sees neither later tokens nor other sequences, whatever the group; with
+    first_segment=paper it sees later tokens of the first segment, in training and in evaluation.
 
     Reference: Zhong, Xia, Chen, Lewis, "Lory: Fully Differentiable Mixture-of-Experts for
     Autoregressive Language Model Pre-training", arXiv 2405.03133. Deviations: the default first
-    segment; segments of 32 tokens (theirs: 256, of texts of 4096); sequences are not made of
-    similar documents; no dense warm-up that all experts are copies of, so that a mean of E
-    independent matrices is sqrt(E) times smaller at first; evaluation goes segment by segment as
-    training does (theirs also merges once, by the prompt: there is no generation here yet).
+    segment; segments of 32 tokens (theirs: 256 of texts with 4096); sequences are not composed of
+    similar documents; experts are not copies of a dense model trained first, so a mean of E
+    independent matrices is initially sqrt(E) times smaller; evaluation merges for every segment, as
+    in training (theirs also merges once, for the prompt; there is no generation here yet).
     """
 
     segment: Annotated[int, "tokens in a segment"] = 32
     first_segment: Annotated[
-        str, "what merges the first: 'learned', 'bos', 'uniform', 'paper' (leaks)"
+        str, "logits of the first: 'learned', 'bos', 'uniform', 'paper' (leaks)"
     ] = "learned"
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
-    causal: ClassVar[Mapping[str, Any]] = {"first_segment": "learned"}
+    trained_by: ClassVar[TrainedBy] = "task"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_choice("first_segment", self.first_segment, FIRST_SEGMENTS)
         ops.check_positive("segment", self.segment)
         ops.check_positive("init_scale", self.init_scale)
 
-    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
-        """Raises ValueError where sequences of one segment would leave the router without use."""
+    def traits(self) -> GateTraits:
+        return GateTraits(
+            reads=("sequence",),
+            mixes="weights",
+            causal_fields={"first_segment": "learned"},
+            check_data=self._check_data,
+        )
+
+    def _check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
+        """Raises ValueError if sequences of one segment would leave the router unused."""
         if train_rows and length <= self.segment and self.first_segment != "bos":
             raise ValueError(
                 f"gate.segment={self.segment} makes one segment of a sequence of {length} tokens, "
@@ -109,5 +120,5 @@ class Lory(spans.MergesExperts):
         return spans.merge_output(logits_GRNE, weight_GRNE, self.segment, context, order)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        leaks = self.first_segment == "paper" and moe.num_experts > 1
-        return Visibility(train_future=leaks, eval_future=leaks)
+        future = self.first_segment == "paper" and moe.num_experts > 1
+        return Visibility(train_future=future, eval_future=future)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless, TokenChoice
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -15,22 +16,20 @@ from moejax.types import (
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     RouterStats,
     TrainedBy,
-    Visibility,
 )
 
 
 def load_probability(
     clean_TE: Float[Array, "*T E"], noisy_TE: Float[Array, "*T E"], std_TE: Array, k: int
 ) -> Float[Array, "*T E"]:
-    r"""P(x, e): probability that e is among the k best if only e's noise is drawn again.
+    r"""P(x, e): the probability that e is among the k best if only its own noise is drawn again.
 
     .. math:: P(x, e) = \Phi\left((h_e - \operatorname{kth\_excluding}(H, k, e)) / \sigma_e\right)
 
-    where the k-th largest of the others is H's (k+1)-th value if e is now in the top k, else the
-    k-th. 1 everywhere when k = E. Shazeer et al. 2017, appendix A.
+    The k-th largest value without e is the (k+1)-th value of H if e is now in the top k, and the
+    k-th otherwise. P is 1 everywhere when k = E. Shazeer et al. 2017, appendix A.
     """
     if k == clean_TE.shape[-1]:
         return jnp.ones_like(clean_TE)
@@ -41,17 +40,17 @@ def load_probability(
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisyTopK(ops.Stateless):
+class NoisyTopK(Stateless, TokenChoice):
     r"""Top-k of logits perturbed by learned Gaussian noise; softmax over the k kept.
 
     .. math::
        H = x W_g + \epsilon \cdot (\operatorname{softplus}(x W_n) + 0.01), \quad
        g = \operatorname{softmax}(\operatorname{KeepTopK}(H, k)), \quad y = \sum_e g_e f_e(x)
 
-    Noise is drawn in training only. Both matrices start at zero (equal load at the start). Its
-    balance losses are ``importance`` (squared share of summed gate weights) and ``load`` (squared
-    share of summed P(x, e), differentiable through the noise); the paper weighs both 0.1 for its
-    language models.
+    Noise is drawn in training only. Both matrices start at zero, for equal load. The balance losses
+    are ``importance`` (squared coefficient of variation of summed gate weights) and ``load`` (the
+    same of summed P(x, e), differentiable through the noise); the paper gives both a weight of 0.1
+    for its language models.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity,
     which the original does not have.
@@ -73,9 +72,6 @@ class NoisyTopK(ops.Stateless):
                 "gate.k=1 gives noisy top-k the constant weight 1 (softmax over one kept logit), "
                 "so the router gets no gradient from the task; use gate.k=2 or gate switch"
             )
-
-    def columns(self, num_experts: int) -> int:
-        return self.k
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         shape = (spec.d_model, spec.num_experts)
@@ -102,9 +98,3 @@ class NoisyTopK(ops.Stateless):
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         probs_GTE = jax.nn.softmax(clean_GTE, axis=-1)
         return GateOutput(routing, RouterStats(clean_GTE, probs_GTE, load_GTE))
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

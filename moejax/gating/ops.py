@@ -1,42 +1,23 @@
-"""Arithmetic that token-choice gates share. Pure functions of arrays, float32 inside."""
+"""Arithmetic of routers: pure functions of arrays, float32 inside."""
 
-import dataclasses
-import math
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-# Under this roof too: `ops.top_k_routing`.
-from moejax.gating.weights import SCORES as SCORES
-from moejax.gating.weights import at_least_tiny as at_least_tiny
-from moejax.gating.weights import softmax_of
-from moejax.gating.weights import top_k_routing as top_k_routing
-from moejax.kernels.platform import resolve_platform
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
     GateSpec,
-    GateState,
-    MoEConfig,
-    MoEStats,
     Order,
     RouterStats,
     Routing,
-    Visibility,
 )
 
-
-class Stateless:
-    """The state methods of gates that remember nothing between steps."""
-
-    def init_state(self, spec: GateSpec) -> GateState:
-        return ()
-
-    def update(self, state: GateState, stats: MoEStats) -> GateState:
-        return state
+SCORES: tuple[str, ...] = ("softmax", "sigmoid")
 
 
 def init_router(key: PRNGKeyArray, spec: GateSpec, scale: float) -> Float[Array, "D E"]:
@@ -46,7 +27,7 @@ def init_router(key: PRNGKeyArray, spec: GateSpec, scale: float) -> Float[Array,
 
 
 def router_logits(x_GTD: Array, weight_DE: Array) -> Float[Array, "G T E"]:
-    """``x @ W`` in float32 at full precision, whatever the activations' dtype.
+    """``x @ W`` in float32 at full precision, for activations of any dtype.
 
     Routing decisions are discontinuous in the logits: in bfloat16 nearby experts swap (Switch
     Transformer, table 2).
@@ -59,23 +40,74 @@ def router_logits(x_GTD: Array, weight_DE: Array) -> Float[Array, "G T E"]:
     )
 
 
+def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Array]:
+    """``top_k_routing`` per group, on the device that has the group's tokens."""
+
+    def select(logits: Array) -> tuple[Array, Array]:
+        return top_k_routing(logits, k, renormalize=renormalize)
+
+    return group_local(select)(logits_GTE)
+
+
+def top_k_routing(
+    logits_TE: Float[Array, "*T E"], k: int, *, score: str = "softmax", renormalize: bool = False
+) -> tuple[Int[Array, "*T K"], Float[Array, "*T K"]]:
+    """The k experts with the largest logits, best first, and their combine weights.
+
+    ``score="softmax"``: weights are softmax probabilities over all E; with ``renormalize`` they are
+    divided by their sum, which equals a softmax over the k kept logits (and is computed so).
+    ``score="sigmoid"``: weights are sigmoids of the logits, optionally divided by their sum.
+    Ties go to the lower expert id. Works on any leading axes. A weight that underflows becomes the
+    smallest normal float32, because weight 0 marks a pair as absent. The weight of a logit of -inf
+    is 0, so that an expert can be excluded.
+
+    Raises:
+      ValueError: k not in [1, E], or an unknown score.
+    """
+    num_experts = logits_TE.shape[-1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k} must lie in [1, num_experts={num_experts}]")
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is unknown; use one of {', '.join(SCORES)}")
+    logits_TE = logits_TE.astype(jnp.float32)
+    top_TK, expert_TK = jax.lax.top_k(logits_TE, k)
+    if score == "softmax":
+        return expert_TK.astype(jnp.int32), softmax_of(top_TK, logits_TE, renormalize)
+    if renormalize:
+        # In logarithms, because scores that all underflow still have shares of their sum.
+        weight_TK = jax.nn.softmax(jax.nn.log_sigmoid(top_TK), axis=-1)
+    else:
+        weight_TK = jax.nn.sigmoid(top_TK)
+    return expert_TK.astype(jnp.int32), _positive(weight_TK, top_TK)
+
+
+def softmax_of(chosen_TK: Array, logits_TE: Array, renormalize: bool) -> Array:
+    """Weights of the chosen logits: softmax over the chosen ones (``renormalize``) or over all."""
+    if renormalize:
+        return _positive(jax.nn.softmax(chosen_TK, axis=-1), chosen_TK)
+    total_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
+    return _positive(jnp.exp(chosen_TK - total_T1), chosen_TK)
+
+
+def _positive(weight_TK: Array, chosen_TK: Array) -> Array:
+    """Weights above 0, except where a logit of -inf excludes the expert."""
+    return jnp.where(chosen_TK == -jnp.inf, weight_TK, at_least_tiny(weight_TK))
+
+
+def at_least_tiny(weight: Array) -> Array:
+    """Weights above 0: one that underflows to 0 would mark its pair as absent."""
+    return jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+
+
 def masked(expert_GTK: Array, weight_GTK: Array, valid_GT: Array) -> Routing:
-    """A routing in which padding visits nobody (all its weights are 0)."""
+    """A routing in which padding visits no expert (all its weights are 0)."""
     return Routing(expert_GTK, jnp.where(valid_GT[..., None], weight_GTK, 0.0))
 
 
 def softmax_stats(logits_GTE: Array) -> RouterStats:
-    """Statistics of a softmax router without a load estimate of its own."""
+    """Statistics of a softmax router, with the probabilities as the load estimate."""
     probs_GTE = jax.nn.softmax(logits_GTE, axis=-1)
     return RouterStats(logits_GTE, probs_GTE, probs_GTE)
-
-
-def order_of(context: GateContext) -> Order:
-    """The order in which the tokens of each sequence [G R] are counted: padding last."""
-    valid_BL = context.valid_GT.reshape(context.row_GR.size, -1)
-    if context.padded_behind or valid_BL.shape[1] == 1:
-        return Order()
-    return group_local(Order.of)(valid_BL)
 
 
 def row_noise(
@@ -86,12 +118,12 @@ def row_noise(
 ) -> Float[Array, "G T ..."]:
     """Noise ``[G, T, *shape]`` keyed by (seed, step, layer, global row id) and ``tag``.
 
-    ``draw(key, shape, dtype)`` is a sampler such as ``jax.random.normal``. It draws float32 under
-    ``jax_enable_x64`` too, where a sampler's own default is another, with other values.
+    ``draw(key, shape, dtype)`` is a sampler such as ``jax.random.normal``. It draws float32 even
+    under ``jax_enable_x64``, where the default dtype would give other values.
 
     Each sequence draws its own block from its own key, so the noise of a row is the same on every
-    mesh, in every micro-batch split and at every place in the batch. Its i-th valid token gets the
-    i-th draw, wherever there is padding.
+    mesh, in every micro-batch split and at every position in the batch. The i-th valid token gets
+    the i-th draw, wherever the padding lies.
 
     Raises:
       ValueError: the context has no key.
@@ -112,28 +144,16 @@ def row_noise(
     return order_of(context).places(noise_BL).reshape(groups, rows * length, *shape)
 
 
-def each_group(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """``fn`` of one group as a function of arrays that lead with G.
-
-    Where ``fn`` loops until it is done, a batch goes on until its slowest member is. On CPU groups
-    run one after the other instead: none waits, and the arrays of one stay in the cache.
-    """
-    if resolve_platform(None) != "cpu":
-        return jax.vmap(fn)
-    return lambda *args: jax.lax.map(lambda group: fn(*group), args)
-
-
-def local_top_k(logits_GTE: Array, k: int, renormalize: bool) -> tuple[Array, Array]:
-    """``top_k_routing`` per group, run where each group's tokens are."""
-
-    def select(logits: Array) -> tuple[Array, Array]:
-        return top_k_routing(logits, k, renormalize=renormalize)
-
-    return group_local(select)(logits_GTE)
+def order_of(context: GateContext) -> Order:
+    """The order of the tokens of each sequence, padding last."""
+    valid_BL = context.valid_GT.reshape(context.row_GR.size, -1)
+    if context.padded_behind or valid_BL.shape[1] == 1:
+        return Order()
+    return group_local(Order.of)(valid_BL)
 
 
 def local_best(score_GTE: Array, k: int) -> Int[Array, "G T K"]:
-    """The k experts with the largest scores, best first, found where each group's tokens are."""
+    """The k experts with the largest scores, best first, found on the group's own device."""
 
     def select(score: Array) -> Array:
         return jax.lax.top_k(score, k)[1].astype(jnp.int32)
@@ -142,8 +162,13 @@ def local_best(score_GTE: Array, k: int) -> Int[Array, "G T K"]:
 
 
 def softmax_weights(logits_GTE: Array, expert_GTK: Array, renormalize: bool) -> Array:
-    """Softmax weights of experts chosen by other scores, as ``top_k_routing`` weighs its own."""
+    """Softmax weights, as in ``top_k_routing``, of experts that were chosen by other scores."""
     return softmax_of(at_expert(logits_GTE, expert_GTK), logits_GTE, renormalize)
+
+
+def at_expert(value_GTE: Array, expert_GTK: Array) -> Float[Array, "G T K"]:
+    """The values of the chosen experts."""
+    return jnp.take_along_axis(value_GTE, expert_GTK, axis=-1)
 
 
 def heaviest(
@@ -151,8 +176,8 @@ def heaviest(
 ) -> tuple[Routing, Bool[Array, "G T E"] | None]:
     """The routing of gates that visit every expert with positive weight.
 
-    Columns are all experts, or the ``max_active`` heaviest (0: all); then also a mask of the pairs
-    that were cut.
+    Columns are all experts, or the ``max_active`` heaviest (0: all). With ``max_active`` the second
+    value is a mask of the pairs that were cut, otherwise None.
     """
     num_experts = weight_GTE.shape[-1]
     if max_active in (0, num_experts):
@@ -169,58 +194,27 @@ def heaviest(
     return routing, wanted_GTE & ~has_pair(routing, num_experts)
 
 
-def token_choice_capacity(num_tokens: int, num_experts: int, k: int, factor: float) -> int:
-    """C = ceil(T k / E * factor), at least 1 and at most T (a token visits an expert once)."""
-    # The subtraction keeps 1.1 * 10 at 11 although the product is 11.000000000000002.
-    slots = math.ceil(num_tokens * k / num_experts * factor - 1e-9)
-    return max(1, min(slots, num_tokens))
-
-
-def capacity_visibility(k: int | float, moe: MoEConfig, columns: int | None = None) -> Visibility:
-    """What capacity alone lets a token see, for k choices per token in ``columns`` (k) columns.
-
-    Only ``cells`` has a capacity, and a factor of E/k or more never binds. Then, while slots are
-    contended: ``position`` serves tokens in order (no future); ``choice`` serves all first choices
-    first, so for k > 1 a token's second choice queues behind later tokens; ``gate`` and ``random``
-    rank all tokens of the group against each other, and so does ``reroute``. A group of several
-    sequences shares its slots.
-    """
-    several = moe.group != "sequence" and moe.group != "1"
-
-    def phase(transport: str, factor: float) -> tuple[bool, bool]:
-        if transport != "cells" or factor * k >= moe.num_experts:
-            return False, False
-        # Who has room for overflow is known when all tokens have been served.
-        ranked = moe.priority in ("gate", "random") or moe.reroute > 0
-        future = ranked or (moe.priority == "choice" and (columns or k) > 1)
-        return future, several
-
-    train = phase(moe.transport, moe.capacity_factor)
-    evaluation = phase(moe.eval_transport, moe.eval_capacity_factor)
-    return Visibility(*train, *evaluation)
-
-
-def balanced_visibility(moe: MoEConfig, eval_factor: float, k: int = 1) -> Visibility:
-    """Of gates that balance a group in training and are greedy in evaluation (BASE, S-BASE)."""
-    several = moe.group not in ("sequence", "1")
-    by_capacity = capacity_visibility(k, dataclasses.replace(moe, eval_capacity_factor=eval_factor))
-    some = moe.num_experts > k
-    return Visibility(some, some and several, by_capacity.eval_future, by_capacity.eval_others)
-
-
-def at_expert(value_GTE: Array, expert_GTK: Array) -> Float[Array, "G T K"]:
-    """The values of the chosen experts."""
-    return jnp.take_along_axis(value_GTE, expert_GTK, axis=-1)
-
-
 def has_pair(routing: Routing, num_experts: int) -> Bool[Array, "G T E"]:
-    """Whether a token visits an expert."""
+    """A mask of the experts that each token visits."""
     active_GTK1 = (routing.weight_GTK > 0)[..., None]
     return jnp.any(active_GTK1 & (routing.expert_GTK[..., None] == jnp.arange(num_experts)), axis=2)
 
 
+def constant_stats(prob_E: Float[Array, "E"], groups: int, tokens: int) -> RouterStats:
+    """Statistics of a router that gives every token the same distribution."""
+    shape = (groups, tokens, prob_E.size)
+    probs_GTE = jnp.broadcast_to(prob_E, shape)
+    logits_E = jnp.log(jnp.maximum(prob_E, jnp.finfo(jnp.float32).tiny))
+    return RouterStats(jnp.broadcast_to(logits_E, shape), probs_GTE, probs_GTE)
+
+
+def uniform_stats(num_experts: int, groups: int, tokens: int) -> RouterStats:
+    """Statistics of a router with a uniform distribution."""
+    return constant_stats(jnp.full(num_experts, 1.0 / num_experts, jnp.float32), groups, tokens)
+
+
 def imbalance(mass_GTE: Float[Array, "G T E"]) -> Float[Array, "G"]:
-    """max_e m_e / mean - 1 of a group's summed mass: 0 when every expert has the same."""
+    """max_e m_e / mean - 1 of each group's summed mass: 0 when all experts have the same."""
     mass_GE = jnp.sum(mass_GTE, axis=1)
     mean_G = jnp.mean(mass_GE, axis=1)
     worst_G = jnp.max(mass_GE, axis=1) / jnp.where(mean_G > 0, mean_G, 1.0) - 1.0
@@ -234,7 +228,7 @@ def group_mean(value_GT: Float[Array, "G T"], valid_GT: Bool[Array, "G T"]) -> F
 
 
 def mean(value_GT: Float[Array, "G T"], context: GateContext) -> Float[Array, ""]:
-    """Mean over valid tokens; 0 when there are none."""
+    """Mean over the valid tokens; 0 where there are none."""
     count = jnp.maximum(jnp.sum(context.valid_GT, dtype=jnp.float32), 1.0)
     return jnp.sum(jnp.where(context.valid_GT, value_GT, 0.0)) / count
 
@@ -281,3 +275,12 @@ def check_trains(k: int, renormalize: bool, num_experts: int, train: bool) -> No
             "gate.k=1 with gate.renormalize=True gives every token the same constant weight, so "
             "the router gets no gradient; set gate.renormalize=False (Switch) or gate.k=2"
         )
+
+
+def __getattr__(name: str) -> Any:
+    # Gates that follow an earlier docs/add-a-gate.md take these from here.
+    if name in ("Stateless", "token_choice_capacity"):
+        return getattr(importlib.import_module("moejax.gating.gate"), name)
+    if name == "capacity_visibility":
+        return importlib.import_module("moejax.gating.visibility").capacity_visibility
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

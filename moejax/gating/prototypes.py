@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, LinearRouter, Stateless
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
-    GateSpec,
     GateState,
     MoEConfig,
     RouterStats,
@@ -22,29 +23,29 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Prototypes(ops.Stateless):
+class Prototypes(Stateless, LinearRouter, FixedK):
     r"""Experts are split into k prototypes; a token visits the best expert of each ("k top-1").
 
     .. math::
        p_z = \operatorname{softmax}(h_z), \quad e_z = \operatorname{argmax} p_z, \quad
        y = \sum_{z=1}^{k} p_{z, e_z} f_{e_z}(x)
 
-    with h = x W and prototype z the experts z E/k .. (z+1) E/k - 1. It is the sum of k Switch
-    layers of E/k experts each that share their input. Column z of the routing is prototype z, so
-    drops by choice are drops by prototype.
+    with h = x W, where prototype z has the experts z E/k .. (z+1) E/k - 1. The output is the sum of
+    k Switch layers with E/k experts each and the same input. Column z of the routing is prototype
+    z, so drops by choice are drops by prototype.
 
-    The probabilities it reports are p / k. ``moe.losses.load_balance`` is then the mean over
-    prototypes of Switch's loss of each, 1 at balance. (The paper adds them up: k times ours.)
+    The reported probabilities are p / k, so ``moe.losses.load_balance`` is the mean over prototypes
+    of the Switch loss, 1 at balance. (The paper sums over prototypes: k times this loss.)
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
-    Columns never compete for an expert, so priority "choice" is causal too.
+    Columns never compete for the same expert, so priority "choice" is causal too.
 
     Reference: Yang et al., "M6-T: Exploring Sparse Expert Models and Beyond", arXiv 2105.15082.
-    Deviations: capacity is ceil(T k / E * factor) like everywhere here.
+    Deviation: capacity is ceil(T k / E * factor), as for all gates here.
     """
 
     k: Annotated[int, "prototypes, and experts per token: one of each; divides num_experts"] = 2
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -62,19 +63,13 @@ class Prototypes(ops.Stateless):
                 "whose weight is the constant 1, so the router gets no gradient; lower gate.k"
             )
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
-
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
         logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
         num_experts = logits_GTE.shape[-1]
         size = num_experts // self.k
-        # Axes of one token: prototypes, then the experts of each.
+        # The axis of experts becomes two: prototypes, and the experts of each.
         apart = logits_GTE.reshape(*logits_GTE.shape[:-1], self.k, size)
         probs_GTE = jax.nn.softmax(apart, axis=-1).reshape(logits_GTE.shape)
         first_K = size * jnp.arange(self.k, dtype=jnp.int32)
@@ -83,8 +78,5 @@ class Prototypes(ops.Stateless):
         share_GTE = probs_GTE / self.k
         return GateOutput(routing, RouterStats(logits_GTE, share_GTE, share_GTE))
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe, columns=1)
+        return capacity_visibility(self.k, moe, columns=1)

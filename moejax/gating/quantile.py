@@ -1,4 +1,4 @@
-"""Quantile balancing: the prices of a balanced assignment, one coordinate-descent step a batch."""
+"""Quantile balancing: prices of a balanced assignment, one coordinate-descent step per batch."""
 
 import dataclasses
 from typing import Annotated, ClassVar
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, Renormalize, TokenChoice
 from moejax.mesh import group_local
 from moejax.types import (
     GateContext,
@@ -15,10 +16,8 @@ from moejax.types import (
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     MoEStats,
     TrainedBy,
-    Visibility,
 )
 
 
@@ -31,9 +30,9 @@ def quantile_prices(
        \alpha_t = \text{(k+1)-th largest of } h_t - \beta, \qquad
        \beta_e' = (\lfloor T k / E \rfloor + 1)\text{-th largest of } h_{te} - \alpha_t
 
-    over the valid tokens t: had tokens kept their thresholds alpha, floor(T k / E) of them would
-    want e at a price just below beta', bar ties. Zeros where there is nothing to balance: k = E,
-    or no valid token.
+    over the valid tokens t. If tokens kept their thresholds alpha, floor(T k / E) of them would
+    choose e at a price just below beta', apart from ties. Zeros where there is nothing to balance:
+    k = E, or no valid token.
     """
     num_experts = logits_TE.shape[1]
     if k == num_experts:
@@ -48,8 +47,8 @@ def quantile_prices(
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantile:
-    r"""Top-k of logits minus prices that earlier batches have shown to balance the load.
+class Quantile(LinearRouter, TokenChoice):
+    r"""Top-k of logits minus prices that balance the load, learned from earlier batches.
 
     .. math::
        h = x W, \quad S = \operatorname{top}_k(h - \beta), \quad
@@ -57,25 +56,25 @@ class Quantile:
        \beta \leftarrow \operatorname{mean}_{\text{groups}} \beta'(h, \beta)
 
     beta' are quantiles (``quantile_prices``) of each routing group of the batch, averaged with the
-    groups' valid tokens as weight. A batch is routed by the prices of the batches before it, and
-    evaluation by the last ones: no token sees another one. Prices carry no gradient and do not
-    enter the weights; there is no rate to choose, and no auxiliary loss is needed (the preset
+    groups' valid tokens as weights. A batch uses the prices from the batches before it, and
+    evaluation the last ones, so no token influences another. Prices carry no gradient and do not
+    enter the weights. There is no rate to choose, and no auxiliary loss is needed (the preset
     switches it off).
 
-    BASE solves the same problem exactly, on the batch at hand; loss-free balancing moves its bias
+    BASE solves the same problem exactly, for the current batch; loss-free balancing moves its bias
     by a fixed amount per step.
 
     Visibility: a token sees neither later tokens nor other sequences (of its own batch), except
     through capacity.
 
     Reference: J. Su, "MoE: optimal allocation" (kexue.fm/archives/11619, 2026); Megatron-Core's
-    router has it as quantile balancing. Deviations: Megatron takes the quantile over a micro-batch
-    where we take it over a routing group; ``moe.group=batch`` (dropless) is one group.
+    router offers it as quantile balancing. Deviation: the quantile is over a routing group
+    (``moe.group=batch`` with ``dropless`` is one group), in Megatron over a micro-batch.
     """
 
     k: Annotated[int, "experts per token"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    renormalize: Renormalize = True
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -83,12 +82,6 @@ class Quantile:
         ops.check_k(self.k, num_experts)
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
-
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def init_state(self, spec: GateSpec) -> GateState:
         return {"price_E": jnp.zeros(spec.num_experts, jnp.float32)}
@@ -113,13 +106,7 @@ class Quantile:
         return GateOutput(routing, ops.softmax_stats(logits_GTE), means=means)
 
     def update(self, state: GateState, stats: MoEStats) -> GateState:
-        if "price" not in stats.gate:  # of an evaluation
+        if "price" not in stats.gate:  # statistics of an evaluation
             return state
         mean_E = stats.gate["price"] / jnp.maximum(stats.tokens, 1).astype(jnp.float32)
         return {"price_E": jnp.where(stats.tokens > 0, mean_E, state["price_E"])}
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

@@ -1,4 +1,4 @@
-"""Random routing: the control that a learned router has to beat."""
+"""Random routing: the baseline for a learned router."""
 
 import dataclasses
 from typing import Annotated
@@ -8,33 +8,30 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.unlearned import Unlearned, uniform_stats
+from moejax.gating.gate import FixedK, Unlearned
 from moejax.types import GateContext, GateOutput, GateParams, GateState
 
 
 @dataclasses.dataclass(frozen=True)
-class Random(Unlearned):
+class Random(Unlearned, FixedK):
     r"""k distinct experts drawn anew for every token, step and layer, each with weight 1/k.
 
     .. math:: S_t = \operatorname{top}_k(\text{Gumbel noise}), \qquad
        y_t = \frac{1}{k} \sum_{e \in S_t} f_e(x_t)
 
-    Seeded by (seed, step, layer, row, place): the same on every mesh. There is nothing to learn and
-    nothing to balance. Evaluation draws too (from the run's seed, so its loss is reproducible) and
-    needs a key.
+    Draws are keyed by (seed, step, layer, row, position) and are the same on every mesh. There is
+    nothing to learn and nothing to balance. Evaluation draws too, from the run's seed, so that its
+    loss is reproducible, and needs a key.
 
-    Visibility: experts do not depend on any token, nor does who finds them full.
+    Visibility: neither a token's experts nor their free slots depend on any token.
 
-    Reference: Zuo et al., arXiv 2110.04260, compare random with learned routing.
+    Reference: Zuo et al., arXiv 2110.04260, who compare random with learned routing.
     """
 
     k: Annotated[int, "experts per token"] = 2
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_k(self.k, num_experts)
-
-    def columns(self, num_experts: int) -> int:
-        return self.k
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -44,7 +41,4 @@ class Random(Unlearned):
         expert_GTK, _ = ops.local_top_k(noise_GTE, self.k, False)
         weight_GTK = jnp.full(expert_GTK.shape, 1.0 / self.k, jnp.float32)
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
-        return GateOutput(routing, uniform_stats(num_experts, *x_GTD.shape[:2]))
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+        return GateOutput(routing, ops.uniform_stats(num_experts, *x_GTD.shape[:2]))

@@ -1,4 +1,4 @@
-"""ReMoE: routing by ReLU, kept sparse by an L1 loss whose weight regulates itself."""
+"""ReMoE: ReLU routing, kept sparse by an L1 loss with a self-regulating weight."""
 
 import dataclasses
 from typing import Annotated, ClassVar
@@ -8,35 +8,34 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, MaxActive, PositiveWeights
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
     MoEStats,
     RouterStats,
     TrainedBy,
-    Visibility,
 )
 
 SMALLEST, LARGEST = 1e-20, 1e20
-"""Bounds of lambda: at 0 it could never rise again."""
+"""Bounds of lambda, which could not rise again from 0."""
 TINY = 1e-6
-"""Where weights add up to less, their shares have no gradient: it would be huge. Without any weight
-the shares are uniform."""
+"""Where weights sum to less, their shares get no gradient, which would be huge. Where all weights
+are 0, the shares are uniform."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ReMoE:
-    r"""Every expert with a positive router output, and that output is its weight.
+class ReMoE(LinearRouter, PositiveWeights):
+    r"""A token visits every expert with a positive router output, which is the expert's weight.
 
     .. math::
        g = \operatorname{ReLU}(x W), \qquad y = \sum_{e: g_e > 0} g_e f_e(x)
 
-    Continuous: an expert enters and leaves with weight 0, where top-k jumps. How many experts a
-    token visits is up to training (none is possible); an L1 loss that counts busy experts more
+    The output is continuous: an expert enters and leaves with weight 0, where top-k jumps. The
+    number of experts per token is learned, and may be 0; an L1 loss that weighs busy experts more
     drives it to k on average:
 
     .. math::
@@ -45,25 +44,25 @@ class ReMoE:
          1.2 \, \lambda & \text{if tokens visit more than } k \text{ experts} \\
          \lambda / 1.2 & \text{otherwise} \end{cases}
 
-    the Switch loss with P = mean g and f = count / (k T), times lambda. lambda is float32 state,
-    changed once per optimizer step by the pairs of the whole batch (those ``max_active`` cut
-    count). It starts at 1e-8, so the first hundred steps or so visit about half of all experts:
-    use ``dropless`` (the preset), and ``max_active`` where memory must be bounded. Logged:
+    This is the Switch loss with P = mean g and f = count / (k T), times lambda. lambda is float32
+    state, updated once per optimizer step from the pairs of the whole batch (including those that
+    ``max_active`` cut). It starts at 1e-8, so tokens visit about half of all experts in the first
+    hundred steps or so: use ``dropless`` (the preset), and ``max_active`` to bound memory. Logged:
     ``moe/gate/lambda`` and ``moe/experts_per_token``.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: Wang, Chen, Zhu, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
-    arXiv 2412.14711. Deviations: lambda per layer, regulated by the layer's own sparsity, where
-    theirs is one number for the mean over layers; the loss is taken per routing group
-    (``moe.group``), theirs per micro-batch; lambda stays within [1e-20, 1e20].
+    arXiv 2412.14711. Deviations: each layer has its own lambda, regulated by its own sparsity,
+    where theirs is one number regulated by the mean over layers; the loss is computed per routing
+    group (``moe.group``), theirs per micro-batch; lambda stays within [1e-20, 1e20].
     """
 
     k: Annotated[int, "experts per token that lambda aims at, on average"] = 2
-    max_active: Annotated[int, "most experts per token, the heaviest ones (0: all E)"] = 0
+    max_active: MaxActive = 0
     lambda_init: Annotated[float, "lambda before the first step"] = 1e-8
     lambda_factor: Annotated[float, "lambda is multiplied or divided by it after each step"] = 1.2
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -77,12 +76,6 @@ class ReMoE:
         if not self.lambda_factor > 1:
             raise ValueError(f"gate.lambda_factor={self.lambda_factor} must be above 1")
         ops.check_positive("init_scale", self.init_scale)
-
-    def columns(self, num_experts: int) -> int:
-        return self.max_active or num_experts
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
 
     def init_state(self, spec: GateSpec) -> GateState:
         return {"lambda": jnp.float32(self.lambda_init)}
@@ -98,7 +91,7 @@ class ReMoE:
         positive_GT1 = total_GT1 > 0
         small_GTE = weight_GTE / jnp.where(positive_GT1, total_GT1, 1.0)
         small_GTE = jnp.where(positive_GT1, small_GTE, 1.0 / logits_GTE.shape[-1])
-        # A total that is NaN is not small: it must show.
+        # A total of NaN is not small, so NaN stays visible.
         fixed_GTE = jax.lax.stop_gradient(small_GTE)
         probs_GTE = jnp.where(total_GT1 <= TINY, fixed_GTE, share_GTE)
         losses, means = {}, {}
@@ -109,7 +102,7 @@ class ReMoE:
         return GateOutput(routing, stats, losses, means=means, cut_GTE=cut_GTE)
 
     def _l1(self, weight_GTE: Array, valid_GT: Array) -> Array:
-        """E / (k T^2) sum_e (sum_t g)(count), per group; averaged with valid tokens as weights."""
+        """E / (k T^2) sum_e (sum_t g)(count) per group, averaged with valid tokens as weights."""
         weight_GTE = jnp.where(valid_GT[..., None], weight_GTE, 0.0)
         mass_GE = jnp.sum(weight_GTE, axis=1)
         count_GE = jnp.sum(weight_GTE > 0, axis=1).astype(jnp.float32)
@@ -122,13 +115,3 @@ class ReMoE:
         too_many = stats.pairs > self.k * stats.tokens
         factor = jnp.where(too_many, self.lambda_factor, 1.0 / self.lambda_factor)
         return {"lambda": jnp.clip(state["lambda"] * factor, SMALLEST, LARGEST)}
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        # Without cuts column e is expert e, so that serving column by column favours nobody.
-        cuts = self.columns(moe.num_experts) < moe.num_experts
-        # To reroute there is nowhere either: experts that are not visited have probability 0.
-        moe = moe if cuts else dataclasses.replace(moe, reroute=0)
-        return ops.capacity_visibility(self.k, moe, columns=self.max_active if cuts else 1)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import ConstantState, token_choice_capacity
 from moejax.record import routing as recording
 from moejax.types import (
     GateContext,
@@ -15,6 +16,7 @@ from moejax.types import (
     GateParams,
     GateSpec,
     GateState,
+    GateTraits,
     MoEConfig,
     RouterStats,
     TrainedBy,
@@ -23,30 +25,30 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay(ops.Stateless):
-    r"""Every token visits the experts that were recorded for its row and position.
+class Replay(ConstantState):
+    r"""Every token visits the experts recorded for its row and position.
 
     .. math:: y_{rl} = a_{rl} x_{rl} + \sum_k w_{rlk} f_{e_{rlk}}(x_{rl}), \qquad
        (a, e, w) \text{ as in the file, by layer, global row id and position}
 
-    For studies of router drift: the experts of one checkpoint under the routing of another, or a
-    run trained on a routing that never moves. ``moejax eval --record-routing=FILE`` writes the
-    file; rows of the training data are in it with ``--record-steps``. The rows of a run must be
-    those that were recorded. Nothing is learned; a recorded weight is a constant. In a layer of
-    your own, shorter sequences take the beginning of each row, and padding before a sequence shifts
-    nothing: positions are those of the context.
+    For studies of router drift: the experts of one checkpoint with the routing of another, or a
+    run trained with a fixed routing. ``moejax eval --record-routing=FILE`` writes the file, with
+    rows of the training data if ``--record-steps`` is given. A run must have the recorded rows.
+    Nothing is learned; recorded weights are constants. In a layer of your own, shorter sequences
+    take the beginning of each row. Positions are those of the context, so padding before a
+    sequence shifts nothing.
 
-    a is 0 but for gates that keep a share of the input (BASE, StableMoE). w is 0 where the recorded
-    pair found no room: what was dropped stays dropped, and is counted so. The recorded weights
-    had room; transport ``cells`` may drop more of them here. The balance losses and the router's
-    probabilities are made of the weights, not those of the recorded router.
+    a is 0 except for gates that keep a share of the input (BASE, StableMoE). w is 0 where the
+    recorded pair found no room: dropped pairs stay dropped and are counted as dropped. Transport
+    ``cells`` may drop further pairs. The balance losses and the router's probabilities are computed
+    from the recorded weights, not from the recorded router.
 
-    Visibility: that of the recorded run in evaluation, in both phases, since its training rows are
-    routed as in evaluation too. A routing that was chosen with a look at later tokens still tells
-    of them.
+    Visibility: that of the recorded run in evaluation, in both phases, because training rows are
+    recorded in evaluation mode too. A routing that was chosen with knowledge of later tokens still
+    reveals them.
     """
 
-    path: Annotated[str, "a file that `moejax eval --record-routing` wrote"] = ""
+    path: Annotated[str, "a file written by `moejax eval --record-routing`"] = ""
 
     trained_by: ClassVar[TrainedBy] = "none"
 
@@ -63,7 +65,7 @@ class Replay(ops.Stateless):
                 f"{num_experts}; use num_experts={found}"
             )
 
-    def check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
+    def _check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
         """Raises ValueError unless the file has these layers, positions and rows."""
         for split, rows, remedy in (
             ("train", train_rows, "record training rows with --record-steps"),
@@ -78,8 +80,8 @@ class Replay(ops.Stateless):
                     f"{remedy if short else 'record with the same model and train.seq_len'}"
                 )
 
-    def check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
-        """Raises ValueError unless these rows are those that were recorded."""
+    def _check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
+        """Raises ValueError unless these rows are the recorded ones."""
         split = "train" if train else "eval"
         differ_N = getattr(self._recording(), split).digest_N[row_N] != digest_N
         if np.any(differ_N):
@@ -90,6 +92,9 @@ class Replay(ops.Stateless):
                 "recorded run, or record again"
             )
 
+    def traits(self) -> GateTraits:
+        return GateTraits(check_data=self._check_data, check_rows=self._check_rows)
+
     def columns(self, num_experts: int) -> int:
         return self._recording().eval.expert_MNLK.shape[-1] if self.path else 1
 
@@ -97,7 +102,7 @@ class Replay(ops.Stateless):
         return {}
 
     def init_state(self, spec: GateSpec) -> GateState:
-        """This layer's tables; what is 0 everywhere in the file has none."""
+        """This layer's tables, without those that are 0 everywhere in the file."""
         found = self._recording()
         states = {}
         for split, routed in (("eval", found.eval), ("train", found.train)):
@@ -134,7 +139,7 @@ class Replay(ops.Stateless):
         position_BL = context.position_GT.reshape(rows, -1)
 
         def recorded(table_NL: Array) -> Array:
-            """At each token's position; 0 beyond the recorded ones: nobody is visited there."""
+            """The entry at each token's position; 0, which visits no expert, beyond the record."""
             found_BL = table_NL[context.row_GR.reshape(rows)]
             at_BL = position_BL.reshape(*position_BL.shape, *(1,) * (table_NL.ndim - 2))
             found_BL = jnp.take_along_axis(found_BL, at_BL, axis=1, mode="fill", fill_value=0)
@@ -162,7 +167,7 @@ class Replay(ops.Stateless):
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
         k = self.columns(num_experts)
-        return ops.token_choice_capacity(num_tokens, num_experts, k, factor)
+        return token_choice_capacity(num_tokens, num_experts, k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
         if not self.path:

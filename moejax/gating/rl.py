@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Stateless
+from moejax.gating.visibility import by_position, capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
@@ -23,44 +25,41 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class RL(ops.Stateless):
-    r"""Samples one expert in proportion to its probability; the reward teaches which were good.
+class RL(Stateless, FixedK):
+    r"""One expert per token, sampled from the softmax; a reward trains the router.
 
     .. math::
        \pi = \operatorname{softmax}(x W), \quad
        a \sim \pi \text{ (training)}, \; \operatorname{argmax} \pi \text{ (evaluation)}, \quad
        y = f_a(x), \quad b = x \cdot v + c
 
-    The weight of the chosen expert is the constant 1: the task gives the router no gradient, only
-    the policy does. The reward of a token is the log-likelihood of its target, b what was expected.
-    Losses: ``moe.losses.policy`` = -(reward - b) log pi(a) and ``moe.losses.baseline`` = (reward -
-    b)^2, weighed by the preset, and in training ``rl_entropy`` = -entropy_weight H(pi), which
-    keeps it exploring. The policy's gradient reaches the tokens below the router too; the
-    baseline's stops at the router.
+    The weight of the chosen expert is the constant 1, so only the policy gradient trains the
+    router, not the task's. The reward of a token is the log-likelihood of its target, and b is the
+    expected reward. Losses: ``moe.losses.policy`` = -(reward - b) log pi(a) and
+    ``moe.losses.baseline`` = (reward - b)^2, with the weights of the preset, and in training
+    ``rl_entropy`` = -entropy_weight H(pi), which maintains exploration. The policy's gradient also
+    reaches the tokens below the router; the baseline's stops at the router.
 
-    Visibility: a draw is the token's own; a token sees others only through capacity.
+    Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: the third method of Clark et al., "Unified Scaling Laws for Routed Language Models",
-    arXiv 2202.01169 (its appendix was not available: architecture of the baseline and all weights
-    are ours); Williams 1992. A token's reward is its own target's alone, although its choice also
-    moves later tokens through attention.
+    arXiv 2202.01169 (its appendix was not available: the baseline's architecture and all weights
+    are ours); Williams 1992. A token's reward is that of its own target alone, although its choice
+    also affects later tokens through attention.
     """
 
     entropy_weight: Annotated[float, "of the entropy bonus, in nats"] = 0.01
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
+    k: ClassVar[int] = 1
     trained_by: ClassVar[TrainedBy] = "policy"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_positive("init_scale", self.init_scale)
-        if self.entropy_weight < 0:
-            raise ValueError(f"gate.entropy_weight={self.entropy_weight} must be 0 or more")
-
-    def columns(self, num_experts: int) -> int:
-        return 1
+        ops.check_not_negative("entropy_weight", self.entropy_weight)
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
-        # What a model that knows nothing can expect: every choice would look bad next to 0.
+        # The reward of a uniform prediction; next to a baseline of 0, every choice would look bad.
         expected = -math.log(max(spec.vocab_size, 1))
         return {
             "router_DE": ops.init_router(key, spec, self.init_scale),
@@ -74,7 +73,7 @@ class RL(ops.Stateless):
         logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
         noisy_GTE, losses, policy = logits_GTE, {}, None
         if context.train:
-            # The largest of logits with Gumbel noise is a sample of their softmax.
+            # The argmax of logits with Gumbel noise is a sample from their softmax.
             noisy_GTE = logits_GTE + ops.row_noise(
                 jax.random.gumbel, context, logits_GTE.shape[-1:]
             )
@@ -93,11 +92,5 @@ class RL(ops.Stateless):
         routing = ops.masked(expert_GT[..., None], weight_GT1, context.valid_GT)
         return GateOutput(routing, ops.softmax_stats(logits_GTE), losses, policy=policy)
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # All weights are equal: priority "gate" has nothing to go by and serves by position.
-        by_place = moe.priority == "gate"
-        moe = dataclasses.replace(moe, priority="position") if by_place else moe
-        return ops.capacity_visibility(1, moe)
+        return capacity_visibility(self.k, moe, with_gate=by_position)  # all weights are equal

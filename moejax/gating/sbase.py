@@ -9,8 +9,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.gating.sinkhorn import sinkhorn_bias
-from moejax.gating.solvers.assignment import balanced_assignment
+from moejax.gating.gate import INIT_SCALE, InitScale, LinearRouter, token_choice_capacity
+from moejax.gating.solvers.assignment import balanced_assignments
+from moejax.gating.solvers.sinkhorn import sinkhorn_bias
+from moejax.gating.visibility import balanced_visibility
 from moejax.mesh import group_local, spreads
 from moejax.types import (
     GateContext,
@@ -29,7 +31,7 @@ EVALUATIONS = ("greedy", "ema")
 
 
 @dataclasses.dataclass(frozen=True)
-class SBase:
+class SBase(LinearRouter):
     r"""Tokens go to the largest entries of an entropic transport plan with equal columns.
 
     .. math::
@@ -37,28 +39,30 @@ class SBase:
        S_t = \operatorname{top}_k(\Pi_t) = \operatorname{top}_k(h_t + b), \qquad
        y_t = \sum_{e \in S_t} p_{te} f_e(x_t)
 
-    b is one bias per expert, computed from the group at hand (`moejax.gating.sinkhorn`): the same
-    object as the bias of loss-free balancing, which is computed from past batches. The plan
-    carries no gradient; p is softmax(h) over all experts, or sigmoid(h).
+    b is one bias per expert, computed from the group at hand (`moejax.gating.solvers.sinkhorn`).
+    Loss-free balancing has the same bias, computed from past batches. The plan carries no
+    gradient; p is softmax(h) over all experts, or sigmoid(h).
 
-    The plan is balanced, its largest entries only nearly. The rest is ``rounding``: "capacity" lets
-    the transport's slots decide and counts what they drop; "balanced" (k = 1) takes the balanced
-    assignment of the plan's logarithm, which is that of h, since row and column factors change no
-    assignment: BASE with other weights. Logged: ``moe/gate/residual_imbalance``, max_e n_e / mean
-    - 1 per group, and ``moe/gate/column_error``, the same of the plan's own columns.
+    The plan is balanced, but its largest entries are only nearly so. ``rounding`` removes the
+    remaining imbalance: "capacity" leaves it to the transport's slots and counts the dropped pairs;
+    "balanced" (k = 1) uses the balanced assignment of the plan's logarithm, which is that of h
+    because row and column factors change no assignment: BASE with other weights. Logged:
+    ``moe/gate/residual_imbalance``, max_e n_e / mean - 1 per group, and ``moe/gate/column_error``,
+    the same for the columns of the plan.
 
-    ``evaluation``: "greedy" drops b (as the paper does); "ema" adds the moving average of the
+    ``evaluation``: "greedy" omits b (as the paper does); "ema" adds the moving average of the
     training biases, which is causal too. The average is state, updated once per step.
 
-    Groups: ``group="sequence"`` or ``group="batch"``, whose column sums are reduced over the mesh
-    in each iteration (E numbers).
+    Groups: ``group="sequence"``, or ``group="batch"``, which sums columns over the mesh in each
+    iteration (E numbers).
 
     Visibility: in training a token's experts depend on later tokens of its group; in evaluation on
     itself alone, except through capacity.
 
     Reference: Clark et al., "Unified Scaling Laws for Routed Language Models", arXiv 2202.01169;
-    Cuturi, "Sinkhorn Distances", arXiv 1306.0895. Deviations: a fixed number of iterations unless
-    ``tol`` is set (the paper's is not published); Megatron-Core takes sigmoid weights for k = 1.
+    Cuturi, "Sinkhorn Distances", arXiv 1306.0895. Deviation: the number of iterations is fixed
+    unless ``tol`` is set (the paper does not state it). Megatron-Core takes sigmoid weights for
+    k = 1.
     """
 
     k: Annotated[int, "experts per token"] = 1
@@ -67,9 +71,9 @@ class SBase:
     tol: Annotated[float, "stop when every column is this close to its share (0: never)"] = 0.0
     score: Annotated[str, "combine weights: 'softmax' over all experts, or 'sigmoid'"] = "softmax"
     rounding: Annotated[str, "'capacity', or 'balanced' (k=1): exactly equal loads"] = "capacity"
-    evaluation: Annotated[str, "'greedy', or 'ema': with the training biases' average"] = "greedy"
+    evaluation: Annotated[str, "'greedy', or 'ema': with the mean of training biases"] = "greedy"
     ema_decay: Annotated[float, "of the bias average, per step"] = 0.99
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -93,9 +97,6 @@ class SBase:
     def columns(self, num_experts: int) -> int:
         return self.k
 
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
-
     def init_state(self, spec: GateSpec) -> GateState:
         if self.evaluation == "greedy":
             return ()
@@ -114,8 +115,7 @@ class SBase:
             bias_GE = jnp.zeros(logits_GTE.shape[-1], jnp.float32)
         biased_GTE = jax.lax.stop_gradient(logits_GTE) + jnp.expand_dims(bias_GE, -2)
         if context.train and self.rounding == "balanced":
-            best = group_local(ops.each_group(balanced_assignment))(biased_GTE, context.valid_GT)
-            best = checkpoint_name(best, "routing")
+            best = balanced_assignments(biased_GTE, context.valid_GT)
             expert_GTK = jnp.maximum(best.expert_T, 0)[..., None]
         else:
             expert_GTK, _ = ops.local_top_k(biased_GTE, self.k, False)
@@ -145,7 +145,7 @@ class SBase:
                 valid_T=valid_T,
             )
 
-        # A group that lies on one device is its own business; the sums of others cross the mesh.
+        # A group on one device needs no communication; the column sums of others cross the mesh.
         run = jax.vmap(one)
         bias_GE = (group_local(run) if spreads(len(valid_GT)) else run)(logits_GTE, valid_GT)
         return checkpoint_name(bias_GE, "routing")
@@ -162,8 +162,8 @@ class SBase:
 
     def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
         factor = 1.0 if self.rounding == "balanced" else factor
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
+        return token_choice_capacity(num_tokens, num_experts, self.k, factor)
 
     def visibility(self, moe: MoEConfig) -> Visibility:
-        factor = 1.0 if self.rounding == "balanced" else moe.eval_capacity_factor
-        return ops.balanced_visibility(moe, eval_factor=factor, k=self.k)
+        factor = 1.0 if self.rounding == "balanced" else None
+        return balanced_visibility(moe, eval_factor=factor, k=self.k)

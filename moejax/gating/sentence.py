@@ -1,19 +1,21 @@
-"""Sentence-level gating: experts depend on an average over the sequence."""
+"""Sentence-level gating: experts depend on a mean over the sequence."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.gating import ops, spans
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Renormalize, Stateless
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
     Order,
     TrainedBy,
@@ -24,42 +26,41 @@ POOLS = ("mean", "running", "previous")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sentence(ops.Stateless):
-    r"""Tokens are routed by an average of their sequence instead of by themselves.
+class Sentence(Stateless, FixedK):
+    r"""Tokens are routed by a mean over their sequence instead of by themselves.
 
     .. math::
        h_t = W^\top m_t, \quad S_t = \operatorname{top}_k(h_t), \quad
        y_t = \sum_{e \in S_t} \operatorname{softmax}(h_t)_e f_e(x_t)
 
-    with m_t by ``pool``, always over valid tokens of the token's own sequence, or of its own text
-    where several are packed into one (which costs L x L x d_model per row):
+    ``pool`` selects the mean m_t, always over valid tokens of the token's own sequence, or of its
+    own text if several are packed into one row (which costs L x L x d_model per row):
 
-    * "mean" (the paper's, for encoders): of all of them, so that all tokens of a sequence visit
-      the same experts. In a decoder this shows the future to the past.
-    * "running": of those up to t.
-    * "previous": of the segment of ``segment`` tokens before the token's own; in the first segment
-      a learned vector. Every segment has one choice of experts. Segments are of valid tokens,
-      counted from the first one: padding, wherever it lies, is in none.
+    * "mean" (the paper's, for encoders): over all of them, so that all tokens of a sequence visit
+      the same experts. In a decoder earlier tokens then depend on later ones.
+    * "running": over those up to t.
+    * "previous": over the previous segment of ``segment`` tokens; in the first segment, a learned
+      vector. All tokens of a segment visit the same experts. Segments are counted in valid tokens
+      from the first one; padding belongs to none, wherever it lies.
 
     The softmax is over the k kept logits (``renormalize``) or over all. A sequence loads few
-    experts: the preset takes ``dropless``, and balance losses over the batch.
+    experts, so the preset uses ``dropless`` and balance losses over the batch.
 
     Visibility: "mean" sees the future, in training and in evaluation; "running" and "previous" see
-    the past only, except through capacity.
+    neither later tokens nor other sequences, except through capacity.
 
     Reference: Kudugunta et al., "Beyond Distillation: Task-level Mixture-of-Experts for Efficient
-    Inference", arXiv 2110.03742, which compares token, sentence and task; "previous" follows the
+    Inference", arXiv 2110.03742, which compares tokens, sentences and tasks; "previous" follows the
     segment routing of Lory, Zhong et al., arXiv 2405.03133, whose first segment sees itself.
     """
 
     pool: Annotated[str, "'mean' of the sequence (leaks), 'running' or 'previous' segment"] = "mean"
     segment: Annotated[int, "tokens in a segment of pool=previous"] = 32
     k: Annotated[int, "experts per token"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    renormalize: Renormalize = True
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
-    causal: ClassVar[Mapping[str, Any]] = {"pool": "running"}
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_choice("pool", self.pool, POOLS)
@@ -68,8 +69,8 @@ class Sentence(ops.Stateless):
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("sequence",), causal_fields={"pool": "running"})
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         router_key, first_key = jax.random.split(key)
@@ -91,7 +92,7 @@ class Sentence(ops.Stateless):
     def _pooled(
         self, params: GateParams, x_GTD: Array, context: GateContext
     ) -> tuple[Float[Array, "G R N D"], int, Order]:
-        """The vector that routes every span of so many tokens, in this order of tokens."""
+        """One vector per span of tokens, the span's length, and the order of the tokens."""
         if context.packed:
             return self._by_text(params, x_GTD, context), 1, Order()
         order = ops.order_of(context) if self.pool == "previous" else Order()
@@ -108,7 +109,7 @@ class Sentence(ops.Stateless):
     def _by_text(
         self, params: GateParams, x_GTD: Array, context: GateContext
     ) -> Float[Array, "G R L D"]:
-        """The vector that routes each token where texts are packed."""
+        """One vector per token, for rows with several texts."""
         x_GRLD, valid_GRL = spans.by_sequence(x_GTD, context)
         taken_GRLL = self._taken(valid_GRL, context.segment_GT.reshape(valid_GRL.shape))
         count_GRL = jnp.sum(taken_GRLL, axis=-1, dtype=jnp.float32)[..., None]
@@ -126,7 +127,7 @@ class Sentence(ops.Stateless):
     def _taken(
         self, valid_GRL: Bool[Array, "G R L"], segment_GRL: Int[Array, "G R L"]
     ) -> Bool[Array, "G R L L"]:
-        """The tokens that the mean of each token is over: of its own text alone."""
+        """For each token a mask of the tokens in its mean, all of its own text."""
         own_GRLL = segment_GRL[..., :, None] == segment_GRL[..., None, :]
         own_GRLL &= valid_GRL[..., None, :]
         if self.pool == "mean":
@@ -138,11 +139,8 @@ class Sentence(ops.Stateless):
         part_GRL = (count_GRL - 1) // self.segment
         return own_GRLL & (part_GRL[..., None, :] == part_GRL[..., :, None] - 1)
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
-        by_capacity = ops.capacity_visibility(self.k, moe)
+        by_capacity = capacity_visibility(self.k, moe)
         if self.pool != "mean" or moe.num_experts == 1:
             return by_capacity
         return by_capacity.union(Visibility(train_future=True, eval_future=True))
@@ -151,7 +149,7 @@ class Sentence(ops.Stateless):
 def running_means(
     x_GRLD: Float[Array, "G R L D"], valid_GRL: Bool[Array, "G R L"]
 ) -> Float[Array, "G R L D"]:
-    """For each position the mean of the valid ones up to it; 0 where there are none."""
+    """The mean over valid positions up to each; 0 where there are none."""
     total_GRLD = jnp.cumsum(jnp.where(valid_GRL[..., None], x_GRLD, 0.0), axis=2)
     count_GRL = jnp.cumsum(valid_GRL, axis=2, dtype=jnp.float32)
     return total_GRLD / jnp.maximum(count_GRL, 1.0)[..., None]

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops, spans
+from moejax.gating.gate import EveryExpert, Stateless
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
     Order,
+    TrainedBy,
     Visibility,
 )
 
@@ -23,8 +26,8 @@ EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Smear(spans.MergesExperts):
-    r"""Every sequence is computed by one expert, whose weights are a mean of the experts' weights.
+class Smear(Stateless, EveryExpert):
+    r"""One expert per sequence, whose weights are a weighted mean of the experts' weights.
 
     .. math::
        p = \operatorname{softmax}(\operatorname{LN}(\operatorname{mean}_t x_t) \cdot
@@ -32,32 +35,32 @@ class Smear(spans.MergesExperts):
        \bar\theta = \sum_e p_e \theta_e, \qquad y_t = f(x_t; \bar\theta)
 
     The mean is over valid tokens. LN has a learned scale and offset over D; LN_w normalises each
-    expert's column of W over D and scales it by a learned vector that starts at ``init_scale``, as
-    does the standard deviation of W. Nothing is selected, so the task loss alone trains the router;
-    there is no auxiliary loss. A layer costs one FFN per token, and E FFNs' worth of
-    multiplications per sequence for the merging.
+    expert's column of W over D and scales it by a learned vector. Both this vector and the standard
+    deviation of W start at ``init_scale``. Nothing is selected, so the task loss alone trains the
+    router; there is no auxiliary loss. A layer costs one FFN per token, plus the weights of E FFNs
+    multiplied once per sequence for the merging.
 
-    ``expert_dropout`` (in training): each expert of a sequence is left out with this probability,
-    and the softmax is over the others; where all would be, none is.
+    ``expert_dropout`` (in training): each expert is omitted from a sequence with this probability,
+    and the softmax is over the others. A sequence that would lose all experts keeps all.
 
-    The routing told to statistics has E columns, column e expert e, with p_e of the sequence as
-    weight. ``transport`` and capacity are not used; in a group of several sequences each has its
-    own merged expert.
+    The routing serves statistics only: it has E columns, column e for expert e, with p_e of the
+    sequence as weight. ``transport`` and capacity are not used; in a group of several sequences
+    each has its own merged expert.
 
-    Visibility: the mean shows later tokens to earlier ones, in training and in evaluation, so that
-    this is for encoders; for a decoder see ``lory``. Other sequences are never seen. With one
-    expert there is nothing to see.
+    Visibility: earlier tokens depend on later ones through the mean, in training and in evaluation,
+    so this gate is for encoders; for a decoder see ``lory``. Other sequences have no influence.
+    With one expert a token sees itself alone.
 
     Reference: Muqeeth, Liu, Raffel, "Soft Merging of Experts with Adaptive Routing", arXiv
-    2306.03745. Deviations: LN_w has no learned offset, which would add the same to all logits;
-    their experts are adapters with biases, here the layer's FFNs; where dropout takes all experts
-    they weigh them equally.
+    2306.03745. Deviations: LN_w has no learned offset, which would add the same number to all
+    logits; experts are the layer's FFNs, theirs adapters with biases; if dropout omits all experts,
+    they weight them equally.
     """
 
-    expert_dropout: Annotated[float, "share of experts left out per sequence in training"] = 0.1
+    expert_dropout: Annotated[float, "share of experts omitted per sequence in training"] = 0.1
     init_scale: Annotated[float, "std of the router, and its norm's scale, at the start"] = 0.01
 
-    causal_gate: ClassVar[str] = "lory"
+    trained_by: ClassVar[TrainedBy] = "task"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_positive("init_scale", self.init_scale)
@@ -65,6 +68,9 @@ class Smear(spans.MergesExperts):
             raise ValueError(
                 f"gate.expert_dropout={self.expert_dropout} must be 0 or above, and below 1"
             )
+
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("sequence",), mixes="weights", causal_gate="lory")
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         width, experts = spec.d_model, spec.num_experts
@@ -92,7 +98,7 @@ class Smear(spans.MergesExperts):
         return spans.merge_output(logits_GRNE, weight_GRNE, length, context, Order())
 
     def _keep(self, logits_GRNE: Array, context: GateContext) -> Bool[Array, "G R N E"]:
-        """Which experts dropout leaves, drawn once per sequence."""
+        """A mask of the experts that dropout keeps, drawn once per sequence."""
 
         def once(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             return jnp.broadcast_to(jax.random.uniform(key, shape[1:], dtype), shape)

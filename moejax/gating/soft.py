@@ -1,19 +1,21 @@
-"""Soft MoE: experts work on weighted means of a group's tokens instead of on tokens."""
+"""Soft MoE: experts process weighted means of a group's tokens."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
+    GateTraits,
     MoEConfig,
     Slots,
     TrainedBy,
@@ -22,8 +24,8 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Soft(ops.Stateless):
-    r"""Every expert has P slots; a slot is a mean of all tokens, a token's output one of all slots.
+class Soft(Stateless):
+    r"""Each expert has P slots, means of all tokens; a token's output is a mean of all slots.
 
     .. math::
        \ell_{ti} = s \, \hat x_t \cdot \hat\mu_i, \qquad
@@ -32,29 +34,29 @@ class Soft(ops.Stateless):
        \hat v = v / \sqrt{|v|^2 + 10^{-6}}
 
     The first softmax is over the valid tokens of a group, the second over its X = E P slots; slot i
-    belongs to expert e(i) = i // P. Only what the logits see is normalised. All are float32.
-    ``normalize=False`` has l = x mu, without the learned scale s. Padding has weight 0 in both; a
-    group without a valid token has slots of zeros and nothing added to it.
+    belongs to expert e(i) = i // P. Only the inputs of the logits are normalised. All arithmetic is
+    float32. ``normalize=False`` computes l = x mu, without the learned scale s. Padding has weight
+    0 in both; a group without valid tokens has slots of zeros, and its output is 0.
 
     Nothing is dropped and there is nothing to balance, so both losses are off. ``moe.transport``,
-    capacity factors, ``moe.priority`` and ``moe.reroute`` are not used: slots go to their experts
-    and back, in one all-to-all each, and a group stays on one device.
+    capacity factors, ``moe.priority`` and ``moe.reroute`` are not used: slots travel to their
+    experts and back, in one all-to-all each, and a group stays on one device.
 
     P = ``slots`` does not depend on the length of a group, because mu [D, X] has a column for each
-    slot. The authors' capacity factor c makes it round(c T / E), so P slots are c = E P / T; at
-    c = 1 the experts cost what they do when every token visits one. For a given E P they find P = 1
-    with as many experts best.
+    slot. With the authors' capacity factor c it is round(c T / E), so P slots correspond to
+    c = E P / T; at c = 1 the experts cost as much as if every token visited one. For a given E P
+    the authors find P = 1, with as many experts as possible, best.
 
-    What is logged as routing is told, not followed: column e is expert e, with the sum of C over
-    its slots as weight, so every token visits every expert. Logits of an expert, for ``losses.z``,
-    are log-sum-exps over its slots, without noise: their softmax is the sum of the slots'
-    probabilities, their log-sum-exp is that of all slots.
+    The routing serves statistics only: column e is expert e, with the sum of C over its slots as
+    weight, so every token visits every expert. The logits of an expert, for ``losses.z``, are
+    log-sum-exps over its slots, without noise: their softmax is the sum of the slots'
+    probabilities, and their log-sum-exp is that of all slots.
 
     ``moe/gate/``: ``combine_similarity``, ``dispatch_similarity`` and ``router_similarity`` are
-    mean cosines between the C of two tokens, the D of two slots, the mu of two slots. Towards 1
-    tokens get one output, or experts see one input.
+    mean cosines between the C of two tokens, the D of two slots, and the mu of two slots. Near 1,
+    all tokens get the same output, or all experts the same input.
 
-    Visibility: a token sees its whole group, in training and evaluation, with E P = 1 too.
+    Visibility: a token sees its whole group, in training and evaluation, even with E P = 1.
 
     Reference: Puigcerver, Riquelme, Mustafa, Houlsby, "From Sparse to Soft Mixtures of Experts",
     arXiv 2308.00951; initialisation and epsilon are those of the authors' V-MoE code. Deviation:
@@ -66,11 +68,13 @@ class Soft(ops.Stateless):
     noise_std: Annotated[float, "standard deviation of the logits' noise in training"] = 0.0
 
     trained_by: ClassVar[TrainedBy] = "task"
-    mixes: ClassVar[Literal["slots", "weights"]] = "slots"
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_positive("slots", self.slots)
         ops.check_not_negative("noise_std", self.noise_std)
+
+    def traits(self) -> GateTraits:
+        return GateTraits(mixes="slots")
 
     def columns(self, num_experts: int) -> int:
         return num_experts
@@ -94,7 +98,7 @@ class Soft(ops.Stateless):
             combine_GTX=jnp.where(context.valid_GT[..., None], jax.nn.softmax(noisy_GTX), 0.0),
         )
         share_GTE = jnp.sum(self._by_expert(mixing.combine_GTX), axis=-1)
-        # A share that underflows to 0 would mean: not there.
+        # A share of 0 would mark the pair as absent.
         share_GTE = ops.at_least_tiny(share_GTE)
         routing, _ = ops.heaviest(share_GTE, 0, context.valid_GT)
         stats = ops.softmax_stats(jax.nn.logsumexp(self._by_expert(logits_GTX), axis=-1))
@@ -136,7 +140,7 @@ def unit(v: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 def softmax_over_tokens(
     logits_GTX: Float[Array, "G T X"], valid_GT: Bool[Array, "G T"]
 ) -> Float[Array, "G T X"]:
-    """Softmax over the valid tokens of each group, 0 elsewhere. Finite, its gradient too."""
+    """Softmax over the valid tokens of each group, 0 elsewhere; finite, as is its gradient."""
     valid_GT1 = valid_GT[..., None]
     # Not -inf: in a group without valid tokens that would be 0/0.
     logits_GTX = jnp.where(valid_GT1, logits_GTX, jnp.finfo(jnp.float32).min)
@@ -146,9 +150,9 @@ def softmax_over_tokens(
 def mean_cosine(
     v_GNA: Float[Array, "G N A"], counts_GN: Bool[Array, "G N"] | None = None
 ) -> Float[Array, "G"]:
-    """Mean cosine between two different vectors of those that count; 0 for fewer than two.
+    """Mean cosine between two different vectors among those that count; 0 for fewer than two.
 
-    From the length of the sum of unit vectors: no product of all pairs.
+    Computed from the length of the sum of unit vectors, without products of all pairs.
     """
     square_GN1 = jnp.sum(jnp.square(v_GNA), axis=-1, keepdims=True)
     some_GN1 = square_GN1 > 0 if counts_GN is None else (square_GN1 > 0) & counts_GN[..., None]

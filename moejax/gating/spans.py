@@ -1,33 +1,16 @@
-"""What gates that decide for stretches of a sequence share: their means, and merging by them."""
-
-from typing import ClassVar, Literal
+"""Means over spans of a sequence, and experts merged per span."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.gating import ops
-from moejax.types import GateContext, GateOutput, Merge, Order, TrainedBy
-
-
-class MergesExperts(ops.Stateless):
-    """What is the same of all gates that merge experts. No transport is used, and no capacity."""
-
-    trained_by: ClassVar[TrainedBy] = "task"
-    mixes: ClassVar[Literal["slots", "weights"]] = "weights"
-
-    def columns(self, num_experts: int) -> int:
-        """Column e of the routing is expert e."""
-        return num_experts
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        """Room for every token: nothing is sent, so nothing is turned away."""
-        return num_tokens
+from moejax.types import GateContext, GateOutput, Merge, Order
 
 
 def by_sequence(
     x_GTD: Array, context: GateContext
 ) -> tuple[Float[Array, "G R L D"], Bool[Array, "G R L"]]:
-    """Tokens in float32, and which are valid, sequence by sequence."""
+    """Tokens in float32 and their validity, by sequence."""
     groups, rows = context.row_GR.shape
     x_GRLD = x_GTD.astype(jnp.float32).reshape(groups, rows, -1, x_GTD.shape[-1])
     return x_GRLD, context.valid_GT.reshape(x_GRLD.shape[:3])
@@ -36,7 +19,7 @@ def by_sequence(
 def in_order(
     x_GTD: Array, context: GateContext, order: Order
 ) -> tuple[Float[Array, "G R L D"], Bool[Array, "G R L"]]:
-    """``by_sequence`` with the tokens in an order."""
+    """``by_sequence``, with the tokens in the given order."""
     x_GRLD, valid_GRL = by_sequence(x_GTD, context)
     shape = (context.row_GR.size, x_GRLD.shape[2])
     x_BLD, valid_BL = x_GRLD.reshape(*shape, -1), valid_GRL.reshape(shape)
@@ -48,7 +31,7 @@ def in_order(
 def in_spans(
     x_GRLD: Float[Array, "G R L D"], valid_GRL: Bool[Array, "G R L"], size: int
 ) -> tuple[Float[Array, "G R N U D"], Bool[Array, "G R N U"]]:
-    """Spans of U = ``size`` tokens, the last filled up with padding; what is not valid is 0."""
+    """Spans of U = ``size`` tokens, the last one padded; padding is 0."""
     missing = -x_GRLD.shape[2] % size
     x_GRLD = jnp.where(valid_GRL[..., None], x_GRLD, 0.0)
     x_GRLD = jnp.pad(x_GRLD, ((0, 0), (0, 0), (0, missing), (0, 0)))
@@ -60,7 +43,7 @@ def in_spans(
 def span_means(
     x_GRLD: Float[Array, "G R L D"], valid_GRL: Bool[Array, "G R L"], size: int
 ) -> tuple[Float[Array, "G R N D"], Bool[Array, "G R N"]]:
-    """Means of the valid ones in spans of ``size``, the last maybe shorter; and which have any."""
+    """Means over the valid tokens of each span, and a mask of the spans that have any."""
     x_GRNUD, valid_GRNU = in_spans(x_GRLD, valid_GRL, size)
     count_GRN = jnp.sum(valid_GRNU, axis=3, dtype=jnp.float32)
     return jnp.sum(x_GRNUD, axis=3) / jnp.maximum(count_GRN, 1.0)[..., None], count_GRN > 0
@@ -77,7 +60,7 @@ def span_logits(
 def of_tokens(
     x_GRNE: Float[Array, "G R N E"], span: int, context: GateContext, order: Order
 ) -> Float[Array, "G T E"]:
-    """Values of spans of ``span`` tokens in this order, for each of their tokens."""
+    """Values of spans of ``span`` tokens, repeated for the tokens and put back in place."""
     groups, rows, _, experts = x_GRNE.shape
     length = context.valid_GT.shape[1] // rows
     x_GRLE = jnp.repeat(x_GRNE, span, axis=2)[:, :, :length]
@@ -93,14 +76,14 @@ def merge_output(
 ) -> GateOutput:
     """Experts merged by ``weight_GRNE`` for every span of ``span`` tokens.
 
-    The routing tells of each valid token its span's weights, column e those of expert e; the
-    statistics are of its span's logits.
+    The routing has each valid token's span weights, column e for expert e. The statistics are those
+    of the span's logits.
     """
     _, _, spans, experts = logits_GRNE.shape
     weight_GTE = of_tokens(weight_GRNE, span, context, order)
     routing, _ = ops.heaviest(weight_GTE, 0, context.valid_GT)
-    as_they_lie = order.token_BL is None
-    valid_BL = None if as_they_lie else context.valid_GT.reshape(context.row_GR.size, -1)
+    in_place = order.token_BL is None
+    valid_BL = None if in_place else context.valid_GT.reshape(context.row_GR.size, -1)
     return GateOutput(
         routing,
         ops.softmax_stats(of_tokens(logits_GRNE, span, context, order)),

@@ -1,4 +1,4 @@
-"""StableMoE: learn a routing together with its distillation into token ids, then freeze it."""
+"""StableMoE: a routing learned together with its distillation into token ids, then frozen."""
 
 import dataclasses
 from typing import Annotated, ClassVar
@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from moejax.gating import ops
+from moejax.gating.gate import Stateless, TokenChoice
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
     GateState,
-    MoEConfig,
+    GateTraits,
     TrainedBy,
-    Visibility,
 )
 
 DISTILLED = ("embed_VR", "distill_RE")
@@ -24,8 +24,8 @@ DISTILLED = ("embed_VR", "distill_RE")
 
 
 @dataclasses.dataclass(frozen=True)
-class StableMoE(ops.Stateless):
-    r"""Stage 1 routes by the token and teaches a router of token ids, which stage 2 obeys.
+class StableMoE(Stateless, TokenChoice):
+    r"""Stage 1 routes by the token and distills a router of token ids, which stage 2 uses.
 
     .. math::
        s_e = x \cdot c_e, \quad d_e = D[\text{token}] \cdot \hat{c}_e, \quad
@@ -41,18 +41,18 @@ class StableMoE(ops.Stateless):
        s_t}
 
     with n the tokens per expert of a routing group (``moe.group``). In stage 2 the assignment is a
-    table over the vocabulary that nothing changes any more: the distilled router gets no gradient,
-    and the trainer holds it still (momentum or Lion's sign would move it on). alpha goes on being
-    learned. Evaluation goes by the distilled router in both stages.
+    fixed table over the vocabulary: the distilled router gets no gradient, and the trainer freezes
+    it (momentum, or Lion's sign of it, would still move it). alpha is still learned. Evaluation
+    uses the distilled router in both stages.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: Dai et al., "StableMoE: Stable Routing Strategy for Mixture of Experts",
-    arXiv 2204.08396; sizes and weights from the authors' code (6000 of 60000 steps in stage 1,
+    arXiv 2204.08396; sizes and weights are from the authors' code (6000 of 60000 steps in stage 1,
     losses 0.3, a table of width 50). Deviations: experts start at random, not at the identity, and
-    hold no residual of their own; losses are means (their sums are divided by the number of tokens
-    too), balance per group instead of per device; of the routers to distil into only the table of
-    words.
+    have no residual connection of their own; losses are means (their sums are divided by the number
+    of tokens too), with balance per group instead of per device; the table of words is the only
+    distilled router on offer.
     """
 
     stage_steps: Annotated[int, "steps of stage 1: a tenth of the run in the paper"] = 6000
@@ -60,25 +60,28 @@ class StableMoE(ops.Stateless):
     balance_weight: Annotated[float, "of the balance loss in stage 1"] = 0.3
     distill_weight: Annotated[float, "of the distillation loss in stage 1"] = 0.3
     residual: Annotated[bool, "keep a share 1 - alpha of the input in the output"] = True
-    init_scale: Annotated[float, "length of the centroids at the start (orthogonal)"] = 0.1
+    init_scale: Annotated[float, "initial length of the centroids (orthogonal)"] = 0.1
 
+    k: ClassVar[int] = 1
     trained_by: ClassVar[TrainedBy] = "task"
-    reads_tokens: ClassVar[bool] = True
 
     def check(self, num_experts: int, train: bool) -> None:
         for field in ("distill_dim", "init_scale"):
             ops.check_positive(field, getattr(self, field))
         for field in ("stage_steps", "balance_weight", "distill_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"gate.{field}={getattr(self, field)} must be 0 or more")
+            ops.check_not_negative(field, getattr(self, field))
 
-    def columns(self, num_experts: int) -> int:
-        return 1
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("tokens",), frozen=self._frozen)
+
+    def _frozen(self, step: Int[Array, ""]) -> dict[str, Bool[Array, ""]]:
+        """In stage 2 the distilled router stays as it is."""
+        return dict.fromkeys(DISTILLED, step >= self.stage_steps)
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         if spec.vocab_size < 1:
             raise ValueError(
-                "vocab_size=0: gate stablemoe looks up token ids; tell the layer vocab_size"
+                "vocab_size=0: gate stablemoe looks up token ids; pass vocab_size to the layer"
             )
         keys = jax.random.split(key, 3)
         orthogonal = jax.nn.initializers.orthogonal(self.init_scale)
@@ -88,10 +91,6 @@ class StableMoE(ops.Stateless):
             "embed_VR": self.distill_dim**-0.5 * jax.random.normal(keys[1], table, jnp.float32),
             "distill_RE": orthogonal(keys[2], (self.distill_dim, spec.num_experts), jnp.float32),
         }
-
-    def frozen(self, step: Int[Array, ""]) -> dict[str, Bool[Array, ""]]:
-        """In stage 2 the distilled router stays as it is."""
-        return dict.fromkeys(DISTILLED, step >= self.stage_steps)
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -115,7 +114,7 @@ class StableMoE(ops.Stateless):
             }
             losses = {name: jnp.where(learning, loss, 0.0) for name, loss in losses.items()}
         identity_GT = jnp.where(context.valid_GT, 1.0 - alpha_GT, 0.0) if self.residual else None
-        # An alpha that underflows to 0 would mean: not sent.
+        # A weight of 0 would mark the pair as absent.
         weight_GTK = ops.at_least_tiny(alpha_GT)[..., None]
         agreed_GT = (greedy_GT == learned_GT).astype(jnp.float32)
         used_GTE = jnp.where(learning, score_GTE, jax.lax.stop_gradient(distilled_GTE))
@@ -134,9 +133,3 @@ class StableMoE(ops.Stateless):
         mean_G1 = jnp.mean(load_GE, axis=1, keepdims=True)
         excess_GE = load_GE / jnp.where(mean_G1 > 0, mean_G1, 1.0) - 1.0
         return jnp.take_along_axis(excess_GE, expert_GT, axis=1)
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, 1, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(1, moe)

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
+from moejax.gating.gate import INIT_SCALE, FixedK, InitScale, Renormalize, Stateless
+from moejax.gating.visibility import capacity_visibility
 from moejax.types import (
     GateContext,
     GateOutput,
     GateParams,
     GateSpec,
+    GateTraits,
     MoEConfig,
     TrainedBy,
     Visibility,
@@ -20,7 +23,7 @@ from moejax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Task(ops.Stateless):
+class Task(Stateless, FixedK):
     r"""Every token of a sequence visits the experts of the sequence's task.
 
     .. math::
@@ -28,23 +31,23 @@ class Task(ops.Stateless):
        y = \sum_{e \in S} \operatorname{softmax}(h)_e f_e(x)
 
     u is a learned embedding of the task; the softmax is over the k kept logits (``renormalize``) or
-    over all. Tasks are told apart by ``Context.task_B``, their number is ``num_tasks`` of the
-    layer; with one task (a language model on one corpus) all tokens visit the same experts. At
-    inference only the experts of the tasks at hand are needed.
+    over all. ``Context.task_B`` has the tasks, and ``num_tasks`` of the layer is their number; with
+    one task (a language model on one corpus) all tokens visit the same experts. Inference needs
+    only the experts of the tasks in use.
 
-    A sequence loads k experts with all its tokens, and slots for a balanced sequence would turn
-    most of it away: its preset takes ``dropless``, and balance losses over the batch.
+    A sequence loads k experts with all its tokens, and slots sized for balanced sequences would
+    drop most of them. The preset therefore uses ``dropless``, and balance losses over the batch.
 
     Visibility: a token's experts depend on no token at all; through capacity it sees the tasks of
-    other sequences in its group, never their tokens and never the future.
+    other sequences in its group, but neither their tokens nor the future.
 
     Reference: Kudugunta et al., "Beyond Distillation: Task-level Mixture-of-Experts for Efficient
     Inference", arXiv 2110.03742.
     """
 
     k: Annotated[int, "experts per task"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    renormalize: Renormalize = True
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -53,8 +56,8 @@ class Task(ops.Stateless):
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
+    def traits(self) -> GateTraits:
+        return GateTraits(reads=("task",))
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         router_key, task_key = jax.random.split(key)
@@ -74,10 +77,7 @@ class Task(ops.Stateless):
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
         return GateOutput(routing, ops.softmax_stats(logits_GTE))
 
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
     def visibility(self, moe: MoEConfig) -> Visibility:
-        # Who is turned away depends on tasks and noise only, whatever the priority.
-        seen = ops.capacity_visibility(self.k, moe)
-        return seen._replace(train_future=False, eval_future=False)
+        # Drops depend on tasks and noise only, whatever the priority.
+        by_capacity = capacity_visibility(self.k, moe)
+        return by_capacity._replace(train_future=False, eval_future=False)

@@ -8,28 +8,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moejax.gating import ops
-from moejax.gating.unlearned import Unlearned, uniform_stats
+from moejax.gating.gate import Unlearned
 from moejax.types import GateContext, GateOutput, GateParams, GateState, Routing
 
 EVALUATIONS = ("token", "sequence", "mean")
 STEP_DRAW = 1
-"""Keeps the draw of a step apart from those of rows, which are keyed by their ids."""
+"""Separates the draw of a step from the draws of rows, which are keyed by row ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Thor(Unlearned):
-    r"""Every step draws one expert per layer, and all its tokens visit it.
+    r"""All tokens of a step visit one expert per layer, drawn at random.
 
     .. math::
        y_t = f_a(x_t), \quad a \sim \operatorname{Uniform}(1..E) \text{ per step and layer}
 
-    The experts are made interchangeable by a consistency loss (``moe.losses.consistency``, which
-    the preset sets): the model runs twice with different draws, and the two distributions of the
-    next token are pulled together (docs/losses.md).
+    A consistency loss (``moe.losses.consistency``, set by the preset) makes the experts
+    interchangeable: the model runs twice with different draws, and the loss pulls the two
+    distributions of the next token together (docs/losses.md).
 
-    ``evaluation``: "token" draws an expert per token, "sequence" per sequence (both from the run's
-    seed, so the loss is reproducible; both need a key), "mean" averages all experts at E times the
-    compute and draws nothing.
+    ``evaluation``: "token" draws an expert per token and "sequence" one per sequence (both from the
+    run's seed, so that the loss is reproducible; both need a key). "mean" averages all experts at E
+    times the compute and draws nothing.
 
     With ``cells`` every expert needs a slot for every token, whatever the capacity factor: use
     ``dropless`` (the preset).
@@ -37,11 +37,11 @@ class Thor(Unlearned):
     Visibility: experts do not depend on any token.
 
     Reference: Zuo et al., "Taming Sparsely Activated Transformer with Stochastic Experts",
-    arXiv 2110.04260. Deviations: the consistency loss is a mean over tokens and comes beside the
+    arXiv 2110.04260. Deviations: the consistency loss is a mean over tokens and is added to the
     mean of the two cross-entropies; the authors' code sums all three. Halving their weight (1 in
-    the code; 5 in the paper, recalled, not checked) gives the same gradient up to that common
-    factor; the preset's 0.5 is the code's. "sequence" is per sequence; their code for it draws per
-    position.
+    the code; 5 in the paper, from memory and not verified) gives the same gradient up to that
+    common factor; the preset's 0.5 corresponds to the code. "sequence" draws per sequence; their
+    code for it draws per position.
     """
 
     evaluation: Annotated[str, "'token' or 'sequence': a random expert each; 'mean': all"] = "token"
@@ -57,7 +57,7 @@ class Thor(Unlearned):
     ) -> GateOutput:
         groups, tokens = context.valid_GT.shape
         num_experts = state["expert_E"].size
-        stats = uniform_stats(num_experts, groups, tokens)
+        stats = ops.uniform_stats(num_experts, groups, tokens)
         if self.evaluation == "mean":
             weight_GTE = stats.probs_GTE
             if context.train:
@@ -79,8 +79,8 @@ class Thor(Unlearned):
 
     def _of_row_or_token(self, context: GateContext, num_experts: int) -> Int[Array, "G T"]:
         groups, tokens = context.valid_GT.shape
-        # As noise of one number per token, so that both are keyed by the row alone; a sequence
-        # takes its first valid token's.
+        # One number per token, so that both draws are keyed by the row alone; a sequence takes
+        # that of its first valid token.
         uniform_GT = ops.row_noise(jax.random.uniform, context, ())
         if self.evaluation == "sequence":
             uniform_BL = uniform_GT.reshape(context.row_GR.size, -1)

@@ -8,20 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.gating import ops
-from moejax.types import (
-    GateContext,
-    GateOutput,
-    GateParams,
-    GateSpec,
-    GateState,
-    MoEConfig,
-    TrainedBy,
-    Visibility,
+from moejax.gating.gate import (
+    INIT_SCALE,
+    InitScale,
+    LinearRouter,
+    Renormalize,
+    Stateless,
+    TokenChoice,
 )
+from moejax.types import GateContext, GateOutput, GateParams, GateState, TrainedBy
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(ops.Stateless):
+class TopK(Stateless, LinearRouter, TokenChoice):
     r"""Each token visits the k experts with the largest router logits.
 
     .. math::
@@ -29,9 +28,9 @@ class TopK(ops.Stateless):
        g_e = \frac{e^{h_e}}{\sum_{j \in J} e^{h_j}} \; (e \in S), \quad
        y = \sum_{e \in S} g_e f_e(x)
 
-    with J = S when ``renormalize`` (Mixtral: softmax after top-k), else J = all experts (Switch,
+    With ``renormalize``, J = S (Mixtral: softmax after top-k); otherwise J = all experts (Switch,
     OLMoE: softmax before). With k = 1 and ``renormalize`` every weight is the constant 1 and the
-    router would get no gradient from the task: refused in training.
+    router would get no gradient from the task, which is refused in training.
 
     ``jitter`` e multiplies the router's input by U(1-e, 1+e) per element, in training only. Routers
     start as a truncated normal with std sqrt(init_scale / d_model) (Switch, table 3: 0.1).
@@ -43,9 +42,9 @@ class TopK(ops.Stateless):
     """
 
     k: Annotated[int, "experts per token"] = 2
-    renormalize: Annotated[bool, "softmax over the k kept logits instead of over all"] = True
+    renormalize: Renormalize = True
     jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = 0.0
-    init_scale: Annotated[float, "router init: std = sqrt(init_scale / d_model)"] = 0.1
+    init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -56,12 +55,6 @@ class TopK(ops.Stateless):
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
-    def columns(self, num_experts: int) -> int:
-        return self.k
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
-
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
@@ -71,7 +64,7 @@ class TopK(ops.Stateless):
         return GateOutput(routing, ops.softmax_stats(logits_GTE))
 
     def logits(self, params: GateParams, x_GTD: Array, context: GateContext) -> Array:
-        """The router's logits [G, T, E], of jittered tokens where that is asked for."""
+        """The router's logits [G, T, E]; in training with ``jitter``, those of jittered tokens."""
         x_GTD = x_GTD.astype(jnp.float32)
         if self.jitter and context.train:
             low, high = 1.0 - self.jitter, 1.0 + self.jitter
@@ -81,9 +74,3 @@ class TopK(ops.Stateless):
 
             x_GTD = x_GTD * ops.row_noise(draw, context, x_GTD.shape[-1:])
         return ops.router_logits(x_GTD, params["router_DE"])
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

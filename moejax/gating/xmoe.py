@@ -9,25 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.gating import ops
-from moejax.types import (
-    GateContext,
-    GateOutput,
-    GateParams,
-    GateSpec,
-    GateState,
-    MoEConfig,
-    TrainedBy,
-    Visibility,
-)
+from moejax.gating.gate import Stateless, TokenChoice
+from moejax.types import GateContext, GateOutput, GateParams, GateSpec, GateState, TrainedBy
 
 SMALLEST_NORM = 1e-6
-"""Vectors shorter than this are divided by it instead of by their length: 0 stays 0."""
+"""Vectors shorter than this are divided by it instead of their length, so 0 stays 0."""
 
 
 def cosine_scores(
     token_GTR: Float[Array, "G T R"], centroid_RE: Float[Array, "R E"]
 ) -> Float[Array, "G T E"]:
-    """Cosine of the angle between each token and each centroid; 0 for a vector of zeros."""
+    """Cosines of the angles between tokens and centroids; 0 for a vector of zeros."""
 
     def unit(x: Array, axis: int) -> Array:
         square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
@@ -37,7 +29,7 @@ def cosine_scores(
 
 
 @dataclasses.dataclass(frozen=True)
-class XMoE(ops.Stateless):
+class XMoE(Stateless, TokenChoice):
     r"""Top-k of cosines between a projected token and the experts' centroids.
 
     .. math::
@@ -45,25 +37,26 @@ class XMoE(ops.Stateless):
        h = s / \tau, \quad p = \operatorname{softmax}(h), \quad
        y = \sum_{e \in \operatorname{top}_k(h)} p_e f_e(x)
 
-    Neither the length of a token nor that of a centroid matters, so a router cannot win by pulling
+    The lengths of tokens and centroids do not matter, so the router cannot gain by pulling
     representations towards its centroids (representation collapse, the paper's subject). tau is
-    learned as its logarithm and never falls below ``min_temperature``; without it, bounded cosines
-    would make p nearly uniform. The usual losses apply; the z-loss has nothing to hold down.
+    learned as its logarithm and never falls below ``min_temperature``; without tau, p would be
+    nearly uniform because cosines are bounded. The usual losses apply, but the z-loss is not
+    needed.
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
     Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts",
-    arXiv 2204.09179. The formula with its temperature and clamp are Tutel's cosine router (its bias
-    of P: ``bias=True``, which gives up the invariance to a token's length). rank = E / 2 is
-    recalled from the paper, not checked; the authors' code (torchscale) has 16 for every E.
-    Deviations: lengths are floored at 1e-6, Tutel's at 1e-12.
+    arXiv 2204.09179. The formula, its temperature and its clamp are those of Tutel's cosine router,
+    which also has a bias of P (``bias=True``, at the cost of invariance to a token's length).
+    rank = E / 2 is from memory of the paper and not verified; the authors' code (torchscale) has 16
+    for every E. Deviation: lengths are at least 1e-6, in Tutel 1e-12.
     """
 
     k: Annotated[int, "experts per token"] = 1
     rank: Annotated[int, "width of the projection (0: half the experts, at least 2)"] = 0
     bias: Annotated[bool, "add a bias to the projection"] = False
     renormalize: Annotated[bool, "divide weights by the sum of the k kept"] = False
-    temperature: Annotated[float, "tau at the start"] = 0.5
+    temperature: Annotated[float, "initial tau"] = 0.5
     min_temperature: Annotated[float, "lower bound of tau"] = 0.01
 
     trained_by: ClassVar[TrainedBy] = "task"
@@ -81,14 +74,7 @@ class XMoE(ops.Stateless):
                 f"gate.temperature={self.temperature} must be at least gate.min_temperature="
                 f"{self.min_temperature}"
             )
-        if train and self.k == 1 and self.renormalize and num_experts > 1:
-            raise ValueError(
-                "gate.k=1 with gate.renormalize=True gives every token the constant weight 1, so "
-                "the router gets no gradient; set gate.renormalize=False or gate.k=2"
-            )
-
-    def columns(self, num_experts: int) -> int:
-        return self.k
+        ops.check_trains(self.k, self.renormalize, num_experts, train)
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         rank = self.rank or max(spec.num_experts // 2, 2)
@@ -116,9 +102,3 @@ class XMoE(ops.Stateless):
             ops.softmax_stats(logits_GTE),
             means=means,
         )
-
-    def capacity(self, num_tokens: int, num_experts: int, factor: float) -> int:
-        return ops.token_choice_capacity(num_tokens, num_experts, self.k, factor)
-
-    def visibility(self, moe: MoEConfig) -> Visibility:
-        return ops.capacity_visibility(self.k, moe)

@@ -17,6 +17,7 @@ from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from moejax import job as jobs
 from moejax.config import settings
 from moejax.config.checks import check_distributed
+from moejax.config.field import CPU_DEVICES as MAX_CPU_DEVICES
 from moejax.config.overrides import apply_overrides, take_overrides
 from moejax.config.sources import read
 from moejax.config.tree import Config, default

@@ -8,8 +8,8 @@ platform.
 
 from moejax.kernels.grouped_ffn import grouped_ffn
 from moejax.kernels.grouped_matmul import grouped_matmul
-from moejax.kernels.platform import MissingKernelError, kernels_pass_check_vma
 from moejax.kernels.ragged_exchange import ragged_exchange
+from moejax.kernels.support import MissingKernelError, kernels_pass_check_vma
 
 __all__ = [
     "MissingKernelError",

@@ -24,8 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels import grouped_ffn_cpu
 from moejax.kernels.grouped_matmul import grouped_matmul
-from moejax.kernels.platform import resolve_platform
-from moejax.kernels.vma import vary_over, varying_axes
+from moejax.kernels.support import resolve_platform, vary_over, varying_axes
 
 NAME = "grouped_ffn"
 BACKWARD = f"{NAME}_bwd"

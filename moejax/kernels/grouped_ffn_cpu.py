@@ -25,7 +25,7 @@ from moejax.kernels.grouped_matmul_cpu import (
     run_if,
     tile_heights,
 )
-from moejax.kernels.vma import vary_over, varying_axes
+from moejax.kernels.support import vary_over, varying_axes
 
 Weights = tuple[jax.Array, ...]
 """Input matrices [G, D, F], one or two, then the output matrix [G, F, D]."""

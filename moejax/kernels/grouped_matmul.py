@@ -19,8 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels import grouped_matmul_cpu, grouped_matmul_gpu, grouped_matmul_tpu
-from moejax.kernels.platform import Platform, resolve_platform
-from moejax.kernels.vma import vary_over, varying_axes
+from moejax.kernels.support import Platform, resolve_platform, vary_over, varying_axes
 
 _IMPLEMENTATIONS: dict[str, ModuleType] = {
     "cpu": grouped_matmul_cpu,

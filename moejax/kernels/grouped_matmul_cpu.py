@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.kernels.vma import vary_over, varying_axes
+from moejax.kernels.support import vary_over, varying_axes
 
 _HEIGHT_MULTIPLE = 16
 _HEIGHTS_OVER_MEAN = (1 / 4, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 
-from moejax.kernels.platform import MissingKernelError
+from moejax.kernels.support import MissingKernelError
 
 DEFAULT_IMPLEMENTATION = "triton"
 

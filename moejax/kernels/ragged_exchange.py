@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Num
 
-from moejax.kernels.platform import Platform, resolve_platform
-from moejax.kernels.vma import vary_over, varying_axes
+from moejax.kernels.support import Platform, resolve_platform, vary_over, varying_axes
 
 
 def ragged_exchange(

@@ -1,4 +1,4 @@
-"""What a layer's caller may get wrong: each mistake in one line that names the argument."""
+"""Checks of a layer's arguments. Each mistake is one line that names the argument."""
 
 import dataclasses
 from typing import Any
@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax.types import Context, Gate, GateState, Mixes, are_whole
-
-DTYPES = ("float32", "bfloat16")
+from moejax.options import DTYPES
+from moejax.types import Context, Gate, GateState, GateTraits, are_whole
 
 
 def checked_dtype(name: str, value: Any) -> jnp.dtype:
     """``value`` as a dtype that the kernels compute in.
 
     Raises:
-      ValueError: it is another one, or none at all.
+      ValueError: another dtype, or not a dtype.
     """
     try:
         dtype = jnp.dtype(value)
@@ -29,7 +28,7 @@ def checked_dtype(name: str, value: Any) -> jnp.dtype:
 
 
 def check_sizes(least: int, **sizes: Any) -> None:
-    """Raises ValueError unless all are whole numbers, ``least`` or more."""
+    """Raises ValueError unless all sizes are whole numbers, ``least`` or more."""
     for name, size in sizes.items():
         if not isinstance(size, (int, np.integer)) or size < least:
             raise ValueError(f"{name}={size!r} must be a whole number, at least {least}")
@@ -60,7 +59,7 @@ def check_tokens(x: Any, d_model: int, axes: str = "B, L") -> None:
 
 
 def check_context(context: Any, batch: int, length: int) -> None:
-    """Raises ValueError unless everything in the context is of ``batch`` sequences of ``length``
+    """Raises ValueError unless all arrays of the context fit ``batch`` sequences of ``length``
     tokens."""
     if not isinstance(context, Context):
         raise ValueError(
@@ -88,8 +87,8 @@ def check_context(context: Any, batch: int, length: int) -> None:
 
 
 def check_known(context: Context, gate: Gate) -> None:
-    """Raises ValueError if the gate routes by token ids and the context was made without any."""
-    if getattr(gate, "reads_tokens", False) and not context.knows_tokens:
+    """Raises ValueError if the gate routes by token ids and the context has none."""
+    if not context.knows_tokens and "tokens" in GateTraits.of(gate).reads:
         raise ValueError(
             f"gate {type(gate).__name__} routes by token ids: pass a context with them, "
             "moejax.Context.of(B, L, token_BL=...)"
@@ -97,10 +96,11 @@ def check_known(context: Context, gate: Gate) -> None:
 
 
 def check_packed(context: Context, gate: Gate) -> None:
-    """Raises ValueError where packed texts would be mixed with each other."""
-    if context.segment_BL is not None and isinstance(gate, Mixes):
+    """Raises ValueError if the gate would mix packed texts with each other."""
+    mixes = GateTraits.of(gate).mixes
+    if context.segment_BL is not None and mixes:
         raise ValueError(
-            f"gate {type(gate).__name__} mixes {gate.mixes} over whole rows, which hold several "
+            f"gate {type(gate).__name__} mixes {mixes} over whole rows, which hold several "
             "texts (context.segment_BL); give each text a row of its own, or use a gate that keeps "
             "them apart, such as top_k or sentence"
         )

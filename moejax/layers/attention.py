@@ -9,10 +9,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.layers.basic import fan_in, project
+from moejax.options import AttentionOptions
 
 
 def implementation_for(choice: str, dtype: jnp.dtype, head_dim: int) -> Literal["xla", "cudnn"]:
-    """What "auto" stands for: cuDNN's fused kernel on a GPU for what it supports, else XLA.
+    """The kernel for a choice. "auto" is cuDNN's fused kernel on a GPU where it applies, or XLA.
 
     ``jax.nn.dot_product_attention`` leaves this choice to its caller (its own default is XLA).
     """
@@ -45,24 +46,24 @@ def attend(
     value_BLJI: Array,
     valid_BL: Bool[Array, "B L"] | None,
     segment_BL: Int[Array, "B L"] | None,
-    causal: bool,
-    implementation: str,
+    options: AttentionOptions,
     padded_behind: bool = False,
 ) -> Float[Array, "B L H I"]:
-    """Softmax attention of H query heads to J key/value heads: to the valid keys of a query's own
-    segment and, if ``causal``, none behind it. A query without any gets a finite value.
+    """Softmax attention of H query heads to J key/value heads.
 
-    ``padded_behind``: see ``Context``.
+    A query attends to the valid keys of its own segment and, if ``options.causal``, to none behind
+    it. A query without any key gets a finite value. ``padded_behind``: see ``Context``.
     """
-    kernel = implementation_for(implementation, query_BLHI.dtype, query_BLHI.shape[-1])
-    if kernel == "cudnn" and causal and padded_behind:
-        valid_BL = None  # what is not valid is behind every query that counts
+    dtype, width = query_BLHI.dtype, query_BLHI.shape[-1]
+    kernel = implementation_for(options.implementation, dtype, width)
+    if kernel == "cudnn" and options.causal and padded_behind:
+        valid_BL = None  # padding is behind every query that counts
     mask_BHLL = None if valid_BL is None else valid_BL[:, None, None, :]
     if segment_BL is not None:
         same_BHLL = segment_BL[:, None, :, None] == segment_BL[:, None, None, :]
         mask_BHLL = same_BHLL if mask_BHLL is None else mask_BHLL & same_BHLL
     if mask_BHLL is not None and kernel == "cudnn":
-        # It takes no mask that is to be broadcast over queries.
+        # cuDNN takes no mask that must be broadcast over queries.
         batch, length = query_BLHI.shape[:2]
         mask_BHLL = jnp.broadcast_to(mask_BHLL, (batch, 1, length, length))
     mixed_BLHI = jax.nn.dot_product_attention(
@@ -70,7 +71,7 @@ def attend(
         key_BLJI,
         value_BLJI,
         mask=mask_BHLL,
-        is_causal=causal,
+        is_causal=options.causal,
         implementation=kernel,
     )
     return checkpoint_name(mixed_BLHI, "attention")
@@ -79,37 +80,20 @@ def attend(
 class Attention(nnx.Module):
     """Grouped-query attention: H query heads share J key/value heads (arXiv 2305.13245).
 
-    ``causal``: a token sees itself and the valid tokens before it, else every valid token; of
-    several segments, its own only. ``theta``: base of the rotary angles; 0 for none.
-    ``implementation``: "xla", "cudnn" (fused, GPU), or "auto" (see ``implementation_for``).
+    A token attends to valid tokens of its own segment only.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        theta: float,
-        implementation: str,
-        causal: bool = True,
-        rngs: nnx.Rngs,
-    ):
-        self.theta, self.implementation, self.causal = theta, implementation, causal
-        query, key_value = (d_model, num_heads * head_dim), (d_model, num_kv_heads * head_dim)
-        self.query_DHI = nnx.Param(
-            fan_in(rngs.params(), query, jnp.float32).reshape(d_model, num_heads, head_dim)
-        )
-        self.key_DJI = nnx.Param(
-            fan_in(rngs.params(), key_value, jnp.float32).reshape(d_model, num_kv_heads, head_dim)
-        )
-        self.value_DJI = nnx.Param(
-            fan_in(rngs.params(), key_value, jnp.float32).reshape(d_model, num_kv_heads, head_dim)
-        )
-        self.out_HID = nnx.Param(
-            fan_in(rngs.params(), query[::-1], jnp.float32).reshape(num_heads, head_dim, d_model)
-        )
+    def __init__(self, d_model: int, options: AttentionOptions, *, rngs: nnx.Rngs):
+        self.options = options
+        heads, kv_heads, width = options.num_heads, options.num_kv_heads, options.width(d_model)
+
+        def drawn(rows: int, columns: int, *shape: int) -> nnx.Param:
+            return nnx.Param(fan_in(rngs.params(), (rows, columns), jnp.float32).reshape(shape))
+
+        self.query_DHI = drawn(d_model, heads * width, d_model, heads, width)
+        self.key_DJI = drawn(d_model, kv_heads * width, d_model, kv_heads, width)
+        self.value_DJI = drawn(d_model, kv_heads * width, d_model, kv_heads, width)
+        self.out_HID = drawn(heads * width, d_model, heads, width, d_model)
 
     def __call__(
         self,
@@ -125,8 +109,7 @@ class Attention(nnx.Module):
             x_BLD = jnp.where(valid_BL[..., None], x_BLD, 0)
         query, key = project(x_BLD, self.query_DHI[...]), project(x_BLD, self.key_DJI[...])
         value = project(x_BLD, self.value_DJI[...])
-        if self.theta:
-            query, key = (rope(x, position_BL, self.theta) for x in (query, key))
-        known = (valid_BL, segment_BL, self.causal, self.implementation, padded_behind)
-        mixed_BLHI = attend(query, key, value, *known)
+        if self.options.rope_theta:
+            query, key = (rope(x, position_BL, self.options.rope_theta) for x in (query, key))
+        mixed_BLHI = attend(query, key, value, valid_BL, segment_BL, self.options, padded_behind)
         return project(mixed_BLHI, self.out_HID[...], contract=2)

@@ -1,4 +1,4 @@
-"""Norm, dense FFN and the matmul they share."""
+"""Norm, dense FFN, their matmul, and the switch between training and evaluation."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,13 +11,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moejax.experts import ffn_one, is_gated
+from moejax.options import FFNOptions
 from moejax.types import ExpertWeights
 
 
 @contextlib.contextmanager
 def own_promotion() -> Iterator[None]:
-    """JAX's standard promotion of types and ranks, whatever the program around asks of its own
-    code. Also a decorator."""
+    """JAX's standard promotion of types and ranks, whatever the surrounding program has set.
+
+    Also a decorator."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -26,10 +28,10 @@ fan_in = nnx.initializers.lecun_normal()
 
 
 class TrainOrEval(nnx.Module):
-    """A module that does one thing in training and another in evaluation.
+    """A module that behaves differently in training and in evaluation.
 
     ``deterministic`` is Flax's switch for such modules: ``model.train()``, ``model.eval()``,
-    ``model.set_attributes`` and ``nnx.view`` set it. The argument ``train`` of a call goes first.
+    ``model.set_attributes`` and ``nnx.view`` set it. The argument ``train`` of a call overrides it.
     """
 
     deterministic: bool = False
@@ -41,14 +43,14 @@ class TrainOrEval(nnx.Module):
 
 
 def is_training(module: TrainOrEval, train: bool | None) -> bool:
-    """The argument ``train`` of a call, or what the module's switch says where it is None.
+    """The argument ``train`` of a call, or the module's switch where it is None.
 
-    No method: ``nnx.tabulate`` traces every public one, and this must be known while tracing.
+    Not a method: ``nnx.tabulate`` traces every public one, and this must be known while tracing.
     """
     if train is not None and not isinstance(train, (bool, np.bool_)):
         raise ValueError(
-            f"train={train!r} must be True, False or None (what module.train() or module.eval() "
-            "said last), and known while tracing"
+            f"train={train!r} must be True, False or None (the mode that module.train() or "
+            "module.eval() set last), and known while tracing"
         )
     return not module.deterministic if train is None else bool(train)
 
@@ -57,7 +59,7 @@ def project(x: Float[Array, "... D"], weight: Array, contract: int = 1) -> Array
     """``x @ weight`` over the last ``contract`` axes of x, computed on 2-D operands.
 
     On XLA:CPU the backward pass of a matmul with several leading axes takes up to 2.3 times as
-    long as that of the same matmul flattened to [tokens, D].
+    long as that of the same matmul on [tokens, D].
     """
     lead, width = x.shape[: x.ndim - contract], weight.shape[contract:]
     rows = 1
@@ -68,7 +70,7 @@ def project(x: Float[Array, "... D"], weight: Array, contract: int = 1) -> Array
 
 
 def masked_mean(x_BLD: Float[Array, "B L D"], valid_BL: Bool[Array, "B L"]) -> Array:
-    """Over valid tokens, float32; 0 without any."""
+    """The mean over valid tokens in float32; 0 without any."""
     total_BD = jnp.sum(jnp.where(valid_BL[..., None], x_BLD.astype(jnp.float32), 0.0), axis=1)
     count_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
     return total_BD / jnp.maximum(count_B, 1.0)[:, None]
@@ -93,17 +95,17 @@ class FFN(nnx.Module):
     def __init__(
         self,
         d_model: int,
-        d_ff: int,
-        activation: str,
+        options: FFNOptions,
         param_dtype: Any = jnp.float32,
         *,
         rngs: nnx.Rngs,
     ):
-        self.activation = activation
-        if is_gated(activation):
-            self.gate_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), param_dtype))
-        self.up_DF = nnx.Param(fan_in(rngs.params(), (d_model, d_ff), param_dtype))
-        self.down_FD = nnx.Param(fan_in(rngs.params(), (d_ff, d_model), param_dtype))
+        self.activation = options.activation
+        wide, narrow = (d_model, options.d_ff), (options.d_ff, d_model)
+        if is_gated(options.activation):
+            self.gate_DF = nnx.Param(fan_in(rngs.params(), wide, param_dtype))
+        self.up_DF = nnx.Param(fan_in(rngs.params(), wide, param_dtype))
+        self.down_FD = nnx.Param(fan_in(rngs.params(), narrow, param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate_DF = self.gate_DF[...] if is_gated(self.activation) else None

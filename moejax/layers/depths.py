@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,16 @@ from moejax.dispatch import pack
 from moejax.gating.ops import router_logits
 from moejax.layers.basic import TrainOrEval, fan_in, is_training
 from moejax.mesh import group_local
-from moejax.types import Context, DepthsConfig
+from moejax.options import DepthsOptions
+from moejax.types import Context, LayerAux
 
 
 class Chosen(NamedTuple):
-    """The tokens that pass through, in both directions.
+    """The tokens that pass through a routed block, as indices in both directions.
 
-    ``index_BC``: their places in the sequence, ascending, then places of others. ``valid_BC``:
-    whether it is one of them; a sequence that has room for fewer than C has padding behind.
-    ``slot_BL``: a token's place among the chosen, C where it has none.
+    ``index_BC``: their positions in the sequence, ascending, then positions of other tokens.
+    ``valid_BC``: False for those others, which fill up a sequence with fewer than C chosen tokens.
+    ``slot_BL``: a token's index among the chosen, C for tokens that are not chosen.
     """
 
     index_BC: Int[Array, "B C"]
@@ -35,16 +36,16 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    score_BL: Float[Array, "B L"], valid_BL: Bool[Array, "B L"], config: DepthsConfig
+    score_BL: Float[Array, "B L"], valid_BL: Bool[Array, "B L"], options: DepthsOptions
 ) -> Chosen:
-    """The valid tokens of each sequence with the best scores; of equals the earlier.
+    """The valid tokens of each sequence with the best scores; ties go to the earlier token.
 
-    As many as there is room for: by how many tokens a sequence has, padding not counted.
+    Their number depends on the number of valid tokens of the sequence.
     """
     length = valid_BL.shape[1]
-    count = config.chosen(length)
-    # By a table: in float32 the product with the capacity would be rounded.
-    room_N = jnp.asarray([0, *(config.chosen(n + 1) for n in range(length))], jnp.int32)
+    count = options.chosen(length)
+    # A table, since the product with the capacity would be rounded in float32.
+    room_N = jnp.asarray([0, *(options.chosen(n + 1) for n in range(length))], jnp.int32)
     room_B1 = room_N[jnp.sum(valid_BL, axis=1, dtype=jnp.int32)][:, None]
     best_BC = jax.lax.top_k(jnp.where(valid_BL, score_BL, -jnp.inf), count)[1]
     key_BC = jnp.sort(jnp.where(jnp.arange(count) < room_B1, best_BC, best_BC + length), axis=-1)
@@ -84,27 +85,27 @@ class Depths(TrainOrEval):
        r_t = w \cdot x_t, \qquad
        y_t = \begin{cases} x_t + r_t f(x)_t & t \in S \\ x_t & \text{otherwise} \end{cases}
 
-    f is what the block adds to its input (attention and feed-forward), computed among the tokens of
-    S only, at their positions in the sequence. In training S are, of a sequence's n valid tokens,
-    the ceil(capacity n) with the largest r. That depends on later tokens, so evaluation predicts
-    per token whether it would be in S:
+    f is the change that the block adds to its input (attention and feed-forward), computed among
+    the tokens of S only, at their positions in the sequence. In training, S holds the
+    ceil(capacity n) tokens with the largest r among the n valid tokens of a sequence. That depends
+    on later tokens, so evaluation predicts for each token whether it would be in S:
 
     * predictor "mlp": sigmoid(MLP(stop_gradient(x))) > 1/2;
     * predictor "router": sigmoid(r) > 1/2,
 
     each trained by the binary cross-entropy to the membership in S, which in the second case also
-    moves w and x. Evaluation is exact, not cheaper: the block runs on all tokens, those outside S
-    masked as attention keys and, for experts, as padding.
+    moves w and x. Evaluation is exact, not cheaper: the block runs on all tokens; those outside S
+    are masked as attention keys, and are padding to experts.
 
     Reference: Raposo, Ritter, Richards, Lillicrap, Humphreys, Santoro, "Mixture-of-Depths",
-    arXiv 2404.02258. Chosen here: r starts with variance 1 for tokens of unit mean square, and the
+    arXiv 2404.02258. Our choices: r starts with variance 1 for tokens of unit mean square, and the
     MLP has one hidden layer (GELU) of d_model / 4 units, at least 8.
     """
 
-    def __init__(self, d_model: int, config: DepthsConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, d_model: int, options: DepthsOptions, *, rngs: nnx.Rngs):
+        self.options = options
         params = {"weight_D": fan_in(rngs.params(), (d_model, 1), jnp.float32)[:, 0]}
-        if config.predictor == "mlp":
+        if options.predictor == "mlp":
             hidden = max(d_model // 4, 8)
             params |= {
                 "hidden_DF": fan_in(rngs.params(), (d_model, hidden), jnp.float32),
@@ -119,15 +120,14 @@ class Depths(TrainOrEval):
         x_BLD: Float[Array, "B L D"],
         context: Context,
         train: bool | None,
-        change: Callable[[Array, Context], tuple[Array, Any]],
-    ) -> tuple[Array, Any, dict[str, Array], dict[str, Array]]:
-        """``change(x, context)`` is f and whatever else the block says. Returns the output, what
-        else the block said, losses and means by name."""
+        change: Callable[[Array, Context], tuple[Array, LayerAux]],
+    ) -> tuple[Array, LayerAux]:
+        """The output, and the report of ``change(x, context)``, which is f, with the router's."""
         train = is_training(self, train)
         with jax.named_scope("router"):
             # Padding may hold anything, and must not reach a gradient.
             score_BL, logit_BL = self._scores(jnp.where(context.valid_BL[..., None], x_BLD, 0))
-            chosen = group_local(lambda score, valid: choose(score, valid, self.config))(
+            chosen = group_local(lambda score, valid: choose(score, valid, self.options))(
                 score_BL, context.valid_BL
             )
             chosen = Chosen(*checkpoint_name(tuple(chosen), "routing"))
@@ -135,23 +135,25 @@ class Depths(TrainOrEval):
         if train:
             with jax.named_scope("pack"):
                 x_BCD = group_local(_take)(x_BLD, chosen)
-            f_BCD, said = change(x_BCD, _context_of(context, chosen))
+            f_BCD, aux = change(x_BCD, _context_of(context, chosen))
             with jax.named_scope("unpack"):
                 f_BLD = group_local(_put_back)(f_BCD, chosen)
         else:
-            # Those that stay behind are padding between valid tokens.
+            # Tokens outside S are padding between valid tokens.
             through = dataclasses.replace(context, valid_BL=through_BL, padded_behind=False)
-            f_BLD, said = change(x_BLD, through)
+            f_BLD, aux = change(x_BLD, through)
             f_BLD = jnp.where(through_BL[..., None], f_BLD, 0)
         y_BLD = x_BLD + (score_BL[..., None] * f_BLD).astype(x_BLD.dtype)
-        losses, means = _report(logit_BL, chosen.member_BL, through_BL, context.valid_BL)
-        return y_BLD, said, losses, means
+        report = _report(logit_BL, chosen.member_BL, through_BL, context.valid_BL)
+        if aux.stats is not None:
+            report.means["mod/to_experts"] = report.means["mod/selected"]
+        return y_BLD, aux.joined(report)
 
     def _scores(self, x_BLD: Array) -> tuple[Array, Array]:
-        """r, and the logit of the prediction."""
+        """The router's scores r, and the logits of the prediction."""
         params = self.router
         score_BL = router_logits(x_BLD, params["weight_D"][...][:, None])[..., 0]
-        if self.config.predictor == "router":
+        if self.options.predictor == "router":
             return score_BL, score_BL
         hidden_BLF = router_logits(jax.lax.stop_gradient(x_BLD), params["hidden_DF"][...])
         hidden_BLF = jax.nn.gelu(hidden_BLF + params["hidden_bias_F"][...])
@@ -160,7 +162,7 @@ class Depths(TrainOrEval):
 
 
 def _context_of(context: Context, chosen: Chosen) -> Context:
-    """What is known of the chosen tokens."""
+    """The context of the chosen tokens."""
     names = ["token_BL", "position_BL"]
     names += ["segment_BL"] if context.segment_BL is not None else []
 
@@ -172,10 +174,8 @@ def _context_of(context: Context, chosen: Chosen) -> Context:
     return dataclasses.replace(context, **known, valid_BL=chosen.valid_BC, padded_behind=True)
 
 
-def _report(
-    logit_BL: Array, member_BL: Array, through_BL: Array, valid_BL: Array
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The predictor's loss; the share of tokens that went through, and of right predictions."""
+def _report(logit_BL: Array, member_BL: Array, through_BL: Array, valid_BL: Array) -> LayerAux:
+    """The predictor's loss; the shares of tokens that went through and of right predictions."""
 
     def mean(value_BL: Array) -> Array:
         total = jnp.sum(jnp.where(valid_BL, value_BL, 0.0))
@@ -183,7 +183,10 @@ def _report(
 
     nats_BL = -jax.nn.log_sigmoid(jnp.where(member_BL, logit_BL, -logit_BL))
     right_BL = (logit_BL > 0) == member_BL
-    return {"mod_predictor": mean(nats_BL)}, {
-        "mod/selected": mean(through_BL.astype(jnp.float32)),
-        "mod/agreement": mean(right_BL.astype(jnp.float32)),
-    }
+    return LayerAux(
+        losses={"mod_predictor": mean(nats_BL)},
+        means={
+            "mod/selected": mean(through_BL.astype(jnp.float32)),
+            "mod/agreement": mean(right_BL.astype(jnp.float32)),
+        },
+    )

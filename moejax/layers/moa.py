@@ -1,4 +1,4 @@
-"""Mixture of Attention heads: every token is attended to by the k heads its router picks."""
+"""Mixture of Attention heads: each token uses the k attention heads that its router picks."""
 
 import dataclasses
 
@@ -9,12 +9,13 @@ from jaxtyping import Array, Float
 
 from moejax import losses
 from moejax.dispatch.heads import from_heads, to_heads
-from moejax.gating import TopK
 from moejax.gating.ops import imbalance
+from moejax.gating.top_k import TopK
 from moejax.layers.attention import attend, rope
 from moejax.layers.basic import TrainOrEval, fan_in, is_training, project
 from moejax.layers.moe import expert_init
-from moejax.types import Context, GateOutput, GateSpec, Routing
+from moejax.options import AttentionOptions, HeadsOptions
+from moejax.types import Context, GateOutput, GateSpec, LayerAux, Routing
 
 
 class MixtureOfHeads(TrainOrEval):
@@ -25,38 +26,25 @@ class MixtureOfHeads(TrainOrEval):
        w_i = \frac{p_i}{\operatorname{stopgrad}(\sum_{j \in S} p_j)}, \quad
        y_t = \sum_{i \in S} w_i \operatorname{Att}(x_t W^q_i, K, V) W^o_i
 
-    Only k queries of a token are computed. Nothing is dropped: a token sees what attention lets it
-    see, nothing else. Every device has all heads for its own tokens; along ``tensor`` they compute
-    the same. Balance and z-loss are those of `moejax.losses`, the former per sequence.
+    Only k queries of a token are computed, and nothing is dropped. A token sees the tokens that
+    attention lets it see. Every device has all heads for its own tokens; devices along ``tensor``
+    compute the same. Balance loss (per sequence) and z-loss are those of `moejax.losses`.
 
     References: Zhang, Shen, Huang, Zhou, Rong, Xiong, "Mixture of Attention Heads", arXiv
-    2210.05144; the stopped gradient of the denominator as recalled from it (their released code has
-    the division commented out). Left out: noise on the router's logits. The router starts as
-    `moejax.gating.TopK`'s, theirs at zero.
-
-    Raises:
-      ValueError: k heads cannot be chosen from E.
+    2210.05144. The stopped gradient of the denominator is recalled from the paper; in the released
+    code the division is commented out. Deviations: no noise on the router's logits; the router
+    starts like that of `moejax.gating.TopK`, theirs at zero.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        num_experts: int,
-        k: int,
-        head_dim: int,
-        *,
-        theta: float,
-        implementation: str,
-        causal: bool = True,
-        rngs: nnx.Rngs,
+        self, d_model: int, options: HeadsOptions, attention: AttentionOptions, *, rngs: nnx.Rngs
     ):
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"moa_k={k} must lie between 1 and moa_experts={num_experts}")
-        self.num_experts, self.theta, self.causal = num_experts, theta, causal
-        self.implementation, self.gate = implementation, TopK(k=k, renormalize=False)
-        params = self.gate.init(rngs.params(), GateSpec(d_model, num_experts))
+        self.options, self.attention = options, attention
+        experts, width = options.experts, attention.width(d_model)
+        self.gate = TopK(k=options.k, renormalize=False)
+        params = self.gate.init(rngs.params(), GateSpec(d_model, experts))
         self.router = nnx.data(jax.tree.map(nnx.Param, params))
-        wide, narrow = (num_experts, d_model, head_dim), (num_experts, head_dim, d_model)
+        wide, narrow = (experts, d_model, width), (experts, width, d_model)
         self.query_EDI = nnx.Param(expert_init(rngs.params(), wide, jnp.float32))
         self.key_DI = nnx.Param(fan_in(rngs.params(), wide[1:], jnp.float32))
         self.value_DI = nnx.Param(fan_in(rngs.params(), wide[1:], jnp.float32))
@@ -67,8 +55,7 @@ class MixtureOfHeads(TrainOrEval):
         x_BLD: Float[Array, "B L D"],
         context: Context,
         train: bool | None = None,
-    ) -> tuple[Float[Array, "B L D"], dict[str, Array], dict[str, Array]]:
-        """Output, losses and means by name."""
+    ) -> tuple[Float[Array, "B L D"], LayerAux]:
         # Padding may hold anything, and must reach neither a gradient nor a sum of values.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         with jax.named_scope("router"):
@@ -77,13 +64,13 @@ class MixtureOfHeads(TrainOrEval):
         query = to_heads(x_BLD, routing, self.query_EDI[...])
         key = project(x_BLD, self.key_DI[...])[:, :, None]
         value = project(x_BLD, self.value_DI[...])[:, :, None]
-        if self.theta:
-            query, key = (rope(x, context.position_BL, self.theta) for x in (query, key))
-        known = (context.valid_BL, context.segment_BL, self.causal, self.implementation)
-        mixed_BLKI = attend(query, key, value, *known, context.padded_behind)
+        if theta := self.attention.rope_theta:
+            query, key = (rope(x, context.position_BL, theta) for x in (query, key))
+        known = (context.valid_BL, context.segment_BL, self.attention, context.padded_behind)
+        mixed_BLKI = attend(query, key, value, *known)
         y_BLD = from_heads(mixed_BLKI, routing, self.out_EID[...])
         with jax.named_scope("router"):
-            return y_BLD, *self._report(output, context)
+            return y_BLD, self._report(output, context)
 
     def _route(self, x_BLD: Array, context: Context, train: bool) -> GateOutput:
         params = jax.tree.map(
@@ -96,13 +83,14 @@ class MixtureOfHeads(TrainOrEval):
         routing = Routing(output.routing.expert_GTK, weight_BLK)
         return dataclasses.replace(output, routing=routing)
 
-    def _report(
-        self, output: GateOutput, context: Context
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+    def _report(self, output: GateOutput, context: Context) -> LayerAux:
         routing, stats, valid_BL = output.routing, output.stats, context.valid_BL
-        load_BE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, self.num_experts)
+        load_BE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, self.options.experts)
         worst = imbalance(jnp.sum(load_BE, axis=0)[None, None])[0]
-        return {
-            "moa_load_balance": losses.load_balance(load_BE, stats.probs_GTE, valid_BL),
-            "moa_z": losses.z_loss(stats.logits_GTE, valid_BL),
-        }, {"moa/max_vio": worst}
+        return LayerAux(
+            losses={
+                "moa_load_balance": losses.load_balance(load_BE, stats.probs_GTE, valid_BL),
+                "moa_z": losses.z_loss(stats.logits_GTE, valid_BL),
+            },
+            means={"moa/max_vio": worst},
+        )

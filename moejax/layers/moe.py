@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax import gating
-from moejax.dispatch import dispatch, mix
+from moejax.dispatch import check_options
+from moejax.dispatch.api import dispatch, mix
 from moejax.dispatch.reroute import reroute
-from moejax.experts import ACTIVATIONS, is_gated
+from moejax.experts import is_gated
 from moejax.gating.ops import group_mean, router_logits, row_noise
 from moejax.layers.arguments import (
     check_context,
@@ -30,8 +31,15 @@ from moejax.layers.arguments import (
 from moejax.layers.basic import FFN, TrainOrEval, is_training, own_promotion
 from moejax.layers.routing_stats import layer_info, of_training
 from moejax.mesh import constrain, group_local
+from moejax.options import (
+    DispatchOptions,
+    FFNOptions,
+    MoEOptions,
+    Options,
+    option_fields,
+    renamed,
+)
 from moejax.types import (
-    SCOPES,
     Context,
     ExpertWeights,
     Gate,
@@ -39,12 +47,12 @@ from moejax.types import (
     GateOutput,
     GateSpec,
     GateState,
-    KnowsRows,
-    MoEConfig,
+    GateTraits,
     MoEOutput,
     MoEStats,
     Priority,
     Routing,
+    SlotRules,
     Transport,
 )
 
@@ -56,127 +64,41 @@ PRIORITY_NOISE = 2**31 - 1
 """Keeps the draws of priority "random" apart from a gate's own."""
 
 
-DEFAULTS = {
-    "transport": "cells",
-    "capacity_factor": 1.25,
-    "eval_transport": "dropless",
-    "eval_capacity_factor": 1.25,
-    "priority": "position",
-    "group": "sequence",
-    "num_shared": 0,
-    "shared_gate": False,
-    "residual": False,
-    "balance_scope": "sequence",
-}
-"""What an argument is that is neither given nor set by the preset that ``gate`` names."""
+class MoELayer(TrainOrEval):
+    """A mixture-of-experts layer from its options; ``MoE`` is the same from keyword arguments.
 
-OF_PRESET = {"num_shared": "shared_experts"}
-"""Arguments that ``moejax.gating.preset_overrides`` knows by another name."""
-
-
-class MoE(TrainOrEval):
-    """A sparse feed-forward layer for any Flax NNX model, with or without a mesh.
-
-    ``y, info = layer(x_BLD)``: each token visits the experts its gate picks. Under
-    ``jax.set_mesh`` tokens are split over the axes (data, fsdp, expert), experts over ``expert``
-    and hidden widths over ``tensor``; results do not depend on the split. ``layer.eval()`` and
-    ``layer.train()`` switch it as they switch dropout.
-
-    Args:
-      d_model, d_ff: width of the tokens and of one expert's hidden layer.
-      num_experts: experts E, a multiple of the mesh's ``expert`` axis.
-      gate: the gating function: ``moejax.gating.make(...)``, your own, or a name such as "mixtral".
-        A name sets the arguments below as the published model has them
-        (``moejax.gating.preset_overrides``), where you do not give them.
-      transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token goes once to each
-        device that has experts of it), "gather" or "all_experts"; the same five for
-        ``eval_transport``, used in evaluation. Gates that mix (Soft MoE) use none.
-      capacity_factor: slots per expert over the mean number of pairs ("cells" only).
-      priority: who stays when an expert is full: "position", "choice", "gate" or "random".
-      reroute: how often a pair that finds an expert full tries its token's next-best ("cells").
-      group: tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
-      balance_scope: balance losses per "sequence", "group" or "batch".
-      num_shared: experts every token visits, computed as one FFN of width num_shared * d_ff.
-      shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
-      residual: weigh routed and shared experts by the two values of softmax(x W + b) (DeepSpeed's
-        residual MoE: Rajbhandari et al., arXiv 2201.05596); without, they are added up.
-      num_tasks: tasks that ``Context.task_B`` tells apart, for gates with parameters per task.
-        With more than one, statistics count pairs by task.
-      entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
-      dtype: of the experts' computation and of the output, float32 or bfloat16; None is that of the
-        input. The router computes in float32, on the input as it is given.
-      param_dtype: of the experts' parameters, shared ones too. Those of the router are float32.
+    ``layer``: the layer's number in its model, which some gates initialise by.
 
     Raises:
-      ValueError: a choice that cannot work, naming field, value and remedy.
-      UserError: a name of a gate that is unknown.
+      ValueError: options that do not fit each other or the gate, naming field, value and remedy.
     """
 
-    @own_promotion()
     def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        num_experts: int,
-        *,
-        gate: Gate | str,
-        transport: Transport | None = None,
-        capacity_factor: float | None = None,
-        eval_transport: Transport | None = None,
-        eval_capacity_factor: float | None = None,
-        priority: Priority | None = None,
-        group: str | int | None = None,
-        reroute: int = 0,
-        activation: str = "swiglu",
-        num_shared: int | None = None,
-        shared_gate: bool | None = None,
-        residual: bool | None = None,
-        balance_scope: str | None = None,
-        vocab_size: int = 0,
-        num_tasks: int = 1,
-        entropy_floors: tuple[float, ...] = (),
-        layer: int | Array = 0,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
+        self, d_model: int, options: MoEOptions, layer: int | Array = 0, *, rngs: nnx.Rngs
     ):
-        given = {name: value for name, value in locals().items() if name in DEFAULTS}
-        gate, chosen = _with_preset(gate, given)
-        check_sizes(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts, num_tasks=num_tasks)
-        check_sizes(0, num_shared=chosen["num_shared"], reroute=reroute, vocab_size=vocab_size)
-        check_rngs(rngs)
-        shared = (
-            chosen.pop("num_shared") * d_ff,
-            chosen.pop("shared_gate"),
-            chosen.pop("residual"),
-        )
-        self.balance_scope: str = chosen.pop("balance_scope")
-        self.config = MoEConfig(num_experts=num_experts, reroute=reroute, **chosen)
-        for field, value, valid in (
-            ("activation", activation, ACTIVATIONS),
-            ("balance_scope", self.balance_scope, SCOPES),
-        ):
-            if value not in valid:
-                raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(valid)}")
-        if entropy_floors and len(entropy_floors) != num_tasks:
-            raise ValueError(
-                f"entropy_floors={entropy_floors} must have one number for each of num_tasks="
-                f"{num_tasks} tasks, or none"
-            )
-        gate.check(num_experts, train=False)
-        self.entropy_floors = entropy_floors
-        self.gate, self.activation = gate, activation
-        self.d_model, self.vocab_size, self.num_tasks = d_model, vocab_size, num_tasks
-        self.dtype = None if dtype is None else checked_dtype("dtype", dtype)
-        self.param_dtype = checked_dtype("param_dtype", param_dtype)
-        params = gate.init(rngs.params(), self._spec(layer))
+        options.check()
+        options.gate.check(options.config.num_experts, train=False)
+        self.options, self.gate, self.config = options, options.gate, options.config
+        self.d_model = d_model
+        params = self.gate.init(rngs.params(), self._spec(layer))
         self.router = nnx.data(jax.tree.map(nnx.Param, params))
-        wide, narrow = (num_experts, d_model, d_ff), (num_experts, d_ff, d_model)
-        if is_gated(activation):
-            self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, self.param_dtype))
-        self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, self.param_dtype))
-        self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, self.param_dtype))
-        self._build_shared(d_model, *shared, rngs)
+        experts, d_ff, dtype = self.config.num_experts, options.d_ff, jnp.dtype(options.param_dtype)
+        wide, narrow = (experts, d_model, d_ff), (experts, d_ff, d_model)
+        if is_gated(options.activation):
+            self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, dtype))
+        self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, dtype))
+        self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, dtype))
+        sizes = FFNOptions(
+            d_ff=max(options.shared_experts, 1) * d_ff, activation=options.activation
+        )
+        self.shared = FFN(d_model, sizes, dtype, rngs=rngs) if options.shared_experts else None
+        if options.shared_gate:
+            self.shared_gate_D = nnx.Param(nnx.initializers.zeros(rngs.params(), (d_model,)))
+        if options.residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
+            limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
+            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), jnp.float32, **limits)
+            self.residual_DN = nnx.Param(drawn[:-1])
+            self.residual_bias_N = nnx.Param(drawn[-1])
 
     @own_promotion()
     def __call__(
@@ -188,12 +110,13 @@ class MoE(TrainOrEval):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> MoEOutput:
-        """Routes, computes and adds up; ``info`` has losses, statistics and the routing used.
+        """Routes the tokens to their experts and adds up the outputs.
 
-        The output holds no residual: add it to ``x_BLD`` yourself. ``gate_state`` defaults to the
-        initial state; it is read, never written (see ``update_gate_state``). ``train`` defaults to
-        what ``layer.train()`` or ``layer.eval()`` said last, and to training. ``rngs``: where gates
-        that draw get their key from (stream "gate", or "default"), if the context has none.
+        ``info`` has the losses, the statistics and the routing. The output holds no residual: add
+        it to ``x_BLD`` yourself. ``gate_state`` defaults to the initial state; it is read, never
+        written (see ``update_gate_state``). ``train`` defaults to the last ``layer.train()`` or
+        ``layer.eval()``, and to training. ``rngs``: the source of the key for gates that draw
+        noise (stream "gate", or "default"), if the context has none.
 
         Raises:
           ValueError: an argument whose shape, type or structure does not fit, in one line.
@@ -222,13 +145,13 @@ class MoE(TrainOrEval):
         x_GTD = x_BLD.reshape(batch // rows, rows * length, -1)
         with jax.named_scope("router"):
             output = self.gate(self._gate_params(), state, x_GTD, gate_context)
-        if self.dtype is not None:
-            x_BLD, x_GTD = x_BLD.astype(self.dtype), x_GTD.astype(self.dtype)
+        if (dtype := self.options.dtype) is not None:
+            x_BLD, x_GTD = x_BLD.astype(dtype), x_GTD.astype(dtype)
         if output.mixing is None:
-            y_GTD, kept_GTK, sent = self._dispatch(x_BLD, x_GTD, output, gate_context)
+            y_GTD, kept_GTK, routing, moved = self._dispatch(x_BLD, x_GTD, output, gate_context)
         else:
-            y_GTD = mix(x_GTD, output.mixing, self.expert_weights(), self.activation)
-            kept_GTK, sent = output.routing.weight_GTK > 0, output
+            y_GTD = mix(x_GTD, output.mixing, self.expert_weights(), self.options.activation)
+            kept_GTK, routing, moved = output.routing.weight_GTK > 0, output.routing, {}
         if output.identity_weight_GT is not None:
             y_GTD += (output.identity_weight_GT[..., None] * x_GTD).astype(y_GTD.dtype)
         y_BLD = y_GTD.reshape(x_BLD.shape)
@@ -236,19 +159,13 @@ class MoE(TrainOrEval):
             with jax.named_scope("ffn"):
                 y_BLD = self._with_shared(x_BLD, y_BLD)
         with jax.named_scope("router"):
-            # Losses and counts are of what the gate chose: rerouting must not hide an imbalance.
-            chosen = dataclasses.replace(sent, routing=output.routing)
-            info = layer_info(
-                chosen, kept_GTK, context, self.balance_scope, self.num_tasks, self.entropy_floors
-            )
-            stats = dataclasses.replace(info.stats, train=train)
-            info = info._replace(routing=sent.routing, stats=stats)
+            info = layer_info(output, routing, kept_GTK, context, self.options, train, moved)
         return MoEOutput(constrain(y_BLD, ("data", "fsdp", "expert")), info)
 
     def _of_nothing(
         self, x_BLD: Array, context: Context | None, gate_state: GateState | None, train: bool
     ) -> MoEOutput:
-        """An empty batch: its empty output, and what the layer says of a group of padding."""
+        """The empty output of an empty batch, with the info of a group of padding."""
         batch, length, width = x_BLD.shape
         shape = (max(batch, self.config.rows_per_group(1)), max(length, 1))
         known = {} if context is None else {"key": context.key, "step": context.step}
@@ -256,29 +173,6 @@ class MoE(TrainOrEval):
         padding = Context.of(*shape, token_BL=ids_BL, valid_BL=jnp.zeros(shape, bool), **known)
         y_BLD, info = self(jnp.zeros((*shape, width), x_BLD.dtype), padding, gate_state, train)
         return MoEOutput(y_BLD[:batch, :length], info)
-
-    def _build_shared(
-        self, d_model: int, d_ff: int, shared_gate: bool, residual: bool, rngs: nnx.Rngs
-    ) -> None:
-        """The shared experts, one FFN of width ``d_ff`` (0: none), and what weighs them."""
-        dtype = self.param_dtype
-        self.shared = FFN(d_model, d_ff, self.activation, dtype, rngs=rngs) if d_ff else None
-        if shared_gate and not d_ff:
-            raise ValueError("shared_gate=True weighs shared experts; set num_shared, or False")
-        self.shared_gate = shared_gate
-        if shared_gate:
-            self.shared_gate_D = nnx.Param(nnx.initializers.zeros(rngs.params(), (d_model,)))
-        if residual and (shared_gate or not d_ff):
-            raise ValueError(
-                "residual=True weighs routed against shared experts: it needs num_shared > 0 and "
-                "shared_gate=False"
-            )
-        self.residual = residual
-        if residual:  # as torch.nn.Linear(d_model, 2) starts in DeepSpeed
-            limits = {"minval": -(d_model**-0.5), "maxval": d_model**-0.5}
-            drawn = jax.random.uniform(rngs.params(), (d_model + 1, 2), jnp.float32, **limits)
-            self.residual_DN = nnx.Param(drawn[:-1])
-            self.residual_bias_N = nnx.Param(drawn[-1])
 
     @own_promotion()
     def init_gate_state(
@@ -290,29 +184,34 @@ class MoE(TrainOrEval):
 
     @own_promotion()
     def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
-        """The state after an optimizer step that saw ``stats`` (summed over micro-batches).
+        """The state after an optimizer step with ``stats`` (summed over micro-batches).
 
-        Raises ValueError if they are an evaluation's."""
+        Raises:
+          ValueError: the statistics of an evaluation, which moves no gate's state.
+        """
         return self.gate.update(state, of_training(stats))
 
     def _checked_state(self, given: GateState | None) -> GateState:
-        """The state as given, or that before the first step."""
+        """The given state, or the initial one."""
         if given is None:
             return self.init_gate_state()
-        if not isinstance(self.gate, KnowsRows):  # whose state is as large as what it read
-            counts = functools.partial(np.zeros, self.vocab_size, np.int64)
+        # The state of a recorded routing is as large as its file: it is not made a second time.
+        if GateTraits.of(self.gate).check_rows is None:
+            counts = functools.partial(np.zeros, self.options.vocab_size, np.int64)
             wanted = jax.eval_shape(lambda: self.init_gate_state(token_counts=counts))
             check_gate_state(given, wanted, type(self.gate).__name__)
         return given
 
     def expert_weights(self) -> ExpertWeights:
         """The experts' stacked weights."""
-        gate_EDF = self.gate_EDF[...] if is_gated(self.activation) else None
+        gate_EDF = self.gate_EDF[...] if is_gated(self.options.activation) else None
         return ExpertWeights(gate_EDF, self.up_EDF[...], self.down_EFD[...])
 
     def _spec(self, layer: int | Array) -> GateSpec:
-        num_experts = self.config.num_experts
-        return GateSpec(self.d_model, num_experts, self.vocab_size, layer, self.num_tasks)
+        options = self.options
+        return GateSpec(
+            self.d_model, self.config.num_experts, options.vocab_size, layer, options.num_tasks
+        )
 
     def _gate_params(self) -> Any:
         return jax.tree.map(
@@ -320,7 +219,7 @@ class MoE(TrainOrEval):
         )
 
     def _with_shared(self, x_BLD: Array, routed_BLD: Array) -> Array:
-        if not self.residual:
+        if not self.options.residual:
             return routed_BLD + self._shared_output(x_BLD)
         logits_BLN = router_logits(x_BLD, self.residual_DN[...]) + self.residual_bias_N[...]
         routed, shared = jnp.split(jax.nn.softmax(logits_BLN, axis=-1), 2, axis=-1)
@@ -330,80 +229,174 @@ class MoE(TrainOrEval):
     def _shared_output(self, x_BLD: Array) -> Array:
         assert self.shared is not None
         y_BLD = self.shared(x_BLD)
-        if not self.shared_gate:
+        if not self.options.shared_gate:
             return y_BLD
         score_BL1 = router_logits(x_BLD, self.shared_gate_D[..., None])
         return (jax.nn.sigmoid(score_BL1) * y_BLD).astype(y_BLD.dtype)
 
     def _dispatch(
         self, x_BLD: Array, x_GTD: Array, output: GateOutput, context: GateContext
-    ) -> tuple[Array, Array, GateOutput]:
-        """Output, pairs that found room, and the gate's output with the routing that was sent."""
+    ) -> tuple[Array, Array, Routing, dict[str, Array]]:
+        """Output, pairs that found room, the routing after rerouting, and the means of that."""
         config = self.config
         transport = config.transport if context.train else config.eval_transport
-        factor = config.capacity_factor if context.train else config.eval_capacity_factor
-        score_GT = self._priority_score(output.routing, context, transport)
-        tokens, columns = x_GTD.shape[1], output.routing.expert_GTK.shape[-1]
-        capacity = self.gate.capacity(tokens, config.num_experts, factor)
-        if transport == "cells" and config.reroute:
-            output = self._reroute(output, score_GT, capacity, context.valid_GT)
-        routing = output.routing
-        if transport != "cells":
-            # Without capacity groups mean nothing: sequences spread over the mesh more finely.
+        rules, capacity = transport.slot_rules, 0
+        routing, moved = output.routing, {}
+        score_GT = priority_score(routing, context, rules)
+        tokens, columns = x_GTD.shape[1], routing.expert_GTK.shape[-1]
+        if rules is not None:
+            factor = rules.capacity_factor
+            capacity = self.gate.capacity(tokens, config.num_experts, factor)
+            if rules.reroute:
+                routing, moved = _rerouted(output, score_GT, capacity, rules, context.valid_GT)
+        sent = routing
+        if rules is None:
+            # Groups matter to slots alone: without, sequences spread over the mesh more finely.
             shape = x_BLD.shape[:2]
             x_GTD, score_GT = x_BLD, score_GT.reshape(shape)
-            routing = jax.tree.map(lambda a: a.reshape(*shape, columns), routing)
+            sent = jax.tree.map(lambda a: a.reshape(*shape, columns), routing)
         y, kept = dispatch(
             x_GTD,
-            routing,
+            sent,
             score_GT,
             self.expert_weights(),
             transport=transport,
-            activation=self.activation,
+            activation=self.options.activation,
             capacity=capacity,
-            priority=config.priority,
         )
         y_GTD = y.reshape(-1, tokens, x_BLD.shape[-1])
-        return y_GTD, kept.reshape(-1, tokens, columns), output
+        return y_GTD, kept.reshape(-1, tokens, columns), routing, moved
 
-    def _reroute(
-        self, output: GateOutput, score_GT: Array, capacity: int, valid_GT: Array
-    ) -> GateOutput:
-        before, choices = output.routing, self.config
-        move = functools.partial(
-            reroute, capacity=capacity, priority=choices.priority, rounds=choices.reroute
-        )
-        after = Routing(
-            *group_local(move)(
-                before.expert_GTK, before.weight_GTK, output.stats.probs_GTE, score_GT
+
+def _rerouted(
+    output: GateOutput, score_GT: Array, capacity: int, rules: SlotRules, valid_GT: Array
+) -> tuple[Routing, dict[str, Array]]:
+    """The routing with overflowing pairs moved, and their number per token, by group."""
+    before = output.routing
+    move = functools.partial(
+        reroute, capacity=capacity, priority=rules.priority, rounds=rules.reroute
+    )
+    after = Routing(
+        *group_local(move)(before.expert_GTK, before.weight_GTK, output.stats.probs_GTE, score_GT)
+    )
+    moved_GT = jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1).astype(jnp.float32)
+    return after, {"rerouted": group_mean(moved_GT, valid_GT)}
+
+
+def priority_score(routing: Routing, context: GateContext, rules: SlotRules | None) -> Array:
+    """Higher is served earlier; used with slots and priorities "gate" and "random" only."""
+    if rules is not None and rules.draws_score:
+        return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
+    return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
+
+
+class MoE(MoELayer):
+    """A sparse feed-forward layer for any Flax NNX model, with or without a mesh.
+
+    ``y, info = layer(x_BLD)``: each token visits the experts its gate picks. Under
+    ``jax.set_mesh`` tokens are split over the axes (data, fsdp, expert), experts over ``expert``
+    and hidden widths over ``tensor``; results do not depend on the split. ``layer.eval()`` and
+    ``layer.train()`` switch it as they switch dropout.
+
+    Args:
+      d_model, d_ff: width of the tokens and of one expert's hidden layer.
+      num_experts: experts E, a multiple of the mesh's ``expert`` axis.
+      gate: the gating function: ``moejax.gating.make(...)``, your own, or a name such as "mixtral".
+        A name sets the arguments below as the published model has them
+        (``moejax.gating.preset_overrides``), where you do not give them.
+      transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token is sent once to
+        each device that has experts of it), "gather" or "all_experts", or a value with its own
+        options, such as ``moejax.dispatch.Cells(capacity_factor=2.0)``. ``eval_transport`` is the
+        same for evaluation. Gates that mix (Soft MoE) use no transport.
+      capacity_factor: slots per expert over the mean number of pairs ("cells" only).
+      priority: which pairs stay when an expert is full: "position", "choice", "gate" or "random".
+      reroute: how often an overflowing pair tries its token's next-best expert ("cells" only).
+      group: the tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
+      balance_scope: balance losses per "sequence", "group" or "batch".
+      num_shared: experts that every token visits, computed as one FFN of width num_shared * d_ff.
+      shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
+      residual: weigh routed and shared experts by the two values of softmax(x W + b) (DeepSpeed's
+        residual MoE: Rajbhandari et al., arXiv 2201.05596) instead of adding them up.
+      num_tasks: the tasks of ``Context.task_B``, for gates with parameters per task. With more
+        than one, statistics count pairs per task.
+      entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
+      dtype: type of the experts' computation and of the output, float32 or bfloat16; None: that of
+        the input. The router computes in float32, on the input as given.
+      param_dtype: type of the experts' parameters, shared ones too. The router's are float32.
+
+    Raises:
+      ValueError: a choice that cannot work, naming field, value and remedy.
+      UserError: an unknown name of a gate.
+    """
+
+    @own_promotion()
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        gate: Gate | str,
+        transport: Transport | str | None = None,
+        capacity_factor: float | None = None,
+        eval_transport: Transport | str | None = None,
+        eval_capacity_factor: float | None = None,
+        priority: Priority | None = None,
+        group: str | int | None = None,
+        reroute: int | None = None,
+        activation: str | None = None,
+        num_shared: int | None = None,
+        shared_gate: bool | None = None,
+        residual: bool | None = None,
+        balance_scope: str | None = None,
+        vocab_size: int = MoEOptions.vocab_size,
+        num_tasks: int = MoEOptions.num_tasks,
+        entropy_floors: tuple[float, ...] = MoEOptions.entropy_floors,
+        layer: int | Array = 0,
+        dtype: Any = MoEOptions.dtype,
+        param_dtype: Any = MoEOptions.param_dtype,
+        rngs: nnx.Rngs,
+    ):
+        arguments = dict(locals())
+        arguments |= {"shared_experts": num_shared, "group": None if group is None else str(group)}
+        gate, preset = _gate_and_preset(gate)
+
+        def chosen(options: type[Options]) -> dict[str, Any]:
+            """Each option as given, or as in the preset; those in neither have their defaults."""
+            names = [field.name for field in option_fields(options)]
+            given = {name: arguments[name] for name in names if arguments[name] is not None}
+            return {**{name: preset[name] for name in names if name in preset}, **given}
+
+        flat = {field.name for field in option_fields(DispatchOptions)} - {"num_experts", "group"}
+        check_options({name: arguments[name] for name in flat})
+        around, own = DispatchOptions(**chosen(DispatchOptions)), chosen(MoEOptions)
+        shared = own.get("shared_experts", 0)
+        check_sizes(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts, num_tasks=num_tasks)
+        check_sizes(0, num_shared=shared, reroute=around.reroute, vocab_size=vocab_size)
+        check_rngs(rngs)
+        try:
+            options = MoEOptions(
+                gate=gate,
+                config=around.config,
+                vocab_size=vocab_size,
+                num_tasks=num_tasks,
+                entropy_floors=entropy_floors,
+                dtype=None if dtype is None else checked_dtype("dtype", dtype).name,
+                param_dtype=checked_dtype("param_dtype", param_dtype).name,
+                **own,
             )
-        )
-        moved_GT = jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1).astype(jnp.float32)
-        means = {**output.means, "rerouted": group_mean(moved_GT, valid_GT)}
-        return dataclasses.replace(output, routing=after, means=means)
-
-    def _priority_score(self, routing: Routing, context: GateContext, transport: str) -> Array:
-        """Higher is served earlier; used by "cells" with priorities "gate" and "random" only."""
-        if self.config.priority == "random" and transport == "cells":
-            return row_noise(jax.random.uniform, context, (), tag=PRIORITY_NOISE)
-        return jax.lax.stop_gradient(jnp.max(routing.weight_GTK, axis=-1))
+            super().__init__(d_model, options, layer, rngs=rngs)
+        except ValueError as error:
+            raise ValueError(renamed(str(error), {"shared_experts": "num_shared"})) from None
 
 
-def _with_preset(gate: Gate | str, given: dict[str, Any]) -> tuple[Gate, dict[str, Any]]:
-    """The gate, and each argument as given, else as the preset has it, else at its default."""
-    preset: dict[str, Any] = {}
+def _gate_and_preset(gate: Gate | str) -> tuple[Gate, dict[str, Any]]:
+    """The gate, and the options that the published model under its name sets."""
     if isinstance(gate, str):
-        preset, gate = gating.preset_overrides(gate), gating.make(gate)
-    elif not isinstance(gate, Gate) or isinstance(gate, type):
+        return gating.make(gate), gating.preset_overrides(gate)
+    if not isinstance(gate, Gate) or isinstance(gate, type):
         raise ValueError(
             f"gate={gate!r} is neither the name of a gate, such as 'mixtral', nor a gate, such as "
             "moejax.gating.make('mixtral', k=4)"
         )
-
-    def choose(name: str, default: Any) -> Any:
-        return (
-            preset.get(OF_PRESET.get(name, name), default) if given[name] is None else given[name]
-        )
-
-    chosen = {name: choose(name, default) for name, default in DEFAULTS.items()}
-    return gate, {**chosen, "group": str(chosen["group"])}
+    return gate, {}

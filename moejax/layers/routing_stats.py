@@ -1,4 +1,4 @@
-"""A layer's routing in numbers, over the whole batch, and the losses that these make."""
+"""Statistics of a layer's routing over the whole batch, and the losses made of them."""
 
 import dataclasses
 import functools
@@ -8,20 +8,31 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax import losses
-from moejax.types import Context, GateOutput, MoEInfo, MoEStats, RouterStats, Routing
+from moejax.options import MoEOptions
+from moejax.types import (
+    Context,
+    EvalStats,
+    GateOutput,
+    MoEInfo,
+    MoEStats,
+    RouterStats,
+    Routing,
+)
 
 
 def layer_info(
     output: GateOutput,
+    routing: Routing,
     kept_GTK: Array,
     context: Context,
-    scope: str,
-    num_tasks: int = 1,
-    entropy_floors: tuple[float, ...] = (),
+    options: MoEOptions,
+    train: bool,
+    means: dict[str, Array],
 ) -> MoEInfo:
-    """What a layer returns beside its output; ``scope`` is that of the balance losses.
+    """What a layer returns beside its output.
 
-    Of several tasks pairs are counted by task too. ``entropy_floors``: see ``MoE``.
+    Losses and counts are of ``output.routing``, the gate's choice: rerouting must not hide an
+    imbalance. ``routing`` is the one that was followed, and ``means`` joins the gate's own.
     """
     batch, length = context.valid_BL.shape
     groups, tokens, _ = kept_GTK.shape
@@ -30,31 +41,29 @@ def layer_info(
     def scoped(x: Array, scope: str) -> Array:
         return x.reshape(*shape[scope], *x.shape[2:])
 
-    stats = collect_stats(
-        jax.tree.map(lambda x: scoped(x, "sequence"), output.routing),
-        scoped(output.stats.probs_GTE, "sequence"),
-        scoped(kept_GTK, "sequence"),
-        context.valid_BL,
+    chosen, prob_BLE, kept_BLK = jax.tree.map(
+        lambda x: scoped(x, "sequence"), (output.routing, output.stats.probs_GTE, kept_GTK)
     )
+    stats = collect_stats(chosen, prob_BLE, kept_BLK, context.valid_BL)
     if output.cut_GTE is not None:
         stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
-    if num_tasks > 1:
-        by_sequence = jax.tree.map(lambda x: scoped(x, "sequence"), output.routing)
-        stats = with_tasks(stats, by_sequence, context.task_B, num_tasks)
+    if options.num_tasks > 1:
+        stats = with_tasks(stats, chosen, context.task_B, options.num_tasks)
+    valid_GT = scoped(context.valid_BL, "group")
+    gate = sum_over_groups({**output.means, **means}, valid_GT)
+    stats = dataclasses.replace(stats, gate=gate)
     entropies = {}
-    if entropy_floors:
-        floor_M = jnp.asarray(entropy_floors, jnp.float32)
-        prob_BLE = scoped(output.stats.probs_GTE, "sequence")
+    if options.entropy_floors:
+        floor_M = jnp.asarray(options.entropy_floors, jnp.float32)
         entropies = losses.task_entropies(prob_BLE, context.valid_BL, context.task_B, floor_M)
-    routing, router, valid_QU = jax.tree.map(
-        lambda x: scoped(x, scope), (output.routing, output.stats, context.valid_BL)
+    in_scopes = jax.tree.map(
+        lambda x: scoped(x, options.balance_scope),
+        (output.routing, output.stats, context.valid_BL),
     )
     return MoEInfo(
-        losses={**router_losses(routing, router, valid_QU), **entropies, **output.losses},
-        stats=dataclasses.replace(
-            stats, gate=sum_over_groups(output.means, scoped(context.valid_BL, "group"))
-        ),
-        routing=output.routing,
+        losses={**router_losses(*in_scopes), **entropies, **output.losses},
+        stats=stats if train else of_evaluation(stats),
+        routing=routing,
         kept_GTK=kept_GTK,
         router=output.stats,
         policy=jax.tree.map(lambda x: scoped(x, "sequence"), output.policy),
@@ -62,13 +71,18 @@ def layer_info(
     )
 
 
+def of_evaluation(stats: MoEStats) -> EvalStats:
+    """The same statistics, marked as those of an evaluation."""
+    return EvalStats(**{f.name: getattr(stats, f.name) for f in dataclasses.fields(MoEStats)})
+
+
 def of_training(stats: MoEStats) -> MoEStats:
     """The same statistics, for a gate's update.
 
     Raises:
-      ValueError: they are of an evaluation.
+      ValueError: they are those of an evaluation.
     """
-    if not stats.train:
+    if isinstance(stats, EvalStats):
         raise ValueError(
             "update_gate_state got the stats of an evaluation (train=False), which moves no gate's "
             "state; pass those of a call with train=True, or keep the state as it is"

@@ -8,7 +8,7 @@ and run with ``lax.scan``, so compile time and program size do not grow with dep
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +16,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from moejax.layers.basic import RMSNorm, TrainOrEval, is_training
-from moejax.layers.moe import MoE
+from moejax.layers.attention import Attention
+from moejax.layers.basic import FFN, RMSNorm, TrainOrEval, is_training
+from moejax.layers.depths import Depths
+from moejax.layers.moa import MixtureOfHeads
+from moejax.layers.moe import MoELayer
 from moejax.mesh import BATCH_AXES, constrain
-from moejax.models.block import Block, Watch
-from moejax.types import (
-    Context,
-    DepthsConfig,
-    Gate,
-    GateState,
-    MoEConfig,
-    MoEStats,
-    Policy,
-)
+from moejax.options import StackOptions
+from moejax.types import Context, GateState, LayerAux, MoEStats, Tap
 
 
 def _matmuls_and(*names: str) -> Any:
-    """Keeps matmuls without batch dimensions (projections, dense FFNs) and what has these names."""
+    """Keeps matmuls without batch dimensions (projections, dense FFNs) and these named values."""
     policies = jax.checkpoint_policies
     return policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*names)
@@ -46,172 +41,138 @@ REMAT = {
     "dots": _matmuls_and(),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is kept for the backward pass, less and less. The names, given with ``checkpoint_name``:
+"""Checkpoint policies, from the one that keeps everything to the one that keeps nothing.
 
-``routing``: who goes where; ``attention``: the mixed values; ``exchange``: what other devices sent;
-``experts``: outputs, and hidden layers before the activation.
+Names given with ``checkpoint_name``: ``routing``, the routing; ``attention``, the mixed values;
+``exchange``, rows received from other devices; ``experts``, outputs, and hidden layers before the
+activation.
 """
 
 MOST_UNROLLED = 8
-"""Up to so many periods are laid out one after the other. A loop fills a stack of zeros with what
-the backward pass needs and takes it out again: with 4 layers on CPU 12% of a dense step, 19% of one
-with experts, and a longer compilation."""
+"""The most periods that are unrolled. A loop fills a stack of zeros with what the backward pass
+needs and takes it out again: with 4 layers on CPU this costs 12% of a dense step, 19% of one with
+experts, and a longer compilation."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StackConfig:
-    """Sizes and choices of the layers; ``moe`` and ``gate`` are unused when ``every`` is 0.
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, the latter dense or a mixture of experts.
 
-    ``causal``: a token attends to itself and what is before it, else to all valid tokens.
-    ``rope_theta``: base of the rotary angles; 0 turns nothing. ``vocab_size`` and ``num_tasks`` are
-    what gates may ask of tokens and sequences. ``mod_*``: Mixture-of-Depths (``DepthsConfig``).
-    ``moa_experts``, ``moa_k``: ``MixtureOfHeads`` in place of attention; 0 is off. The first
-    ``first_dense`` layers have neither.
+    ``place``: its index in its period; None for the layers before the periods, which are plain.
     """
 
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    activation: str
-    norm_eps: float
-    dtype: str
-    remat: str
-    attention: str
-    every: int
-    first_dense: int
-    moe: MoEConfig
-    gate: Gate
-    expert_d_ff: int
-    expert_activation: str
-    shared_experts: int
-    shared_gate: bool
-    balance_scope: str
-    residual: bool = False
-    mod_capacity: float = 0.0
-    mod_every: int = 2
-    mod_predictor: str = "mlp"
-    moa_experts: int = 0
-    moa_k: int = 2
-    causal: bool = True
-    rope_theta: float = 0.0
-    vocab_size: int = 0
-    num_tasks: int = 1
-    entropy_floors: tuple[float, ...] = ()
-    """See ``layers.moe.MoE``."""
-
-    @property
-    def depths(self) -> DepthsConfig:
-        return DepthsConfig(self.mod_capacity, self.mod_every, self.mod_predictor)
-
-    @property
-    def period(self) -> int:
-        """Layers in one repeating period; the last of them has the experts.
-
-        Where some blocks are routed, that many apart; the last one is, and the one with experts.
-        """
-        return max(self.every, self.mod_every if self.mod_capacity else 1)
-
-    @property
-    def num_periods(self) -> int:
-        return (self.num_layers - self.first_dense) // self.period
-
-    @property
-    def num_moe_layers(self) -> int:
-        return self.num_periods if self.every else 0
-
-
-class Found(NamedTuple):
-    """What the layers say besides their output. ``losses`` and ``means`` are means over layers;
-    ``stats``, ``policy`` and ``watched`` lead with the MoE layers."""
-
-    mean_square: Float[Array, "layers"]
-    """Mean square of each layer's output: the first one that is not finite is where a NaN began."""
-    losses: dict[str, Float[Array, ""]]
-    means: dict[str, Float[Array, ""]]
-    """Named numbers of layers that are neither losses nor routing: logged under their names."""
-    stats: MoEStats | None
-    """None if dense."""
-    policy: Policy | None
-    """Of gates trained by policy."""
-    watched: PyTree
-    """What ``watch`` gave; None without one, and if dense."""
-
-
-class Period(nnx.Module):
-    """The layers that repeat: dense ones, then (unless the model is dense) one MoE layer."""
-
-    def __init__(self, config: StackConfig, layer: int | Array, *, rngs: nnx.Rngs):
-        last = config.period - 1
-        self.blocks = nnx.List(
-            [
-                Block(config, bool(config.every) and i == last, layer, i, rngs=rngs)
-                for i in range(config.period)
-            ]
-        )
+    def __init__(
+        self,
+        options: StackOptions,
+        sparse: bool,
+        layer: int | Array,
+        place: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        width, attention, repeats = options.d_model, options.attention, place is not None
+        self.attention_norm = RMSNorm(width, options.norm_eps)
+        if options.heads.experts and repeats:
+            self.attention = MixtureOfHeads(width, options.heads, attention, rngs=rngs)
+        else:
+            self.attention = Attention(width, attention, rngs=rngs)
+        self.ffn_norm = RMSNorm(width, options.norm_eps)
+        if sparse:
+            self.ffn = MoELayer(width, options.experts, layer, rngs=rngs)
+        else:
+            self.ffn = FFN(width, options.ffn, rngs=rngs)
+        routed = repeats and options.depths.routes(place)
+        self.depths = Depths(width, options.depths, rngs=rngs) if routed else None
 
     def __call__(
-        self,
-        x_BLD: Array,
-        context: Context,
-        state: GateState,
-        train: bool | None,
-        watch: Watch | None,
-    ) -> tuple[Array, Found]:
-        """Output, and what all layers or the sparse one found."""
-        squares, losses, means, stats, policy, watched = [], [], [], None, None, None
-        for block in self.blocks:
-            x_BLD, info, watched, said = block(x_BLD, context, state, train, watch)
-            squares.append(mean_square(x_BLD, context.valid_BL))
-            losses.append(said.losses)
-            means.append(said.means)
-            if info is not None:
-                losses[-1] = {**said.losses, **info.losses}
-                stats, policy = info.stats, info.policy
-        named = _over_layers(losses), _over_layers(means)
-        return x_BLD, Found(jnp.stack(squares), *named, stats, policy, watched)
+        self, x_BLD: Array, context: Context, state: GateState, train: bool | None, tap: Tap | None
+    ) -> tuple[Array, LayerAux]:
+        def run(x_BLD: Array, context: Context) -> tuple[Array, Array, LayerAux]:
+            mixed_BLD, heads = self._attend(x_BLD, context, train)
+            normed_BLD = self.ffn_norm(x_BLD + mixed_BLD)
+            y_BLD, experts = self._feed_forward(normed_BLD, context, state, train, tap)
+            return mixed_BLD, y_BLD, experts.joined(heads)
 
+        def change(x_BLD: Array, context: Context) -> tuple[Array, LayerAux]:
+            mixed_BLD, y_BLD, aux = run(x_BLD, context)
+            return mixed_BLD + y_BLD, aux
 
-def _over_layers(layers: list[dict[str, Array]]) -> dict[str, Float[Array, ""]]:
-    """The mean of each name over the layers that have it."""
-    found: dict[str, list[Array]] = {}
-    for named in layers:
-        for name, value in named.items():
-            found.setdefault(name, []).append(value)
-    return {name: jnp.mean(jnp.stack(values)) for name, values in found.items()}
+        if self.depths is not None:
+            x_BLD, aux = self.depths(x_BLD, context, train, change)
+        else:
+            mixed_BLD, y_BLD, aux = run(x_BLD, context)
+            x_BLD = x_BLD + mixed_BLD + y_BLD
+        x_BLD = constrain(x_BLD, BATCH_AXES)
+        return x_BLD, dataclasses.replace(aux, mean_square=mean_square(x_BLD, context.valid_BL))
+
+    def _attend(self, x_BLD: Array, context: Context, train: bool | None) -> tuple[Array, LayerAux]:
+        with jax.named_scope("attention"):
+            x_BLD = self.attention_norm(x_BLD)
+            if isinstance(self.attention, MixtureOfHeads):
+                return self.attention(x_BLD, context, train)
+            known = (context.position_BL, context.valid_BL, context.segment_BL)
+            return self.attention(x_BLD, *known, context.padded_behind), LayerAux()
+
+    def _feed_forward(
+        self, x_BLD: Array, context: Context, state: GateState, train: bool | None, tap: Tap | None
+    ) -> tuple[Array, LayerAux]:
+        if not isinstance(self.ffn, MoELayer):
+            with jax.named_scope("ffn"):
+                return self.ffn(x_BLD), LayerAux()
+        y_BLD, info = self.ffn(x_BLD, context, state, train)
+        taps = tap(x_BLD, info) if tap else None
+        return y_BLD, LayerAux(info.losses, stats=info.stats, policy=info.policy, taps=taps)
 
 
 def mean_square(x_BLD: Float[Array, "*B D"], valid_BL: Bool[Array, "*B"]) -> Float[Array, ""]:
-    """Of the valid tokens; 0 without any."""
+    """The mean square of the valid tokens; 0 without any."""
     wide_BLD = jnp.where(valid_BL[..., None], x_BLD.astype(jnp.float32), 0.0)
     count = jnp.sum(valid_BL, dtype=jnp.float32) * x_BLD.shape[-1]
     return jnp.sum(jnp.square(wide_BLD)) / jnp.maximum(count, 1.0)
 
 
-class Stack(TrainOrEval):
-    """The layers of a model, which is a class derived from this one: it embeds before, reads after.
+class Period(nnx.Module):
+    """The layers that repeat: dense ones, then (unless the model is dense) one MoE layer."""
 
-    ``gate_state`` (from ``init_gate_state``) leads with the MoE layers. ``watch(x_BLD, info)`` may
-    look at every MoE layer's input and ``MoEInfo``; what it returns is in ``Found.watched``.
-    ``train``: None is what ``model.train()`` or ``model.eval()`` said last.
+    def __init__(self, options: StackOptions, layer: int | Array, *, rngs: nnx.Rngs):
+        last = options.period - 1
+        self.blocks = nnx.List(
+            [
+                Block(options, bool(options.every) and i == last, layer, i, rngs=rngs)
+                for i in range(options.period)
+            ]
+        )
+
+    def __call__(
+        self, x_BLD: Array, context: Context, state: GateState, train: bool | None, tap: Tap | None
+    ) -> tuple[Array, LayerAux]:
+        reports = []
+        for block in self.blocks:
+            x_BLD, aux = block(x_BLD, context, state, train, tap)
+            reports.append(aux)
+        return x_BLD, LayerAux.over_layers(reports)
+
+
+class Stack(TrainOrEval):
+    """The layers of a model, which derives from this class: it embeds before and reads out after.
+
+    ``gate_state`` (from ``init_gate_state``) leads with the MoE layers. ``tap(x_BLD, info)`` sees
+    every MoE layer's input and ``MoEInfo``; the arrays that it returns are in ``LayerAux.taps``.
+    ``train``: None is the mode that ``model.train()`` or ``model.eval()`` set last.
     """
 
-    def build_layers(self, config: StackConfig, rngs: nnx.Rngs) -> None:
-        """Makes the parameters: called by the model where the order of its keys wants them."""
-        config.depths.check(config.every)
-        self.config = config
+    def build_layers(self, options: StackOptions, rngs: nnx.Rngs) -> None:
+        """Makes the parameters. The model calls it where its keys are to be drawn."""
+        self.config = options
         self.first = nnx.List(
-            [Block(config, False, 0, rngs=rngs) for _ in range(config.first_dense)]
+            [Block(options, False, 0, rngs=rngs) for _ in range(options.first_dense)]
         )
-        keys = jax.random.split(rngs.params(), config.num_periods)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: Period(config, 0, rngs=nnx.Rngs(0))))
+        keys = jax.random.split(rngs.params(), options.num_periods)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: Period(options, 0, rngs=nnx.Rngs(0))))
         stacked = jax.vmap(
-            lambda key, layer: nnx.state(Period(config, layer, rngs=nnx.Rngs(params=key)))
-        )(keys, jnp.arange(config.num_periods))
+            lambda key, layer: nnx.state(Period(options, layer, rngs=nnx.Rngs(params=key)))
+        )(keys, jnp.arange(options.num_periods))
         self.periods = nnx.merge(graph, stacked)
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.final_norm = RMSNorm(options.d_model, options.norm_eps)
 
     def run_layers(
         self,
@@ -219,22 +180,23 @@ class Stack(TrainOrEval):
         context: Context,
         gate_state: PyTree,
         train: bool | None,
-        watch: Watch | None,
-    ) -> tuple[Array, Found]:
-        """The normalised output of the last layer, and what all of them found."""
+        tap: Tap | None,
+    ) -> tuple[Array, LayerAux]:
+        """The normalised output of the last layer."""
         # Padding may hold anything, and must reach neither a valid token nor a gradient.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH_AXES)
         first = []
         for block in self.first:
-            x_BLD, *_ = block(x_BLD, context, (), train, None)
-            first.append(mean_square(x_BLD, context.valid_BL))
-        x_BLD, found = self._scan(x_BLD, context, gate_state, train, watch)
-        squares = [jnp.asarray(first, jnp.float32), found.mean_square.reshape(-1)]
-        return self.final_norm(x_BLD), found._replace(
+            x_BLD, aux = block(x_BLD, context, (), train, None)
+            first.append(aux.mean_square)
+        x_BLD, aux = self._scan(x_BLD, context, gate_state, train, tap)
+        squares = [jnp.asarray(first, jnp.float32), aux.mean_square.reshape(-1)]
+        return self.final_norm(x_BLD), dataclasses.replace(
+            aux,
             mean_square=jnp.concatenate(squares),
-            losses=jax.tree.map(jnp.mean, found.losses),
-            means=jax.tree.map(jnp.mean, found.means),
+            losses=jax.tree.map(jnp.mean, aux.losses),
+            means=jax.tree.map(jnp.mean, aux.means),
         )
 
     def init_gate_state(self, token_counts: Callable[[], np.ndarray] | None = None) -> PyTree:
@@ -251,9 +213,9 @@ class Stack(TrainOrEval):
             return state
         return jax.vmap(self._moe_layer().update_gate_state)(state, stats)
 
-    def _moe_layer(self) -> MoE:
+    def _moe_layer(self) -> MoELayer:
         ffn = self.periods.blocks[-1].ffn
-        assert isinstance(ffn, MoE)
+        assert isinstance(ffn, MoELayer)
         return ffn
 
     def _scan(
@@ -262,7 +224,7 @@ class Stack(TrainOrEval):
         context: Context,
         gate_state: PyTree,
         train: bool | None,
-        watch: Watch | None,
+        tap: Tap | None,
     ) -> Any:
         graph, params = nnx.split(self.periods)
         key = context.key
@@ -271,7 +233,7 @@ class Stack(TrainOrEval):
             own_params, own_state, index = layer
             own_key = None if key is None else jax.random.fold_in(key, index)
             own_context = dataclasses.replace(context, key=own_key)
-            return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train, watch)
+            return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train, tap)
 
         periods = self.config.num_periods
         unroll = is_training(self, train) and periods <= MOST_UNROLLED

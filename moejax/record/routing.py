@@ -59,7 +59,7 @@ class Routed:
     names: tuple[str, ...] = ()
     identity_MNL: Float[np.ndarray, "M N L"] | None = None
     digest_N: UInt64[np.ndarray, " N"] | None = None
-    step: int | None = None
+    step: int = 0
 
     @property
     def layers(self) -> range:
@@ -211,8 +211,8 @@ def _load(path: str, changed: int) -> Recording:
         )
     if problem := _problem(about, splits):
         raise ValueError(f"is not a routing that can be followed: {problem}; record it again")
-    rows = (from_arrays(arrays, about["num_experts"]) for arrays in splits.values())
-    return Recording(*rows, about)
+    rows = {name: from_arrays(x, about["num_experts"]) for name, x in splits.items()}
+    return Recording(rows["eval"], rows["train"], about)
 
 
 def _problem(about: Any, splits: Mapping[str, Mapping[str, np.ndarray]]) -> str:

@@ -4,7 +4,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from moejax.dispatch import TRANSPORTS
 from moejax.sweep.count import count
 from moejax.sweep.definition import Sweep, Trial
 from moejax.sweep.results import Result, read_sweep, unit_of
@@ -46,13 +48,16 @@ def _solved(sweep: Sweep) -> str:
     match, baseline = sweep.comparison.match, sweep.comparison.baseline
     names = (baseline, *(solved.variant for solved in sweep.solved))
     drops = match == "active_flops" and any(
-        trial.config["moe"]["transport"] == "cells"
-        for trial in sweep.trials
-        if trial.variant in names
+        _may_drop(trial.config["moe"]) for trial in sweep.trials if trial.variant in names
     )
     before = " before drops" if drops else ""
     widths = (f"{s.variant} {s.field}={s.width} ({s.ratio:.3f})" for s in sweep.solved)
     return f"matched to {baseline}'s counted {match}{before}: {', '.join(widths)}"
+
+
+def _may_drop(moe: dict[str, Any]) -> bool:
+    """Whether pairs may find no slot, from the ``moe`` section of a resolved config."""
+    return "transport" in moe and TRANSPORTS[moe["transport"]]().slot_rules is not None
 
 
 def _work(trials: Sequence[Trial]) -> str:

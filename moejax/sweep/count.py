@@ -15,7 +15,7 @@ from typing import Any
 
 from moejax.config import from_dict
 from moejax.errors import UserError
-from moejax.types import Mixes
+from moejax.types import GateTraits
 
 _ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "expert", "tensor")}
 _ANYWHERE = {**_ONE_DEVICE, "mesh.cpu_devices": 0, "distributed.mode": "off"}
@@ -112,7 +112,7 @@ def _nominal_pairs(model: Any) -> float:
         return 0.0
     experts = model.moe.num_experts
     columns = model.gate.columns(experts)
-    if isinstance(model.gate, Mixes):
+    if GateTraits.of(model.gate).mixes:
         return model.num_moe_layers * columns
     tokens = 1000 * experts
     slots = model.gate.capacity(tokens, experts, 1.0)

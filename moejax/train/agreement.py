@@ -24,7 +24,7 @@ import jax
 import moejax
 from moejax import job as jobs
 from moejax.config import Config, flatten, make_gate, to_dict
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.errors import UserError
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
@@ -201,7 +201,10 @@ def _code(config: Config) -> dict[str, str]:
         f"the digest of moejax/{path.relative_to(root).as_posix()}": _digest(path.read_bytes())
         for path in sorted(root.rglob("*.py"))
     }
-    names = {type(make_gate(config)).__module__, TASKS[config.task.name].build.partition(":")[0]}
+    names = {
+        type(make_gate(config)).__module__,
+        task_entry(config.task.name).build.partition(":")[0],
+    }
     for module in _own_modules(sorted(names & sys.modules.keys())):
         assert module.__file__ is not None
         source = Path(module.__file__).read_bytes()

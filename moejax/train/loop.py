@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from moejax.config import Config, saved
 from moejax.config.saved import CHECKPOINTS, METRICS
-from moejax.data.batches import Prefetcher
+from moejax.data.prefetch import prefetch
 from moejax.errors import UserError
 from moejax.job import report_failure
 from moejax.train import compile_cache, setup
@@ -176,9 +176,7 @@ def _loop(
     config = run.config.train
     held_out = [run.put(batch) for batch in run.eval_batches()]
     pending: tuple[int, Any] | None = None
-    with Prefetcher(
-        lambda step: run.put(run.data.train_batch(step)), start, config.steps
-    ) as batches:
+    with prefetch(lambda step: run.put(run.data.train_batch(step)), start, config.steps) as batches:
         for step, batch in enumerate(batches, start + 1):
             state, metrics = run.train_step(state, batch)
             if step == start + 1:

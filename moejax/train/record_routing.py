@@ -14,7 +14,7 @@ from jaxtyping import Array
 from moejax.config import Config
 from moejax.config.build import make_gate
 from moejax.config.checks import has_experts
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.errors import UserError
 from moejax.job.memory import host_memory
 from moejax.record import routing
@@ -24,7 +24,7 @@ from moejax.train.probe.arrays import layer_routing
 from moejax.train.processes import is_first, on_host
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
-from moejax.types import Mixes, MoEInfo
+from moejax.types import GateTraits, MoEInfo
 
 
 def check_target(config: Config, path: str, train_steps: int) -> None:
@@ -35,15 +35,15 @@ def check_target(config: Config, path: str, train_steps: int) -> None:
     """
     if not has_experts(config):
         raise UserError(f"--record-routing={path}: a dense model (moe.every=0) routes nothing")
-    if TASKS[config.task.name].sequences_per_row > 1:
+    if task_entry(config.task.name).sequences_per_row > 1:
         raise UserError(
             f"--record-routing={path}: a row of the task {config.task.name!r} is more than one "
             "sequence, which no recording holds; leave the flag out"
         )
-    gate = make_gate(config)
-    if isinstance(gate, Mixes):
+    mixes = GateTraits.of(make_gate(config)).mixes
+    if mixes:
         raise UserError(
-            f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {gate.mixes} and sends "
+            f"--record-routing={path}: gate {config.moe.gate.name!r} mixes {mixes} and sends "
             "no token anywhere, so there is no routing to follow; leave the flag out"
         )
     folder = Path(os.path.expanduser(path)).absolute().parent
@@ -131,10 +131,10 @@ def whole_routing(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
 def route(state: TrainState, batch: Batch, *, task: Task) -> dict[str, Array]:
     """The routing of a batch in evaluation, in every MoE layer: see ``whole_routing``."""
     key = jax.random.wrap_key_data(state.key)
-    out = task.apply(
-        state.params, state.gate_state, batch, state.step, key, train=False, watch=whole_routing
+    _, aux = task.apply(
+        state.params, state.gate_state, batch, state.step, key, train=False, tap=whole_routing
     )
-    return out.found.watched
+    return aux.taps or {}
 
 
 def _routed_rows(run: Run, state: TrainState, route: Any, batches: list[Any]) -> Routed:

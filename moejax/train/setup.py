@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax import mesh as meshes
 from moejax.config import Config, validate
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.job.launch import configure_devices, join_processes, started_devices
@@ -25,7 +25,7 @@ from moejax.train.optim import make_optimizer
 from moejax.train.processes import compiled_together
 from moejax.train.state import TrainState, abstract
 from moejax.train.step import eval_step, train_step
-from moejax.types import KnowsRows, NeedsData
+from moejax.types import GateTraits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,19 +114,22 @@ class Run:
           UserError: it has not.
         """
         model, train = self.task.model, self.config.train
-        if not (model.num_moe_layers and isinstance(model.gate, NeedsData)):
+        if not model.num_moe_layers:
             return
-        per_row = TASKS[self.config.task.name].sequences_per_row
+        traits = GateTraits.of(model.gate)
+        if traits.check_data is None:
+            return
+        per_row = task_entry(self.config.task.name).sequences_per_row
         length = self.task.units.tokens_per_row // per_row
         train_rows, rows = train_steps * train.batch_size * per_row, self.eval_rows() * per_row
         try:
-            model.gate.check_data(model.num_moe_layers, length, train_rows, rows)
-            if isinstance(model.gate, KnowsRows):
+            traits.check_data(model.num_moe_layers, length, train_rows, rows)
+            if traits.check_rows is not None:
                 for batch in self.eval_batches():
                     real = real_rows(batch)
-                    model.gate.check_rows(False, batch["row"][real], row_digests(batch)[real])
+                    traits.check_rows(False, batch["row"][real], row_digests(batch)[real])
                 for batch in map(self.data.train_batch, range(train_steps)):
-                    model.gate.check_rows(True, batch["row"], row_digests(batch))
+                    traits.check_rows(True, batch["row"], row_digests(batch))
         except ValueError as error:
             raise UserError(f"moe.{error}") from error
 
@@ -191,7 +194,7 @@ def prepare(config: Config, workdir: str | Path | None = None) -> Run:
 
 
 def _build(config: Config) -> tuple[Task, Source]:
-    module, _, function = TASKS[config.task.name].build.partition(":")
+    module, _, function = task_entry(config.task.name).build.partition(":")
     return getattr(importlib.import_module(module), function)(config)
 
 

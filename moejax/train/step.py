@@ -23,7 +23,7 @@ def train_step(
     schedule: optax.Schedule,
     grad_accum: int,
 ) -> tuple[TrainState, Metrics]:
-    """Gradient of the whole batch (in ``grad_accum`` parts), update, next gate state, metrics."""
+    """One update by the gradient of the whole batch, taken in ``grad_accum`` parts."""
     key = jax.random.wrap_key_data(state.key)
     items = jnp.sum(batch["valid"])
 
@@ -54,7 +54,7 @@ def train_step(
 
 
 def eval_step(state: TrainState, batch: Batch, *, task: Task) -> Totals:
-    """The batch's totals in evaluation: no noise, evaluation transport, state untouched."""
+    """The batch's totals in evaluation: without noise, with the transport of evaluation."""
     key = jax.random.wrap_key_data(state.key)
     return task.forward(state.params, state.gate_state, batch, state.step, key, train=False)
 
@@ -71,11 +71,11 @@ def add_up(fn: Callable[[Batch], PyTree], parts: Batch) -> PyTree:
 
 
 def split_batch(batch: Batch, parts: int, rows: int) -> Batch:
-    """``[B, ...] -> [parts, B / parts, ...]`` in runs of ``rows`` sequences, dealt in turn.
+    """``[B, ...] -> [parts, B / parts, ...]``, dealing out runs of ``rows`` sequences in turn.
 
-    Dealing in turn gives every device its share of every part without moving rows, and keeping
-    runs whole gives a routing group the same sequences however many parts there are. One part is
-    the batch as it is, also where a row holds several sequences and a group fewer rows.
+    Dealing in turn gives every device its share of every part without moving rows. Keeping runs
+    whole gives a routing group the same sequences for any number of parts. A single part is the
+    batch itself, also where a row holds several sequences and a group fewer rows.
     """
     if parts == 1:
         return jax.tree.map(lambda x: x[None], batch)

@@ -1,4 +1,4 @@
-"""What a gate costs beside its layer's experts: every name in `moejax.gating.GATES`, by itself.
+"""What a gate costs beside its layer's experts: every name of `moejax.gating.names()`, by itself.
 
 Gate: its call on groups of one sequence in training, with all that it returns; backward, gradients
 of its parameters and of the tokens from gradients of the weights it gives. Parameters are those of

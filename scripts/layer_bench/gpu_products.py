@@ -14,7 +14,7 @@ import numpy as np
 
 from moejax import gating
 from moejax.kernels import grouped_matmul_gpu
-from moejax.kernels.platform import MissingKernelError
+from moejax.kernels.support import MissingKernelError
 from scripts.layer_bench import timing
 from scripts.layer_bench.problems import Shape
 

@@ -7,6 +7,7 @@ from moejax import cli
 from moejax.cli import machine
 
 
+@pytest.mark.slow
 def test_doctor_tests_every_collective_and_a_layer(
     eight_devices: list[jax.Device],
     capsys: pytest.CaptureFixture[str],

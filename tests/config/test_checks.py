@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from moejax import config as configs
-from moejax.config import Config, default, set_gate, to_dict, validate
+from moejax.config import FIELDS, Config, default, set_gate, to_dict, validate
 from moejax.config.overrides import apply_overrides
+from moejax.dispatch import Cells
 from moejax.errors import UserError
 from moejax.gating import TopK
 from moejax.types import MoEConfig, Visibility
@@ -274,7 +275,7 @@ def test_gate_and_its_surroundings_come_from_the_config():
     config = config_with("moe.gate.k=3", "moe.capacity_factor=2", "moe.group=4")
     gate, moe = configs.make_gate(config), configs.moe_config(config)
     assert gate.columns(8) == 3
-    assert (moe.capacity_factor, moe.group, moe.num_experts) == (2.0, "4", 8)
+    assert (moe.transport, moe.group, moe.num_experts) == (Cells(2.0), "4", 8)
 
 
 def test_dense_model_has_no_visibility_of_a_gate():
@@ -284,13 +285,10 @@ def test_dense_model_has_no_visibility_of_a_gate():
     assert validate(config) == Visibility()
 
 
-def test_choices_of_the_schema_are_those_of_the_code():
-    from moejax import experts
-    from moejax.config import table as fields
+def test_every_choice_of_remat_has_a_checkpoint_policy():
     from moejax.models import stack
 
-    assert fields.ACTIVATIONS == experts.ACTIVATIONS
-    assert set(fields.FIELDS["model.remat"].choices) == set(stack.REMAT)
+    assert set(FIELDS["model.remat"].choices) == set(stack.REMAT)
 
 
 def test_where_nothing_is_predicted_from_the_past_only_other_rows_are_marked():

@@ -61,6 +61,7 @@ def test_residual_moe_is_a_preset_that_validates():
     assert validate("moe.gate.name=residual_moe") == Visibility()
 
 
+@pytest.mark.slow
 def test_the_budget_counts_a_token_s_own_heads_and_no_head_as_an_expert():
     plain, heads = (count_budget(steps.make({"data": 1}, model__moa_experts=e)) for e in (0, 8))
     unused = [b.parameters - b.active_parameters for b in (plain, heads)]

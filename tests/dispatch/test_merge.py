@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from moejax.dispatch import merge as merge_module
-from moejax.dispatch import mix
+from moejax.dispatch.api import mix
 from moejax.experts import ffn_one
 from moejax.mesh import make_mesh
 from moejax.models.stack import REMAT
@@ -60,6 +60,7 @@ def by_vmap(x_BLD, weight_BNE, weights, activation, span=SPAN):
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_output_and_gradients_are_those_of_per_token_merged_weights(activation):
     args = case(activation == "swiglu")
@@ -144,6 +145,7 @@ def test_how_many_spans_are_merged_at_once_changes_nothing(at_once, monkeypatch)
 QUICK = [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "shape",
     [

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.dispatch import TRANSPORTS, dispatch, exchange
-from moejax.dispatch.exchange import Site
-from moejax.dispatch.transports import Job, Tokens
+from moejax.dispatch import Dropless, DroplessOnce, exchange
+from moejax.dispatch.api import dispatch
 from moejax.mesh import batch_spec
+from moejax.types import Job, Site, Tokens
 from tests import meshes
 from tests.dispatch.test_transports import EXPERTS, GROUPS, TOKENS, WIDTH, weights
 
@@ -40,7 +40,7 @@ def sends(transport, shape, routing, monkeypatch):
             patch.setattr(exchange, "send_rows", spy)
             tokens = Tokens(x_gTD, routing.expert_GTK, routing.weight_GTK, x_gTD[..., 0])
             job = Job(EXPERTS, "swiglu", Site(shards, "expert"))
-            y_gTD, _ = TRANSPORTS[transport](tokens, w, job)
+            y_gTD, _ = transport.run(tokens, w, job)
         return y_gTD, sizes
 
     with meshes.entered(shape):
@@ -79,13 +79,13 @@ SLOW_CASES = [({"expert": 2}, 5), (TENSOR, 3)]
 def test_a_token_is_sent_once_to_each_shard_with_active_experts_of_it(shape, columns, monkeypatch):
     routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, columns, EXPERTS))
     tokens, pairs = visits(routing, shape)
-    (rows, about) = sends("dropless_once", shape, routing, monkeypatch)
+    (rows, about) = sends(DroplessOnce(), shape, routing, monkeypatch)
     np.testing.assert_array_equal(rows[0], tokens)
     np.testing.assert_array_equal(about[0], tokens)
     assert rows[1] == WIDTH and about[1] == 2 * columns
     every_token = GROUPS * TOKENS // shape.get("data", 1)
     assert rows[2] == about[2] == every_token, "no room for copies in the receive buffer"
-    ((copies, *_),) = sends("dropless", shape, routing, monkeypatch)
+    ((copies, *_),) = sends(Dropless(), shape, routing, monkeypatch)
     np.testing.assert_array_equal(copies, pairs)
 
     remote = ~np.tile(np.eye(shape["expert"], dtype=bool), (shape.get("data", 1), 1))
@@ -111,7 +111,7 @@ def both(shape, routing):
     with meshes.entered(shape):
         args = (inputs(), routing.weight_GTK, weights("swiglu"), routing.expert_GTK)
         name = meshes.name(shape)
-        return [jax.device_get(stepped(t, name)(*args)) for t in ("dropless_once", "dropless")]
+        return [jax.device_get(stepped(t, name)(*args)) for t in (DroplessOnce(), Dropless())]
 
 
 @pytest.mark.parametrize(

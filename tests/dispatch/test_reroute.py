@@ -60,6 +60,7 @@ def example(k):
     return expert, weight, jax.nn.softmax(logits), jax.random.uniform(jax.random.key(9), (G, T))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("k", "priority", "rounds"), CASES)
 def test_overflow_moves_as_in_a_plain_loop_and_nobody_else_is_displaced(k, priority, rounds):
     expert, weight, prob, score = example(k)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from moejax.dispatch import mix, weight_specs
+from moejax.dispatch.api import mix, weight_specs
 from moejax.mesh import batch_spec, make_mesh
 from moejax.types import ExpertWeights, Slots
 from tests import hlo, meshes
@@ -65,6 +65,7 @@ CLOSE = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 """float32 sums of at most 80 products, in another order."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("slots", "experts"), [(1, E), (P, E), (1, 1), (3, 1)])
 def test_outputs_are_those_of_loops(slots, experts):
     args = problem(slots, experts)
@@ -91,6 +92,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", SHAPES, ids=meshes.name)
 def test_a_mesh_changes_neither_outputs_nor_gradients(shape):
     args = problem()

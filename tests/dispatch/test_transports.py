@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from moejax import reference
-from moejax.dispatch import TRANSPORTS, dispatch, exchange
+from moejax.dispatch import TRANSPORTS, AllExperts, Cells, Dropless, Gather, exchange
+from moejax.dispatch.api import dispatch
 from moejax.types import ExpertWeights
 from tests import meshes
+from tests.claims import Claims
 
 GROUPS, TOKENS, WIDTH, HIDDEN, EXPERTS = 8, 6, 5, 6, 8
 
@@ -30,7 +32,7 @@ def loss(x, routing, w, run):
 
 
 @functools.cache
-def compiled(mesh_name, transport, activation, capacity, priority):
+def compiled(mesh_name, transport, activation, capacity):
     """One program per mesh and transport; routings are its inputs."""
     del (
         mesh_name
@@ -45,7 +47,6 @@ def compiled(mesh_name, transport, activation, capacity, priority):
             transport=transport,
             activation=activation,
             capacity=capacity,
-            priority=priority,
         )
 
     def step(x, routing, w):
@@ -72,15 +73,15 @@ def oracle(activation):
     return jax.jit(step)
 
 
-def check(shape, transport, routing, activation="swiglu", capacity=2, priority="position"):
+def check(shape, transport, routing, activation="swiglu", capacity=2):
     x = jax.random.normal(jax.random.key(1), (GROUPS, TOKENS, WIDTH))
     w = weights(activation)
     with meshes.entered(shape):
-        step = compiled(meshes.name(shape), transport, activation, capacity, priority)
+        step = compiled(meshes.name(shape), transport, activation, capacity)
         (value, (y, kept)), grads = jax.device_get(step(x, routing, w))
     active = np.asarray(routing.weight_GTK) > 0
-    if transport == "cells":
-        alone = compiled("none", transport, activation, capacity, priority)
+    if transport.slot_rules is not None:
+        alone = compiled("none", transport, activation, capacity)
         np.testing.assert_array_equal(kept, alone(x, routing, w)[0][1][1])
     else:
         np.testing.assert_array_equal(kept, active)
@@ -93,58 +94,65 @@ def check(shape, transport, routing, activation="swiglu", capacity=2, priority="
     return kept, active
 
 
-@pytest.mark.parametrize("kind", meshes.KINDS)
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("shape", [meshes.SMALL, meshes.LARGE], ids=meshes.name)
-def test_equals_the_oracle(shape, transport, kind):
-    kept, active = check(shape, transport, meshes.routing(kind, GROUPS, TOKENS, 2, EXPERTS))
-    if transport == "cells" and kind != "balanced":
+ROUTINGS = {kind: meshes.routing(kind, GROUPS, TOKENS, 3, EXPERTS) for kind in meshes.KINDS}
+ROUTINGS["inactive columns and padding"] = meshes.inactive(ROUTINGS["zipf"])
+QUICK = [meshes.SMALL, meshes.LARGE]
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize(
+    "shape",
+    [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in meshes.ALL if s not in QUICK)],
+    ids=meshes.name,
+)
+def test_equals_the_oracle_for_every_load(shape, name):
+    """All pairs of mesh and transport: each pair sends in its own way. Loads share a program."""
+    claims = Claims(f"{name} on {meshes.name(shape)}")
+    for kind, routing in ROUTINGS.items():
+        claims.check(equals_the_oracle, shape, TRANSPORTS[name](), kind, routing, name=kind)
+    claims.settle()
+
+
+def equals_the_oracle(shape, transport, kind, routing):
+    kept, active = check(shape, transport, routing)
+    assert kept.sum() > 0
+    assert (active.sum() < active.size) == kind.startswith("inactive")
+    if transport.slot_rules is not None and kind != "balanced":
         assert kept.sum() < active.sum(), "capacity 2 must drop something here"
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("shape", [meshes.SMALL, meshes.LARGE], ids=meshes.name)
-def test_equals_the_oracle_with_inactive_columns_and_padding(shape, transport):
-    routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
-    kept, active = check(shape, transport, routing)
-    assert active.sum() < active.size and kept.sum() > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*meshes.KINDS, "inactive"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("shape", meshes.ALL, ids=meshes.name)
-def test_equals_the_oracle_on_all_meshes(shape, transport, kind):
-    if kind == "inactive":
-        routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
-    else:
-        routing = meshes.routing(kind, GROUPS, TOKENS, 2, EXPERTS)
-    check(shape, transport, routing)
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_equals_the_oracle_for_experts_without_a_gate_branch(transport, activation):
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [(t, ("gelu", "relu")[i % 2]) for i, t in enumerate(TRANSPORTS)]
+    + [
+        pytest.param(t, ("relu", "gelu")[i % 2], marks=pytest.mark.slow)
+        for i, t in enumerate(TRANSPORTS)
+    ],
+)
+def test_equals_the_oracle_for_experts_without_a_gate_branch(name, activation):
     shape = {"data": 2, "expert": 2, "tensor": 2}
-    check(shape, transport, meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS), activation)
+    check(shape, TRANSPORTS[name](), meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS), activation)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("priority", ["choice", "gate", "random"])
 def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
     routing = meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS)
-    kept, active = check(meshes.LARGE, "cells", routing, capacity=1, priority=priority)
+    kept, active = check(meshes.LARGE, Cells(priority=priority), routing, capacity=1)
     assert 0 < kept.sum() < active.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("transport", "routing_content"),
+    ("name", "routing_content"),
     [
         ("dropless", np.nan),
         pytest.param("dropless_once", np.nan, marks=pytest.mark.slow),
         pytest.param("dropless_once", 1.0, marks=pytest.mark.slow),
     ],
 )
-def test_unwritten_buffer_rows_are_never_read(transport, routing_content, monkeypatch):
+def test_unwritten_buffer_rows_are_never_read(name, routing_content, monkeypatch):
     """Receive buffers start as NaN; on TPU and GPU they hold whatever memory held. In a buffer of
     experts and weights that may read as expert 1 with weight 1."""
     real, filled = exchange.buffer_like, []
@@ -157,6 +165,7 @@ def test_unwritten_buffer_rows_are_never_read(transport, routing_content, monkey
     monkeypatch.setattr(exchange, "buffer_like", poisoned)
     forget_programs()  # those that were traced without the poison
     routing = meshes.inactive(meshes.routing("half_empty", GROUPS, TOKENS, 2, EXPERTS))
+    transport = TRANSPORTS[name]()
     check({"data": 2, "expert": 2}, transport, routing)
     check({"expert": 8}, transport, meshes.routing("all_to_one", GROUPS, TOKENS, 2, EXPERTS))
     assert filled
@@ -184,7 +193,7 @@ def test_identical_experts_are_one_ffn():
     from moejax.experts import ffn_one
 
     wanted = ffn_one(jax.tree.map(lambda w: w[0], one), x.reshape(-1, WIDTH), "swiglu")
-    for transport in ("dropless", "gather", "all_experts"):
+    for transport in (Dropless(), Gather(), AllExperts()):
         with meshes.entered(meshes.LARGE):
             y, _ = jax.jit(functools.partial(dispatch, transport=transport, activation="swiglu"))(
                 x, routing.__class__(routing.expert_GTK, unit), unit[..., 0], same
@@ -198,16 +207,4 @@ def test_experts_that_do_not_divide_are_refused_with_both_numbers():
     x = jnp.zeros((8, TOKENS, WIDTH))
     message = "num_experts=12 is not a multiple of the 'expert' mesh axis"
     with meshes.entered({"expert": 8}), pytest.raises(ValueError, match=message):
-        dispatch(x, routing, x[..., 0], w, transport="gather", activation="swiglu")
-
-
-def test_unknown_transport_is_refused():
-    with pytest.raises(ValueError, match="transport='teleport' is unknown"):
-        dispatch(
-            jnp.zeros((1, 1, WIDTH)),
-            meshes.routing("balanced", 1, 1, 1, 8),
-            jnp.zeros((1, 1)),
-            weights("swiglu"),
-            transport="teleport",
-            activation="swiglu",
-        )
+        dispatch(x, routing, x[..., 0], w, transport=Gather(), activation="swiglu")

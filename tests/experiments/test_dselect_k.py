@@ -86,6 +86,7 @@ def test_sharing_tells_halves_apart():
     np.testing.assert_allclose(tasks.sharing(mixed), [(1 / 3 + 1) / 2, (2 + 2 / 3) / 4])
 
 
+@pytest.mark.slow
 def test_the_data_are_what_the_page_says(problems):
     """Features of mean 0 and variance 1, four of 16 experts, targets off their mixture by noise."""
     features = problems.features_NE[:, : recovery.TRAIN]
@@ -174,6 +175,7 @@ def trained(problems):
     }
 
 
+@pytest.mark.slow
 def test_dselect_k_travels_far_less_than_top_k_at_equal_rates(trained):
     """The claim, at rates up to 1e-2; at 5e-2 the pilot saw none."""
     calm = metrics.total_variation(trained["dselect_k"])
@@ -192,6 +194,7 @@ def test_no_gate_is_better_than_the_best_mixture(trained, known):
             assert (error[:, -1] < error[:, 0]).all()
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_librarys_functions():
     """Of DSelect-k, whose gate object is used here, and of the others' evaluation."""
     gate, key = gates.dselect_k(1.0), jax.random.key(3)
@@ -208,6 +211,7 @@ def test_weights_are_those_of_the_librarys_functions():
         np.testing.assert_allclose(got, jax.nn.softmax(logits[0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_unreachable_codes_end_with_little_mass_and_the_penalty_takes_it_sooner():
     """E = 5 of 8 codes: 3/8 of the mass at the start belongs to no expert."""
     problems = recovery.draw(SEEDS, 5)

@@ -126,6 +126,7 @@ def test_a_static_gate_chooses_alike_for_all_tokens_and_an_example_one_does_not(
     assert bool((weight == weight[0, 0]).all()) != per_example
 
 
+@pytest.mark.slow
 def test_each_task_has_its_own_gate():
     gate, x = gating.make("dselect_k"), tokens(3)
     params = gate.init(jax.random.key(1), GateSpec(D, 8, num_tasks=2))
@@ -156,7 +157,7 @@ def test_the_losses_are_means_over_valid_tokens_in_training_only():
     assert set(call(gate, x, 8).losses) == {"dselect_entropy"}
 
 
-def test_what_max_active_cuts_is_counted_as_dropped():
+def test_pairs_cut_by_max_active_count_as_dropped():
     gate = gating.make("dselect_k", max_active=3)
     layer = moejax.MoE(D, 8, 8, gate=gate, transport="dropless", rngs=nnx.Rngs(0))
     valid = jnp.arange(5) < jnp.asarray([[5], [3]])
@@ -173,6 +174,7 @@ def test_what_max_active_cuts_is_counted_as_dropped():
     np.testing.assert_allclose(info.routing.weight_GTK, heaviest)
 
 
+@pytest.mark.slow
 def test_training_decides_the_bits():
     """Adam on a task that needs two of four experts: the other weights end at exactly 0."""
     wanted = jnp.asarray([0.0, 0.7, 0.0, 0.3])

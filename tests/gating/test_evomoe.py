@@ -30,7 +30,7 @@ def softmax(h):
     [{"temperature": 1e-3, "min_temperature": 1e-3, "hard_step": -1}, {"hard_step": 0}],
     ids=["cold", "hard"],
 )
-def test_cold_or_hard_it_samples_one_expert_from_the_softmax(fields):
+def test_a_low_temperature_or_the_hard_stage_samples_one_expert_from_the_softmax(fields):
     weight = np.asarray(call(**fields).routing.weight_GTK).reshape(-1, E)
     active = weight > 0
     # At tau = 0.001 a second share passes 0.001 only where two noisy logits are within 0.007.
@@ -43,7 +43,7 @@ def test_cold_or_hard_it_samples_one_expert_from_the_softmax(fields):
     )
 
 
-def test_hot_it_visits_everyone_with_the_clean_softmax():
+def test_a_high_temperature_visits_all_experts_with_the_clean_softmax():
     out = call(temperature=1e4, min_temperature=1.0)
     np.testing.assert_allclose(
         out.routing.weight_GTK, np.broadcast_to(softmax(LOGITS), (2, 4000, E)), rtol=1e-5

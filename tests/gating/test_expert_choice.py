@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moejax.gating import ExpertChoice, choose_tokens
-from moejax.types import Context, MoEConfig, Visibility
+from moejax.options import DispatchOptions
+from moejax.types import Context, Visibility
 from tests import gates
 from tests.gates import D, E, G, T
 
@@ -203,13 +204,13 @@ DECLARED = {
 @pytest.mark.parametrize(("policy", "eval_policy", "group"), DECLARED)
 def test_each_phase_sees_what_its_policy_sees(policy, eval_policy, group):
     gate = ExpertChoice(policy=policy, eval_policy=eval_policy)
-    moe = MoEConfig(E, transport="dropless", group=group)
+    moe = DispatchOptions(num_experts=E, transport="dropless", group=group).config
     assert gate.visibility(moe) == Visibility(*DECLARED[policy, eval_policy, group])
 
 
-def test_whoever_takes_all_tokens_sees_none():
+def test_experts_that_take_all_tokens_reveal_nothing():
     gate = ExpertChoice(factor=8.0)
-    assert gate.visibility(MoEConfig(E, group="4")) == Visibility()
+    assert gate.visibility(DispatchOptions(num_experts=E, group="4").config) == Visibility()
     assert (
         gate(gates.drawn(gate), (), gates.tokens(), gates.context(True)).routing.weight_GTK > 0
     ).all()

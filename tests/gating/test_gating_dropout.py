@@ -33,7 +33,7 @@ def route(gate, key=0, train=True, batch=B, **known):
     return run(gate, params, x, context), x @ params["router_DE"]
 
 
-def test_a_local_step_is_top_k_among_the_experts_at_home():
+def test_a_local_step_is_top_k_among_the_experts_of_the_rows_shard():
     out, logits = route(gating.make("gating_dropout", **ALWAYS))
     expert, weight = np.asarray(out.routing.expert_GTK), np.asarray(out.routing.weight_GTK)
     for row in range(B):
@@ -95,7 +95,7 @@ def test_the_coin_is_one_per_key_and_falls_with_the_given_probability():
     assert 0 < sum(local[:6]) < 6, "both kinds of steps were seen"
 
 
-def test_a_home_follows_from_the_row_not_from_its_place():
+def test_a_rows_shard_follows_from_its_id_and_not_from_its_position():
     """Micro-batches, and later steps, whose row ids go on from those of the step before."""
     gate = gating.make("gating_dropout", **ALWAYS)
     whole, _ = route(gate)
@@ -116,7 +116,7 @@ def test_a_home_follows_from_the_row_not_from_its_place():
         ({"local_rows": 2}, 4, "use gate.local_shards=4 and gate.local_rows=4"),
     ],
 )
-def test_a_run_says_at_its_start_where_fields_and_mesh_do_not_fit(fields, expert, advice):
+def test_a_run_warns_at_its_start_if_fields_do_not_fit_the_mesh(fields, expert, advice):
     mesh = {"data": 1, "fsdp": 1, "expert": expert, "tensor": 2}
     model = SimpleNamespace(num_moe_layers=1, gate=gating.make("gating_dropout", **fields))
     run = SimpleNamespace(
@@ -147,6 +147,7 @@ def rows_sent(shape, routing):
     return send_SE.reshape(len(send_SE), shape["expert"], -1).sum(-1)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("shape", "share"),
     [({"expert": 4}, 1.0), ({"data": 2, "expert": 4}, 1.0), ({"data": 2, "expert": 4}, 0.0)],

@@ -30,6 +30,7 @@ def route(gate, state, given):
     return gate({}, state, gates.tokens(), given).routing
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("table", ["random", "balanced"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_routing_is_a_lookup_in_one_dictionary_per_column(table, k):
@@ -117,7 +118,7 @@ def test_counts_beyond_int32_keep_their_proportions():
     np.testing.assert_array_equal(table(2**40), table(1))
 
 
-def test_what_a_table_lacks_is_said_with_the_remedy():
+def test_a_table_without_its_inputs_is_refused_with_a_remedy():
     balanced = gating.make("hash", table="balanced")
     with pytest.raises(ValueError, match=r"init_gate_state\(token_counts=.*gate.table=random"):
         balanced.init_state(GateSpec(D, E, V))

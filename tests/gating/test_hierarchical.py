@@ -44,6 +44,7 @@ def by_level(params, groups):
     return softmax(x @ np.asarray(params["outer_DA"])), softmax(inner)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_dense_on_both_levels_it_is_the_flat_mixture_of_the_product(groups):
     gate = gating.make("hierarchical", groups=groups, k_groups=groups, k=E // groups, noisy=False)
@@ -53,10 +54,10 @@ def test_dense_on_both_levels_it_is_the_flat_mixture_of_the_product(groups):
     y, info = jax.jit(lambda x: layer(x))(tokens())
     outer, inner = by_level(params, groups)
     flat = (outer[..., None] * inner).reshape(G, T, E)
-    everyone = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), (G, T, E))
+    all_GTE = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), (G, T, E))
     wanted = reference.moe(
         tokens(),
-        Routing(everyone, jnp.asarray(flat, jnp.float32)),
+        Routing(all_GTE, jnp.asarray(flat, jnp.float32)),
         layer.expert_weights(),
         "swiglu",
     )

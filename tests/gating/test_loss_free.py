@@ -165,6 +165,7 @@ def simulate(gate, offset_E, steps):
     return jax.lax.fori_loop(0, steps, step, (gate.init_state(spec), zero))
 
 
+@pytest.mark.slow
 def test_skewed_logits_are_balanced_within_gap_over_rate_steps():
     gate = gating.LossFree(k=2, bias_rate=0.005)
     offset = jnp.linspace(0.0, 2.0, 8)
@@ -263,7 +264,7 @@ def test_fields_that_contradict_each_other_are_one_line(fields, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_preset_too_large_for_the_experts_says_what_to_change():
+def test_a_preset_too_large_for_the_experts_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"gate\.k=8 .* raise num_experts or gate\.top_groups"):
         gating.make("deepseek_v3").check(8, train=True)
     gating.make("deepseek_v3").check(256, train=True)

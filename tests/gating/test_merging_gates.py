@@ -1,4 +1,4 @@
-"""SMEAR and Lory: by which weights the experts of a sequence or segment are merged."""
+"""SMEAR and Lory: the weights that merge the experts of a sequence or segment."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 import moejax
 from moejax import gating
 from moejax.gating import Lory, Smear
-from moejax.types import GateOutput, Merge
+from moejax.types import GateOutput, GateTraits, Merge
 from tests import gates
 from tests.gates import D, E, G, T
 
@@ -40,8 +40,8 @@ def merging(out: GateOutput) -> Merge:
     return out.mixing
 
 
-def told(gate, valid, rows=1, params=None, train=False, **known):
-    """Merging weights [B, N, E], and the routing that tells of them."""
+def routed(gate, valid, rows=1, params=None, train=False, **known):
+    """Merging weights [B, N, E] and the routing."""
     params = gates.drawn(gate) if params is None else params
     given = gates.context(train, rows=rows, valid_BL=valid, **known)
     x = jnp.where(valid[..., None], gates.tokens(), 0).reshape(G // rows, rows * T, D)
@@ -73,11 +73,12 @@ def test_a_small_case_by_hand():
     assert (out.routing.weight_GTK[0, 2] == 0).all() and merging(out).span == 3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_sequence_is_merged_by_the_norm_of_its_mean(rows):
     gate, valid = Smear(), padded()
     params = gates.drawn(gate)
-    mixing, routing = told(gate, valid, rows)
+    mixing, routing = routed(gate, valid, rows)
     norm = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     p = jax.tree.map(np.asarray, params)
     for b in range(G):
@@ -123,8 +124,8 @@ def test_dropout_leaves_out_experts_of_a_sequence_and_the_rest_share_alike():
 
 def test_dropout_that_would_take_all_experts_takes_none():
     gate = Smear(expert_dropout=0.999)
-    mixing, _ = told(gate, jnp.ones((G, T), bool), train=True)
-    plain, _ = told(gate, jnp.ones((G, T), bool))
+    mixing, _ = routed(gate, jnp.ones((G, T), bool), train=True)
+    plain, _ = routed(gate, jnp.ones((G, T), bool))
     close(mixing.weight_BNE, plain.weight_BNE)
 
 
@@ -159,7 +160,7 @@ def test_a_segment_is_merged_by_the_one_before(policy, segment, rows):
     """Segments that divide the length, that do not, and that are longer."""
     gate, valid = Lory(segment, policy), padded()
     params = gates.drawn(gate)
-    mixing, routing = told(gate, valid, rows, params)
+    mixing, routing = routed(gate, valid, rows, params)
     assert mixing.weight_BNE.shape == (G, -(-T // segment), E) and mixing.span == segment
     of_tokens = routing.weight_GTK.reshape(G, T, E)
     for b in range(G):
@@ -172,7 +173,7 @@ def test_a_segment_is_merged_by_the_one_before(policy, segment, rows):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_router_learns_from_its_first_segment_with_bos_only(policy):
-    """Sequences of one segment: the paper's is told its own mean and learns nothing of it."""
+    """Sequences of one segment: the paper's sees its own mean and learns nothing from it."""
     gate = Lory(T, policy)
     params = gates.drawn(gate)
     reading = jax.random.normal(jax.random.key(1), (E,))
@@ -208,11 +209,13 @@ def test_fields_out_of_range_are_refused(gate, message):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sequences_of_one_segment_are_refused_where_the_router_would_learn_nothing(policy):
     gate = gating.make("lory", segment=32, first_segment=policy)
-    assert isinstance(gate, Lory)
-    gate.check_data(layers=1, length=33, train_rows=8, eval_rows=8)
-    gate.check_data(layers=1, length=32, train_rows=0, eval_rows=8)
+    check_data = GateTraits.of(gate).check_data
+    assert check_data is not None
+    layers, enough, one_segment = 1, 33, 32
+    check_data(layers, enough, 8, 8)
+    check_data(layers, one_segment, 0, 8)
     if policy == "bos":
-        gate.check_data(layers=1, length=32, train_rows=8, eval_rows=8)
+        check_data(layers, one_segment, 8, 8)
         return
     with pytest.raises(ValueError, match=r"gate\.segment=32 .* of 32 tokens.*use gate\.segment=8"):
-        gate.check_data(layers=1, length=32, train_rows=8, eval_rows=8)
+        check_data(layers, one_segment, 8, 8)

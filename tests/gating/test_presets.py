@@ -70,6 +70,7 @@ def published(built, x, k, renormalize):
     return out
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("name", "k", "renormalize", "shared", "gated"),
     [
@@ -83,7 +84,7 @@ def published(built, x, k, renormalize):
 def test_a_preset_computes_the_published_layer(name, k, renormalize, shared, gated):
     built = layer(name)
     assert built.gate == gating.TopK(k=k, renormalize=renormalize)
-    assert built.shared_gate == gated
+    assert built.options.shared_gate == gated
     width = 0 if built.shared is None else built.shared.up_DF[...].shape[1]
     assert width == shared * F
     x = jax.random.normal(jax.random.key(1), (B, L, D))
@@ -120,7 +121,7 @@ def test_finer_experts_of_equal_probability_compute_what_the_whole_expert_did():
     np.testing.assert_allclose(2 * y, call(whole, x)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_every_preset_of_a_published_model_says_whose_it_is():
+def test_every_preset_of_a_published_model_names_its_source():
     published = {name: gating.source(name) for name in gating.names() if gating.source(name)}
     assert {"deepseek_moe", "qwen_moe", "olmoe", "openmoe", "deepseek_v3"} <= published.keys()
     for name, text in published.items():

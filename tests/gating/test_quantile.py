@@ -44,7 +44,7 @@ def test_prices_are_the_quantiles_of_the_loops(tokens, k):
     np.testing.assert_allclose(got, by_loops(h, price, k), rtol=1e-5, atol=1e-5)  # float32
 
 
-def test_with_everyones_threshold_fixed_no_expert_is_wanted_by_more_than_its_share():
+def test_with_all_tokens_thresholds_fixed_no_expert_exceeds_its_share():
     """T k / E tokens pass an expert's price, or fewer and some that are just at it."""
     tokens, k = 60, 2
     h = np.random.default_rng(0).normal(size=(tokens, E)) + np.linspace(0, 3, E)

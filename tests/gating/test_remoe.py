@@ -72,7 +72,7 @@ def test_only_active_experts_get_a_gradient_from_the_loss():
 
 
 @pytest.mark.slow
-def test_lambda_is_what_a_controller_in_plain_python_makes_of_the_counts():
+def test_lambda_equals_that_of_a_controller_in_plain_python():
     """Over steps of the trainer, from the pairs it logged (cut ones too), layer by layer."""
     fields = {"k": 4, "max_active": 3, "lambda_init": 1e-3, "lambda_factor": 3.0}
     fields = {f"moe__gate__{name}": value for name, value in fields.items()}
@@ -132,6 +132,7 @@ def along(gate_name, **fields):
     return fine, coarse, np.abs(np.diff(visited, axis=0)).sum()
 
 
+@pytest.mark.slow
 def test_its_output_is_continuous_where_that_of_top_k_jumps():
     """Ten times finer steps make ten times smaller changes, or the same jump."""
     fine, coarse, changes = along("remoe")

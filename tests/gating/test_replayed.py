@@ -23,6 +23,7 @@ def layer(gate, **choices):
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "choices"),
     [

@@ -26,6 +26,7 @@ def drawn(gate, seed=1):
     return params | {"baseline": jnp.float32(0.4)}
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased():
     """Mean of 20 000 estimates against the exact gradient of the expected reward."""
     gate = gating.make("rl")
@@ -68,6 +69,7 @@ def test_it_samples_in_training_and_is_greedy_in_evaluation():
     assert (out.routing.weight_GTK == 1).all() and (held_out.routing.weight_GTK == 1).all()
 
 
+@pytest.mark.slow
 def test_a_bandit_is_learned_with_its_baseline():
     """Each kind of token has its own best expert; only rewards tell which."""
     gate = gating.make("rl")

@@ -41,6 +41,7 @@ def same(routing, group, token, wanted):
         assert abs(found[expert] - weight) < 1e-5
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("k", "renormalize"), [(2, True), (1, False)])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_task_has_one_choice_of_experts_for_all_tokens_of_its_sequences(k, renormalize, rows):
@@ -129,7 +130,7 @@ def test_a_constant_sequence_is_routed_as_switch_routes_its_token(pool):
     assert len(set(ours.routing.expert_GTK[:, 0, 0].tolist())) > 1
 
 
-def test_the_mean_does_not_know_the_order_of_tokens():
+def test_the_mean_does_not_depend_on_the_order_of_tokens():
     gate = Sentence()
     params, given = gates.drawn(gate), gates.context(False)
     routing = gate(params, (), gates.tokens(), given).routing

@@ -13,13 +13,14 @@ import moejax
 from tests import gates
 from tests.gates import ROWS, TASKS, D, E, Row, T, V
 
-QUICK = ("base", "sbase-rounding=balanced", "shazeer", "thor", "gating_dropout-local_share=0.5")
+QUICK = ("sbase-rounding=balanced", "shazeer", "thor", "gating_dropout-local_share=0.5", "base")
 PARAMS = [
     pytest.param(row, id=row.name, marks=[] if row.name.startswith(QUICK) else pytest.mark.slow)
     for row in ROWS
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("row", PARAMS)
 def test_routing_is_the_same_under_64_bit_numbers(row: Row):
     gate = row.make()
@@ -69,6 +70,7 @@ def traced_layer(row: Row, setting: str, transport: str) -> None:
         assert {str(x.dtype) for x in jax.tree.leaves(grads)} <= {"float32", "float0"}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("row", PARAMS)
 @pytest.mark.parametrize("setting", [*SETTINGS])
 def test_a_layer_with_any_gate_can_be_traced_under_any_setting(row: Row, setting: str):

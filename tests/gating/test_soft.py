@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moejax import gating
 from moejax.gating.soft import Soft, mean_cosine, softmax_over_tokens
-from moejax.types import Context, MoEConfig, Slots, Visibility
+from moejax.options import DispatchOptions
+from moejax.types import Context, Slots, Visibility
 from tests import gates
 from tests.gates import D, E, G, T
 
@@ -74,13 +75,13 @@ def test_weights_are_those_of_the_two_softmaxes_written_out(slots, normalize):
     CLOSE(mixing.combine_GTX, wanted[1])
     CLOSE(mixing.dispatch_GTX.sum(1), np.broadcast_to(VALID.any(1, keepdims=True), (G, E * slots)))
     CLOSE(mixing.combine_GTX.sum(-1), VALID)
-    # What is told: every expert, with the share of its slots.
+    # The routing reports every expert, with the share of its slots.
     np.testing.assert_array_equal(out.routing.expert_GTK[1, 2], np.arange(E))
     CLOSE(out.routing.weight_GTK, wanted[1].reshape(G, T, E, slots).sum(-1))
     CLOSE(out.stats.probs_GTE[VALID], out.routing.weight_GTK[VALID])
 
 
-def test_the_log_sum_exp_of_the_logits_told_is_that_of_all_slots():
+def test_the_log_sum_exp_of_the_reported_logits_is_that_of_all_slots():
     gate = Soft(slots=3, normalize=False)
     out, _ = call(gate)
     logits = np.asarray(gates.tokens()) @ np.asarray(gates.drawn(gate)["router_DX"])
@@ -226,8 +227,11 @@ def test_noise_is_that_of_a_row_and_in_training_only():
 
 def test_a_token_sees_its_group_even_if_there_is_one_slot():
     for experts in (1, E):
-        assert Soft().visibility(MoEConfig(experts)) == Visibility(True, False, True, False)
-        assert Soft().visibility(MoEConfig(experts, group="2")) == Visibility(*[True] * 4)
+        assert Soft().visibility(DispatchOptions(num_experts=experts).config) == Visibility(
+            True, False, True, False
+        )
+        two = DispatchOptions(num_experts=experts, group="2").config
+        assert Soft().visibility(two) == Visibility(*[True] * 4)
     assert Soft(slots=3).capacity(100, E, 9.0) == 3, "whatever the capacity factor"
 
 

@@ -1,14 +1,12 @@
 """StableMoE: the table of stage 2, the losses of stage 1, and what stands still from then on."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax import gating
-from moejax.types import Context, GateSpec
+from moejax.types import Context, GateSpec, GateTraits
 from tests import steps
 
 G, T, D, E, V = 3, 16, 6, 4, 40
@@ -99,9 +97,9 @@ def test_the_losses_are_the_papers_sums_over_the_number_of_tokens():
 
 
 def test_the_distilled_router_is_frozen_from_the_first_step_of_stage_2_on():
-    gate: Any = gating.make("stablemoe", stage_steps=STAGE)
+    frozen = GateTraits.of(gating.make("stablemoe", stage_steps=STAGE)).frozen
     for step, still in ((0, False), (STAGE - 1, False), (STAGE, True), (999, True)):
-        assert gate.frozen(jnp.int32(step)) == {"embed_VR": still, "distill_RE": still}
+        assert frozen(jnp.int32(step)) == {"embed_VR": still, "distill_RE": still}
 
 
 def test_distillation_moves_the_distilled_router_alone_and_no_gradient_does_in_stage_2():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from moejax import gating
+from moejax import UserError, gating
 from moejax.types import Context, GateSpec
 
 GROUPS, TOKENS, WIDTH, EXPERTS = 3, 64, 4, 5
@@ -27,6 +27,7 @@ def call(name, logits=None, train=True, seed=0, **fields):
     return gate(params, gate.init_state(spec), x, context)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "name", ["switch", "mixtral", "shazeer", "gshard", "dense", "base", "sbase"]
 )
@@ -109,7 +110,7 @@ def test_gshard_visits_both_in_evaluation():
     assert (call("gshard", train=False).routing.weight_GTK > 0).all()
 
 
-def test_dense_visits_everyone_with_its_softmax():
+def test_dense_visits_all_experts_with_softmax_weights():
     out = call("dense")
     np.testing.assert_array_equal(out.routing.weight_GTK, out.stats.probs_GTE)
 
@@ -136,11 +137,15 @@ def test_noise_depends_on_the_row_and_not_on_its_place():
         ("switch", {"kk": 1}, "gate 'switch' has no field 'kk'; did you mean 'k'"),
         ("no.such.module:Gate", {}, "cannot be imported"),
         ("math:pi", {}, "must be a dataclass"),
-        ("moejax.types:MoEConfig", {"num_experts": 4}, "lacks check, .*trained_by, __call__"),
+        (
+            "moejax.dispatch:FlatMoEConfig",
+            {"num_experts": 4},
+            "lacks check, .*trained_by, __call__",
+        ),
     ],
 )
 def test_unknown_names_and_fields_are_one_line(name, fields, message):
-    with pytest.raises(gating.UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         gating.make(name, **fields)
     assert "\n" not in str(caught.value)
 

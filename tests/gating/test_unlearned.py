@@ -68,6 +68,7 @@ def test_thors_draw_is_the_same_in_every_part_of_a_batch():
     assert len(got) == 1
 
 
+@pytest.mark.slow
 def test_thor_evaluates_with_an_expert_per_token_or_per_sequence():
     token = call("thor", length=2000, train=False).expert_GTK
     assert scipy.stats.chisquare(np.bincount(token.ravel(), minlength=E)).pvalue > 1e-3
@@ -141,7 +142,7 @@ def test_skewed_follows_the_law_of_zipf_and_never_doubles(k, exponent):
         np.testing.assert_allclose(got, wanted, atol=0.01)
 
 
-def test_one_sends_everything_to_the_first_k():
+def test_pattern_one_sends_all_tokens_to_the_first_k_experts():
     routing = call("forced", pattern="one", k=2, key=None)
     np.testing.assert_array_equal(routing.expert_GTK, np.broadcast_to([0, 1], (4, 64, 2)))
     assert (routing.weight_GTK == 0.5).all()

@@ -218,6 +218,7 @@ def test_a_missing_process_is_named(make, monkeypatch):
         connect(make(2).specs[1], patience=0)
 
 
+@pytest.mark.slow
 def test_a_port_in_use_by_another_program_is_reported(make, monkeypatch):
     monkeypatch.setattr(rendezvous, "PORT_BUSY", 0.0)
     processes = make(2)

@@ -96,6 +96,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_waiting_for_processes_is_reported_at_once_and_ends_with_one_line(rank):
     """JAX would abort with a stack of C++, minutes later."""
@@ -116,6 +117,7 @@ def test_waiting_for_processes_is_reported_at_once_and_ends_with_one_line(rank):
     assert "stack trace" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("platform", ["cuda", "gpux"])
 def test_an_absent_accelerator_is_reported_in_one_line(platform, tmp_path):
     """Of the doctor too, which says what is there; and no folder is made."""
@@ -143,6 +145,7 @@ def test_an_absent_accelerator_is_reported_in_one_line(platform, tmp_path):
     assert "devices            none: moejax cannot train here" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_checks_its_devices_before_it_creates_anything(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "gpux")
     monkeypatch.setattr("moejax.sweep.runner.make_workdir", pytest.fail)  # no trial is begun
@@ -192,7 +195,6 @@ def test_host_memory_respects_the_limits_of_this_process(monkeypatch):
 
 FRESH = """
 import sys
-from moejax import devices
 from moejax.config import default, validate
 from moejax.job.launch import configure_devices
 from moejax.job.launch import backend_is_running

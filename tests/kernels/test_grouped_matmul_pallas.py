@@ -40,6 +40,7 @@ def assert_equal_on_owned_rows(product, got, expected, *, atol, rtol):
     np.testing.assert_allclose(got, expected, atol=atol, rtol=rtol)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_megablox_interpreted_equals_the_cpu_form(product):
     args = operands(product)

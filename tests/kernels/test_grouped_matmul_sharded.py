@@ -45,6 +45,7 @@ def oracle(x, w, sizes, dy, num_expert_shards):
     return y, dx, dw
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("data,expert", [(1, 2), (2, 4), (8, 1), (1, 8)])
 def test_value_and_gradients_under_check_vma(eight_devices, data, expert):
     mesh = jax.make_mesh(

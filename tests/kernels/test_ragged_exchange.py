@@ -132,6 +132,7 @@ def test_offsets_from_a_traffic_matrix_of_four_devices():
     )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("num_devices", [2, 4, 8])
 @pytest.mark.parametrize("per_peer", [1, 3])
 def test_exactly_the_documented_rows_are_written(num_devices, per_peer):

@@ -10,7 +10,9 @@ from flax import nnx
 import moejax
 from moejax import gating
 from moejax.contrib.multitask.mmoe import MultiGateMoE
+from moejax.dispatch import Cells, Dropless
 from moejax.layers.moa import MixtureOfHeads
+from moejax.options import AttentionOptions, HeadsOptions
 from tests import meshes
 from tests.moes import D, E, F, L, make
 
@@ -44,6 +46,7 @@ ODD_SLOW = [("mixtral", t) for t in ("dropless", "dropless_once", "gather", "all
 ODD_SLOW += [("smear", "cells"), ("base", "cells"), ("sbase", "cells"), ("shazeer", "cells")]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "transport"),
     [*ODD, *(pytest.param(*row, marks=pytest.mark.slow) for row in ODD_SLOW)],
@@ -68,7 +71,8 @@ def test_a_batch_that_does_not_divide_over_the_mesh_gives_the_numbers_of_no_mesh
 @pytest.mark.slow
 def test_heads_and_shared_gates_take_odd_batches_on_a_mesh_too():
     x = jax.random.normal(jax.random.key(1), (5, L, D))
-    heads = MixtureOfHeads(D, 4, 2, 8, theta=0.0, implementation="xla", rngs=nnx.Rngs(0))
+    attention = AttentionOptions(head_dim=8, rope_theta=None, implementation="xla")
+    heads = MixtureOfHeads(D, HeadsOptions(4, 2), attention, rngs=nnx.Rngs(0))
     tables = MultiGateMoE(D, F, 3, 4, 2, gate=gating.make("dense"), rngs=nnx.Rngs(0))
 
     def run(x):
@@ -84,18 +88,18 @@ def test_a_name_is_a_gate_with_what_the_model_sets_around_it():
     layer = make_by_name("deepseek_moe")
     preset = gating.preset_overrides("deepseek_moe")
     assert layer.gate == gating.make("deepseek_moe")
-    assert layer.config.transport == preset["transport"] == "dropless"
+    assert layer.config.transport == Dropless() and preset["transport"] == "dropless"
     assert layer.shared is not None and layer.shared.up_DF[...].shape == (
         D,
         preset["shared_experts"] * F,
     )
     given = make_by_name("deepseek_moe", transport="cells", num_shared=0)
-    assert given.config.transport == "cells" and given.shared is None
+    assert given.config.transport == Cells() and given.shared is None
 
 
 def test_a_gate_by_value_leaves_the_arguments_at_their_defaults():
     layer = moejax.MoE(D, F, E, gate=gating.make("deepseek_moe"), rngs=nnx.Rngs(0))
-    assert layer.config.transport == "cells" and layer.shared is None
+    assert layer.config.transport == Cells() and layer.shared is None
 
 
 @pytest.mark.parametrize("name", gating.names())
@@ -250,6 +254,7 @@ def test_a_train_that_is_no_choice_is_refused(train):
         make()(x_of(4, L, D), train=train)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gate", ["mixtral", *(pytest.param(g, marks=pytest.mark.slow) for g in ("smear", "lory"))]
 )
@@ -272,6 +277,7 @@ def test_forward_mode_passes_all_experts_and_merged_ones(gate):
     np.testing.assert_allclose(hvp, twice, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "transport", "instead"),
     [

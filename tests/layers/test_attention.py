@@ -1,5 +1,6 @@
 """Rotary positions and attention against the formulas, in numpy and float64."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moejax.layers.attention import Attention, attend, implementation_for, rope
+from moejax.options import AttentionOptions
 
 
 def rope_formula(x, position, theta):
@@ -43,9 +45,14 @@ def test_rope_products_depend_on_relative_positions_only():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_is_the_softmax_formula(kv_heads):
     width, heads, size = 12, 4, 6
-    layer = Attention(
-        width, heads, kv_heads, size, theta=100.0, implementation="xla", rngs=nnx.Rngs(0)
+    options = AttentionOptions(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        rope_theta=100.0,
+        implementation="xla",
     )
+    layer = Attention(width, options, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(2)
     x = rng.normal(size=(2, 5, width)).astype(np.float32)
     position = np.arange(5) + np.array([[0], [3]])
@@ -83,6 +90,9 @@ def test_auto_is_the_fused_kernel_where_it_can_run(backend, dtype, size, wanted,
     assert implementation_for("xla", jnp.dtype(dtype), size) == "xla"
 
 
+OPTIONS = AttentionOptions(
+    num_heads=2, num_kv_heads=1, head_dim=4, rope_theta=100.0, implementation="xla"
+)
 LEFT, GAPS, NONE = [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]
 HOLES = np.array([LEFT, GAPS, NONE], bool)
 SEGMENTS = np.array([[7, 7, 7, 7, 3, 3], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
@@ -103,7 +113,7 @@ def by_segment(layer, x, valid, segment, position):
                     for w, j in ((layer.query_DHI, h), (layer.key_DJI, 0), (layer.value_DJI, 0))
                 )
                 mixed = blocks.head(
-                    query, key, value, position[b, at], valid[b, at], layer.theta, layer.causal
+                    query, key, value, position[b, at], valid[b, at], 100.0, layer.options.causal
                 )
                 wanted[b, at] += mixed @ leaf(layer.out_HID)[h]
     return wanted
@@ -112,9 +122,7 @@ def by_segment(layer, x, valid, segment, position):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize("segment", [None, SEGMENTS], ids=["whole", "segments"])
 def test_padding_wherever_it_lies_and_other_segments_are_not_attended_to(causal, segment):
-    layer = Attention(
-        8, 2, 1, 4, theta=100.0, implementation="xla", causal=causal, rngs=nnx.Rngs(0)
-    )
+    layer = Attention(8, dataclasses.replace(OPTIONS, causal=causal), rngs=nnx.Rngs(0))
     x = np.random.default_rng(3).normal(size=(3, 6, 8)).astype(np.float32)
     position = 2 * np.arange(6) + np.array([[0], [3], [1]])
     known = (HOLES, np.zeros((3, 6), int) if segment is None else segment, position)
@@ -130,9 +138,7 @@ def test_padding_wherever_it_lies_and_other_segments_are_not_attended_to(causal,
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 def test_gradients_of_padding_are_zero_and_all_are_finite_where_a_query_sees_nothing(causal):
-    layer = Attention(
-        8, 2, 1, 4, theta=100.0, implementation="xla", causal=causal, rngs=nnx.Rngs(0)
-    )
+    layer = Attention(8, dataclasses.replace(OPTIONS, causal=causal), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (3, 6, 8)).at[~HOLES].set(jnp.inf)
     graph, params = nnx.split(layer)
 
@@ -156,8 +162,10 @@ def test_the_fused_kernel_gets_a_mask_it_takes_unless_it_would_hide_nothing(
     monkeypatch.setattr(f"{cudnn}.is_cuda_compute_capability_equal", lambda *_: False)
     query, key = (jax.ShapeDtypeStruct((2, 64, n, 16), jnp.bfloat16) for n in (4, 2))
 
+    options = AttentionOptions(implementation="cudnn", causal=causal)
+
     def loss(query, key, valid):
-        mixed = attend(query, key, key, valid, None, causal, "cudnn", behind)
+        mixed = attend(query, key, key, valid, None, options, behind)
         return jnp.sum(mixed.astype(jnp.float32))
 
     valid = jax.ShapeDtypeStruct((2, 64), bool)

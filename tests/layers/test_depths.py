@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from moejax.layers.depths import Depths, choose
 from moejax.models.stack import Block
-from moejax.types import Context, DepthsConfig
+from moejax.options import DepthsOptions
+from moejax.types import Context, LayerAux
 from tests import lms
 from tests.layers import blocks
 
 B, L, D = 3, 8, lms.D
-CHOOSE = jax.jit(choose, static_argnames="config")
+CHOOSE = jax.jit(choose, static_argnames="options")
 LENGTHS = np.array([8, 6, 2])
 """Valid tokens: all, some, and fewer than a row of L has room for."""
 VALID = np.arange(L) < LENGTHS[:, None]
@@ -56,8 +57,7 @@ def context():
 @functools.cache
 def program(predictor, train, capacity=0.4):
     def run(params, x_BLD):
-        y_BLD, _, _, said = block_of(params, predictor, capacity)(x_BLD, context(), (), train, None)
-        return y_BLD, said
+        return block_of(params, predictor, capacity)(x_BLD, context(), (), train, None)
 
     return jax.jit(run)
 
@@ -93,12 +93,12 @@ def test_the_best_valid_tokens_are_chosen_in_ascending_order_and_ties_go_to_the_
 ):
     score_BL = np.array(score, np.float32).reshape(2, 7)
     valid_BL = np.array(valid).reshape(2, 7)
-    config = DepthsConfig(tenths / 10)
-    chosen = jax.device_get(CHOOSE(score_BL, valid_BL, config=config))
+    options = DepthsOptions(tenths / 10)
+    chosen = jax.device_get(CHOOSE(score_BL, valid_BL, options=options))
     for row in range(2):
         wanted = best(score_BL[row], valid_BL[row], tenths)
         index, valid_C = chosen.index_BC[row], chosen.valid_BC[row]
-        assert len(index) == config.chosen(7) and len(set(index.tolist())) == len(index)
+        assert len(index) == options.chosen(7) and len(set(index.tolist())) == len(index)
         assert list(index[: len(wanted)]) == wanted, "and padding behind them"
         assert list(valid_C) == [True] * len(wanted) + [False] * (len(index) - len(wanted))
         assert list(np.flatnonzero(chosen.slot_BL[row] < len(index))) == wanted
@@ -110,7 +110,7 @@ def test_the_best_valid_tokens_are_chosen_in_ascending_order_and_ties_go_to_the_
 def test_a_routed_block_is_a_loop_over_the_chosen_tokens_at_their_own_positions(predictor, train):
     (_, params), config = built(predictor)
     x_BLD, position_BL = tokens(), np.asarray(context().position_BL)
-    y_BLD, said = program(predictor, train)(params, x_BLD)
+    y_BLD, aux = program(predictor, train)(params, x_BLD)
     r_BL, logit_BL = scores(params, x_BLD, predictor)
     wanted, through, right, nats = np.asarray(x_BLD, np.float64).copy(), [], [], []
     for row in range(B):
@@ -132,9 +132,9 @@ def test_a_routed_block_is_a_loop_over_the_chosen_tokens_at_their_own_positions(
             wanted[row, chosen] += r_BL[row, chosen, None] * f
     assert 0 < len(through) < LENGTHS.sum(), "some tokens must pass and some must not"
     CLOSE(y_BLD[VALID], wanted[VALID])
-    CLOSE(said.means["mod/selected"], len(through) / LENGTHS.sum())
-    CLOSE(said.means["mod/agreement"], np.mean(right))
-    CLOSE(said.losses["mod_predictor"], np.mean(nats))
+    CLOSE(aux.means["mod/selected"], len(through) / LENGTHS.sum())
+    CLOSE(aux.means["mod/agreement"], np.mean(right))
+    CLOSE(aux.losses["mod_predictor"], np.mean(nats))
 
 
 def test_with_room_for_all_and_weights_of_one_it_is_the_plain_block():
@@ -161,13 +161,13 @@ def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predic
     def gradients(params, x_BLD):
         def of(loss):
             def value(params, x_BLD):
-                y, _, _, said = block_of(params, predictor)(x_BLD, context(), (), True, None)
-                return loss(y, said)
+                y, aux = block_of(params, predictor)(x_BLD, context(), (), True, None)
+                return loss(y, aux)
 
             return jax.grad(value, (0, 1))(params, x_BLD)
 
-        task = of(lambda y, said: jnp.sum(jnp.where(VALID[..., None], jnp.sin(y), 0)))
-        return task, of(lambda y, said: said.losses["mod_predictor"])
+        task = of(lambda y, aux: jnp.sum(jnp.where(VALID[..., None], jnp.sin(y), 0)))
+        return task, of(lambda y, aux: aux.losses["mod_predictor"])
 
     (task, _), (entropy, entropy_x) = gradients(built(predictor)[0][1], tokens())
     largest = lambda tree: max(np.abs(g).max() for g in jax.tree.leaves(tree))
@@ -185,14 +185,14 @@ def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predic
 def test_a_token_with_even_odds_goes_around_the_block_in_evaluation():
     """Of zeros both predictors say sigmoid(0), which is not above 1/2."""
     for predictor in ("mlp", "router"):
-        y_BLD, said = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))
+        y_BLD, aux = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))
         np.testing.assert_array_equal(y_BLD, 0.0)
-        assert said.means["mod/selected"] == 0.0
+        assert aux.means["mod/selected"] == 0.0
 
 
 def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
     """Scores are the tokens themselves: of six the second, the fourth and the sixth are chosen."""
-    depths = Depths(1, DepthsConfig(0.5, predictor="router"), rngs=nnx.Rngs(0))
+    depths = Depths(1, DepthsOptions(0.5, predictor="router"), rngs=nnx.Rngs(0))
     depths.router["weight_D"][...] = jnp.ones(1)
     x_BLD = jnp.asarray([[1.0, 5.0, 2.0, 7.0, 3.0, 6.0]])[..., None]
     known = {
@@ -204,7 +204,7 @@ def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
 
     def change(x_BCD, context):
         seen.append(context)
-        return x_BCD, None
+        return x_BCD, LayerAux()
 
     depths(x_BLD, dataclasses.replace(Context.of(1, 6), **known), True, change)
     (told,) = seen
@@ -216,7 +216,7 @@ def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
 @pytest.mark.parametrize("predictor", ["mlp", "router"])
 def test_padding_may_hold_nan_backwards_too(predictor):
     """Three of four tokens are chosen, of which the second sequence has two."""
-    depths = Depths(4, DepthsConfig(0.75, predictor=predictor), rngs=nnx.Rngs(0))
+    depths = Depths(4, DepthsOptions(0.75, predictor=predictor), rngs=nnx.Rngs(0))
     graph, params = nnx.split(depths)
     valid_BL = jnp.asarray([[True] * 4, [True, True, False, False]])
     x_BLD = jnp.where(valid_BL[..., None], jax.random.normal(jax.random.key(1), (2, 4, 4)), jnp.nan)
@@ -225,9 +225,9 @@ def test_padding_may_hold_nan_backwards_too(predictor):
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(params, x_BLD):
         given = Context.of(2, 4, valid_BL=valid_BL)
-        change = lambda x, context: (jnp.sin(x), None)
-        y_BLD, _, losses, _ = nnx.merge(graph, params)(x_BLD, given, True, change)
-        return jnp.sum(jnp.where(valid_BL[..., None], y_BLD, 0.0)) + losses["mod_predictor"]
+        change = lambda x, context: (jnp.sin(x), LayerAux())
+        y_BLD, aux = nnx.merge(graph, params)(x_BLD, given, True, change)
+        return jnp.sum(jnp.where(valid_BL[..., None], y_BLD, 0.0)) + aux.losses["mod_predictor"]
 
     by_params, by_x = gradients(params, x_BLD)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(by_params))
@@ -236,21 +236,21 @@ def test_padding_may_hold_nan_backwards_too(predictor):
 
 def test_capacity_is_rounded_up_and_has_room_for_someone():
     def chosen(capacity, length):
-        return DepthsConfig(capacity).chosen(length)
+        return DepthsOptions(capacity).chosen(length)
 
     assert [chosen(0.125, n) for n in (8, 9, 16, 1)] == [1, 2, 2, 1]
     assert chosen(0.1, 30) == 3 and chosen(1.0, 7) == 7 and chosen(1e-6, 5) == 1
 
 
 def test_choices_that_do_not_fit_are_named():
-    for fields, moe_every, text in (
-        ({"capacity": 1.5}, 0, "mod_capacity=1.5"),
-        ({"every": 0}, 0, "mod_every=0"),
-        ({"predictor": "none"}, 0, "mod_predictor='none'"),
-        ({"every": 2}, 1, "mod_every=2 must divide moe.every=1"),
+    for fields, every, text in (
+        ({"mod_capacity": 1.5}, 0, "capacity=1.5 must be >= 0 and <= 1"),
+        ({"mod_every": 0}, 0, "every=0 must be >= 1"),
+        ({"mod_predictor": "none"}, 0, "predictor='none' is unknown; use one of mlp, router"),
+        ({"mod_every": 2}, 1, "depths.every=2 must divide every=1"),
     ):
         with pytest.raises(ValueError, match=text):
-            dataclasses.replace(DepthsConfig(0.5), **fields).check(moe_every)
-    DepthsConfig(0.5, every=2).check(4)
-    DepthsConfig(0.0, every=2).check(1)
-    assert [DepthsConfig(0.5, every=2).routes(i) for i in range(4)] == [False, True, False, True]
+            lms.config(every=every, **{"mod_capacity": 0.5, **fields})
+    lms.config(every=4, num_layers=4, mod_capacity=0.5, mod_every=2)
+    lms.config(every=1, mod_capacity=0.0, mod_every=2)
+    assert [DepthsOptions(0.5, every=2).routes(i) for i in range(4)] == [False, True, False, True]

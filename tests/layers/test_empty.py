@@ -13,6 +13,7 @@ SHAPES = {"no_sequences": (0, 6), "no_positions": (2, 0), "padding": (2, 6)}
 GATES = ["mixtral", "base", "expert_choice", "soft", "lory"]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     "gate", [pytest.param(g, marks=() if g == "mixtral" else pytest.mark.slow) for g in GATES]
 )

@@ -108,6 +108,7 @@ def served(logits, task):
     return len(np.unique(np.argmax(logits, axis=-1)[VALID & (TASK == task)[:, None]]))
 
 
+@pytest.mark.slow
 def test_text_that_all_goes_to_one_expert_is_pulled_apart_by_its_losses_and_not_without():
     first, before, after = descended((0.0, 1.0, 0.0, 1.0))
     assert served(before, 1) == 1

@@ -33,6 +33,7 @@ def context(**known):
     return moejax.Context.of(G, T, key=jax.random.key(0), **known)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", [Smear(), Lory(4), Lory(4, "paper")], ids=str)
 def test_one_expert_is_an_ffn(gate):
     made = layer(gate, experts=1)
@@ -49,6 +50,7 @@ def test_one_uniform_segment_is_the_mean_expert():
     close(y, ffn_one(mean, gates.tokens().reshape(-1, D), "swiglu").reshape(y.shape))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_later_token_moves_earlier_ones_in_the_papers_first_segment_and_nowhere_else(
@@ -73,6 +75,7 @@ def test_a_later_token_moves_earlier_ones_in_the_papers_first_segment_and_nowher
     assert moved_PL[5, 6:12].min() > 1e-3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("policy", ["learned", "bos"])
 def test_the_output_of_a_prefix_is_the_prefix_of_the_output(policy):
     made = layer(Lory(4, policy))
@@ -91,6 +94,7 @@ def test_every_token_of_a_smeared_sequence_sees_every_other_and_no_other_sequenc
     assert np.abs(last - y)[jnp.asarray([0, 2, 3])].max() < 1e-6
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", [Smear(), Lory(4, "bos")], ids=str)
 def test_padding_may_hold_nan_backwards_too(gate):
     made, valid = layer(gate), padded()
@@ -121,6 +125,7 @@ MESHES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "gate"), MESHES)
 def test_no_mesh_changes_anything(shape, gate):
     fields = (("segment", 4),) if gate == "lory" else ()

@@ -1,5 +1,6 @@
 """Mixture of Attention heads against loops, ordinary attention, and a count of its work."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from moejax.layers.attention import Attention
 from moejax.layers.moa import MixtureOfHeads
+from moejax.options import AttentionOptions, HeadsOptions
 from moejax.train.cost.flops import count_flops
 from moejax.types import Context
 from tests.layers import blocks
@@ -17,14 +19,14 @@ from tests.layers import blocks
 B, L, D, I, THETA = 3, 6, 12, 4, 100.0
 LENGTHS = np.array([6, 4, 1])
 VALID = np.arange(L) < LENGTHS[:, None]
+ATTENTION = AttentionOptions(head_dim=I, rope_theta=THETA, implementation="xla")
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
 """float32 against float64 or another order of at most 12 products and a softmax."""
 
 
 def make(experts=5, k=2, causal=True):
-    layer = MixtureOfHeads(
-        D, experts, k, I, theta=THETA, implementation="xla", causal=causal, rngs=nnx.Rngs(0)
-    )
+    attention = dataclasses.replace(ATTENTION, causal=causal)
+    layer = MixtureOfHeads(D, HeadsOptions(experts, k), attention, rngs=nnx.Rngs(0))
     layer.router["router_DE"][...] = jax.random.normal(jax.random.key(1), (D, experts))
     return layer
 
@@ -50,12 +52,13 @@ def leaf(param):
 def loop(layer, k, x_BLD, valid_BL, position_BL):
     """Token by token: its k most probable heads, weighed by their shares, and how often each."""
     x, wanted = np.asarray(x_BLD, np.float64), np.zeros(x_BLD.shape)
-    load = np.zeros(layer.num_experts)
+    load = np.zeros(layer.options.experts)
     query, out, router = leaf(layer.query_EDI), leaf(layer.out_EID), leaf(layer.router["router_DE"])
     for b in range(B):
         key, value = x[b] @ leaf(layer.key_DI), x[b] @ leaf(layer.value_DI)
+        causal = layer.attention.causal
         heads = [
-            blocks.head(x[b] @ q, key, value, position_BL[b], valid_BL[b], THETA, layer.causal)
+            blocks.head(x[b] @ q, key, value, position_BL[b], valid_BL[b], THETA, causal)
             for q in query
         ]
         for t in np.flatnonzero(valid_BL[b]):
@@ -69,13 +72,13 @@ def loop(layer, k, x_BLD, valid_BL, position_BL):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 def test_every_token_is_attended_to_by_its_k_best_heads(causal):
     layer, x_BLD, given = make(causal=causal), tokens(), context()
-    y_BLD, losses, means = run(layer, x_BLD, given)
+    y_BLD, aux = run(layer, x_BLD, given)
     wanted, load = loop(layer, 2, x_BLD, VALID, np.asarray(given.position_BL))
     CLOSE(y_BLD[VALID], wanted[VALID])
-    assert set(losses) == {"moa_load_balance", "moa_z"}
-    CLOSE(means["moa/max_vio"], load.max() / load.mean() - 1)
+    assert set(aux.losses) == {"moa_load_balance", "moa_z"}
+    CLOSE(aux.means["moa/max_vio"], load.max() / load.mean() - 1)
     logits = (np.asarray(x_BLD, np.float64) @ leaf(layer.router["router_DE"]))[VALID]
-    CLOSE(losses["moa_z"], np.mean(np.log(np.exp(logits).sum(-1)) ** 2))
+    CLOSE(aux.losses["moa_z"], np.mean(np.log(np.exp(logits).sum(-1)) ** 2))
     balance = 0.0
     for row, length in zip(np.asarray(x_BLD, np.float64), LENGTHS, strict=True):
         probs = np.stack(
@@ -84,7 +87,7 @@ def test_every_token_is_attended_to_by_its_k_best_heads(causal):
         best = np.argsort(-probs)[:, :2]
         share = np.bincount(best.ravel(), minlength=5) / best.size
         balance += length * 5 * (share * probs.mean(0)).sum()
-    CLOSE(losses["moa_load_balance"], balance / LENGTHS.sum())
+    CLOSE(aux.losses["moa_load_balance"], balance / LENGTHS.sum())
 
 
 def test_padding_between_valid_tokens_is_masked():
@@ -96,14 +99,14 @@ def test_padding_between_valid_tokens_is_masked():
     CLOSE(run(layer, x_BLD, given)[0][valid], wanted[valid])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [1, 3])
 def test_with_all_heads_and_equal_weights_it_is_multi_query_attention(heads):
     """Of weight 1 / heads each: 1 where there is a single head."""
     layer = make(heads, heads)
     layer.router["router_DE"][...] = jnp.zeros((D, heads))
-    plain = Attention(
-        D, heads, 1, I, theta=THETA, implementation="xla", causal=True, rngs=nnx.Rngs(1)
-    )
+    options = dataclasses.replace(ATTENTION, num_heads=heads, num_kv_heads=1)
+    plain = Attention(D, options, rngs=nnx.Rngs(1))
     plain.query_DHI[...] = jnp.swapaxes(layer.query_EDI[...], 0, 1)
     plain.key_DJI[...] = layer.key_DI[...][:, None]
     plain.value_DJI[...] = layer.value_DI[...][:, None]
@@ -145,7 +148,7 @@ def test_the_routers_losses_have_finite_gradients_though_padding_holds_nan():
     x_BLD = jnp.where(VALID[..., None], tokens(), jnp.nan)
 
     def loss(params, x_BLD):
-        return sum(nnx.merge(graph, params)(x_BLD, context(), True)[1].values())
+        return sum(nnx.merge(graph, params)(x_BLD, context(), True)[1].losses.values())
 
     by_params, by_x = jax.jit(jax.grad(loss, (0, 1)))(params, x_BLD)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(by_params))
@@ -153,5 +156,5 @@ def test_the_routers_losses_have_finite_gradients_though_padding_holds_nan():
 
 
 def test_more_heads_per_token_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="moa_k=3 must lie between 1 and moa_experts=2"):
+    with pytest.raises(ValueError, match="k=3 must be at most experts=2"):
         make(2, 3)

@@ -15,9 +15,14 @@ from moejax import gating
 from moejax.contrib.multitask.mmoe import MultiGateMoE
 from moejax.layers.depths import Depths
 from moejax.layers.moa import MixtureOfHeads
-from moejax.types import DepthsConfig
+from moejax.options import AttentionOptions, DepthsOptions, HeadsOptions
+from moejax.types import EvalStats, LayerAux
 from tests import lms
 from tests.moes import B, D, F, L, context, make, tokens
+
+
+def in_training(stats):
+    return not isinstance(stats, EvalStats)
 
 
 def dropped(layer, **call):
@@ -42,7 +47,8 @@ def test_the_argument_of_a_call_goes_before_the_switch():
     assert dropped(layer, train=False) == 0
     layer.eval()
     assert dropped(layer, train=True) > 0
-    assert not layer(tokens())[1].stats.train and layer(tokens(), train=True)[1].stats.train
+    assert not in_training(layer(tokens())[1].stats)
+    assert in_training(layer(tokens(), train=True)[1].stats)
 
 
 def test_a_view_and_set_attributes_set_the_switch():
@@ -70,6 +76,7 @@ def test_the_statistics_of_an_evaluation_by_the_switch_move_no_state():
         layer.update_gate_state(layer.init_gate_state(), info.stats)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", ["soft", "smear", "expert_choice_causal", "evomoe"])
 def test_every_kind_of_gate_evaluates_after_eval(gate):
     layer = make(gate, gate_fields={"noise_std": 1.0} if gate == "soft" else {})
@@ -79,18 +86,19 @@ def test_every_kind_of_gate_evaluates_after_eval(gate):
     layer.eval()
     got, info = layer(tokens(), ctx)
     np.testing.assert_array_equal(got, wanted)
-    assert not info.stats.train and jnp.abs(trained - wanted).max() > 0
+    assert not in_training(info.stats) and jnp.abs(trained - wanted).max() > 0
 
 
+@pytest.mark.slow
 def test_the_multi_gate_layer_and_the_heads_evaluate_after_eval():
     tables = MultiGateMoE(D, F, 3, 4, 2, gate=gating.make("shazeer"), rngs=nnx.Rngs(0))
     x_BD = tokens()[:, 0]
     with pytest.raises(ValueError, match="PRNG key"):
         tables(x_BD)
     tables.eval()
-    assert not tables(x_BD)[1].stats.train
-    sizes = {"theta": 0.0, "implementation": "xla"}
-    heads: Any = MixtureOfHeads(D, 4, 1, 8, **sizes, rngs=nnx.Rngs(0))
+    assert not in_training(tables(x_BD)[1].stats)
+    attention = AttentionOptions(head_dim=8, rope_theta=None, implementation="xla")
+    heads: Any = MixtureOfHeads(D, HeadsOptions(4, 1), attention, rngs=nnx.Rngs(0))
     heads.gate = gating.make("shazeer")
     heads.router = nnx.data(
         jax.tree.map(nnx.Param, heads.gate.init(jax.random.key(0), moejax.types.GateSpec(D, 4)))
@@ -101,13 +109,14 @@ def test_the_multi_gate_layer_and_the_heads_evaluate_after_eval():
     heads(tokens(), moejax.Context.of(B, L))
 
 
+@pytest.mark.slow
 def test_mixture_of_depths_chooses_in_training_and_predicts_after_eval():
-    depths = Depths(D, DepthsConfig(capacity=0.5), rngs=nnx.Rngs(0))
+    depths = Depths(D, DepthsOptions(capacity=0.5), rngs=nnx.Rngs(0))
     lengths = []
 
     def change(x, context):
         lengths.append(x.shape[1])
-        return x, None
+        return x, LayerAux()
 
     depths(tokens(), moejax.Context.of(B, L), None, change)
     depths.eval()
@@ -115,14 +124,15 @@ def test_mixture_of_depths_chooses_in_training_and_predicts_after_eval():
     assert lengths == [L // 2, L]
 
 
+@pytest.mark.slow
 def test_a_model_hands_the_switch_to_its_layers():
     model = lms.LM(lms.config("mixtral", moe={"capacity_factor": 0.5}), rngs=nnx.Rngs(0))
     ids = jax.random.randint(jax.random.key(0), (2, 16), 0, 16)
     ctx = moejax.Context.of(2, 16, token_BL=ids)
 
     def lost(**call):
-        stats: Any = model(ids, ctx, model.init_gate_state(), **call).found.stats
-        return int(stats.dropped_E.sum()), stats.train
+        stats: Any = model(ids, ctx, model.init_gate_state(), **call)[1].stats
+        return int(stats.dropped_E.sum()), in_training(stats)
 
     assert lost()[0] > 0 and lost()[1]
     model.eval()
@@ -130,6 +140,7 @@ def test_a_model_hands_the_switch_to_its_layers():
     assert lost(train=True)[0] > 0
 
 
+@pytest.mark.slow
 def test_tabulate_shows_the_layer_and_leaves_it_as_it_is():
     layer = make("loss_free", num_shared=1)
     shown = {"console_kwargs": {"width": 240}, "compute_flops": True}
@@ -138,6 +149,7 @@ def test_tabulate_shows_the_layer_and_leaves_it_as_it_is():
     assert layer(tokens())[0].shape == (B, L, D)
 
 
+@pytest.mark.slow
 def test_layers_are_stacked_by_vmap_and_run_by_scan():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -161,6 +173,7 @@ def test_layers_are_stacked_by_vmap_and_run_by_scan():
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_layer_is_a_pytree_for_jax_itself():
     layer, x = make(), tokens()
     wanted, _ = layer(x)

@@ -16,8 +16,16 @@ from tests.moes import B, D, E, L, context, make, run, same, tokens
 GATES = ["switch", "mixtral", "shazeer", "gshard", "dense"]
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("shape", [meshes.SMALL, meshes.LARGE], ids=meshes.name)
+@pytest.mark.parametrize(
+    ("shape", "gate"),
+    [
+        pytest.param(
+            shape, gate, id=f"{meshes.name(shape)}-{gate}",
+            marks=() if (shape, gate) == (meshes.LARGE, "shazeer") else pytest.mark.slow,
+        )
+        for shape, gate in [(meshes.SMALL, "switch"), *((meshes.LARGE, gate) for gate in GATES)]
+    ],
+)  # fmt: skip
 def test_a_mesh_changes_nothing(shape, gate):
     """Noise, routing, drops, losses and every gradient, in training with drops."""
     x, ctx = tokens(), context()
@@ -27,6 +35,7 @@ def test_a_mesh_changes_nothing(shape, gate):
         assert wanted[0][1][1].stats.dropped_E.sum() > 0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("gate", "group"), [("mixtral", "4"), ("shazeer", "batch")])
 def test_groups_that_do_not_divide_over_the_mesh_change_nothing(gate, group):
     """Two groups, or one, on eight devices: selection works on gathered logits."""
@@ -53,6 +62,7 @@ def test_no_mesh_changes_anything(shape, gate, priority):
     same(run(shape, gate, x, ctx, **choices), run(None, gate, x, ctx, **choices))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("group", ["sequence", "2"])
 def test_permuting_the_batch_permutes_the_result(group):
     """A sequence keeps its noise (which belongs to its row id) and its slots wherever it lies."""
@@ -105,13 +115,14 @@ def test_a_shared_gate_weighs_the_shared_experts_by_a_sigmoid_of_the_token():
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)  # float32
 
 
-@pytest.mark.parametrize(("gate", "fields"), [
-    ("switch", {}), ("top_k", {"k": 1, "renormalize": False}), ("mixtral", {"k": 2}),
-    ("top_k", {"k": 3, "renormalize": False}), ("top_k", {"k": 8}), ("shazeer", {"k": 2}),
-    ("shazeer", {"k": 4}), ("gshard", {}), ("dense", {}),
+@pytest.mark.quick(4)
+@pytest.mark.parametrize(("transport", "gate", "fields"), [
+    ("cells", "switch", {}), ("dropless", "mixtral", {"k": 2}), ("cells", "shazeer", {"k": 4}),
+    ("dropless", "top_k", {"k": 8}), ("dropless", "top_k", {"k": 1, "renormalize": False}),
+    ("cells", "top_k", {"k": 3, "renormalize": False}), ("dropless", "shazeer", {"k": 2}),
+    ("cells", "gshard", {}), ("dropless", "dense", {}),
 ])  # fmt: skip
-@pytest.mark.parametrize("transport", ["cells", "dropless"])
-def test_the_task_gradient_reaches_the_router(gate, fields, transport):
+def test_the_task_gradient_reaches_the_router(transport, gate, fields):
     """Without any auxiliary loss, and for every k."""
     layer = make(gate, gate_fields=fields, transport=transport)
     if gate == "shazeer":  # starts at zero, where the k kept logits tie

@@ -21,7 +21,7 @@ def test_the_output_is_a_convex_mixture_of_routed_and_shared_experts_in_that_ord
     """Coefficient 0 weighs the routed experts and 1 the others, as in DeepSpeed's code."""
     layer, x_BLD = make(residual=True), moes.tokens()
     plain = make(residual=True)  # the same weights
-    plain.residual, plain.shared = False, None
+    plain.shared = None
 
     def parts(x_BLD):
         assert layer.shared is not None

@@ -178,6 +178,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "group"), [*QUICK, *SLOW])
 def test_a_mesh_changes_nothing(shape, group):
     """Noise, weights, statistics, losses and every gradient, with padding."""

@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 
 from moejax.models.stack import REMAT
-from moejax.models.trees import to_tree
+from moejax.tasks.task import to_tree
 from moejax.types import Context
 from tests import lms, meshes
 from tests.lms import L, V, built, model_of, slow_unless
 
 DEPTHS = lms.config(every=0, mod_capacity=0.3)
-SPARSE = dataclasses.replace(lms.config(), every=2, mod_capacity=0.3)
-BY_ROUTER = dataclasses.replace(DEPTHS, mod_predictor="router")
+SPARSE = lms.config(every=2, mod_capacity=0.3)
+BY_ROUTER = lms.changed(DEPTHS, mod_predictor="router")
 HEADS = lms.config(every=0, moa_experts=5)
 EVERYTHING = lms.config(
     "residual_moe",
@@ -35,9 +35,9 @@ LENGTHS = np.array([L, L, 5, L, 1, L, L, 6])
 
 
 def label(settings):
-    if settings.moa_experts:
+    if settings.heads.experts:
         return "heads"
-    return f"depths-{settings.mod_predictor}{'-experts' if settings.every else ''}"
+    return f"depths-{settings.depths.predictor}{'-experts' if settings.every else ''}"
 
 
 def tokens(seed=1):
@@ -59,7 +59,7 @@ def forward(settings, train):
 
     def run(token_BL, count):
         valid_BL = jnp.broadcast_to(jnp.arange(L) < count, token_BL.shape)
-        return call(settings, params, token_BL, valid_BL, train).logits_BLV
+        return call(settings, params, token_BL, valid_BL, train)[0]
 
     return jax.jit(run)
 
@@ -72,6 +72,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("settings", "train"), CASES)
 def test_later_tokens_are_seen_where_that_is_declared_and_nowhere_else(settings, train):
     """Routed blocks see them in training; nothing does in evaluation."""
@@ -83,11 +84,12 @@ def test_later_tokens_are_seen_where_that_is_declared_and_nowhere_else(settings,
         assert difference[L // 2 :].min() > 1e-3, "tokens must see themselves"
         changed.append(difference[: L // 2].max())
     seen = settings.depths.visibility.train_future and train
-    assert seen == bool(settings.mod_capacity and train)
+    assert seen == bool(settings.depths.capacity and train)
     # Rows of a sorted matmul move when other rows come or go; their sums may be blocked otherwise.
     assert max(changed) > 1e-3 if seen else max(changed) <= 1e-6
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "settings", [DEPTHS, SPARSE, slow_unless(False, BY_ROUTER), HEADS], ids=label
 )
@@ -107,11 +109,11 @@ def graded(mesh_name, remat):
 
     def objective(params, token_BL, valid_BL):
         TRACED.append(mesh_name)
-        out = call(settings, params, token_BL, valid_BL, True)
-        nats_BL = -jax.nn.log_softmax(out.logits_BLV)[..., 0]
-        logits_BLV = jnp.where(valid_BL[..., None], out.logits_BLV, 0)
-        loss = jnp.mean(jnp.where(valid_BL, nats_BL, 0)) + 0.1 * sum(out.found.losses.values())
-        return loss, (logits_BLV, out.found)
+        logits_BLV, aux = call(settings, params, token_BL, valid_BL, True)
+        nats_BL = -jax.nn.log_softmax(logits_BLV)[..., 0]
+        logits_BLV = jnp.where(valid_BL[..., None], logits_BLV, 0)
+        loss = jnp.mean(jnp.where(valid_BL, nats_BL, 0)) + 0.1 * sum(aux.losses.values())
+        return loss, (logits_BLV, aux)
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
@@ -154,19 +156,20 @@ def test_recomputation_changes_nothing(remat):
     same(outcome("none", remat), outcome("none"), 2e-6)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient_and_every_layer_reports_once():
-    _, (_, found), grads = outcome("none")
+    _, (_, aux), grads = outcome("none")
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-7, path
-    assert set(found.means) == {
+    assert set(aux.means) == {
         "mod/selected", "mod/agreement", "mod/to_experts", "moa/max_vio"
     }  # fmt: skip
-    assert {"mod_predictor", "moa_load_balance", "moa_z", "load_balance", "z"} <= set(found.losses)
-    assert all(np.shape(x) == () for x in (*found.means.values(), *found.losses.values()))
+    assert {"mod_predictor", "moa_load_balance", "moa_z", "load_balance", "z"} <= set(aux.losses)
+    assert all(np.shape(x) == () for x in (*aux.means.values(), *aux.losses.values()))
     # Half of each sequence's valid tokens; experts count who came, in their one layer.
-    through = np.ceil(LENGTHS * EVERYTHING.mod_capacity).sum()
-    np.testing.assert_allclose(found.means["mod/selected"], through / LENGTHS.sum(), rtol=1e-6)
-    np.testing.assert_array_equal(found.stats.tokens, [through])
+    through = np.ceil(LENGTHS * EVERYTHING.depths.capacity).sum()
+    np.testing.assert_allclose(aux.means["mod/selected"], through / LENGTHS.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(aux.stats.tokens, [through])
     plain, routed = (set(to_tree(nnx.state(b))) for b in model_of(EVERYTHING).periods.blocks)
     assert routed - plain == {"depths"}
 

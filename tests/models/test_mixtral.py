@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from moejax import gating
+from moejax.options import AttentionOptions, DispatchOptions, MoEOptions
 from moejax.tasks.language.model import LM, LMConfig
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,12 +34,17 @@ PADDING = {
 
 
 def ours() -> LM:
+    attention = AttentionOptions(
+        num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=WIDTH, rope_theta=10000.0,
+        implementation="xla",
+    )  # fmt: skip
+    experts = MoEOptions(
+        gate=gating.make("mixtral", k=2), d_ff=F,
+        config=DispatchOptions(num_experts=E, transport="dropless").config,
+        balance_scope="batch", vocab_size=V,
+    )  # fmt: skip
     config = LMConfig(
-        vocab_size=V, d_model=D, d_ff=F, num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KV_HEADS,
-        head_dim=WIDTH, activation="swiglu", norm_eps=1e-5, dtype="float32", remat="none",
-        attention="xla", every=1, first_dense=0, moe=MoEConfig(E, "dropless"),
-        gate=gating.make("mixtral", k=2), expert_d_ff=F, expert_activation="swiglu",
-        shared_experts=0, shared_gate=False, balance_scope="batch", rope_theta=10000.0,
+        d_model=D, num_layers=LAYERS, norm_eps=1e-5, attention=attention, experts=experts,
         tie_embeddings=False,
     )  # fmt: skip
     return LM(config, rngs=nnx.Rngs(0))
@@ -101,7 +107,7 @@ def test_a_model_gives_the_logits_of_transformers_wherever_the_padding_lies(mode
     rng = np.random.default_rng(0)
     token = np.where(valid, rng.integers(0, V, (BATCH, L)), 0).astype(np.int32)
     context = Context.of(BATCH, L, token_BL=jnp.asarray(token), valid_BL=jnp.asarray(valid))
-    logits = lm(jnp.asarray(token), context, lm.init_gate_state(), False).logits_BLV
+    logits = lm(jnp.asarray(token), context, lm.init_gate_state(), False)[0]
     with torch.no_grad():
         wanted = mixtral(
             input_ids=torch.tensor(token, dtype=torch.long),

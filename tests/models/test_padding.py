@@ -1,6 +1,5 @@
 """Models whose sequences have padding before, between or instead of their tokens."""
 
-import dataclasses
 import functools
 
 import jax
@@ -15,6 +14,7 @@ from moejax.gating.lory import FIRST_SEGMENTS
 from moejax.gating.sentence import POOLS
 from moejax.types import Context
 from tests import lms
+from tests.claims import Claims
 from tests.lms import CLOSE, D, L, V, built, model_of
 
 PAD = 3
@@ -22,7 +22,7 @@ PAD = 3
 
 def with_gate(name, **fields):
     settings = lms.config(moe={"transport": "dropless"})
-    return dataclasses.replace(settings, gate=gating.make(name, **fields))
+    return lms.changed(settings, gate=gating.make(name, **fields))
 
 
 MODELS = {
@@ -42,36 +42,71 @@ def program(model: str, train: bool):
     settings = MODELS[model]
 
     def run(params, token_BL, valid_BL, position_BL):
-        known = {} if position_BL is None else {"position_BL": position_BL}
-        given = Context.of(*token_BL.shape, token_BL=token_BL, valid_BL=valid_BL, **known)
+        known = {"token_BL": token_BL, "valid_BL": valid_BL, "position_BL": position_BL}
+        given = Context.of(*token_BL.shape, **known)
         lm = model_of(settings, params)
-        out = lm(token_BL, given, lm.init_gate_state(), train)
-        logits_BLV = jnp.where(valid_BL[..., None], out.logits_BLV, 0)
-        return jnp.sum(jnp.sin(logits_BLV)) + sum(out.found.losses.values()), (
-            out.logits_BLV,
-            out.found,
-        )
+        logits_BLV, aux = lm(token_BL, given, lm.init_gate_state(), train)
+        valid_BLV = jnp.where(valid_BL[..., None], logits_BLV, 0)
+        return jnp.sum(jnp.sin(valid_BLV)) + sum(aux.losses.values()), (logits_BLV, aux)
 
     return jax.jit(jax.value_and_grad(run, has_aux=True))
 
 
-def outcome(model, train, token, valid, position=None):
-    position = None if position is None else jnp.asarray(position, jnp.int32)
-    given = (jnp.asarray(token), jnp.asarray(valid), position)
-    return jax.device_get(program(model, train)(built(MODELS[model])[1], *given))
+def outcome(model, train, token, valid, position):
+    """Losses, logits and gradients."""
+    return jax.device_get(program(model, train)(built(MODELS[model])[1], token, valid, position))
 
 
 TOKENS = np.random.default_rng(0).integers(0, V, (2, L)).astype(np.int32)
-ALL = np.ones((2, L), bool)
-CASES = [("experts", True), ("experts", False), ("cells", True), ("heads", True), ("depths", True)]
-CASES += [("some_depths", True), ("predicted_depths", False), ("lory", True), ("sentence", True)]
+NO_TOKEN = 10**6
+"""An id beyond the vocabulary, which is looked up as NaN."""
+CASES = [("experts", True), ("some_depths", True), ("predicted_depths", False)]
+SLOW = [("experts", False), ("cells", True), ("heads", True), ("depths", True), ("lory", True)]
+SLOW += [("sentence", True)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+TWO_ROWS = np.repeat([True, False], 2)[:, None]
 
 
-def same(first, at_first, second, at_second):
-    """Equal logits at the tokens, losses, counts and gradients of all parameters."""
-    (loss, (logits, found)), grads = first
-    (wanted_loss, (wanted, wanted_found)), wanted_grads = second
-    CLOSE(logits[at_first], wanted[at_second])
+def behind_padding(junk):
+    """Two sequences behind padding, and two rows of nothing but padding."""
+    valid = np.broadcast_to(TWO_ROWS & (np.arange(L + PAD) >= PAD), (4, L + PAD))
+    return padded(valid, junk)
+
+
+def padded(valid, junk=NO_TOKEN):
+    """Tokens, validity, and the positions that a context gives them by default."""
+    token = np.full(valid.shape, junk, np.int32)
+    token[valid] = TOKENS.ravel()
+    return token, valid, np.asarray(Context.of(*valid.shape, valid_BL=valid).position_BL)
+
+
+def before_padding():
+    return padded(np.broadcast_to(TWO_ROWS & (np.arange(L + PAD) < L), (4, L + PAD)))
+
+
+def between_padding():
+    rng = np.random.default_rng(1)
+    valid = np.zeros((4, L + PAD), bool)
+    for row in valid[:2]:
+        row[rng.choice(L + PAD, L, replace=False)] = True
+    position = np.maximum(np.cumsum(valid, axis=1, dtype=np.int32) - 1, 0)
+    return *padded(valid)[:2], position
+
+
+PLACES = {
+    "behind padding of zeros": lambda: behind_padding(0),
+    "behind padding of no token": lambda: behind_padding(NO_TOKEN),
+    "before padding": before_padding,
+    "with gaps where positions leave them out": between_padding,
+}
+
+
+def same(got, valid, wanted):
+    """Equal logits at the tokens, losses, counts and gradients of all parameters; all finite."""
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+    (loss, (logits, found)), grads = got
+    (wanted_loss, (wanted_logits, wanted_found)), wanted_grads = wanted
+    CLOSE(logits[valid].reshape(2, L, V), wanted_logits)
     CLOSE(loss, wanted_loss)
     # Sums over tokens of gradients of size 10, in another order.
     jax.tree.map(functools.partial(CLOSE, rtol=1e-4, atol=1e-4), grads, wanted_grads)
@@ -82,38 +117,15 @@ def same(first, at_first, second, at_second):
 
 
 @pytest.mark.parametrize(("model", "train"), CASES)
-@pytest.mark.parametrize("junk", [0, 10**6], ids=["zeros", "no_token"])
-def test_a_sequence_padded_on_the_left_is_the_same_sequence(model, train, junk):
-    """Whatever the padding says: an id beyond the vocabulary is looked up as NaN."""
-    pad = ((0, 0), (PAD, 0))
-    padded = np.pad(TOKENS, pad, constant_values=junk), np.pad(ALL, pad)
-    got, wanted = outcome(model, train, *padded), outcome(model, train, TOKENS, ALL)
-    same(got, (slice(None), slice(PAD, None)), wanted, (slice(None),) * 2)
-
-
-@pytest.mark.parametrize(("model", "train"), CASES)
-def test_gaps_between_tokens_are_not_there_where_positions_say_so(model, train):
-    rng = np.random.default_rng(1)
-    valid = np.zeros((2, L + PAD), bool)
-    for row in valid:
-        row[rng.choice(L + PAD, L, replace=False)] = True
-    token = np.full(valid.shape, 10**6, np.int32)
-    token[valid] = TOKENS.ravel()
-    position = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
-    got = outcome(model, train, token, valid, position)
-    logits = got[0][1][0][valid].reshape(2, L, V)
-    wanted = outcome(model, train, TOKENS, ALL)
-    whole = (slice(None),) * 2
-    same(((got[0][0], (logits, got[0][1][1])), got[1]), whole, wanted, whole)
-
-
-@pytest.mark.parametrize(("model", "train"), CASES)
-def test_a_row_of_nothing_but_padding_adds_nothing_and_leaves_everything_finite(model, train):
-    token = np.concatenate([TOKENS, np.full((2, L), 10**6, np.int32)])
-    valid = np.concatenate([ALL, np.zeros((2, L), bool)])
-    got, wanted = outcome(model, train, token, valid), outcome(model, train, TOKENS, ALL)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
-    same(got, slice(2), wanted, slice(2))
+def test_a_padded_sequence_is_the_sequence_alone_wherever_its_padding_lies(model, train):
+    """Beside rows of nothing but padding, which add nothing."""
+    wanted = outcome(model, train, *padded(np.ones((2, L), bool)))
+    claims = Claims(f"{model} in {'training' if train else 'evaluation'}")
+    for name, place in PLACES.items():
+        token, valid, position = place()
+        got = outcome(model, train, token, valid, position)
+        claims.check(same, got, valid, wanted, name=name)
+    claims.settle()
 
 
 def test_positions_count_from_the_first_valid_token_of_a_sequence_or_segment():
@@ -131,7 +143,7 @@ def test_texts_packed_into_one_sequence_are_those_texts_alone(model):
     segment = jnp.repeat(jnp.array([[3, 1]]), L, axis=1)
     lm = model_of(MODELS[model])
     packed = Context.of(1, 2 * L, token_BL=jnp.asarray(token), segment_BL=segment)
-    run = jax.jit(lambda t, c: lm(t, c, lm.init_gate_state(), False).logits_BLV)
+    run = jax.jit(lambda t, c: lm(t, c, lm.init_gate_state(), False)[0])
     got = run(jnp.asarray(token), packed).reshape(2, L, V)
     alone = run(jnp.asarray(TOKENS), Context.of(2, L, token_BL=jnp.asarray(TOKENS)))
     CLOSE(got, alone)
@@ -155,8 +167,20 @@ CUTTING += [gating.make("sentence", segment=SEGMENT, pool=pool) for pool in POOL
 CUTTING += [gating.make("smear"), gating.make("hash", table="bigram"), gating.make("shazeer")]
 
 
-@pytest.mark.parametrize("gate", CUTTING, ids=str)
-def test_a_layer_gives_tokens_the_same_behind_any_padding(gate):
+def cutting():
+    """Quick: one of each kind in training, and one that looks at other tokens in evaluation."""
+    names = [type(gate).__name__ for gate in CUTTING]
+    for i, gate in enumerate(CUTTING):
+        for train in (True, False):
+            quick = i == names.index(names[i]) and (train or names[i] == "Sentence")
+            phase = "train" if train else "eval"
+            yield pytest.param(
+                gate, train, id=f"{gate}-{phase}", marks=() if quick else pytest.mark.slow
+            )
+
+
+@pytest.mark.parametrize(("gate", "train"), list(cutting()))
+def test_a_layer_gives_tokens_the_same_behind_any_padding(gate, train):
     """One sequence behind 0, 1, ... places of padding that hold NaN: each a row of one batch."""
     pads, length = SEGMENT + 4, 2 * SEGMENT + 2
     layer = moejax.MoE(D, 8, 4, gate=gate, transport="dropless", rngs=nnx.Rngs(0))
@@ -164,9 +188,9 @@ def test_a_layer_gives_tokens_the_same_behind_any_padding(gate):
     x_LD = np.random.default_rng(2).normal(size=(length, D)).astype(np.float32)
     token_L = np.arange(length, dtype=np.int32) % 3
 
-    @functools.partial(jax.jit, static_argnames="train")
+    @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    def run(params, x_BLD, token_BL, valid_BL, train):
+    def run(params, x_BLD, token_BL, valid_BL):
         key, row_B = jax.random.key(1), jnp.zeros(len(x_BLD), jnp.int32)
         known = {"token_BL": token_BL, "valid_BL": valid_BL, "row_B": row_B, "key": key}
         given = Context.of(*valid_BL.shape, **known)
@@ -180,12 +204,11 @@ def test_a_layer_gives_tokens_the_same_behind_any_padding(gate):
     for pad in range(pads):
         own = slice(pad, pad + length)
         x_BLD[pad, own], token_BL[pad, own], valid_BL[pad, own] = x_LD, token_L, True
-    for train in (True, False):
-        (got, (y, losses, load)), (by_params, by_x) = run(params, x_BLD, token_BL, valid_BL, train)
-        whole = x_LD[None], token_L[None], np.ones((1, length), bool)
-        (wanted, (y_, losses_, load_)), (by_params_, by_x_) = run(params, *whole, train)
-        jax.tree.map(CLOSE, (got, losses, load), (wanted, losses_, load_))
-        jax.tree.map(CLOSE, by_params, by_params_)
-        CLOSE(y[valid_BL].reshape(pads, length, D), np.repeat(y_, pads, axis=0))
-        CLOSE(by_x[valid_BL].reshape(pads, length, D), np.repeat(by_x_ / pads, pads, axis=0))
-        assert np.abs(y_).max() > 1e-3 and not np.any(by_x[~valid_BL])
+    (got, (y, losses, load)), (by_params, by_x) = run(params, x_BLD, token_BL, valid_BL)
+    whole = x_LD[None], token_L[None], np.ones((1, length), bool)
+    (wanted, (y_, losses_, load_)), (by_params_, by_x_) = run(params, *whole)
+    jax.tree.map(CLOSE, (got, losses, load), (wanted, losses_, load_))
+    jax.tree.map(CLOSE, by_params, by_params_)
+    CLOSE(y[valid_BL].reshape(pads, length, D), np.repeat(y_, pads, axis=0))
+    CLOSE(by_x[valid_BL].reshape(pads, length, D), np.repeat(by_x_ / pads, pads, axis=0))
+    assert np.abs(y_).max() > 1e-3 and not np.any(by_x[~valid_BL])

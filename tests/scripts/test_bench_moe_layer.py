@@ -37,6 +37,7 @@ def test_ratios_are_over_the_faster_form_of_the_dense_ffn():
     assert timing.over_fastest(slower, "3d")["ours"] == found["ours"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", layers.IMPLS)
 def test_every_layer_of_the_table_equals_the_oracle_in_float64(name):
     assert 0 < checks.check(layers.IMPLS[name], TINY, tokens=0) <= checks.LIMIT
@@ -52,6 +53,7 @@ def test_capacity_drops_pairs_in_the_check_and_skewed_loads_are_skewed():
     assert loads[1].max() > loads[0].max()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("defect", ["a token less", "weights swapped", "no gradient to the router"])
 def test_a_layer_that_does_less_work_is_found_out(defect):
     def build(shape):

@@ -38,7 +38,7 @@ def test_a_row_has_ratios_and_its_target(trial):
 
 def test_every_gate_is_timed_at_the_k_of_the_shape_and_at_its_own_if_that_is_1():
     found = {(v.name, v.fields.get("k")) for v in gate_share.variants(TINY._replace(k=4))}
-    assert {name for name, _ in found} == set(gating.GATES)
+    assert {name for name, _ in found} == set(gating.names())
     assert {k for name, k in found if name in ("switch", "sbase")} == {1, 4}
     assert {k for name, k in found if name in ("top_k", "mixtral", "shazeer", "dselect_k")} == {4}
     assert {k for name, k in found if name in ("base", "dense", "gshard")} == {None}
@@ -64,6 +64,7 @@ def test_the_page_has_the_gates_and_what_falls_short(trial):
     assert f"Gate `{row['impl']}`, Z: " in page and "of its experts' time" in page
 
 
+@pytest.mark.slow
 def test_a_part_of_equal_experts_is_timed_and_multiplied(monkeypatch):
     loads = np.full(8, 64)
     np.testing.assert_array_equal(gate_share.timed_part(loads, 512), loads)
@@ -94,6 +95,7 @@ LEARNED = (
 )  # fmt: skip
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", LEARNED)
 def test_the_gradients_timed_are_those_of_parameters_and_tokens(name):
     variant = next(v for v in gate_share.variants(TINY) if v.name == name and v.scale == 1.0)

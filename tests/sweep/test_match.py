@@ -10,12 +10,12 @@ import pytest
 from moejax import gating
 from moejax.config import load, to_dict
 from moejax.errors import UserError
+from moejax.options import DispatchOptions
 from moejax.sweep import count as counting
 from moejax.sweep import match
 from moejax.sweep.count import Counted, count
 from moejax.sweep.definition import expand
 from moejax.sweep.match import Comparison, Solved
-from moejax.types import MoEConfig
 
 LAYERS, D, L, E, V = 2, 16, 8, 4, 257
 PAGE = """
@@ -68,6 +68,7 @@ def by_hand(config: dict[str, Any], experts: float) -> float:
     return 3 * (attention + head + LAYERS * (router + experts * expert))
 
 
+@pytest.mark.slow
 def test_a_matched_width_costs_what_the_baseline_costs_by_hand(write: Write):
     """The baseline's 64 hidden units are two experts' 32, but for the router."""
     sweep = expand(write(FLOPS, SOLVE))
@@ -92,7 +93,9 @@ def test_a_matched_width_costs_what_the_baseline_costs_by_hand(write: Write):
 def test_a_mixing_gate_counts_all_its_columns():
     """Its slots are not for pairs: tests/train/test_budget.py has what one of these costs."""
     model = SimpleNamespace(
-        num_moe_layers=LAYERS, moe=MoEConfig(E), gate=gating.make("soft", slots=3)
+        num_moe_layers=LAYERS,
+        moe=DispatchOptions(num_experts=E).config,
+        gate=gating.make("soft", slots=3),
     )
     assert counting._nominal_pairs(model) == LAYERS * E
 

@@ -57,6 +57,7 @@ def compared(one: Weights, other: Weights) -> tuple[set[str], set[str]]:
 QUICK = ("base", "dense_ffn")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OTHERS]
 )

@@ -271,6 +271,7 @@ def crowded(seed: int, dselect_flops: float = 5.2e6) -> list[Result]:
     return found
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(4))
 def test_every_variant_is_named_outside_the_panels_and_every_point_is_inside(seed: int):
     found = crowded(seed)
@@ -359,6 +360,7 @@ def test_an_axis_is_logarithmic_only_where_values_are_far_apart():
     assert drawn_of("", crowded(0, 3.1e6)).axes[0].get_xscale() == "linear"
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "found",
     [

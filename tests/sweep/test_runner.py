@@ -48,6 +48,7 @@ def test_a_finished_sweep_starts_nothing_and_ends_with_its_table(tmp_path: Path)
     assert "the table" in ended.out and small.log("quick_1").count("begins") == 1
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_after_a_signal_the_trial_saves_and_the_same_command_resumes(
     number: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]

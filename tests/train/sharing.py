@@ -190,7 +190,7 @@ def _run_whole(folder: Path, text: Path) -> Whole:
     ):
         patch.setattr(console, "write_summary_png", picture)
         ended = call(command(workdir, text))
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.err) == (0, ""), ended
     with sharing():
         run = prepared(text)
     return Whole(workdir, moments, ended, compilations.found, run)

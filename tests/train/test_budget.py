@@ -65,6 +65,7 @@ TOO_LARGE: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", TOO_LARGE)
 def test_a_run_that_does_not_fit_is_refused_before_it_compiles(case: str, gib: float):
     changes, parts = TOO_LARGE[case]
@@ -76,6 +77,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_compiles(case: str, gib: f
         assert part in text
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_is_accepted_and_the_user_may_set_the_limit(gib: float):
     fits = checked_budget(steps.make({"expert": 2}))
     assert fits == count_budget(steps.make({"expert": 2}))
@@ -83,6 +85,7 @@ def test_a_run_that_fits_is_accepted_and_the_user_may_set_the_limit(gib: float):
     assert checked_budget(large).activation_bytes > 16 * 2**30
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_refused_before_it_compiles(gib: float):
     """It is of whole batches, whatever training does to theirs."""
     run = steps.make({"expert": 2}, train__seq_len=15_000, train__grad_accum=4, model__remat="full")
@@ -95,6 +98,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_before_it_compiles(gib: floa
     check_evaluation(steps.make({"expert": 2}))
 
 
+@pytest.mark.slow
 def test_scores_of_attention_are_the_largest_product_on_each_device():
     """B x H x L x L float32, shared out over the devices; kept or not."""
     for remat in ("none", "full"):
@@ -113,6 +117,7 @@ def outside_the_experts(router: bool = True) -> float:
     return LAYERS * (attention + (2 * D * E if router else 0)) + 2 * D * V
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "activation, matrices", [("swiglu", 3), ("relu", 2)], ids=["swiglu", "relu"]
 )
@@ -152,6 +157,7 @@ def test_a_shared_expert_is_fixed_and_a_dense_layer_takes_its_experts_with_it():
     assert every_other.train_flops.per_pair == plain.train_flops.per_pair
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_pair_does_not_depend_on_the_gates_columns():
     """Dense has a column for every expert: that many pairs are in the traced program."""
     plain, dense = budget(), budget("dense")
@@ -162,6 +168,7 @@ def test_the_cost_of_a_pair_does_not_depend_on_the_gates_columns():
         assert routed == LAYERS * columns * counted.train_flops.per_pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 3])
 def test_the_cost_of_slots_does_not_depend_on_the_number_of_recorded_pairs(slots: int):
     """A pair is a token and an expert; the experts' rows are E x slots of each sequence."""
@@ -190,6 +197,7 @@ def test_the_count_does_not_depend_on_transport_capacity_or_recomputation(transp
     assert (other.train_flops, other.eval_flops) == (plain.train_flops, plain.eval_flops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gate", "span"), [("smear", L), ("lory", 4)])
 def test_merged_experts_cost_one_expert_per_token_and_the_merging_of_all_per_span(gate, span):
     """Nothing is per pair. Backwards merging costs twice, and is done once more."""
@@ -219,6 +227,7 @@ def routed_blocks() -> Any:
 ROOM = 5  # ceil(0.3 * 16)
 
 
+@pytest.mark.slow
 def test_a_pair_costs_the_same_in_a_block_that_only_some_tokens_pass_through():
     counted = count_budget(routed_blocks())
     assert counted.eval_flops.per_pair == 3 * 2 * D * F
@@ -228,6 +237,7 @@ def test_a_pair_costs_the_same_in_a_block_that_only_some_tokens_pass_through():
     assert counted.flops_per_step == pytest.approx(steps.BATCH * L * whole, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_measured_flops_of_routed_blocks_are_those_of_the_pairs_that_were_computed(train: bool):
     """Pairs are counted in the experts' layer, which some of the tokens reach; FLOPs are per token

@@ -441,6 +441,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
     directory = tmp_path / "checkpoints"
     done = subprocess.run(
@@ -550,6 +551,7 @@ checkpoints.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_agree_on_the_step_although_one_sees_the_damage(tmp_path, free_port):
     directory = tmp_path / "checkpoints"

@@ -246,6 +246,7 @@ with compile_cache.kept(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_writing_an_entry_leaves_no_torn_entry(
     keep_everything, tmp_path, capsys
 ):

@@ -57,6 +57,7 @@ def whole(saving: Child, whole: Whole) -> Whole:
 # ---------------------------------------------------------------- kill -9
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_between_steps_resumes_and_ends_bit_equal(
     moment: int | str, whole: Whole, text: Path, tmp_path: Path
@@ -96,6 +97,7 @@ def test_a_run_killed_before_writing_its_config_starts_again(
     runs.same_run(workdir, whole.workdir, whole.run)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_kill_9_of_a_process_that_is_saving_leaves_the_checkpoint_before(
     saving: Child, whole: Whole, text: Path, tmp_path: Path
@@ -116,6 +118,7 @@ def test_kill_9_of_a_process_that_is_saving_leaves_the_checkpoint_before(
 # ---------------------------------------------------------------- SIGTERM and Ctrl-C
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_live_run_keeps_its_workdir_and_sigterm_makes_it_save_and_exit_75(
     waiting: Child, whole: Whole, text: Path
@@ -138,6 +141,7 @@ def test_a_live_run_keeps_its_workdir_and_sigterm_makes_it_save_and_exit_75(
     runs.same_run(workdir, whole.workdir, whole.run)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_repeatedly_resumes_and_ends_bit_equal(
     shared: Shared, whole: Whole, text: Path, tmp_path: Path
 ):
@@ -256,6 +260,7 @@ def poisoned(state, layer: int):
     return dataclasses.replace(state, params=params)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "poisoned_after, found_at, where, left",
     [

@@ -72,8 +72,8 @@ def cut_short(workdir):
         def nats(length):
             part = {"tokens": batch["tokens"][:, : length + 1], "row": batch["row"],
                     "valid": batch["valid"][:, :length]}  # fmt: skip
-            out = apply(state.params, state.gate_state, part, state.step, key)
-            log_p_BLV = np.asarray(jax.nn.log_softmax(out.said))
+            logits_BLV, _ = apply(state.params, state.gate_state, part, state.step, key)
+            log_p_BLV = np.asarray(jax.nn.log_softmax(logits_BLV))
             target_BL1 = part["tokens"][:, 1:, None]
             return -np.take_along_axis(log_p_BLV, target_BL1, axis=-1)[..., 0]
 

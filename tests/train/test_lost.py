@@ -159,6 +159,13 @@ def test_a_lost_config_json_without_a_checkpoint_is_an_error(tmp_path: Path):
         saved.read_config(tmp_path)
 
 
+def test_the_config_json_of_a_run_without_git_is_intact(whole: Whole, tmp_path: Path, capsys):
+    content = json.loads((whole.workdir / "config.json").read_text()) | {"commit": None}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert saved.read_config(tmp_path)["commit"] is None
+    assert saved.is_readable(tmp_path) and capsys.readouterr().err == ""
+
+
 MISSHAPEN: dict[str, Any] = {
     "train": 5,
     "train.steps": 9.0,

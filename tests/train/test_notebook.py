@@ -18,6 +18,7 @@ from tests.train.sharing import Whole
 PAGE = (Path(__file__).parents[2] / "docs" / "notebook.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
@@ -43,7 +44,7 @@ def test_the_loaded_model_has_the_runs_held_out_loss(whole: Whole):
     nats, tokens = 0.0, 0
     for batch in run.data.eval_batches(8, run.config.train.eval_rows):
         rows = {name: jnp.asarray(x) for name, x in batch.items()}
-        loss_BL = run.task.token_losses(run.apply(rows).said, rows)
+        loss_BL = run.task.token_losses(run.apply(rows)[0], rows)
         nats += float(np.sum(np.asarray(loss_BL), where=batch["valid"]))
         tokens += int(batch["valid"].sum())
     assert nats / tokens == pytest.approx(row["loss"], rel=1e-5)  # float32 sums in another order
@@ -55,6 +56,7 @@ def test_a_text_survives_the_tokenizer(whole: Whole):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_report_is_plotlys(whole: Whole):
     run = moejax.load(whole.workdir)
     names = run.figures()

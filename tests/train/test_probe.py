@@ -157,6 +157,7 @@ def read_tokens(workdir):
     return probe.Arrays(probe.folder(workdir) / "tokens.npz")
 
 
+@pytest.mark.slow
 def test_tokens_of_python_source_carry_the_label_of_their_place_in_the_text(tmp_path):
     run = setup.prepare(load("configs/lm.py:size=debug", ["mesh.expert=1"]).config)
     Recorder(run, tmp_path, None)

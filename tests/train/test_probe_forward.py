@@ -68,6 +68,7 @@ def log_sum_exp(x):
     return np.log(np.exp(x).sum(-1))
 
 
+@pytest.mark.slow
 def test_every_array_equals_that_of_the_layers_run_one_by_one():
     run = steps.make({"data": 1}, moe__transport="dropless")
     batches, state, seen = forward(run)
@@ -147,6 +148,7 @@ VECTORS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name, gate", [(n, g) for n, gates in VECTORS.items() for g in gates])
 def test_the_routers_vectors_are_the_gates_matrix_with_one_column_per_expert(name, gate):
     run = steps.make({"data": 1}, gate)
@@ -168,6 +170,7 @@ QUICK = ("hash", "dense", "expert_choice", "rl", "remoe")
 """Of gates without logits, with K = E, that choose per expert, with a policy, with many columns."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "row",
     [
@@ -177,7 +180,7 @@ QUICK = ("hash", "dense", "expert_choice", "rl", "remoe")
 )
 def test_the_probe_of_every_gate_has_a_float32_router_in_a_bfloat16_model(row):
     base, gate = steps.make({"data": 1}, model__dtype="bfloat16"), row.make()
-    model = dataclasses.replace(base.task.model, gate=gate)
+    model = base.task.model.with_experts(gate=gate)
     task = dataclasses.replace(base.task, model=model)
 
     def program(batches):
@@ -197,6 +200,7 @@ def test_the_probe_of_every_gate_has_a_float32_router_in_a_bfloat16_model(row):
     assert seen["weight"].dtype == seen["x"].dtype == seen["nats"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_the_statistics_for_the_probe_leave_the_training_program_unchanged(remat, monkeypatch):
     """The program is, character for character, that of a layer without the router's statistics."""

@@ -72,20 +72,21 @@ def test_on_a_mesh_loss_gradients_and_counts_are_those_without_recomputation(rem
     assert outcome("none").totals.stats.dropped_E.sum() > 0
 
 
+RECOMPUTING = [*KEEP_EXCHANGES, "dots", "full"]
+GATES = [
+    ("tests.steps:Biased", {}),
+    ("sbase", {"transport": "dropless", "moe__group": "batch"}),
+    ("base", {"transport": "dropless_once", "moe__group": "batch"}),
+    ("top_k", {"transport": "gather"}),
+    ("dense", {"transport": "all_experts"}),
+]
+PAIRS = [(*gate, RECOMPUTING[(i + j) % 4]) for i, gate in enumerate(GATES) for j in (0, 2)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [*KEEP_EXCHANGES, "dots", "full"])
-@pytest.mark.parametrize(
-    ("gate", "changes"),
-    [
-        ("tests.steps:Biased", {}),
-        ("sbase", {"transport": "dropless", "moe__group": "batch"}),
-        ("base", {"transport": "dropless_once", "moe__group": "batch"}),
-        ("top_k", {"transport": "gather"}),
-        ("dense", {"transport": "all_experts"}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("gate", "changes", "remat"), PAIRS, ids=str)
 def test_recomputation_changes_no_result_of_stateful_gates_and_all_transports(gate, changes, remat):
+    """Two policies for each gate, and each policy for two gates at least."""
     got, wanted = (outcome(r, gate=gate, **changes) for r in (remat, "none"))
     same(got, wanted)
     if gate == "tests.steps:Biased":
@@ -122,6 +123,7 @@ def test_sinkhorn_over_the_batch_is_not_run_twice(remat):
     assert full.count((8,)) == 2 * wanted.count((8,))
 
 
+@pytest.mark.slow
 def test_experts_keeps_the_hidden_layers_on_top_of_what_exchange_keeps():
     """Of every row gate and up; its output has come back by the exchange, which both keep."""
     layers, rows = 2, steps.BATCH * steps.LENGTH * 2 // 8

@@ -9,11 +9,12 @@ import pytest
 from moejax import gating
 from moejax.config import load
 from moejax.errors import UserError
+from moejax.options import DispatchOptions
 from moejax.record import routing as recording
 from moejax.record.routing import FIELDS, Recording, from_arrays, row_digests
 from moejax.train import evaluate, record_routing, setup
 from moejax.train.probe import leakage
-from moejax.types import MoEConfig, Visibility
+from moejax.types import Visibility
 from tests.train import runs
 
 LAYERS, EXPERTS, LENGTH, COLUMNS, STEPS = 2, 4, 16, 2, 3
@@ -97,7 +98,8 @@ def test_a_replayed_routing_has_the_visibility_of_the_recorded_run(
 def test_a_routing_that_depended_on_other_sequences_is_marked_in_both_phases(recorded, file):
     about = {**recorded.about, "sees": ["others"]}
     recording.save(file, recorded._replace(about=about))
-    seen = gating.make("replay", path=str(file)).visibility(MoEConfig(EXPERTS))
+    moe = DispatchOptions(num_experts=EXPERTS).config
+    seen = gating.make("replay", path=str(file)).visibility(moe)
     assert seen == Visibility(train_others=True, eval_others=True)
 
 

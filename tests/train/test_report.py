@@ -110,6 +110,7 @@ def test_floats_read_back_exactly(whole: Whole):
         assert last[name] == float(np.float32(last[name]))  # float32 values, not rounded ones
 
 
+@pytest.mark.slow
 def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Whole, text: Path):
     saved = json.loads((whole.workdir / "config.json").read_text())
     loaded = load(runs.PAGE, runs.flags(text))

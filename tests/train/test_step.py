@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
+from moejax.options import DispatchOptions
 from moejax.tasks.task import Task, Totals
 from moejax.train.state import TrainState
 from moejax.train.step import eval_step, split_batch, train_step
-from moejax.types import MoEConfig
 
 X = jnp.asarray([1.0, 2.0, 3.0, 4.0])
 BATCH = {"x": X, "valid": jnp.asarray([True, True, True, False])}
@@ -47,7 +47,11 @@ class Line(Task):
         return jax.tree.map(lambda u: jnp.where(step == 3, u, 0.0), updates)
 
 
-TASK = Line(SimpleNamespace(moe=MoEConfig(1)), (("load_balance", 0.25),), output_z_loss=0.5)
+TASK = Line(
+    SimpleNamespace(moe=DispatchOptions(num_experts=1).config),
+    (("load_balance", 0.25),),
+    output_z_loss=0.5,
+)
 """The balance loss counts a quarter; the other one has no weight and counts as it is."""
 OPTIMIZER = optax.sgd(0.01)
 

@@ -22,6 +22,7 @@ from tests.train.runs import STEPS, call, command, copy, refused
 from tests.train.sharing import Shared, Whole, prepared
 
 
+@pytest.mark.slow
 def test_repeating_a_finished_command_reports_it_and_changes_no_byte(whole: Whole, text: Path):
     before = runs.files(whole.workdir)
     for changes in ({}, {"report.progress": False}, {"train.keep_checkpoints": 1}):
@@ -203,6 +204,7 @@ def test_eval_of_weights_that_overflow_fails_with_one_line(
 # ---------------------------------------------------------------- warm start
 
 
+@pytest.mark.slow
 def test_init_from_starts_at_step_0_with_only_the_weights_of_the_other_run(
     whole: Whole, shared: Shared, text: Path, tmp_path: Path
 ):

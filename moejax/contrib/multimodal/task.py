@@ -1,8 +1,7 @@
-"""Images and captions in one space, learned by contrast, in one tower."""
+"""Contrastive learning of images and captions in one tower."""
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from moejax.config import Config
-from moejax.contrib.multimodal.model import BYTES, LIMoE, LIMoEConfig, interleaved
-from moejax.contrib.multimodal.pairs import PairSource, encode, prompts
+from moejax.config.build import loss_weights, stack_options
+from moejax.contrib.multimodal.model import BYTES, Embeddings, LIMoE, LIMoEConfig, interleaved
+from moejax.contrib.multimodal.source import PairSource, encode, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
-from moejax.gating import Replay
 from moejax.mesh import BATCH_AXES, ambient, axis_size
-from moejax.models.block import Watch
 from moejax.tasks.images.dataset import load_images
-from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
-
-
-class Embeddings(NamedTuple):
-    """What the model says of B pairs; vectors of length 1, and what their products count."""
-
-    image_BZ: Float[Array, "B Z"]
-    text_BZ: Float[Array, "B Z"]
-    scale: Float[Array, ""]
+from moejax.tasks.task import Batch, Task, Totals, Units
+from moejax.types import GateTraits, LayerAux, Tap
 
 
 def build(config: Config) -> tuple[Task, Source]:
@@ -34,7 +25,7 @@ def build(config: Config) -> tuple[Task, Source]:
 
     Raises:
       UserError: sizes that do not fit the images or the captions, gradient accumulation, a
-        recorded routing, scikit-learn missing.
+        recorded routing, or a missing scikit-learn.
     """
     own, train = config.task, config.train
     if train.grad_accum > 1:
@@ -60,7 +51,7 @@ def build(config: Config) -> tuple[Task, Source]:
         images, own.patch_size, own.caption_length, train.batch_size, train.seed, train.eval_rows
     )
     task = Multimodal.from_config(config, size)
-    if task.model.num_moe_layers and isinstance(task.model.gate, Replay):
+    if task.model.num_moe_layers and GateTraits.of(task.model.gate).check_rows is not None:
         raise UserError(
             f"moe.gate.name={config.moe.gate.name} looks up routing by rows of text, and a pair is "
             "two sequences; use another gate"
@@ -78,33 +69,37 @@ class Multimodal(Task):
            \left( -\log \frac{e^{s_{ij}}}{\sum_k e^{s_{ik}}}
                   -\log \frac{e^{s_{ji}}}{\sum_k e^{s_{ki}}} \right)
 
-    u are images, v captions, tau a learned scale, P_i the pairs of the same digit as i: with ten
-    digits captions repeat in a batch, and all of a digit's are right (Yang et al., UniCL, arXiv
-    2204.03610). With distinct labels it is CLIP's loss (arXiv 2103.00020). At equal similarities it
-    is log B. Pairs that are not valid are no one's match.
+    u are images, v captions, tau is a learned scale and P_i are the pairs with the digit of i: with
+    ten digits captions repeat in a batch, and all captions of a digit match it (Yang et al., UniCL,
+    arXiv 2204.03610). With distinct labels this is CLIP's loss (arXiv 2103.00020). At equal
+    similarities it is log B. Invalid pairs match nothing.
 
-    In evaluation, ``accuracy`` is zero-shot: the class whose prompt is most similar to the image.
-    ``image_to_text`` and ``text_to_image``: the most similar of the batch has the right digit.
+    In evaluation, ``accuracy`` is zero-shot: the predicted class has the prompt most similar to the
+    image. ``image_to_text`` and ``text_to_image``: the most similar one in the batch has the right
+    digit.
     """
 
     prompts: tuple[str, ...]
-    """A caption of every class, in order of the labels; empty: no zero-shot evaluation."""
+    """A caption per class, in the order of the labels; empty: no zero-shot evaluation."""
 
     @classmethod
     def from_config(cls, config: Config, image_size: int) -> "Multimodal":
         own = config.task
         patches = (image_size // own.patch_size) ** 2
         return cls(
-            LIMoEConfig(
+            stack_options(
+                config,
+                LIMoEConfig,
+                attention={"causal": False, "rope_theta": None},
+                experts={
+                    "vocab_size": BYTES + patches,
+                    "num_tasks": 2,
+                    "entropy_floors": (math.log(own.image_experts), math.log(own.text_experts)),
+                },
                 image_size=image_size,
                 patch_size=own.patch_size,
                 caption_length=own.caption_length,
                 embed_dim=own.embed_dim,
-                causal=False,
-                vocab_size=BYTES + patches,
-                num_tasks=2,
-                entropy_floors=(math.log(own.image_experts), math.log(own.text_experts)),
-                **stack_config(config),
             ),
             loss_weights(config),
             0.0,
@@ -119,7 +114,7 @@ class Multimodal(Task):
         return LIMoE(self.model, rngs=rngs)
 
     def countable(self) -> "Task":
-        """Without the prompts: they are no share of a pair's cost."""
+        """Without the prompts, which are not a part of the cost of a pair."""
         return dataclasses.replace(super().countable(), prompts=())
 
     def apply(
@@ -130,10 +125,10 @@ class Multimodal(Task):
         step: Array,
         key: Array,
         train: bool,
-        watch: Watch | None = None,
-    ) -> Output:
+        tap: Tap | None = None,
+    ) -> tuple[Embeddings, LayerAux]:
         model, valid_B = self.built(params), batch["valid"]
-        out = model(
+        return model(
             model.patches(batch["image"], valid_B),
             model.texts(batch["text"], batch["text_valid"] & valid_B[:, None]),
             batch["row"],
@@ -141,17 +136,16 @@ class Multimodal(Task):
             jax.random.fold_in(key, step),
             gate_state,
             train,
-            watch,
+            tap,
         )
-        return Output(Embeddings(out.image_BZ, out.text_BZ, out.scale), out.found)
 
     def forward(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
-        out = self.apply(params, gate_state, batch, step, key, train)
+        embeddings, aux = self.apply(params, gate_state, batch, step, key, train)
         label_B, valid_B = batch["label"], batch["valid"]
         with jax.named_scope("loss"):
-            logits_BB = similarities(out.said)
+            logits_BB = similarities(embeddings)
             loss_B = contrastive(logits_BB, label_B, valid_B)
             hits = {
                 "image_to_text": retrieved(logits_BB, label_B, valid_B),
@@ -159,21 +153,21 @@ class Multimodal(Task):
             }
         if self.prompts and not train:
             class_XZ = self._classes(params, gate_state, step, key)
-            hits["accuracy"] = jnp.argmax(out.said.image_BZ @ class_XZ.T, axis=-1) == label_B
+            hits["accuracy"] = jnp.argmax(embeddings.image_BZ @ class_XZ.T, axis=-1) == label_B
         hits = {name: hit_B.astype(jnp.int32) for name, hit_B in hits.items()}
         valid_BL = interleaved(*valid_tokens(batch, self.model))
         reward_BL = jnp.broadcast_to(-jnp.repeat(loss_B, 2)[:, None], valid_BL.shape)
-        return self.totals(out.found, loss_B, valid_B, hits, reward_BL, valid_BL)
+        return self.totals(aux, loss_B, valid_B, hits, reward_BL, valid_BL)
 
-    def token_losses(self, said: Embeddings, batch: Batch) -> Float[Array, "B L"]:
+    def token_losses(self, predictions: Embeddings, batch: Batch) -> Float[Array, "B L"]:
         """The loss of the pair, among those of ``batch``."""
-        loss_B = contrastive(similarities(said), batch["label"], batch["valid"])
+        loss_B = contrastive(similarities(predictions), batch["label"], batch["valid"])
         return jnp.broadcast_to(loss_B[:, None], (len(loss_B), 2 * self.model.length))
 
     def _classes(
         self, params: PyTree, gate_state: PyTree, step: Array, key: Array
     ) -> Float[Array, "X Z"]:
-        """The prompts' embeddings; as many rows as mesh and groups ask for."""
+        """Embeddings of the prompts, padded to the rows that mesh and groups need."""
         text, valid = encode(self.prompts, self.model.caption_length)
         shards = axis_size(ambient(), *BATCH_AXES)
         missing = -len(text) % (shards * self.model.moe.rows_per_group(1))
@@ -185,22 +179,22 @@ class Multimodal(Task):
 
 
 def valid_tokens(batch: Batch, model: LIMoEConfig) -> tuple[Array, Array]:
-    """Which positions of images and of captions hold tokens, bool[B, L] each."""
+    """Masks of the positions with tokens, for images and for captions, bool[B, L] each."""
     valid_B1 = batch["valid"][:, None]
     position_L = jnp.arange(model.length)
     text_BL = jnp.pad(batch["text_valid"], ((0, 0), (0, model.length - model.caption_length)))
     return valid_B1 & (position_L < model.patches), valid_B1 & text_BL
 
 
-def similarities(said: Embeddings) -> Float[Array, "B B"]:
-    """Of every image (row) with every caption (column)."""
-    return said.scale * (said.image_BZ @ said.text_BZ.T)
+def similarities(embeddings: Embeddings) -> Float[Array, "B B"]:
+    """Similarity of every image (row) with every caption (column)."""
+    return embeddings.scale * (embeddings.image_BZ @ embeddings.text_BZ.T)
 
 
 def contrastive(
     logits_BB: Float[Array, "B B"], label_B: Int[Array, "B"], valid_B: Bool[Array, "B"]
 ) -> Float[Array, "B"]:
-    """Each pair's loss in both directions, halved: see ``Multimodal``. 0 where not valid."""
+    """The loss of each pair, averaged over both directions: see ``Multimodal``. 0 if invalid."""
     match_BB = (label_B[:, None] == label_B) & valid_B
     share_BB = match_BB / jnp.maximum(jnp.sum(match_BB, axis=1, keepdims=True), 1)
 
@@ -220,5 +214,5 @@ def retrieved(
 
 
 def _among_valid(logits_BB: Array, valid_B: Array) -> Array:
-    """A finite number in place of -inf: a batch may have nothing valid."""
+    """Mask with a finite number instead of -inf: a batch may have no valid pair."""
     return jnp.where(valid_B, logits_BB, jnp.finfo(jnp.float32).min)

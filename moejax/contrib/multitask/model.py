@@ -1,7 +1,8 @@
 """Multi-task model of tables: shared experts, one gate and one tower per task."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+import functools
+from typing import Any, Literal
 
 import chex
 import jax
@@ -14,8 +15,8 @@ from moejax.contrib.multitask.mmoe import MultiGateMoE
 from moejax.experts import activate
 from moejax.layers.basic import fan_in
 from moejax.mesh import BATCH_AXES, constrain
-from moejax.models.stack import Found, Watch, mean_square
-from moejax.types import Context, Gate, MoEConfig, MoEInfo, MoEStats
+from moejax.models.stack import mean_square
+from moejax.types import Context, Gate, LayerAux, MoEConfig, MoEInfo, MoEStats, Tap
 
 Kind = Literal["regression", "binary"]
 SHARINGS: tuple[str, ...] = ("mmoe", "omoe", "shared_bottom")
@@ -23,7 +24,7 @@ SHARINGS: tuple[str, ...] = ("mmoe", "omoe", "shared_bottom")
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One task: its name, what it predicts, and a regression's y = mean + scale * what is said."""
+    """One task: its name and kind; a regression predicts y = mean + scale * (tower's output)."""
 
     name: str
     kind: Kind = "regression"
@@ -69,7 +70,7 @@ class MultiTaskConfig:
 
     @property
     def every(self) -> int:
-        """Whether there is a mixture at all, as in the models of text: 1, or 0 without."""
+        """1 with a mixture, 0 without, as in the other models."""
         return int(self.sharing != "shared_bottom")
 
     @property
@@ -82,18 +83,12 @@ class MultiTaskConfig:
         return self.num_dense + len(self.category_sizes) * self.d_embed
 
 
-class MultiTaskOutput(NamedTuple):
-    """``value_BM`` as the towers give it: ``predict`` brings it to the targets' units."""
-
-    value_BM: Float[Array, "B M"]
-    found: Found
-
-
 class MultiTask(nnx.Module):
-    """``model(dense_BF, category_BC, context, gate_state, train)`` -> values, and what gates found.
+    """``model(dense_BF, category_BC, context, gate_state, train)`` -> values [B, M], ``LayerAux``.
 
-    Features are numeric columns beside embeddings of categorical ones. ``context`` has B sequences
-    of length 1 (see ``MultiGateMoE``).
+    Values are those of the towers: ``predict`` brings them to the targets' units. Features are
+    numeric columns beside embeddings of categorical ones. ``context`` has B sequences of length 1
+    (see ``MultiGateMoE``).
 
     Reference: Ma et al., KDD 2018, doi 10.1145/3219819.3220007.
     """
@@ -102,7 +97,7 @@ class MultiTask(nnx.Module):
         self.config = config
         if config.category_sizes:
             shape = (sum(config.category_sizes), config.d_embed)
-            # Of unit variance, as standardised numeric features are.
+            # Unit variance, like standardised numeric features.
             self.embed_VD = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
         width = config.d_features
         if config.d_bottom:
@@ -134,30 +129,29 @@ class MultiTask(nnx.Module):
         context: Context,
         gate_state: PyTree,
         train: bool | None = None,
-        watch: Watch | None = None,
-    ) -> MultiTaskOutput:
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B M"], LayerAux]:
         config = self.config
         chex.assert_shape(dense_BF, (None, config.num_dense))
         chex.assert_shape(category_BC, (len(dense_BF), len(config.category_sizes)))
         x_BD = self._features(dense_BF, category_BC)
-        # Padding may hold anything, and a NaN would survive a loss of weight 0 backwards.
+        # Padding may hold anything: a NaN would survive a loss of weight 0 in the gradient.
         x_BD = constrain(jnp.where(context.valid_BL, x_BD, 0), BATCH_AXES)
         if config.d_bottom:
             x_BD = activate(config.activation, None, self.bottom(x_BD))
         info: MoEInfo | None = None
-        watched: PyTree = None
+        taps: dict[str, Array] | None = None
         if config.every:
             y_MBO, info = self.mixture(x_BD, context, gate_state, train)
-            if watch:
+            if tap:
                 # A gate's input is that of a layer whose sequences have one token.
-                look = watch
-                watched = jax.vmap(lambda one: look(x_BD[:, None, :], one))(info)
+                taps = jax.vmap(functools.partial(tap, x_BD[:, None, :]))(info)
         else:
             hidden_BF = activate(config.activation, None, self.shared[0](x_BD))
             y_MBO = self.shared[1](hidden_BF)[None]
         y_MBO = jnp.broadcast_to(y_MBO, (len(config.heads), *y_MBO.shape[1:]))
         value_MB = self.towers(y_MBO, config.activation).astype(jnp.float32)
-        return MultiTaskOutput(value_MB.T, _found(y_MBO, value_MB, context, info, watched))
+        return value_MB.T, _report(y_MBO, value_MB, context, info, taps)
 
     def init_gate_state(self) -> PyTree:
         """Initial gate states, stacked over gates."""
@@ -212,21 +206,19 @@ class Towers(nnx.Module):
         return jax.vmap(tower)(x_MBO, *(w[...].astype(x_MBO.dtype) for w in weights))
 
 
-def _found(
-    y_MBO: Array, value_MB: Array, context: Context, info: MoEInfo | None, watched: PyTree
-) -> Found:
+def _report(
+    y_MBO: Array, value_MB: Array, context: Context, info: MoEInfo | None, taps: Any
+) -> LayerAux:
     valid_MB = jnp.broadcast_to(context.valid_BL[:, 0], value_MB.shape)
     squares = [mean_square(y_MBO, valid_MB), mean_square(value_MB[..., None], valid_MB)]
-    losses: dict[str, Any] = {}
-    if info is not None:
-        losses = jax.tree.map(jnp.mean, info.losses)
-    return Found(
-        jnp.stack(squares), losses, {}, None if info is None else info.stats, None, watched
-    )
+    if info is None:
+        return LayerAux(mean_square=jnp.stack(squares))
+    losses = jax.tree.map(jnp.mean, info.losses)
+    return LayerAux(losses, stats=info.stats, taps=taps, mean_square=jnp.stack(squares))
 
 
 def predict(value_BM: Any, heads: tuple[Head, ...]) -> Float[np.ndarray, "B M"]:
-    """Values of regressions in their targets' units, logits of binary tasks as they are.
+    """Predictions of regressions in the units of their targets, and logits of binary tasks.
 
     On the host, in float64: float32 has too few digits for a large mean with a small spread.
     """

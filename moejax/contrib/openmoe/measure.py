@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from moejax.config import Config, load, make_gate
-from moejax.config.checks import NeedsRows
 from moejax.config.tasks import LANGUAGE
 from moejax.contrib.openmoe.drops import Arm, Drops, drops
 from moejax.contrib.openmoe.early import early
@@ -21,6 +20,7 @@ from moejax.contrib.openmoe.findings import Measured
 from moejax.contrib.openmoe.interval import GROUPS
 from moejax.contrib.openmoe.texts import Text, all_texts, corpus_of, domains
 from moejax.contrib.openmoe.tokens import specialisation
+from moejax.dispatch import Cells, Dropless
 from moejax.errors import UserError
 from moejax.record.probe import Probe
 from moejax.record.routing import Routed
@@ -31,6 +31,7 @@ from moejax.train.evaluate import open_run
 from moejax.train.processes import on_host
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
+from moejax.types import GateTraits
 
 DROPLESS = Arm(0.0)
 FACTORS = (1.0, 1.25, 2.0)
@@ -99,7 +100,7 @@ def _check(workdir: Path, config: Config, options: Options) -> None:
     if not config.moe.every:
         raise UserError(f"{workdir} is a dense model (moe.every=0): it routes nothing")
     gate = make_gate(config)
-    if isinstance(gate, NeedsRows) and gate.least_rows(config.moe.num_experts) > 1:
+    if GateTraits.of(gate).least_rows(config.moe.num_experts) > 1:
         raise UserError(
             f"{workdir}: moe.gate.name={config.moe.gate.name} routes whole sequences, and the "
             "three findings are about tokens"
@@ -112,7 +113,8 @@ def arms(task: Task) -> list[Arm]:
     The last of gates that take it with the parameters they have.
     """
     found = [DROPLESS, *(Arm(factor) for factor in FACTORS), Arm(TYPICAL, "gate")]
-    k = getattr(task.model.gate, "k", 0)
+    gate: Any = task.model.gate
+    k = gate.k if "k" in {field.name for field in dataclasses.fields(gate)} else 0
     other = Arm(TYPICAL, k=1 if k > 1 else 2)
     if k and _parameters(task) and _parameters(variant(task, other)) == _parameters(task):
         found.append(other)
@@ -138,14 +140,13 @@ def variant(task: Task, arm: Arm) -> Task:
     moe = dataclasses.replace(
         model.moe,
         group="sequence",
-        reroute=0,
-        priority=arm.priority,
-        eval_transport="cells" if arm.capacity_factor else "dropless",
-        eval_capacity_factor=arm.capacity_factor or 1.0,
+        eval_transport=Cells(arm.capacity_factor, arm.priority)
+        if arm.capacity_factor
+        else Dropless(),
     )
     changes: dict[str, Any] = {"k": arm.k} if arm.k else {}
     gate = dataclasses.replace(model.gate, **changes)  # pyright: ignore[reportArgumentType]
-    return dataclasses.replace(task, model=dataclasses.replace(model, moe=moe, gate=gate))
+    return dataclasses.replace(task, model=model.with_experts(config=moe, gate=gate))
 
 
 def router(this: Run, arm: Arm) -> Route:

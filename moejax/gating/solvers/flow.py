@@ -1,12 +1,12 @@
-"""Moving tokens between experts along shortest paths: the exact half of balanced assignment.
+"""Tokens moved between experts along shortest paths: the exact phase of balanced assignment.
 
 The residual graph of an assignment has one node per expert and one more, the *market*, through
-which experts trade the right to an extra token (when E does not divide T, r of them have one). The
-arc i -> j costs what the cheapest token of i loses by moving to j; arcs to and from the market are
-free. An assignment is optimal for its counts if the graph has no negative cycle, and sending tokens
-along a shortest path keeps it so (successive shortest paths; Ahuja, Magnanti, Orlin, "Network
-Flows", 1993, section 9.7). One round sends along a whole shortest-path tree at once: every arc of
-it is on a shortest path.
+which experts trade the right to an extra token (if E does not divide T, r experts have one). The
+cost of arc i -> j is the smallest loss of a token of i that moves to j; arcs to and from the market
+are free. An assignment is optimal for its counts if the graph has no negative cycle, and moving
+tokens along a shortest path preserves this (successive shortest paths; Ahuja, Magnanti, Orlin,
+"Network Flows", 1993, section 9.7). One round moves tokens along a whole shortest-path tree at
+once, since every arc of the tree is on a shortest path.
 
 Axes: N = E + 1 nodes, experts and the market. All numbers are int32.
 """
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.kernels.vma import varying_like
+from moejax.kernels.support import varying_like
 
 FAR = 2**31 - 1
 """The cost of an arc that does not exist."""
 
 
 class Flow(NamedTuple):
-    """Who is where (-1: nowhere), and which experts are due one token more than the others."""
+    """Each token's expert (-1: none), and a mask of the experts entitled to an extra token."""
 
     expert_T: Int[Array, "T"]
     extra_E: Bool[Array, "E"]
@@ -34,11 +34,11 @@ class Flow(NamedTuple):
 def exchange(
     value_TE: Int[Array, "T E"], flow: Flow, share: Int[Array, ""], left_over: Int[Array, ""]
 ) -> tuple[Flow, Int[Array, ""]]:
-    """Moves tokens until every expert has ``share`` of them, plus one where due.
+    """Moves tokens until every expert has ``share`` of them, plus its extra token if entitled.
 
     ``flow`` must be optimal for its own counts: each token at its best expert for some prices, and
-    the ``left_over`` extra tokens due to the dearest experts. Returns the balanced flow and the
-    number of rounds; each round moves at least one token nearer, so T + E rounds suffice.
+    the ``left_over`` extra tokens with the experts of highest price. Returns the balanced flow and
+    the number of rounds; each round brings at least one token closer, so T + E rounds suffice.
     """
     tokens, num_experts = value_TE.shape
     if not tokens:
@@ -72,9 +72,9 @@ def exchange(
 def potentials(
     value_TE: Int[Array, "T E"], flow: Flow, left_over: Int[Array, ""]
 ) -> Float[Array, "E"]:
-    """Prices that prove a balanced flow optimal, from the middle of those that do.
+    """Prices that prove a balanced flow optimal: the middle of the set of such prices.
 
-    Distances to a node from anywhere, and from a node to anywhere, are the two ends of the set.
+    Its two ends are the shortest distances to each node and from each node.
     """
     num_experts = value_TE.shape[1]
     cost_NN = _arc_costs(value_TE, flow, left_over > 0)
@@ -86,7 +86,7 @@ def potentials(
 
 
 def scatter_hash(tokens: int, num_experts: int, seed: Array | int) -> Array:
-    """A uint32 per (token, expert) that looks random: who moves among equals."""
+    """A pseudo-random uint32 per (token, expert), which selects among equal tokens."""
     token_T1 = jnp.arange(tokens, dtype=jnp.uint32)[:, None]
     column_E = jnp.arange(num_experts, dtype=jnp.uint32)
     mixed = token_T1 * jnp.uint32(0x9E3779B1) ^ column_E * jnp.uint32(0x85EBCA77)
@@ -101,13 +101,13 @@ def _count(expert_T: Array, num_experts: int) -> Array:
 
 
 def _loss_TE(value_TE: Array, expert_T: Array) -> Array:
-    """What each token would lose by moving to each expert (negative: gain)."""
+    """The loss of each token if it moved to each expert (negative: gain)."""
     own_T1 = jnp.take_along_axis(value_TE, jnp.maximum(expert_T, 0)[:, None], axis=1)
     return own_T1 - value_TE
 
 
 def _arc_costs(value_TE: Array, flow: Flow, has_extra: Array) -> Int[Array, "N N"]:
-    """cost[i, j] of the arc i -> j; FAR where there is none."""
+    """cost[i, j] of the arc i -> j; FAR if there is none."""
     num_experts = value_TE.shape[1]
     at_T = jnp.where(flow.expert_T < 0, num_experts, flow.expert_T)
     cost_EE = jnp.full((num_experts, num_experts), FAR, jnp.int32)
@@ -120,7 +120,7 @@ def _arc_costs(value_TE: Array, flow: Flow, has_extra: Array) -> Int[Array, "N N
 
 
 def _reach(cost_NN: Array, distance_N: Array) -> Int[Array, "N N"]:
-    """distance[i] + cost[i, j], FAR where either is."""
+    """distance[i] + cost[i, j]; FAR if either is."""
     exists_NN = (cost_NN < FAR) & (distance_N < FAR)[:, None]
     return jnp.where(exists_NN, cost_NN + jnp.where(distance_N < FAR, distance_N, 0)[:, None], FAR)
 
@@ -128,7 +128,7 @@ def _reach(cost_NN: Array, distance_N: Array) -> Int[Array, "N N"]:
 def _distances(cost_NN: Array, start_N: Array) -> tuple[Array, Array]:
     """Bellman-Ford from ``start_N``: distances, and the sweep that last improved each (0: none).
 
-    Arcs may cost less than nothing, cycles may not, so at most N sweeps improve anything.
+    Arcs may have negative costs but cycles may not, so at most N sweeps improve a distance.
     """
 
     def sweep(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
@@ -146,8 +146,8 @@ def _distances(cost_NN: Array, start_N: Array) -> tuple[Array, Array]:
 def _shortest_path_tree(cost_NN: Array, is_source_N: Array) -> Int[Array, "N"]:
     """Each node's predecessor on a shortest path from the sources; -1 for roots and the unreached.
 
-    A predecessor must have had its final distance before the node got its own: among the tight arcs
-    (of which a cycle may consist, where tokens tie) these contain no cycle.
+    A predecessor must have reached its final distance in an earlier sweep than the node: tight arcs
+    may form a cycle where tokens tie, but these arcs do not.
     """
     distance_N, improved_N = _distances(cost_NN, jnp.where(is_source_N, 0, FAR))
     earlier_NN = improved_N[:, None] < improved_N[None, :]
@@ -167,12 +167,12 @@ def _fixpoint(step: Callable[[Array], Array], start_N: Array) -> Array:
 
 
 def _is_child(parent_N: Array) -> Bool[Array, "N N"]:
-    """[i, j]: j hangs below i."""
+    """[i, j]: j is a child of i."""
     return parent_N[None, :] == jnp.arange(parent_N.size)[:, None]
 
 
 def _has_deficit_below(parent_N: Array, surplus_N: Array) -> Bool[Array, "N"]:
-    """Nodes with a deficit, or with one somewhere below them in the tree."""
+    """Nodes that have a deficit or a descendant with one."""
     child_NN = _is_child(parent_N)
     return _fixpoint(lambda n: n | jnp.any(child_NN & n, axis=1), surplus_N < 0)
 
@@ -180,17 +180,17 @@ def _has_deficit_below(parent_N: Array, surplus_N: Array) -> Bool[Array, "N"]:
 def _candidates(
     value_TE: Array, flow: Flow, cost_NN: Array, parent_N: Array, needy_N: Array, seed: Array
 ) -> Int[Array, "T"]:
-    """For each token the one arc of the tree it may move along, as the expert below; -1 for none.
+    """For each token the one arc of the tree it may use, as the arc's child expert; -1 for none.
 
-    Only tokens that attain the cost of an arc may use it; one that attains several is dealt to one
-    of them, so every needed arc's tokens are its own.
+    Only tokens that attain the cost of an arc may use it. A token that attains several is assigned
+    to one of them, so no two arcs share a token.
     """
     tokens, num_experts = value_TE.shape
     parent_E = parent_N[:num_experts]
     cost_E = cost_NN[jnp.maximum(parent_E, 0), jnp.arange(num_experts)]
     fits_TE = (parent_E == flow.expert_T[:, None]) & needy_N[:num_experts]
     fits_TE &= (flow.expert_T >= 0)[:, None] & (_loss_TE(value_TE, flow.expert_T) == cost_E)
-    # A lot's low bits name its column, so that the largest lot is found by a plain maximum.
+    # The low bits hold the column, so that a plain maximum finds the column of the largest lot.
     bits = max(num_experts - 1, 1).bit_length()
     lot_TE = (scatter_hash(tokens, num_experts, seed + 1) >> (bits + 1)).astype(jnp.int32)
     lot_TE = (lot_TE << bits) | jnp.arange(num_experts, dtype=jnp.int32)
@@ -199,10 +199,10 @@ def _candidates(
 
 
 def _tree_flow(parent_N: Array, surplus_N: Array, room_N: Array) -> Int[Array, "N"]:
-    """How many tokens to send into each node from its parent.
+    """The number of tokens that move into each node from its parent.
 
-    Upwards, what is wanted below, within the room of each arc; then downwards, what there is, to a
-    node's own deficit first and to its children in order.
+    Demand is added up from the leaves, within the room of each arc; then supply is handed down from
+    the roots, first to a node's own deficit and then to its children in order.
     """
     child_NN = _is_child(parent_N)
     deficit_N, supply_N = jnp.maximum(-surplus_N, 0), jnp.maximum(surplus_N, 0)
@@ -225,13 +225,13 @@ def _tree_flow(parent_N: Array, surplus_N: Array, room_N: Array) -> Int[Array, "
 
 
 def _apply(flow: Flow, to_T: Array, parent_N: Array, sent_N: Array) -> Flow:
-    """Moves the first ``sent_N`` candidates of every arc, and the rights traded on the market."""
+    """Moves the first ``sent_N`` candidates of every arc and the entitlements on the market."""
     tokens, num_experts = to_T.size, flow.extra_E.size
     by_market_E = parent_N[:num_experts] == num_experts
     sent_E = jnp.where(by_market_E, 0, sent_N[:num_experts])
     size_E = _count(to_T, num_experts)
-    # Candidates sorted by arc and then by token, those without an arc first: those that go are the
-    # ones up to the last that may. Numbers are below T E, the size of the scores.
+    # Candidates are sorted by arc and then by token, those without an arc first; those up to the
+    # last permitted one of each arc move. Keys are below T E, the size of the scores.
     key_T = to_T * tokens + jnp.arange(tokens, dtype=to_T.dtype)
     placed = jnp.sum(size_E, dtype=jnp.int32)
     start_E = jnp.cumsum(size_E, dtype=jnp.int32) - size_E + (tokens - placed)

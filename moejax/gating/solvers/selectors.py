@@ -73,5 +73,6 @@ def code_bits(num_experts: int) -> int:
     return max(num_experts - 1, 0).bit_length()
 
 
-def entropy(chosen_SE: Float[Array, "*b S E"]) -> Float[Array, "*b S"]:
+def smoothed_entropy(chosen_SE: Float[Array, "*b S E"]) -> Float[Array, "*b S"]:
+    """Entropy in nats as published, with ``TINY`` inside the logarithm."""
     return -jnp.sum(chosen_SE * jnp.log(chosen_SE + TINY), axis=-1)

@@ -1,7 +1,6 @@
-"""Vision transformer: patches of an image as tokens, read by the mean of what the layers make."""
+"""Vision transformer: patches of an image as tokens, classified by the mean of their outputs."""
 
 import dataclasses
-from typing import NamedTuple
 
 import chex
 import jax
@@ -10,17 +9,19 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from moejax.layers.basic import fan_in, masked_mean, project
-from moejax.models.stack import Found, Stack, StackConfig, Watch
-from moejax.types import Context
+from moejax.models.stack import Stack
+from moejax.options import StackOptions
+from moejax.types import Context, LayerAux, Tap
 
 POSITION_STD = 1.0
-"""Of the learned positions before the first step, as large as the embedded patches. On the digits
-75 steps reached 80 % with it, and 400 steps 69 to 74 % with the 0.02 of the paper's code."""
+"""Initial standard deviation of the learned positions, equal to that of the embedded patches. The
+digits reached 80 % in 75 steps with it, and 69 to 74 % in 400 steps with the 0.02 of the paper's
+code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTConfig(StackConfig):
-    """The classifier's sizes; set ``causal=False``, so that patches see each other.
+class ViTConfig(StackOptions):
+    """Sizes of the classifier. ``attention.causal`` is False, so that patches see each other.
 
     ``image_size`` (pixels on a side) is a multiple of ``patch_size``.
     """
@@ -36,18 +37,12 @@ class ViTConfig(StackConfig):
         return (self.image_size // self.patch_size) ** 2
 
 
-class ViTOutput(NamedTuple):
-    logits_BV: Float[Array, "B V"]
-    """One per class, float32."""
-    found: Found
-
-
 class ViT(Stack):
-    """``model(image_BHWC, context, gate_state, train)`` -> logits, and what the layers found.
+    """``model(image_BHWC, context, gate_state, train)`` -> float32 logits, and ``LayerAux``.
 
     x_l = patch_l W + b + position_l; the layers; logits = mean_l(norm(x_l)) U + c, the mean over
-    valid patches. The context is one of ``num_patches`` tokens per image; of an image that is
-    filler they are all invalid.
+    valid patches. The context has ``num_patches`` tokens per image, all of them invalid for padding
+    images.
 
     Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; with experts in some of
     the layers V-MoE, Riquelme et al., arXiv 2106.05974. Deviations: the mean over patches in place
@@ -80,17 +75,17 @@ class ViT(Stack):
         context: Context,
         gate_state: PyTree,
         train: bool | None = None,
-        watch: Watch | None = None,
-    ) -> ViTOutput:
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B V"], LayerAux]:
         patch_BLP = patches(image_BHWC, self.patch_size).astype(jnp.dtype(self.config.dtype))
         chex.assert_shape(context.token_BL, patch_BLP.shape[:2])
         x_BLD = project(patch_BLP, self.patch_embed_PD[...])
         x_BLD += (self.patch_bias_D[...] + self.position_embed_LD[...]).astype(x_BLD.dtype)
-        x_BLD, found = self.run_layers(x_BLD, context, gate_state, train, watch)
+        x_BLD, aux = self.run_layers(x_BLD, context, gate_state, train, tap)
         with jax.named_scope("loss"):
             mean_BD = masked_mean(x_BLD, context.valid_BL)
             logits_BV = mean_BD @ self.head_DV[...] + self.head_bias_V[...]
-        return ViTOutput(logits_BV, found)
+        return logits_BV, aux
 
 
 def patches(image_BHWC: Float[Array, "B H W C"], size: int) -> Float[Array, "B L P"]:

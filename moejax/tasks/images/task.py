@@ -1,4 +1,4 @@
-"""Image classification: the class of an image, by a vision transformer."""
+"""Image classification with a vision transformer."""
 
 import dataclasses
 
@@ -8,22 +8,22 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from moejax.config import Config
+from moejax.config.build import loss_weights, stack_options
 from moejax.data.source import Source
 from moejax.errors import UserError
-from moejax.models.stack import Watch
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig
 from moejax.tasks.images.source import ImageSource
 from moejax.tasks.language.task import cross_entropy
-from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
-from moejax.types import Context
+from moejax.tasks.task import Batch, Task, Totals, Units
+from moejax.types import Context, LayerAux, Tap
 
 
 def build(config: Config) -> tuple[Task, Source]:
     """The classifier and its images.
 
     Raises:
-      UserError: images that cannot be read, or whose size is no multiple of the patches'.
+      UserError: images that cannot be read, or whose size is not a multiple of the patch size.
     """
     task, train = config.task, config.train
     if task.image_size % task.patch_size:
@@ -47,14 +47,15 @@ class ImageClassifier(Task):
     @classmethod
     def from_config(cls, config: Config, num_classes: int) -> "ImageClassifier":
         task = config.task
-        model = ViTConfig(
+        model = stack_options(
+            config,
+            ViTConfig,
+            attention={"causal": False, "rope_theta": None},
+            experts={"vocab_size": (task.image_size // task.patch_size) ** 2},
             image_size=task.image_size,
             patch_size=task.patch_size,
             channels=task.channels,
             num_classes=num_classes,
-            causal=False,
-            vocab_size=(task.image_size // task.patch_size) ** 2,
-            **stack_config(config),
         )
         return cls(model, loss_weights(config), config.optim.output_z_loss)
 
@@ -73,12 +74,12 @@ class ImageClassifier(Task):
         step: Array,
         key: Array,
         train: bool,
-        watch: Watch | None = None,
-    ) -> Output:
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B V"], LayerAux]:
         shape = (batch["image"].shape[0], self.model.num_patches)
         context = Context.of(
             *shape,
-            # Gates that go by ids of tokens go by places in the image: see ImageSource.
+            # Gates that look up token ids see positions in the image: see ImageSource.
             token_BL=jnp.broadcast_to(jnp.arange(shape[1]), shape),
             valid_BL=self._by_patch(batch["valid"]),
             row_B=batch["row"],
@@ -86,22 +87,22 @@ class ImageClassifier(Task):
             key=jax.random.fold_in(key, step),
             padded_behind=True,  # an image is whole, or all of it is padding
         )
-        return Output(*self.built(params)(batch["image"], context, gate_state, train, watch))
+        return self.built(params)(batch["image"], context, gate_state, train, tap)
 
     def forward(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
-        out = self.apply(params, gate_state, batch, step, key, train)
+        logits_BV, aux = self.apply(params, gate_state, batch, step, key, train)
         with jax.named_scope("loss"):
-            log_z_B, nats_B = cross_entropy(out.said, batch["label"])
-            hit_B = jnp.argmax(out.said, axis=-1) == batch["label"]
+            log_z_B, nats_B = cross_entropy(logits_BV, batch["label"])
+            hit_B = jnp.argmax(logits_BV, axis=-1) == batch["label"]
         hits = {"accuracy": hit_B.astype(jnp.int32)}
         reward_BL, valid_BL = self._by_patch(-nats_B), self._by_patch(batch["valid"])
-        return self.totals(out.found, nats_B, batch["valid"], hits, reward_BL, valid_BL, log_z_B)
+        return self.totals(aux, nats_B, batch["valid"], hits, reward_BL, valid_BL, log_z_B)
 
-    def token_losses(self, said: Array, batch: Batch) -> Float[Array, "B L"]:
-        return self._by_patch(cross_entropy(said, batch["label"])[1])
+    def token_losses(self, predictions: Array, batch: Batch) -> Float[Array, "B L"]:
+        return self._by_patch(cross_entropy(predictions, batch["label"])[1])
 
     def _by_patch(self, x_B: Array) -> Array:
-        """What is said of an image, for each of its patches."""
+        """A value per image, repeated for each of its patches."""
         return jnp.broadcast_to(x_B[:, None], (len(x_B), self.model.num_patches))

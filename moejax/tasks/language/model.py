@@ -1,7 +1,6 @@
 """Decoder language model: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward."""
 
 import dataclasses
-from typing import NamedTuple
 
 import chex
 import jax
@@ -10,24 +9,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.mesh import constrain
-from moejax.models.stack import Found, Stack, StackConfig, Watch
-from moejax.types import Context
+from moejax.models.stack import Stack
+from moejax.options import StackOptions
+from moejax.types import Context, LayerAux, Tap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LMConfig(StackConfig):
+class LMConfig(StackOptions):
     """The decoder's sizes and choices."""
 
     tie_embeddings: bool
 
 
-class LMOutput(NamedTuple):
-    logits_BLV: Float[Array, "B L V"]
-    found: Found
-
-
 class LM(Stack):
-    """``model(token_BL, context, gate_state, train)`` -> logits, and what the layers found."""
+    """``model(token_BL, context, gate_state, train)`` -> logits [B, L, V], and ``LayerAux``."""
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.d_model)
@@ -44,18 +39,18 @@ class LM(Stack):
         context: Context,
         gate_state: PyTree,
         train: bool | None = None,
-        watch: Watch | None = None,
-    ) -> LMOutput:
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B L V"], LayerAux]:
         chex.assert_rank(token_BL, 2)
         chex.assert_equal_shape([token_BL, context.position_BL, context.valid_BL])
         # Scaled so that a tied embedding can serve as head with logits of unit scale.
         # Whole on every device first: otherwise each looks up its columns for the whole batch.
         embed_VD = constrain(self.embed_VD[...])
         x_BLD = jnp.take(embed_VD, token_BL, axis=0) * self.config.d_model**0.5
-        x_BLD, found = self.run_layers(x_BLD, context, gate_state, train, watch)
+        x_BLD, aux = self.run_layers(x_BLD, context, gate_state, train, tap)
         with jax.named_scope("loss"):
             logits_BLV = self._logits(x_BLD).astype(jnp.float32)
-        return LMOutput(logits_BLV, found)
+        return logits_BLV, aux
 
     def _logits(self, x_BLD: Array) -> Array:
         head_DV = self.embed_VD[...].T if self.tied else self.head_DV[...]

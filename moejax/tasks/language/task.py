@@ -9,18 +9,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config
+from moejax.config.build import loss_weights, stack_options
 from moejax.data import corpus as corpora
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.losses import CONSISTENCY, symmetric_kl
-from moejax.models.stack import Watch
 from moejax.tasks.language.model import LM, LMConfig
 from moejax.tasks.language.source import TextSource
-from moejax.tasks.task import Batch, Output, Task, Totals, Units, loss_weights, stack_config
-from moejax.types import Context
+from moejax.tasks.task import Batch, Task, Totals, Units
+from moejax.types import Context, LayerAux, Tap
 
 SECOND_PASS = 2**31 - 1
-"""Makes the key of the second pass from that of the first."""
+"""Derives the key of the second pass from that of the first."""
 
 
 def build(config: Config) -> tuple[Task, Source]:
@@ -44,13 +44,13 @@ def build(config: Config) -> tuple[Task, Source]:
 class LanguageModel(Task):
     """A decoder LM with its loss: cross-entropy of the next token.
 
-    Where a consistency loss runs the batch twice in training, tokens count once, ``metrics`` and
-    ``stats`` are those of the first pass, and everything else is the mean of the two.
+    If a consistency loss runs the batch twice in training, tokens count once, ``metrics`` and
+    ``stats`` are those of the first pass, and everything else is the mean of both passes.
     """
 
     seq_len: int
     padded_behind: bool = False
-    """What the source promises of its batches: see ``Context``."""
+    """A property of the source's batches: see ``Context``."""
 
     causal: ClassVar[bool] = True
 
@@ -58,11 +58,11 @@ class LanguageModel(Task):
     def from_config(cls, config: Config, vocab_size: int) -> "LanguageModel":
         model = config.model
         return cls(
-            LMConfig(
-                vocab_size=model.vocab_size or vocab_size,
-                rope_theta=model.rope_theta,
+            stack_options(
+                config,
+                LMConfig,
+                experts={"vocab_size": model.vocab_size or vocab_size},
                 tie_embeddings=model.tie_embeddings,
-                **stack_config(config),
             ),
             loss_weights(config),
             config.optim.output_z_loss,
@@ -84,8 +84,8 @@ class LanguageModel(Task):
         step: Array,
         key: Array,
         train: bool,
-        watch: Watch | None = None,
-    ) -> Output:
+        tap: Tap | None = None,
+    ) -> tuple[Float[Array, "B L V"], LayerAux]:
         token_BL = batch["tokens"][:, :-1]
         context = Context.of(
             *token_BL.shape,
@@ -96,44 +96,44 @@ class LanguageModel(Task):
             key=jax.random.fold_in(key, step),
             padded_behind=self.padded_behind,
         )
-        return Output(*self.built(params)(token_BL, context, gate_state, train, watch))
+        return self.built(params)(token_BL, context, gate_state, train, tap)
 
     def forward(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array, train: bool
     ) -> Totals:
-        out = self.apply(params, gate_state, batch, step, key, train)
-        totals = self._totals(out, batch)
+        logits_BLV, aux = self.apply(params, gate_state, batch, step, key, train)
+        totals = self._totals(logits_BLV, aux, batch)
         if not (train and dict(self.loss_weights).get(CONSISTENCY)):
             return totals
         key = jax.random.fold_in(key, SECOND_PASS)
-        other = self.apply(params, gate_state, batch, step, key, train)
+        other_BLV, aux = self.apply(params, gate_state, batch, step, key, train)
         with jax.named_scope("loss"):
-            divergence = symmetric_kl(out.said, other.said, batch["valid"])
-        return _mean_of_passes(totals, self._totals(other, batch), divergence)
+            divergence = symmetric_kl(logits_BLV, other_BLV, batch["valid"])
+        return _mean_of_passes(totals, self._totals(other_BLV, aux, batch), divergence)
 
-    def _totals(self, out: Output, batch: Batch) -> Totals:
+    def _totals(self, logits_BLV: Array, aux: LayerAux, batch: Batch) -> Totals:
         target_BL, valid_BL = batch["tokens"][:, 1:], batch["valid"]
         with jax.named_scope("loss"):
-            log_z_BL, nats_BL = cross_entropy(out.said, target_BL)
-            hit_BL = jnp.argmax(out.said, axis=-1) == target_BL
+            log_z_BL, nats_BL = cross_entropy(logits_BLV, target_BL)
+            hit_BL = jnp.argmax(logits_BLV, axis=-1) == target_BL
         hits = {"accuracy": hit_BL.astype(jnp.int32)}
-        return self.totals(out.found, nats_BL, valid_BL, hits, -nats_BL, valid_BL, log_z_BL)
+        return self.totals(aux, nats_BL, valid_BL, hits, -nats_BL, valid_BL, log_z_BL)
 
-    def token_losses(self, said: Array, batch: Batch) -> Float[Array, "B L"]:
-        return cross_entropy(said, batch["tokens"][:, 1:])[1]
+    def token_losses(self, predictions: Array, batch: Batch) -> Float[Array, "B L"]:
+        return cross_entropy(predictions, batch["tokens"][:, 1:])[1]
 
     def nats(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array
     ) -> Float[Array, "B L"]:
-        """Cross-entropy of each target in evaluation, from the valid tokens and nothing else."""
+        """Cross-entropy of each target in evaluation, computed from the valid tokens alone."""
         inputs_BL = jnp.where(batch["valid"], batch["tokens"][:, :-1], 0)
         masked = {**batch, "tokens": jnp.pad(inputs_BL, ((0, 0), (0, 1)))}
-        out = self.apply(params, gate_state, masked, step, key, train=False)
-        return self.token_losses(out.said, batch)
+        logits_BLV, _ = self.apply(params, gate_state, masked, step, key, train=False)
+        return self.token_losses(logits_BLV, batch)
 
 
 def _mean_of_passes(first: Totals, second: Totals, divergence: Array) -> Totals:
-    """One batch seen twice, and how far the two predictions are apart."""
+    """Totals of one batch run twice, with the divergence of the two predictions."""
     means = {
         name: jax.tree.map(lambda a, b: (a + b) / 2, getattr(first, name), getattr(second, name))
         for name in ("loss", "log_z_square", "auxiliary", "means", "mean_square")

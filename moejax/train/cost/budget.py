@@ -253,7 +253,7 @@ def active_parameters(run: Run) -> int:
 
     heads = size(HEAD_MATRICES)
     if heads:
-        total += heads * model.moa_k // model.moa_experts - heads
+        total += heads * model.heads.k // model.heads.experts - heads
     if not model.num_moe_layers:
         return total
     experts = size(EXPERT_MATRICES)

@@ -20,7 +20,7 @@ from moejax.train.optim import make_schedule
 from moejax.train.processes import is_first
 from moejax.train.setup import Run
 from moejax.train.workdir.summary import write_summary_png
-from moejax.types import FitsMesh
+from moejax.types import GateTraits
 
 
 class Console:
@@ -291,10 +291,10 @@ def _more_steps(run: Run, step: int) -> str:
 def gate_advice(run: Run) -> str:
     """The gate's advice for this mesh; empty if it has none."""
     model, mesh = run.task.model, run.mesh.shape
-    if not (model.num_moe_layers and isinstance(model.gate, FitsMesh)):
+    if not model.num_moe_layers:
         return ""
     rows = run.config.train.batch_size // math.prod(mesh[axis] for axis in BATCH_AXES)
-    advice = model.gate.advice(rows, mesh)
+    advice = GateTraits.of(model.gate).advice(rows, mesh)
     return f"moe.{advice}" if advice else ""
 
 

@@ -24,7 +24,7 @@ def probe_forward(
     """
     key = jax.random.wrap_key_data(state.key)
 
-    def watch(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
+    def tap(x_BLD: Array, info: MoEInfo) -> dict[str, Array]:
         routed = layer_routing(x_BLD, info)
         expert_BL = first_choice(routed["expert"], routed["weight"])
         inputs = {INPUT: x_BLD.astype(jnp.float32), INPUT_EXPERT: expert_BL}
@@ -36,13 +36,12 @@ def probe_forward(
         return arrays | {name: sample(x, sampled) for name, x in inputs.items()}
 
     def one(batch: dict[str, Array]) -> dict[str, Array]:
-        out = task.apply(
-            state.params, state.gate_state, batch, state.step, key, train=False, watch=watch
+        predictions, aux = task.apply(
+            state.params, state.gate_state, batch, state.step, key, train=False, tap=tap
         )
-        output = out.said
-        watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), out.found.watched)
-        return watched | {
-            name: array.compute(task, output, batch)
+        taps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), aux.taps)
+        return taps | {
+            name: array.compute(task, predictions, batch)
             for name, array in ARRAYS.items()
             if isinstance(array, OutputArray)
         }

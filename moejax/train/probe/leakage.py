@@ -21,7 +21,7 @@ from moejax.train.metrics.rows import Divergence
 from moejax.train.processes import compiled_together
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
-from moejax.types import KnowsRows
+from moejax.types import GateTraits
 
 
 def measure(run: Run, state: TrainState, sequences: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def check(config: Config) -> None:
             f"--measure-leak: task {config.task.name!r} does not predict a token from earlier "
             "ones: there is no future to leak; leave the flag out"
         )
-    if has_experts(config) and isinstance(make_gate(config), KnowsRows):
+    if has_experts(config) and GateTraits.of(make_gate(config)).check_rows is not None:
         raise UserError(
             f"--measure-leak: the routing of gate {config.moe.gate.name!r} does not depend on the "
             "mask, so nothing would be measured; measure the run that was recorded"

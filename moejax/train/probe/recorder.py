@@ -60,7 +60,7 @@ class Recorder:
         self._batches = _batches(run, held_out, self._rows)
         exists = (probe.folder(folder) / "tokens.npz").exists()
         if is_first() and (resume_step is None or not exists):
-            tokens = run.data.told(_held_out(held_out, self._rows), eval_rows)
+            tokens = run.data.probe_arrays(_held_out(held_out, self._rows), eval_rows)
             probe.save_tokens(folder, tokens)
 
     def record(self, step: int, state: TrainState) -> None:

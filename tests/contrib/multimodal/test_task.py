@@ -18,13 +18,12 @@ from moejax import config as configs
 from moejax.config import validate
 from moejax.config.overrides import apply_overrides
 from moejax.contrib.multimodal.model import LARGEST_SCALE
-from moejax.contrib.multimodal.pairs import CLASSES, PairSource, encode, prompts
+from moejax.contrib.multimodal.source import CLASSES, PairSource, encode, prompts
 from moejax.contrib.multimodal.task import Embeddings, Multimodal, build, contrastive, retrieved
 from moejax.errors import UserError
-from moejax.models.stack import Found
-from moejax.tasks.task import Output
 from moejax.train.metrics.rows import routing
 from moejax.train.step import split_batch
+from moejax.types import LayerAux
 from tests import meshes
 
 B, KEY = 16, 9
@@ -107,7 +106,7 @@ def looped(logits, label, valid):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**16), st.integers(0, 8), st.integers(1, 12))
-def test_the_loss_is_that_of_a_loop_over_the_valid_pairs(seed, pairs, classes):
+def test_the_loss_equals_a_loop_over_the_valid_pairs(seed, pairs, classes):
     rng = np.random.default_rng(seed)
     logits = (10 * rng.normal(size=(8, 8))).astype(np.float32)
     label = rng.integers(0, classes, 8).astype(np.int32)
@@ -118,7 +117,7 @@ def test_the_loss_is_that_of_a_loop_over_the_valid_pairs(seed, pairs, classes):
     np.testing.assert_allclose(got, looped(logits, label, valid), rtol=1e-5, atol=1e-5)
 
 
-def test_with_distinct_labels_it_is_the_cross_entropy_of_the_diagonal_and_log_b_at_equal_logits():
+def test_with_distinct_labels_the_loss_is_the_cross_entropy_of_the_diagonal():
     logits, label = jax.random.normal(jax.random.key(0), (8, 8)), jnp.arange(8)
     every = jnp.ones(8, bool)
     rows, columns = (scipy.special.log_softmax(np.asarray(x), axis=1) for x in (logits, logits.T))
@@ -129,7 +128,7 @@ def test_with_distinct_labels_it_is_the_cross_entropy_of_the_diagonal_and_log_b_
     np.testing.assert_allclose(equal, math.log(8), rtol=1e-6)
 
 
-def test_the_loss_is_least_where_the_captions_of_a_digit_are_equally_similar():
+def test_the_loss_is_minimal_at_equal_similarity_of_the_captions_of_a_digit():
     """Then it is the entropy of a uniform choice among the digit's pairs."""
     label = jnp.asarray([0, 0, 0, 1, 1, 2])
     logits = jnp.where(label[:, None] == label, 50.0, 0.0)
@@ -143,7 +142,7 @@ def test_the_loss_is_least_where_the_captions_of_a_digit_are_equally_similar():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 
-def test_the_baseline_is_the_held_out_loss_of_equal_similarities_though_the_last_batch_is_short():
+def test_the_baseline_is_the_loss_at_equal_similarities_with_a_short_last_batch():
     _, whole = built()
     step = jax.jit(contrastive)
     for rows, last in ((40, 8), (48, 16), (5, 5)):
@@ -155,7 +154,7 @@ def test_the_baseline_is_the_held_out_loss_of_equal_similarities_though_the_last
         np.testing.assert_allclose(own.baselines()["uniform"], sum(losses) / rows, rtol=1e-5)
 
 
-def test_retrieval_counts_any_caption_of_the_digit_and_none_that_is_padding():
+def test_retrieval_counts_any_caption_of_the_digit_but_no_padding():
     logits = jnp.asarray([[1.0, 3.0, 9.0], [0.0, 1.0, 9.0], [0.0, 0.0, 0.0]])
     valid = jnp.asarray([True, True, False])
     same, other = jnp.asarray([5, 5, 1]), jnp.asarray([5, 6, 5])
@@ -168,9 +167,9 @@ class Fixed(Multimodal):
     """Says the embeddings that it is given in the place of parameters."""
 
     def apply(
-        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, watch=None
-    ) -> Output:
-        return Output(params, Found(jnp.ones(1), {}, {}, None, None, None))
+        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, tap=None
+    ) -> tuple[Any, LayerAux]:
+        return params, LayerAux(mean_square=jnp.ones(1))
 
 
 def test_captions_are_retrieved_by_images_and_images_by_captions():
@@ -195,6 +194,7 @@ def test_captions_are_retrieved_by_images_and_images_by_captions():
 # The model.
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient():
     """Temperature, both projections, router, embeddings of bytes that occur: all of them."""
     _, grads = stepped()(params(), batch())
@@ -228,12 +228,12 @@ def embedded():
     """The jitted embeddings of a batch in evaluation, with what a layer saw."""
     task, _ = built()
 
-    def watch(x_BLD, info):
+    def tap(x_BLD, info):
         return {"expert": info.routing.expert_GTK.reshape(*x_BLD.shape[:2], -1)}
 
     return jax.jit(
         lambda params, batch: task.apply(
-            params, (), batch, jnp.int32(0), jax.random.key(KEY), False, watch
+            params, (), batch, jnp.int32(0), jax.random.key(KEY), False, tap
         )
     )
 
@@ -242,7 +242,7 @@ def test_images_and_captions_do_not_see_each_other_and_vectors_have_length_1():
     first, other = batch(0), batch(0)
     other["text"] = jnp.roll(other["text"], 1, axis=0)
     other["text_valid"] = jnp.roll(other["text_valid"], 1, axis=0)
-    before, after = (embedded()(params(), x).said for x in (first, other))
+    before, after = (embedded()(params(), x)[0] for x in (first, other))
     np.testing.assert_array_equal(before.image_BZ, after.image_BZ)
     # Rows of a sorted matmul move with other rows; their sums may be blocked otherwise.
     np.testing.assert_allclose(jnp.roll(before.text_BZ, 1, axis=0), after.text_BZ, atol=1e-5)
@@ -251,25 +251,26 @@ def test_images_and_captions_do_not_see_each_other_and_vectors_have_length_1():
         np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, rtol=1e-5)
 
 
-def test_what_a_layer_saw_is_laid_out_by_pair_with_the_image_first():
+def test_tapped_arrays_are_laid_out_by_pair_with_the_image_first():
     task, source = built()
-    found = embedded()(params(), batch(0)).found
-    expert = found.watched["expert"]
+    _, aux = embedded()(params(), batch(0))
+    expert = aux.taps["expert"]
     length = task.units.tokens_per_row
     assert expert.shape == (2, B, length, 1)
-    valid = source.told(jax.device_get(batch(0)), B)["valid"]
+    valid = source.probe_arrays(jax.device_get(batch(0)), B)["valid"]
     own = np.asarray(expert)[..., 0]
     for task_id, half in enumerate((slice(0, length // 2), slice(length // 2, None))):
         for layer in range(2):
             counts = np.bincount(own[layer, :, half][valid[:, half]], minlength=4)
-            np.testing.assert_array_equal(counts, found.stats.load_ME[layer, task_id])
+            np.testing.assert_array_equal(counts, aux.stats.load_ME[layer, task_id])
 
 
-def test_zero_shot_accuracy_is_that_of_the_prompts_as_captions():
+@pytest.mark.slow
+def test_zero_shot_accuracy_uses_the_prompts_as_captions():
     _, source = built()
     text, valid = encode([*prompts(), *prompts()[: B - 10]], source.caption_length)
     held_out = {name: jnp.asarray(x) for name, x in source.eval_batches(B, B)[0].items()}
-    said = embedded()(params(), {**held_out, "text": text, "text_valid": valid}).said
+    said = embedded()(params(), {**held_out, "text": text, "text_valid": valid})[0]
     predicted = np.argmax(said.image_BZ @ said.text_BZ[: len(CLASSES)].T, axis=1)
     hits = (predicted == np.asarray(held_out["label"])).sum()
     totals = evaluated()(params(), held_out)
@@ -278,7 +279,7 @@ def test_zero_shot_accuracy_is_that_of_the_prompts_as_captions():
     assert "accuracy" not in in_training.metrics
 
 
-def test_the_temperature_starts_at_clips_and_its_gradient_passes_the_bound():
+def test_the_temperature_starts_at_clips_and_its_gradient_passes_through_the_bound():
     task, _ = built()
 
     def scale(raw):
@@ -294,7 +295,7 @@ def test_the_temperature_starts_at_clips_and_its_gradient_passes_the_bound():
 # Rows, meshes, mistakes.
 
 
-def test_rows_say_how_modalities_share_the_experts():
+def test_rows_report_the_sharing_of_experts_by_modalities():
     totals = jax.device_get(stepped()(params(), batch())[0][1])
     row, load = routing(totals.stats), np.asarray(totals.stats.load_ME)
     np.testing.assert_array_equal(load.sum(axis=1), row["moe/load"])
@@ -336,6 +337,7 @@ def check_same(other, totals):
 MESHES = [{"expert": 2}, {"data": 2, "expert": 2}, {"data": 8}, {"data": 2, "expert": 4}]
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_has_the_totals_of_the_whole_batch():
     """Similarities, soft targets, entropies and prompts are the same wherever pairs lie."""
     shape = MESHES[-1]
@@ -374,7 +376,7 @@ def test_a_group_counts_sequences_two_for_each_pair(change):
     validate(config_with(**{"moe__group": "8", **dict(one.split("=") for one in change.split())}))
 
 
-def test_a_batch_smaller_than_a_group_is_one_part_as_it_is():
+def test_a_batch_smaller_than_a_group_is_one_group():
     found = {"valid": jnp.arange(4), "image": jnp.ones((4, 2))}
     parts = split_batch(found, 1, 8)
     jax.tree.map(lambda x, whole: np.testing.assert_array_equal(x[0], whole), parts, found)
@@ -400,7 +402,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_a_mistake_is_one_line_with_the_field_and_the_way_out(change):
+def test_a_mistake_is_one_line_with_field_and_remedy(change):
     changes = dict(one.split("=") for one in change.split())
     with pytest.raises(UserError) as caught:
         config = config_with(**changes)

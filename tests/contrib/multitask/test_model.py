@@ -12,7 +12,8 @@ from flax import nnx
 
 from moejax import gating
 from moejax.contrib.multitask.model import Head, MultiTask, MultiTaskConfig, head_losses, predict
-from moejax.types import Context, MoEConfig
+from moejax.options import DispatchOptions
+from moejax.types import Context
 from tests import meshes
 
 B, F, E = 16, 3, 4
@@ -33,7 +34,7 @@ CONFIG = MultiTaskConfig(
     gate_input="example",
     activation="gelu",
     dtype="float32",
-    moe=MoEConfig(E),
+    moe=DispatchOptions(num_experts=E).config,
     gate=gating.make("dense"),
 )
 DSELECT = {
@@ -67,9 +68,9 @@ def program(mesh_name, changes):
 
     def objective(params, dense, category, target, context):
         model = nnx.merge(graph, params)
-        out = model(dense, category, context, model.init_gate_state(), True)
-        loss_BM = jnp.where(context.valid_BL, head_losses(out.value_BM, target, HEADS), 0)
-        return jnp.sum(loss_BM) + sum(out.found.losses.values()), out
+        value_BM, aux = model(dense, category, context, model.init_gate_state(), True)
+        loss_BM = jnp.where(context.valid_BL, head_losses(value_BM, target, HEADS), 0)
+        return jnp.sum(loss_BM) + sum(aux.losses.values()), (value_BM, aux)
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True)), params
 
@@ -112,17 +113,17 @@ def by_hand(model, dense, category):
 def test_a_shared_bottom_is_embeddings_a_network_and_towers():
     model = model_of(sharing="shared_bottom", activation="relu", d_bottom=0)
     dense, category, _ = batch()
-    out = evaluate(model, dense, category, context(0))
+    value_BM, aux = evaluate(model, dense, category, context(0))
     wanted = by_hand(model, np.asarray(dense), np.asarray(category))
-    np.testing.assert_allclose(out.value_BM, wanted, rtol=1e-5, atol=1e-5)  # float32 sums
-    assert out.found.stats is None and not out.found.losses
+    np.testing.assert_allclose(value_BM, wanted, rtol=1e-5, atol=1e-5)  # float32 sums
+    assert aux.stats is None and not aux.losses
     assert model.shared[0].map_DF[...].shape[1] == E * CONFIG.d_ff
 
 
 @pytest.mark.parametrize("sharing", ["mmoe", pytest.param("omoe", marks=pytest.mark.slow)])
 def test_one_expert_is_a_shared_bottom(sharing):
     """Its weight is a softmax over itself: 1 for every task."""
-    one = {"moe": MoEConfig(1), "activation": "relu", "d_bottom": 0}
+    one = {"moe": DispatchOptions(num_experts=1).config, "activation": "relu", "d_bottom": 0}
     mixed, shared = model_of(sharing=sharing, **one), model_of(sharing="shared_bottom", **one)
     expert = jax.tree.map(lambda w: w[0], mixed.mixture.experts())
     shared.shared[0].map_DF[...], shared.shared[0].shift_F[...] = expert.in_EDF, expert.shift_EF
@@ -130,24 +131,26 @@ def test_one_expert_is_a_shared_bottom(sharing):
     shared.embed_VD[...] = mixed.embed_VD[...]
     nnx.update(shared.towers, nnx.state(mixed.towers))
     dense, category, _ = batch()
-    out = evaluate(mixed, dense, category, context(0))
+    value_BM, aux = evaluate(mixed, dense, category, context(0))
     wanted = by_hand(shared, np.asarray(dense), np.asarray(category))
-    np.testing.assert_allclose(out.value_BM, wanted, rtol=1e-5, atol=1e-5)
-    assert out.found.stats is not None and (out.found.stats.load_E == B).all()
+    np.testing.assert_allclose(value_BM, wanted, rtol=1e-5, atol=1e-5)
+    assert aux.stats is not None and (aux.stats.load_E == B).all()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("sharing", "gates"), [("mmoe", M), ("omoe", 1), ("shared_bottom", 0)])
 def test_every_gate_is_reported_like_a_layer(sharing, gates):
-    (_, out), _ = run(sharing=sharing)
+    (_, (value_BM, aux)), _ = run(sharing=sharing)
     config = dataclasses.replace(CONFIG, sharing=sharing)
     assert (config.num_moe_layers, config.every) == (gates, min(gates, 1))
     if gates:
-        assert out.found.stats.load_E.shape == (gates, E)
-        assert out.found.stats.tokens.tolist() == [B - 2] * gates
-        assert all(loss.shape == () for loss in out.found.losses.values())
-    assert out.value_BM.shape == (B, M) and out.found.mean_square.shape == (2,)
+        assert aux.stats.load_E.shape == (gates, E)
+        assert aux.stats.tokens.tolist() == [B - 2] * gates
+        assert all(loss.shape == () for loss in aux.losses.values())
+    assert value_BM.shape == (B, M) and aux.mean_square.shape == (2,)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", [{}, DSELECT, {"sharing": "shared_bottom"}])
 def test_every_parameter_has_a_gradient(changes):
     _, grads = run(**changes)
@@ -165,7 +168,7 @@ def test_a_mesh_changes_nothing(shape, changes):
     # Sums over the batch in another order, in float32.
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
     jax.tree.map(close, got, wanted)
-    np.testing.assert_array_equal(got[0][1].found.stats.load_E, wanted[0][1].found.stats.load_E)
+    np.testing.assert_array_equal(got[0][1][1].stats.load_E, wanted[0][1][1].stats.load_E)
 
 
 def test_padding_may_hold_anything():

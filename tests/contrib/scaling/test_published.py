@@ -49,6 +49,7 @@ def test_every_run_of_the_architecture_is_read_once():
     assert ours == final_losses()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_search_over_all_coefficients_finds_no_lower_sum(router: str):
     found = study(router)

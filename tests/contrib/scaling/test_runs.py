@@ -1,6 +1,5 @@
 """Which rows of a table count, and what a sweep's trials are to the law."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +130,7 @@ def test_the_size_of_a_routed_model_is_the_parameters_of_the_dense_one(
     )
     total, dense = (
         count_parameters(nnx.state(nnx.eval_shape(lambda s=s: LM(s, rngs=nnx.Rngs(0)))))
-        for s in (settings, dataclasses.replace(settings, every=0))
+        for s in (settings, lms.changed(settings, every=0))
     )
     name, config = trial("a", "hash", 4, activation=activation, every=2, first_dense=1, d_ff=12)
     config["model"] = {"d_model": lms.D, "num_layers": 5}

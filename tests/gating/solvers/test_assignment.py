@@ -77,6 +77,7 @@ def check(score_TE, valid_T=None):
     return (best - ours) / max(spread * valid.sum(), 1e-30)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("tokens", "num_experts"), [(96, 8), (101, 8), (5, 8), (48, 3)])
 def test_it_is_optimal_by_scipy(kind, tokens, num_experts):
@@ -164,7 +165,7 @@ def test_a_batch_is_solved_as_its_members_alone():
         np.testing.assert_allclose(batch.price_E[i], alone.price_E, rtol=1e-6, atol=1e-7)
 
 
-def test_no_tokens_is_no_problem():
+def test_an_empty_group_is_solved():
     assert balanced_assignment(jnp.zeros((0, 4))).expert_T.shape == (0,)
     result = balanced_assignment(jnp.zeros((3, 2)), jnp.zeros(3, bool))
     np.testing.assert_array_equal(result.expert_T, [-1, -1, -1])

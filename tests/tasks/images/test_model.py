@@ -12,37 +12,28 @@ from flax import nnx
 
 from moejax import gating
 from moejax.mesh import make_mesh
-from moejax.models.trees import from_tree, to_tree
-from moejax.tasks.images.batches import ImageBatches
+from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig, patches
+from moejax.tasks.images.source import image_train_batches
+from moejax.tasks.task import from_tree, to_tree
 from moejax.train.state import partition_spec, shardings
-from moejax.types import Context, MoEConfig
+from moejax.types import Context
 from tests import meshes
 
 B, SIZE, CLASSES, D, E = 16, 8, 10, 16, 8
 SETTINGS = ViTConfig(
     d_model=D,
-    d_ff=32,
     num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=4,
-    activation="gelu",
-    norm_eps=1e-6,
-    dtype="float32",
-    remat="none",
-    attention="xla",
     every=2,
-    first_dense=0,
-    moe=MoEConfig(num_experts=E, capacity_factor=1.05),
-    gate=gating.make("mixtral"),
-    expert_d_ff=16,
-    expert_activation="gelu",
-    shared_experts=0,
-    shared_gate=False,
-    balance_scope="sequence",
-    causal=False,
+    attention=AttentionOptions(head_dim=4, rope_theta=None, causal=False, implementation="xla"),
+    ffn=FFNOptions(d_ff=32, activation="gelu"),
+    experts=MoEOptions(
+        gate=gating.make("mixtral"),
+        config=DispatchOptions(num_experts=E, capacity_factor=1.05).config,
+        d_ff=16,
+        activation="gelu",
+    ),
     image_size=SIZE,
     patch_size=2,
     channels=1,
@@ -63,7 +54,7 @@ def digits():
 
 
 def image_batch(step=0):
-    return {k: jnp.asarray(v) for k, v in ImageBatches(digits(), B, 0).batch(step).items()}
+    return {k: jnp.asarray(v) for k, v in image_train_batches(digits(), B, 0).batch(step).items()}
 
 
 def apply(params, batch, train):
@@ -75,10 +66,10 @@ def apply(params, batch, train):
 
 
 def objective(params, batch):
-    out = apply(params, batch, True)
-    nats = optax.softmax_cross_entropy_with_integer_labels(out.logits_BV, batch["label"])
-    losses = out.found.losses
-    return nats.mean() + 0.01 * losses["load_balance"] + 0.001 * losses["z"], (nats.mean(), out)
+    logits_BV, aux = apply(params, batch, True)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits_BV, batch["label"])
+    loss = nats.mean() + 0.01 * aux.losses["load_balance"] + 0.001 * aux.losses["z"]
+    return loss, (nats.mean(), (logits_BV, aux))
 
 
 gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))
@@ -107,6 +98,7 @@ def test_an_image_that_is_no_multiple_of_the_patch_is_refused():
         ViT(uneven, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_positions_tell_patches_apart():
     """Without them attention, experts (dropless) and the mean would take patches in any order."""
     batch, order = image_batch(), np.random.default_rng(0).permutation(L)
@@ -117,7 +109,7 @@ def test_positions_tell_patches_apart():
     changes = []
     for params in (initial(), blind):
         first, second = (evaluate(params, {**batch, "image": x}) for x in (batch["image"], mixed))
-        changes.append(float(np.abs(np.asarray(first.logits_BV - second.logits_BV)).max()))
+        changes.append(float(np.abs(np.asarray(first[0] - second[0])).max()))
     assert changes[0] > 0.1
     assert changes[1] < 1e-5  # sums of 16 float32 in another order
 
@@ -126,28 +118,28 @@ def test_patches_see_later_patches_and_no_other_image():
     batch = image_batch()
     changed = batch["image"].at[0, -1, -1].add(1.0)  # in the last patch of the first image
     first, second = (evaluate(initial(), {**batch, "image": x}) for x in (batch["image"], changed))
-    routed = [np.asarray(out.found.stats.entropy) for out in (first, second)]
+    routed = [np.asarray(aux.stats.entropy) for _, aux in (first, second)]
     assert (routed[0] != routed[1]).any()
-    assert (first.logits_BV[0] != second.logits_BV[0]).all()
-    np.testing.assert_array_equal(first.logits_BV[1:], second.logits_BV[1:])
+    assert (first[0][0] != second[0][0]).all()
+    np.testing.assert_array_equal(first[0][1:], second[0][1:])
 
 
 def test_filler_is_neither_routed_nor_counted_and_changes_nothing():
     batch = image_batch()
     valid = batch["valid"].at[-4:].set(False)
-    clean = gradients(initial(), {**batch, "valid": valid})[0][1][1]
+    clean_BV, clean = gradients(initial(), {**batch, "valid": valid})[0][1][1]
     dirty = {**batch, "valid": valid, "image": batch["image"].at[-4:].set(7.0)}
-    other = gradients(initial(), dirty)[0][1][1]
-    assert int(clean.found.stats.tokens[0]) == (B - 4) * L
-    np.testing.assert_array_equal(clean.logits_BV[:-4], other.logits_BV[:-4])
-    jax.tree.map(np.testing.assert_array_equal, clean.found.stats, other.found.stats)
-    jax.tree.map(np.testing.assert_array_equal, clean.found.losses, other.found.losses)
-    assert np.isfinite(np.asarray(clean.logits_BV)).all()
+    other_BV, other = gradients(initial(), dirty)[0][1][1]
+    assert int(clean.stats.tokens[0]) == (B - 4) * L
+    np.testing.assert_array_equal(clean_BV[:-4], other_BV[:-4])
+    jax.tree.map(np.testing.assert_array_equal, clean.stats, other.stats)
+    jax.tree.map(np.testing.assert_array_equal, clean.losses, other.losses)
+    assert np.isfinite(np.asarray(clean_BV)).all()
 
 
 def test_every_parameter_has_a_gradient():
-    (_, (_, out)), grads = gradients(initial(), image_batch())
-    assert out.found.stats.dropped_E.sum() > 0, "capacity should bind"
+    (_, (_, (_, aux))), grads = gradients(initial(), image_batch())
+    assert aux.stats.dropped_E.sum() > 0, "capacity should bind"
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(grad).all() and np.any(np.asarray(grad) != 0), path
 
@@ -169,6 +161,7 @@ def alone():
     return gradients(initial(), image_batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [
@@ -181,17 +174,17 @@ def alone():
     ids=meshes.name,
 )
 def test_every_mesh_gives_the_same_answer(shape):
-    (loss, (_, out)), grads = alone()
+    (loss, (_, (logits_BV, aux))), grads = alone()
     with meshes.entered(shape):
         mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
         placed = jax.device_put(initial(), shardings(initial(), mesh))
-        (other_loss, (_, other)), other_grads = gradients(placed, image_batch())
+        (other_loss, (_, (other_BV, other))), other_grads = gradients(placed, image_batch())
     # float32 sums of at most 64 products in another order, through two layers.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     close(other_loss, loss)
-    close(other.logits_BV, out.logits_BV)
-    np.testing.assert_array_equal(other.found.stats.load_E, out.found.stats.load_E)
-    np.testing.assert_array_equal(other.found.stats.dropped_E, out.found.stats.dropped_E)
+    close(other_BV, logits_BV)
+    np.testing.assert_array_equal(other.stats.load_E, aux.stats.load_E)
+    np.testing.assert_array_equal(other.stats.dropped_E, aux.stats.dropped_E)
     jax.tree.map(close, jax.device_get(other_grads), jax.device_get(grads))
 
 

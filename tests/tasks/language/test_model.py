@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from moejax.models.stack import REMAT
-from moejax.models.trees import to_tree
 from moejax.tasks.language.model import LM, LMConfig
+from moejax.tasks.task import to_tree
 from tests.lms import (
     CLOSE,
     KEY,
@@ -54,7 +54,7 @@ def earlier_change(settings: LMConfig, train: bool) -> float:
     token_BL = tokens()
     changed = token_BL.at[:, L // 2 :].set(tokens(2)[:, L // 2 :])
     assert (changed != token_BL).any()
-    first, second = (run(settings, t, train).logits_BLV for t in (token_BL, changed))
+    first, second = (run(settings, t, train)[0] for t in (token_BL, changed))
     difference = np.abs(np.asarray(first - second)).max(axis=(0, 2))
     assert difference[L // 2 :].min() > 1e-3, "tokens must see themselves"
     return float(difference[: L // 2].max())
@@ -63,11 +63,12 @@ def earlier_change(settings: LMConfig, train: bool) -> float:
 def check_causal(settings, train):
     # Rows of a sorted matmul move when other rows come or go; their sums may be blocked otherwise.
     assert earlier_change(settings, train) <= 1e-6
-    stats = run(settings, tokens(), train).found.stats
-    if stats is not None and train and settings.moe.transport == "cells":
+    stats = run(settings, tokens(), train)[1].stats
+    if stats is not None and train and settings.moe.transport.slot_rules:
         assert stats.dropped_E.sum() > 0, "capacity must bind for this to prove anything"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("settings", [slow_unless(s in QUICK, s) for s in CAUSAL], ids=label)
 def test_logits_do_not_depend_on_later_tokens_in_training(settings):
     check_causal(settings, train=True)
@@ -78,6 +79,7 @@ def test_logits_do_not_depend_on_later_tokens_in_evaluation(settings):
     check_causal(settings, train=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "priority", [slow_unless(p == "choice", p) for p in ("choice", "gate", "random")]
 )
@@ -90,7 +92,7 @@ def test_priorities_that_let_later_tokens_in_are_seen_to_leak_in_training_only(p
 def test_sequences_do_not_see_each_other():
     token_BL = tokens()
     changed = token_BL.at[1:].set(tokens(2)[1:])
-    first, second = (run(MIXED, t).logits_BLV for t in (token_BL, changed))
+    first, second = (run(MIXED, t)[0] for t in (token_BL, changed))
     np.testing.assert_array_equal(first[0], second[0])
 
 
@@ -101,7 +103,7 @@ def unrolled(model: LM, token_BL, train):
     """The same blocks in a Python loop, written from the formula."""
     settings, ctx, key = model.config, context(token_BL), jax.random.key(KEY)
     x_BLD = model.embed_VD[...][token_BL] * math.sqrt(settings.d_model)
-    squares, infos = [], []
+    squares, experts = [], []
     for block in model.first:
         x_BLD, *_ = block(x_BLD, ctx, (), train, None)
         squares.append(jnp.mean(x_BLD**2))
@@ -110,41 +112,42 @@ def unrolled(model: LM, token_BL, train):
         period = nnx.merge(graph, jax.tree.map(lambda p, i=index: p[i], stacked))
         own = dataclasses.replace(ctx, key=jax.random.fold_in(key, index))
         for block in period.blocks:
-            x_BLD, info, *_ = block(x_BLD, own, (), train, None)
+            x_BLD, aux = block(x_BLD, own, (), train, None)
             squares.append(jnp.mean(x_BLD**2))
-            infos += [] if info is None else [info]
+            experts += [] if aux.stats is None else [aux]
     x_BLD = x_BLD / jnp.sqrt(jnp.mean(x_BLD**2, -1, keepdims=True) + settings.norm_eps)
     head = model.embed_VD[...].T if model.tied else model.head_DV[...]
-    return (x_BLD * model.final_norm.scale_D[...]) @ head, jnp.stack(squares), infos
+    return (x_BLD * model.final_norm.scale_D[...]) @ head, jnp.stack(squares), experts
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "settings",
     [MIXED, config(every=0), slow_unless(False, config(tie_embeddings=False))],
     ids=label,
 )
 def test_the_scan_over_periods_equals_a_loop(settings):
-    logits, squares, infos = jax.jit(
+    logits, squares, experts = jax.jit(
         lambda params, t: unrolled(model_of(settings, params), t, True)
     )(built(settings)[1], tokens())
-    out = run(settings, tokens())
-    CLOSE(out.logits_BLV, logits)
-    CLOSE(out.found.mean_square, squares)
-    assert out.found.mean_square.shape == (settings.num_layers,)
-    assert len(infos) == settings.num_moe_layers
-    for name in out.found.losses:
-        CLOSE(out.found.losses[name], np.mean([info.losses[name] for info in infos]))
-    if infos:
-        assert out.found.stats is not None and out.found.stats.load_E.shape == (len(infos), E)
-        for layer, info in enumerate(infos):
-            jax.tree.map(CLOSE, jax.tree.map(lambda x, i=layer: x[i], out.found.stats), info.stats)
-        loads = np.asarray(out.found.stats.load_E)
-        assert len(infos) < 2 or (loads[0] != loads[1]).any(), "layers draw and learn their own"
+    logits_BLV, aux = run(settings, tokens())
+    CLOSE(logits_BLV, logits)
+    CLOSE(aux.mean_square, squares)
+    assert aux.mean_square.shape == (settings.num_layers,)
+    assert len(experts) == settings.num_moe_layers
+    for name in aux.losses:
+        CLOSE(aux.losses[name], np.mean([own.losses[name] for own in experts]))
+    if experts:
+        assert aux.stats is not None and aux.stats.load_E.shape == (len(experts), E)
+        for layer, own in enumerate(experts):
+            jax.tree.map(CLOSE, jax.tree.map(lambda x, i=layer: x[i], aux.stats), own.stats)
+        loads = np.asarray(aux.stats.load_E)
+        assert len(experts) < 2 or (loads[0] != loads[1]).any(), "layers draw and learn their own"
 
 
 def test_a_dense_model_has_no_router_losses_and_no_gate_state():
-    out, model = run(config(every=0), tokens()), model_of(config(every=0))
-    assert out.found.losses == {} and out.found.stats is None and model.init_gate_state() == ()
+    (_, aux), model = run(config(every=0), tokens()), model_of(config(every=0))
+    assert aux.losses == {} and aux.stats is None and model.init_gate_state() == ()
     assert model.update_gate_state((), None) == ()
 
 
@@ -155,7 +158,7 @@ NOISY = config("shazeer", shared_experts=1, num_kv_heads=2)
 def graded(settings: LMConfig):
     def step(params, token_BL):
         out = apply(model_of(settings, params), token_BL, True)
-        return objective(out, token_BL), out.found.stats
+        return objective(out, token_BL), out[1].stats
 
     value, grads = jax.jit(jax.value_and_grad(step, has_aux=True))(built(settings)[1], tokens())
     return value, to_tree(grads)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.models.trees import from_tree, to_tree
+from moejax.tasks.task import from_tree, to_tree
 from tests.lms import (
     CLOSE,
     MIXED,
@@ -20,6 +20,7 @@ from tests.lms import (
     V,
     apply,
     built,
+    changed,
     config,
     label,
     model_of,
@@ -41,6 +42,7 @@ def matmul_operands(jaxpr):
                 yield from matmul_operands(inner)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_leaves_router_and_parameters_in_float32():
     experts = 5  # no other width of the model is 5, so a product of this width is the router's
     changes = {"moe": {"num_experts": experts, "transport": "dropless"}, "tie_embeddings": False}
@@ -55,10 +57,10 @@ def test_bfloat16_compute_leaves_router_and_parameters_in_float32():
     assert router and {name for *names, _ in router for name in names} == {"float32"}
     assert len(rest) > 5 and {name for *names, _ in rest for name in names} == {"bfloat16"}
 
-    out, wanted = run(half, tokens()), run(exact, tokens())
-    assert out.logits_BLV.dtype == jnp.float32 and out.found.stats.entropy.dtype == jnp.float32
+    (logits_BLV, aux), (wanted_BLV, _) = run(half, tokens()), run(exact, tokens())
+    assert logits_BLV.dtype == jnp.float32 and aux.stats.entropy.dtype == jnp.float32
     # Two layers of products with 8 bits of mantissa; a wrong cast would be off by far more or 0.
-    difference = np.abs(np.asarray(out.logits_BLV - wanted.logits_BLV)).mean()
+    difference = np.abs(np.asarray(logits_BLV - wanted_BLV)).mean()
     assert 1e-4 < difference < 0.1
     grads = jax.eval_shape(
         jax.grad(lambda p: objective(apply(nnx.merge(graph, p), tokens(), True), tokens())), params
@@ -66,11 +68,12 @@ def test_bfloat16_compute_leaves_router_and_parameters_in_float32():
     assert {x.dtype.name for x in jax.tree.leaves(grads)} == {"float32"}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("train", [True, False], ids=["cells", "dropless"])
 def test_identical_experts_are_the_dense_model(train):
     """Weights of a renormalised gate add up to 1, so equal experts are one FFN; none dropped."""
     sparse = config("mixtral", moe={"capacity_factor": E / 2})
-    dense = dataclasses.replace(sparse, every=0, d_ff=sparse.expert_d_ff)
+    dense = changed(sparse, every=0, d_ff=sparse.experts.d_ff)
     tree, plain = to_tree(built(sparse)[1]), to_tree(built(dense)[1])
     merged = jax.tree.map(lambda x: x, plain)
     own, ffn = merged["periods"]["blocks"]["0"], plain["periods"]["blocks"]["0"]["ffn"]
@@ -82,9 +85,10 @@ def test_identical_experts_are_the_dense_model(train):
         "down_EFD": repeat("down_FD"),
     }
     params = from_tree(built(sparse)[1], merged)
-    CLOSE(run(sparse, tokens(), train, params).logits_BLV, run(dense, tokens(), train).logits_BLV)
+    CLOSE(run(sparse, tokens(), train, params)[0], run(dense, tokens(), train)[0])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("tied", "excess"), [(False, 0.5), (True, 0.9)])
 def test_the_untrained_model_starts_near_the_uniform_distribution(tied, excess):
     """On random tokens its loss is ln(vocab) + 1/2: logits are standard normal.
@@ -95,7 +99,7 @@ def test_the_untrained_model_starts_near_the_uniform_distribution(tied, excess):
     vocab = 512
     settings = config(every=0, vocab_size=vocab, d_model=64, tie_embeddings=tied)
     token_BL = jax.random.randint(jax.random.key(0), (8, 32), 0, vocab)
-    logits_BLV = jax.jit(lambda: apply(model_of(settings), token_BL, False).logits_BLV)()
+    logits_BLV = jax.jit(lambda: apply(model_of(settings), token_BL, False)[0])()
     log_p_BLV = jax.nn.log_softmax(logits_BLV[:, :-1])
     loss = -jnp.take_along_axis(log_p_BLV, token_BL[:, 1:, None], axis=-1).mean()
     # The mean of 248 tokens' losses, whose spread is about 1.
@@ -115,11 +119,12 @@ def test_the_untrained_model_starts_near_the_uniform_distribution(tied, excess):
 def test_the_number_of_parameters_is_the_formula(settings):
     c = settings
     matrices = {"swiglu": 3, "gelu": 2, "relu": 2}
-    heads = 2 * D * c.num_heads * c.head_dim + 2 * D * c.num_kv_heads * c.head_dim
-    dense = matrices[c.activation] * D * c.d_ff
-    expert = matrices[c.expert_activation] * D * c.expert_d_ff
+    heads, own = c.attention, c.experts
+    heads = 2 * D * heads.head_dim * (heads.num_heads + heads.num_kv_heads)
+    dense = matrices[c.ffn.activation] * D * c.ffn.d_ff
+    expert = matrices[own.activation] * D * own.d_ff
     router = D * E * (2 if type(c.gate).__name__ == "NoisyTopK" else 1)
-    sparse = (E + c.shared_experts) * expert + router
+    sparse = (E + own.shared_experts) * expert + router
     embeddings = (1 if c.tie_embeddings else 2) * V * D
     wanted = embeddings + D + c.num_layers * (2 * D + heads)
     wanted += c.num_moe_layers * sparse + (c.num_layers - c.num_moe_layers) * dense
@@ -127,9 +132,8 @@ def test_the_number_of_parameters_is_the_formula(settings):
 
 
 def test_shapes():
-    out = run(MIXED, tokens())
-    assert out.logits_BLV.shape == (B, L, V) and set(out.found.losses) >= {"load_balance", "z"}
-    others = ("gate", "load_ME", "train")
-    found = {k: x for k, x in vars(out.found.stats).items() if k not in others}
-    shapes = {name: x.shape for name, x in found.items()}
+    logits_BLV, aux = run(MIXED, tokens())
+    assert logits_BLV.shape == (B, L, V) and set(aux.losses) >= {"load_balance", "z"}
+    others = ("gate", "load_ME")
+    shapes = {name: x.shape for name, x in vars(aux.stats).items() if name not in others}
     assert shapes["load_E"] == (2, E) and shapes["dropped_L"] == (2, L) and shapes["tokens"] == (2,)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from moejax.losses import CONSISTENCY
-from moejax.models.stack import Found
 from moejax.tasks.language.task import LanguageModel
-from moejax.tasks.task import Output, Task
-from moejax.types import Policy
+from moejax.tasks.task import Task
+from moejax.types import LayerAux, Policy
 
 KEY = jax.random.key(3)
 BATCH = {
@@ -32,12 +31,12 @@ class Fixed(LanguageModel):
     called with, ``second`` to any other."""
 
     def apply(
-        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, watch=None
-    ) -> Output:
+        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, tap=None
+    ) -> tuple[Any, Any]:
         same = jnp.array_equal(jax.random.key_data(key), jax.random.key_data(KEY))
-        said = jnp.where(same, params["first"], params["second"])
+        logits_BLV = jnp.where(same, params["first"], params["second"])
         losses = {"load_balance": jnp.where(same, 1.0, 2.0)}
-        return Output(said, Found(jnp.ones(1), losses, {}, None, None, None))
+        return logits_BLV, LayerAux(losses, mean_square=jnp.ones(1))
 
 
 def logits(of_token: list[float]) -> jax.Array:
@@ -61,9 +60,8 @@ def test_a_policy_is_rewarded_by_the_log_likelihood_of_valid_targets():
     """Of one layer; three of four choices have the log-probability 0, the fourth -2."""
     log_prob_BL = jnp.asarray([[0.0, -2.0, 0.0], [0.0, -5.0, -5.0]])
     policy = Policy(log_prob_BL[None], jnp.zeros((1, 2, 3)))
-    found = Found(jnp.ones(1), {}, {}, None, policy, None)
-    said = logits([math.log(3), 0.0])
-    totals = Fixed(None, (), **WEIGHTS)._totals(Output(said, found), BATCH)
+    aux = LayerAux(policy=policy, mean_square=jnp.ones(1))
+    totals = Fixed(None, (), **WEIGHTS)._totals(logits([math.log(3), 0.0]), aux, BATCH)
     # The second target is 0, with a share of 3/4; the sum is the mean of four times four.
     np.testing.assert_allclose(totals.auxiliary["policy"], 2 * math.log(3 / 4), rtol=1e-6)
     squares = 2 * math.log(4) ** 2 + 2 * math.log(4 / 3) ** 2
@@ -96,13 +94,13 @@ class Told(LanguageModel):
 
 def test_a_model_is_told_inputs_rows_and_a_key_of_the_step():
     task = Told(None, (), **WEIGHTS)
-    token_BL, context = task.apply({}, (), BATCH, jnp.int32(7), KEY, train=True).said
+    (token_BL, context), _ = task.apply({}, (), BATCH, jnp.int32(7), KEY, train=True)
     np.testing.assert_array_equal(token_BL, BATCH["tokens"][:, :3])
     np.testing.assert_array_equal(context.token_BL, token_BL)
     np.testing.assert_array_equal(context.valid_BL, BATCH["valid"])
     np.testing.assert_array_equal(context.row_B, [40, 41])
     assert context.step == 7
-    other = task.apply({}, (), BATCH, jnp.int32(8), KEY, train=True).said[1]
+    (_, other), _ = task.apply({}, (), BATCH, jnp.int32(8), KEY, train=True)
     keys = {tuple(jax.random.key_data(key).tolist()) for key in (KEY, context.key, other.key)}
     assert len(keys) == 3, "noise of no two steps is the same"
 
@@ -112,11 +110,10 @@ class Seeing(LanguageModel):
     """Says with certainty that the next token is the one it sees."""
 
     def apply(
-        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, watch=None
-    ) -> Output:
+        self, params: Any, gate_state: Any, batch: Any, step: Any, key: Any, train: bool, tap=None
+    ) -> tuple[Any, Any]:
         assert not train
-        nothing: Any = None
-        return Output(9.0 * jax.nn.one_hot(batch["tokens"][:, :-1], 7), nothing)
+        return 9.0 * jax.nn.one_hot(batch["tokens"][:, :-1], 7), LayerAux()
 
 
 def test_nats_of_masked_tokens_do_not_know_what_is_masked():

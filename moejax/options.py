@@ -1,0 +1,393 @@
+"""The options of a model's layers: their defaults, their meaning and the values they may have.
+
+Each is stated here and nowhere else. Layers take these dataclasses as values. The config has a
+field for every ``option`` (``moejax.config.table`` gives it its name), which ``docs/config.md``
+lists. To add an option, add its line here and use it in the layer.
+
+Checks are in the layer's words; the config repeats them in its own (``moejax.config.build``).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from moejax.dispatch import TRANSPORTS, Cells, transports
+from moejax.experts import ACTIVATIONS
+from moejax.types import (
+    PRIORITIES,
+    Gate,
+    GateTraits,
+    MoEConfig,
+    Transport,
+    Visibility,
+)
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """Allowed values. ``low`` and ``high`` are allowed themselves, ``above`` and ``below`` not."""
+
+    choices: Collection[str] = ()
+    low: int | float | None = None
+    above: int | float | None = None
+    high: int | float | None = None
+    below: int | float | None = None
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words; empty when every value of the type is."""
+        if self.choices:
+            return " | ".join(self.choices)
+        low = f">= {_shown(self.low)}" if self.low is not None else ""
+        low = f"> {_shown(self.above)}" if self.above is not None else low
+        high = f"<= {_shown(self.high)}" if self.high is not None else ""
+        high = f"< {_shown(self.below)}" if self.below is not None else high
+        return " and ".join(part for part in (low, high) if part)
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of the right type is a choice or within the range."""
+        if self.choices:
+            return value in self.choices
+        return (
+            (self.low is None or value >= self.low)
+            and (self.above is None or value > self.above)
+            and (self.high is None or value <= self.high)
+            and (self.below is None or value < self.below)
+        )
+
+
+def _shown(bound: int | float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def option(default: Any, comment: str, **allowed: Any) -> Any:
+    """A dataclass field that is an option: its default, its meaning, and its ``Range``."""
+    metadata = {"comment": comment, "allowed": Range(**allowed)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def option_fields(options: type[Any]) -> list[dataclasses.Field]:
+    """The fields of a class that are options, in order."""
+    return [field for field in dataclasses.fields(options) if "comment" in field.metadata]
+
+
+class Options:
+    """The base of the classes below, which are frozen dataclasses."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of its range; None switches an option off."""
+        for field in option_fields(type(self)):
+            value, allowed = getattr(self, field.name), field.metadata["allowed"]
+            if value is None or allowed.allows(value):
+                continue
+            if allowed.choices:
+                valid = ", ".join(allowed.choices)
+                raise ValueError(f"{field.name}={value!r} is unknown; use one of {valid}")
+            raise ValueError(f"{field.name}={value} must be {allowed.range}")
+
+
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """A message about options with other names for them.
+
+    A name counts where a value follows (``every=2``), or where it cannot be a word of the sentence
+    (``num_heads``, ``depths.every``).
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    parts = (re.escape(n) + (r"\b" if re.search(r"[_.]", n) else "(?==)") for n in longest_first)
+    return re.sub(rf"(?<![\w.])(?:{'|'.join(parts)})", lambda found: names[found[0]], text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions(Options):
+    """Self-attention. ``rope_theta``: None for no rotary positions."""
+
+    num_heads: int = option(4, "query heads", low=1)
+    num_kv_heads: int = option(4, "key/value heads; fewer than num_heads: grouped queries", low=1)
+    head_dim: int = option(0, "width of one head (0: d_model / num_heads)", low=0)
+    rope_theta: float | None = option(10000.0, "base of the rotary position angles", above=0.0)
+    implementation: str = option(
+        "auto", "implementation of attention", choices=("auto", "xla", "cudnn")
+    )
+    causal: bool = True
+    """A token sees itself and what is before it; otherwise all tokens."""
+
+    def width(self, d_model: int) -> int:
+        """The width of one head."""
+        return self.head_dim or d_model // self.num_heads
+
+    def check(self, d_model: int, dtype: str) -> None:
+        """Raises ValueError unless the heads fit ``d_model`` and the implementation."""
+        if not self.head_dim and d_model % self.num_heads:
+            raise ValueError(
+                f"d_model={d_model} is not a multiple of num_heads={self.num_heads}; change one "
+                "of them or set head_dim"
+            )
+        width = self.width(d_model)
+        if self.rope_theta and width % 2:
+            raise ValueError(
+                f"heads of width {width} (head_dim, or d_model={d_model} / num_heads="
+                f"{self.num_heads}) cannot be rotated in pairs; use an even width"
+            )
+        if self.implementation == "cudnn" and (dtype != "bfloat16" or width % 8):
+            raise ValueError(
+                "implementation=cudnn needs bfloat16 and heads whose width is a multiple of 8, but "
+                f"dtype={dtype} and the width is {width}; use implementation=auto"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
+                f"{self.num_kv_heads}; each key/value head serves the same number of query heads"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsOptions(Options):
+    """Mixture of Attention heads."""
+
+    experts: int = option(
+        0, "Mixture of Attention heads: heads to choose from (0: ordinary attention)", low=0
+    )
+    k: int = option(2, "Mixture of Attention heads: heads per token", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts and self.k > self.experts:
+            raise ValueError(
+                f"k={self.k} must be at most experts={self.experts}; lower it or add heads"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthsOptions(Options):
+    """Mixture-of-Depths: blocks that only some tokens pass through."""
+
+    capacity: float = option(
+        0.0, "Mixture-of-Depths: share of tokens a routed block computes (0: off)",
+        low=0.0, high=1.0,
+    )  # fmt: skip
+    every: int = option(2, "Mixture-of-Depths: every n-th block is routed", low=1)
+    predictor: str = option(
+        "mlp", "Mixture-of-Depths: what decides in evaluation", choices=("mlp", "router")
+    )
+
+    def routes(self, block: int) -> bool:
+        """Whether the block at this place of a period, from 0, is routed."""
+        return self.capacity > 0 and (block + 1) % self.every == 0
+
+    def chosen(self, length: int) -> int:
+        """ceil(capacity n): how many of a sequence's n = ``length`` tokens a routed block takes."""
+        # The subtraction keeps 0.1 * 30 at 3 although the product is 3.0000000000000004.
+        return max(1, min(math.ceil(self.capacity * length - 1e-9), length))
+
+    @property
+    def visibility(self) -> Visibility:
+        """Who is among the best C of a sequence depends on later tokens; a prediction does not."""
+        return Visibility(train_future=0.0 < self.capacity < 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FFNOptions(Options):
+    """The dense feed-forward network."""
+
+    d_ff: int = option(512, "hidden width of a dense FFN", low=1)
+    activation: str = option("swiglu", "activation of a dense FFN", choices=ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchOptions(Options):
+    """The choices around a gate by name, as a config and ``moejax.MoE`` take them."""
+
+    num_experts: int = option(8, "experts per MoE layer", low=1)
+    transport: Transport | str = option(
+        "cells", "how tokens travel in training", choices=TRANSPORTS
+    )
+    capacity_factor: float = option(
+        Cells.capacity_factor, "cells: slots per expert / mean load, in training", above=0.0
+    )
+    eval_transport: Transport | str = option(
+        "dropless", "how tokens travel in evaluation", choices=TRANSPORTS
+    )
+    eval_capacity_factor: float = option(
+        Cells.capacity_factor,
+        "cells: slots per expert / mean load, in evaluation",
+        above=0.0,
+    )
+    priority: str = option(
+        Cells.priority, "which pairs keep a slot when an expert is full", choices=PRIORITIES
+    )
+    reroute: int = option(
+        Cells.reroute,
+        "cells: times an overflowing pair tries its next-best expert (0: dropped)",
+        low=0,
+    )
+    group: str = option(
+        MoEConfig.group,
+        "tokens routed together: sequence, a number of sequences (as '4'), or batch",
+    )
+
+    def __post_init__(self) -> None:
+        """``config`` checks these, with a message for values of any type."""
+
+    @property
+    def config(self) -> MoEConfig:
+        """The same choices with transports as values, as the layer and the gates take them.
+
+        Raises:
+          ValueError: a choice that does not exist.
+        """
+        return MoEConfig(self.num_experts, *transports(vars(self)), self.group)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEOptions(Options):
+    """The mixture-of-experts layer."""
+
+    gate: Gate
+    config: MoEConfig
+    """The choices around the gate that decide what a token's output may depend on."""
+    d_ff: int = option(256, "hidden width of one expert", low=1)
+    shared_experts: int = option(0, "experts of width moe.d_ff that every token visits", low=0)
+    shared_gate: bool = option(False, "weigh the shared experts by a sigmoid of the token")
+    residual: bool = option(
+        False,
+        "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
+    )
+    activation: str = option("swiglu", "activation of an expert", choices=ACTIVATIONS)
+    balance_scope: str = option(
+        "sequence",
+        "tokens over which balance losses take their means",
+        choices=("sequence", "group", "batch"),
+    )
+    vocab_size: int = 0
+    """Token ids that gates may look up."""
+    num_tasks: int = 1
+    """Tasks that ``Context.task_B`` tells apart. With several, pairs are counted per task too."""
+    entropy_floors: tuple[float, ...] = ()
+    """Thresholds of LIMoE's entropy losses, one per task; none: without these losses."""
+    dtype: str | None = None
+    """Type of the experts' computation and of the output; None: that of the input."""
+    param_dtype: str = "float32"
+
+    def check(self) -> None:
+        """Raises ValueError for options that do not fit each other."""
+        if self.shared_gate and not self.shared_experts:
+            raise ValueError(
+                "shared_gate=True weighs the shared experts, but shared_experts=0; use "
+                "shared_experts=1 or more, or shared_gate=False"
+            )
+        if self.residual and (self.shared_gate or not self.shared_experts):
+            raise ValueError(
+                "residual=True weighs routed against shared experts, but shared_experts="
+                f"{self.shared_experts} and shared_gate={self.shared_gate}; use at least one "
+                "shared expert without its own gate, or residual=False"
+            )
+        if self.entropy_floors and len(self.entropy_floors) != self.num_tasks:
+            raise ValueError(
+                f"entropy_floors={self.entropy_floors} must have one number for each of num_tasks="
+                f"{self.num_tasks} tasks, or none"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackOptions(Options):
+    """A model's layers. The first ``first_dense`` have ordinary attention and a dense FFN.
+
+    Raises:
+      ValueError: options that do not fit each other, naming field, value and remedy.
+    """
+
+    d_model: int = option(192, "model width", low=1)
+    num_layers: int = option(4, "attention + FFN layers", low=1)
+    norm_eps: float = option(1e-6, "added to the mean square in RMSNorm", above=0.0)
+    dtype: str = option(
+        "float32", "type of activations and matmuls; weights and router are float32", choices=DTYPES
+    )
+    remat: str = option(
+        "none",
+        "what the backward pass recomputes: nothing, cheap parts, experts too, exchanges too, all",
+        choices=("none", "experts", "exchange", "dots", "full"),
+    )
+    every: int = option(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0)
+    first_dense: int = option(0, "layers at the bottom that stay dense", low=0)
+    attention: AttentionOptions = AttentionOptions()
+    heads: HeadsOptions = HeadsOptions()
+    depths: DepthsOptions = DepthsOptions()
+    ffn: FFNOptions = FFNOptions()
+    experts: MoEOptions
+    """Unused when ``every`` is 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.attention.check(self.d_model, self.dtype)
+        repeated = self.num_layers - self.first_dense
+        if repeated < 1:
+            raise ValueError(
+                f"first_dense={self.first_dense} must be below num_layers={self.num_layers}; for a "
+                "dense model use every=0"
+            )
+        if self.every:
+            self._check_period(repeated, "every", self.every)
+            self.experts.check()
+        if self.depths.capacity:
+            self._check_depths(repeated)
+
+    def _check_period(self, repeated: int, name: str, size: int) -> None:
+        if repeated % size:
+            raise ValueError(
+                f"num_layers={self.num_layers} - first_dense={self.first_dense} = {repeated} "
+                f"layers are not a multiple of {name}={size}; use num_layers="
+                f"{self.first_dense + math.ceil(repeated / size) * size}"
+            )
+
+    def _check_depths(self, repeated: int) -> None:
+        """All blocks with experts are routed or none is, so that all count the same tokens."""
+        depths, gate = self.depths, self.experts.gate
+        if self.every % depths.every:
+            raise ValueError(
+                f"depths.every={depths.every} must divide every={self.every}, so that all blocks "
+                f"with experts are routed; use depths.every={self.every} or every={depths.every}"
+            )
+        self._check_period(repeated, "depths.every", depths.every)
+        if self.every and (
+            gate.trained_by == "policy" or GateTraits.of(gate).check_data is not None
+        ):
+            raise ValueError(
+                f"gate {type(gate).__name__} needs every token of a sequence in training, but "
+                f"depths.capacity={depths.capacity:g} leaves some out; use depths.capacity=0"
+            )
+
+    def with_experts(self, **changes: Any) -> "StackOptions":
+        """The same layers with other options of the MoE layers."""
+        return dataclasses.replace(self, experts=dataclasses.replace(self.experts, **changes))
+
+    @property
+    def gate(self) -> Gate:
+        return self.experts.gate
+
+    @property
+    def moe(self) -> MoEConfig:
+        return self.experts.config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.experts.vocab_size
+
+    @property
+    def period(self) -> int:
+        """Layers in one repeating period; the last of them has the experts.
+
+        Where some blocks are routed, that many apart; the last one is, and the one with experts.
+        """
+        return max(self.every, self.depths.every if self.depths.capacity else 1)
+
+    @property
+    def num_periods(self) -> int:
+        return (self.num_layers - self.first_dense) // self.period
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_periods if self.every else 0
