@@ -69,7 +69,7 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
         rows = moe.rows_per_group(sequences // train.grad_accum)
         capacity = gate.capacity(rows * length, moe.num_experts, rules.capacity_factor)
         slots = sequences // rows * moe.num_experts * capacity
-    counts = Counts(tokens, pairs, kept, slots, moe.num_experts, shards)
+    counts = Counts(float(tokens), pairs, kept, float(slots), moe.num_experts, shards)
     computed, sent = moe.transport.rows(counts)
     if shards < 2 or sent is None:
         return Traffic(computed / max(kept, 1), None, None)
