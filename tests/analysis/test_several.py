@@ -158,9 +158,9 @@ def test_incomparable_folders_are_refused_in_one_line(tmp_path: Path, capsys: An
         (a, other): ["task.name='language'", "task.name='images'"],
         (a, squared): ["nats/byte", "in mse"],
         (a, unknown): ["nats/token", "bits per byte"],
-        (a, sweep, "--measure-leak"): ["--measure-leak is for one folder"],
-        (a, other, "--tensorboard"): ["--tensorboard is for one folder"],
-        (a, other, "--openmoe"): ["--openmoe is for one folder"],
+        (a, sweep, "--measure-leak"): ["--measure-leak works on one folder"],
+        (a, other, "--tensorboard"): ["--tensorboard works on one folder"],
+        (a, other, "--openmoe"): ["--openmoe works on one folder"],
         (a,) * 9: ["9 folders are too many"],
     }.items():
         assert cli.main(["report", *map(str, words)]) == 2

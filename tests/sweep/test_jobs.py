@@ -59,7 +59,7 @@ def test_a_signal_reaches_every_running_trial_once_and_starts_no_other(tmp_path:
     assert ended.status == 75
     assert small.states() == {"slow_1": "preempted", "slow_2": "preempted", "quick": "pending"}
     for number, name in ((1, "slow_1"), (2, "slow_2")):
-        assert f"[{number}/3] {name}-seed0 stopped; the same command goes on" in ended.out
+        assert f"[{number}/3] {name}-seed0 stopped; run the same command again" in ended.out
         assert small.log(name).count("asked") == 1
     assert small.run("--jobs=2").status == 0
     assert small.steps("slow_1") == small.steps("slow_2") == small.steps("quick") == ALL

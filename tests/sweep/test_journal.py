@@ -169,7 +169,7 @@ def test_no_journal_and_one_that_is_just_being_made_have_no_rows(tmp_path: Path)
 def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path, sweep: Sweep):
     with Journal(tmp_path) as record:
         sql(tmp_path, "drop table trials")
-        with pytest.raises(UserError, match="cannot be written .*; trials that run go on"):
+        with pytest.raises(UserError, match="cannot be written .*; running trials continue"):
             record.begin(sweep.trials[0], "local")
     (tmp_path / "folder" / journal.NAME).mkdir(parents=True)
     with pytest.raises(UserError, match="cannot be written"):
@@ -193,7 +193,7 @@ def test_a_sweep_without_its_journal_resumes_and_runs_nothing_twice(what: str, t
         damage(path, "other file")
     ended = small.run()
     assert ended.status == 0 and "2 of 3 trials are already finished" in ended.out
-    assert ("journal.sqlite was damaged" in ended.out) == (what == "damaged")
+    assert ("journal.sqlite was corrupt" in ended.out) == (what == "damaged")
     assert small.log("quick_1").count("begins") == 1
     assert set(small.states().values()) == {"done"}
     assert [entry.attempts for entry in small.entries().values()] == [0, 1, 0]

@@ -58,7 +58,9 @@ def test_after_a_signal_the_trial_saves_and_the_same_command_resumes(
     thread = at(lambda: small.steps("slow"), number)
     ended = small.run()
     thread.join()
-    assert ended.status == 75 and "[1/2] slow-seed0 stopped; the same command" in ended.out
+    assert (
+        ended.status == 75 and "[1/2] slow-seed0 stopped; run the same command again" in ended.out
+    )
     assert "stopping the trials" in capfd.readouterr().err and "the table" not in ended.out
     assert small.log("slow").endswith("saved\n")
     assert not (small.folder / "summary.json").exists(), "nothing is finished"

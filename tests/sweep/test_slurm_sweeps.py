@@ -82,7 +82,7 @@ def test_a_runner_that_is_stopped_stops_its_jobs_and_the_same_command_goes_on(
     thread = at(lambda: small.steps("slow_1"), signal.SIGTERM)
     ended = small.run(*SLURM, "--jobs=1")
     thread.join()
-    assert ended.status == 75 and ended.out.count("stopped; the same command goes on") == 2
+    assert ended.status == 75 and ended.out.count("stopped; run the same command again") == 2
     assert small.log("slow_1").endswith("asked\nsaved\n") and not small.steps("slow_2")
     assert set(small.states().values()) == {"preempted"}
     wait_until(lambda: not cluster.jobs())
