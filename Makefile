@@ -8,6 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_SLOW := $(VENV)/.ready-slow
+READY_DOCS := $(VENV)/.ready-docs
 # The TPU compiler, for ahead-of-time tests only: beside the environment, because wherever JAX can
 # import it, it looks for TPUs at every start. One process at a time may load it, and in a process
 # that has, JAX's profiler dies: so those tests run in a process of their own.
@@ -20,7 +21,7 @@ PARALLEL := -n $(JOBS) --dist loadfile --max-worker-restart=0 --durations=25
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup train test exam test-slow test-packages check format clean
+.PHONY: help setup train test exam test-slow test-packages check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -38,6 +39,10 @@ $(READY): pyproject.toml constraints.txt
 $(READY_SLOW): $(READY)
 	$(PIP_INSTALL) --editable '.[dev,tensorboard,wandb,slurm,browser,parity]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(TPU_COMPILER) libtpu
+	@touch $@
+
+$(READY_DOCS): $(READY)
+	$(PIP_INSTALL) --editable '.[dev,tensorboard,docs]'
 	@touch $@
 
 train: $(READY)  ## train the default language model in runs/default (options: ARGS="--config.train.steps=100")
@@ -68,6 +73,9 @@ check: $(READY)  ## lint, formatting and types
 format: $(READY)  ## rewrite the files as `make check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY_DOCS)  ## build the documentation site in build/site; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove the virtual environment, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

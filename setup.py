@@ -1,4 +1,7 @@
-"""What pyproject.toml cannot say: the config pages go into the wheel as ``moejax/configs``."""
+"""The part of the packaging that pyproject.toml cannot express: config pages in the wheel.
+
+They are installed as ``moejax/configs``.
+"""
 
 from setuptools import find_packages, setup
 

@@ -1,9 +1,9 @@
 """A decoder-only language model whose feed-forward layers are mixtures of experts.
 
-Every token of a sequence is routed by the gate named in the argument; the rest is a plain decoder
+The gate named in the argument routes every token of a sequence. The rest is a plain decoder
 (RMSNorm, rotary positions, SwiGLU, tied embedding) on bytes of the built-in corpus, the source of
-Python's standard library. Pages that compare gates start from this one, so that two runs differ in
-the gate and in nothing else.
+Python's standard library. Pages that compare gates start from this one, so that two runs differ
+only in the gate.
 
     moejax train --config=configs/lm.py --workdir=runs/top_2
     moejax train --config=configs/lm.py:gate=switch --workdir=runs/switch
@@ -11,8 +11,8 @@ the gate and in nothing else.
 
 Argument, as key=value,key=value:
 
-    gate     a name from `moejax gates` (top_k: the two best, weights that add up to 1); names of
-             published models also set what these do around it: capacity, losses, shared experts
+    gate     a name from `moejax gates` (top_k: the two best experts, with weights that add up to
+             1); the name of a published model also sets its capacity, losses and shared experts
     size     debug: 2 layers of width 32; trains in seconds and learns little
              tiny: 4 layers of width 192, 8 experts on four virtual CPU devices (the default)
              small: about 25 M active parameters, for one GPU
@@ -24,22 +24,22 @@ small 78 M, base 397 M. Hidden widths are chosen so that two experts cost what o
 feed-forward layer of the same model costs: `--config.moe.every=0` is the dense baseline at equal
 compute.
 
-tiny and debug ask for mesh.expert=4 and get it from virtual CPU devices; on other devices say so,
-for example `--config.mesh.expert=1` for one GPU. small and base spread the experts over all devices
-there are.
+tiny and debug set mesh.expert=4, which virtual CPU devices provide. Override it on other devices,
+for example with `--config.mesh.expert=1` for one GPU. small and base distribute the experts over
+all devices.
 
 The default run is 300 steps of 16 sequences of 128 bytes: 0.6 MB, a twentieth of the corpus, so
 that held-out and training loss stay close and a gate is judged by what it learns. Expect about 1.65
 nats per byte on held-out files (bigram 2.47, trigram 1.90) after three to four minutes on two
-cores. debug starts from a badly balanced router and drops a third of its pairs: it is there to try
-things.
+cores. debug starts from a badly balanced router and drops a third of its pairs; use it to check
+that a command works.
 
 Papers: Shazeer et al. 2017, arXiv 1701.06538 (the sparse layer); Lepikhin et al. 2020, arXiv
 2006.16668 (experts over devices); Fedus et al. 2021, arXiv 2101.03961 (load-balancing loss and
 router initialisation); Zoph et al. 2022, arXiv 2202.08906 (router z-loss); Jiang et al. 2024, arXiv
 2401.04088 (the default gate, without Mixtral's losses: top-2 of 8, softmax over the two).
 
-To vary it, override any field: `--config.moe.capacity_factor=2.0`, `--config.train.seed=1`,
+Override any field to vary the run: `--config.moe.capacity_factor=2.0`, `--config.train.seed=1`,
 `--config.moe.gate.k=1`. `moejax config --config=configs/lm.py` lists them all.
 """
 

@@ -1,10 +1,10 @@
 """Images and their captions in one tower of experts, learned by contrast, in the manner of LIMoE.
 
-1797 handwritten digits of 8 x 8 pixels (scikit-learn) with captions made of their names ("seven",
-"a photo of the digit seven"). Patches and bytes run through the same layers and the same experts;
-what comes out is averaged, projected and compared: an image is to be most similar to captions of
-its digit. No label is used otherwise. The held-out images are classified by the ten captions "a
-photo of the digit ...": zero-shot, as the task is told of no classes.
+The data are 1797 handwritten digits of 8 x 8 pixels (scikit-learn) with captions made of their
+names ("seven", "a photo of the digit seven"). Patches and bytes run through the same layers and the
+same experts. The outputs are averaged, projected and compared: an image should be most similar to
+captions of its digit. Labels have no other use. Held-out images are classified zero-shot by the ten
+captions "a photo of the digit ...", without training on classes.
 
     moejax train --config=configs/multimodal.py --workdir=runs/multimodal
     moejax train --config=configs/multimodal.py:entropy=off --workdir=runs/no-entropy
@@ -14,23 +14,23 @@ Needs scikit-learn: pip install 'moejax[vision]'.
 
 Argument, as key=value,key=value:
 
-    gate     a name from `moejax gates` but replay (top_k, here with one expert by a softmax over
-             all); lory gets segments of 4 tokens, a row of patches
+    gate     a name from `moejax gates` except replay (top_k, here with one expert and a softmax
+             over all); lory gets segments of 4 tokens, a row of patches
     size     debug: 1 layer of width 16, 20 steps, learns little
              tiny: 3 layers of width 64, 300 steps of 64 pairs (the default)
     experts  experts per MoE layer (8)
     entropy  on: LIMoE's entropy losses with the weights below moe.losses (the default); off: 0
 
-The default run is 300 steps, 13 epochs; expect 96 to 98 % of held-out digits named right (10 by
-chance) after three minutes on two busy cores, one of them of compilation. The loss counts all
-captions of a digit as right, so that even at its best it is not 0: in a batch of 64 each digit
-occurs about six times, and log 6 is 1.8. `accuracy` is zero-shot, `image_to_text` and
-`text_to_image` are retrieval in the batch; `moe/load_by_task`, `moe/experts_of_task` and
-`moe/task_split` say how the modalities share the experts (docs/multimodal.md).
+The default run is 300 steps, 13 epochs. Expect 96 to 98 % of held-out digits to be classified
+correctly (10 % by chance) after three minutes on two busy cores, including a minute of compilation.
+The loss counts all captions of a digit as correct, so that its minimum is not 0: in a batch of 64
+each digit occurs about six times, and log 6 is 1.8. `accuracy` is zero-shot; `image_to_text` and
+`text_to_image` are retrieval within the batch; `moe/load_by_task`, `moe/experts_of_task` and
+`moe/task_split` show how the modalities share the experts (docs/multimodal.md).
 
-Routing is top-1; a token's weight is its right to a slot (priority "gate"), among the tokens of
-four pairs, as in the paper's batch-prioritised routing. moe.capacity_factor counts positions, of
-which a third is padding: 0.75 leaves room for 1.2 times the mean load.
+Routing is top-1. Slots go to the tokens of largest weight (priority "gate") among the tokens of
+four pairs, as in the paper's batch-prioritised routing. moe.capacity_factor counts positions, a
+third of which are padding: 0.75 leaves room for 1.2 times the mean load.
 
 Papers: Mustafa et al. 2022, "Multimodal Contrastive Learning with LIMoE", arXiv 2206.02770 (one
 tower, entropy losses); Radford et al. 2021, arXiv 2103.00020 (CLIP: loss, temperature, prompts);
@@ -75,6 +75,6 @@ def get_config(arg: str | None = None) -> Config:
     config.moe.num_experts = options.experts
     config.update_from_flattened_dict(choose("size", options.size, SIZES))
     config.update_from_flattened_dict(choose("entropy", options.entropy, ENTROPY))
-    if options.gate == "lory":  # its own is longer than a caption
+    if options.gate == "lory":  # its default is longer than a caption
         config.moe.gate.segment = 4
     return config

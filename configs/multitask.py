@@ -1,8 +1,8 @@
-"""Several tasks on the rows of a table, with experts that they share and a gate for each task.
+"""Several tasks on the rows of a table, with shared experts and a gate for each task.
 
-Every expert is a small network; each task's gate mixes their outputs, and a tower per task makes a
-prediction of the mixture. What tasks share is what their gates agree on. Two models that share
-differently are the baselines of the paper: one gate for all tasks, and one network for all.
+Every expert is a small network. Each task's gate mixes their outputs, and the task's tower predicts
+from the mixture, so that the gates decide what the tasks share. The baselines of the paper share
+differently: one gate for all tasks, or one network for all tasks.
 
     moejax train --config=configs/multitask.py --workdir=runs/mmoe
     moejax train --config=configs/multitask.py:sharing=shared_bottom --workdir=runs/bottom
@@ -18,17 +18,17 @@ Argument, as key=value,key=value:
 
     data        correlated: two regressions whose weights have cosine rho (the default)
                 groups: 16 regressions in two groups, each with hidden experts of its own
-                recommender: ratings and finished views of users and items of known structure
+                recommender: ratings and finished views, from users and items of known structure
                 file: a CSV, TSV or Parquet file, or a folder of MovieLens, in data.path
                 (pip install 'moejax[tables]'; docs/multitask.md has the fields)
-    gate        dense (the paper's softmax), top_k, dselect_k, or another that looks at one example
+    gate        dense (the paper's softmax), top_k, dselect_k, or another that reads one example
     gate_input  example, or constant: one choice for all examples
     sharing     mmoe (a gate per task), omoe (one gate), shared_bottom (no experts)
-    rho         of the correlated tasks (0.5)
+    rho         correlation of the correlated tasks (0.5)
 
 The loss is the sum over tasks of the squared error in units of the target's variance, or of the log
-loss in nats; rows have mse/NAME, log_loss/NAME, accuracy/NAME and auc/NAME. A run ends with its
-held-out loss beside three predictors: the mean, a linear model, and "ideal", which knows the
+loss in nats; metrics are mse/NAME, log_loss/NAME, accuracy/NAME and auc/NAME. A run ends with its
+held-out loss next to three predictors: the mean, a linear model, and "ideal", which knows the
 generator. Expect, after 2000 steps (a minute on two cores, most of it compiling) and with one seed:
 correlated 1.01 (mean 1.92, linear 1.17), recommender 1.17 (mean 1.71, linear 1.25, ideal 0.77),
 groups 0.008 (linear 4.5, ideal 0.005). docs/multitask.md has more.
@@ -38,7 +38,7 @@ Mixture-of-Experts", KDD, doi 10.1145/3219819.3220007 (the model, the correlated
 width 16, towers of width 8); Hazimeh et al. 2021, "DSelect-k", arXiv 2106.03760 (sparse gates,
 static gating, groups of tasks).
 
-To vary it, override any field: `--config.moe.num_experts=16`, `--config.task.rows=100000`,
+Override any field to vary the run: `--config.moe.num_experts=16`, `--config.task.rows=100000`,
 `--config.task.data_seed=1`. `moejax config --config=configs/multitask.py` lists them all.
 """
 
@@ -55,7 +55,7 @@ GATES = {
     "top_k": {"moe.losses.load_balance": 0.01},
     "dselect_k": {},
 }
-"""What else these gates want; any other gate starts from its own preset."""
+"""Fields that these gates need; any other gate starts from its own preset."""
 
 
 def get_config(arg: str | None = None) -> Config:

@@ -1,9 +1,9 @@
 """A vision transformer whose feed-forward layers, or every second one, are mixtures of experts.
 
-An image is cut into patches; every patch is a token and is routed by the gate named in the
-argument. Nothing is predicted from what comes before it, so every gate and every priority may be
-used as it is: patches see the whole image, and with moe.group=8 (the default here, as in V-MoE)
-eight images share the slots of the experts. A segment of lory is a row of patches.
+An image is cut into patches, and the gate named in the argument routes every patch as a token. The
+model is not autoregressive, so that every gate and every priority can be used: patches see the
+whole image, and with moe.group=8 (the default here, as in V-MoE) eight images share the slots of
+the experts. A segment of lory is a row of patches.
 
     moejax train --config=configs/vit.py --workdir=runs/digits
     moejax train --config=configs/vit.py:gate=expert_choice --workdir=runs/expert_choice
@@ -12,8 +12,8 @@ eight images share the slots of the experts. A segment of lory is a row of patch
 
 Argument, as key=value,key=value:
 
-    gate      a name from `moejax gates` (top_k: top-2, weights that add up to 1)
-    priority  who keeps a slot when an expert is full: position (first come), or gate (the largest
+    gate      a name from `moejax gates` (top_k: top-2 with weights that add up to 1)
+    priority  tokens that a full expert keeps: position (the first ones), or gate (those of largest
               weight: V-MoE's batch-prioritised routing)
     size      digits: 4 layers of width 64 on 8 x 8 pixels in patches of 2 x 2 (the default)
               debug: 2 layers of width 32 for 60 steps; trains in seconds and learns a little
@@ -26,16 +26,16 @@ with one folder of pictures per class, or with train/ and val/ of such folders (
 validation/, valid/, dev/ or test/). All images are decoded before the first step and stay in
 memory, one byte per pixel and channel.
 
-Two seeds had 98.9 and 98.3 % of the held-out digits right after the 2500 steps of the default
-(support vectors: 98.6 %; one image is 0.3 %), in two minutes on two cores. Training images are
+After the default 2500 steps, two minutes on two cores, two seeds classify 98.9 and 98.3 % of the
+held-out digits correctly (support vectors: 98.6 %; one image is 0.3 %). Training images are
 shifted by up to a pixel (task.shift).
 
 Papers: Dosovitskiy et al. 2020, arXiv 2010.11929 (the vision transformer); Riquelme et al. 2021,
 arXiv 2106.05974 (V-MoE: experts for patches, groups of images, batch-prioritised routing); Zhou et
 al. 2022, arXiv 2202.09368 (expert choice); Puigcerver et al. 2023, arXiv 2308.00951 (soft MoE).
 
-To vary it, override any field: `--config.moe.eval_transport=cells`, `--config.task.patch_size=4`.
-`moejax config --config=configs/vit.py` lists them all.
+Override any field to vary the run: `--config.moe.eval_transport=cells`,
+`--config.task.patch_size=4`. `moejax config --config=configs/vit.py` lists them all.
 """
 
 from moejax.config import Config, choose, default, parse_arg, set_gate

@@ -1,21 +1,21 @@
-"""Six ways to choose experts, one small language model: a first look, in ten minutes.
+"""Six gates in a small language model: a first look, in ten minutes.
 
 Question: at this size and length, what held-out loss does each gate reach, and at what cost in
 measured FLOPs, time, imbalance and drops?
 
-Claim: none about which gate is better. Two seeds of a model this small, trained on 0.3 MB,
-tell what is broken from what works, and little more. Read a loss beside its cost, because the
-variants differ in it: every sparse one has the same experts, hence the same number of parameters
-but for the router; top-2 costs what the dense feed-forward layer costs, the top-1 gates (Switch,
-BASE, S-BASE) half as much in that layer, DSelect-k between two experts and all eight while it
-decides. With slots per sequence of 128 bytes, many of them equal, Switch and top-2 drop 20 to 30 %
-of their pairs in training and S-BASE an eighth, which is the price of that default and not of the
-gate.
+It makes no claim about which gate is better. Two seeds of a model this small, trained on 0.3 MB,
+distinguish what is broken from what works, and little more. Read losses next to costs, because the
+variants differ in cost: all sparse ones have the same experts, and hence the same number of
+parameters except for the router, but top-2 costs as much as the dense feed-forward layer, the top-1
+gates (Switch, BASE, S-BASE) half as much in that layer, and DSelect-k between two experts and all
+eight while it is undecided. With slots per sequence of 128 bytes, many of them equal, Switch and
+top-2 drop 20 to 30 % of their pairs in training and S-BASE an eighth. This is due to that default
+and not to the gate.
 
     moejax sweep --experiment=experiments/gating_smoke.py --workdir=runs/gating_smoke
 
 Cost: 12 trials of half a minute to a minute each on two idle cores, half of it start-up and
-compilation. Beside other work it takes longer, and the times say nothing about the gates.
+compilation. On shared cores it takes longer, and times say nothing about the gates.
 
 Argument, as key=value,key=value:
 
@@ -24,11 +24,12 @@ Argument, as key=value,key=value:
     size   smoke: 2 layers of width 96 (the default); tiny: that of configs/lm.py, 4 of width 192
     only   some of the variants, as only=switch+base
 
-For longer: `:size=tiny,steps=1000,seeds=5`, 30 trials of some ten minutes each on two cores.
+A longer version is `:size=tiny,steps=1000,seeds=5`, 30 trials of about ten minutes each on two
+cores.
 
-BASE and S-BASE assign tokens of a sequence (or of the batch) together in training, where a token's
-output therefore depends on later tokens; their evaluation is causal. Rows, table, CSV and picture
-carry the mark.
+BASE and S-BASE assign the tokens of a sequence (or of the batch) jointly in training, so that a
+token's output depends on later tokens; their evaluation is causal. Metrics, table, CSV and picture
+carry this mark.
 """
 
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sbase": {"moe.gate.name": "sbase"},
     "dselect_k": {"moe.gate.name": "dselect_k", "moe.transport": "dropless"},
 }
-"""An undecided DSelect-k sends a token to many experts, for which cells would have no room."""
+"""DSelect-k is dropless because, undecided, it sends a token to more experts than cells hold."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {

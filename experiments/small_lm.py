@@ -1,11 +1,12 @@
-"""The model that the experiments share: configs/lm.py in small, for runs of a few hundred steps.
+"""The small language model of the experiments, for runs of a few hundred steps.
 
-Two layers of width 96 on 200 batches of 16 x 128 bytes; ten seconds of training on two idle cores.
-Training is dropless, so that a gate is not judged by what a capacity drops, and one routed expert
-of width 256, two of 128 or four of 64 cost what the dense feed-forward layer costs.
+A smaller version of configs/lm.py: two layers of width 96 on 200 batches of 16 x 128 bytes, ten
+seconds of training on two idle cores. Training is dropless, so that a gate is not judged by what a
+capacity drops. One routed expert of width 256, two of 128 or four of 64 cost as much as the dense
+feed-forward layer.
 
-The setting ``longer`` of an experiment's argument multiplies the steps and is meant for results
-that one wants to rely on: `:longer=5,seeds=5`.
+For reliable results, multiply the steps with ``longer`` in an experiment's argument:
+`:longer=5,seeds=5`.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ Variant = dict[str, Any]
 
 STEPS, SEEDS = 200, 3
 WIDTH = 256
-"""Of the dense feed-forward layer, and of the routed experts of a token together."""
+"""Hidden width of the dense feed-forward layer, and total width of a token's routed experts."""
 
 
 TOP_1: Variant = {
@@ -27,11 +28,11 @@ TOP_1: Variant = {
     "moe.gate.renormalize": False,
     "moe.gate.jitter": 0.01,
 }
-"""Switch's gate, with the drops and losses of the page in place of Switch's own."""
+"""Switch's gate, with the capacity and losses of the page instead of Switch's own."""
 
 
 def small_lm(longer: int = 1) -> Config:
-    """The config that every variant starts from."""
+    """The config from which every variant starts."""
     config = default()
     config.update_from_flattened_dict(
         {
@@ -54,10 +55,10 @@ def small_lm(longer: int = 1) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """Variants of the small model and what they are compared by: the functions of a page.
+    """Variants of the small model and their comparison: the functions of an experiment page.
 
-    Their argument: ``longer`` multiplies the steps, ``seeds`` is their number, ``baseline`` a
-    variant, and ``only`` names some of them, as only=switch+base.
+    In their argument, ``longer`` multiplies the steps, ``seeds`` is the number of seeds,
+    ``baseline`` names a variant, and ``only`` selects variants, as only=switch+base.
     """
 
     variants: Mapping[str, Variant]
@@ -74,7 +75,7 @@ class Question:
             yield {"name": name, "seeds": options.seeds, **variant}
 
     def comparison(self, arg: str | None = None) -> dict[str, Any]:
-        """Nothing, where the baseline is not among the variants that are chosen."""
+        """The baseline and the matched cost; empty if the baseline is not among the variants."""
         options = self._options(arg)
         if options.only and options.baseline not in options.only.split("+"):
             return {}

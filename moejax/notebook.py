@@ -46,7 +46,7 @@ class Text:
         return self.tokenizer.encode([Piece(document, data, is_first=True)])[0].astype(np.int32)
 
     def decode(self, tokens: Sequence[int] | Array | np.ndarray) -> str:
-        """The text of token ids; of half a character, a replacement character."""
+        """The text of token ids, with replacement characters for incomplete ones."""
         return self.tokenizer.decode(np.asarray(tokens).tolist())
 
 
@@ -60,15 +60,15 @@ class LoadedRun:
     workdir: Path
     step: int
     config: Config
-    """The run's, as it was trained; see ``mesh`` for where it is now."""
+    """The config of the training run; ``mesh`` is where the arrays are now."""
     model: Any
     """The NNX module, with the checkpoint's parameters."""
     params: Any
     """The same parameters as a nested dict, for ``task.apply``."""
     state: Any
-    """The gates' state; an empty tree of gates without any."""
+    """The gates' state; an empty tree for gates without state."""
     tokenizer: Text | None
-    """None of what is no text, and of prepared shards (name their ``tokenizer`` in ``load``)."""
+    """None if the data are not text, or prepared shards (then pass ``tokenizer`` to ``load``)."""
     task: Task
     data: Source
     mesh: jax.sharding.Mesh
@@ -79,10 +79,10 @@ class LoadedRun:
         return iter((self.model, self.state, self.tokenizer, self.config))
 
     def batch(self, number: int = 0) -> Batch:
-        """One of the batches that the run's evaluations are of: arrays by name, for ``apply``.
+        """A batch of the run's evaluations: arrays by name, for ``apply``.
 
         Raises:
-          UserError: there are not so many.
+          UserError: the number exceeds the number of batches.
         """
         train = self.config.train
         batches = self.data.eval_batches(train.batch_size, train.eval_rows)
@@ -97,7 +97,7 @@ class LoadedRun:
             return self._applied(self.params, self.state, dict(batch), step, self.key)
 
     def logits(self, text: str | Int[Array, "B L"] | np.ndarray) -> Array:
-        """Logits [B, L, V] of a text, or of token ids [B, L]: of a language model.
+        """Logits [B, L, V] of a text, or of token ids [B, L], for a language model.
 
         Raises:
           UserError: the run is of another task, or has no tokenizer for a text.
@@ -132,7 +132,7 @@ class LoadedRun:
 
     @functools.cached_property
     def recorded(self) -> RunData:
-        """All that the run has written, for the functions of ``moejax.analysis``."""
+        """The run's files, for the functions of ``moejax.analysis``."""
         return RunData.read(self.workdir)
 
     def metrics(self) -> "pandas.DataFrame":
@@ -144,14 +144,14 @@ class LoadedRun:
         return _table(self.workdir / "timings.jsonl")
 
     def figures(self) -> list[str]:
-        """The names of the report's figures of this run."""
+        """The names of this run's figures in the report."""
         return list(plot.figures(self.recorded))
 
     def figure(self, name: str) -> Any:
-        """A figure of the report as a ``plotly.graph_objects.Figure``, by its name or its start.
+        """A figure of the report as a ``plotly.graph_objects.Figure``, by its name or a prefix.
 
         Raises:
-          UserError: there is none of that name; the message lists those there are.
+          UserError: there is no such figure; the message lists the names.
         """
         return plot.figure(self.recorded, name)
 
@@ -168,12 +168,12 @@ def load(
     tokenizer: str = "",
     mesh: Mapping[str, int] | None = None,
 ) -> LoadedRun:
-    """Opens a run's checkpoint: model, gate state, tokenizer, config, and what it recorded.
+    """Open a run's checkpoint: model, gate state, tokenizer, config and recorded files.
 
     Args:
       workdir: the run's folder.
-      step: of a checkpoint; the newest good one if None.
-      overrides: ``field=value`` for what shall be otherwise than in the run, such as
+      step: the checkpoint's step; None for the newest intact one.
+      overrides: ``field=value`` for fields that differ from the run's, such as
         ``moe.eval_transport=cells``.
       tokenizer: the file of the tokenizer, where the data are prepared shards.
       mesh: devices by axis, such as ``{"expert": 4}``; one device if None.
@@ -188,7 +188,7 @@ def load(
     config = load_config(source, list(overrides)).config
     shape = dict.fromkeys(meshes.AXES, 1) | dict(mesh or {})
     there = load_config(source, [*overrides, *(f"mesh.{axis}={n}" for axis, n in shape.items())])
-    with evaluate.opened(there.config, str(folder), step) as found:
+    with evaluate.open_run(there.config, str(folder), step) as found:
         run, state = found.run, found.state
         model = run.task.built(state.params)
     return LoadedRun(

@@ -35,7 +35,7 @@ KINDS = ("normal", "skewed", "clustered", "low_rank", "integer", "duplicates", "
 SCIPY_TOKENS = 4096
 """scipy needs a dense T x T matrix: 2 GB and minutes at 16384 tokens."""
 SLOW_SECONDS = 5.0
-"""What takes longer is run once: 20 seconds do not jitter by a factor."""
+"""Seconds above which a candidate runs once: long times vary little relative to their length."""
 AUCTION_SCORES = 4096 * 256
 """Above this many scores a round of the auction takes most of a second, and it takes a hundred."""
 AUCTION_ROUNDS = 2000

@@ -1,4 +1,4 @@
-"""Which grouped product a GPU should run: python scripts/bench_gpu.py --out FILE [--tiny]
+"""Benchmark of grouped products on a GPU: python scripts/bench_gpu.py --out FILE [--tiny]
 
 In bfloat16, on one GPU: grouped products (tokamax's Triton and Mosaic kernels, `lax.ragged_dot`,
 batched products over cells) over one dense product of equal FLOPs, and `moejax.MoE` over the dense
@@ -64,7 +64,7 @@ def device() -> str:
 
 
 def no_gpu() -> str | None:
-    """Why there is nothing to measure on, or None."""
+    """The reason that nothing can be measured on this machine, or None."""
     import jax
 
     if jax.default_backend() == "gpu" and "NVIDIA" in device():

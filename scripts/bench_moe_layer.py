@@ -1,8 +1,8 @@
-"""What an MoE layer costs: python scripts/bench_moe_layer.py --out FILE
+"""Benchmark of the MoE layer: python scripts/bench_moe_layer.py --out FILE
 
-Times are ratios over the fastest dense FFN of equal active FLOPs, in the same process, run by
-turns; outputs and gradients of everything timed are first checked against the oracle in float64.
-One device, float32, router included. `scripts/make_benchmark_docs.py` makes a page of the result.
+Times are ratios to the fastest dense FFN of equal active FLOPs, run in turns in the same process.
+Outputs and gradients of everything timed are first checked against the oracle in float64. One
+device, float32, router included. `scripts/make_benchmark_docs.py` writes the result as a page.
 """
 
 import argparse

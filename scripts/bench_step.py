@@ -1,8 +1,7 @@
-"""What a training step costs: python scripts/bench_step.py --out FILE [--sizes A,B] [--quick]
+"""Benchmark of a training step: python scripts/bench_step.py --out FILE [--sizes A,B] [--quick]
 
-Ratios are of pairs measured in turn, A B, B A, A B, in one process: the median over pairs and its
-quartiles. Beside the ratio of times stands that of processor time, to which other work on the
-machine adds little. Rows:
+Ratios are medians over pairs, with quartiles; pairs are measured in turns, A B, B A, A B, in one
+process. A second ratio is of processor time, which other work on the machine affects little. Rows:
 
     moe_over_dense     tokens/s of the MoE model over those of the dense model of equal active FLOPs
     ours_over_plain    time of our dense step over that of a plain jitted JAX step of the same model

@@ -1,8 +1,8 @@
-"""Writes docs/benchmarks.md from results of bench_moe_layer.py, bench_step.py and bench_gpu.py:
+"""Write docs/benchmarks.md from results of bench_moe_layer.py, bench_step.py and bench_gpu.py:
 
 python scripts/make_benchmark_docs.py FILE [FILE ...]
 
-A row of a later file takes the place of the same one of an earlier file.
+A row of a later file replaces the same row of an earlier one.
 """
 
 import json
@@ -37,15 +37,15 @@ INTRODUCTION = """\
     python scripts/bench_moe_layer.py --out bench.json
     python scripts/make_benchmark_docs.py bench.json [step.json] [gpu.json]
 
-A ratio is time over that of the fastest dense SwiGLU of equal active FLOPs (hidden size k F; the
-faster of its forms on [tokens, D] and [sequences, tokens, D]). Each run of a layer is divided by
-the mean of the dense runs just before and after it; shown are the median of these ratios and, in
-brackets, their quartiles. One device, float32, router included, batch in sequences of 512 tokens.
-The blocks of transformers are over torch's own dense FFN. The row `dense` is the dense FFN over
-itself: how far it is from 1 is the noise. Every layer's output and gradients (tokens, router and
-experts) were checked in the same process against the dense oracle in float64, on a smaller number
-of tokens ({tokens}; 0: all); the column `error` is the largest difference over the largest entry
-of an array.
+Ratios compare a layer's time with that of a dense SwiGLU of equal active FLOPs (hidden size k F;
+the faster of its forms on [tokens, D] and [sequences, tokens, D]). Each run of a layer is divided
+by the mean of the dense runs just before and after it. The tables show the median of these ratios
+with quartiles in brackets, for one device in float32, router included, with the batch in sequences
+of 512 tokens. Blocks of the transformers library are divided by torch's own dense FFN. The row
+`dense` divides the dense FFN by itself; its distance from 1 is the noise. Outputs and gradients of
+every layer (tokens, router, experts) were checked in the same process against the dense oracle in
+float64, on fewer tokens ({tokens}; 0: all). The column `error` is the largest difference, relative
+to the largest entry of the array.
 
 Shapes: A 4096 tokens, D 256, F 1024, E 8, k 2; B 8192, 256, 512, 64, 2; C 4096, 512, 1024, 16, 4.
 """
@@ -53,29 +53,30 @@ Shapes: A 4096 tokens, D 256, F 1024, E 8, k 2; B 8192, 256, 512, 64, 2; C 4096,
 MEMORY = """\
 ## Memory
 
-`temporaries` are those of the compiled forward and backward pass, over the dense FFN's; the target
-is {target} times the dense FFN's plus the exchange buffers (packed rows there and back, with their
-gradients). `kept` is what the backward pass needs, the layer's input included, per token and over
-k (D + 2 F) + D floats.
+`temporaries` are the temporary buffers of the compiled forward and backward pass, also relative to
+the dense FFN's. The target is {target} times the dense FFN's plus the exchange buffers (packed
+rows in both directions, with their gradients). `kept` is the memory saved for the backward pass,
+including the layer's input, per token and relative to k (D + 2 F) + D floats.
 """
 
 WHY = """\
-* The machine is shared; loads at the start are stated above, and ratios are paired for that reason.
-* The whole step: the optimizer updates all experts, E/k times the parameters of the dense FFN they
-  are compared with, and on CPU an update is bound by memory. How much of the gap that is was not
-  isolated (`moejax profile` shows a step's parts).
-* `kept` counts the layer's input twice (as it comes and as its sequences) and is above
-  k (D + 2 F) + D also because the experts' outputs are kept, k D floats per token: the gradient of
-  a router weight is their product with the output's gradient. `cells` keeps its empty slots too.
-* At a capacity of 1.25 `cells` computes 1.25 times the FLOPs, so on A, where experts are large,
-  little is left for anything else.
-* With the number of experts grow their weights and the gradients of these: at E = 256 and the
-  widths of that table 200 MB each, where the dense FFN has 2 MB. That this is the cause was not
-  isolated.
-* Bytes of `dropless` and `dropless_once` are the send sizes of their ragged exchanges. On CPU,
-  which has none, every device gathers all rows instead. `dropless_once` sends 2 k floats of routing
-  beside each row, which are counted; on the way back it has none.
-* Layers that are absent from a table were left out of that run.
+* The machine is shared. Ratios are paired for that reason, and the load at the start is given
+  above.
+* In the whole step, the optimizer updates all experts, which have E/k times the parameters of the
+  dense FFN, and on CPU an update is memory-bound. How much of the gap this explains was not
+  measured separately (`moejax profile` shows the parts of a step).
+* `kept` exceeds k (D + 2 F) + D because it counts the layer's input twice (as given and by
+  sequence), and because the experts' outputs, k D floats per token, are saved: the gradient of a
+  router weight is their product with the output's gradient. `cells` also saves its empty slots.
+* At a capacity factor of 1.25 `cells` computes 1.25 times the FLOPs, which leaves little time for
+  anything else in shape A, where experts are large.
+* Weights of the experts, and their gradients, grow with the number of experts: at E = 256 and the
+  widths of that table they take 200 MB each, against 2 MB for the dense FFN. Whether this is the
+  cause was not measured separately.
+* The bytes of `dropless` and `dropless_once` are the send sizes of their ragged exchanges. CPUs
+  have no such exchange, and every device gathers all rows instead. `dropless_once` sends 2 k
+  floats of routing with each row, which are counted, and none on the way back.
+* Layers missing from a table were left out of that run.
 """
 
 
@@ -103,7 +104,7 @@ def render(results: list[dict]) -> str:
     parts += [step_table.render(result) for result in of_steps]
     parts.append(gpu_section(of_gpu))
     missed = shortfalls(kinds) + [m for result in of_steps for m in step_table.shortfalls(result)]
-    parts.append("## What falls short, and notes\n\n" + "".join(f"* {m}\n" for m in missed) + WHY)
+    parts.append("## Missed targets, and notes\n\n" + "".join(f"* {m}\n" for m in missed) + WHY)
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
@@ -196,7 +197,7 @@ def traffic_table(rows: list[dict]) -> str:
     ]  # fmt: skip
     head = ["shape", "transport", "MiB to experts", "over k copies per remote token", "dropped"]
     text = f"## Exchange on {rows[0]['devices']} devices\n\n"
-    return text + "Sent to other devices, all devices together.\n\n" + table(head, body)
+    return text + "Bytes sent to other devices, summed over all devices.\n\n" + table(head, body)
 
 
 def shortfalls(kinds: dict[str, list[dict]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes the table of gates into docs/gates.md: python scripts/make_gates_docs.py"""
+"""Write the table of gates into docs/gates.md: python scripts/make_gates_docs.py"""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def table() -> str:
 
 
 def render(page: str) -> str:
-    """The page with its table made anew."""
+    """The page with its table rewritten."""
     head, rest = page.split(BEGIN)
     _, tail = rest.split(END)
     return f"{head}{BEGIN}\n{table()}\n{END}{tail}"

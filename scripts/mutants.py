@@ -275,7 +275,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if p_holm < LEVEL:",
         "if p_holm <= LEVEL:",
         "tests/sweep/test_statistics.py",
-        "test_a_p_value_of_the_level_itself_is_not_below_it",
+        "test_a_p_value_equal_to_the_level_is_not_significant",
     ),
     Mutant(
         "verdict_at_the_level_alone",
@@ -283,7 +283,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if difference.p < LEVEL else SAME",
         "if difference.p <= LEVEL else SAME",
         "tests/sweep/test_statistics.py",
-        "test_a_p_value_of_the_level_itself_is_not_below_it",
+        "test_a_p_value_equal_to_the_level_is_not_significant",
     ),
     Mutant(
         "interval_with_two_decimals",
@@ -291,7 +291,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "min(max(3, -math.floor",
         "min(max(2, -math.floor",
         "tests/sweep/test_statistics.py",
-        "test_an_interval_has_three_decimals_or_as_many_as_its_first_digit_needs_up_to_six",
+        "test_an_interval_is_shown_with_three_to_six_decimals",
     ),
     Mutant(
         "interval_with_nine_decimals",
@@ -299,7 +299,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "(half_width))), 6)",
         "(half_width))), 9)",
         "tests/sweep/test_statistics.py",
-        "test_an_interval_has_three_decimals_or_as_many_as_its_first_digit_needs_up_to_six",
+        "test_an_interval_is_shown_with_three_to_six_decimals",
     ),
     Mutant(
         "mean_over_rows_that_weigh_wrongly",
@@ -347,23 +347,23 @@ MUTANTS: tuple[Mutant, ...] = (
         "is not None and result.variant != sweep.comparison.baseline",
         "is not None",
         "tests/sweep/test_comparison.py",
-        "test_the_baseline_is_matched_with_nobody",
+        "test_the_baseline_cannot_miss_the_match",
     ),
     Mutant(
         "detectable_by_the_most_seeds",
-        "moejax/sweep/noise.py",
+        "moejax/sweep/seed_variance.py",
         "least, many = min(common)",
         "least, many = max(common)",
-        "tests/sweep/test_noise.py",
-        "test_what_is_detectable_is_what_the_variant_with_the_fewest_common_seeds_can_show",
+        "tests/sweep/test_seed_variance.py",
+        "test_the_variant_with_the_fewest_common_seeds_limits_the_detectable_difference",
     ),
     Mutant(
         "favourites_of_lift_1",
-        "moejax/analysis/statistics/specialisation.py",
+        "moejax/analysis/statistics/kinds.py",
         "lift_CE[kinds, expert] > 1]",
         "lift_CE[kinds, expert] >= 1]",
         "tests/analysis/statistics/test_kinds.py",
-        "test_kinds_that_go_where_all_tokens_go_are_nobodys_favourites",
+        "test_kinds_of_lift_1_are_not_favourites",
     ),
     Mutant(
         "shazeer_without_min_std",
@@ -459,7 +459,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "sorted({0, *_evaluated(Path(workdir))}",
         "sorted({*_evaluated(Path(workdir))}",
         "tests/record/test_probe.py",
-        "test_what_should_have_been_recorded_before_the_first_step_is_missed",
+        "test_a_missing_recording_of_step_0_is_reported",
     ),
     Mutant(
         "probe_arrays_with_too_few_axes",
@@ -659,7 +659,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "state.step, key, train=False)",
         "state.step, key, train=True)",
         "tests/train/test_step.py",
-        "test_an_evaluation_is_told_that_it_is_one",
+        "test_an_evaluation_runs_with_train_false",
     ),
     Mutant(
         "groups_cut_by_micro_batches",
@@ -883,7 +883,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "right_B = (said_BM[:, m] > 0) ==",
         "right_B = (said_BM[:, m] > 0.5) ==",
         "tests/contrib/multitask/test_task.py",
-        "test_a_binary_task_says_one_where_its_logit_is_above_0",
+        "test_a_binary_task_predicts_one_where_its_logit_is_above_0",
     ),
     Mutant(
         "areas_of_padding",
@@ -891,7 +891,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'batch["present"] & batch["valid"][:, None]',
         'batch["present"]',
         "tests/contrib/multitask/test_task.py",
-        "test_padding_has_no_share_in_an_area_under_the_curve",
+        "test_padding_does_not_count_in_the_area_under_the_curve",
     ),
 )
 
@@ -919,7 +919,7 @@ def copy_tree(root: Path, target: Path) -> None:
 
 
 class Outcome(NamedTuple):
-    """How tests ended: pytest's exit status, which tests failed, and what it printed."""
+    """Outcome of a test run: pytest's exit status, the failed tests, and the output."""
 
     status: int
     failed: frozenset[str]
@@ -944,7 +944,7 @@ def run_tests(tree: Path, tests: Iterable[str]) -> Outcome:
 
 
 def is_noticed(tree: Path, mutant: Mutant) -> bool:
-    """Whether the mutant's test fails with it; the tree is as before afterwards.
+    """True if the mutant's test fails with it; the tree is restored afterwards.
 
     Raises:
       RuntimeError: the test did not run.

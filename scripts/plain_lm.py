@@ -1,4 +1,4 @@
-"""A decoder language model and its training step in plain JAX: what `bench_step.py` holds ours to.
+"""A decoder language model and its training step in plain JAX, the reference of `bench_step.py`.
 
 The dense model of `moejax.tasks.language.model` (RMSNorm, rotary positions, causal attention,
 SwiGLU, tied embedding) with AdamW, written the way one writes it by hand: parameters in a list of

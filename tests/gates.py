@@ -22,7 +22,7 @@ import pytest
 
 from moejax import gating
 from moejax.record import routing as recording
-from moejax.record.routing import Recording, Routed
+from moejax.record.routing import Recording, from_arrays
 from moejax.types import Context, Gate, GateContext, GateOutput, GateSpec, MoEStats
 from tests.mappings import forget_programs_if_many
 
@@ -80,14 +80,15 @@ def recorded(layers: int = 2, rows: int = 8) -> str:
     shape = (layers, rows, T)
     expert = np.argsort(rng.random((*shape, E)), axis=-1)[..., :2].astype(np.int32)
     weight = rng.random((*shape, 2)).astype(np.float32)
-    routed = Routed(
-        expert,
-        weight,
-        weight > 0,
-        np.zeros(shape, np.float32),
-        rng.integers(0, V, shape[1:]).astype(np.int32),
-        np.arange(rows, dtype=np.uint64),
-    )
+    arrays = {
+        "expert": expert,
+        "weight": weight,
+        "kept": weight > 0,
+        "identity": np.zeros(shape, np.float32),
+        "token": rng.integers(0, V, shape[1:]).astype(np.int32),
+        "digest": np.arange(rows, dtype=np.uint64),
+    }
+    routed = from_arrays(arrays, E)
     about = {"num_experts": E, "sees": []}
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)

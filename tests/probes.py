@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moejax.record import probe
+from moejax.train.probe.arrays import formats
 
 M, N, L, K, E, V = 2, 6, 16, 2, 4, 12
 LABELS = ("code", "comment")
@@ -55,6 +56,11 @@ def step(seed: int, valid_NL: np.ndarray, router: bool = True) -> dict[str, Any]
     return arrays | ({"router_similarity": np.stack([np.eye(E)] * M)} if router else {})
 
 
+def save_step(workdir: Path, number: int, arrays: dict[str, Any]) -> None:
+    """Writes the arrays of a step in the format of runs."""
+    probe.save_step(workdir, number, arrays, formats())
+
+
 def write(
     workdir: Path, steps: tuple[int, ...] = (0, 10, 20), labels: bool = True, router: bool = True
 ) -> None:
@@ -62,4 +68,4 @@ def write(
     arrays = tokens(labels=labels)
     probe.save_tokens(workdir, arrays)
     for number in steps:
-        probe.save_step(workdir, number, step(number, arrays["valid"], router))
+        save_step(workdir, number, step(number, arrays["valid"], router))

@@ -51,7 +51,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "config", "data", "errors", "layers", "mesh", "models", "options", "tasks", "types",
         },
         "train": {
-            "config", "data", "errors", "job", "mesh", "moejax", "record", "tasks", "types",
+            "config", "data", "dispatch", "errors", "job", "kernels", "mesh", "moejax", "record",
+            "tasks", "types",
         },
     },
     {"sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"}},
@@ -65,7 +66,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "contrib/openmoe": {
             "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train", "types",
         },
-        "contrib/scaling": {"errors", "record", "sweep", "train"},
+        "contrib/scaling": {"errors", "sweep", "train"},
         "notebook": {
             "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train", "types",
         },
@@ -98,7 +99,7 @@ COLLECTIVES = {
     "all_gather", "all_to_all", "pmax", "pmean", "pmin", "ppermute", "pshuffle", "psum",
     "psum_scatter", "ragged_all_to_all",
 }  # fmt: skip
-MAY_COMMUNICATE = {"dispatch", "kernels", "train/checkpoint/checksum.py", "cli/doctor.py"}
+MAY_COMMUNICATE = {"dispatch", "kernels", "train/checkpoint/checksum.py", "cli/machine.py"}
 """Tokens travel in dispatch; checksums are sums over devices; doctor tries each collective."""
 
 MAY_AGREE = {"train/processes.py", "train/checkpoint/checkpointer.py"}

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel, with the config pages in it, in a folder of their own."""
+"""The wheel contains the config pages, and works in any folder."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def test_a_folder_without_a_run_does_not_hide_a_page(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with the unpacked wheel, built from a copy: building leaves its products behind."""
+    """A folder with the unpacked wheel, built from a copy because building leaves files behind."""
     copy, made, site = (tmp_path_factory.mktemp(name) for name in ("source", "wheel", "site"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -44,7 +44,7 @@ def installed(tmp_path_factory):
 
 
 def run(site, folder, *words):
-    """The command line of the wheel alone: the checkout is not on the path."""
+    """The output of the wheel's own command line, without the checkout on the path."""
     here = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     found = subprocess.run(
         [sys.executable, "-m", "moejax", *words], cwd=folder, env=here, capture_output=True,

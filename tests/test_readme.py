@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The README's code and commands work as printed, and its links lead somewhere."""
 
 import ast
 import re
@@ -14,7 +14,11 @@ from moejax import config as moejax_config
 from moejax.train import loop
 from tests import meshes
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*/README.md")
+]  # fmt: skip
 
 
 MESHES = [None, *re.findall(r"make_mesh\((\{.*?\})\)", README)]
@@ -74,3 +78,18 @@ def test_every_gate_is_named():
 
 def test_it_is_short():
     assert len(README.splitlines()) < 200
+
+
+def test_it_says_where_to_start_reading():
+    first_screen = README[: README.index("## Guarantees")]
+    assert "experiments/minimal_lm.py" in first_screen and "make train" in first_screen
+    tutorials = {path.name for path in (ROOT / "docs" / "tutorials").glob("*.md")}
+    assert len(tutorials) == 4
+    assert all(f"docs/tutorials/{name}" in first_screen for name in tutorials)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_relative_link_leads_to_a_file(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if ":" not in link]
+    assert [link for link in links if not (page.parent / link).is_file()] == []

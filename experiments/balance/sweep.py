@@ -1,16 +1,17 @@
-"""What keeps experts busy: a loss, a bias, both or nothing.
+"""Balancing experts with a loss, a bias, both or neither.
 
-Question: how uneven does routing become without help, what does each remedy cost in held-out loss,
-and is a bias outside the gradient (loss-free balancing, arXiv 2408.15664) the cheaper one?
+Question: how uneven does routing become without a balancing mechanism, what does each mechanism
+cost in held-out loss, and does a bias outside the gradient (loss-free balancing, arXiv 2408.15664)
+cost less?
 
-Sigmoid top-2 of 16, dropless, so that imbalance costs no tokens and only what it does to learning
-is seen. The Switch loss with weight 0.01 or 0.1, the bias moved by 0.001 (the paper's) or 0.01 per
-step (the run is short), the loss and the bias together, and neither.
+The gate is sigmoid top-2 of 16 and dropless, so that imbalance drops no tokens and only affects
+learning. Variants: the Switch loss with weight 0.01 or 0.1; a bias step of 0.001 (the paper's) or
+0.01 (because the run is short); loss and bias together; neither.
 
     moejax sweep --experiment=experiments/balance/sweep.py --workdir=runs/balance
 
 Argument: longer (1), seeds (3), baseline (none), only (all; as only=A+B). README.md beside this
-file has what came out here.
+file has the results.
 """
 
 from experiments.small_lm import Question, Variant

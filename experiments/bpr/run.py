@@ -1,4 +1,4 @@
-"""Who keeps a slot when experts are full in evaluation: V-MoE's batch-prioritised routing.
+"""V-MoE's batch-prioritised routing: evaluation with too few slots, in three orders.
 
     python -m experiments.bpr.run --out runs/bpr.json [--seeds 6] [--steps 300] [--every 1]
 
@@ -22,7 +22,7 @@ from moejax.train import setup
 from moejax.train.metrics.rows import eval_row
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
-from moejax.train.workdir.run_folder import make_workdir
+from moejax.train.workdir.contents import make_workdir
 
 PAGE = "configs/vit.py:gate=top_k"
 SETTINGS = {
@@ -51,14 +51,14 @@ class Arm(NamedTuple):
 ARMS = [Arm(DROPLESS, 0.0), *(Arm(p, c) for c in CAPACITIES for p in PRIORITIES)]
 
 UNITS = {"accuracy": (100, 1), "loss": (1, 3), "dropped": (100, 1), "unserved": (100, 1)}
-"""What is measured: factor and decimals of its numbers in the table."""
+"""Measures, with the factor and decimals of their numbers in the table."""
 
 Found = dict[Arm, dict[int, dict[str, float]]]
 """By arm and seed: accuracy, loss, share of pairs dropped, share of tokens with no expert."""
 
 
 class Size(NamedTuple):
-    """Of what is trained. ``every``: each so-many-th layer has experts."""
+    """Options of the trained model. ``every``: every n-th layer has experts."""
 
     steps: int
     every: int
@@ -122,7 +122,7 @@ def interval(values: list[float], key: str) -> str:
 
 
 def gain(found: Found, arm: Arm, over: str, key: str) -> str:
-    """What an arm has more than another one of its capacity, with its interval over seeds."""
+    """Difference between two arms of equal capacity, with its interval over seeds."""
     pair = (found[arm], found[Arm(over, arm.capacity)])
     ours, theirs = ({seed: row[key] for seed, row in rows.items()} for rows in pair)
     difference = paired(ours, theirs)

@@ -1,17 +1,18 @@
-"""How many slots an expert needs, and who should get them.
+"""Capacity: the number of slots per expert, and the order in which tokens get them.
 
 Question: what do dropped pairs cost in held-out loss when capacity is short, and does serving the
-surest tokens first (batch-prioritised routing, V-MoE) make up for it in a language model?
+tokens of largest gate weight first (batch-prioritised routing, V-MoE) recover it in a language
+model?
 
-Top-2 of 8 with slots per sequence, capacity factors 0.75, 1 and 2, priority `position` (first
-come, first served) or `gate` (largest weight first), beside the dropless run. `gate` lets a token's
-place depend on later tokens in training; evaluation is dropless for all, so what differs is what
-was learned.
+Top-2 of 8 with slots per sequence, capacity factors 0.75, 1 and 2, and priority `position` (first
+come, first served) or `gate` (largest weight first), compared with a dropless run. Under `gate` a
+token's slot depends on later tokens in training. Evaluation is dropless for all variants, so that
+only what was learned differs.
 
     moejax sweep --experiment=experiments/capacity/sweep.py --workdir=runs/capacity
 
 Argument: longer (1), seeds (3), baseline (dropless), only (all; as only=A+B). README.md beside this
-file has what came out here.
+file has the results.
 """
 
 from experiments.small_lm import Question, Variant

@@ -1,4 +1,4 @@
-"""What a run is judged by: functions of weights over time (numpy), and intervals over seeds.
+"""Measures of a run: functions of weights over time (numpy), and intervals over seeds.
 
 S: steps, the start included. E: experts.
 """
@@ -11,7 +11,7 @@ VISIBLE = 1e-3
 
 
 def selected(weight_E: np.ndarray, k: int) -> np.ndarray:
-    """Whether an expert is among the k of largest weight, and its weight is not 0 [..., E].
+    """Mask [..., E] of the k experts of largest weight, as far as their weight is not 0.
 
     For a gate whose weights are all positive this is the top k of a dense mixture. Ties go to the
     lower expert.

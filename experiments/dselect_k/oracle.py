@@ -8,7 +8,7 @@ Moments = tuple[np.ndarray, np.ndarray, float]
 
 
 def moments(features_NE: np.ndarray, target_N: np.ndarray) -> Moments:
-    """Of frozen experts' outputs, in float64."""
+    """The quadratic for frozen experts' outputs, in float64."""
     features_NE, target_N = features_NE.astype(np.float64), target_N.astype(np.float64)
     count = len(target_N)
     return (
@@ -19,7 +19,7 @@ def moments(features_NE: np.ndarray, target_N: np.ndarray) -> Moments:
 
 
 def mean_squared_error(weight_E: np.ndarray, moment: Moments):
-    """Of each mixture [..., E], exactly: the error is a quadratic in the weights."""
+    """Error of each mixture [..., E], exactly: it is a quadratic in the weights."""
     second_EE, cross_E, square = moment
     weight_E = weight_E.astype(np.float64)
     return np.sum(weight_E @ second_EE * weight_E, axis=-1) - 2 * weight_E @ cross_E + square

@@ -1,4 +1,4 @@
-"""The picture people know: an expert's weight over steps, for top-k and for DSelect-k."""
+"""Plot of experts' weights over steps, for top-k and for DSelect-k."""
 
 import numpy as np
 

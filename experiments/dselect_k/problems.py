@@ -40,7 +40,7 @@ def random_experts(key: Array, num_experts: int) -> Experts:
 
 
 def small_experts(key: Array, num_experts: int) -> Experts:
-    """Where learned experts start: weights N(0, 1 / fan-in), biases 0."""
+    """Initial learned experts: weights N(0, 1 / fan-in), biases 0."""
     drawn = random_experts(key, num_experts)
     return Experts(
         drawn.up_EHD / WIDTH**0.5, 0 * drawn.up_EH, drawn.down_EH / HIDDEN**0.5, 0 * drawn.down_E
@@ -48,7 +48,7 @@ def small_experts(key: Array, num_experts: int) -> Experts:
 
 
 def outputs(experts: Experts, x_ND: Array) -> Array:
-    """Of every expert for every example [N, E]."""
+    """Outputs of every expert for every example [N, E]."""
     num_experts, hidden, width = experts.up_EHD.shape
     # One matmul for all experts: a batched one of matrices this small is slow.
     flat_DZ = experts.up_EHD.reshape(num_experts * hidden, width).T

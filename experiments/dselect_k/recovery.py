@@ -1,7 +1,7 @@
-"""P1: which gate finds the four experts that made the data, when the experts are given?
+"""P1: recovery of the four experts that made the data, when the experts are given.
 
-And P5: what becomes of the codes of DSelect-k that number no expert, when E is no power of two.
-Only the gate is trained; what the best mixture would reach is known (`oracle`).
+And P5: the codes of DSelect-k that number no expert, when E is no power of two. Only the gate is
+trained, and the error of the best mixture is known (`oracle`).
 """
 
 from collections.abc import Iterator
@@ -101,7 +101,7 @@ def study(
 
 
 class Known(NamedTuple):
-    """Of one problem: the error as a quadratic, its optimum, and who made the data."""
+    """One problem: the error as a quadratic, its optimum, and the true experts."""
 
     train: oracle.Moments
     test: oracle.Moments

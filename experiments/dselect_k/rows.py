@@ -34,9 +34,9 @@ def ratio(above: Row, below: Row, name: str) -> list[float]:
 
 
 def tuned(rows: list[Row], by: str = "test_mse") -> list[Row]:
-    """Of each gate the setting that is best on even seeds, as it does on the odd ones.
+    """Each gate's best setting on even seeds, evaluated on the odd ones.
 
-    The best of many settings on the seeds that chose it looks better than it is.
+    On the seeds that selected it, the best of many settings looks better than it is.
     """
     chosen = []
     for gate in dict.fromkeys(row["gate"] for row in rows):
@@ -48,7 +48,7 @@ def tuned(rows: list[Row], by: str = "test_mse") -> list[Row]:
 
 
 def head(columns: Sequence[str]) -> str:
-    """Of a Markdown table."""
+    """Header of a Markdown table."""
     return f"{_line(columns)}\n{_line(['---'] * len(columns))}"
 
 

@@ -38,7 +38,7 @@ def _along(weights: Callable[[Array], Array], start_P: Array, direction_P: Array
 def largest_jumps(
     weight_SE: np.ndarray, slope_SE: np.ndarray, moment: Moments
 ) -> tuple[float, float]:
-    """Of the mean squared error, and of its derivative along the line, between grid points."""
+    """Jumps between grid points of the mean squared error and of its derivative along the line."""
     second_EE, cross_E, _ = moment
     loss_S = mean_squared_error(weight_SE, moment)
     slope_S = np.sum(2 * (weight_SE @ second_EE - cross_E) * slope_SE, axis=-1)

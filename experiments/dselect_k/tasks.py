@@ -1,4 +1,4 @@
-"""P3: many tasks in two halves that have nothing in common but the input. Who shares experts?
+"""P3: many tasks in two halves that share only their inputs. Which tasks share experts?
 
 Each half was made by four experts of its own. A multi-gate mixture (Ma et al. 2018: experts are
 shared, every task has its gate) of eight learned experts and one static gate per task should give

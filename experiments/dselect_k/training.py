@@ -19,13 +19,13 @@ OF_TRAINING = 2**16
 
 
 class Setting(NamedTuple):
-    """What differs between runs of one program."""
+    """Settings in which the runs of one program differ."""
 
     learning_rate: float | Array
     entropy: float | Array = 0.0
     """lambda, of the entropy averaged over the batch."""
     range: float | Array = 1.0
-    """Of the penalty 1 / sum_e r_e, if E is no power of two."""
+    """Weight of the penalty 1 / sum_e r_e, if E is no power of two."""
 
 
 class Run(NamedTuple):

@@ -1,17 +1,18 @@
 """More experts at constant compute: the question of Clark et al. 2022 (arXiv 2202.01169).
 
 Question: does the loss fall as a power of the number of experts, and do Hash, S-BASE and learned
-top-1 routing come in the published order (Hash worst, S-BASE and learned ones close)?
+top-1 routing rank as published (Hash worst, the other two close)?
 
-E in 2, 4, 8, 16, 32 experts of the dense layer's width, one per token, so that active FLOPs are
-constant and parameters grow; E = 1 is the dense model. `top_1` is Switch's gate with its balance
-loss, where Clark et al. have RL-R and S-BASE; `hash` draws tables at random, as theirs does.
+Each layer has E = 2, 4, 8, 16 or 32 experts of the dense layer's width, one per token, so that
+active FLOPs are constant and parameters grow; E = 1 is the dense model. `top_1` is Switch's gate
+with its balance loss, where Clark et al. have RL-R and S-BASE; `hash` draws tables at random, as
+theirs does.
 
     moejax sweep --experiment=experiments/experts/sweep.py --workdir=runs/experts
     moejax scaling runs/experts
 
 Argument: longer (1), seeds (3), baseline (dense_ffn), only (all; as only=A+B). README.md beside
-this file has what came out here.
+this file has the results.
 """
 
 from experiments.small_lm import TOP_1, WIDTH, Question, Variant

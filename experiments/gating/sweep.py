@@ -1,17 +1,18 @@
-"""Twelve ways to choose experts at equal active FLOPs.
+"""Twelve gates at equal active FLOPs.
 
-Question: at one size, which gate learns most per unit of active compute, and is the difference
-more than seeds make?
+Question: at one size, which gate learns most per unit of active compute, and does the difference
+exceed the scatter of the seeds?
 
-Every sparse variant has the same expert parameters and, per token, the same expert FLOPs as the
-dense layer: gates of one expert have 8 of width 256, gates of two have 16 of width 128, DeepSeek's
-has one shared and three routed of 32 of width 64. Gates that decide themselves how many experts a
-token visits (DSelect-k, ReMoE) cost what they cost, which is measured and marked.
+Every sparse variant has the same expert parameters, and per token the same expert FLOPs as the
+dense layer: top-1 gates have 8 experts of width 256, top-2 gates have 16 of width 128, and
+DeepSeek's has 32 of width 64, of which a token visits one shared and three routed ones. Gates that
+choose the number of experts per token themselves (DSelect-k, ReMoE) are measured at their own cost
+and marked.
 
     moejax sweep --experiment=experiments/gating/sweep.py --workdir=runs/gating
 
 Argument: longer (1), seeds (3), baseline (top_2), only (all; as only=A+B). README.md beside this
-file has what came out here.
+file has the results.
 """
 
 from experiments.small_lm import TOP_1, Question, Variant

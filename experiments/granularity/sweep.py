@@ -1,7 +1,7 @@
-"""Few wide experts or many narrow ones, with and without a shared one.
+"""Few wide experts or many narrow ones, with and without a shared expert.
 
-Question: at the same expert parameters and the same active FLOPs, is it better to split experts
-finer (DeepSeekMoE, arXiv 2401.06066), and to give one of them to every token (shared)?
+Question: at equal expert parameters and active FLOPs, do finer experts help (DeepSeekMoE, arXiv
+2401.06066), and does it help to apply one of them to every token (a shared expert)?
 
 1 of 4 experts of width 256, 2 of 8 of 128, 4 of 16 of 64, 8 of 32 of 32; and with one shared
 expert in place of a routed one: 1 + 3 of 15 of 64, 1 + 7 of 31 of 32. Softmax over all experts, not
@@ -10,14 +10,14 @@ renormalised (OLMoE's form, the only one of these that k = 1 can learn with).
     moejax sweep --experiment=experiments/granularity/sweep.py --workdir=runs/granularity
 
 Argument: longer (1), seeds (3), baseline (4x1), only (all; as only=A+B). README.md beside this
-file has what came out here.
+file has the results.
 """
 
 from experiments.small_lm import WIDTH, Question, Variant
 
 
 def _split(parts: int, shared: int = 0) -> Variant:
-    """Experts of the widest kind, each in ``parts``; ``shared`` of them go to every token."""
+    """The widest experts, each split into ``parts``; ``shared`` of these go to every token."""
     return {
         "moe.gate.name": "top_k",
         "moe.gate.renormalize": False,

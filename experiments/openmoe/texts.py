@@ -22,7 +22,7 @@ from moejax.errors import UserError
 TABLES = "encodings/"
 VOCABULARY = 2048
 EVAL_FRACTION = 0.1
-"""Of the files of code/; enough to hold out a thousand sequences of 256 tokens."""
+"""Held-out share of the files of code/: enough for a thousand sequences of 256 tokens."""
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,30 +15,36 @@ Spec = dict[str, Any]
 COLUMNS = 200
 """A heatmap over more logged steps than this averages neighbours."""
 TITLE = 34
-"""Letters of an axis title that fit beside a figure."""
+"""Characters of an axis title that fit beside a figure."""
+OCTAVES = 3
+"""The colour scale always ends at lifts of 1/8 and 8."""
+WRITTEN = 16
+"""Maps of at most so many columns have shares written into their cells."""
+DIGITS = 5
+"""Decimals of the numbers of a map: full precision would dominate the report's size."""
 MARKED = 12
-"""A line of at most so many points has markers."""
+"""Lines of at most so many points have markers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What an axis shows: a quantity with its unit, and how far the axis spans at least.
+    """The scale of an axis: a quantity, its unit, and the least span.
 
-    ``least`` may be 0 only where ``bounds`` are both finite: then the axis is always these.
+    ``least`` may be 0 only if both ``bounds`` are finite: the axis then always spans them.
     """
 
     quantity: str
     unit: str
     least: float = 0.0
     start: float | None = None
-    """Where the axis begins, such as 0."""
+    """The start of the axis, such as 0."""
     bounds: scales.Ends = scales.EVERYWHERE
-    """What the quantity cannot leave."""
+    """The bounds of the quantity."""
     format: str = ""
 
     @property
     def title(self) -> str:
-        """Quantity and unit, the latter on a line of its own where both are long."""
+        """Quantity and unit, on two lines if both are long."""
         whole = f"{self.quantity}, {self.unit}"
         return whole if len(whole) <= TITLE else f"{self.quantity},<br>{self.unit}"
 
@@ -57,12 +63,12 @@ def share(quantity: str, of: str = "share") -> Scale:
 
 
 def whole_share(quantity: str, of: str = "share") -> Scale:
-    """A share between 0 and 100 %, on that scale always."""
+    """A share, always on the scale from 0 to 100 %."""
     return Scale(quantity, of, bounds=(0.0, 1.02), format=".0%")
 
 
 def loss(quantity: str, unit: str, values: Iterable[float] = ()) -> Scale:
-    """A loss; ``values`` are wanted where its unit is not in nats."""
+    """A loss; ``values`` are needed if its unit is not in nats."""
     return Scale(quantity, unit, scales.least_loss(unit, values))
 
 
@@ -72,7 +78,7 @@ def from_0(quantity: str, unit: str, least: float) -> Scale:
 
 
 def line(name: str, x: Any, y: Any, **style: Any) -> Spec:
-    """A line by name; few points get markers."""
+    """A named line; few points get markers."""
     x, y = listed(x), listed(y)
     mode = "lines+markers" if len(x) <= MARKED else "lines"
     return {"type": "scatter", "name": plain(name), "x": x, "y": y, "mode": mode, **style}
@@ -88,7 +94,7 @@ def level(name: str, steps: Any, value: float) -> Spec:
 def chart(traces: Sequence[Spec], x: str | Scale, y: str | Scale, **layout: Any) -> Spec:
     """Traces over two axes; ``layout`` adds to it, axis by axis.
 
-    An axis with a text for a title is of steps, positions or names; all others have a scale.
+    Axes of steps, positions or names have a title; all others have a scale.
     """
     axes = {"xaxis": axis_of(x, traces, "x"), "yaxis": axis_of(y, traces, "y")}
     for name, axis in axes.items():
@@ -113,7 +119,7 @@ def heatmap(
 ) -> Spec:
     """Cells of rows ``y`` and columns ``x``, whose colours reach from one of ``ends`` to the other.
 
-    The ends do not depend on the values, so that a colour says the same in every picture.
+    The ends do not depend on the values, so that a colour means the same in every figure.
     ``colour`` names quantity and unit. From below 0 to above there are two colours.
     """
     low, high = ends
@@ -168,3 +174,110 @@ def binned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def listed(values: Any) -> list[Any]:
     """Plain Python numbers, strings and lists of them."""
     return np.asarray(values).tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+def lift_cells(lift: np.ndarray, share: np.ndarray, **style: Any) -> Spec:
+    """A heatmap of ``lift`` [rows, columns], coloured by its logarithm to base 2: 1 is neutral.
+
+    ``share``, of the same shape, is written into the cells; hover texts find the lift as
+    ``customdata[0]`` and the share as ``customdata[1]``. Lift 0 and unknown lift are gaps.
+    """
+    above_0 = np.nan_to_num(lift) > 0
+    octaves = np.log2(lift, out=np.full(lift.shape, np.nan), where=above_0)
+    edge = OCTAVES
+    ticks = range(-edge, edge + 1)
+    cells = {
+        "type": "heatmap",
+        "z": listed(octaves.round(DIGITS)),
+        "customdata": listed(np.stack([lift, share], axis=-1).round(DIGITS)),
+        "zmin": -edge,
+        "zmax": edge,
+        "zmid": 0,
+        "colorbar": {
+            "title": {"text": "lift, ratio", "side": "top"},
+            "tickvals": list(ticks),
+            "ticktext": [f"{2.0**tick:g}" for tick in ticks],
+        },
+        "hoverongaps": False,
+    }
+    if share.shape[1] <= WRITTEN:
+        cells |= {"text": [[_percent(x) for x in row] for row in share], "texttemplate": "%{text}"}
+    return cells | style
+
+
+def cell_axes(rows: int, columns: int) -> dict[str, dict[str, Any]]:
+    """Axes of numbered or named cells, the first row on top; not every number where many are."""
+    return {
+        "xaxis": {"dtick": max(1, columns // 16), "showgrid": False, "zeroline": False},
+        "yaxis": {
+            "dtick": max(1, rows // 16),
+            "showgrid": False,
+            "zeroline": False,
+            "autorange": "reversed",
+        },
+    }
+
+
+def _percent(share: float) -> str:
+    if not share > 0:
+        return ""
+    return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One chart: its axes as ``chart`` takes them, traces, what else is said of y."""
+
+    x: str | Scale
+    y: str | Scale
+    traces: Sequence[Spec]
+    axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    x_axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
+    """Panels in rows of ``columns``; a name is in the legend once."""
+    layout: dict[str, Any] = {
+        "grid": {
+            "rows": -(-len(found) // columns),
+            "columns": columns,
+            "pattern": "independent",
+            "xgap": 0.22,
+            "ygap": 0.28,
+        }
+    }
+    data, named = [], set()
+    for number, panel in enumerate(found, start=1):
+        suffix = "" if number == 1 else str(number)
+        layout[f"xaxis{suffix}"] = {
+            **axis_of(panel.x, panel.traces, "x"), **panel.x_axis,
+        }  # fmt: skip
+        layout[f"yaxis{suffix}"] = {
+            **axis_of(panel.y, panel.traces, "y"), **panel.axis,
+        }  # fmt: skip
+        for trace in panel.traces:
+            name = trace.get("name", "")
+            data.append(
+                {
+                    "legendgroup": name,
+                    "showlegend": name not in named,
+                    **trace,
+                    "xaxis": f"x{suffix}",
+                    "yaxis": f"y{suffix}",
+                }
+            )
+            if data[-1]["showlegend"]:
+                named.add(name)
+    return {"data": data, "layout": {**layout, "showlegend": len(named) > 1}}
+
+
+def fan(steps: Any, bands: dict[str, tuple[Any, Any]], middle: tuple[str, Any]) -> list[Spec]:
+    """A line within bands: each band is its lower and upper values by name, the widest first."""
+    traces = []
+    for name, (low, high) in bands.items():
+        edge = {"mode": "lines", "line": {"width": 0, "color": "C0"}, "hoverinfo": "skip"}
+        same = {"legendgroup": name, "opacity": 0.5}
+        traces.append(line(name, steps, low, **edge, **same, showlegend=False))
+        traces.append(line(name, steps, high, **edge, **same, fill="tonexty"))
+    name, values = middle
+    return [*traces, line(name, steps, values, line={"color": "C0"})]

@@ -1,4 +1,4 @@
-"""What a reader must know before believing a run's numbers. Each check gives sentences, or none."""
+"""Warnings that a reader needs before trusting a run's numbers, one function per check."""
 
 import math
 from collections.abc import Callable
@@ -8,17 +8,16 @@ import numpy as np
 
 from moejax.analysis.run import LEAK, RunData
 from moejax.analysis.statistics import balance
-from moejax.train.workdir.run_folder import OUTPUT
+from moejax.train.workdir.contents import OUTPUT
 
 DROPS = 0.10
-"""Share of pairs dropped, mean over the last quarter of the run, from which it is a warning."""
+"""Share of dropped pairs above which there is a warning; mean over the last quarter of the run."""
 UNSERVED = 0.05
-"""Likewise for tokens that no expert served."""
+"""The same threshold for the share of tokens that no expert served."""
 FALLING = 0.01
-"""A loss that fell by more than this share since three quarters of the run, or the evaluation
-before, still falls."""
+"""A loss is still falling if it fell by more than this share since three quarters of the run."""
 RISEN = 0.01
-"""A held-out loss this share above its lowest has risen."""
+"""A held-out loss has risen if it is this share above its lowest."""
 
 
 class Finding(NamedTuple):
@@ -29,7 +28,7 @@ class Finding(NamedTuple):
 
 
 def findings(run: RunData) -> list[Finding]:
-    """All warnings of a run, the gravest first."""
+    """All warnings of a run, the most serious first."""
     checks: list[Callable[[RunData], list[Finding]]] = [
         _unfinished, _not_finite, leak, _rose, _baseline, _falling, _dead, _collapse, _drops,
     ]  # fmt: skip
@@ -49,11 +48,11 @@ def _unfinished(run: RunData) -> list[Finding]:
     said = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
     why = next((line for line in reversed(said) if "diverged at" in line), "")
     if why:
-        text = f"The run diverged after step {run.last_step} of {steps}. It said: {why.strip()}"
+        text = f"The run diverged after step {run.last_step} of {steps}. Its log: {why.strip()}"
         return [Finding("diverged", text)]
     text = (
-        f"The run is not finished: it has logged step {run.last_step} of {steps}. It goes on, was "
-        "stopped, or ended with an error; every number here is of the part that was logged."
+        f"The run is not finished: it has logged step {run.last_step} of {steps}. It is running, "
+        "was stopped, or ended with an error; all numbers here describe the logged part."
     )
     return [Finding("unfinished", text)]
 
@@ -70,7 +69,7 @@ def _not_finite(run: RunData) -> list[Finding]:
 
 
 def leak(run: RunData) -> list[Finding]:
-    """What a token's output may depend on besides its past; losses are not shown without it."""
+    """The leak: what a token's output may depend on besides its past."""
     marks = [row["leak"] for row in [*run.train, *run.held_out] if row.get("leak")]
     if not marks and not run.leak:
         return []
@@ -80,12 +79,12 @@ def leak(run: RunData) -> list[Finding]:
         ends = run.leak["leak/with_future"], run.leak["leak/without_future"]
         text += (
             f" Measured in evaluation: {gain:.4f} {run.units.loss} ({ends[0]:.4f} with later "
-            f"tokens in sight, {ends[1]:.4f} without, {tokens} held-out tokens)."
+            f"tokens visible, {ends[1]:.4f} without, {tokens} held-out tokens)."
         )
         if not marks and abs(gain) < 1e-3:
             return []
     elif "eval:" in marks[-1] and "future" in marks[-1]:
-        text += " How much that gains is not measured; `moejax report --measure-leak` does."
+        text += " The gain from it has not been measured; use `moejax report --measure-leak`."
     return [Finding("leak", text.strip())]
 
 
@@ -129,7 +128,7 @@ def _baseline(run: RunData) -> list[Finding]:
 
 
 def _falling(run: RunData) -> list[Finding]:
-    """Compares the held-out loss at the end with the last one of the first three quarters."""
+    """Compare the last held-out loss with the last one of the first three quarters."""
     steps, loss = run.series("eval", "loss")
     if len(loss) < 2 or not math.isfinite(loss[-1]):
         return []

@@ -1,7 +1,7 @@
-"""Pages to one HTML file that needs nothing else: no network, no server, no fonts.
+"""Rendering of pages to one self-contained HTML file: no network, server or fonts.
 
-Texts are escaped, figures are JSON that a script of the file draws with plotly.js, also in the file
-and there once. A content security policy forbids every request. Equal pages give equal bytes.
+Texts are escaped; figures are JSON that a script draws with plotly.js, which the file contains
+once. A content security policy forbids every request. Equal pages give equal bytes.
 """
 
 import html
@@ -18,20 +18,20 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
 TABS = 6
-"""More alternatives than this are a list to choose from instead of buttons."""
+"""More alternatives than this get a drop-down list instead of buttons."""
 
 SHORT = 26
-"""A cell of at most so many characters is not broken into lines."""
+"""Cells of at most so many characters are not broken into lines."""
 
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.,]+(e[-+]?\d+)?([ \N{NO-BREAK SPACE}]?\S{1,12})?")
 _ABSENT = ("", "-")
 
 
 def render(title: str, about: str, pages: Sequence[Page]) -> str:
-    """The file: ``title`` and the line ``about`` above a menu of the pages that have blocks.
+    """The HTML file: ``title`` and the line ``about`` above a menu of the pages with blocks.
 
     Raises:
-      ValueError: two figures of one name; a figure that cannot be drawn under the policy.
+      ValueError: two figures with one name; a figure that cannot be drawn under the policy.
     """
     from plotly.offline import get_plotlyjs
 
@@ -69,7 +69,7 @@ def render(title: str, about: str, pages: Sequence[Page]) -> str:
 
 
 class _Writer:
-    """HTML of blocks; figures met on the way are kept by name."""
+    """HTML of blocks; collects figures by name."""
 
     def __init__(self) -> None:
         self.specs: dict[str, Mapping[str, Any]] = {}
@@ -127,12 +127,12 @@ class _Writer:
 
 
 def plain(text: str) -> str:
-    """A text for names and labels inside a figure, where plotly reads ``<b>`` and ``&amp;``."""
+    """Escape a name or label inside a figure, where plotly interprets ``<b>`` and ``&amp;``."""
     return html.escape(text, quote=False)
 
 
 def _table(table: Table) -> str:
-    """Columns of numbers to the right, others to the left."""
+    """Align columns of numbers to the right, others to the left."""
     columns = range(len(table.header))
     numeric = [
         all(_NUMBER.fullmatch(row[c]) or row[c] in _ABSENT for row in table.rows) for c in columns
@@ -161,7 +161,7 @@ def _slug(title: str) -> str:
 
 
 def _json(spec: Mapping[str, Any]) -> str:
-    """JSON that no HTML parser takes for markup; what is not finite becomes a gap."""
+    """JSON without markup characters; numbers that are not finite become gaps."""
     text = json.dumps(_finite(spec), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

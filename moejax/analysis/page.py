@@ -1,4 +1,4 @@
-"""What a page of the report is made of: values, which the renderer turns into HTML."""
+"""The blocks of a page of the report, as values that the renderer turns into HTML."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Warning:
-    """Something the reader must know before believing the numbers: a leak, a collapse."""
+    """A caveat that the reader needs before trusting the numbers: a leak, a collapse."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header. Numbers are written by the page, with their units."""
+    """Rows of cells under a header. The page formats numbers, with their units."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -32,22 +32,22 @@ class Table:
 class Figure:
     """A plotly figure as its JSON tree, ``{"data": [...], "layout": {...}}``, of plain lists.
 
-    Colours of text, grid and background are the renderer's (light, dark, print), and so are those
-    of traces, unless given; "C0" to "C7", "ink" and "quiet" are its colours by name. A heatmap
-    without a colorscale gets a diverging one if its values have both signs. ``caption`` says in one
-    or two sentences what is drawn and how to read it, with units.
+    The renderer chooses the colours of text, grid and background (light, dark, print), and of
+    traces without a colour; "C0" to "C7", "ink" and "quiet" name its colours. A heatmap without a
+    colorscale gets a diverging one if its values have both signs. ``caption`` explains the figure
+    in one or two sentences, with units.
     """
 
     spec: dict[str, Any]
     caption: str
     height: int = 380
     name: str = ""
-    """A short name that tests and links find it by."""
+    """A short name for tests and links."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Alternatives of which the reader sees one: layers, experts, checkpoints."""
+    """Alternatives, such as layers or checkpoints, of which the reader sees one at a time."""
 
     label: str
     options: Mapping[str, Sequence["Block"]]

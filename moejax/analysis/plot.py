@@ -1,4 +1,4 @@
-"""Figures of the report as plotly's own objects, for notebooks and files of their own."""
+"""Figures of the report as plotly objects, for notebooks and separate files."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from moejax.analysis.sweep import SweepData
 from moejax.errors import UserError
 
 THEMES = "themes.json"
-"""Colours by theme, for the script of the report too."""
+"""Colours by theme, shared with the script of the report."""
 
 
 def figures(found: RunData | SweepData) -> dict[str, Figure]:
@@ -27,17 +27,17 @@ def figures(found: RunData | SweepData) -> dict[str, Figure]:
 
 
 def figure(found: RunData | SweepData, name: str, theme: str = "light") -> Any:
-    """One of them as a ``plotly.graph_objects.Figure``, its caption in ``layout.meta``.
+    """One figure as a ``plotly.graph_objects.Figure``, with its caption in ``layout.meta``.
 
-    ``name``: as ``figures`` has it, or the start of the first one that is meant.
+    ``name``: a name from ``figures``, or a prefix, which selects the first match.
 
     Raises:
-      UserError: no figure is called so.
+      UserError: there is no such figure.
     """
     known = figures(found)
     chosen = known.get(name) or next((f for n, f in known.items() if n.startswith(name)), None)
     if chosen is None or not name:
-        raise UserError(f"no figure is called {name!r}; there are {', '.join(known)}")
+        raise UserError(f"no figure is called {name!r}; choose from {', '.join(known)}")
     return plotted(chosen, theme)
 
 
@@ -71,7 +71,7 @@ def _walk(blocks: Sequence[Block]) -> Iterator[Figure]:
 
 
 def _recolour(node: Any, colours: dict[str, Any]) -> None:
-    """Puts a theme's colours in the place of "C0" to "C7", "ink" and "quiet"."""
+    """Replace "C0" to "C7", "ink" and "quiet" by a theme's colours."""
     if isinstance(node, list):
         for item in node:
             _recolour(item, colours)

@@ -31,6 +31,7 @@ from moejax.config import load as load_config
 from moejax.config import validate
 from moejax.config.saved import holds_run
 from moejax.errors import UserError
+from moejax.record.files import atomically
 from moejax.sweep.folder import INDEX
 
 PAGES: tuple[Callable[[RunData], Page], ...] = (
@@ -66,7 +67,7 @@ SWEEPS_PAGES: tuple[Callable[[Several], Page], ...] = (
 
 
 def of_sweep(sweep: SweepData) -> str:
-    """The report of a sweep, as HTML; the pages of single runs are in their own reports."""
+    """The report of a sweep as HTML; single runs have their own reports."""
     done = sum(trial.finished for trial in sweep.trials)
     about = f"sweep, {done} of {len(sweep.trials)} trials finished, report of moejax {__version__}"
     return render(sweep.name, about, [page(sweep) for page in SWEEP_PAGES])
@@ -81,7 +82,7 @@ def of_run(run: RunData, more: Sequence[Page] = ()) -> str:
 
 
 def of_several(several: Several) -> str:
-    """Runs, or sweeps, beside each other, as HTML."""
+    """The comparison of runs, or of sweeps, as HTML."""
     kind, pages = ("runs", RUNS_PAGES) if several.runs else ("sweeps", SWEEPS_PAGES)
     about = f"{len(several.names)} {kind} compared, report of moejax {__version__}"
     return render(" and ".join(several.names), about, [page(several) for page in pages])
@@ -105,7 +106,7 @@ def read(folder: Path) -> RunData | SweepData:
 
 
 def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
-    """The run with the leak of its newest checkpoint, measured now.
+    """The run with the leak of its newest checkpoint, measured on so many sequences.
 
     Raises:
       UserError: a sweep; no checkpoint, or one that cannot be evaluated here.
@@ -128,9 +129,9 @@ def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
 
 
 def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Page] = ()) -> int:
-    """Writes the report, whole or not at all; returns its size in bytes.
+    """Write the report atomically and return its size in bytes.
 
-    ``more``: pages of a run that were not made from what it recorded.
+    ``more``: pages of a run that do not come from its recorded files.
 
     Raises:
       UserError: it cannot be written.
@@ -141,10 +142,9 @@ def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Pag
         text = of_run(found, more) if isinstance(found, RunData) else of_sweep(found)
     # A folder's name may hold bytes that are no UTF-8.
     content = text.encode("utf-8", "backslashreplace")
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
+        with atomically(target) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise UserError(f"--output={target} cannot be written: {error.strerror}") from error
     return len(content)

@@ -1,4 +1,4 @@
-"""What a run has written so far, read with tolerance: what is missing is said, not raised."""
+"""A run's files, read with tolerance: missing data are reported, not raised."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config.saved import METRICS, TIMINGS, missing, noted_steps, read_config
+from moejax.config.saved import METRICS, TIMINGS, missing_steps, noted_steps, read_config
 from moejax.errors import UserError
-from moejax.record.files import read_what_can_be
+from moejax.record.files import read_valid_rows
 from moejax.record.probe import Probe
 from moejax.tasks.task import Units
 from moejax.train.cost import units
@@ -21,7 +21,7 @@ SAVED = (
     "flops", "version", "corpus", "fingerprint", "baselines", "parameters", "visibility", "memory",
     "devices",
 )  # fmt: skip
-"""What this version writes to config.json beside the config."""
+"""The fields that this version writes to config.json beside the config."""
 
 OF_ROW = ("split", "loss")
 OF_TIMING = ("seconds_per_step", "elapsed")
@@ -56,11 +56,11 @@ class RunData:
     problems: list[str] = dataclasses.field(default_factory=list)
     leak: dict[str, Any] = dataclasses.field(default_factory=dict)
     bytes_per_token: float = 1.0
-    """By which losses were divided that are not recorded per byte: see ``per_byte``."""
+    """The divisor of losses that are not recorded per byte: see ``per_byte``."""
 
     @classmethod
     def read(cls, workdir: str | Path) -> "RunData":
-        """Reads a workdir; a run that is going on, was killed or is of another version will do.
+        """Read a workdir, also of a run that is running, was killed or is of another version.
 
         Raises:
           UserError: the folder does not hold a run.
@@ -122,7 +122,7 @@ class RunData:
 
     @property
     def units(self) -> Units:
-        """What numbers are of; of a run from before there were tasks, those of text."""
+        """The units of the run's numbers; those of text for a run from before there were tasks."""
         length = self.field("train.seq_len", 1)
         of = Units("token", units.PER_TOKEN, length, length)._asdict() | self.saved.get("units", {})
         return Units(**of | {"loss": units.loss_unit(self.saved)})
@@ -162,7 +162,7 @@ class RunData:
 
     @property
     def has_experts(self) -> bool:
-        """Whether a row of the run has the load of experts."""
+        """Whether any row of the run has the load of experts."""
         return any(row.get("moe/load") for row in [*self.train, *self.held_out])
 
     @property
@@ -187,7 +187,7 @@ def _gaps(folder: Path, about: dict[str, Any], rows: list[Row], timings: list[Ro
         section, _, leaf = field.partition(".")
         if leaf not in about["config"].get(section, {}):
             continue
-        gaps = missing([row["step"] for row in logged], about, field, upto)
+        gaps = missing_steps([row["step"] for row in logged], about, field, upto)
         if gaps:
             where = ", ".join(f"{first} to {last}" for first, last in gaps[:5])
             more = ", ..." if len(gaps) > 5 else ""
@@ -206,7 +206,7 @@ def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
 
 
 def _fits(row: Row, needs: tuple[str, ...]) -> bool:
-    """Whether a row has what it needs: numbers, but for its split, and tables of them."""
+    """Whether a row has the fields that it needs: numbers, tables of numbers and its split."""
     kinds = {name: str if name == "split" else int | float for name in needs}
     if not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
         return False
@@ -225,7 +225,7 @@ def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[
     The torn last line of a killed run is no problem: the run writes it again when it resumes.
     """
     try:
-        rows, bad = read_what_can_be(path, lambda row: _fits(row, needs))
+        rows, bad = read_valid_rows(path, lambda row: _fits(row, needs))
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror}).")
         return []

@@ -1,7 +1,7 @@
-"""Several runs, or several sweeps, beside each other: what differs, and how each came out.
+"""Several runs, or several sweeps, prepared for a comparison.
 
-Refused is what cannot be compared: runs beside sweeps, other tasks, other units of loss. Runs on
-other data are shown, but no difference of their losses is taken.
+Runs cannot be compared with sweeps, nor across tasks or units of loss. Runs on different data are
+shown, but no difference of their losses is computed.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from moejax.errors import UserError
 from moejax.train.cost.units import PER_TOKEN
 
 MOST = 8
-"""As many as there are colours."""
+"""The number of colours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Several:
 
     @property
     def runs(self) -> dict[str, RunData]:
-        """The runs by name; empty of sweeps."""
+        """The runs by name; empty for sweeps."""
         return {
             name: each
             for name, each in zip(self.names, self.found, strict=True)
@@ -37,7 +37,7 @@ class Several:
 
     @property
     def sweeps(self) -> dict[str, SweepData]:
-        """The sweeps by name; empty of runs."""
+        """The sweeps by name; empty for runs."""
         return {
             name: each
             for name, each in zip(self.names, self.found, strict=True)
@@ -46,7 +46,7 @@ class Several:
 
 
 def beside(found: Sequence[RunData | SweepData]) -> Several:
-    """What was read from several folders, ready to be compared.
+    """Prepare the runs or sweeps of several folders for a comparison.
 
     Raises:
       UserError: they cannot be compared, or they are too many.
@@ -68,7 +68,7 @@ def beside(found: Sequence[RunData | SweepData]) -> Several:
     samples = [_samples(each) for each in found]
     for folder, of_it in zip(folders, samples, strict=True):
         if not of_it:
-            raise UserError(f"{folder} has no trial that has begun: there is nothing to compare")
+            raise UserError(f"{folder} has no trial that has started: there is nothing to compare")
     _check_tasks(folders, samples)
     if runs:
         shown = tuple(_in_one_unit(runs))
@@ -86,7 +86,7 @@ def _folder(each: RunData | SweepData) -> Path:
 
 
 def _samples(each: RunData | SweepData) -> list[RunData]:
-    """The run itself, or the runs of all trials that have begun."""
+    """The run itself, or the runs of all trials that have started."""
     if isinstance(each, RunData):
         return [each]
     return [trial.run for trial in each.trials if trial.run]
@@ -103,10 +103,10 @@ def _check_tasks(folders: Sequence[Path], samples: Sequence[list[RunData]]) -> N
 
 
 def _in_one_unit(runs: Sequence[RunData]) -> Sequence[RunData]:
-    """The runs as they are where their tokens are the same, or else per byte.
+    """The runs unchanged if their tokens are the same, otherwise with losses per byte.
 
     Raises:
-      UserError: nats per token of different tokens, of which the bytes are not known.
+      UserError: losses per token of different tokens, whose bytes are unknown.
     """
     tokens = {
         (run.units.loss, run.field("data.tokenizer"), run.saved.get("heldout_bytes_per_token"))
@@ -135,7 +135,7 @@ def _one_unit(folders: Sequence[Path], units: Sequence[str]) -> str:
 
 
 def _names(folders: Sequence[Path]) -> tuple[str, ...]:
-    """The folders' own names, with as many of their parents as tell them apart."""
+    """The folders' names, with as many parents as needed to make them distinct."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-depth:]) for own in parts]

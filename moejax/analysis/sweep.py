@@ -1,41 +1,61 @@
-"""What a sweep has written so far: its trials, finished or not, and its comparison."""
+"""A sweep's files: its trials, finished or not, and its comparison.
+
+`moejax sweep` writes summary.json when it ends. If trials have finished or diverged since, the
+comparison is recomputed from the runs.
+"""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.analysis.compared import up_to_date
 from moejax.analysis.run import RunData
 from moejax.config.saved import holds_run
-from moejax.config.versions import migrated
 from moejax.errors import UserError
 from moejax.record.files import parsed
+from moejax.sweep.comparison import FORMAT, compare, to_json
 from moejax.sweep.definition import Sweep, Trial
-from moejax.sweep.folder import INDEX
+from moejax.sweep.folder import INDEX, log_of, read_index, workdir_of
+from moejax.sweep.match import MATCHES, Comparison
 from moejax.sweep.results import Result, read_diverged, read_trial
-from moejax.train.workdir.run_folder import OUTPUT
+
+SUMMARY = "summary.json"
+
+OF_SUMMARY = ("baseline", "match", "tolerance", "cost", "detectable", "variants")
+OF_COST = ("name", "unit")
+OF_DETECTABLE = ("difference", "seeds", "power", "level", "source")
+OF_VARIANT = (
+    "variant", "wanted", "seeds", "diverged", "mean", "half_width", "difference", "verdict",
+    "cost", "cost_ratio", "missed_match", "leak", "trials",
+)  # fmt: skip
+OF_DIFFERENCE = ("mean", "half_width")
+OF_TRIAL = ("seed", "loss", "cost")
+"""The fields of summary.json that the pages read."""
 
 TAIL = 15
-"""So many last lines of a log say why a trial failed."""
+"""The number of last lines of a log that are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialData:
     """One trial; ``run`` is None until it has written its config."""
 
-    name: str
-    variant: str
-    seed: int
-    overrides: list[str]
-    config: dict[str, Any]
+    trial: Trial
     run: RunData | None
     log: str
-    """The last lines of what it said."""
+    """The last lines of its output."""
 
     @property
-    def defined(self) -> Trial:
-        return Trial(self.variant, self.seed, tuple(self.overrides), self.config)
+    def name(self) -> str:
+        return self.trial.name
+
+    @property
+    def variant(self) -> str:
+        return self.trial.variant
+
+    @property
+    def seed(self) -> int:
+        return self.trial.seed
 
     @property
     def finished(self) -> bool:
@@ -47,15 +67,15 @@ class TrialData:
             return "finished"
         if self.run is None or not self.run.last_step:
             return "no step logged" if self.log else "not started"
-        return f"stopped or going on, step {self.run.last_step} of {self.run.field('train.steps')}"
+        return f"stopped or running, step {self.run.last_step} of {self.run.field('train.steps')}"
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepData:
     """A sweep's folder: ``results`` in numbers, a finished trial each.
 
-    ``summary`` is that of summary.json (docs/sweeps.md), or made anew of ``results`` if there is
-    none or it has other trials; ``stale`` then says which, in a sentence.
+    ``summary`` is the tree of summary.json (docs/sweeps.md), or recomputed from ``results`` if
+    there is none or it has other trials; ``stale`` then names these in a sentence.
     """
 
     name: str
@@ -69,26 +89,19 @@ class SweepData:
 
     @classmethod
     def read(cls, folder: str | Path) -> "SweepData":
-        """Reads a sweep that is finished, going on, or has nothing but failures.
+        """Read a sweep, finished or not.
 
         Raises:
           UserError: the folder holds no sweep.
         """
         folder, problems = Path(folder), []
-        path = folder / INDEX
-        try:
-            index = parsed(path.read_text())
-            schema = index.get("schema", 0)
-            trials = [_trial(folder, dict(entry), schema, problems) for entry in index["trials"]]
-        except OSError:
-            raise UserError(f"{path} cannot be read: is {folder} the folder of a sweep?") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} was not written by `moejax sweep`; restore it") from error
-        if not trials:
-            raise UserError(f"{path} has no trials: `moejax sweep` did not write it; restore it")
-        sweep = Sweep(str(index.get("experiment", "?")), tuple(trial.defined for trial in trials))
+        index = read_index(folder)
+        if not index.trials:
+            raise UserError(f"{folder / INDEX} has no trials; restore it or name another folder")
+        trials = [_trial(folder, trial, problems) for trial in index.trials]
+        sweep = Sweep(index.experiment, index.trials)
         results, diverged = _results(folder, trials, problems), _diverged(folder, sweep, trials)
-        summary, stale = up_to_date(folder, sweep, results, diverged, problems)
+        summary, stale = _up_to_date(folder, sweep, results, diverged, problems)
         return cls(
             name=folder.resolve().name,
             folder=folder,
@@ -110,26 +123,16 @@ class SweepData:
         return [trial.run for trial in of if trial.run is not None]
 
 
-def _trial(folder: Path, entry: dict[str, Any], schema: int, problems: list[str]) -> TrialData:
-    name = entry["name"]
-    variant, _, seed = name.rpartition("-seed")
-    workdir, run = folder / "trials" / name, None
+def _trial(folder: Path, trial: Trial, problems: list[str]) -> TrialData:
+    workdir, run = workdir_of(folder, trial), None
     if holds_run(workdir):
         try:
             run = RunData.read(workdir).per_byte()  # as the comparison is
         except UserError as error:
-            problems.append(f"{name}: {error}.")
-    log = workdir / OUTPUT
-    said = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return TrialData(
-        name=name,
-        variant=entry.get("variant", variant),
-        seed=int(entry.get("seed", seed)),
-        overrides=list(entry.get("overrides", [])),
-        config=migrated(dict(entry["config"]), schema, str(folder / INDEX))[0],
-        run=run,
-        log="\n".join(said[-TAIL:]),
-    )
+            problems.append(f"{trial.name}: {error}.")
+    log = log_of(folder, trial)
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return TrialData(trial, run, "\n".join(lines[-TAIL:]))
 
 
 def _diverged(folder: Path, sweep: Sweep, trials: Iterable[TrialData]) -> set[tuple[str, int]]:
@@ -137,7 +140,7 @@ def _diverged(folder: Path, sweep: Sweep, trials: Iterable[TrialData]) -> set[tu
     found = set()
     for trial in trials:
         if not trial.finished:
-            alone = dataclasses.replace(sweep, trials=(trial.defined,))
+            alone = dataclasses.replace(sweep, trials=(trial.trial,))
             try:
                 found |= read_diverged(folder, alone)
             except UserError:
@@ -150,9 +153,101 @@ def _results(folder: Path, trials: Iterable[TrialData], problems: list[str]) -> 
     for trial in trials:
         if trial.finished:
             try:
-                found.append(read_trial(folder, trial.defined))
+                found.append(read_trial(folder, trial.trial))
             except (UserError, OSError) as error:
                 problems.append(f"{trial.name} is not in the comparison: {error}.")
             except KeyError as error:
                 problems.append(f"{trial.name} is not in the comparison: it has no {error}.")
     return found
+
+
+def _up_to_date(
+    folder: Path,
+    sweep: Sweep,
+    results: Sequence[Result],
+    diverged: set[tuple[str, int]],
+    problems: list[str],
+) -> tuple[dict[str, Any], str]:
+    """The tree of summary.json, and a warning if it is not that of the file.
+
+    Only the file knows baseline and match: without it, nothing has a baseline.
+    """
+    written = _read_summary(folder / SUMMARY, sweep.variants, problems)
+    if written is None:
+        return to_json(compare(sweep, results, diverged)), ""
+    claims = Comparison(written["match"], written["baseline"])
+    now = to_json(compare(Sweep(sweep.source, sweep.trials, claims), results, diverged))
+    # The noise may be that of a pilot, which the file does not name.
+    now["detectable"] = now["detectable"] or written["detectable"]
+    before = {v["variant"]: _state(v) for v in written["variants"]}
+    behind = [v["variant"] for v in now["variants"] if before.get(v["variant"]) != _state(v)]
+    if not behind:
+        return written, ""
+    return now, (
+        f"{SUMMARY} is older than the runs: it has other trials of {', '.join(behind)} than have "
+        "finished or diverged by now. This report compares the runs themselves; run the sweep "
+        f"command again to bring {SUMMARY}, results.csv and sweep.png up to date."
+    )
+
+
+def _state(variant: dict[str, Any]) -> tuple[int, list[int], list[int]]:
+    return variant["wanted"], sorted(variant["seeds"]), sorted(variant["diverged"])
+
+
+def _read_summary(
+    path: Path, variants: Collection[str], problems: list[str]
+) -> dict[str, Any] | None:
+    """The file, if this version can read it."""
+    if not path.exists():
+        problems.append(
+            f"There is no {SUMMARY}, which `moejax sweep` writes when it ends: nothing is compared "
+            "with a baseline."
+        )
+        return None
+    try:
+        summary = parsed(path.read_text())
+    except ValueError as error:
+        problems.append(f"{SUMMARY} is not valid JSON ({error}).")
+        return None
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        problems.append(f"{SUMMARY} is of another version of moejax.")
+        return None
+    damage = next(_damages(summary, variants), "")
+    if damage:
+        problems.append(f"{SUMMARY} is damaged: {damage}. Nothing is compared with a baseline.")
+        return None
+    return summary
+
+
+def _damages(summary: dict[str, Any], variants: Collection[str]) -> Iterator[str]:
+    """The problems of a summary.json."""
+    yield from _lacks("it", summary, OF_SUMMARY)
+    if summary["baseline"] not in (None, *variants):
+        yield f"its baseline {summary['baseline']!r} is no variant of the sweep"
+    if summary["match"] not in (None, *MATCHES):
+        yield f"its match {summary['match']!r} is no cost"
+    yield from _lacks("its cost", summary["cost"], OF_COST)
+    if summary["detectable"] is not None:
+        yield from _lacks("its detectable", summary["detectable"], OF_DETECTABLE)
+    yield from _is_list("its variants", summary["variants"])
+    for number, variant in enumerate(summary["variants"], 1):
+        where = f"its variant {number}"
+        yield from _lacks(where, variant, OF_VARIANT)
+        if variant["difference"] is not None:
+            yield from _lacks(f"the difference of {where}", variant["difference"], OF_DIFFERENCE)
+        for field in ("seeds", "diverged", "trials"):
+            yield from _is_list(f"{field} of {where}", variant[field])
+        for trial in variant["trials"]:
+            yield from _lacks(f"a trial of {where}", trial, OF_TRIAL)
+
+
+def _lacks(what: str, tree: Any, fields: Sequence[str]) -> Iterator[str]:
+    if not isinstance(tree, dict):
+        yield f"{what} is {tree!r:.40}"
+    elif missing := [field for field in fields if field not in tree]:
+        yield f"{what} has no {', '.join(missing)}"
+
+
+def _is_list(what: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, list):
+        yield f"{what} is {value!r:.40}"

@@ -11,13 +11,13 @@ from moejax.train.metrics.log import scalars
 from moejax.train.metrics.mirrors import TensorBoard
 
 SUFFIX = ".report"
-"""Ends the names of files written here; a new export takes their place."""
+"""The suffix of files written here; a new export replaces them."""
 
 
 def export(found: RunData | SweepData) -> list[str]:
-    """Writes tensorboard/ into the workdir of the run, or of every trial; a line on each.
+    """Write tensorboard/ into the workdir of the run, or of every trial; return a line for each.
 
-    A run that wrote its own events while it trained is left as it is.
+    Events that a run wrote itself while it trained are left alone.
 
     Raises:
       UserError: tensorboardX is not installed.
@@ -32,7 +32,7 @@ def _export(run: RunData) -> str:
     there = sorted(folder.glob("events.out.tfevents.*"))
     own = [path for path in there if path.name.endswith(SUFFIX)]
     if len(own) < len(there):
-        return f"{folder}  was written in training; left as it is"
+        return f"{folder}  was written in training and is left alone"
     with tempfile.TemporaryDirectory(dir=run.workdir, prefix=".tensorboard") as place:
         events = TensorBoard(Path(place), None, asked="--tensorboard", suffix=SUFFIX)
         with closing(events):

@@ -1,14 +1,14 @@
-"""What a step computes and sends beyond its pairs, from the config and the counts of a row.
+"""The rows that a step computes and sends, derived from the config and the counts of a row.
 
 A MoE layer of a micro-batch of T tokens in G routing groups, with E experts on S expert shards, has
-N pairs, of which N' are kept. The least that must be computed are N' rows, the least that must be
-sent to other devices N rows of D numbers times (S - 1) / S, as tokens and experts are spread over
-the shards. Formulas as in docs/benchmarks.md, where the sends are counted on compiled programs.
+N pairs, of which N' are kept. At least N' rows must be computed, and at least N (S - 1) / S rows of
+D numbers sent to other devices, with tokens and experts spread over the shards. The formulas are
+those of docs/benchmarks.md, where the sends are counted on compiled programs.
 
     transport       rows computed     rows sent / ((S - 1) / S)
     cells           G E C             G E C
     dropless        N'                N
-    dropless_once   N'                a token once per shard with experts of it: not in the counts
+    dropless_once   N'                a token once per shard with experts of it: not recorded
     gather          N'                T S
     all_experts     T E               T S
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from moejax.analysis.run import Row, RunData
 from moejax.config import from_dict, make_gate, moe_config
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.errors import UserError
 from moejax.options import DepthsOptions
 from moejax.types import Counts
@@ -32,7 +32,10 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one layer in one step, mean over layers; ``sent``: bytes one way, all devices."""
+    """The traffic of one layer in one step, mean over layers.
+
+    ``sent`` counts bytes one way over all devices.
+    """
 
     computed_over_kept: float
     sent_over_minimum: float | None
@@ -40,9 +43,9 @@ class Traffic:
 
 
 def of_row(run: RunData, row: Row) -> Traffic | None:
-    """What the training step of a row of metrics.jsonl computed and sent.
+    """The traffic of the training step of a row of metrics.jsonl.
 
-    None where the config is of another version or of a gate that cannot be imported here.
+    None if the config is of another version or its gate cannot be imported here.
     """
     try:
         resolved = from_dict(run.config)
@@ -52,7 +55,7 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
     if "transport" not in resolved.moe:  # experts that all examples visit: no rows are sent
         return None
     train, shards = resolved.train, _expert_shards(run)
-    per_row = TASKS[resolved.task.name].sequences_per_row
+    per_row = task_entry(resolved.task.name).sequences_per_row
     sequences, length = train.batch_size * per_row, run.units.tokens_per_row // per_row
     model = resolved.model
     if model.get("mod_capacity"):  # the experts' layers are of the blocks that take some tokens
@@ -77,7 +80,7 @@ def of_row(run: RunData, row: Row) -> Traffic | None:
 
 
 def _expert_shards(run: RunData) -> int:
-    """The expert axis of the mesh; one of -1 takes the devices that the others leave."""
+    """The size of the mesh's expert axis; -1 takes the devices that the other axes leave."""
     sizes = {axis: run.field(f"mesh.{axis}", 1) for axis in ("data", "fsdp", "expert", "tensor")}
     if sizes["expert"] > 0:
         return sizes["expert"]

@@ -1,20 +1,20 @@
-"""The ``moejax`` command. Each subcommand imports what it needs when it runs."""
+"""The ``moejax`` command: parses the command line and dispatches to a command.
 
-import argparse
+A command imports its dependencies when it runs.
+"""
+
 import errno
 import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from moejax import job
-from moejax.config.field import CPU_DEVICES
-from moejax.config.flags import OVERRIDES, WORKDIR, Parser, check_flag
+from moejax.config.flags import Parser, check_flag
 from moejax.config.overrides import take_overrides
 from moejax.errors import UserError, suggest
 from moejax.record import files
-from moejax.train.signals import Stopped, stopping
+from moejax.train.signals import Stopped
 
 FAILED = 1
 USER_ERROR = 2
@@ -22,16 +22,11 @@ PREEMPTED = 75
 INTERRUPTED = 130
 
 TOGETHER = ("train", "eval")
-"""Commands that several processes may run together."""
-
-CONFIG_HELP = (
-    "a page of moejax's own (lm, vit, multitask, multimodal), path.py, package.module or a run's "
-    "workdir; :key=value,key=value behind a page is its argument"
-)
+"""The commands that may run in several processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit status.
+    """Run one command line and return its exit status.
 
     0 done, 1 a check (doctor) or a trial (sweep) failed or the loss is not finite, 2 the user's
     mistake, 75 preempted after saving (train, sweep), 130 interrupted.
@@ -45,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name that the terminal's encoding lacks, or that is no text, is no reason to stop.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with job.farewell():
+    with job.leave_together():
         return _exit_status(argv)
 
 
 def _open_closed_streams() -> None:
-    """Makes a stream that was closed (`2>&-`) one that nobody reads.
+    """Replace a stream that was closed (`2>&-`) by one that discards its output.
 
     Else the next file to be opened, a log or a checkpoint, would get the stream's number and what
     libraries write there; and `print` to a stderr that is None goes to stdout.
@@ -72,7 +67,10 @@ def _exit_status(argv: list[str]) -> int:
     except Stopped as stopped:
         problem = f"was stopped by {stopped} before the first step"
         return _leave(
-            argv, PREEMPTED, "stopped before the first step; the same command begins", problem
+            argv,
+            PREEMPTED,
+            "stopped before the first step; run the same command again to start",
+            problem,
         )
     except KeyboardInterrupt:
         return _leave(argv, INTERRUPTED, "interrupted", "was interrupted")
@@ -83,7 +81,7 @@ def _exit_status(argv: list[str]) -> int:
         return FAILED if stopped_short else 0
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            problem = f"{str(error.filename)[:60]}... cannot be looked for: {error.strerror}"
+            problem = f"{str(error.filename)[:60]}... cannot be accessed: {error.strerror}"
             return _leave(argv, USER_ERROR, "error: {}", f"{problem}; name another path")
         if error.errno not in files.FULL:
             raise
@@ -102,18 +100,18 @@ def _exit_status(argv: list[str]) -> int:
 
 
 def _leave(argv: list[str], status: int, line: str, problem: str) -> int:
-    """Says the line, and ends the job that this process is in or was meant to be in.
+    """Print the line and end the job that this process belongs to.
 
     The status, for a process alone; the others of a job say the problem.
     """
-    place = None
+    spec = None
     if argv and argv[0] in TOGETHER and job.current() is None:
-        from moejax.job.launch import place_of_command
+        from moejax.job.launch import job_spec_of_command
 
-        place = place_of_command(argv)
-    print(f"moejax: {line.format(job.named(problem, place))}", file=sys.stderr, flush=True)
-    if place:
-        job.tell(place, problem, status)
+        spec = job_spec_of_command(argv)
+    print(f"moejax: {line.format(job.with_process(problem, spec))}", file=sys.stderr, flush=True)
+    if spec:
+        job.report(spec, problem, status)
     return job.leave(status, problem)
 
 
@@ -143,10 +141,9 @@ def _run(argv: list[str]) -> int:
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole command line, and that of each command."""
+    """The parser of the whole command line, and the parser of each command."""
     from moejax import __version__
-    from moejax.cli import data, report, scaling, sweep
-    from moejax.cli import train as evaluation
+    from moejax.cli import config, data, doctor, eval, gates, profile, report, scaling, sweep, train
 
     parser = Parser(
         prog="moejax",
@@ -158,171 +155,17 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"moejax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_train(commands)
-    evaluation.add_command(commands)
-    _add_config(commands)
-    _add_profile(commands)
-    _add_gates(commands)
+    train.add_command(commands)
+    eval.add_command(commands)
+    config.add_command(commands)
+    profile.add_command(commands)
+    gates.add_command(commands)
     data.add_command(commands)
     sweep.add_command(commands)
     report.add_command(commands)
     scaling.add_command(commands)
-    _add_doctor(commands)
+    doctor.add_command(commands)
     return parser, dict(commands.choices)
-
-
-def _add_train(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a model, or go on with a run",
-        description="Trains the model that a config describes. The same command again in the same "
-        "workdir\ngoes on from the last checkpoint; if the run had finished, it does nothing.",
-        epilog="Examples:\n"
-        "  moejax train --config=configs/lm.py:gate=switch --workdir=runs/switch\n"
-        "  moejax train --config=configs/lm.py:size=debug --config.train.steps=20 --workdir=runs/a"
-        f"\n\n{OVERRIDES}",
-    )
-    parser.add_argument("--config", required=True, metavar="SOURCE", help=CONFIG_HELP)
-    parser.add_argument(
-        "--workdir", required=True, **WORKDIR, help="where checkpoints and metrics are written"
-    )
-    parser.add_argument(
-        "--restart",
-        action="store_true",
-        help="start again at step 0 although checkpoints of the run were lost",
-    )
-    parser.set_defaults(run=_train, takes_overrides=True)
-
-
-def _train(args: argparse.Namespace) -> int:
-    with stopping():  # what is imported and read below takes seconds
-        from moejax.config import load, validate
-
-        loaded = load(args.config, args.overrides)
-        validate(loaded.config)
-
-        from moejax.train import loop
-
-        return loop.run(
-            loaded.config, args.workdir, loaded.source, loaded.overrides, restart=args.restart
-        )
-
-
-def _add_config(commands: Any) -> None:
-    parser = commands.add_parser(
-        "config",
-        help="show a resolved config",
-        description="Prints every field with value, type and meaning, marks what differs from the "
-        "page and\nfrom the defaults, and checks the config. Without a config: the defaults.",
-        epilog="Examples:\n"
-        "  moejax config\n"
-        "  moejax config --config=configs/lm.py:gate=switch --config.train.steps=500 --diff\n"
-        "  moejax config --workdir=runs/switch\n\n"
-        f"{OVERRIDES}",
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--config", metavar="SOURCE", help=CONFIG_HELP)
-    source.add_argument("--workdir", **WORKDIR, help="the config of a run")
-    parser.add_argument("--diff", action="store_true", help="only what is not at its default")
-    parser.flags += ["--config", "--workdir"]
-    parser.set_defaults(run=_config, takes_overrides=True)
-
-
-def _config(args: argparse.Namespace) -> int:
-    from moejax import config as configs
-    from moejax.cli.show import config_diff, config_tree
-    from moejax.config.overrides import apply_overrides
-
-    source = args.config
-    if args.workdir:
-        source = os.path.join(args.workdir, "config.json")
-    if source:
-        loaded = configs.load(source, args.overrides)
-    else:
-        resolved = configs.default()
-        apply_overrides(resolved, args.overrides)
-        loaded = configs.Loaded(resolved, configs.default(), "", tuple(args.overrides))
-    print(config_diff(loaded) if args.diff else config_tree(loaded))
-    mark = configs.validate(loaded.config).mark
-    if mark:
-        print(f"\nA token may see more than its past: {mark}")
-    return 0
-
-
-def _add_profile(commands: Any) -> None:
-    parser = commands.add_parser(
-        "profile",
-        help="where a training step's time goes",
-        description="Trains a few steps under the profiler. Prints a table of where a step's time "
-        "goes and\nwrites a trace for Perfetto and TensorBoard.",
-        epilog="Example:\n"
-        "  moejax profile --config=configs/lm.py:gate=switch --steps=5 --out=runs/profile\n\n"
-        f"docs/profile.md says how to read the table.\n\n{OVERRIDES}",
-    )
-    parser.add_argument("--config", required=True, metavar="SOURCE", help=CONFIG_HELP)
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="traced (default 5)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the trace")
-    parser.set_defaults(run=_profile, takes_overrides=True)
-
-
-def _profile(args: argparse.Namespace) -> int:
-    from moejax.config import load, validate
-
-    if args.steps < 1:
-        raise UserError(f"--steps={args.steps} must be at least 1")
-    loaded = load(args.config, args.overrides)
-    validate(loaded.config)
-
-    from moejax.train.profile import profile
-
-    return profile.run(loaded.config, args.steps, args.out)
-
-
-def _add_gates(commands: Any) -> None:
-    parser = commands.add_parser(
-        "gates",
-        help="list the gating functions",
-        description="Lists every gate in a line: what a token's output may depend on, and what the"
-        "\ngate does. With a name: its equation, cost and paper, the fields below moe.gate and "
-        "their\ndefaults.",
-        epilog="Examples:\n  moejax gates\n  moejax gates switch",
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="explain this gate")
-    parser.set_defaults(run=_gates, takes_overrides=False)
-
-
-def _gates(args: argparse.Namespace) -> int:
-    from moejax.cli.show import gate_page, gates_table
-    from moejax.job.launch import need_no_accelerator
-
-    need_no_accelerator()
-    text = gate_page(args.name) if args.name else gates_table()
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal without Greek letters gets escapes
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
-    return 0
-
-
-def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="what this machine can run",
-        description="Tries what moejax needs: devices, every collective, a matmul, one MoE layer.",
-        epilog="Example:\n  moejax doctor --cpu-devices=8",
-    )
-    parser.add_argument(
-        "--cpu-devices", default=4, type=int, metavar="N", help="virtual CPU devices (default 4)"
-    )
-    parser.set_defaults(run=_doctor, takes_overrides=False)
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    if not 1 <= args.cpu_devices <= CPU_DEVICES:
-        raise UserError(
-            f"--cpu-devices={args.cpu_devices} must be at least 1 and at most {CPU_DEVICES}"
-        )
-    from moejax.cli.doctor import report
-
-    return report(args.cpu_devices)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from moejax.errors import UserError
 def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "data",
-        help="train a tokenizer, tokenise text once",
-        description="Prepares text for data.tokenizer and data.path. Neither is needed: without "
-        "them\ntext is read as bytes, and without data.path the built-in corpus is used.",
+        help="train a tokenizer or tokenise text",
+        description="Prepares text for data.tokenizer and data.path. Both are optional: without a "
+        "tokenizer\ntext is read as bytes, and without data.path the built-in corpus is used.",
         epilog="Examples:\n"
         "  moejax data tokenizer --path=books/ --vocab-size=8192 --out=bpe.json\n"
         "  moejax data prepare --path=books/ --tokenizer=bpe.json --out=shards/\n"
@@ -46,7 +46,7 @@ def add_command(commands: Any) -> None:
             help="share of the bytes held out (default 0.05)",
         )
         action.add_argument(
-            "--eval-path", default="", metavar="PATH", help="a text that is held out instead"
+            "--eval-path", default="", metavar="PATH", help="a separate held-out text"
         )
         parser.flags += action.flags
 
@@ -93,7 +93,7 @@ def _warn(line: str) -> None:
 
 
 def _check_out(args: argparse.Namespace) -> None:
-    """What is written into the folder of texts would be text itself from then on."""
+    """Refuse an output inside the folder of texts, where it would count as text."""
     out = Path(os.path.expanduser(args.out)).resolve()
     for flag, name in (("--path", args.path), ("--eval-path", args.eval_path)):
         path = Path(os.path.expanduser(name)).resolve()

@@ -67,13 +67,13 @@ def _convert(latex: str) -> str:
 
 
 class _Parser:
-    """Reads tokens from left to right; arguments are groups in braces or single tokens."""
+    """Parser of tokens from left to right; arguments are groups in braces or single tokens."""
 
     def __init__(self, tokens: list[str]):
         self._tokens, self._at = tokens, 0
 
     def until(self, end: str) -> str:
-        """What comes before the token ``end``, which is read too; "" is the end of all."""
+        """Read up to and including the token ``end``; "" stands for the end of the text."""
         parts = []
         while self._at < len(self._tokens):
             token = self._next()
@@ -126,7 +126,7 @@ class _Parser:
 
 
 def _grouped(text: str, product: bool = False) -> str:
-    """In brackets unless it is one name or number, or a ``product`` that needs none."""
+    """Add brackets unless the text is a single name or number, or a ``product`` needs none."""
     allowed = r"[\w^·| \u0300-\u036f]+" if product else r"-?[\w\u0300-\u036f…]+"
     if re.fullmatch(allowed, text):
         return text
@@ -134,7 +134,7 @@ def _grouped(text: str, product: bool = False) -> str:
 
 
 def _closes_last(text: str) -> bool:
-    """Whether the bracket that opens the text is closed by its last letter."""
+    """Whether the bracket that opens the text is closed by its last character."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

@@ -17,10 +17,10 @@ def add_command(commands: Any) -> None:
         "report",
         help="a run or a sweep as an HTML page, or several compared",
         description="Writes one HTML file about a run or a sweep: curves, load and drops of "
-        "experts, cost,\nwarnings; for a sweep its variants side by side. Of several runs, or "
-        "several sweeps, one\nthat compares them: curves, values at the end, costs, and what "
-        "differs in their configs.\nThe file needs no network. Runs that go on, were killed or "
-        "failed are shown as far as\nthey came.",
+        "experts, cost,\nwarnings, and the comparison of a sweep's variants. With several runs, or "
+        "several sweeps, the\nfile compares them: curves, final values, costs, and differences of "
+        "their configs.\nThe file needs no network. Runs that are running, were killed or failed "
+        "are shown as far as\nthey got.",
         epilog="Examples:\n"
         "  moejax report runs/switch\n"
         "  moejax report runs/gating -o gating.html\n"
@@ -47,7 +47,7 @@ def add_command(commands: Any) -> None:
         type=int,
         const=8,
         metavar="N",
-        help="of a run: also evaluate its newest checkpoint with and without later tokens, on N "
+        help="for a run: also evaluate its newest checkpoint with and without later tokens, on N "
         "sequences (default 8; takes seq_len forward passes)",
     )
     parser.add_argument(
@@ -96,7 +96,7 @@ def _compare(folders: list[Path], args: argparse.Namespace) -> int:
         ("--openmoe", args.openmoe),
     ):
         if value:
-            raise UserError(f"{flag} is for one folder, and {len(folders)} are named; leave it out")
+            raise UserError(f"{flag} works on one folder, and {len(folders)} are named; remove it")
     openmoe.check(args)
     several = beside([report.read(folder) for folder in folders])
     name = f"compare-{'-'.join(folder.resolve().name for folder in folders[1:])}.html"
@@ -108,7 +108,7 @@ def _compare(folders: list[Path], args: argparse.Namespace) -> int:
 
 
 def check_target(target: Path) -> None:
-    """Refuses an output that cannot be a file, before anything is computed.
+    """Refuse an output that cannot be written, before anything is computed.
 
     Raises:
       UserError: it is a folder, or its own cannot be written to.

@@ -16,24 +16,28 @@ def add_command(commands: Any) -> None:
         help="fit the routed scaling law to a sweep or to published curves",
         description="Fits the law of Clark et al. (2022) for the loss of routed models to the runs "
         "of each\nrouter. Prints coefficients with intervals, errors on held-out runs, and the "
-        "order in which\nthe routers come out.",
+        "order of\nthe routers.",
         epilog="Examples:\n"
         "  moejax scaling runs/experts --out=scaling.json\n"
         "  moejax scaling curves.csv.gz --router=S-Base+Hash --figure=law.png\n"
         "  moejax scaling runs/experts --beside=curves.csv.gz --figure=both.png\n\n"
-        "docs/scaling.md says what is fitted, and to which rows of a table.",
+        "docs/scaling.md describes the fit and the rows of a table that it uses.",
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="a sweep's folder, or a table of curves (.csv, .csv.gz)"
     )
-    parser.add_argument("--router", metavar="NAME[+NAME]", help="only these (default: all)")
+    parser.add_argument("--router", metavar="NAME[+NAME]", help="only these routers (default: all)")
     parser.add_argument(
-        "--resamples", type=int, default=1000, metavar="N", help="of the bootstrap (default 1000)"
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="bootstrap draws (default 1000)",
     )
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
     parser.add_argument("--figure", metavar="FILE", help="draw runs and laws (.png)")
     parser.add_argument(
-        "--beside", metavar="SOURCE", help="another source, drawn beside with --figure"
+        "--beside", metavar="SOURCE", help="another source to draw next to it with --figure"
     )
     parser.set_defaults(run=_scaling, takes_overrides=False)
 
@@ -70,7 +74,7 @@ def _scaling(args: argparse.Namespace) -> int:
 
 
 def _new_file(flag: str, text: str | None) -> Path | None:
-    """What a flag names, checked before the work: a file, new or old, in a folder that exists."""
+    """The file that a flag names, checked before the work: its folder must exist."""
     if text is None:
         return None
     path = Path(os.path.expanduser(text))

@@ -50,7 +50,7 @@ def config_tree(loaded: Loaded) -> str:
 
 
 def config_diff(loaded: Loaded) -> str:
-    """Only the fields that are not at their defaults, with what they were before."""
+    """Only the fields that are not at their defaults, with their previous values."""
     rows = [row for row in _rows(loaded) if row.mark != " "]
     if not rows:
         return "every field is at its default"
@@ -122,7 +122,7 @@ IN_SHORT = {
     "top_k": "The k experts with the largest router logits",
     "xmoe": "Top-k of cosines between projected tokens and centroids",
 }
-"""Of gates whose first sentence is too long for the list."""
+"""Short descriptions of gates whose first sentence is too long for the list."""
 
 WIDTH = 100
 """Columns of a terminal that the list of gates fits into."""
@@ -151,14 +151,14 @@ def gates_table() -> str:
 
 
 def sees(name: str) -> str:
-    """What a gate's tokens see, in training and in evaluation, in a word where both are equal."""
+    """What tokens see in training and in evaluation; a single word if both are equal."""
     config = default()
     set_gate(config, name)
     return "/".join(dict.fromkeys(phases(gating.make(name).visibility(moe_config(config)))))
 
 
 def told(name: str, room: int) -> str:
-    """What a gate does, in at most ``room`` letters; of a preset, of which gate and model."""
+    """A description in at most ``room`` characters; for a preset, its gate and model."""
     text = inspect.getdoc(type(gating.make(name))) or ""
     text = " ".join(text.partition("\n\n")[0].split())
     preset = gating.PRESETS.get(name)
@@ -186,7 +186,7 @@ COST = (
 
 
 def gate_row(name: str) -> tuple[str, ...]:
-    """What is known of a gate under its name, in words: ``COLUMNS``."""
+    """The ``COLUMNS`` of a gate in words."""
     config = default()
     set_gate(config, name)
     gate = gating.make(name)
@@ -199,7 +199,7 @@ def gate_row(name: str) -> tuple[str, ...]:
 
 
 def visited(gate: Gate) -> str:
-    """How many experts a token visits, in words."""
+    """The number of experts that a token visits, in words."""
     mixes = GateTraits.of(gate).mixes
     if mixes:
         return MIXED[mixes]
@@ -243,7 +243,7 @@ def papers(name: str) -> list[str]:
 
 
 def phases(seen: Visibility) -> tuple[str, str]:
-    """What a token sees in training and in evaluation, in words."""
+    """The visibility of a gate in training and in evaluation, in words."""
 
     def label(future: bool, others: bool) -> str:
         parts = [word for word, is_seen in (("future", future), ("others", others)) if is_seen]

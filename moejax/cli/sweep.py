@@ -17,11 +17,12 @@ def add_command(commands: Any) -> None:
         help="run an experiment: many runs, one table",
         usage="moejax sweep --experiment=SOURCE --workdir=DIR [options]\n"
         "       moejax sweep status --workdir=DIR",
-        description="Trains every variant of an experiment with every seed, each in a process of "
-        "its own;\nthen prints a table and writes results.csv and sweep.png. The same command "
-        "again runs\nwhat is missing or unfinished. Exit status: 0 all chosen trials are finished, "
-        "1 some\nfailed, 2 a mistake (nothing was started), 75 stopped by a signal after saving.\n"
-        "\n`moejax sweep status` prints the state of every trial, also while the sweep runs.",
+        description="Trains every variant of an experiment with every seed, each in its own "
+        "process,\nthen prints a table and writes results.csv and sweep.png. Run the same command "
+        "again\nto resume: it runs what is missing or unfinished. Exit status: 0 all chosen "
+        "trials are\nfinished, 1 some failed, 2 a mistake (nothing was started), 75 stopped by a "
+        "signal after\nsaving.\n"
+        "\n`moejax sweep status` prints the state of every trial, even while the sweep runs.",
         epilog="Examples:\n"
         "  moejax sweep --experiment=experiments/gating --workdir=runs/gating\n"
         "  moejax sweep --experiment=experiments/gating_smoke.py:seeds=3,steps=500 "
@@ -32,7 +33,7 @@ def add_command(commands: Any) -> None:
         "An experiment is a config page with a function sweep(): see docs/sweeps.md.",
     )
     parser.add_argument(
-        "action", nargs="?", choices=(STATUS,), metavar=STATUS, help="say how a sweep stands"
+        "action", nargs="?", choices=(STATUS,), metavar=STATUS, help="show the state of every trial"
     )
     parser.add_argument(
         "--experiment",
@@ -41,21 +42,21 @@ def add_command(commands: Any) -> None:
         "key=value,key=value",
     )
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="the sweep's folder, new or to go on with"
+        "--workdir", required=True, metavar="DIR", help="the sweep's folder, new or to resume"
     )
     parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="trials at once (default: 1; on a cluster, what it has room for)",
+        help="trials at once (default: 1; on a cluster, as many as it has room for)",
     )
     parser.add_argument(
         "--filter",
         metavar="GLOB[,GLOB]",
-        help="only trials with such names, which are VARIANT-seedN",
+        help="only trials whose name (VARIANT-seedN) matches",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would run, and create nothing"
+        "--dry-run", action="store_true", help="show what would run and create nothing"
     )
     parser.add_argument(
         "--launcher",
@@ -66,7 +67,7 @@ def add_command(commands: Any) -> None:
         "--launcher-option",
         action="append",
         metavar="KEY=VALUE",
-        help="a setting of the launcher; may be given again",
+        help="a setting of the launcher; may be repeated",
     )
     parser.set_defaults(run=_sweep, takes_overrides=False)
 
@@ -93,15 +94,15 @@ def _sweep(args: argparse.Namespace) -> int:
 
     from moejax.sweep import runner
 
-    how = runner.How(args.jobs, args.filter or "", args.launcher or "local", options)
+    execution = runner.Execution(args.jobs, args.filter or "", args.launcher or "local", options)
     if args.dry_run:
-        runner.dry_run(sweep, folder, how)
+        runner.dry_run(sweep, folder, execution)
         return 0
-    return runner.run(sweep, folder, how)
+    return runner.run(sweep, folder, execution)
 
 
 def _check_alone(args: argparse.Namespace) -> None:
-    """Raises UserError for options of a sweep that `status` would ignore."""
+    """Raise UserError for options of a sweep that `status` would ignore."""
     for name in ("experiment", "jobs", "filter", "dry_run", "launcher", "launcher_option"):
         if getattr(args, name) not in (None, False):
             flag = f"--{name.replace('_', '-')}"

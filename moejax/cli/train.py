@@ -1,133 +1,44 @@
-"""The ``moejax eval`` command."""
+"""The ``moejax train`` command."""
 
 import argparse
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
-from moejax.config import to_dict
-from moejax.config.flags import OVERRIDES, WORKDIR
-from moejax.config.saved import read_config
-from moejax.errors import UserError
-from moejax.train.cost import units
-
-FAILED = 1
+from moejax.config.flags import CONFIG_HELP, OVERRIDES, WORKDIR
+from moejax.train.signals import stopping
 
 
 def add_command(commands: Any) -> None:
     parser = commands.add_parser(
-        "eval",
-        help="evaluate a checkpoint",
-        description="Evaluates a checkpoint of a run on its held-out text. On a terminal, and with "
-        "--summary,\nit prints a few lines to read; elsewhere, and with --json, all of it as one "
-        "JSON object in\na line. Writes nothing. --measure-leak adds the loss of some sequences, "
-        "evaluated\nwhole (leak/with_future) and token by token with the rest masked "
-        "(leak/without_future),\nand the difference, leak/nats_per_token: 0 up to rounding for a "
-        "causal gate.",
+        "train",
+        help="train a model or resume a run",
+        description="Trains the model that a config describes. Run the same command again in the "
+        "same\nworkdir to resume from the last checkpoint; a finished run is left alone.",
         epilog="Examples:\n"
-        "  moejax eval --workdir=runs/switch\n"
-        "  moejax eval --workdir=runs/switch --json | jq .loss\n"
-        "  moejax eval --workdir=runs/switch --step=200 --config.moe.eval_transport=cells\n"
-        "  moejax eval --workdir=runs/ec --measure-leak=32\n\n"
-        f"{OVERRIDES}",
+        "  moejax train --config=configs/lm.py:gate=switch --workdir=runs/switch\n"
+        "  moejax train --config=configs/lm.py:size=debug --config.train.steps=20 --workdir=runs/a"
+        f"\n\n{OVERRIDES}",
     )
-    parser.add_argument("--workdir", required=True, **WORKDIR, help="the run's folder")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        "--summary", action="store_true", help="a few lines to read (default on a terminal)"
-    )
-    form.add_argument(
-        "--json", action="store_true", help="every number, as JSON in a line (default elsewhere)"
-    )
-    parser.flags += ["--summary", "--json"]
+    parser.add_argument("--config", required=True, metavar="SOURCE", help=CONFIG_HELP)
     parser.add_argument(
-        "--measure-leak",
-        nargs="?",
-        type=int,
-        const=8,
-        metavar="N",
-        help="loss with and without the future, on N sequences (default 8; seq_len forward passes)",
+        "--workdir", required=True, **WORKDIR, help="where checkpoints and metrics are written"
     )
     parser.add_argument(
-        "--record-routing",
-        metavar="FILE",
-        help="also write which experts every token visited, for moe.gate.name=replay",
+        "--restart",
+        action="store_true",
+        help="start again at step 0 if checkpoints of the run were lost",
     )
-    parser.add_argument(
-        "--record-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --record-routing: the training batches of the first N steps too, at most "
-        "train.steps",
-    )
-    parser.set_defaults(run=_eval, takes_overrides=True)
+    parser.set_defaults(run=_train, takes_overrides=True)
 
 
-def _eval(args: argparse.Namespace) -> int:
-    from moejax.config import load, validate
+def _train(args: argparse.Namespace) -> int:
+    with stopping():  # what is imported and read below takes seconds
+        from moejax.config import load, validate
 
-    if args.step is not None and args.step < 0:
-        raise UserError(f"--step={args.step} must be the number of a checkpoint, 0 or more")
-    if args.measure_leak is not None and args.measure_leak < 1:
-        raise UserError(
-            f"--measure-leak={args.measure_leak} must be a number of sequences, or none"
+        loaded = load(args.config, args.overrides)
+        validate(loaded.config)
+
+        from moejax.train import loop
+
+        return loop.run(
+            loaded.config, args.workdir, loaded.source, loaded.overrides, restart=args.restart
         )
-    if args.record_routing == "":
-        raise UserError("--record-routing= must name a file to write")
-    if args.record_steps < 0 or (args.record_steps and not args.record_routing):
-        raise UserError(
-            f"--record-steps={args.record_steps} must be 0 or more, and needs --record-routing"
-        )
-    loaded = load(os.path.join(args.workdir, "config.json"), args.overrides)
-    validate(loaded.config)
-
-    from moejax.train import evaluate
-    from moejax.train.metrics import rows
-
-    try:
-        row = evaluate.evaluate(
-            loaded.config,
-            args.workdir,
-            args.step,
-            args.record_routing or "",
-            args.record_steps,
-            args.measure_leak or 0,
-        )
-    except rows.Divergence as problem:
-        print(f"moejax: the evaluation is not finite at {problem}", file=sys.stderr)
-        return FAILED
-    short = args.summary or (sys.stdout.isatty() and not args.json)
-    print("\n".join(_lines(row, args.workdir, loaded.config)) if short else json.dumps(row))
-    return 0
-
-
-def _lines(row: dict[str, Any], workdir: str, config: Any) -> list[str]:
-    """What matters of a held-out row, to be read; of other text than the run's, no baselines."""
-    saved = read_config(Path(workdir))
-    unit, loss = units.loss_unit(saved), row["loss"]
-    bits = [f"{row['bits_per_byte']:.4f} bits/byte"] if "bits_per_byte" in row else []
-    said = [("held-out loss", "  ".join([f"{loss:.4f} {unit}", *bits, f"at step {row['step']}"]))]
-    own_data = to_dict(config)["data"] == saved["config"]["data"]
-    for name, value in saved.get("baselines", {}).items() if own_data else ():
-        side = "above" if value > loss else "below"
-        said.append(
-            (f"  {name}", f"{value:.4f} {unit}  {abs(value - loss):.4f} {side} the model's")
-        )
-    if "accuracy" in row:
-        said.append(("accuracy", f"{row['accuracy']:.2%}"))
-    if "moe/drop_rate" in row:
-        transport = config.moe.get("eval_transport", "")
-        said += [
-            ("drops", f"{row['moe/drop_rate']:.2%} of pairs, here in evaluation ({transport})"),
-            ("balance", f"busiest expert at {1 + row['moe/max_vio']:.2f}x the mean load"),
-        ]
-    if row.get("leak"):
-        said.append(("leaks", row["leak"]))
-    if "leak/nats_per_token" in row:
-        said.append(("measured leak", f"{row['leak/nats_per_token']:.4f} {unit}"))
-    said.append(("more", "--json prints every number"))
-    return [f"{name:<14}  {text}" for name, text in said]

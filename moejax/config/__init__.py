@@ -56,7 +56,7 @@ MAY_CHANGE = tuple(name for name, field in FIELDS.items() if field.may_change)
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A config with where it came from; ``file_config`` is the page's, before the overrides."""
+    """A config with its origin; ``file_config`` is the page's, before the overrides."""
 
     config: Config
     file_config: Config
@@ -65,7 +65,7 @@ class Loaded:
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Loaded:
-    """Reads a config and applies overrides; nothing semantic is checked (see ``validate``).
+    """Read a config and apply overrides, without semantic checks (see ``validate``).
 
     Args:
       source: ``path.py[:arg]``, ``package.module[:arg]``, a workdir, or its config.json.

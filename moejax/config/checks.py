@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moejax.config.build import gate_message, make_gate, moe_config, stack_options
 from moejax.config.saved import holds_run
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.config.tree import Config, get_field, table_of
 from moejax.dispatch import without_slots
 from moejax.errors import UserError, suggest
@@ -139,7 +139,7 @@ def _check_groups(config: Config, choices: MoEConfig, mesh: Mapping[str, int], g
         raise UserError(
             f"moe.group=batch does not go with {cause}, whose slots are on one device; use {cure}"
         )
-    accum, per_row = config.train.grad_accum, TASKS[config.task.name].sequences_per_row
+    accum, per_row = config.train.grad_accum, task_entry(config.task.name).sequences_per_row
     sequences = config.train.batch_size // accum * per_row
     rows = choices.rows_per_group(sequences)
 

@@ -12,7 +12,7 @@ from moejax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags in full only; a mistake is a UserError, and an unknown flag gets the nearest one."""
+    """A parser without abbreviations; a mistake is a UserError that names the nearest flag."""
 
     def __init__(self, **options: object) -> None:
         self.flags: list[str] = []
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_flag(word: str, command: Parser) -> None:
-    """Raises UserError, with the nearest flag, unless ``--name[=value]`` is one of the command."""
+    """Raise UserError with the nearest flag unless ``--name[=value]`` belongs to the command."""
     name, equals, value = word.partition("=")
     if name in command.flags:
         return
@@ -47,10 +47,10 @@ def check_flag(word: str, command: Parser) -> None:
 
 
 def workdir(text: str) -> str:
-    """What ``--workdir`` names: a folder, old or new. ``~`` is the home folder.
+    """The folder that ``--workdir`` names, new or existing. ``~`` is the home folder.
 
     Raises:
-      UserError: it is empty, a file or below one, too long, not UTF-8, or cannot be looked at.
+      UserError: it is empty, a file or below one, too long, not UTF-8, or inaccessible.
     """
     path, problem = os.path.expanduser(text), "" if text else "is empty"
     problem = problem or not_text(path)
@@ -67,7 +67,7 @@ def workdir(text: str) -> str:
 
 
 def not_text(path: str) -> str:
-    """What is wrong with a path that holds bytes which are no UTF-8; empty if it holds none.
+    """The problem with a path that is not UTF-8; empty if it is.
 
     Such names exist on disks written under Latin-1. What writes checkpoints cannot take them.
     """
@@ -85,3 +85,8 @@ Every config field can be overridden, before or after the other flags, with
 The value is read as the type of the field's default. --config.moe.gate.name=NAME
 also brings the gate's own fields, which can be set in the same command.
 `moejax config` lists all fields."""
+
+CONFIG_HELP = (
+    "a built-in page (lm, vit, multitask, multimodal), path.py, package.module or the workdir of a "
+    "run; :key=value,key=value after a page is its argument"
+)

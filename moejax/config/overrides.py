@@ -33,7 +33,7 @@ _EXPECTED = {
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a command line into its overrides, each as ``--config.field=value``, and the rest.
+    """Split a command line into its overrides, each as ``--config.field=value``, and the rest.
 
     ``--config.field value`` in two words is joined.
 
@@ -55,7 +55,7 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Sets the fields that overrides name, in order; ``moe.gate.name`` comes before all others.
+    """Set the fields that overrides name, in order, but ``moe.gate.name`` first.
 
     A new gate brings its own fields and its preset; what else is overridden is set afterwards and
     wins. Naming the gate that the config already has changes nothing.
@@ -90,7 +90,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:
-    """``text`` as a value of the type of ``default``.
+    """Parse ``text`` as a value of the type of ``default``.
 
     Raises:
       UserError: naming the field, the text and the type expected.
@@ -169,8 +169,7 @@ def unknown_field(name: str, table: Mapping[str, Field], config: Config) -> str:
 
 
 def _nearest(name: str, table: Mapping[str, Field]) -> str:
-    """The field most like ``name``: by its own last part in any section, by what others call it,
-    else by the whole."""
+    """The field closest to ``name``: by its last part in any section, a synonym, or as a whole."""
     return known_as(name, table) or next(iter(difflib.get_close_matches(name, table, n=1)), "")
 
 
@@ -236,7 +235,7 @@ SYNONYMS: dict[str, str] = {
     "data.eval_fraction": "val_fraction valid_fraction test_size val_split split_fraction",
     "report.compile_cache": "cache compilation_cache",
 }
-"""What fields are called elsewhere."""
+"""Names of the fields in other frameworks."""
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> Any:
@@ -279,7 +278,7 @@ def choose(name: str, value: str, options: Mapping[str, Any]) -> Any:
 
 
 def check_fields(config: Config, flat: Mapping[str, Any], origin: str, remedy: str) -> None:
-    """Checks that a config has every field of the table, no other, and values of their types.
+    """Check that a config has exactly the fields of the table, with values of their types.
 
     Raises:
       UserError: naming ``origin`` and the first field that is wrong, with ``remedy`` if missing.

@@ -1,8 +1,7 @@
-"""What a workdir says of its run: config.json, and the manifests of its checkpoints.
+"""The only reader and the only writer of config.json, and the names of a run's other files.
 
-Every checkpoint holds the whole of config.json as well, so that neither is needed to read the
-other. Here are the only reader and the only writer of config.json, and the names of what else a
-run keeps.
+Every checkpoint holds the whole of config.json as well, so that either can be read without the
+other.
 """
 
 import json
@@ -19,7 +18,10 @@ CONFIG, METRICS, TIMINGS = "config.json", "metrics.jsonl", "timings.jsonl"
 CHECKPOINTS, SAVED = "checkpoints", "saved.json"
 
 RUN = ("config", "fingerprint", "baselines")
-"""Without these in config.json a run cannot go on."""
+"""The entries of config.json that resuming needs."""
+
+Entry = dict[str, Any]
+"""An entry of a run's history."""
 
 _TYPES: dict[str, type] = {
     "id": str,
@@ -35,37 +37,37 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("devices", "text", "evaluated"), dict),
     **dict.fromkeys(("history", "overrides"), list),
 }
-"""Types of the entries that config.json may hold besides the config."""
+"""Types of the entries that config.json may hold besides the config. ``commit`` may be null."""
 
 _NUMBERS = ("baselines", "parameters", "flops", "memory")
 _UNITS = {"item": str, "loss": str, "tokens_per_row": int, "items_per_row": int}
 
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
 def read_config(workdir: Path, needs: tuple[str, ...] = RUN) -> dict[str, Any]:
     """The workdir's config.json, or a file like it; its config with the fields of this version.
 
-    If there is none that can be read, what the newest checkpoint has of it, with a line on stderr.
+    If it cannot be read, the copy in the newest checkpoint is returned, with a line on stderr.
 
     Raises:
-      UserError: there is neither, it has not what it ``needs``, or a newer version wrote it.
+      UserError: there is neither, an entry in ``needs`` is missing, or a newer version wrote it.
     """
-    of_its_own = workdir.suffix == ".json" and not workdir.is_dir()
-    path = workdir if of_its_own else workdir / CONFIG
+    is_file = workdir.suffix == ".json" and not workdir.is_dir()
+    path = workdir if is_file else workdir / CONFIG
     try:
         saved = _read(path, needs)
     except UserError:
-        found = _from_checkpoint(path.parent) if path.name == CONFIG else None
-        if found is None:
+        copy = _from_checkpoint(path.parent) if path.name == CONFIG else None
+        if copy is None:
             raise
-        step, saved = found
-        say(f"{path} is missing or damaged; it is taken from checkpoint {step}")
+        step, saved = copy
+        say_once(f"{path} is missing or damaged; it is taken from checkpoint {step}")
     return of_this_version(saved, str(path))
 
 
 def of_this_version(saved: dict[str, Any], origin: str) -> dict[str, Any]:
-    """What was saved, its config with the fields of this version.
+    """The saved content, its config with the fields of this version.
 
     Raises:
       UserError: a newer version wrote it.
@@ -74,12 +76,12 @@ def of_this_version(saved: dict[str, Any], origin: str) -> dict[str, Any]:
     config, added = migrated(saved["config"], schema, origin)
     if added and schema == SCHEMA:
         values = _values(config, added)
-        say(f"{origin} lacks {values}, which is taken for it")
+        say_once(f"{origin} lacks fields, for which this is used: {values}")
     return {**saved, "schema": SCHEMA, "config": config}
 
 
 def _values(config: dict[str, Any], names: list[str]) -> str:
-    """``a.b=1, a.c=2``."""
+    """The fields as text: ``a.b=1, a.c=2``."""
     shown = []
     for name in names:
         value: Any = config
@@ -95,7 +97,7 @@ def write_config(folder: Path, content: dict[str, Any]) -> None:
 
 
 def is_readable(folder: Path) -> bool:
-    """Whether config.json is there and what a run writes."""
+    """True if config.json is there and intact."""
     try:
         _read(folder / CONFIG, RUN)
     except UserError:
@@ -104,7 +106,7 @@ def is_readable(folder: Path) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has a config.json, or a checkpoint to take it from."""
+    """True if a folder has a config.json, or a checkpoint to take it from."""
     return (folder / CONFIG).is_file() or _from_checkpoint(folder) is not None
 
 
@@ -125,16 +127,16 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any] | None:
 
 
 def manifest_metas(folder: Path) -> dict[int, dict[str, Any]]:
-    """What a workdir's checkpoints were saved with, by step, the newest first."""
-    directory, found = folder / CHECKPOINTS, {}
+    """The meta that each checkpoint of a workdir was saved with, by step, the newest first."""
+    directory, metas = folder / CHECKPOINTS, {}
     for step in reversed(committed_steps(directory)):
         manifest = read_manifest(directory, step)
         if manifest is not None and isinstance(manifest.get("meta"), dict):
-            found[step] = manifest["meta"]
-    return found
+            metas[step] = manifest["meta"]
+    return metas
 
 
-# ---------------------------------------------------------------- what has happened to the run
+# ---------------------------------------------------------------- history
 
 
 def noted_steps(folder: Path) -> list[int]:
@@ -145,8 +147,8 @@ def noted_steps(folder: Path) -> list[int]:
         return []
 
 
-def told(entry: dict[str, Any]) -> str:
-    """An entry of the history in words."""
+def entry_text(entry: Entry) -> str:
+    """A line of text for an entry of the history."""
     if "field" in entry:
         return f"step {entry['step']}: {entry['field']} from {entry['old']} to {entry['new']}"
     if "log" in entry:
@@ -155,11 +157,13 @@ def told(entry: dict[str, Any]) -> str:
         return f"up to step {entry['step']}: {what} in {entry['log']}"
     if "missing" in entry:
         return f"step {entry['step']}: {entry['missing']} was missing"
-    return "started again at step 0, without the checkpoints of the first time"
+    return "restarted at step 0, after its checkpoints were lost"
 
 
-def stand_for(steps: Sequence[int], known: dict[str, Any], field: str) -> list[int]:
-    """How many steps each logged one speaks for: those since the row before, if none is missing.
+def steps_per_row(steps: Sequence[int], known: dict[str, Any], field: str) -> list[int]:
+    """The number of steps that each logged row represents: those since the row before it.
+
+    Fewer where rows between the two are missing.
 
     ``field``: the interval of the rows, ``train.log_every`` or ``train.eval_every``.
     """
@@ -170,21 +174,21 @@ def stand_for(steps: Sequence[int], known: dict[str, Any], field: str) -> list[i
     ]
 
 
-def missing(
+def missing_steps(
     steps: Sequence[int], known: dict[str, Any], field: str, upto: int
 ) -> list[tuple[int, int]]:
-    """First and last of the steps for which no row speaks, by stretches, until the step ``upto``.
+    """The ranges of steps, first and last, that no row represents, until the step ``upto``.
 
-    See `stand_for`.
+    See `steps_per_row`.
     """
-    found, since = [], 0
-    for step, own in zip(steps, stand_for(steps, known, field), strict=True):
+    ranges, since = [], 0
+    for step, own in zip(steps, steps_per_row(steps, known, field), strict=True):
         if step - since > own:
-            found.append((since + 1, step - own))
+            ranges.append((since + 1, step - own))
         since = step
     if upto - since >= _largest(known, field, since, upto):
-        found.append((since + 1, upto))
-    return found
+        ranges.append((since + 1, upto))
+    return ranges
 
 
 def first_value(known: dict[str, Any], field: str) -> Any:
@@ -217,7 +221,7 @@ def _read(path: Path, needs: tuple[str, ...]) -> dict[str, Any]:
     except OSError as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"{path} {what}: is {path.parent} the workdir of a run?") from None
-    except ValueError as error:  # also bytes that are no text
+    except ValueError as error:  # or bytes that are not text
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it or use another --workdir"
         ) from error
@@ -231,9 +235,10 @@ def _read(path: Path, needs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _misshapen(saved: dict[str, Any]) -> str:
-    """A sentence on the first value in config.json that no run writes; "" if there is none."""
+    """A sentence about the first value in config.json that no run writes; "" if there is none."""
     for name, kind in _TYPES.items():
-        if name in saved and not isinstance(saved[name], kind):
+        unknown = name == "commit" and saved.get(name) is None  # a run without git
+        if name in saved and not unknown and not isinstance(saved[name], kind):
             return f"{name}={json.dumps(saved[name])[:80]} must be of type {kind.__name__}"
     for name in _NUMBERS:
         if not _are_numbers(saved.get(name, {})):
@@ -242,20 +247,20 @@ def _misshapen(saved: dict[str, Any]) -> str:
     if any(type(units[name]) is not kind for name, kind in _UNITS.items() if name in units):
         return f"units={json.dumps(units)[:80]} holds a value that no run writes"
     for entry in saved.get("history", ()):
-        if not (isinstance(entry, dict) and type(entry.get("step")) is int and _is_told(entry)):
+        if not (isinstance(entry, dict) and type(entry.get("step")) is int and _is_entry(entry)):
             return f"history has {json.dumps(entry)[:80]}, which no run writes"
     return misfit(saved["config"])
 
 
-def _are_numbers(found: Any) -> bool:
-    """Whether a value is a number, or a mapping of such."""
-    if isinstance(found, dict):
-        return all(map(_are_numbers, found.values()))
-    return type(found) in (int, float)
+def _are_numbers(value: Any) -> bool:
+    """True if a value is a number, or a nested mapping of numbers."""
+    if isinstance(value, dict):
+        return all(map(_are_numbers, value.values()))
+    return type(value) in (int, float)
 
 
-def _is_told(entry: dict[str, Any]) -> bool:
-    """Whether an entry of the history is of a kind that `told` knows, with what it needs."""
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """True if an entry of the history is of a kind that `entry_text` knows, with all its keys."""
     kinds = ({"field", "old", "new"}, {"log", "rows_missing", "rows"}, {"missing"}, {"restarted"})
     return any(kind <= entry.keys() for kind in kinds)
 
@@ -267,8 +272,8 @@ def _from_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def say(line: str) -> None:
-    """Once a process: several readers may read the same file."""
-    if line not in _said:
-        _said.add(line)
+def say_once(line: str) -> None:
+    """Prints a line on stderr, once per process: several readers may read the same file."""
+    if line not in _printed:
+        _printed.add(line)
         print(f"moejax: {line}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Settings of JAX that results depend on: a run has its own, whatever the environment says.
+"""JAX settings that results depend on: a run fixes them, whatever the environment says.
 
-JAX takes them from environment variables (``JAX_DEFAULT_PRNG_IMPL``) and from ``jax.config``, where
-nobody sees them afterwards. Those that change what a program means are fixed here or are a field of
-the config; variables that change how it is compiled are recorded in config.json.
+JAX takes them from environment variables (``JAX_DEFAULT_PRNG_IMPL``) and from ``jax.config``, and
+nothing records them. Settings that change the meaning of a program are fixed here or are a field of
+the config; variables that change its compilation are recorded in config.json.
 """
 
 import enum
@@ -43,38 +43,38 @@ FIXED: dict[str, Any] = {
     "jax_transfer_guard_device_to_host": None,
     "jax_transfer_guard": None,  # which sets all three
 }
-"""JAX's own defaults, by name. Random numbers, element types, how arrays may be combined; then what
-keeps a run from being traced, compiled and executed as it is written: switches for finding faults
-in other programs, and parts of JAX that are not finished."""
+"""JAX's own defaults, by name: random numbers, element types, rules for combining arrays; then
+settings under which a run would not be traced, compiled and executed as written (debugging
+switches, and unfinished parts of JAX)."""
 
 PRECISION = "jax_default_matmul_precision"
-"""Is ``model.matmul_precision``."""
+"""The setting for ``model.matmul_precision``."""
 
 _PREFIXES = ("JAX_", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "FLAX_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_",
              "CUDNN_", "TF_CUDNN_", "OMP_NUM_THREADS")  # fmt: skip
-_OTHER_MATTERS = ("JAX_PLATFORM", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JAX_LOG",
+_IRRELEVANT = ("JAX_PLATFORM", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JAX_LOG",
                   "JAX_DUMP", "JAX_ENABLE_COMPILATION_CACHE", "JAX_NUM_CPU_DEVICES",
                   "JAX_TRACEBACK", "JAX_COORDINATOR", "JAX_LOCAL_DEVICE_IDS", "JAX_NUM_PROCESSES",
                   "JAX_PROCESS_")  # fmt: skip
-"""Beginnings of names of variables that JAX reads, and that change no number of a run."""
+"""Beginnings of names of variables that JAX reads and that change no number of a run."""
 
 
 def fix(config: Config | None = None) -> None:
-    """Sets what results depend on, in this process; says which settings have no effect thereby.
+    """Fixes the settings of this process; warns about each that had another value.
 
-    Before anything is traced. Without a config matmuls have the precision of the platform.
+    Call it before anything is traced. Without a config, matmuls have the platform's precision.
     """
     wanted = FIXED | {PRECISION: _precision(config)}
     for name, value in wanted.items():
-        if not hasattr(jax.config, name):  # of a later version of JAX
+        if not hasattr(jax.config, name):  # of another version of JAX
             continue
-        found = getattr(jax.config, name)
-        found = found.name.lower() if isinstance(found, enum.Enum) else found
-        if found == value:
+        present = getattr(jax.config, name)
+        present = present.name.lower() if isinstance(present, enum.Enum) else present
+        if present == value:
             continue
         remedy = "; set model.matmul_precision" if name == PRECISION else ""
         print(
-            f"moejax: warning: {name.upper()}={found} has no effect: a run always has "
+            f"moejax: warning: {name.upper()}={present} has no effect: a run always has "
             f"{'the default' if value is None else value}{remedy}",
             file=sys.stderr,
         )
@@ -87,25 +87,25 @@ def _precision(config: Config | None) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """The variables that are set and may change how a run's programs round."""
+    """The environment variables that are set and may change the rounding of a run's programs."""
     fixed = {name.upper() for name in (*FIXED, PRECISION)}
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_PREFIXES) and not name.startswith(_OTHER_MATTERS) and name not in fixed
+        if name.startswith(_PREFIXES) and not name.startswith(_IRRELEVANT) and name not in fixed
     }
 
 
-def say_changes(saved: Mapping[str, Any]) -> None:
-    """Says a line for each variable of which the run with this config.json had another value."""
-    if "environment" not in saved:  # of a run from before it was recorded
+def warn_of_changes(saved: Mapping[str, Any]) -> None:
+    """Prints a line for each variable that had another value when this config.json was written."""
+    if "environment" not in saved:  # a run older than this entry
         return
     before, now = saved["environment"], environment()
     for name in sorted(before | now):
         if before.get(name, "") != now.get(name, ""):
             print(
                 f"moejax: warning: {name}={now.get(name, '')!r} here and {before.get(name, '')!r} "
-                "when the run was started; programs may be compiled otherwise and numbers rounded "
-                "otherwise",
+                "when the run was started; programs may be compiled differently and numbers "
+                "rounded differently",
                 file=sys.stderr,
             )

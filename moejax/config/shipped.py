@@ -10,12 +10,12 @@ FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def pages() -> dict[str, Path]:
-    """Every page that is there, by name."""
+    """Every existing page by name."""
     folder = next((folder for folder in FOLDERS if (folder / "lm.py").is_file()), None)
     return {} if folder is None else {page.stem: page for page in sorted(folder.glob("[!_]*.py"))}
 
 
 def path_of(name: str) -> str | None:
-    """The file of the page called ``name``; None where none is called so."""
+    """The file of the page called ``name``; None if there is none."""
     page = pages().get(name)
     return None if page is None else str(page)

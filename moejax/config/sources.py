@@ -1,4 +1,4 @@
-"""Where a config comes from: a page (a file or module with ``get_config``) or a finished run."""
+"""Sources of configs: pages (files or modules with ``get_config``) and finished runs."""
 
 import contextlib
 import dataclasses
@@ -51,8 +51,10 @@ def read(source: str) -> Config:
 
 
 def is_workdir(source: str) -> bool:
-    """Whether ``source`` is a folder or a config.json. A page's name is a folder's only if that is
-    the workdir of a run."""
+    """Whether ``source`` is a folder or a config.json.
+
+    A folder with the name of a page counts only if it is the workdir of a run.
+    """
     if os.path.isdir(source) and shipped.path_of(source):
         return os.path.exists(os.path.join(source, "config.json"))
     return os.path.isdir(source) or source.endswith(".json")
@@ -102,8 +104,10 @@ def open_page(source: str) -> Page | None:
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """The name of a page and the argument that follows it. Which colon is between them is told by
-    the file or folder that is there: these may have colons in their names."""
+    """The name of a page and the argument that follows it.
+
+    Names of files may have colons: the file or folder that exists decides which one separates.
+    """
     colons = [at for at, letter in enumerate(source) if letter == ":"]
     for is_there in (os.path.isfile, os.path.isdir):
         for at in [len(source), *reversed(colons)]:
@@ -139,7 +143,7 @@ def _run_file(path: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _own_imports(path: str) -> Iterator[None]:
-    """Inside, a page may import from the packages that its own file is in, whatever the folder."""
+    """While entered, a page may import from the packages that contain its file."""
     finder = _Above(Path(path).absolute())
     sys.meta_path.append(finder)
     try:
@@ -149,7 +153,7 @@ def _own_imports(path: str) -> Iterator[None]:
 
 
 class _Above(importlib.abc.MetaPathFinder):
-    """Finds, after everything else, the folders above a file as packages, the nearest first.
+    """Find the folders above a file as packages, after everything else, the nearest first.
 
     No other names: a folder beside them, say of results, is no package.
     """
@@ -196,7 +200,7 @@ def _call_get_config(page: Page) -> Config:
 
 
 def _guard(path: str, run: Callable[[], Any]) -> Any:
-    """Runs the user's code; what it raises becomes one line with the file and the line."""
+    """Run the user's code; its exceptions become one line with the file and the line number."""
     try:
         return run()
     except UserError:

@@ -13,8 +13,8 @@ import numpy as np
 from moejax import gating
 from moejax.config.field import Field
 from moejax.config.table import DEFAULT_GATE, FIELDS
-from moejax.config.tasks import LANGUAGE, TASKS
-from moejax.errors import UserError, suggest
+from moejax.config.tasks import LANGUAGE, task_entry
+from moejax.errors import UserError
 
 
 class Config(ml_collections.ConfigDict):
@@ -46,9 +46,7 @@ def fields_for(gate: str, task: str) -> dict[str, Field]:
     Raises:
       UserError: unknown task or gate, or a gate with a field that has no typed default.
     """
-    if task not in TASKS:
-        raise UserError(f"task.name={task!r} is unknown; {suggest(task, TASKS)}")
-    entry = TASKS[task]
+    entry = task_entry(task)
     table = {}
     for name, field in FIELDS.items():
         if not entry.has(name):
@@ -56,6 +54,8 @@ def fields_for(gate: str, task: str) -> dict[str, Field]:
         known = {"task.name": task, **entry.defaults}
         table[name] = dataclasses.replace(field, default=known.get(name, field.default))
         if name == "task.name":
+            if task not in field.choices:  # a task outside the package
+                table[name] = dataclasses.replace(table[name], choices=())
             table |= {f"task.{own}": field for own, field in entry.fields.items()}
         if name == "moe.gate.name":
             table |= _gate_fields(gate)

@@ -1,8 +1,8 @@
-"""Configs that older versions wrote, as this one reads them.
+"""Reading configs that older versions wrote.
 
-Saved configs carry the number of their schema. Whoever adds, renames or removes a field raises
-`SCHEMA` by one. A config that lacks an added field gets the field's ``before``, or its default,
-which then has to mean what the program did without the field. `CHANGES` has the rest.
+Saved configs carry the number of their schema. Adding, renaming or removing a field raises `SCHEMA`
+by one. A config that lacks an added field gets the field's ``before``, or its default, which must
+then mean what the program did without the field. `CHANGES` lists renamed and removed fields.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 
 from moejax.config.field import HUGE, Field
 from moejax.config.table import FIELDS
-from moejax.config.tasks import LANGUAGE, TASKS
+from moejax.config.tasks import LANGUAGE, task_entry
 from moejax.config.tree import fields_for, flatten, nested
 from moejax.errors import UserError
 
@@ -21,10 +21,10 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A field that got another name, or that is gone.
+    """A field that was renamed or removed.
 
-    ``schema``: the first one without it. ``now``: its name since then; "" if it is gone, which is
-    fine for runs that had it at ``off``.
+    ``schema``: the first one without it. ``now``: its new name; "" if it was removed, which is fine
+    for runs that had it at ``off``.
     """
 
     schema: int
@@ -37,15 +37,15 @@ CHANGES: tuple[Change, ...] = ()
 
 
 def migrated(tree: dict[str, Any], schema: int, origin: str) -> tuple[dict[str, Any], list[str]]:
-    """A saved config with the fields of this version, and the names of those it did not have.
+    """A saved config with the fields of this version, and the names of the fields it lacked.
 
     Args:
-      tree: nested, as ``to_dict`` gave it.
-      schema: the number it was saved with.
+      tree: the nested config, from ``to_dict``.
+      schema: the number that it was saved with.
       origin: the file, for messages.
 
     Raises:
-      UserError: a newer version wrote it, or it uses a field that is gone.
+      UserError: a newer version wrote it, or it uses a removed field.
     """
     if is_newer(schema):
         raise UserError(
@@ -67,20 +67,20 @@ def migrated(tree: dict[str, Any], schema: int, origin: str) -> tuple[dict[str, 
     for name, field in _table(flat).items():
         if name not in flat:
             added[name] = field.default if field.before is None else field.before
-    if schema == 0 and "task" not in tree:  # from before there were tasks: all were of text
+    if schema == 0 and "task" not in tree:  # older than tasks: all were of text
         added["task.name"] = LANGUAGE
     return nested({**flat, **added}), list(added)
 
 
 def is_newer(schema: Any) -> bool:
-    """Whether a number of a schema is of no version up to this one."""
+    """True if no version up to this one has this schema."""
     return type(schema) is not int or schema > SCHEMA
 
 
 def misfit(tree: dict[str, Any]) -> str:
-    """The first field of a saved config with a value that it cannot have; "" if there is none.
+    """The first field of a saved config with an impossible value; "" if there is none.
 
-    Fields that are unknown or missing are not its business: another version may have written it.
+    Unknown and missing fields are ignored, since another version may have written the config.
     """
     flat = flatten(tree)
     for name in ("task.name", "moe.gate.name"):
@@ -96,7 +96,7 @@ def misfit(tree: dict[str, Any]) -> str:
 
 
 def _fits(value: Any, field: Field) -> bool:
-    """Whether a value from JSON, which knows no tuples and writes 1.0 as 1, may be the field's."""
+    """True if the field may have a value from JSON, which has no tuples and writes 1.0 as 1."""
     if field.type is tuple:
         return isinstance(value, list | tuple)
     if field.type is float:
@@ -105,11 +105,14 @@ def _fits(value: Any, field: Field) -> bool:
 
 
 def _table(flat: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a saved config; without those of a gate that cannot be imported here."""
+    """The fields of a saved config, without those of a gate that cannot be imported here."""
     gate, task = flat.get("moe.gate.name", ""), flat.get("task.name", LANGUAGE)
     try:
         return fields_for(gate, task)
     except UserError:
-        if task not in TASKS:
-            return {}
-        return {name: field for name, field in FIELDS.items() if TASKS[task].has(name)}
+        pass
+    try:
+        entry = task_entry(task)
+    except UserError:
+        return {}
+    return {name: field for name, field in FIELDS.items() if entry.has(name)}

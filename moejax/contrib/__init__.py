@@ -1,1 +1,1 @@
-"""Tasks and studies beyond the library's core, under the same contracts and tests."""
+"""Tasks and studies outside the core of the library, under the same contracts and tests."""

@@ -1,16 +1,16 @@
-"""Held-out loss of bigram and trigram models: what a network must beat to have learned anything.
+"""Held-out loss of bigram and trigram models, which a network must beat to have learned anything.
 
-The loss is of the very targets that an evaluation sees, each from what the network is given: the
-tokens before it in its own row.
+The loss is computed on the targets of an evaluation, each predicted from the network's own input:
+the tokens before it in its row.
 
 Interpolated Witten-Bell smoothing (Bell, Cleary, Witten 1990, "Text Compression", method C; Chen
-and Goodman 1999, section 2.4). With c(h) occurrences of the context h and t(h) distinct tokens seen
+and Goodman 1999, section 2.4). With c(h) occurrences of the context h and t(h) distinct tokens
 after it,
 
     p(w | h) = (c(h, w) + t(h) p(w | h')) / (c(h) + t(h)),
 
 where h' drops the oldest token of h, the empty context backs off to the uniform distribution over
-the vocabulary, and an unseen context passes on p(w | h') unchanged. Each p(. | h) sums to one.
+the vocabulary, and an unseen context uses p(w | h') unchanged. Each p(. | h) sums to one.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ _MAX_VOCAB = 1 << 21  # three ids fit in 63 bits
 
 @dataclasses.dataclass(frozen=True)
 class _Order:
-    """Counts of one order: n-grams (context, then token) and contexts, each as sorted keys."""
+    """Counts of n-grams (context, then token) and contexts of one order, with sorted keys."""
 
     gram_keys: np.ndarray
     gram_counts: np.ndarray
     context_keys: np.ndarray
     context_counts: np.ndarray
-    context_types: np.ndarray  # distinct tokens seen after the context
+    context_types: np.ndarray  # distinct tokens after the context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +41,9 @@ class NgramModel:
     orders: tuple[_Order, ...]
 
     def log_probs(self, tokens_N: Integer[np.ndarray, "*N"]) -> tuple[Float[np.ndarray, "*N"], ...]:
-        """Natural log-probability of each token after the ones before it, for every order.
+        """Natural log-probability of each token given the tokens before it, for every order.
 
-        Element n uses at most n previous tokens along the last axis; the first tokens use those
-        there are.
+        Element n uses at most n previous tokens along the last axis, fewer at the beginning.
         """
         probability = np.full(tokens_N.shape, 1.0 / self.vocab_size)
         result = []
@@ -59,7 +58,7 @@ class NgramModel:
 
 
 def fit_ngrams(tokens_N: Integer[np.ndarray, " N"], vocab_size: int, context: int) -> NgramModel:
-    """Counts n-grams with up to `context` (0, 1 or 2) previous tokens."""
+    """Count n-grams with up to `context` (0, 1 or 2) previous tokens."""
     if not 0 <= context <= 2 or not 1 <= vocab_size <= _MAX_VOCAB:
         raise ValueError(f"context {context}, vocab_size {vocab_size}: out of range")
     orders = (_count(tokens_N, vocab_size, n) for n in range(context + 1))
@@ -67,7 +66,7 @@ def fit_ngrams(tokens_N: Integer[np.ndarray, " N"], vocab_size: int, context: in
 
 
 def _keys(tokens_N: np.ndarray, vocab_size: int, context: int) -> np.ndarray:
-    """One integer per n-gram; dividing it by the vocabulary size gives the context's."""
+    """One integer per n-gram; divided by the vocabulary size it is the key of the context."""
     dtype = (
         np.uint32 if vocab_size ** (context + 1) <= 1 << 32 else np.uint64
     )  # narrow sorts faster
@@ -87,7 +86,7 @@ def _count(tokens_N: np.ndarray, vocab_size: int, context: int) -> _Order:
 
 
 def _look_up(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """`values` of the keys in the sorted `table`; 0 for keys that are not there."""
+    """`values` of the keys in the sorted `table`; 0 for keys that are not in it."""
     if len(table) == 0:
         return np.zeros(keys.shape, dtype=np.int64)
     at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
@@ -96,11 +95,11 @@ def _look_up(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndar
 
 def _interpolate(order: _Order, keys: np.ndarray, vocab_size: int, lower: np.ndarray) -> np.ndarray:
     contexts = keys // vocab_size
-    seen = _look_up(order.gram_keys, keys, order.gram_counts)
+    count = _look_up(order.gram_keys, keys, order.gram_counts)
     total = _look_up(order.context_keys, contexts, order.context_counts)
     types = _look_up(order.context_keys, contexts, order.context_types)
     known = total > 0
-    return np.where(known, (seen + types * lower) / np.where(known, total + types, 1), lower)
+    return np.where(known, (count + types * lower) / np.where(known, total + types, 1), lower)
 
 
 def ngram_baselines(
@@ -112,8 +111,9 @@ def ngram_baselines(
 ) -> dict[str, float]:
     """Loss in nats per token of a bigram and a trigram model fitted on `train_N`.
 
-    `rows` are batches of rows as an evaluation sees them: every token but the first of a row is a
-    target. Of a longer training text, `max_train` tokens in 64 evenly spread stretches are counted.
+    `rows` are the batches of rows of an evaluation: every token except the first of a row is a
+    target. If the training text is longer than `max_train` tokens, n-grams are counted on about
+    that many, in 64 evenly spread stretches.
     """
     model = fit_ngrams(_spread(train_N, max_train), vocab_size, context=2)
     sums, targets = np.zeros(2), 0

@@ -1,8 +1,8 @@
 """The default corpus: the source of the running Python's standard library, without its tests.
 
-About 11 MB of code, comments, docstrings and English that is present wherever Python is, under the
-PSF licence. The text differs between Python versions (and distributions that ship only part of the
-library), so a run records the corpus's fingerprint and compares numbers only where it is equal.
+About 11 MB of code, comments, docstrings and English, available wherever Python is, under the PSF
+licence. The text differs between Python versions (and distributions that ship only a part of the
+library), so a run records the fingerprint of the corpus; compare numbers only where it is equal.
 """
 
 import functools
@@ -29,12 +29,12 @@ def builtin_name() -> str:
 def builtin_documents(root: str = "") -> list[Document]:
     """The `.py` files of the standard library below `root` (default: the running Python's).
 
-    Left out: tests, installed packages, and the files that record how this Python was built, which
-    differ between two builds of one version. Raises UserError if nothing is left.
+    Without tests, installed packages, and the records of how this Python was built, which differ
+    between two builds of one version. Raises UserError if nothing is left.
     """
     root = root or sysconfig.get_path("stdlib")
-    found = list_documents(root, skip_folders=_EXCLUDED_FOLDERS) if os.path.isdir(root) else []
-    documents = [document for document in found if _is_library_source(document.name)]
+    files = list_documents(root, skip_folders=_EXCLUDED_FOLDERS) if os.path.isdir(root) else []
+    documents = [document for document in files if _is_library_source(document.name)]
     if not documents:
         raise UserError(
             f"data.path: this Python ships no library source in {root!r} to train on; "
@@ -46,7 +46,7 @@ def builtin_documents(root: str = "") -> list[Document]:
 @functools.cache
 def builtin_text() -> Related:
     """The documents without near copies, most of which are tables of encodings, and their groups:
-    a package, or files that have much in common, lies on one side of a split."""
+    the files of a package, and files with much in common, stay on one side of a split."""
     return without_copies(builtin_documents())
 
 

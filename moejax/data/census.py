@@ -1,18 +1,19 @@
-"""How many documents do not look like text, counted while they are read."""
+"""Counts of documents that do not look like text, made while they are read."""
 
 import dataclasses
 
 from moejax.data.documents import Piece
 
 CONTROL = bytes(byte for byte in range(32) if byte not in b"\a\b\t\n\v\f\r\x1b") + b"\x7f"
-"""Characters that text has no use for."""
+"""Control characters that do not occur in text."""
 MOST_CONTROL = 0.01
-"""Share of them from which a piece looks binary; NUL, which separates documents, is always said."""
+"""Share of control characters above which a piece looks binary. NUL, which separates documents, is
+always reported."""
 
 
 @dataclasses.dataclass
 class Census:
-    """Documents seen, and those that are not UTF-8 or look binary: a name to each, and a count."""
+    """Documents in all; number and first name of those not in UTF-8, and of binary ones."""
 
     documents: int = 0
     not_utf8: int = 0
@@ -20,8 +21,8 @@ class Census:
     binary: int = 0
     first_binary: str = ""
 
-    def see(self, piece: Piece) -> None:
-        """Counts one piece; the pieces of a document come one after the other."""
+    def add(self, piece: Piece) -> None:
+        """Count one piece; the pieces of a document follow one another."""
         if piece.is_first:
             self.documents += 1
             self._odd: set[str] = set()
@@ -35,19 +36,19 @@ class Census:
 
     def warning(self) -> str:
         """One line for the user; empty if everything looks like text."""
-        said = []
+        parts = []
         if self.not_utf8:
-            said.append(f"{self.not_utf8} are not UTF-8 (the first: {self.first_not_utf8!r})")
+            parts.append(f"{self.not_utf8} are not UTF-8 (the first: {self.first_not_utf8!r})")
         if self.binary:
-            said.append(
+            parts.append(
                 f"{self.binary} hold NUL or many control characters, as binary files and UTF-16 do "
                 f"(the first: {self.first_binary!r})"
             )
-        if not said:
+        if not parts:
             return ""
         return (
-            f"of {self.documents} documents {' and '.join(said)}; their bytes are trained on as "
-            "they are: convert or remove them unless that is meant"
+            f"of {self.documents} documents {' and '.join(parts)}; their bytes are trained on as "
+            "they are: convert or remove them unless that is intended"
         )
 
 

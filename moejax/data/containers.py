@@ -1,8 +1,8 @@
-"""Files that are no text, told by their names and first bytes, so that none is trained on as text.
+"""Files that are not text, recognised by names and first bytes, so that none is trained on as text.
 
-The list names what texts commonly come in (JSON lines, Parquet, archives, arrays of token ids) and
-what commonly lies beside them. A file of a kind that is not listed is read as text; one that does
-not look like text is counted by ``census``.
+The list has the common containers of text (JSON lines, Parquet, archives, arrays of token ids) and
+files that often lie beside them. Every other file is read as text; ``census`` counts those that do
+not look like text.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from moejax.errors import UserError
 
 HEAD = 1 << 16
 LONGEST_LINE = 1 << 24
-"""Of a line of JSON that is looked for in a file without a telling name."""
+"""Bytes of a file read in search of the end of its first line of JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a file looks like, and how its text is got at."""
+    """A format, as a message names it, and the way to get text out of it."""
 
     name: str
     remedy: str
@@ -68,7 +68,7 @@ DATABASE = _records("a database", "with a query")
 MEDIA = Kind("a picture, sound or film", "keep text files only")
 PROGRAM = Kind("a compiled program", "keep text files only")
 
-# Not here: .pt, .so and .ps, which are languages too; their first bytes tell.
+# Without .pt, .so and .ps, which are languages too; their first bytes identify them.
 SUFFIXES: dict[str, Kind] = {
     suffix: kind
     for kind, suffixes in (
@@ -108,7 +108,7 @@ MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"\x1f\x8b", GZIP),
     (0, b"\x28\xb5\x2f\xfd", ZSTD),
     (0, b"\xfd7zXZ\x00", XZ),
-    (4, b"1AY&SY", BZIP2),  # behind the level: the first block's mark
+    (4, b"1AY&SY", BZIP2),  # after the level: the mark of the first block
     (0, b"\x04\x22\x4d\x18", LZ4),
     (0, b"PK\x03\x04", ZIP),
     (0, b"PK\x05\x06", ZIP),
@@ -141,35 +141,35 @@ MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"\xca\xfe\xba\xbe", PROGRAM),
 )
 NEEDS_ZERO = (b'{"', b"ftyp", b"RIFF", b"ORC")
-"""Marks that text may begin with: they count where a byte 0, which text does not hold, is near."""
+"""Marks that text may begin with. They count only near a byte 0, which text does not contain."""
 
 
 def refuse_containers(paths: Sequence[str], field: str) -> None:
-    """Refuses files that are no text.
+    """Refuse files that are not text.
 
     Raises:
-      UserError: naming the first of them; or a file that cannot be read.
+      UserError: a file that is not text, of which the first is named, or that cannot be read.
     """
-    found: list[tuple[str, Kind]] = []
+    refused: list[tuple[str, Kind]] = []
     for path in paths:
         try:
             kind = kind_of(path)
         except OSError as error:
             raise UserError(f"{field}: cannot read {path!r}: {error.strerror}") from error
         if kind:
-            found.append((path, kind))
-    if not found:
+            refused.append((path, kind))
+    if not refused:
         return
-    path, kind = found[0]
-    more = f" (nor are {len(found) - 1} more of {len(paths)} files)" if len(found) > 1 else ""
-    aside = "" if len(paths) == 1 else ", or move what is no text out of the folder"
+    path, kind = refused[0]
+    more = f" (nor are {len(refused) - 1} more of {len(paths)} files)" if len(refused) > 1 else ""
+    aside = "" if len(paths) == 1 else ", or move files that are not text out of the folder"
     raise UserError(
-        f"{field}: {path!r} looks like {kind.name}, which is no text{more}; {kind.remedy}{aside}"
+        f"{field}: {path!r} looks like {kind.name}, which is not text{more}; {kind.remedy}{aside}"
     )
 
 
 def kind_of(path: str) -> Kind | None:
-    """What a file is if it is known not to be text, by its name and its first bytes."""
+    """The format of a file by its name and first bytes; None if it may be text."""
     suffix = os.path.splitext(path)[1].lower().lstrip(".")
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
@@ -178,9 +178,9 @@ def kind_of(path: str) -> Kind | None:
 
 
 def kind_of_bytes(file: io.BufferedIOBase, lists: bool = True) -> Kind | None:
-    """The kind of a file by its first bytes, read from where it stands.
+    """The format of a file by its first bytes, from its current position; None if it may be text.
 
-    ``lists``: whether it may be a JSON list of records, as programs begin too.
+    ``lists``: whether to recognise JSON lists of records, which look like the start of a program.
     """
     head = file.read(HEAD)
     for at, mark, kind in MAGIC:
@@ -197,7 +197,7 @@ def kind_of_bytes(file: io.BufferedIOBase, lists: bool = True) -> Kind | None:
 
 
 def _is_json_lines(head: bytes, file: io.BufferedIOBase) -> bool:
-    """Whether the first line is a JSON object of its own and the next one begins another."""
+    """Whether the first line is a JSON object and the next one begins another."""
     if b"\n" not in head:
         head += file.read(LONGEST_LINE)
     first, _, rest = head.partition(b"\n")

@@ -1,4 +1,4 @@
-"""A corpus: training and held-out tokens with what is needed to interpret losses on them."""
+"""A corpus: training and held-out tokens, and the facts needed to interpret losses on them."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from moejax.data.tokenizer import Tokenizer, encode_documents, encode_sized, loa
 from moejax.errors import UserError
 
 COUNTED = 2**25
-"""Tokens that ``Corpus.token_counts`` looks at."""
+"""Most tokens that ``Corpus.token_counts`` counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,15 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What there is to know of the text besides its tokens.
+    """Facts about the text besides its tokens.
 
     Attributes:
-      split: how the held-out side was chosen, in words.
-      train_documents, heldout_documents, unread_documents: on the two sides, and on neither.
-      copies: near copies that were left out before the split.
-      separator: the token between two documents, as its tokenizer spells it.
-      warning: what does not look like text; empty if everything does.
+      split: the rule that chose the held-out side, in words.
+      train_documents, heldout_documents, unread_documents: numbers of documents on the two sides,
+        and on neither.
+      copies: number of near copies left out before the split.
+      separator: the token between two documents, as the tokenizer spells it.
+      warning: a warning about documents that do not look like text; empty if all do.
     """
 
     split: str = ""
@@ -55,15 +56,15 @@ class Corpus:
     Attributes:
       train_N, heldout_N: token ids, uint16 (vocabularies up to 65536) or uint32.
       vocab_size: ids are below it.
-      heldout_size_M: bytes of text that each held-out token stands for, a separator for one; `x`
-        nats of some targets are `x / ln 2 / (the sum of their sizes)` bits per byte. None where
-        shards of an older version do not say.
+      heldout_size_M: bytes of text that each held-out token encodes, 1 for a separator; `x` nats
+        on some targets are `x / ln 2 / (the sum of their sizes)` bits per byte. None for shards of
+        an older version, which do not record it.
       fingerprint: SHA-256 over vocabulary size and tokens; equal means the same data.
       name: the file, the folder, or e.g. "python-3.11.7-stdlib".
       separator: the token between two documents.
-      facts: what else is known of the text.
-      origin: documents and tokenizer; None where the tokens came from prepared shards.
-      known_overlap: of prepared shards, as it was when they were made.
+      facts: further facts about the text.
+      origin: documents and tokenizer; None if the tokens came from prepared shards.
+      known_overlap: overlap of the sides of prepared shards, computed when they were made.
     """
 
     train_N: UInt[np.ndarray, " N"]
@@ -79,20 +80,20 @@ class Corpus:
 
     @functools.cached_property
     def overlap(self) -> Overlap | None:
-        """What the held-out text shares with the training text; None if it is not known."""
+        """Overlap of the held-out with the training text; None if it is not known."""
         if self.origin is None:
             return self.known_overlap
         return overlap(self.origin.split.train, self.origin.split.heldout)
 
     def token_counts(self, vocab_size: int = 0) -> np.ndarray:
-        """Occurrences of each token in (the first 2^25 tokens of) the training text, int64[V]."""
+        """Occurrences of each token in the first 2^25 tokens of the training text, int64[V]."""
         size, chunk = max(vocab_size, self.vocab_size), 2**20
         parts = (self.train_N[start : start + chunk] for start in range(0, COUNTED, chunk))
         return sum((np.bincount(part, minlength=size) for part in parts), np.zeros(size, np.int64))
 
 
 def load(data_cfg: Any) -> Corpus:
-    """The corpus that a config's `data` section names."""
+    """The corpus named in the `data` section of a config."""
     return load_corpus(
         data_cfg.path,
         data_cfg.tokenizer,
@@ -109,17 +110,17 @@ def load_corpus(
     eval_path: str = "",
     unit: str = "bytes",
 ) -> Corpus:
-    """Loads text and tokenises it, or maps shards made by `moejax data prepare`.
+    """Load text and tokenise it, or map shards made by `moejax data prepare`.
 
     Args:
-      path: a file or folder of text; a folder of prepared shards, whose own tokenizer and split
-        then hold; or empty for the built-in corpus.
+      path: a file or folder of text; a folder of prepared shards, which have their own tokenizer
+        and split; or empty for the built-in corpus.
       tokenizer: a Hugging Face `tokenizers` JSON file; empty for bytes as tokens.
       eval_fraction: share of the text to hold out, in (0, 1).
       eval_path: a file or folder of text to hold out instead.
-      unit: what the share is of; see `open_text`.
+      unit: unit of the share, see `open_text`.
 
-    Raises UserError, naming the field and the path, if there is nothing to read or it is damaged.
+    Raises UserError, naming the field and the path, for missing or damaged data.
     """
     folder = os.path.expanduser(path)
     if path and is_prepared(folder):
@@ -131,20 +132,22 @@ def load_corpus(
                 )
         return _load_prepared(folder)
     text = open_text(path, eval_fraction, eval_path, unit)
-    made = Origin(text.split, load_tokenizer(tokenizer))
+    origin = Origin(text.split, load_tokenizer(tokenizer))
     census = Census()
-    train_N, _ = _joined(encode_documents(made.split.train, made.tokenizer, census))
-    heldout_N, heldout_size_M = _joined(encode_sized(made.split.heldout, made.tokenizer, census))
+    train_N, _ = _joined(encode_documents(origin.split.train, origin.tokenizer, census))
+    heldout_N, heldout_size_M = _joined(
+        encode_sized(origin.split.heldout, origin.tokenizer, census)
+    )
     return Corpus(
         train_N=train_N,
         heldout_N=heldout_N,
-        vocab_size=made.tokenizer.vocab_size,
+        vocab_size=origin.tokenizer.vocab_size,
         heldout_size_M=heldout_size_M,
-        fingerprint=fingerprint(made.tokenizer.vocab_size, train_N, heldout_N),
+        fingerprint=fingerprint(origin.tokenizer.vocab_size, train_N, heldout_N),
         name=text.name,
-        separator=made.tokenizer.separator,
-        facts=facts_of(text, made.tokenizer, census),
-        origin=made,
+        separator=origin.tokenizer.separator,
+        facts=facts_of(text, origin.tokenizer, census),
+        origin=origin,
     )
 
 
@@ -162,19 +165,19 @@ def facts_of(text: Text, tokenizer: Tokenizer, census: Census) -> Facts:
 
 
 def _joined(parts: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and what comes with them, each as one array."""
+    """Tokens and their sizes, each joined to one array."""
     tokens, sizes = zip(*parts, strict=True)
     return np.concatenate(tokens), np.concatenate([np.atleast_1d(size) for size in sizes])
 
 
 def _load_prepared(folder: str) -> Corpus:
-    found = read_shards(folder)
-    index = found.index
+    shards = read_shards(folder)
+    index = shards.index
     return Corpus(
-        train_N=found.train_N,
-        heldout_N=found.heldout_N,
+        train_N=shards.train_N,
+        heldout_N=shards.heldout_N,
         vocab_size=index.vocab_size,
-        heldout_size_M=found.heldout_size_M,
+        heldout_size_M=shards.heldout_size_M,
         fingerprint=index.fingerprint,
         name=index.source,
         separator=index.separator,

@@ -12,7 +12,7 @@ from moejax.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Document:
     """`size` bytes of one file from `start` on; `name` is its path below the corpus folder, with
-    "/", and `field` the one that named the folder."""
+    "/", and `field` the config field that names the folder."""
 
     name: str
     path: str
@@ -36,9 +36,9 @@ class Document:
 
 
 def find_documents(path: str, field: str = "data.path") -> list[Document]:
-    """The documents at or below `path`, as `list_documents` finds them, if all of them are text.
+    """The documents at or below `path` (see `list_documents`), all of which may be text.
 
-    Raises UserError if one is known not to be (see `containers`), and where `list_documents` does.
+    Raises UserError for a file that is not text (see `containers`), and like `list_documents`.
     """
     documents = list_documents(path, field=field)
     refuse_containers([document.path for document in documents], field)
@@ -50,16 +50,16 @@ def list_documents(
 ) -> list[Document]:
     """The non-empty files at or below `path`, sorted by relative path.
 
-    Hidden files and folders (a leading dot) and folders named in `skip_folders` are left out, and
+    Hidden files and folders (a leading dot) and folders named in `skip_folders` are left out;
     links to folders are not followed. Raises UserError if `path` does not exist, is neither file
-    nor folder, holds no bytes, or something in it cannot be read.
+    nor folder, contains no bytes, or has an unreadable file or folder.
     """
     path = os.path.expanduser(path)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            found = _scan(path, "", skip_folders)
-            documents = sorted(found, key=lambda document: os.fsencode(document.name))
+            files = _scan(path, "", skip_folders)
+            documents = sorted(files, key=lambda document: os.fsencode(document.name))
         elif stat.S_ISREG(mode):
             documents = [Document(os.path.basename(path), path, os.stat(path).st_size)]
         else:
@@ -74,7 +74,7 @@ def list_documents(
 
 
 def _scan(root: str, prefix: str, skip_folders: Collection[str]) -> Iterator[Document]:
-    """Regular files below `root`, in any order. A broken link raises OSError, as does no access."""
+    """Regular files below `root`, in any order. Broken links and missing access raise OSError."""
     with os.scandir(os.path.join(root, prefix)) as entries:
         for entry in entries:
             name = prefix + entry.name
@@ -99,7 +99,7 @@ def character_start(data: bytes, at: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stretch of a document, small enough to tokenise at once."""
+    """A part of a document, small enough to tokenise at once."""
 
     document: Document
     data: bytes
@@ -109,7 +109,7 @@ class Piece:
 def pieces(documents: Sequence[Document], max_bytes: int = 1 << 20) -> Iterator[Piece]:
     """The documents in order, cut into pieces of at most `max_bytes`.
 
-    A cut falls after a newline if there is one, else between two UTF-8 characters.
+    A cut falls after a newline if there is one, otherwise between two UTF-8 characters.
     """
     for document in documents:
         data, begin = document.read(), 0

@@ -1,11 +1,11 @@
-"""Which kind of text a byte of Python source is: code, comment, docstring or English.
+"""Labels for the bytes of Python source: code, comment, docstring or English.
 
-The labels of the built-in corpus show what experts specialise in. They are made by two passes of
+The labels of the built-in corpus show the specialisation of experts. They are made by two passes of
 regular expressions. The first finds comments and string literals; nothing else in Python contains
 a "#" or a quote, so this is exact, except for an f-string that reuses its own quote inside a
 replacement field (Python 3.12). The second walks the code with comments blanked and strings masked
-and marks as docstring what Python's grammar says: an unprefixed, raw or unicode string literal that
-is the first statement of a module, class or function (parenthesised ones are taken for code).
+and labels docstrings by Python's grammar: an unprefixed, raw or unicode string literal that is the
+first statement of a module, class or function (parenthesised ones count as code).
 """
 
 import re
@@ -22,8 +22,8 @@ from moejax.errors import UserError
 CODE, COMMENT, DOCSTRING, ENGLISH = range(4)
 NAMES = ("code", "comment", "docstring", "english")
 
-# Possessive quantifiers do not backtrack and a string that nobody closes ends with its line or the
-# text: together, linear time on any input.
+# Possessive quantifiers do not backtrack, and an unclosed string ends with its line or the text:
+# together, linear time on any input.
 _COMMENT_OR_STRING = re.compile(
     rb"""\#[^\r\n]*+
     | \"\"\" [^"\\]*+ (?: (?: \\. | "(?!"") ) [^"\\]*+ )*+ (?:\"\"\"|\\?\Z)
@@ -33,7 +33,7 @@ _COMMENT_OR_STRING = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_MASK = 1  # stands for a byte of a string literal, as a blank does for a comment's
+_MASK = 1  # replaces each byte of a string literal, as a blank replaces those of a comment
 _DEFINITION = re.compile(rb"^[ \t\f]*(?:async[ \t]+)?(?:def|class)\b", re.MULTILINE)
 _BRACKET_OR_COLON = re.compile(rb"[()\[\]{}:]")
 _LAYOUT = re.compile(rb"(?:[ \t\f\r\n]|\\\r?\n)*+")
@@ -46,8 +46,8 @@ def label_bytes(source: bytes, *, strings_are_english: bool = False) -> UInt8[np
     """A label (CODE, COMMENT, DOCSTRING, ENGLISH) for each byte of Python source.
 
     A comment runs from "#" to the end of its line, without the line break. A docstring includes its
-    quotes and prefix. With `strings_are_english`, every other string literal is ENGLISH; otherwise
-    it is CODE. Source that is not valid Python is labelled as far as it can be read.
+    quotes and prefix. Every other string literal is ENGLISH with `strings_are_english`, otherwise
+    CODE. Invalid Python is labelled as far as it can be parsed.
     """
     starts, ends, is_comment = _find_comments_and_strings(source)
     text = np.frombuffer(source, dtype=np.uint8)
@@ -61,11 +61,11 @@ def label_bytes(source: bytes, *, strings_are_english: bool = False) -> UInt8[np
 
 
 def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndarray, " M"]]:
-    """Labels of a corpus's training and held-out tokens, aligned with them.
+    """Labels of the training and the held-out tokens of a corpus, one per token.
 
-    A token of several bytes takes the label of its first; separators are CODE. Works for Python
-    source tokenised as bytes or by a byte-level BPE. Raises UserError for any other corpus and for
-    one whose files have changed since it was loaded.
+    A token of several bytes takes the label of its first byte; separators are CODE. Works for
+    Python source tokenised as bytes or by a byte-level BPE. Raises UserError for any other corpus,
+    and if the files have changed since they were loaded.
     """
     if corpus.origin is None:
         raise UserError(
@@ -79,7 +79,7 @@ def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndar
 
 
 def heldout_labels(corpus: Corpus) -> UInt8[np.ndarray, " M"] | None:
-    """Labels of the held-out tokens, as `token_labels` gives them; None where it gives none."""
+    """Labels of the held-out tokens (see `token_labels`); None for a corpus that has none."""
     origin = corpus.origin
     if origin is None or not origin.tokenizer.is_byte_level:
         return None
@@ -107,7 +107,7 @@ def _stream_labels(
 
 
 def _find_comments_and_strings(source: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, ends and "is a comment" of all comments and string literals (with their prefixes)."""
+    """Starts, ends and "is a comment" flags of all comments and prefixed string literals."""
     spans = [match.span() for match in _COMMENT_OR_STRING.finditer(source)]
     starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
     text = np.frombuffer(b"\0\0\0" + source, dtype=np.uint8)  # three bytes before every start
@@ -127,7 +127,7 @@ _IN_NAME = _byte_set(b"_" + bytes(c for c in range(256) if chr(c).isalnum() or c
 
 
 def _paint(length: int, starts: np.ndarray, ends: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """An array that holds `values[i]` on `starts[i]:ends[i]` and 0 elsewhere."""
+    """An array with `values[i]` at `starts[i]:ends[i]` and 0 elsewhere."""
     change = np.zeros(length + 1, dtype=np.int16)
     change[starts] += values.astype(np.int16)  # spans do not overlap: no index occurs twice
     change[ends] -= values.astype(np.int16)
@@ -160,6 +160,6 @@ def _after_header(masked: bytes, begin: int, limit: int) -> int:
 
 
 def _end(pattern: re.Pattern[bytes], text: bytes, begin: int) -> int:
-    """Where a match of `pattern`, which may be empty, ends."""
+    """The end of a match of `pattern`, which may be empty."""
     match = pattern.match(text, begin)
     return begin if match is None else match.end()

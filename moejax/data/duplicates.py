@@ -1,12 +1,12 @@
-"""Text that occurs twice: near copies among documents, and what two sides of a split share.
+"""Text that occurs twice: near copies among documents, and overlap of the two sides of a split.
 
-Documents are compared by their shingles, as Broder (1997, "On the resemblance and containment of
-documents") does: a document is the set of its windows of 32 bytes, of which those whose hash is 0
-modulo 16 are kept (his sketch V), and the containment of A in B is the share of A's sketch that is
-in B's. Lee et al. (2022, "Deduplicating training data makes language models better", arXiv
-2107.06499) remove near copies the same way, at 0.8, by MinHash of the resemblance; containment also
-finds a short table that a longer one holds. The overlap of two sides is counted on the windows
-themselves, as they do for exact substrings, of 50 bytes.
+Documents are compared by their shingles (Broder 1997, "On the resemblance and containment of
+documents"): a document is the set of its windows of 32 bytes, sampled to those whose hash is 0
+modulo 16 (his sketch V), and the containment of A in B is the share of A's sketch that is in B's.
+Lee et al. (2022, "Deduplicating training data makes language models better", arXiv 2107.06499)
+remove near copies in the same way, at 0.8, by MinHash of the resemblance; containment also finds a
+short table inside a longer one. The overlap of two sides is counted on windows of 50 bytes, as
+theirs on exact substrings.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ SHINGLE, SAMPLED_BITS = 32, 4
 COPY = 0.8
 """Containment from which a document is a near copy."""
 RELATED = 1000
-"""Documents that share about so many shingles belong to one group."""
+"""Number of shared shingles, about, from which two documents belong to one group."""
 WINDOW = 50
 MOST_TRAIN, MOST_HELDOUT = 1 << 27, 1 << 22
-"""Bytes of each side that ``overlap`` compares, at most; of more, evenly spread stretches."""
+"""Most bytes of each side that ``overlap`` compares, in evenly spread stretches of longer text."""
 STRETCH = 1 << 20
 
 _BASE = 0x9E3779B97F4A7C15
@@ -35,23 +35,23 @@ _WORD = 1 << 64
 def window_hashes(text: UInt8[np.ndarray, " N"], width: int) -> UInt64[np.ndarray, " M"]:
     """A hash of every window of `width` bytes: the polynomial of its bytes modulo 2^64.
 
-    Windows of 1, 2, 4, ... bytes are made of two of half the width, and those that `width` is the
-    sum of are joined. The upper bits are the good ones.
+    Hashes of windows of 1, 2, 4, ... bytes combine two of half the width, and those in the binary
+    expansion of `width` are joined. The upper bits are the well-mixed ones.
     """
     power = text.astype(np.uint64) + np.uint64(1)
-    found, done, size = None, 0, 1
+    hashes, done, size = None, 0, 1
     while True:
         if width & size:
-            found = power if found is None else _join(found, power, done, size)
+            hashes = power if hashes is None else _join(hashes, power, done, size)
             done += size
         if done == width:
-            assert found is not None
-            return found
+            assert hashes is not None
+            return hashes
         power, size = _join(power, power, size, size), 2 * size
 
 
 def _join(left: np.ndarray, right: np.ndarray, width: int, right_width: int) -> np.ndarray:
-    """Hashes of windows of `width` bytes and, behind these, `right_width` more."""
+    """Hashes of windows of `width` bytes followed by `right_width` more."""
     count = max(min(len(left), len(right) - width), 0)
     factor = np.uint64(pow(_BASE, right_width, _WORD))
     return left[:count] * factor + right[width : width + count]
@@ -59,9 +59,9 @@ def _join(left: np.ndarray, right: np.ndarray, width: int, right_width: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Related:
-    """Documents without near copies, and a name for the group of each.
+    """Documents without near copies, and the name of the group of each.
 
-    ``copies``: names of the near copies that were left out.
+    ``copies``: names of the near copies left out.
     """
 
     documents: tuple[Document, ...]
@@ -70,11 +70,11 @@ class Related:
 
 
 def without_copies(documents: Sequence[Document]) -> Related:
-    """Leaves out near copies and puts together what belongs together.
+    """Leave out near copies and group related documents.
 
-    A document is a near copy if a larger one (or one of its size with an earlier name) that stays
-    contains 80 % of it. Those that stay and are below the same folder are one group, and so are
-    those that share about 1,000 shingles or more.
+    A document is a near copy if a larger document that is kept (or one of equal size with an
+    earlier name) contains 80 % of it. Kept documents below the same folder are one group, and so
+    are those that share about 1,000 shingles or more.
     """
     shared, sizes = _shared_shingles(documents)
     kept: list[int] = []
@@ -95,8 +95,8 @@ def without_copies(documents: Sequence[Document]) -> Related:
 
 
 def _shared_shingles(documents: Sequence[Document]) -> tuple[Any, np.ndarray]:
-    """How many sampled shingles each two documents share, as a sparse matrix, and each has."""
-    from scipy import sparse  # as slow to import as it is seldom needed
+    """Sampled shingles shared by each pair of documents (a sparse matrix), and of each document."""
+    from scipy import sparse  # slow to import and seldom needed
 
     sketches = [_sketch(document.read()) for document in documents]
     sizes = np.array([len(sketch) for sketch in sketches])
@@ -112,7 +112,7 @@ def _sketch(data: bytes) -> np.ndarray:
 
 
 def _groups(documents: Sequence[Document], shared: Any) -> list[str]:
-    """Each document's group, by the name of its first document."""
+    """The group of each document, by the name of its first document."""
     from scipy import sparse
 
     first_below: dict[str, int] = {}
@@ -130,10 +130,10 @@ def _groups(documents: Sequence[Document], shared: Any) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """The share of held-out bytes that lie in a window of 50 that training has, byte for byte.
+    """The share of held-out bytes inside windows of 50 bytes that occur in the training text.
 
-    ``train_bytes`` and ``heldout_bytes`` were compared. ``complete``: these are all there are. If
-    they are not, more of the training text can only raise the share.
+    ``train_bytes`` and ``heldout_bytes`` were compared. ``complete``: these are all bytes. If they
+    are not, comparing more of the training text can only raise the share.
     """
 
     share: float
@@ -144,29 +144,29 @@ class Overlap:
 
 
 def overlap(train: Sequence[Document], heldout: Sequence[Document]) -> Overlap:
-    """Compares the sides of a split, at most 128 MiB of one with at most 4 MiB of the other."""
+    """Compare the sides of a split: at most 128 MiB of training text, 4 MiB of held-out text."""
     held = [text for text, _ in _stretches(heldout, MOST_HELDOUT, MOST_HELDOUT, 0)]
     hashes = [window_hashes(text, WINDOW) for text in held]
     wanted = np.unique(np.concatenate(hashes))
-    # Most windows of the training text are told apart from the wanted ones by 24 bits of the hash.
+    # 24 bits of the hash suffice to discard most windows of the training text.
     likely = np.zeros(1 << 24, bool)
     likely[wanted >> np.uint64(40)] = True
-    found, train_bytes = [], 0
+    candidates, train_bytes = [], 0
     for text, size in _stretches(train, MOST_TRAIN, STRETCH, WINDOW - 1):
         train_bytes += size
         own = window_hashes(text, WINDOW)
-        found.append(np.unique(own[likely[own >> np.uint64(40)]]))
-    there = np.intersect1d(wanted, np.concatenate(found))
-    covered = sum(_covered(len(x), h, there) for x, h in zip(held, hashes, strict=True))
+        candidates.append(np.unique(own[likely[own >> np.uint64(40)]]))
+    shared = np.intersect1d(wanted, np.concatenate(candidates))
+    covered = sum(_covered(len(x), h, shared) for x, h in zip(held, hashes, strict=True))
     heldout_bytes = sum(map(len, held))
-    every = sum(document.size for document in (*train, *heldout))
-    complete = train_bytes + heldout_bytes == every
+    all_bytes = sum(document.size for document in (*train, *heldout))
+    complete = train_bytes + heldout_bytes == all_bytes
     return Overlap(covered / heldout_bytes, WINDOW, train_bytes, heldout_bytes, complete)
 
 
-def _covered(size: int, hashes: np.ndarray, there: np.ndarray) -> int:
-    """Bytes of a text that lie in a window whose hash is there."""
-    begins = np.flatnonzero(np.isin(hashes, there))
+def _covered(size: int, hashes: np.ndarray, shared: np.ndarray) -> int:
+    """Bytes of a text inside windows whose hash is in ``shared``."""
+    begins = np.flatnonzero(np.isin(hashes, shared))
     change = np.zeros(size + 1, np.int32)
     change[begins] += 1
     change[begins + WINDOW] -= 1
@@ -176,18 +176,18 @@ def _covered(size: int, hashes: np.ndarray, there: np.ndarray) -> int:
 def _stretches(
     documents: Sequence[Document], most: int, stretch: int, beyond: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """All of the documents in stretches; of more than `most` bytes some, evenly spread.
+    """The documents in stretches; of more than `most` bytes, evenly spread stretches.
 
-    Each comes with its size, and with up to `beyond` bytes that follow it in its document.
+    Each is followed by up to `beyond` further bytes of its document and comes with its own size.
     """
     share = min(most / max(sum(document.size for document in documents), 1), 1.0)
-    seen = taken = 0
+    passed = taken = 0
     for document in documents:
         for begin in range(0, document.size, stretch):
             size = min(stretch, document.size - begin)
-            if taken <= share * seen:
+            if taken <= share * passed:
                 taken += size
                 whole = min(size + beyond, document.size - begin)
                 part = dataclasses.replace(document, start=document.start + begin, size=whole)
                 yield np.frombuffer(part.read(), np.uint8), size
-            seen += size
+            passed += size

@@ -32,17 +32,17 @@ from moejax.errors import UserError
 def prepare(
     path: str, tokenizer: str, out_dir: str, eval_fraction: float = 0.05, eval_path: str = ""
 ) -> Index:
-    """Tokenises `path` into the new folder `out_dir`, for `data.path`; returns its index.
+    """Tokenise `path` into the new folder `out_dir`, for `data.path`; return its index.
 
     Args:
       path: a file or folder of text; empty for the built-in corpus.
       tokenizer: a `tokenizers` JSON file; empty for bytes as tokens.
-      out_dir: the folder to make. It may exist if it is empty. It appears complete or not at all.
+      out_dir: the folder to make; it may exist if it is empty. It appears complete or not at all.
       eval_fraction: share of the bytes to hold out, in (0, 1).
       eval_path: a file or folder of text to hold out instead.
 
-    The text is read document by document; one document at a time is held in memory. The shards give
-    the same corpus, with the same fingerprint, as loading the text with the same arguments.
+    The text is read document by document, with one document in memory at a time. The shards are the
+    same corpus, with the same fingerprint, as the text loaded with the same arguments.
     """
     out_dir = os.path.abspath(os.path.expanduser(out_dir))
     if path and is_prepared(os.path.expanduser(path)):

@@ -1,5 +1,5 @@
-"""A tokenised corpus on disk: `train.bin`, `heldout.bin` (little-endian ids), `heldout.bytes` (what
-each held-out token stands for, little-endian uint32) and `index.json`.
+"""A tokenised corpus on disk: `train.bin` and `heldout.bin` (little-endian ids), `heldout.bytes`
+(bytes of text per held-out token, little-endian uint32) and `index.json`.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from moejax.errors import UserError
 
 FORMAT = "moejax tokens 2"
 OLD_FORMAT = "moejax tokens 1"
-"""Without bytes per token, facts and overlap."""
+"""The format without bytes per token, facts and overlap."""
 OLD_DEFAULTS = {"train_bytes": 0, "heldout_bytes": 0, "facts": {}, "overlap": {}}
 INDEX, TRAIN, HELDOUT, SIZES = "index.json", "train.bin", "heldout.bin", "heldout.bytes"
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What `index.json` says about the two shards beside it."""
+    """The content of `index.json`, which describes the two shards beside it."""
 
     dtype: str  # "uint16" or "uint32", little-endian
     vocab_size: int
@@ -39,8 +39,8 @@ class Index:
     source: str  # name of the text: a file or folder, or the built-in corpus
     tokenizer: str  # name of the tokenizer file, or "bytes"
     eval_fraction: float
-    facts: dict  # of `corpus.Facts`
-    overlap: dict  # of `duplicates.Overlap`
+    facts: dict  # fields of `corpus.Facts`
+    overlap: dict  # fields of `duplicates.Overlap`
     format: str = FORMAT
 
 
@@ -51,7 +51,7 @@ class Shards(NamedTuple):
     train_N: np.ndarray
     heldout_N: np.ndarray
     heldout_size_M: np.ndarray | None
-    """None where an older version did not write it."""
+    """None for shards of an older version, which did not write it."""
 
 
 def fingerprint(
@@ -59,7 +59,7 @@ def fingerprint(
 ) -> str:
     """SHA-256 (hex) over the vocabulary size and the two token arrays.
 
-    Equal for equal values, whatever the element type the arrays are held in.
+    Equal for equal values, whatever the element type of the arrays.
     """
     dtype = token_dtype(vocab_size)
     total = hashlib.sha256(f"{vocab_size}\n".encode())
@@ -68,16 +68,16 @@ def fingerprint(
         for begin in range(0, len(tokens), 1 << 24):  # bounded memory for memory-mapped arrays
             chunk = np.ascontiguousarray(tokens[begin : begin + (1 << 24)], dtype=dtype)
             part.update(chunk.data)
-        total.update(part.digest())  # of fixed length, so the boundary counts
+        total.update(part.digest())  # of fixed length, so that the boundary between parts counts
     return total.hexdigest()
 
 
 def write_tokens(
     path: str, parts: Iterable[tuple[np.ndarray, Any]], sizes_path: str = ""
 ) -> tuple[int, int]:
-    """Writes the parts' tokens to a new file; returns the numbers of tokens and of text bytes.
+    """Write the tokens of the parts to a new file; return the numbers of tokens and of text bytes.
 
-    With ``sizes_path`` a part comes with the bytes of each token, which go there.
+    With ``sizes_path``, parts come with the bytes of each token, which are written there.
     """
     num_tokens = num_bytes = 0
     with open(path, "xb") as file, contextlib.ExitStack() as stack:
@@ -115,17 +115,17 @@ def is_prepared(path: str) -> bool:
     if any(os.path.exists(os.path.join(path, name)) for name in (TRAIN, HELDOUT)):
         return True
     try:
-        with open(index, "rb") as file:  # shards gone: do not train on the index as if it were text
+        with open(index, "rb") as file:  # without its shards, the index must not pass for text
             return b'"moejax tokens ' in file.read(1 << 16)
     except OSError:
         return False  # reported when the folder is read as text
 
 
 def read_shards(folder: str) -> Shards:
-    """What a prepared folder holds.
+    """The index and the arrays of a prepared folder.
 
     All tokens are read once to verify the fingerprint. Raises UserError if anything is missing or
-    differs from what the index says.
+    does not match the index.
     """
     try:
         index = _read_index(os.path.join(folder, INDEX))
@@ -139,19 +139,19 @@ def read_shards(folder: str) -> Shards:
         size_M = _read_sizes(folder, index)
     except OSError as error:
         raise _damaged(folder, f"cannot read {error.filename!r}: {error.strerror}") from error
-    found = fingerprint(index.vocab_size, train_N, heldout_N)
-    if found != index.fingerprint:
-        raise _damaged(folder, f"fingerprint is {found[:12]}, not {index.fingerprint[:12]}")
+    actual = fingerprint(index.vocab_size, train_N, heldout_N)
+    if actual != index.fingerprint:
+        raise _damaged(folder, f"fingerprint is {actual[:12]}, not {index.fingerprint[:12]}")
     return Shards(index, train_N, heldout_N, size_M)
 
 
 def _read_sizes(folder: str, index: Index) -> np.ndarray | None:
-    """Bytes of each held-out token; of an older version's shards they are known of bytes alone."""
+    """Bytes of each held-out token; shards of an older version have them for byte tokens alone."""
     if index.format == OLD_FORMAT:
         return np.ones(index.heldout_tokens, SIZE) if index.tokenizer == "bytes" else None
     path = os.path.join(folder, SIZES)
     if os.stat(path).st_size != index.heldout_tokens * SIZE.itemsize:
-        raise _damaged(folder, f"{SIZES} is not of {index.heldout_tokens} tokens")
+        raise _damaged(folder, f"{SIZES} does not hold {index.heldout_tokens} tokens")
     size_M = map_tokens(path, SIZE)
     if int(size_M.sum(dtype=np.int64)) != index.heldout_bytes:
         raise _damaged(folder, f"{SIZES} does not add up to {index.heldout_bytes} bytes")

@@ -1,4 +1,4 @@
-"""Holding out a share of a text: by its own names, by a text of its own, or by a hash of names."""
+"""The held-out part of a text: by names, by a text of its own, or a share by a hash of names."""
 
 import dataclasses
 import hashlib
@@ -11,30 +11,30 @@ from moejax.data.documents import Document, character_start, find_documents
 from moejax.errors import UserError
 
 _COUNT_SALT = b"moejax held-out split 1\0"
-"""Of the split by documents, as in version 0.1.0."""
+"""Salt of the split by documents, as in version 0.1.0."""
 
-# Any fixed value would do. Of 2.1, 2.2, ... this is the first with which the built-in corpus's only
-# English file is trained on and no group is more than an eighth of the held-out side.
+# Any fixed value would do. This is the first of 2.1, 2.2, ... that trains on the only English file
+# of the built-in corpus and keeps every group below an eighth of the held-out side.
 _SPLIT_SALT = b"moejax held-out split 2.7\0"
 
 TRAIN_NAMES = ("train", "training")
 EVAL_FOLDERS = ("val", "validation", "valid", "dev", "test")
-"""Names of the held-out side beside ``train``; the first there is counts."""
+"""Names of the held-out side beside ``train``; the first that exists is used."""
 SIDE = re.compile(
     rf"(?:[\w-]+\.)?({'|'.join((*TRAIN_NAMES, *EVAL_FOLDERS))})(?:[-_.]?\d[\w-]*)?(?:\.\w+)?"
 )
-"""The name of a file of one side: train.txt, wiki.valid.tokens, test-00000-of-00002.txt."""
+"""File names of one side: train.txt, wiki.valid.tokens, test-00000-of-00002.txt."""
 MOST_BESIDE = 0.1
-"""Share of the bytes that may lie beside the sides: with more, the names mean something else."""
+"""Largest share of the bytes outside the sides: with more, the names mean something else."""
 FILLED = 0.9
-"""Once so much of the share is held out, no further document is looked for."""
+"""Filled part of the share at which no further document is added."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The documents that are trained on and those that are held out.
+    """Training and held-out documents.
 
-    ``rule`` says in words how they were told apart. ``unread``: documents on neither side.
+    ``rule``: the rule of the split in words. ``unread``: number of documents on neither side.
     """
 
     train: tuple[Document, ...]
@@ -45,7 +45,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Documents before they are tokens: their split, and near copies that were left out of it."""
+    """Documents before tokenising: their split, and the number of near copies left out of it."""
 
     name: str
     split: Split
@@ -55,8 +55,8 @@ class Text:
 def open_text(path: str, eval_fraction: float, eval_path: str = "", unit: str = "bytes") -> Text:
     """The text at `path` (empty: built-in) and its split, before tokenising.
 
-    ``unit``: what `eval_fraction` is a share of. "documents" splits as version 0.1.0 did: near
-    copies stay, and names of sides mean nothing (see ``split_by_count``).
+    ``unit``: unit of `eval_fraction`. "documents" splits as version 0.1.0 did: near copies stay,
+    and names of sides are ignored (see ``split_by_count``).
     """
     own: Sequence[Document] = find_documents(eval_path, "data.eval_path") if eval_path else ()
     name = os.path.basename(os.path.abspath(os.path.expanduser(path))) if path else builtin_name()
@@ -79,11 +79,11 @@ def split_text(
     own: Sequence[Document] = (),
     groups: Mapping[str, str] | None = None,
 ) -> Split:
-    """Trains on some documents and holds out others.
+    """Split documents into a training and a held-out side.
 
-    Held out is ``own`` if it is given; else what the names say (see ``named_sides``); else a share
-    of the bytes (see ``split_documents``). A document of ``own`` that is among the documents too is
-    not trained on.
+    The held-out side is ``own`` if given, otherwise the side with such a name (see
+    ``named_sides``), otherwise a share of the bytes (see ``split_documents``). Documents of ``own``
+    are removed from the training side.
     """
     check_fraction(eval_fraction)
     sides = named_sides(documents)
@@ -93,8 +93,8 @@ def split_text(
         train = tuple(d for d in train if os.path.realpath(d.path) not in held)
         if not train:
             raise UserError(
-                "data.eval_path: it holds everything that data.path does, so that nothing is left "
-                "to train on; name another text"
+                "data.eval_path: it contains everything in data.path, so that nothing is left to "
+                "train on; name another text"
             )
         unread = (
             len(documents) - len(train) - sum(os.path.realpath(d.path) in held for d in documents)
@@ -104,11 +104,11 @@ def split_text(
 
 
 def named_sides(documents: Sequence[Document]) -> Split | None:
-    """The sides of a corpus that has them: folders or files called train and validation.
+    """The sides of a corpus with folders or files named train and validation.
 
-    Of the names of a held-out side (see ``EVAL_FOLDERS``) the first that is there counts; the
-    others, and what lies beside the sides, are not read. None if a side is missing or more than a
-    tenth of the bytes lie beside the sides: then the names mean something else.
+    The held-out side is the first of ``EVAL_FOLDERS`` that exists; documents of the others, and
+    outside the sides, are not read. None if a side is missing or more than a tenth of the bytes lie
+    outside the sides: then the names mean something else.
     """
     sides: dict[str, list[Document]] = {}
     beside = 0
@@ -126,7 +126,7 @@ def named_sides(documents: Sequence[Document]) -> Split | None:
 
 
 def _side(name: str) -> str:
-    """The side that a document's name says: its outermost folder that says one, else its file."""
+    """The side in a document's name: that of the outermost folder with one, else of the file."""
     *folders, file = name.lower().split("/")
     for folder in folders:
         if folder in (*TRAIN_NAMES, *EVAL_FOLDERS):
@@ -136,7 +136,7 @@ def _side(name: str) -> str:
 
 
 def check_fraction(eval_fraction: float) -> None:
-    """Raises UserError unless it is a share."""
+    """Raise UserError unless the fraction is a share."""
     if not 0.0 < eval_fraction < 1.0:
         raise UserError(
             f"data.eval_fraction: {eval_fraction} is not between 0 and 1 (both excluded)"
@@ -148,14 +148,14 @@ def split_documents(
     eval_fraction: float,
     groups: Mapping[str, str] | None = None,
 ) -> Split:
-    """Holds out `eval_fraction` of the bytes.
+    """Hold out `eval_fraction` of the bytes.
 
-    Documents are taken in the order of a hash of their names as long as they fit into the share.
-    If less than nine tenths of it are filled then, the end of the first document that did not fit
-    fills it up, so that a single document is cut. The choice depends on names and sizes alone.
+    Documents are held out in the order of a hash of their names as long as they fit into the share.
+    If they fill less than nine tenths of it, the end of the first document that did not fit is
+    added, so that one document is cut. The choice depends on names and sizes alone.
 
-    With `groups` (a name for each document's) groups are taken whole, and none is cut: the next one
-    is taken if the share is missed by less with it than without.
+    With `groups` (the group of each document, by name) groups stay whole, and none is cut: the
+    smallest group that did not fit is added if this brings the size closer to the share.
     """
     check_fraction(eval_fraction)
     if len(documents) == 1 and documents[0].size < 2:
@@ -197,9 +197,9 @@ def split_documents(
 
 
 def split_by_count(documents: Sequence[Document], eval_fraction: float) -> Split:
-    """Holds out `eval_fraction` of the documents, those with the smallest hashes of their names.
+    """Hold out `eval_fraction` of the documents, those with the smallest hashes of their names.
 
-    At least one document goes to either side. Of a single document the end is held out.
+    Each side gets at least one document. If there is a single document, its end is held out.
     """
     if len(documents) == 1:
         return split_documents(documents, eval_fraction)
@@ -217,11 +217,11 @@ def split_by_count(documents: Sequence[Document], eval_fraction: float) -> Split
 def _by_group(
     documents: Sequence[Document], groups: Mapping[str, str] | None
 ) -> dict[str, list[Document]]:
-    found: dict[str, list[Document]] = {}
+    by_group: dict[str, list[Document]] = {}
     for document in documents:
         key = groups[document.name] if groups else document.name
-        found.setdefault(key, []).append(document)
-    return found
+        by_group.setdefault(key, []).append(document)
+    return by_group
 
 
 def _hash(name: str, salt: bytes = _SPLIT_SALT) -> bytes:
@@ -229,7 +229,7 @@ def _hash(name: str, salt: bytes = _SPLIT_SALT) -> bytes:
 
 
 def _cut(document: Document, tail: int) -> tuple[Document, Document]:
-    """Head and tail of one document, cut where no UTF-8 character is torn."""
+    """Head and tail of one document, cut between UTF-8 characters."""
     cut = max(document.size - tail, 1)
     # A character begins at most three bytes before any of its own.
     near = dataclasses.replace(

@@ -1,8 +1,8 @@
 """Bytes as tokens, Hugging Face tokenizer files, and training a byte-level BPE.
 
-A tokenised corpus is one stream: the documents in order, with one separator token between two of
-them. Every tokenizer here is lossless, so a loss in nats per token converts exactly to bits per
-byte of that stream, in which a separator counts as one byte.
+A tokenised corpus is one stream: the documents in order, with a separator token between every two.
+All tokenizers here are lossless, so that a loss in nats per token converts exactly to bits per byte
+of that stream, in which a separator counts as one byte.
 """
 
 import functools
@@ -34,16 +34,16 @@ SEPARATORS = (
     "<|end|>",
     "<|eot|>",
 )
-"""Tokens that end a document; the first that a tokenizer has goes between two."""
+"""Tokens that end a document; the first one in a vocabulary becomes the separator."""
 
 SIZE = np.dtype("<u4")
 """The element type of bytes per token."""
 
 
 class ByteTokenizer:
-    """Every byte is a token; the separator (between documents) is byte 0, which text does not hold.
+    """Every byte is a token; byte 0, which text does not contain, separates documents.
 
-    Binary files may: then a byte 0 inside a document cannot be told from a separator.
+    In a binary file, which may contain it, a byte 0 is indistinguishable from a separator.
     """
 
     name = "bytes"
@@ -57,15 +57,15 @@ class ByteTokenizer:
         return [np.frombuffer(piece.data, dtype=np.uint8) for piece in pieces]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become replacement characters."""
+        """The text of token ids; bytes that are not UTF-8 become replacement characters."""
         return bytes(tokens).decode("utf-8", "replace")
 
     def token_bytes(self) -> Int[np.ndarray, " V"]:
-        """How many bytes of text each token id stands for."""
+        """Bytes of text per token id."""
         return np.ones(self.vocab_size, dtype=np.int64)
 
     def sizes(self, piece: Piece, tokens: np.ndarray) -> UInt[np.ndarray, " N"]:
-        """How many bytes of the piece each of its tokens stands for."""
+        """Bytes of the piece per token."""
         return np.ones(len(tokens), dtype=SIZE)
 
     def token_text(self) -> list[str]:
@@ -77,8 +77,8 @@ class JsonTokenizer:
     """A tokenizer file of the Hugging Face `tokenizers` library.
 
     It must have a token that ends a document (see `SEPARATORS`) and be lossless on UTF-8 text,
-    which is verified on all text it encodes. Truncation, padding, dropout of merges and added start
-    or end tokens set in the file are switched off; the text of a special token inside a document is
+    which is verified on all encoded text. Truncation, padding, dropout of merges and added start or
+    end tokens set in the file are switched off; the text of a special token inside a document is
     encoded as plain text.
     """
 
@@ -89,7 +89,7 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        if getattr(self._tokenizer.model, "dropout", None):  # BPE's: other tokens at every start
+        if getattr(self._tokenizer.model, "dropout", None):  # of BPE: tokens would be random
             self._tokenizer.model.dropout = None
         ids = {token: self._tokenizer.token_to_id(token) for token in SEPARATORS}
         known = [token for token in SEPARATORS if ids[token] is not None]
@@ -104,7 +104,7 @@ class JsonTokenizer:
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
-        """Token ids of each piece; UserError for bytes not UTF-8 and text that does not survive."""
+        """Token ids of each piece; UserError for bytes not in UTF-8 and for a lossy encoding."""
         texts = [_text(piece) for piece in pieces]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encoded]
@@ -118,10 +118,10 @@ class JsonTokenizer:
         return [np.array(row, dtype=np.uint32) for row in ids]
 
     def sizes(self, piece: Piece, tokens: np.ndarray) -> UInt[np.ndarray, " N"]:
-        """How many bytes of the piece each of its tokens stands for; they add up to all of them.
+        """Bytes of the piece per token; they add up to the size of the piece.
 
-        A token that is no string of bytes stands for the characters between its predecessor's end
-        and its own; tokens that end at the same place (bytes of one character) share them evenly.
+        A token that is not a string of bytes covers the characters between its predecessor's end
+        and its own; tokens with the same end (bytes of one character) share them evenly.
         """
         if self.is_byte_level:
             sizes = self._token_bytes[tokens]
@@ -131,13 +131,13 @@ class JsonTokenizer:
             sizes = _sizes_from_ends(text, [end for _, end in encoding.offsets])
         if len(sizes) != len(tokens) or sizes.sum() != len(piece.data):
             raise UserError(
-                f"data.tokenizer: {self._path!r} does not say which bytes of "
-                f"{piece.document.path!r} its tokens stand for; use a byte-level tokenizer"
+                f"data.tokenizer: {self._path!r} does not determine which bytes of "
+                f"{piece.document.path!r} its tokens encode; use a byte-level tokenizer"
             )
         return sizes.astype(SIZE)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, separators as they are spelled."""
+        """The text of token ids, separators included as spelled in the vocabulary."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     @functools.cached_property
@@ -153,7 +153,7 @@ class JsonTokenizer:
     def token_text(self) -> list[str]:
         """Each token in readable form, control characters as escapes (``\\n``).
 
-        A part of a character is spelled as in the file's vocabulary; an id that has no token is "".
+        A part of a character is spelled as in the file's vocabulary; an id without a token is "".
         """
         ids = range(self.vocab_size)
         spelled = [self._tokenizer.id_to_token(index) or "" for index in ids]
@@ -175,12 +175,12 @@ class JsonTokenizer:
             sizes[index] = len(token)  # byte-level BPE spells each byte as one character
         for index, token in self._tokenizer.get_added_tokens_decoder().items():
             sizes[index] = len(token.content.encode("utf-8"))
-        sizes[self.separator] = 1  # by definition, see the module's docstring
+        sizes[self.separator] = 1  # by definition, see the docstring of the module
         return sizes
 
 
 def escaped(text: str) -> str:
-    """The text with what cannot be printed as Python's escapes."""
+    """The text with unprintable characters as escapes of Python."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -210,9 +210,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def encode_documents(
     documents: Sequence[Document], tokenizer: Tokenizer, census: Census | None = None
 ) -> Iterator[tuple[UInt[np.ndarray, " N"], int]]:
-    """The token stream of the documents, in parts; each with the number of bytes it stands for.
+    """The token stream of the documents, in parts, each with the number of bytes that it encodes.
 
-    A `census` sees the text as it is read.
+    A `census` counts the documents as they are read.
     """
     for piece, tokens in _parts(documents, tokenizer, census):
         yield tokens, len(piece.data) if piece else 1
@@ -221,7 +221,7 @@ def encode_documents(
 def encode_sized(
     documents: Sequence[Document], tokenizer: Tokenizer, census: Census | None = None
 ) -> Iterator[tuple[UInt[np.ndarray, " N"], UInt[np.ndarray, " N"]]]:
-    """The same stream; each part with the number of bytes that each of its tokens stands for."""
+    """The same stream; each part with the number of bytes that each of its tokens encodes."""
     for piece, tokens in _parts(documents, tokenizer, census):
         yield tokens, tokenizer.sizes(piece, tokens) if piece else np.ones(1, dtype=SIZE)
 
@@ -239,17 +239,17 @@ def _parts(
                 yield None, separator
             is_start = False
             if census is not None:
-                census.see(piece)
+                census.add(piece)
             yield piece, tokens.astype(dtype)
 
 
 def _sizes_from_ends(text: str, ends: list[int]) -> np.ndarray:
-    """Bytes of tokens that end before these characters of the text."""
+    """Bytes per token, from the character positions at which the tokens end."""
     code_N = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     wide_N = 1 + (code_N >= 0x80) + (code_N >= 0x800) + (code_N >= 0x10000)
     bytes_before = np.concatenate([[0], np.cumsum(wide_N)])
     end_N = np.maximum.accumulate(np.array(ends, dtype=np.int64))
-    end_N[end_N == end_N[-1:]] = len(text)  # whatever follows the last token's end is its own
+    end_N[end_N == end_N[-1:]] = len(text)  # the last token covers the rest of the text
     stop, first, count = np.unique(end_N, return_index=True, return_counts=True)
     span = np.diff(bytes_before[stop], prepend=0)
     sizes = np.repeat(span // count, count)
@@ -266,19 +266,19 @@ def train_bpe(
     eval_path: str = "",
     census: Census | None = None,
 ) -> int:
-    """Trains a byte-level BPE on the training split of `path` and writes it to `out`.
+    """Train a byte-level BPE on the training split of `path` and write it to `out`.
 
     Args:
       path: a file or folder of UTF-8 text; empty for the built-in corpus.
-      vocab_size: tokens wanted, with the 256 bytes and `<|doc|>`; at least 257.
+      vocab_size: size of the vocabulary, including the 256 bytes and `<|doc|>`; at least 257.
       out: the JSON file to write, for `data.tokenizer`. Must not exist.
-      eval_fraction: share of the bytes held out; use the same in `data.eval_fraction`.
-      eval_path: a text that is held out instead, as in `data.eval_path`.
-      census: sees the text as it is read.
+      eval_fraction: share of the bytes to hold out; use the same in `data.eval_fraction`.
+      eval_path: a text to hold out instead, as in `data.eval_path`.
+      census: counts the documents as they are read.
 
     Returns the size of the vocabulary, less than `vocab_size` if the text has too few pairs to
     merge. The tokenizer encodes any UTF-8 text without loss; bytes that are not UTF-8 raise
-    UserError, here and when encoding.
+    UserError, in training and in encoding.
     """
     out = os.path.expanduser(out)
     if vocab_size < 257:
@@ -316,7 +316,7 @@ def _fit_bpe(documents: Sequence[Document], vocab_size: int, census: Census | No
     def texts() -> Iterator[str]:
         for piece in pieces(documents):
             if census is not None:
-                census.see(piece)
+                census.add(piece)
             yield _text(piece)
 
     tokenizer.train_from_iterator(texts(), trainer=trainer)
@@ -334,7 +334,7 @@ def _read_tokenizer(path: str) -> Any:
         raise UserError(f"data.tokenizer: cannot read {path!r}: {reason}") from error
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception for every malformed file
+    except Exception as error:  # the library raises a plain Exception for a malformed file
         raise UserError(
             f"data.tokenizer: {path!r} is not a file of the `tokenizers` library: {error}"
         ) from error

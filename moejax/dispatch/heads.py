@@ -38,8 +38,6 @@ def from_heads(
         return head_outputs(mixed_BLKI, routing, out_EID, mesh=meshes.ambient())
 
 
-# The names of these two tell a count of FLOPs that their grouped matmuls do not depend on the
-# routing: a token has k heads, whichever they are.
 @partial(jax.jit, static_argnames="mesh")
 def head_queries(
     x_BLD: Array, routing: Routing, query_EDI: Array, *, mesh: AbstractMesh | None
@@ -70,6 +68,14 @@ def head_outputs(
         return pack.combine_rows(out_ND, weight_tK, plan).reshape(batch, length, -1)
 
     return _by_token(run, mesh)((mixed_BLKI, routing), out_EID)
+
+
+FIXED_ROWS = (
+    head_queries.__name__,  # pyright: ignore[reportAttributeAccessIssue]
+    head_outputs.__name__,  # pyright: ignore[reportAttributeAccessIssue]
+)
+"""Names by which a count of FLOPs knows that the grouped matmuls inside do not depend on the
+routing: a token has k heads, whichever they are."""
 
 
 def _by_token(run, mesh: AbstractMesh | None):

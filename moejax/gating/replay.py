@@ -71,7 +71,7 @@ class Replay(ConstantState):
             ("train", train_rows, "record training rows with --record-steps"),
             ("eval", eval_rows, "record with the same train.eval_rows"),
         ):
-            found = getattr(self._recording(), split).expert.shape[:3]
+            found = getattr(self._recording(), split).expert_MNLK.shape[:3]
             short = found[1] < rows
             if rows and (short or found[0] != layers or found[2] < length):
                 raise ValueError(
@@ -83,7 +83,7 @@ class Replay(ConstantState):
     def _check_rows(self, train: bool, row_N: np.ndarray, digest_N: np.ndarray) -> None:
         """Raises ValueError unless these rows are the recorded ones."""
         split = "train" if train else "eval"
-        differ_N = getattr(self._recording(), split).digest[row_N] != digest_N
+        differ_N = getattr(self._recording(), split).digest_N[row_N] != digest_N
         if np.any(differ_N):
             raise ValueError(
                 f"gate.path={self.path!r} was recorded of other data: {split} row "
@@ -96,7 +96,7 @@ class Replay(ConstantState):
         return GateTraits(check_data=self._check_data, check_rows=self._check_rows)
 
     def columns(self, num_experts: int) -> int:
-        return self._recording().eval.expert.shape[-1] if self.path else 1
+        return self._recording().eval.expert_MNLK.shape[-1] if self.path else 1
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         return {}
@@ -106,17 +106,17 @@ class Replay(ConstantState):
         found = self._recording()
         states = {}
         for split, routed in (("eval", found.eval), ("train", found.train)):
-            weight = np.where(routed.kept, routed.weight, 0.0)
-            dropped = np.where(routed.kept, 0.0, routed.weight) > 0
+            weight = np.where(routed.kept_MNLK, routed.weight_MNLK, 0.0)
+            dropped = np.where(routed.kept_MNLK, 0.0, routed.weight_MNLK) > 0
             tables = {
-                "expert_NLK": routed.expert.astype(np.int32),
+                "expert_NLK": routed.expert_MNLK.astype(np.int32),
                 "weight_NLK": weight.astype(np.float32),
             }
             if dropped.any():
                 tables["dropped_NLK"] = dropped.astype(np.int32)
-            if routed.identity.any():
-                tables["identity_NL"] = routed.identity.astype(np.float32)
-            if routed.expert.shape[1]:
+            if routed.identity_MNL is not None and routed.identity_MNL.any():
+                tables["identity_NL"] = routed.identity_MNL.astype(np.float32)
+            if routed.rows:
                 states[split] = {k: jnp.asarray(v)[spec.layer] for k, v in tables.items()}
         return states
 
@@ -172,7 +172,7 @@ class Replay(ConstantState):
     def visibility(self, moe: MoEConfig) -> Visibility:
         if not self.path:
             return Visibility()
-        future, others = (self._recording().sees(what) for what in recording.SEEN)
+        future, others = (self._recording().sees(what) for what in recording.SEES)
         return Visibility(future, others, future, others)
 
     def _recording(self) -> recording.Recording:

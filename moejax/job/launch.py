@@ -1,15 +1,13 @@
-"""Starts what a config asks for before JAX does: virtual CPU devices, several processes."""
+"""Starting the processes and devices that a config asks for, before JAX starts its own."""
 
 import contextlib
 import functools
 import math
 import os
-import resource
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,19 +17,19 @@ from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from moejax import job as jobs
 from moejax.config import settings
 from moejax.config.checks import check_distributed
-from moejax.config.field import CPU_DEVICES as MOST_CPU_DEVICES
+from moejax.config.field import CPU_DEVICES as MAX_CPU_DEVICES
 from moejax.config.overrides import apply_overrides, take_overrides
 from moejax.config.sources import read
 from moejax.config.tree import Config, default
 from moejax.errors import UserError
-from moejax.job import rendezvous as connection
+from moejax.job import rendezvous
 from moejax.mesh import AXES, resolve_shape
 
 CPU_DEVICES = "jax_num_cpu_devices"
 
 
 def join_processes(config: Config) -> int:
-    """Joins the run's processes as ``distributed.mode`` says; how many there are.
+    """Joins the run's processes as ``distributed.mode`` says; returns their number.
 
     Does nothing the second time. Starts no device.
 
@@ -40,12 +38,12 @@ def join_processes(config: Config) -> int:
     """
     job = jobs.current()
     if job is not None:
-        return job.place.processes
+        return job.spec.processes
     explicit = config.distributed.mode == "explicit"
     if jax.distributed.is_initialized():
         raise UserError(
-            "JAX's processes are joined already, without the connection that moejax's keep; leave "
-            "the call of jax.distributed.initialize to moejax (distributed.mode)"
+            "JAX's processes are joined already, without moejax's own connection between them; "
+            "leave the call of jax.distributed.initialize to moejax (distributed.mode)"
         )
     if backend_is_running():
         if explicit:
@@ -54,19 +52,19 @@ def join_processes(config: Config) -> int:
                 "processes before any other use of JAX"
             )
         return 1
-    place = _place(config)
-    if place is None:
+    spec = _job_spec(config)
+    if spec is None:
         return 1
-    _start_jax(jobs.join(place))
-    return place.processes
+    _start_jax(jobs.join(spec))
+    return spec.processes
 
 
 def configure_devices(config: Config) -> None:
     """Fixes JAX's settings, joins the run's processes, sets the number of virtual CPU devices.
 
-    Call once, after ``validate`` and before anything touches a device: JAX fixes both when its
-    first backend starts. Where that has happened already (in a notebook, a test) the devices stay
-    as they are. Starts no backend itself.
+    Call once, after ``validate`` and before anything uses a device: JAX fixes both when its first
+    backend starts. If that has happened already (in a notebook, a test) the devices stay as they
+    are. Starts no backend itself.
 
     Under SLURM and Open MPI, JAX gives each process the one GPU of its local rank; set
     ``JAX_LOCAL_DEVICE_IDS`` for another layout.
@@ -87,18 +85,18 @@ def configure_devices(config: Config) -> None:
                 "mesh or the number of processes"
             )
         devices = total // processes
-    if devices > MOST_CPU_DEVICES:  # of an accelerator no process has so many either
+    if devices > MAX_CPU_DEVICES:  # no process has that many accelerators either
         named = " x ".join(f"mesh.{axis}={config.mesh[axis]}" for axis in AXES)
         raise UserError(
             f"{named} needs {devices} devices per process, and on CPU a process has at most "
-            f"{MOST_CPU_DEVICES}; make the mesh smaller"
+            f"{MAX_CPU_DEVICES}; make the mesh smaller"
         )
     jax.config.update(CPU_DEVICES, devices)
 
 
 def backend_is_running() -> bool:
-    """Whether JAX has started devices; asking does not start them."""
-    # The public sign of it: from then on the number of CPU devices cannot be changed.
+    """True if JAX has started devices; asking does not start them."""
+    # The public sign: from then on the number of CPU devices cannot be changed.
     devices = getattr(jax.config, CPU_DEVICES)
     try:
         jax.config.update(CPU_DEVICES, devices + 1)
@@ -108,40 +106,40 @@ def backend_is_running() -> bool:
     return False
 
 
-def _place(config: Config) -> jobs.Place | None:
-    """This process's place among the others; None for a process alone.
+def _job_spec(config: Config) -> jobs.JobSpec | None:
+    """The job that this process belongs to; None for a single process.
 
     Raises:
-      UserError: a launcher that does not tell, or a coordinator that is no host.
+      UserError: a launcher that gives too little information, or a coordinator that is no host.
     """
-    given = config.distributed
-    if given.mode == "explicit":
-        found = given.coordinator, given.num_processes, given.process_id
+    distributed = config.distributed
+    if distributed.mode == "explicit":
+        job = distributed.coordinator, distributed.num_processes, distributed.process_id
     else:
         launched = _launched_processes()
-        found = None if given.mode == "off" or launched == 1 else _launchers_place(launched)
-    if found is None or found[1] == 1:
+        job = None if distributed.mode == "off" or launched == 1 else _launched_job(launched)
+    if job is None or job[1] == 1:
         return None
-    coordinator, processes, process = found
+    coordinator, processes, process = job
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "")
     if process == 0:
-        bind = bind or jobs.resolved(coordinator)
-    return jobs.Place(coordinator, processes, process, bind)
+        bind = bind or jobs.resolve_address(coordinator)
+    return jobs.JobSpec(coordinator, processes, process, bind)
 
 
-def _launchers_place(launched: int | None) -> tuple[str, int, int] | None:
-    """Coordinator, number of processes and process by a launcher that JAX knows; None without.
+def _launched_job(launched: int | None) -> tuple[str, int, int] | None:
+    """Coordinator, number of processes and process from a launcher that JAX knows; None without.
 
-    Where the launcher has put all processes on one machine they meet on its loopback interface.
+    If the launcher has put all processes on one machine they meet on its loopback interface.
     """
-    start = int(connection.START)
-    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    start = int(rendezvous.START)
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
         with warnings.catch_warnings():
-            # In a plain pod, without the client that a JobSet would need: not a cluster for us.
+            # In a plain pod, without the client that a JobSet would need: no cluster to join.
             warnings.filterwarnings("ignore", message="Kubernetes environment detected")
             detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-            coordinator, processes, process, _ = detect(given, launched, None, None, None, start)
+            coordinator, processes, process, _ = detect(address, launched, None, None, None, start)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -152,44 +150,44 @@ def _launchers_place(launched: int | None) -> tuple[str, int, int] | None:
     if coordinator is None or processes is None or process is None:
         _check_no_other_launcher()
         if launched:
-            print("moejax: none has been launched: one process goes on alone", file=sys.stderr)
+            print("moejax: no other process was launched: running as one", file=sys.stderr)
         return None
-    if not given and _all_here(processes):
+    if not address and _all_on_this_machine(processes):
         coordinator = f"127.0.0.1:{coordinator.rpartition(':')[2]}"
     return coordinator, processes, process
 
 
-def _all_here(processes: int) -> bool:
-    """Whether SLURM or Open MPI say that they started all processes on this machine."""
+def _all_on_this_machine(processes: int) -> bool:
+    """True if SLURM or Open MPI report that all processes were started on this machine."""
     return os.environ.get("SLURM_STEP_NUM_NODES") == "1" or (
         os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(processes)
     )
 
 
 def _start_jax(job: jobs.Job) -> None:
-    """Joins JAX's processes, whose coordinator listens where process 0 did.
+    """Joins JAX's processes; its coordinator listens at the port that process 0 has just freed.
 
     Raises:
       UserError: the port has been taken meanwhile.
     """
-    # JAX's preemption service would take SIGTERM from our own handler, and knows no other signal.
+    # JAX's preemption service would take SIGTERM from our own handler, and handles no other signal.
     jax.config.update("jax_enable_preemption_service", False)
-    place = job.place
+    spec = job.spec
     try:
         jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
-            coordinator_bind_address=place.bind or None,
+            spec.coordinator,
+            spec.processes,
+            spec.process,
+            coordinator_bind_address=spec.bind or None,
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"JAX could not join the processes at distributed.coordinator={place.coordinator} "
+            f"JAX could not join the processes at distributed.coordinator={spec.coordinator} "
             f"({reason}); name a free port"
         ) from error
     if jax.config.values["jax_cpu_collectives_implementation"] == "gloo":
-        # It would listen on what the machine's name stands for, also when all processes meet on
+        # By default it listens at the address of the machine's name, even if all processes meet on
         # the loopback interface.
         xla_bridge.register_backend_factory(
             "cpu", functools.partial(_cpu_client, job.address), priority=0, fail_quietly=False
@@ -203,10 +201,10 @@ def _cpu_client(address: str) -> Any:
 
 
 def _launched_processes() -> int | None:
-    """How many processes Open MPI or SLURM started together; None if neither did.
+    """The number of processes that Open MPI or SLURM started together; None if neither did.
 
-    The innermost launcher counts: mpirun inside an allocation of SLURM, and of SLURM the step. An
-    interactive step has one task, whatever the job has.
+    The innermost launcher counts: mpirun inside an allocation of SLURM, and SLURM's step inside the
+    job. An interactive step has one task, whatever the job has.
     """
     for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
         count = os.environ.get(variable, "")
@@ -246,11 +244,12 @@ except UserError as error:
 
 
 def check_for_children() -> None:
-    """Asks, for processes that this one will start, whether the devices that the environment names
-    are there. Another process starts them and ends: this one must not hold them.
+    """Checks that the devices named by the environment exist, for processes that this one starts.
+
+    Another process starts the devices and ends, since this one must not hold them.
 
     Raises:
-      UserError: they are not.
+      UserError: they do not exist.
     """
     if {os.environ.get(name, "") for name in _PLATFORM} <= {"", "cpu"}:
         return
@@ -260,91 +259,40 @@ def check_for_children() -> None:
         raise UserError(last[0])
 
 
-def memory_of(device: jax.Device, sharing: int) -> int | None:
-    """Bytes that a device has for arrays; None where its driver does not say.
-
-    Virtual CPU devices have the host's memory together: ``sharing`` of them.
-    """
-    if device.platform == "cpu":
-        return host_memory() // sharing
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit")
-
-
-def host_memory() -> int:
-    """Bytes of memory that this process may take: the host's, or less where a container, a batch
-    system or ``ulimit -v`` allows less."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()]
-    of_process, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if of_process != resource.RLIM_INFINITY:
-        limits.append(of_process)
-    return min(limits)
-
-
-def _cgroup_limits(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> list[int]:
-    """The limits of the control groups that this process is in, and of those above them."""
-    try:
-        lines = Path(proc).read_text().splitlines()
-    except OSError:  # not Linux
-        return []
-    found = []
-    for line in lines:
-        _, controllers, place = line.split(":", 2)
-        if controllers not in ("", "memory"):  # version 2 has none in its name
-            continue
-        base, name = Path(root), "memory.max"
-        if controllers:
-            base, name = base / "memory", "memory.limit_in_bytes"
-        # Inside a container the path may be the host's, of which only the root is there.
-        group = base / place.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(base):
-                found += _limit(folder / name)
-    return found
-
-
-def _limit(path: Path) -> list[int]:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return []
-    return [int(text)] if text.isdecimal() else []  # "max": none
-
-
-def need_no_accelerator() -> None:
-    """For what only counts: the host will do, also where the accelerator that the environment asks
-    for is absent, or another process has it."""
+def use_host_only() -> None:
+    """Selects the CPU for commands that only count, in case the accelerator named by the
+    environment is absent or in use by another process."""
     if not backend_is_running():
         jax.config.update("jax_platforms", "cpu")
 
 
 def started_devices() -> list[jax.Device]:
-    """All devices; JAX starts them now, if it has not yet.
+    """All devices; JAX starts them now if it has not done so yet.
 
     Raises:
-      UserError: what the environment asks for is not there, or cannot be used.
+      UserError: the devices named by the environment do not exist, or cannot be used.
     """
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter of CUDA without its plugin
+    except (RuntimeError, AssertionError) as error:  # AssertionError: CUDA without its plugin
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-        asked = f"JAX_PLATFORMS={platforms}" if platforms else ""
+        setting = f"JAX_PLATFORMS={platforms}" if platforms else ""
         if name := os.environ.get("JAX_PLATFORM_NAME"):
-            asked = asked or f"JAX_PLATFORM_NAME={name}"
+            setting = setting or f"JAX_PLATFORM_NAME={name}"
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no plugin of JAX is installed"
         reason = " ".join(reason.split())
-        if not asked:
+        if not setting:
             raise UserError(f"JAX cannot start its devices: {reason}") from error
         raise UserError(
-            f"{asked}: there is no such device here ({reason}); unset it, set it to "
+            f"{setting}: there is no such device here ({reason}); unset it, set it to "
             "cpu, or install the extra for it (pip install 'moejax[gpu]' or 'moejax[tpu]')"
         ) from error
 
 
-def place_of_command(argv: Sequence[str]) -> jobs.Place | None:
-    """This process's place among others, from a command line that may be wrong otherwise.
+def job_spec_of_command(argv: Sequence[str]) -> jobs.JobSpec | None:
+    """The job that this process belongs to, from a command line that may contain other mistakes.
 
-    None for a process alone, and where even that cannot be read.
+    None for a single process, and if even that cannot be read.
     """
     try:
         overrides, rest = take_overrides(argv)
@@ -353,13 +301,13 @@ def place_of_command(argv: Sequence[str]) -> jobs.Place | None:
         source = words[words.index("--config") + 1] if "--config" in words[:-1] else ""
         config = _readable(source, own)
         check_distributed(config)
-        return _place(config)
+        return _job_spec(config)
     except UserError:
         return None
 
 
 def _readable(source: str, overrides: Sequence[str]) -> Config:
-    """The page's config, or the defaults where it cannot be read, with these overrides."""
+    """The page's config, or the defaults if it cannot be read, with these overrides."""
     config = default()
     if source:
         with contextlib.suppress(UserError):

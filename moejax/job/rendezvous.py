@@ -1,4 +1,4 @@
-"""How the processes of a job meet, at the coordinator's address."""
+"""The rendezvous of a job's processes at the coordinator's address."""
 
 import errno
 import os
@@ -7,19 +7,19 @@ import time
 from typing import Any
 
 from moejax.errors import UserError
-from moejax.job.client import Job, Place, say
-from moejax.job.coordinator import Hub
-from moejax.job.messages import Wire
+from moejax.job.connection import Connection
+from moejax.job.hub import Hub
+from moejax.job.member import Job, JobSpec, say
 
 START = 300.0
 """Seconds that processes wait for each other."""
 QUIET = 2.0
-"""Seconds after which one that waits says so."""
-TAKEN = 10.0
-"""Seconds that process 0 waits for the port: a job that is just ending may still have it."""
+"""Seconds after which a waiting process prints a line."""
+PORT_BUSY = 10.0
+"""Seconds that process 0 waits for a busy port: a job that is just ending may still have it."""
 
 
-def resolved(address: str) -> str:
+def resolve_address(address: str) -> str:
     """host:port with the host as a number.
 
     Raises:
@@ -27,46 +27,49 @@ def resolved(address: str) -> str:
     """
     host, port = _split(address)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UserError(
             f"distributed.coordinator={address!r}: {error.strerror}; name a host that this machine "
-            "knows, or its number"
+            "can resolve, or its number"
         ) from error
-    number = min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
+    number = min(addresses, key=lambda entry: entry[0] != socket.AF_INET)[4][0]
     return f"[{number}]:{port}" if ":" in str(number) else f"{number}:{port}"
 
 
-def connect(place: Place, problem: str = "", status: int = 0, patience: float | None = None) -> Job:
-    """This process's end of the job, before the other processes are there (see `await_all`).
+def connect(
+    spec: JobSpec, problem: str = "", status: int = 0, patience: float | None = None
+) -> Job:
+    """Connects to the job, whose other processes may still be missing (see `await_all`).
 
-    With a `problem` it has come to say that it fails, and the others end.
+    With a `problem` the connection only reports that this process fails, and the others end.
 
     Raises:
-      UserError: nobody is there, or process 0 cannot listen.
+      UserError: process 0 does not answer, or cannot listen.
     """
     about = {
-        "hello": place.process,
-        "processes": place.processes,
+        "hello": spec.process,
+        "processes": spec.processes,
         "who": f"pid {os.getpid()} on {socket.gethostname()}",
         "problem": problem,
         "status": status,
     }
-    if place.process == 0:
-        wire, hub = _listen(place, about)
-        return Job(place, wire, _split(place.bind)[0], hub=hub)
-    wire, answer = _call(place, about, time.monotonic() + (START if patience is None else patience))
-    return Job(place, wire, wire.connection.getsockname()[0], answer=answer)
+    if spec.process == 0:
+        connection, hub = _listen(spec, about)
+        return Job(spec, connection, _split(spec.bind)[0], hub=hub)
+    deadline = time.monotonic() + (START if patience is None else patience)
+    connection, answer = _call(spec, about, deadline)
+    return Job(spec, connection, connection.socket.getsockname()[0], answer=answer)
 
 
 def await_all(job: Job) -> None:
-    """Blocks until all processes are there.
+    """Blocks until all processes have joined.
 
     Raises:
-      UserError: in process 0, if they do not come.
+      UserError: in process 0, if some do not join in time.
     """
-    place, hub, began = job.place, job.hub, time.monotonic()
-    said = False
+    spec, hub, began = job.spec, job.hub, time.monotonic()
+    printed = False
     while not job.begun.wait(0.5):
         waited = time.monotonic() - began
         if hub is None:
@@ -74,59 +77,59 @@ def await_all(job: Job) -> None:
         late = f"process {', '.join(map(str, hub.missing()))}"
         if waited > START:
             raise UserError(
-                f"{late} of {place.processes} did not come to distributed.coordinator="
-                f"{place.coordinator} within {START:.0f} s; start it, or correct "
+                f"{late} of {spec.processes} did not come to distributed.coordinator="
+                f"{spec.coordinator} within {START:.0f} s; start it, or correct "
                 "distributed.num_processes"
             )
-        if waited > QUIET and not said:
-            said = True
-            say(f"process 0 waits for {late} at {place.coordinator}")
+        if waited > QUIET and not printed:
+            printed = True
+            say(f"process 0 waits for {late} at {spec.coordinator}")
 
 
-def _listen(place: Place, about: dict[str, object]) -> tuple[Wire, Hub]:
-    host, port = _split(place.bind)
-    until = time.monotonic() + TAKEN
+def _listen(spec: JobSpec, about: dict[str, object]) -> tuple[Connection, Hub]:
+    host, port = _split(spec.bind)
+    until = time.monotonic() + PORT_BUSY
     while True:
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-            listener.listen(place.processes + 16)
+            listener.listen(spec.processes + 16)
             break
         except OSError as error:
             listener.close()
             if error.errno != errno.EADDRINUSE:
                 raise UserError(
-                    f"process 0 cannot listen at distributed.coordinator={place.coordinator} "
+                    f"process 0 cannot listen at distributed.coordinator={spec.coordinator} "
                     f"({error.strerror}); name an address and a free port of the machine that "
                     "process 0 is on"
                 ) from error
-            _ask_who_is_there(place, about)
+            _check_no_other_hub(spec, about)
             if time.monotonic() > until:
                 raise UserError(
-                    f"distributed.coordinator={place.coordinator}: the port is in use by another "
+                    f"distributed.coordinator={spec.coordinator}: the port is in use by another "
                     "program; choose a free one, or end that program"
                 ) from error
             time.sleep(0.3)
     own, other = socket.socketpair()
-    hub = Hub(listener, place.processes, other)
+    hub = Hub(listener, spec.processes, other)
     hub.start()
-    wire = Wire(own)
-    wire.send(**about)
-    return wire, hub
+    connection = Connection(own)
+    connection.send(**about)
+    return connection, hub
 
 
-def _ask_who_is_there(place: Place, about: dict[str, object]) -> None:
-    """Lets a hub at the port that this process wants find out that there are two processes 0.
+def _check_no_other_hub(spec: JobSpec, about: dict[str, object]) -> None:
+    """Introduces this process to a hub at its own port, which then reports two processes 0.
 
     Raises:
-      UserError: there are.
+      UserError: there are two.
     """
-    found = _introduced(_split(place.bind), about)
-    if found is None:
+    introduced = _introduced(_split(spec.bind), about)
+    if introduced is None:
         return
-    wire, answer = found
-    wire.close()
+    connection, answer = introduced
+    connection.close()
     for message in answer:
         if "failed" in message:
             failure = message["failed"]
@@ -134,45 +137,45 @@ def _ask_who_is_there(place: Place, about: dict[str, object]) -> None:
 
 
 def _call(
-    place: Place, about: dict[str, object], deadline: float
-) -> tuple[Wire, list[dict[str, Any]]]:
+    spec: JobSpec, about: dict[str, object], deadline: float
+) -> tuple[Connection, list[dict[str, Any]]]:
     """A connection to process 0, which may start later, and its answer."""
     quiet_until = time.monotonic() + QUIET
     while True:
-        found = _introduced(_split(place.coordinator), about)
-        if found:
-            return found
+        introduced = _introduced(_split(spec.coordinator), about)
+        if introduced:
+            return introduced
         now = time.monotonic()
         if now > deadline:
             raise UserError(
-                f"process {place.process} did not find process 0 at distributed.coordinator="
-                f"{place.coordinator}; start it, or correct the address"
+                f"process {spec.process} did not find process 0 at distributed.coordinator="
+                f"{spec.coordinator}; start it, or correct the address"
             )
         if now > quiet_until:
             quiet_until = deadline
-            say(f"process {place.process} waits for process 0 to listen at {place.coordinator}")
+            say(f"process {spec.process} waits for process 0 to listen at {spec.coordinator}")
         time.sleep(0.2)
 
 
 def _introduced(
     address: tuple[str, int], about: dict[str, object]
-) -> tuple[Wire, list[dict[str, Any]]] | None:
+) -> tuple[Connection, list[dict[str, Any]]] | None:
     """A connection to the hub at an address, and its answer; None if there is no hub."""
     try:
-        connection = socket.create_connection(address, timeout=5)
+        connected = socket.create_connection(address, timeout=5)
     except OSError:
         return None
-    wire = Wire(connection)
-    # A socket that looks for a free port among those of its own kind may find itself.
-    if connection.getsockname() != connection.getpeername():
-        wire.send(**about)
+    connection = Connection(connected)
+    # While a socket looks for a free local port it may connect to itself.
+    if connected.getsockname() != connected.getpeername():
+        connection.send(**about)
         try:
-            answer = wire.receive()
+            answer = connection.receive()
         except TimeoutError:
             answer = None
         if answer and "welcome" in answer[0]:
-            return wire, answer[1:]
-    wire.close()
+            return connection, answer[1:]
+    connection.close()
     return None
 
 

@@ -8,9 +8,9 @@ This is `grouped_matmul`, an activation and `grouped_matmul` again, and on TPU a
 else. On CPU it is a kernel of its own, because there most of what an expert layer costs beside its
 products is to write the hidden layer to memory and read it back.
 
-Forward and backward are functions under `jax.jit` with the fixed names ``grouped_ffn`` and
-``grouped_ffn_bwd``, so that a count of FLOPs from a jaxpr can find them and use the formula: each
-matrix is in one product forward and in two backward, nothing is computed again.
+Forward and backward are functions under `jax.jit` named `NAME` and `BACKWARD`, so that a count of
+FLOPs from a jaxpr can find them and use the formula: each matrix is in one product forward and in
+two backward, nothing is computed again.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,10 @@ from jaxtyping import Array, Float, Int
 from moejax.kernels import grouped_ffn_cpu
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.kernels.support import resolve_platform, vary_over, varying_axes
+
+NAME = "grouped_ffn"
+BACKWARD = f"{NAME}_bwd"
+"""Names of the jitted functions."""
 
 
 def grouped_ffn(
@@ -114,5 +118,5 @@ def _named_jit(name: str, run: Callable, *static: str):
     return jax.jit(named, static_argnames=static)
 
 
-_forward_jit = _named_jit("grouped_ffn", grouped_ffn_cpu.forward, "activate", "save")
-_backward_jit = _named_jit("grouped_ffn_bwd", grouped_ffn_cpu.backward, "activate")
+_forward_jit = _named_jit(NAME, grouped_ffn_cpu.forward, "activate", "save")
+_backward_jit = _named_jit(BACKWARD, grouped_ffn_cpu.backward, "activate")

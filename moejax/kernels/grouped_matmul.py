@@ -6,9 +6,8 @@ For groups g of `group_sizes_G` that follow each other in the rows of `x_ND`::
 
     dx[n] = dy[n] @ w[g(n)].T      dw[g] = sum over the rows n of g of outer(x[n], dy[n])
 
-The three products are functions under `jax.jit` with the fixed names ``grouped_matmul``,
-``grouped_matmul_dx`` and ``grouped_matmul_dw``, so that a count of FLOPs from a jaxpr can find them
-and use the formula.
+The three products are functions under `jax.jit` whose names begin with `NAME`, so that a count of
+FLOPs from a jaxpr can find them and use the formula.
 """
 
 from functools import partial
@@ -28,6 +27,9 @@ _IMPLEMENTATIONS: dict[str, ModuleType] = {
     "gpu": grouped_matmul_gpu,
 }
 _DTYPES = (jnp.float32, jnp.bfloat16)
+
+NAME = "grouped_matmul"
+"""The beginning of the jitted functions' names."""
 
 
 def grouped_matmul(
@@ -114,8 +116,8 @@ def _named_jit(name: str, product: str, empty_shape):
     return jax.jit(run, static_argnames=("platform",))
 
 
-_forward_jit = _named_jit("grouped_matmul", "forward", lambda x, w, sizes: (0, w.shape[2]))
-_dx_jit = _named_jit("grouped_matmul_dx", "dx", lambda dy, w, sizes: (0, w.shape[1]))
+_forward_jit = _named_jit(NAME, "forward", lambda x, w, sizes: (0, w.shape[2]))
+_dx_jit = _named_jit(f"{NAME}_dx", "dx", lambda dy, w, sizes: (0, w.shape[1]))
 _dw_jit = _named_jit(
-    "grouped_matmul_dw", "dw", lambda x, dy, sizes: (sizes.shape[0], x.shape[1], dy.shape[1])
+    f"{NAME}_dw", "dw", lambda x, dy, sizes: (sizes.shape[0], x.shape[1], dy.shape[1])
 )

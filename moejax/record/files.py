@@ -1,9 +1,9 @@
-"""Files as runs write them: JSON lines, and files that are there whole or not at all.
+"""The files of runs: atomic writes, JSON with a digest, and JSON lines.
 
-A row of JSON lines is one write of one line, so a killed run leaves whole rows and at most one torn
-last line. Floats read back exactly; those that JSON cannot write become the strings "NaN",
-"Infinity" and "-Infinity", which Python's ``float`` and JavaScript's ``Number`` accept and `revive`
-turns back.
+A row of JSON lines is one write of one line, so a killed run leaves complete rows and at most one
+torn last line. Floats read back exactly; those that JSON cannot write become the strings "NaN",
+"Infinity" and "-Infinity", which Python's ``float`` and JavaScript's ``Number`` accept and
+`decode_floats` turns back.
 """
 
 import contextlib
@@ -26,25 +26,25 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _BLOCK = 1 << 16
 
 
-# ---------------------------------------------------------------- whole or not at all
+# ---------------------------------------------------------------- atomic writes
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""A disk or a quota that is full, one that cannot be written to, a file as large as it may be."""
+"""A full disk or quota, a disk that cannot be written to, a file of the largest allowed size."""
 
 
 def cannot_write(path: str | Path, error: OSError) -> str:
-    """A line about a file that could not be written, with the remedy."""
+    """An error message for a file that could not be written, with the remedy."""
     why = error.strerror or str(error)
-    return f"{path} cannot be written: {why}; make room or mend the disk and run again"
+    return f"{path} cannot be written: {why}; make room or fix the disk and run again"
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Inside, what cannot be written is one line that names the file.
+    """Turns an OSError inside into a one-line error that names the file.
 
     Raises:
-      UserError: in the place of OSError.
+      UserError: instead of OSError.
     """
     try:
         yield
@@ -54,75 +54,85 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A file to write in the place of ``path``, which it takes in one rename when all is there.
-
-    Whatever goes wrong inside, ``path`` stays as it was and nothing is left beside it. It is there
-    after a power cut, too. Its name is hidden until then: a folder that holds nothing else counts
-    as empty.
+    """``atomically`` with a one-line error, for a file whose folder may be missing.
 
     Raises:
-      UserError: in the place of OSError.
+      UserError: instead of OSError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomically(path) as temporary:
             yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A temporary file that replaces ``path`` in one rename at the end.
+
+    On any error ``path`` stays as it was and nothing is left beside it. The new file survives a
+    power cut. The temporary name is hidden: a folder that holds nothing else counts as empty.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:
     """Blocks until a file or a folder is on the disk."""
-    opened = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file of text (UTF-8, its line ends as they are) or bytes."""
+    """Writes a file of text (UTF-8, with unchanged line ends) or bytes, atomically."""
     with replaced(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object that people may read."""
+    """Writes an indented JSON object, atomically."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------- JSON that carries a digest
+# ---------------------------------------------------------------- JSON with a digest
 
 
 def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a digest of itself.
 
     Raises:
-      TypeError: if it holds something that JSON does not.
+      TypeError: it holds a value that JSON cannot.
     """
     plain_body = json.loads(json.dumps(body))  # tuples become lists, so that the digest holds later
     return {**plain_body, "digest": _digest(plain_body)}
 
 
-def unsealed(found: Any) -> dict[str, Any] | None:
-    """The object that `sealed` took; None unless it is that, bit for bit."""
-    if not isinstance(found, dict):
+def unsealed(content: Any) -> dict[str, Any] | None:
+    """The object that was passed to `sealed`; None if the digest does not match."""
+    if not isinstance(content, dict):
         return None
-    body = {key: value for key, value in found.items() if key != "digest"}
-    return body if found.get("digest") == _digest(body) else None
+    body = {key: value for key, value in content.items() if key != "digest"}
+    return body if content.get("digest") == _digest(body) else None
 
 
 def parsed(text: str | bytes) -> Any:
-    """The value that a text of JSON stands for.
+    """The value of a JSON text.
 
     Raises:
-      ValueError: it is none; also if it is nested more deeply than Python can follow.
+      ValueError: it is no JSON, or is nested more deeply than Python can parse.
     """
     try:
         return json.loads(text)
@@ -138,7 +148,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def line_of(row: Mapping[str, Any]) -> bytes:
-    """A row of numbers, strings, arrays, lists and mappings as its line.
+    """The line for a row of numbers, strings, arrays, lists and mappings.
 
     Raises:
       ValueError: it has no integer ``step``.
@@ -159,51 +169,51 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def read_lines(path: Path) -> list[tuple[bytes, Row]]:
-    """Every whole line with the row it holds; see `read_rows`."""
+    """Every complete line with its row; see `read_rows`."""
     try:
-        found, bad = _parse(path.read_bytes())
+        lines, bad = _parse(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is {path.parent} the workdir of a run?") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if bad:
-        raise UserError(f"{path}: line {bad[0]} is not a row with a step; remove or mend it")
-    return found
+        raise UserError(f"{path}: line {bad[0]} is not a row with a step; remove or fix it")
+    return lines
 
 
-def read_what_can_be(path: Path, fits: Callable[[Row], bool] = bool) -> tuple[list[Row], list[int]]:
-    """The rows of a file that are as they should be (``fits``), and the numbers of its other lines.
+def read_valid_rows(path: Path, fits: Callable[[Row], bool] = bool) -> tuple[list[Row], list[int]]:
+    """The rows of a file that satisfy ``fits``, and the numbers of its other lines.
 
-    The torn last line of a killed run is no trouble: the run writes it again when it resumes.
+    The torn last line of a killed run does not count: the run writes it again when it resumes.
 
     Raises:
       OSError: the file cannot be read.
     """
-    found, bad = _parse(path.read_bytes(), fits)
-    return [row for _, row in found], bad
+    lines, bad = _parse(path.read_bytes(), fits)
+    return [row for _, row in lines], bad
 
 
 def _parse(
     content: bytes, fits: Callable[[Row], bool] = bool
 ) -> tuple[list[tuple[bytes, Row]], list[int]]:
-    found, bad = [], []
+    lines, bad = [], []
     *whole, torn = content.split(b"\n")
     for number, line in enumerate([*whole, torn], start=1):
-        row = {key: revive(value) for key, value in _row(line).items()}
+        row = {key: decode_floats(value) for key, value in _row(line).items()}
         if row and fits(row):
-            found.append((line, row))
+            lines.append((line, row))
         elif number <= len(whole):
             bad.append(number)
-    return found, bad
+    return lines, bad
 
 
 def last_row(path: Path, split: str = "") -> Row:
-    """The last whole row (of a split), empty if there is none; reads no more than it needs.
+    """The last complete row (of a split), empty if there is none; reads no more than it needs.
 
     The file may be missing or growing.
 
     Raises:
-      UserError: it is there and cannot be read.
+      UserError: it exists and cannot be read.
     """
     size = _BLOCK
     try:
@@ -213,7 +223,7 @@ def last_row(path: Path, split: str = "") -> Row:
                 start = max(0, end - size)
                 file.seek(start)
                 pieces = file.read(end - start).split(b"\n")
-                for line in reversed(pieces[start > 0 : -1]):  # without cut ones at both ends
+                for line in reversed(pieces[start > 0 : -1]):  # without torn lines at both ends
                     row = _row(line)
                     if row and split in ("", row.get("split")):
                         return row
@@ -235,7 +245,7 @@ def _row(line: bytes) -> Row:
 
 
 def plain(value: Any) -> Any:
-    """JSON's types for numbers, strings, arrays (NumPy or JAX), lists and mappings of them."""
+    """Numbers, strings, arrays (NumPy or JAX), lists and mappings of them in JSON's types."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -252,12 +262,12 @@ def plain(value: Any) -> Any:
     return plain(array.tolist())
 
 
-def revive(value: Any) -> Any:
-    """A value read from a row, with the floats that JSON cannot write as floats again."""
+def decode_floats(value: Any) -> Any:
+    """A value from a row, with the strings for non-finite numbers turned back into floats."""
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     if isinstance(value, list):
-        return [revive(item) for item in value]
+        return [decode_floats(item) for item in value]
     if isinstance(value, dict):
-        return {key: revive(item) for key, item in value.items()}
+        return {key: decode_floats(item) for key, item in value.items()}
     return value

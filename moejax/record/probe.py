@@ -1,11 +1,11 @@
-"""How a run routed the same held-out sequences at each of its evaluations: WORKDIR/probe/*.npz.
+"""The recorded routing of the same held-out sequences at each evaluation: WORKDIR/probe/*.npz.
 
     probe = Probe.read("runs/mixtral")
     probe.steps                       [0, 100, 200, 300]: completed updates
     probe.at(300)["expert"]           int16[M, N, L, K]: which experts each token visited
     probe.tokens["token"]             int32[N, L]: the tokens that were routed
 
-`docs/recorded.md` says what each array means. Axes: M MoE layers, N sequences of the probe, L
+`docs/recorded.md` explains each array. Axes: M MoE layers, N sequences of the probe, L
 positions, K columns of a routing, E experts, V tokens of the vocabulary, C labels.
 """
 
@@ -16,66 +16,56 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.record.files import read_what_can_be, replaced
+from moejax.record.files import read_valid_rows, write_whole
+from moejax.record.routing import Routed
 
 FORMAT = 1
-"""Kept in every file as ``format``; a file with another number is not read."""
+"""Stored in every file as ``format``; a file with another number is not read."""
 
-OF_TOKENS: dict[str, tuple[str, str]] = {
-    "token": ("int32", "NL"),
-    "target": ("int32", "NL"),
-    "valid": ("bool", "NL"),
-    "row": ("int32", "N"),
-    "token_text": ("str", "V"),
+
+class ArrayFormat(NamedTuple):
+    """Element type and axes of an array. An ``optional`` one may be absent from a file."""
+
+    dtype: str
+    axes: str
+    optional: bool = False
+
+
+TOKENS: dict[str, ArrayFormat] = {
+    "token": ArrayFormat("int32", "NL"),
+    "target": ArrayFormat("int32", "NL"),
+    "valid": ArrayFormat("bool", "NL"),
+    "row": ArrayFormat("int32", "N"),
+    "token_text": ArrayFormat("str", "V"),
+    "label": ArrayFormat("uint8", "NL", optional=True),
+    "label_names": ArrayFormat("str", "C", optional=True),
 }
-"""Element type and axes of each array of ``tokens.npz``."""
-
-OF_LABELS: dict[str, tuple[str, str]] = {"label": ("uint8", "NL"), "label_names": ("str", "C")}
-"""Arrays of ``tokens.npz`` that only a corpus with labels has."""
-
-OF_STEP: dict[str, tuple[str, str]] = {
-    "expert": ("int16", "MNLK"),
-    "weight": ("float32", "MNLK"),
-    "kept": ("bool", "MNLK"),
-    "entropy": ("float32", "MNL"),
-    "margin": ("float32", "MNL"),
-    "log_z": ("float32", "MNL"),
-    "max_logit": ("float32", "MNL"),
-    "nats": ("float32", "NL"),
-    "expert_similarity": ("float32", "MEE"),
-    "collapse": ("float32", "M"),
-    "participation": ("float32", "M"),
-    "num_experts": ("int32", ""),
-}
-"""Element type and axes of each array of ``step-*.npz``."""
-
-OF_ROUTER: dict[str, tuple[str, str]] = {"router_similarity": ("float32", "MEE")}
-"""Arrays of ``step-*.npz`` that only a gate with one vector per expert has."""
+"""The arrays of ``tokens.npz``. Only a corpus with labels has the optional ones."""
 
 _STEP_FILE = re.compile(r"step-(\d{8,})\.npz")
 _DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """The arrays of one file, each read when it is first asked for and kept.
+    """The arrays of one file; each is read at its first use and kept.
 
     Raises:
-      UserError: when read: it is damaged, or of another version.
+      UserError: at a read, if the file is damaged or has another format.
     """
 
     def __init__(self, path: Path):
         self._path, self._read = path, dict[str, np.ndarray]()
         with self._open() as file:
             self._names = [name for name in file.files if name != "format"]
-            found = int(file["format"]) if "format" in file.files else 0
-        if found != FORMAT:
+            stored = int(file["format"]) if "format" in file.files else 0
+        if stored != FORMAT:
             raise UserError(
-                f"{path} has format {found}, but this version reads {FORMAT}; read it with the "
+                f"{path} has format {stored}, but this version reads {FORMAT}; read it with the "
                 "version of moejax that wrote it"
             )
 
@@ -105,12 +95,12 @@ class Arrays(Mapping[str, np.ndarray]):
 
 
 class Probe:
-    """What a run's probe recorded.
+    """The recordings of a run.
 
     Attributes:
       tokens: the arrays of ``tokens.npz``.
-      steps: the steps that can be read, in order.
-      problems: what is missing or damaged, a line each.
+      steps: the readable steps, in order.
+      problems: one line for each missing or damaged file.
     """
 
     def __init__(self, tokens: Arrays, steps: Mapping[int, Arrays], problems: list[str]):
@@ -119,37 +109,50 @@ class Probe:
 
     @classmethod
     def read(cls, workdir: str | Path) -> "Probe | None":
-        """The probe of a run, also of one that still goes on or was killed; None without one.
+        """The probe of a run, which may still be running or have been killed; None without one.
 
         Raises:
           UserError: ``tokens.npz`` is missing, damaged or of another version.
         """
         at = folder(workdir)
-        found = step_files(workdir)
-        if not found and not (at / "tokens.npz").exists():
+        files = step_files(workdir)
+        if not files and not (at / "tokens.npz").exists():
             return None
         tokens = Arrays(at / "tokens.npz")
         steps, problems = {}, []
-        for step, path in found.items():
+        for step, path in files.items():
             try:
                 steps[step] = Arrays(path)
             except UserError as error:
                 problems.append(str(error))
-        for step in sorted({0, *_evaluated(Path(workdir))} - found.keys()):
+        for step in sorted({0, *_evaluated(Path(workdir))} - files.keys()):
             problems.append(f"{step_path(workdir, step)} is missing")
         return cls(tokens, steps, problems)
 
     def at(self, step: int) -> Arrays:
-        """The arrays that were recorded after ``step`` completed updates.
+        """The arrays recorded after ``step`` completed updates.
 
         Raises:
-          KeyError: none were (see ``steps``).
+          KeyError: nothing was recorded then (see ``steps``).
         """
         return self._steps[step]
 
+    def routed(self, step: int) -> Routed:
+        """The routing recorded after ``step`` completed updates; see `at`."""
+        arrays = self.at(step)
+        return Routed(
+            expert_MNLK=arrays["expert"],
+            weight_MNLK=arrays["weight"],
+            kept_MNLK=arrays["kept"],
+            token_NL=self.tokens["token"],
+            valid_NL=self.tokens["valid"],
+            num_experts=int(arrays["num_experts"]),
+            step=step,
+        )
+
 
 def folder(workdir: str | Path) -> Path:
-    """Where a run's probe is."""
+    """The folder of a run's probe."""
     return Path(workdir) / "probe"
 
 
@@ -167,32 +170,35 @@ def step_files(workdir: str | Path) -> dict[int, Path]:
 
 
 def save_tokens(workdir: str | Path, arrays: Mapping[str, Any]) -> None:
-    """Writes ``tokens.npz``, in one rename. ``arrays``: those of `OF_TOKENS`, with `OF_LABELS`."""
-    labels = OF_LABELS if "label" in arrays else {}
-    _save(folder(workdir) / "tokens.npz", arrays, OF_TOKENS | labels)
+    """Writes ``tokens.npz`` with the arrays of `TOKENS`, in one rename."""
+    _save(folder(workdir) / "tokens.npz", arrays, TOKENS)
 
 
-def save_step(workdir: str | Path, step: int, arrays: Mapping[str, Any]) -> None:
+def save_step(
+    workdir: str | Path, step: int, arrays: Mapping[str, Any], formats: Mapping[str, ArrayFormat]
+) -> None:
     """Writes one step's file, in one rename; equal arrays give equal bytes.
 
-    ``arrays``: those of `OF_STEP`, with `OF_ROUTER`.
+    ``formats``: of all arrays, in the order of the file (``train.probe.arrays.formats()``).
     """
-    router = OF_ROUTER if "router_similarity" in arrays else {}
-    _save(step_path(workdir, step), arrays, OF_STEP | router)
+    _save(step_path(workdir, step), arrays, formats)
 
 
-def _save(path: Path, arrays: Mapping[str, Any], table: dict[str, tuple[str, str]]) -> None:
-    """Checks the arrays against a table and writes them.
+def _save(path: Path, arrays: Mapping[str, Any], formats: Mapping[str, ArrayFormat]) -> None:
+    """Checks the arrays against their formats and writes them.
 
     Raises:
-      ValueError: an array is missing, is not in the table, or has other axes.
-      UserError: the disk takes no more.
+      ValueError: an array is missing, has no format, or has other axes.
+      UserError: the disk is full.
     """
-    if arrays.keys() != table.keys():
-        raise ValueError(f"{path.name} holds {sorted(table)}, but {sorted(arrays)} were given")
+    needed = {name for name, known in formats.items() if not known.optional}
+    if not needed <= arrays.keys() <= formats.keys():
+        raise ValueError(f"{path.name} holds {sorted(formats)}, but {sorted(arrays)} were given")
     sizes: dict[str, int] = {}
     content: dict[str, Any] = {"format": np.int32(FORMAT)}
-    for name, (dtype, axes) in table.items():
+    for name, (dtype, axes, _) in formats.items():
+        if name not in arrays:
+            continue
         array = np.asarray(arrays[name]).astype(dtype)
         shape = tuple(
             sizes.setdefault(axis, size) for axis, size in zip(axes, array.shape, strict=False)
@@ -202,14 +208,13 @@ def _save(path: Path, arrays: Mapping[str, Any], table: dict[str, tuple[str, str
         content[name] = array
     whole = io.BytesIO()
     np.savez_compressed(whole, **content)
-    with replaced(path) as temporary:
-        temporary.write_bytes(whole.getbuffer())
+    write_whole(path, whole.getvalue())
 
 
 def _evaluated(workdir: Path) -> list[int]:
-    """The steps after which the run was evaluated, as far as its metrics can be read."""
+    """The steps after which the run was evaluated, from the readable rows of its metrics."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         return []
-    found, _ = read_what_can_be(path)
-    return [row["step"] for row in found if row.get("split") == "eval"]
+    rows, _ = read_valid_rows(path)
+    return [row["step"] for row in rows if row.get("split") == "eval"]

@@ -1,23 +1,24 @@
-"""A recorded routing: which experts tokens visited, kept in one .npz file.
+"""The routing of rows of tokens, and the file that keeps it.
 
-`moejax eval --record-routing=FILE` writes it, gate `replay` follows it, and anyone can read it:
+`moejax eval --record-routing` writes the file, gate `replay` follows it, and anyone can read it:
 
     data = numpy.load("routing.npz")
     data["eval_expert"]   int32[layers, rows, positions, columns], by global row id from 0
     data["eval_weight"]   float32, the same shape; 0 where a column is inactive or padding
-    data["eval_kept"]     bool, whether the pair found room
-    data["eval_identity"] float32[layers, rows, positions], what the output keeps of the input: 0
-                          but for gates that say so (BASE)
+    data["eval_kept"]     bool, whether the pair had room
+    data["eval_identity"] float32[layers, rows, positions], the share of the input that the output
+                          keeps: 0 except for gates that keep some (BASE)
     data["eval_token"]    int32[rows, positions], the tokens that were routed
     data["eval_digest"]   uint64[rows], of all that a row of the data holds: see ``row_digests``
     data["about"]         JSON: num_experts, gate, step, the corpus's fingerprint, and ``sees``:
                           what the routing of a token may depend on besides its own sequence up
                           to itself, of "future" (later tokens) and "others" (other sequences)
 
-and the same with ``train_`` for rows of the training data, where these were recorded too; they are
-routed as in evaluation as well.
+and the same with ``train_`` for rows of the training data, if these were recorded too; they are
+also routed as in evaluation.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -29,27 +30,95 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
+from moejax.record.counts import NONE, first_choice, selected
 from moejax.record.files import replaced
 
 FORMAT = 2
 """Raised when replay needs what older files lack."""
 
-SEEN = ("future", "others")
+SEES = ("future", "others")
 
 
-class Routed(NamedTuple):
-    """Rows [N] of a recorded data set, by MoE layer [M]."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routed:
+    """The routing of N rows of L positions in M MoE layers, with K columns per token.
 
-    expert: Int[np.ndarray, "M N L K"]
-    weight: Float[np.ndarray, "M N L K"]
-    kept: Bool[np.ndarray, "M N L K"]
-    identity: Float[np.ndarray, "M N L"]
-    token: Int[np.ndarray, "N L"]
-    digest: UInt64[np.ndarray, " N"]
+    ``weight_MNLK`` is 0 where a column is inactive; ``kept_MNLK`` says whether the pair had room.
+    The rest is optional: ``label_NL``, the domain of each token as an index into ``names``;
+    ``identity_MNL``, the share of the input that each output keeps; digests of the rows; ``step``,
+    the completed updates of the model that routed them.
+    """
+
+    expert_MNLK: Int[np.ndarray, "M N L K"]
+    weight_MNLK: Float[np.ndarray, "M N L K"]
+    kept_MNLK: Bool[np.ndarray, "M N L K"]
+    token_NL: Int[np.ndarray, "N L"]
+    valid_NL: Bool[np.ndarray, "N L"]
+    num_experts: int
+    label_NL: Int[np.ndarray, "N L"] | None = None
+    names: tuple[str, ...] = ()
+    identity_MNL: Float[np.ndarray, "M N L"] | None = None
+    digest_N: UInt64[np.ndarray, " N"] | None = None
+    step: int = 0
+
+    @property
+    def layers(self) -> range:
+        return range(self.expert_MNLK.shape[0])
+
+    @property
+    def rows(self) -> int:
+        return self.expert_MNLK.shape[1]
+
+    @property
+    def active_MNLK(self) -> Bool[np.ndarray, "M N L K"]:
+        """True where the pair was chosen."""
+        return (self.weight_MNLK > 0) & self.valid_NL[..., None]
+
+    def choices(self, layer: int) -> Int[np.ndarray, "N L K"]:
+        """The experts of a layer's tokens; `NONE` in inactive columns."""
+        return np.where(self.active_MNLK[layer], self.expert_MNLK[layer], NONE)
+
+    def first(self, layer: int) -> Int[np.ndarray, "N L"]:
+        """The expert with the largest weight of each token; `NONE` for a token without any."""
+        weight_NLK = np.where(self.active_MNLK[layer], self.weight_MNLK[layer], 0.0)
+        return first_choice(self.expert_MNLK[layer], weight_NLK)
+
+    @functools.cached_property
+    def selected_MTE(self) -> Bool[np.ndarray, "M T E"]:
+        """True where one of the T valid tokens chose an expert."""
+        expert_MTK, weight_MTK = self._of_valid_tokens()
+        layers = zip(expert_MTK, weight_MTK, strict=True)
+        return np.stack([selected(*layer, self.num_experts) for layer in layers])
+
+    @functools.cached_property
+    def first_MT(self) -> Int[np.ndarray, "M T"]:
+        """The expert of largest weight of each of the T valid tokens; `NONE` without any."""
+        return first_choice(*self._of_valid_tokens())
+
+    def _of_valid_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.expert_MNLK[:, self.valid_NL], self.weight_MNLK[:, self.valid_NL]
+
+    def select(self, row_n: Int[np.ndarray, " n"]) -> "Routed":
+        """Some of the rows."""
+
+        def rows(array: np.ndarray | None) -> Any:
+            return None if array is None else array[row_n]
+
+        return dataclasses.replace(
+            self,
+            expert_MNLK=self.expert_MNLK[:, row_n],
+            weight_MNLK=self.weight_MNLK[:, row_n],
+            kept_MNLK=self.kept_MNLK[:, row_n],
+            token_NL=self.token_NL[row_n],
+            valid_NL=self.valid_NL[row_n],
+            label_NL=rows(self.label_NL),
+            identity_MNL=None if self.identity_MNL is None else self.identity_MNL[:, row_n],
+            digest_N=rows(self.digest_N),
+        )
 
 
 class Recording(NamedTuple):
-    """What a file holds. ``train`` has no rows unless training data was recorded."""
+    """The content of a file. ``train`` has no rows unless training data was recorded."""
 
     eval: Routed
     train: Routed
@@ -60,30 +129,49 @@ class Recording(NamedTuple):
         return int(self.about["num_experts"])
 
     def sees(self, what: str) -> bool:
-        """Whether the routing of a token may depend on this, of ``SEEN``."""
+        """True if the routing of a token may depend on this, of ``SEES``."""
         return what in self.about["sees"]
 
 
+FIELDS = {
+    "expert": "expert_MNLK",
+    "weight": "weight_MNLK",
+    "kept": "kept_MNLK",
+    "identity": "identity_MNL",
+    "token": "token_NL",
+    "digest": "digest_N",
+}
+"""The fields of `Routed` that a file holds, by their names there."""
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], num_experts: int) -> Routed:
+    """The rows with the arrays of `FIELDS`. All positions count as valid: padding has weight 0."""
+    fields: dict[str, Any] = {FIELDS[name]: array for name, array in arrays.items()}
+    valid_NL = np.ones(arrays["token"].shape, bool)
+    return Routed(**fields, valid_NL=valid_NL, num_experts=num_experts)
+
+
 def row_digests(batch: Mapping[str, np.ndarray]) -> UInt64[np.ndarray, " N"]:
-    """What each row of a batch holds, its id aside, in 8 bytes: equal means the same row."""
+    """8 bytes for the content of each row of a batch, without its id: equal means the same row."""
     names = sorted(name for name in batch if name != "row")
     hashes = [hashlib.blake2b(digest_size=8) for _ in batch["row"]]
     for name in names:
-        for at, row in zip(hashes, np.ascontiguousarray(batch[name]), strict=True):
-            at.update(row.tobytes())
-    return np.frombuffer(b"".join(at.digest() for at in hashes), "<u8").astype(np.uint64)
+        for digest, row in zip(hashes, np.ascontiguousarray(batch[name]), strict=True):
+            digest.update(row.tobytes())
+    return np.frombuffer(b"".join(digest.digest() for digest in hashes), "<u8").astype(np.uint64)
 
 
 def save(path: str | Path, recording: Recording) -> None:
     """Writes a recording, in one rename.
 
     Raises:
-      UserError: the disk takes no more, or the folder no file.
+      UserError: the disk is full, or the folder cannot be written to.
     """
     about = json.dumps(recording.about)
     arrays: dict[str, Any] = {"format": np.asarray(FORMAT), "about": np.asarray(about)}
     for split in ("eval", "train"):
-        arrays |= {f"{split}_{k}": v for k, v in getattr(recording, split)._asdict().items()}
+        routed = getattr(recording, split)
+        arrays |= {f"{split}_{name}": getattr(routed, field) for name, field in FIELDS.items()}
     with replaced(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -92,7 +180,7 @@ def load(path: str) -> Recording:
     """The recording in a file; the last one read stays in memory.
 
     Raises:
-      ValueError: there is none that can be read, in words that follow the file's name.
+      ValueError: the file holds none; the message follows the file's name.
     """
     path = os.path.expanduser(path)
     try:
@@ -104,70 +192,65 @@ def load(path: str) -> Recording:
 @functools.lru_cache(maxsize=1)
 def _load(path: str, changed: int) -> Recording:
     del changed  # a part of the key: a file that is written again is read again
+    splits: dict[str, dict[str, np.ndarray]] = {}
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
             about = json.loads(str(data["about"]))
-            found_format = int(data["format"]) if "format" in data else 1
-            if found_format == FORMAT:
-                parts = {name: _part(data, name) for name in ("eval", "train")}
+            stored = int(data["format"]) if "format" in data else 1
+            if stored == FORMAT:
+                for split in ("eval", "train"):
+                    splits[split] = {name: data[f"{split}_{name}"] for name in FIELDS}
     except OSError:
         raise
-    except Exception as error:  # of a garbled file NumPy, zipfile, zlib and tokenize raise a dozen
+    except Exception as error:  # NumPy, zipfile, zlib and tokenize raise a dozen for a garbled file
         raise ValueError("is not a routing that `moejax eval --record-routing` wrote") from error
-    if found_format != FORMAT:
+    if stored != FORMAT:
         raise ValueError(
-            f"has recorded routing in format {found_format}, and this moejax reads {FORMAT}; "
+            f"has recorded routing in format {stored}, and this moejax reads {FORMAT}; "
             "record it again with `moejax eval --record-routing`"
         )
-    found = Recording(**parts, about=about)
-    problem = _problem(found)
-    if problem:
+    if problem := _problem(about, splits):
         raise ValueError(f"is not a routing that can be followed: {problem}; record it again")
-    return found
+    rows = {name: from_arrays(x, about["num_experts"]) for name, x in splits.items()}
+    return Recording(rows["eval"], rows["train"], about)
 
 
-def _part(data: Mapping[str, np.ndarray], split: str) -> Routed:
-    return Routed(*(data[f"{split}_{field}"] for field in Routed._fields))
-
-
-def _problem(found: Recording) -> str:
-    """What is wrong with what was read, in a few words; empty when all is well."""
-    about = found.about
+def _problem(about: Any, splits: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """The first fault of a file's content, in a few words; empty if there is none."""
     if not isinstance(about, dict) or not isinstance(about.get("num_experts"), int):
         return "`about` names no num_experts"
     sees = about.get("sees")
-    if not isinstance(sees, list) or not set(map(str, sees)) <= set(SEEN):
-        return f"`about` has sees={sees!r}, not a list of {', '.join(SEEN)}"
-    for split in ("eval", "train"):
-        problem = _problem_of_part(getattr(found, split), found.num_experts)
-        if problem:
+    if not isinstance(sees, list) or not set(map(str, sees)) <= set(SEES):
+        return f"`about` has sees={sees!r}, not a list of {', '.join(SEES)}"
+    for split, arrays in splits.items():
+        if problem := _problem_of_split(arrays, about["num_experts"]):
             return f"{split}_{problem}"
-    first, second = (getattr(found, split).expert.shape for split in ("eval", "train"))
+    first, second = (arrays["expert"].shape for arrays in splits.values())
     if (first[0], *first[2:]) != (second[0], *second[2:]):
         return f"eval_expert has shape {first}, but train_expert {second}"
     return ""
 
 
-def _problem_of_part(part: Routed, num_experts: int) -> str:
-    shape = part.expert.shape
+def _problem_of_split(arrays: Mapping[str, np.ndarray], num_experts: int) -> str:
+    expert, weight = arrays["expert"], arrays["weight"]
+    shape = expert.shape
     if len(shape) != 4 or not shape[0] or not shape[3]:
         return f"expert has shape {shape}, not [layers, rows, positions, columns]"
     fields = {"weight": (shape, "f"), "kept": (shape, "b"), "token": (shape[1:3], "iu")}
     fields |= {"identity": (shape[:3], "f"), "digest": (shape[1:2], "u")}
     for name, (expected, kinds) in {"expert": (shape, "iu"), **fields}.items():
-        array = getattr(part, name)
+        array = arrays[name]
         if array.shape != expected or array.dtype.kind not in kinds:
             return f"{name} is {array.dtype}{list(array.shape)}, not of shape {list(expected)}"
-    if part.expert.size and not (0 <= part.expert.min() and part.expert.max() < num_experts):
-        ids = f"{part.expert.min()} to {part.expert.max()}"
-        return f"expert has ids {ids}, but num_experts={num_experts}"
-    if not np.all(np.isfinite(part.weight) & (part.weight >= 0)):
+    if expert.size and not (0 <= expert.min() and expert.max() < num_experts):
+        return f"expert has ids {expert.min()} to {expert.max()}, but num_experts={num_experts}"
+    if not np.all(np.isfinite(weight) & (weight >= 0)):
         return "weight has numbers that are not finite or below 0"
-    if not np.all(np.isfinite(part.identity)):
+    if not np.all(np.isfinite(arrays["identity"])):
         return "identity has numbers that are not finite"
     # Inactive columns may repeat any id: each counts as a number of its own.
     own_K = -1 - np.arange(shape[3])
-    sorted_MNLK = np.sort(np.where(part.weight > 0, part.expert, own_K), axis=-1)
+    sorted_MNLK = np.sort(np.where(weight > 0, expert, own_K), axis=-1)
     if np.any(sorted_MNLK[..., 1:] == sorted_MNLK[..., :-1]):
         return "expert names an expert twice for one token"
     return ""

@@ -1,28 +1,26 @@
 """Sweeps: one experiment file, many runs of ``moejax train``, one table and one picture.
 
-    definition.py  an experiment file to trials, each with its resolved config and id
-    match.py       what it claims about costs; widths that make them equal
-    count.py       parameters and FLOPs of configs, counted in a process of its own
-    budget.py      what the trials will cost and what their seeds can find, said before they run
-    folder.py      the sweep's folder: sweep.json, a folder per trial, what is finished
-    runner.py      a sweep from its first line to its table; dry runs
-    choose.py      --filter: some of the trials
-    pool.py        the trials that run: started, looked at, stopped, noted
-    launch.py      where they run: launchers and jobs; processes on this machine
-    slurm.py       the launcher for SLURM, with slurm_options.py, slurm_queue.py, slurm_job.py
-    journal.py     journal.sqlite: what was tried, where, when, how it ended
-    signals.py     Ctrl-C and SIGTERM, to be passed on once
-    progress.py    how far a run is, off the ends of its files
-    status.py      the state of every trial as text
-    live.py        the same as a live table on a terminal
-    results.py     the files of finished trials to numbers, and results.csv
-    statistics.py  intervals, paired differences, Holm's correction, power
-    noise.py       how much seeds vary, from a pilot or the trials at hand
-    comparison.py  variants against the baseline: differences, true costs, marks, verdicts
-    table.py       the comparison as text
-    figure.py      the comparison as sweep.png, with forest.py (differences) and labels.py (names)
-    summary.py     all that a sweep leaves, with summary.json
-    command.py     the ``moejax sweep`` command
+    definition.py     an experiment file expanded to trials, with resolved configs and ids
+    match.py          matched costs: what an experiment claims, and the widths that satisfy it
+    count.py          parameters and FLOPs of configs, counted in a separate process
+    budget.py         the cost of a sweep and the power of its seeds, printed before it runs
+    folder.py         the sweep's folder: sweep.json, a folder per trial, finished trials
+    runner.py         a sweep from start to report; dry runs
+    pool.py           the running trials: started, polled, stopped, recorded
+    launch.py         the launcher interface; processes on this machine
+    slurm/            the launcher for SLURM
+    journal.py        journal.sqlite: attempts, hosts, times and exit statuses
+    signals.py        Ctrl-C and SIGTERM, forwarded to the trials
+    status.py         the state and progress of every trial as text
+    screen.py         the same as a live table on a terminal
+    results.py        numbers of finished trials, and results.csv
+    statistics.py     intervals, paired differences, Holm's correction, power
+    seed_variance.py  the variance over seeds and the smallest detectable difference
+    comparison.py     variants against the baseline: differences, costs, marks, verdicts
+    table.py          the comparison as text
+    picture.py        the contents of the comparison's pictures
+    figure.py         the comparison as sweep.png
+    summary.py        everything that a sweep writes at its end
 
-No JAX device is started here: each trial is a process of its own, and the devices are its.
+Nothing here starts a JAX device: each trial runs in its own process and owns its devices.
 """

@@ -1,4 +1,4 @@
-"""What a sweep will cost, and what its seeds can find, said before it runs."""
+"""The budget of a sweep, printed before it runs: its cost and the power of its seeds."""
 
 import math
 import statistics
@@ -9,15 +9,16 @@ from typing import Any
 from moejax.dispatch import TRANSPORTS
 from moejax.sweep.count import count
 from moejax.sweep.definition import Sweep, Trial
-from moejax.sweep.noise import Pilot, detectable_difference, noise, read_pilot
 from moejax.sweep.results import Result, read_sweep, unit_of
+from moejax.sweep.seed_variance import Pilot, detectable_difference, read_pilot, seed_variance
 from moejax.sweep.table import detectable_note, unit
+from moejax.train.cost.units import rough_duration
 
 
 def announce(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> None:
-    """Prints the budget of the trials that are not finished, of ``chosen`` ones or of all.
+    """Print the budget of the unfinished trials, among all or the ``chosen`` ones.
 
-    The folder may not exist yet. FLOPs are counted in a process of its own, about a second for each
+    The folder need not exist yet. FLOPs are counted in a separate process, about a second for each
     variant.
 
     Raises:
@@ -43,7 +44,7 @@ def lines(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> 
 
 
 def _solved(sweep: Sweep) -> str:
-    """The widths. How many pairs find no slot is not known before the run."""
+    """The matched widths. With capacity, the number of dropped pairs is unknown before the run."""
     match, baseline = sweep.comparison.match, sweep.comparison.baseline
     names = (baseline, *(solved.variant for solved in sweep.solved))
     drops = match == "active_flops" and any(
@@ -60,7 +61,7 @@ def _may_drop(moe: dict[str, Any]) -> bool:
 
 
 def _work(trials: Sequence[Trial]) -> str:
-    """Trials, steps, tokens and FLOPs, with as many experts per token as each gate means to use."""
+    """Trials, steps, tokens and FLOPs, with as many experts per token as each gate aims at."""
     steps = sum(trial.steps for trial in trials)
     costs = count([trial.config for trial in trials])
     tokens = [
@@ -80,44 +81,38 @@ def _short(number: float) -> str:
 
 
 def _time(sweep: Sweep, waiting: Sequence[Trial], finished: Sequence[Result]) -> str:
-    """From the variant's own finished trials, or else from those of all; or from the pilot's."""
+    """The time to run the waiting trials, judged by finished trials or the pilot's."""
     trials: Sequence[Result | Pilot] = finished
     pilot, where = sweep.comparison.pilot, "finished"
     if not finished and isinstance(pilot, str):
         trials, where = read_pilot(pilot), "pilot's"
     timed = [trial for trial in trials if math.isfinite(trial.seconds_per_step)]
     if not timed:
-        return "time: not known before a trial has finished"
+        return "time: unknown until a trial has finished"
     total = 0.0
     for trial in waiting:
         own = [each for each in timed if each.variant == trial.variant] or timed
         total += statistics.fmean(_seconds(each, trial.steps) for each in own)
     return (
-        f"time: about {_duration(total)} one after the other, as the {len(timed)} {where} trials "
-        "took, without starting their processes"
+        f"time: about {rough_duration(total)} one after the other, judged by the {len(timed)} "
+        f"{where} trials, without starting processes"
     )
 
 
 def _seconds(trial: Result | Pilot, steps: int) -> float:
-    """Compilation and evaluations as in a finished trial, and so many of its steps."""
+    """The duration of a finished trial if it had taken so many steps."""
     return trial.elapsed_seconds + (steps - trial.step) * trial.seconds_per_step
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _detectable(sweep: Sweep, finished: Sequence[Result]) -> str:
-    known = noise(sweep, finished)
+    known = seed_variance(sweep, finished)
     found = detectable_difference(sweep, known)
     if found:
         return detectable_note(found, unit_of(finished))
     if known is None:
         first = sweep.comparison.baseline or sweep.variants[0]
         return (
-            "what these seeds can tell apart is not known without a pilot: run "
+            "the detectable difference is unknown without a pilot: run "
             f"--filter='{first}-seed*' first, or set PILOT to a standard deviation over seeds"
         )
-    return "one seed or one variant: there is nothing to tell apart"
+    return "one seed or one variant: there are no differences to test"

@@ -1,31 +1,44 @@
-"""Variants compared: means, differences to the baseline, true costs, marks and verdicts."""
+"""The comparison of variants: means, differences to the baseline, costs, marks and verdicts."""
 
 import dataclasses
 import math
 import statistics as plain
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from moejax.sweep.definition import Sweep
-from moejax.sweep.match import TOLERANCE
-from moejax.sweep.noise import Detectable, detectable_difference, noise
+from moejax.sweep.match import MATCHES, TOLERANCE
 from moejax.sweep.results import Result, unit_of
-from moejax.sweep.statistics import Difference, estimate, holm, outcome, paired, verdict
+from moejax.sweep.seed_variance import Detectable, detectable_difference, seed_variance
+from moejax.sweep.statistics import (
+    CONFIDENCE,
+    LEVEL,
+    POWER,
+    Difference,
+    estimate,
+    holm,
+    outcome,
+    paired,
+    verdict,
+)
 
+FORMAT = 1
+"""The version of summary.json."""
 BASELINE = "baseline"
 LEAK, MISSED, DIVERGED, UNFINISHED = "leak", "cost", "diverged", "unfinished"
-"""A variant's marks: what it must not be read without."""
+"""A variant's marks: caveats that belong beside its numbers."""
 
 COSTS: dict[str, Callable[[Result], float]] = {
     "active_flops": lambda result: result.train_flops_per_token,
     "total_params": lambda result: float(result.total_parameters),
     "step_time": lambda result: result.seconds_per_step,
 }
-"""True costs of a finished trial, in the units of ``MATCHES``."""
+"""The measured costs of a finished trial, in the units of ``MATCHES``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A finished trial. What there is no baseline for is None."""
+    """A finished trial. Fields that need a baseline are None without one."""
 
     seed: int
     workdir: str
@@ -38,7 +51,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """A variant; ``docs/sweeps.md`` tells the fields, which are those of summary.json."""
+    """A variant, with the fields of summary.json (docs/sweeps.md)."""
 
     variant: str
     wanted: int
@@ -62,8 +75,8 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A sweep's comparison: ``cost`` names what is compared, the match or else active FLOPs;
-    ``unit`` is that of losses."""
+    """A sweep's comparison. ``cost`` is the matched cost, or active FLOPs if none is matched;
+    ``unit`` is the unit of the losses."""
 
     source: str
     baseline: str | None
@@ -78,9 +91,9 @@ class Summary:
 
 
 def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, int]]) -> Summary:
-    """The comparison of what is finished; ``diverged`` are variant and seed of other trials.
+    """The comparison of finished trials; ``diverged`` has variant and seed of diverged ones.
 
-    A trial whose last held-out loss is not finite has diverged, though it came to its end.
+    A trial whose last held-out loss is not finite has diverged, although it finished.
     """
     diverged = diverged | {(r.variant, r.seed) for r in results if not math.isfinite(r.loss)}
     results = [r for r in results if math.isfinite(r.loss)]
@@ -110,7 +123,7 @@ def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, in
         match=sweep.comparison.match,
         cost=cost,
         unit=unit_of(results),
-        detectable=detectable_difference(sweep, noise(sweep, results)),
+        detectable=detectable_difference(sweep, seed_variance(sweep, results)),
         variants=tuple(variants),
     )
 
@@ -192,7 +205,7 @@ def _verdict(
     p_holm: float | None,
     unit: str,
 ) -> str:
-    """The survivors of a variant that diverges are no fair sample, which is said beside them."""
+    """The verdict, with the diverged seeds: without them the sample is biased."""
     baseline = sweep.comparison.baseline
     if baseline is None or name == baseline:
         said = BASELINE if baseline else ""
@@ -202,3 +215,28 @@ def _verdict(
         return said
     lost = f"{len(diverged)} diverged (seed {', '.join(map(str, diverged))})"
     return f"{said}; {lost}" if said else lost
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The tree of summary.json."""
+    found = summary.detectable
+    return {
+        "format": FORMAT,
+        "experiment": summary.source,
+        "baseline": summary.baseline,
+        "match": summary.match,
+        "tolerance": TOLERANCE,
+        "confidence": CONFIDENCE,
+        "unit": summary.unit,
+        "cost": {"name": summary.cost, "unit": MATCHES[summary.cost]},
+        "detectable": found and {**dataclasses.asdict(found), "power": POWER, "level": LEVEL},
+        "variants": [_variant_to_json(variant) for variant in summary.variants],
+    }
+
+
+def _variant_to_json(variant: Compared) -> dict[str, Any]:
+    tree = dataclasses.asdict(variant)
+    p_holm = tree.pop("p_holm")
+    if tree["difference"]:
+        tree["difference"]["p_holm"] = p_holm
+    return tree

@@ -1,7 +1,7 @@
-"""What runs will cost, counted on their traced programs, in a process of its own.
+"""The costs of runs, counted on their traced programs in a separate process.
 
-``python -m moejax.sweep.count`` reads a list of resolved configs from its standard input, as JSON,
-and writes a list of what they cost as the last line of its output. It runs on the CPU and compiles
+``python -m moejax.sweep.count`` reads a JSON list of resolved configs from standard input and
+writes the list of their costs as the last line of its output. It runs on the CPU and compiles
 nothing.
 """
 
@@ -19,19 +19,19 @@ from moejax.types import GateTraits
 
 _ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "expert", "tensor")}
 _ANYWHERE = {**_ONE_DEVICE, "mesh.cpu_devices": 0, "distributed.mode": "off"}
-"""What makes a config fit this process and changes none of its FLOPs."""
+"""Overrides that let any config be traced in this process without changing its FLOPs."""
 
 _KNOWN: dict[str, "Counted"] = {}
-"""What this process has had counted: a trace takes about a second."""
+"""Costs counted by this process so far; a trace takes about a second."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What a run costs if every token visits as many experts as its gate means to.
+    """The cost of a run in which every token visits as many experts as its gate aims at.
 
-    ``total_params`` are all parameters. ``active_flops`` are floating-point operations of matrix
-    products per token of training, forward and backward, with nothing dropped; a row of a batch
-    has ``tokens_per_row``.
+    ``total_params`` counts all parameters. ``active_flops`` counts floating-point operations of
+    matrix products per training token, forward and backward, without drops. A row of a batch has
+    ``tokens_per_row`` tokens.
     """
 
     total_params: int
@@ -40,7 +40,7 @@ class Counted:
 
 
 def count(configs: Sequence[dict[str, Any]]) -> list[Counted]:
-    """The costs of resolved configs; those that differ in seed and steps only are counted once.
+    """The costs of resolved configs; those that differ only in seed and steps are counted once.
 
     Raises:
       UserError: a config that cannot run.
@@ -73,7 +73,7 @@ def _in_process(configs: Sequence[str]) -> list[Counted]:
 
 
 def main() -> int:
-    """Counts what standard input lists. A user's mistake is the last line of its errors."""
+    """Count the configs on standard input. A user's mistake is the last line of standard error."""
     try:
         costs = [_counted(config) for config in json.load(sys.stdin)]
     except UserError as error:
@@ -105,8 +105,8 @@ def _counted(saved: dict[str, Any]) -> Counted:
 def _nominal_pairs(model: Any) -> float:
     """(token, expert) pairs of a token that reaches all layers: the gate's slots at factor 1.
 
-    That is k for token choice, the mean that gates with a varying number aim at, and all that a
-    mixing gate tells of, which has no slots for them.
+    That is k for token choice, the target mean for gates with a varying number, and all columns of
+    a mixing gate, which has no slots.
     """
     if not model.num_moe_layers:
         return 0.0

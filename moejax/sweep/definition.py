@@ -1,4 +1,4 @@
-"""From an experiment file to trials: what will run, checked before anything does.
+"""The definition of a sweep: an experiment file expanded to trials, all checked before any runs.
 
 An experiment is a config page with one more function::
 
@@ -17,6 +17,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from moejax.sweep.match import Comparison, Solved, comparison_of, solve
 Variant = dict[str, Any]
 
 PAGE = "sweep.py"
-"""The file that a folder of an experiment is known by."""
+"""The file that makes a folder an experiment."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 _HOW_NOT_WHAT = ("distributed", "report")
@@ -37,7 +38,7 @@ _HOW_NOT_WHAT = ("distributed", "report")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of one variant with one seed; ``config`` is resolved, as ``to_dict`` gives it."""
+    """One run of one variant with one seed; ``config`` is the resolved config from ``to_dict``."""
 
     variant: str
     seed: int
@@ -61,7 +62,7 @@ class Trial:
 class Sweep:
     """An experiment's trials, variant by variant in the order of the file.
 
-    ``solved`` are the widths that were found for variants that asked for a match.
+    ``solved`` has the widths found for variants that asked for a match.
     """
 
     source: str
@@ -81,7 +82,7 @@ def config_id(config: dict[str, Any]) -> str:
 
 
 def computed(config: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a resolved config that say what a run computes."""
+    """The sections of a resolved config that determine what a run computes."""
     return {name: part for name, part in config.items() if name not in _HOW_NOT_WHAT}
 
 
@@ -112,10 +113,31 @@ def expand(source: str) -> Sweep:
     return Sweep(source, trials, comparison, solved)
 
 
-def changed(sweep: Sweep, trial: Trial) -> str:
-    """What is in the way of running a trial as it was expanded; "" if nothing is.
+def select(sweep: Sweep, patterns: str) -> list[Trial]:
+    """The trials whose name matches one of the patterns, in the sweep's order.
 
-    Its process reads the experiment's file again, perhaps hours later.
+    Args:
+      patterns: shell patterns (``top_*,*-seed0``) separated by commas; empty for all trials.
+
+    Raises:
+      UserError: a pattern matches no trial.
+    """
+    wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    for pattern in wanted:
+        if not any(fnmatchcase(trial.name, pattern) for trial in sweep.trials):
+            names = ", ".join(trial.name for trial in sweep.trials)
+            raise UserError(f"--filter={patterns}: no trial matches {pattern!r}; trials: {names}")
+    return [
+        trial
+        for trial in sweep.trials
+        if not wanted or any(fnmatchcase(trial.name, pattern) for pattern in wanted)
+    ]
+
+
+def changed(sweep: Sweep, trial: Trial) -> str:
+    """The reason why a trial can no longer run as it was expanded; "" if it can.
+
+    The trial's process reads the experiment's file again, perhaps hours later.
     """
     try:
         config = to_dict(load(sweep.source, trial.overrides).config)
@@ -140,7 +162,7 @@ def _variants(page: Page) -> Sequence[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Variant:
-    """A variant as its page gives it; ``where`` begins the line that says what is wrong with it."""
+    """A variant as its page gives it; ``where`` is the prefix of error messages about it."""
 
     where: str
     name: str
@@ -163,7 +185,7 @@ def _read(where: str, variant: Any) -> _Variant:
 def _solve_and_expand(
     source: str, variants: Sequence[_Variant], comparison: Comparison
 ) -> tuple[tuple[Trial, ...], tuple[Solved, ...]]:
-    """The trials, with a number for every width that was to be matched, and these widths."""
+    """The trials, with matched widths replaced by numbers, and these widths."""
     by_name = {variant.name: variant for variant in variants}
 
     def config_of(name: str, fields: Variant) -> dict[str, Any]:
@@ -181,7 +203,7 @@ def _solve_and_expand(
 
 
 def _trial(source: str, variant: _Variant, seed: int | None) -> Trial:
-    """One trial; without a seed it has that of the page."""
+    """One trial; without a seed it has the page's."""
     overrides = [f"{PREFIX}{field}={_text(value)}" for field, value in variant.fields.items()]
     if seed is not None:
         overrides.append(f"{PREFIX}train.seed={seed}")
@@ -194,7 +216,7 @@ def _trial(source: str, variant: _Variant, seed: int | None) -> Trial:
 
 
 def _seeds(where: str, fields: Variant) -> list[int]:
-    """The seeds a variant names, taken out of its fields; none if it names none."""
+    """Pop the seeds from a variant's fields; empty if it has none."""
     if "seeds" not in fields:
         return []
     seeds = fields.pop("seeds")
@@ -206,12 +228,12 @@ def _seeds(where: str, fields: Variant) -> list[int]:
 
 
 def _text(value: Any) -> str:
-    """A value as an override spells it, to be read as the type of the field's default."""
+    """The text of a value in an override, to be parsed with the type of the field's default."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _check_distinct(source: str, trials: Sequence[Trial]) -> None:
-    """Refuses two trials of one name, and two names for one run."""
+    """Raise for two trials with one name, and for one run with two names."""
     for name, count in Counter(trial.name for trial in trials).items():
         if count > 1:
             raise UserError(

@@ -1,11 +1,11 @@
 """The folder of a sweep::
 
     sweep.json              the trials: name, id, overrides, resolved config
-    journal.sqlite          what was tried, where, when, how it ended: see journal.py
-    trials/NAME-seedN/      the workdir of one run of ``moejax train``; log.txt is what it said
-    results.csv, sweep.png  what came out
+    journal.sqlite          attempts, hosts, times and exit statuses: see journal.py
+    trials/NAME-seedN/      the workdir of one run of ``moejax train``; log.txt is its output
+    results.csv, sweep.png  the results
 
-Which trials are finished is read off their workdirs, so no record of it can be lost or be wrong.
+The workdirs themselves tell which trials are finished, so no other record can get out of step.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from moejax.config.versions import SCHEMA, migrated
 from moejax.errors import UserError
 from moejax.record.files import parsed, read_rows, write_whole
 from moejax.sweep.definition import Sweep, Trial, computed, config_id
-from moejax.train.workdir.run_folder import OUTPUT
+from moejax.train.workdir.contents import OUTPUT
 
 INDEX = "sweep.json"
 
@@ -36,7 +36,7 @@ def log_of(folder: Path, trial: Trial) -> Path:
 def finished(folder: Path, trial: Trial) -> bool:
     """Whether the trial has its last evaluation and its picture, which a run draws at its end.
 
-    A run with another config is not the trial's.
+    A run with another config does not count.
     """
     workdir = workdir_of(folder, trial)
     if not all((workdir / name).exists() for name in (METRICS, "summary.png")):
@@ -50,12 +50,12 @@ def finished(folder: Path, trial: Trial) -> bool:
 
 
 def check(folder: Path, sweep: Sweep) -> None:
-    """Refuses a folder that holds something else, or another sweep. Writes nothing.
+    """Check that the folder is new or holds this sweep. Writes nothing.
 
-    Trials may be added to a sweep (more seeds, more variants); none may change or go.
+    Trials may be added to a sweep (more seeds, more variants); none may change or disappear.
 
     Raises:
-      UserError: naming the trial and the field that differ.
+      UserError: with the trial and the field that differ.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file; name a folder, new or of this sweep")
@@ -70,7 +70,7 @@ def check(folder: Path, sweep: Sweep) -> None:
         if old.name not in new:
             raise UserError(
                 f"the sweep in {folder} has a trial {old.name!r}, this one does not; use another "
-                "--workdir, or the experiment it was begun with"
+                "--workdir, or the experiment that the sweep was started with"
             )
         _check_same(f"trial {old.name!r} of the sweep in {folder}", old.config, new[old.name])
     for trial in sweep.trials:
@@ -89,38 +89,76 @@ def _check_same(what: str, old: dict[str, Any], trial: Trial) -> None:
         if json.dumps(then) != json.dumps(now):  # a tuple comes back as a list
             raise UserError(
                 f"{what} has {field}={then}, the experiment now has {field}={now}; use another "
-                "--workdir, or the experiment it was begun with"
+                "--workdir, or the experiment that the sweep was started with"
             )
 
 
-def read_trials(folder: Path) -> list[Trial]:
-    """The trials of the sweep in the folder, as sweep.json has them.
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The content of sweep.json."""
+
+    experiment: str
+    trials: tuple[Trial, ...]
+    """With configs migrated to this version."""
+    intact: bool
+    """Whether every recorded name and id matches its config."""
+
+
+def read_index(folder: Path) -> Index:
+    """The trials that sweep.json records, written by this version or an older one.
 
     Raises:
-      UserError: the file is no sweep's.
+      UserError: the folder has no sweep.json, or a file that is not one.
     """
     path = folder / INDEX
     try:
-        index = parsed(path.read_text())
-        return [_trial(row, index.get("schema", 0), path) for row in index["trials"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = parsed(path.read_text())
+        schema = content.get("schema", 0)
+        recorded = [(row, _trial(row)) for row in content["trials"]]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {INDEX}; name the folder of a sweep") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} was not written by `moejax sweep`; restore it or use another --workdir"
+            f"{path} was not written by `moejax sweep`; restore it or name another folder"
         ) from error
+    return Index(
+        experiment=str(content.get("experiment", "?")),
+        trials=tuple(
+            dataclasses.replace(trial, config=migrated(trial.config, schema, str(path))[0])
+            for _, trial in recorded
+        ),
+        intact=all((t.name, t.id) == (row["name"], row.get("id")) for row, t in recorded),
+    )
 
 
-def _trial(row: dict[str, Any], schema: int, path: Path) -> Trial:
-    """A trial as `write_index` wrote it, by this version or an older one."""
-    fields = [field.name for field in dataclasses.fields(Trial)]
-    trial = Trial(**{name: row[name] for name in fields if name in row})
-    trial = dataclasses.replace(trial, overrides=tuple(trial.overrides), config=dict(trial.config))
-    if (trial.name, trial.id) != (row["name"], row["id"]):
-        raise ValueError
-    return dataclasses.replace(trial, config=migrated(trial.config, schema, str(path))[0])
+def _trial(row: dict[str, Any]) -> Trial:
+    """A trial as `write_index` wrote it. The oldest version wrote neither variant nor seed."""
+    variant, _, seed = row["name"].rpartition("-seed")
+    return Trial(
+        variant=row.get("variant", variant),
+        seed=int(row.get("seed", seed)),
+        overrides=tuple(row.get("overrides", ())),
+        config=dict(row["config"]),
+    )
+
+
+def read_trials(folder: Path) -> tuple[Trial, ...]:
+    """The trials of a sweep that is to be resumed.
+
+    Raises:
+      UserError: sweep.json cannot be read, or a name or an id does not match its config.
+    """
+    index = read_index(folder)
+    if not index.intact:
+        raise UserError(
+            f"{folder / INDEX} was not written by `moejax sweep`: an id does not match its config; "
+            "restore it or use another --workdir"
+        )
+    return index.trials
 
 
 def write_index(folder: Path, sweep: Sweep) -> None:
-    """Writes sweep.json, in one rename. The folder exists."""
+    """Write sweep.json atomically. The folder exists."""
     trials = [
         {"name": trial.name, "id": trial.id, **dataclasses.asdict(trial)} for trial in sweep.trials
     ]

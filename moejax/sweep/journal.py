@@ -1,22 +1,22 @@
-"""``journal.sqlite`` in a sweep's folder: what was tried, where, when, and how it ended.
+"""``journal.sqlite`` in a sweep's folder: every trial's attempts, host, times and exit status.
 
 One table, ``trials``, with a row per trial:
 
-    id        hash of the resolved config      handle   what finds the job again
-    name      VARIANT-seedN                    started  of the last attempt, ISO 8601
-    state     one of `STATES`                  ended    of the last attempt that was seen to end
-    attempts  how often it was begun           status   its exit status
-    launcher  of the last attempt              seconds  all attempts that were seen to end
-    host      of the last attempt
+    id        hash of the resolved config      handle   the launcher's reference to the job
+    name      VARIANT-seedN                    started  start of the last attempt, ISO 8601
+    state     one of `STATES`                  ended    end of the last attempt seen to end
+    attempts  number of attempts               status   its exit status
+    launcher  launcher of the last attempt     seconds  duration of all attempts seen to end
+    host      host of the last attempt
 
-The runner alone writes, under the lock of the folder. Every write is one transaction that is on the
-disk when it returns; SQLite takes back what a kill cut short. An attempt is written down before its
-process is made and once more when its handle is known, so a killed runner leaves no process that
-nobody looks for. That a trial is finished is never decided here but read off its workdir: a journal
-that is lost, damaged or wrong costs the history and nothing else.
+Only the runner writes, under the folder's lock. Every write is one transaction that is on disk when
+the call returns; SQLite rolls back one that a kill interrupts. An attempt is recorded before its
+process starts and again when its handle is known, so a killed runner leaves no process untracked.
+The journal never decides whether a trial is finished, its workdir does: a journal that is lost,
+corrupt or wrong costs the history and nothing else.
 
-The rollback journal of SQLite is used and not its write-ahead log, which needs memory that all
-readers share: the folder may be on a network file system and be read from another machine.
+SQLite's rollback journal is used instead of its write-ahead log, which needs memory shared by all
+readers: the folder may be on a network file system and be read from another machine.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the journal; what is not known is None or empty."""
+    """A row of the journal; unknown values are None or empty."""
 
     id: str
     name: str
@@ -73,26 +73,26 @@ class Entry:
 
 
 class Unreadable(Exception):
-    """The journal cannot be read: why, in a few words."""
+    """The journal cannot be read; the message gives the reason."""
 
 
 class Journal:
-    """The journal, to write to: a context manager. Made if it is missing.
+    """The journal, opened for writing, as a context manager. Created if missing.
 
-    A damaged file is moved aside, to ``journal.sqlite.damaged``, and a new one begun; `mended` is
-    then true.
+    A corrupt file is moved to ``journal.sqlite.damaged`` and a new one created; `repaired` is then
+    true.
 
     Raises:
-      UserError: it cannot be opened or written (a full disk, another version's).
+      UserError: it cannot be opened or written (a full disk, another version's file).
     """
 
     def __init__(self, folder: Path):
         self._path = folder / NAME
-        self.mended = False
+        self.repaired = False
         try:
             self._open()
         except _Damaged:
-            self.mended = True
+            self.repaired = True
             for end in ("", "-journal"):  # an old rollback journal would be played into the new one
                 if os.path.exists(f"{self._path}{end}"):
                     os.replace(f"{self._path}{end}", folder / f"{DAMAGED}{end}")
@@ -109,10 +109,10 @@ class Journal:
         return _entries(self._connection)
 
     def reconcile(self, trials: Iterable[Trial], finished: Mapping[str, bool]) -> None:
-        """Makes it a row for each trial, in one transaction; whether one is done, workdirs decide.
+        """Give each trial a row, in one transaction, with the state that its workdir implies.
 
         Args:
-          finished: by the trial's name, what its workdir says.
+          finished: whether each trial is finished according to its workdir, by its name.
         """
         known = self.entries()
         self._write("begin immediate")
@@ -129,22 +129,22 @@ class Journal:
         self._write("commit")
 
     def begin(self, trial: Trial, launcher: str) -> None:
-        """A new attempt, before its process is made: nothing is known of it yet."""
+        """Record a new attempt before its process starts."""
         self._write(
             "update trials set state = ?, attempts = attempts + 1, launcher = ?, started = ?, "
             "host = '', handle = '', ended = null, status = null where id = ?",
             RUNNING, launcher, now(), trial.id,
         )  # fmt: skip
 
-    def place(self, trial: Trial, handle: str, host: str) -> None:
-        """Where the running attempt is."""
+    def locate(self, trial: Trial, handle: str, host: str) -> None:
+        """Record the job and the host of the running attempt."""
         self._write(
             "update trials set state = ?, handle = ?, host = ? where id = ?",
             RUNNING, handle, host, trial.id,
         )  # fmt: skip
 
     def end(self, trial: Trial, state: str, status: int | None, seconds: float) -> None:
-        """How the attempt ended, after so many seconds."""
+        """Record the end of an attempt."""
         self._write(
             "update trials set state = ?, status = ?, ended = ?, seconds = seconds + ? "
             "where id = ?",
@@ -152,7 +152,7 @@ class Journal:
         )  # fmt: skip
 
     def mark(self, trial: Trial, state: str) -> None:
-        """Another state, without an attempt of which the end was seen."""
+        """Set the state of a trial without recording the end of an attempt."""
         self._write("update trials set state = ? where id = ?", state, trial.id)
 
     def _open(self) -> None:
@@ -179,8 +179,8 @@ class Journal:
         (version,) = execute("pragma user_version").fetchone()
         if version not in (0, _VERSION):
             raise UserError(
-                f"{self._path} is of another version of moejax ({version}, this one writes "
-                f"{_VERSION}); remove it: what is finished is read off the workdirs"
+                f"{self._path} was written by another version of moejax ({version}, this one "
+                f"writes {_VERSION}); remove it: the workdirs tell which trials are finished"
             )
         execute(_TABLE)
         execute(f"pragma user_version = {_VERSION}")
@@ -195,7 +195,7 @@ class Journal:
 
     def _problem(self, error: sqlite3.Error) -> UserError:
         return UserError(
-            f"{self._path} cannot be written ({error}); trials that run go on, and the same "
+            f"{self._path} cannot be written ({error}); running trials continue, and the same "
             "command waits for them"
         )
 
@@ -205,12 +205,12 @@ class _Damaged(Exception):
 
 
 def read(folder: Path) -> dict[str, Entry]:
-    """The rows by the trial's name, also while a runner writes; none without a journal.
+    """The rows by the trial's name, even while a runner writes; empty without a journal.
 
     Changes nothing.
 
     Raises:
-      Unreadable: there is a journal, but it cannot be read.
+      Unreadable: the journal exists but cannot be read.
     """
     path = folder / NAME
     if not path.exists():
@@ -220,12 +220,12 @@ def read(folder: Path) -> dict[str, Entry]:
         try:
             (version,) = connection.execute("pragma user_version").fetchone()
             if version not in (0, _VERSION):
-                raise Unreadable(f"{path} is of another version of moejax ({version})")
+                raise Unreadable(f"{path} was written by another version of moejax ({version})")
             return _entries(connection) if version else {}  # 0: it is being made just now
         finally:
             connection.close()
     except sqlite3.Error as error:
-        # Among others the one that a kill in the middle of a write leaves: a writer mends it.
+        # For instance one left by a kill during a write, which the next writer repairs.
         raise Unreadable(f"{path} cannot be read: {error}") from error
 
 

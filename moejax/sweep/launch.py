@@ -1,8 +1,8 @@
-"""Where trials run: the seam between the runner and a machine, or a cluster.
+"""Launchers: the interface between the runner and a machine or a cluster.
 
-A launcher starts a trial's command and gives a job to ask and to stop. A job lives on when the
-runner is killed; the next runner finds it again with `attach`. A new kind of launcher is a class
-with the protocol and a line in `LAUNCHERS`::
+A launcher starts a trial's command and returns a job to poll and to stop. A job outlives a killed
+runner; the next runner finds it again with `attach`. A new kind of launcher is a class with the
+protocol and a line in `LAUNCHERS`::
 
     class MyLauncher:
         def __init__(self, folder: Path, options: Mapping[str, str]): ...
@@ -29,14 +29,14 @@ LAUNCHERS = {
     "local": "moejax.sweep.launch:LocalLauncher",
     "slurm": "moejax.sweep.slurm:SlurmLauncher",
 }
-"""By the name that ``--launcher`` takes: "module:Class", imported when it is chosen."""
+"""The launchers by the name that ``--launcher`` takes: "module:Class", imported when chosen."""
 
 GONE = 256
-"""In place of an exit status: the job has ended and nobody can say how."""
+"""Stands for an unknown exit status of a job that has ended."""
 
 
 class LaunchError(Exception):
-    """A trial could not be started: why, in one line. The trial has failed; the others go on."""
+    """A trial could not be started, for the reason in the message. Other trials continue."""
 
 
 class Job(Protocol):
@@ -44,35 +44,35 @@ class Job(Protocol):
 
     @property
     def handle(self) -> str:
-        """What `Launcher.attach` needs to find the job again, on one line; kept in the journal."""
+        """One line that lets `Launcher.attach` find the job again; kept in the journal."""
         ...
 
     @property
     def host(self) -> str:
-        """The machine it runs on; "" while that is not known, as in a queue. May change."""
+        """The machine it runs on, "" while unknown, as in a queue. May change."""
         ...
 
     def poll(self) -> int | None:
-        """Its exit status once it has ended, the same ever after; None while it has not.
+        """The exit status of a job that has ended, which never changes; None before.
 
         Negative: minus the number of the signal that ended it. 75: it was stopped and has saved.
-        GONE: unknown. A job that waits, or will be started again by a cluster, has not ended.
-        Called several times a second: keep an answer that is costly to get for a while.
+        GONE: unknown. A job that waits, or that a cluster will restart, has not ended. Called
+        several times a second: cache an expensive answer for a while.
         """
         ...
 
     def terminate(self) -> None:
-        """Sends the trial one SIGTERM, at which it saves and leaves; a second one aborts it.
+        """Send the trial one SIGTERM, upon which it saves and exits; a second one aborts it.
 
-        A job that still waits in a queue is taken out of it and has ended with 75. Does nothing
-        to a job that has ended.
+        A job still waiting in a queue is removed from it and has ended with 75. Does nothing to a
+        job that has ended.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What `Launcher.start` takes."""
+    """The arguments of `Launcher.start`."""
 
     trial: "Trial"
     command: list[str]
@@ -80,27 +80,27 @@ class Start:
 
 
 class Launcher(Protocol):
-    """Made of the sweep's folder and the ``--launcher-option key=value`` pairs.
+    """A launcher, constructed from the sweep's folder and ``--launcher-option key=value`` pairs.
 
-    Raises (when made):
-      UserError: an unknown option, or something that it needs is missing. Nothing is written yet.
+    Raises (in the constructor):
+      UserError: an unknown option or a missing requirement. Nothing is written yet.
     """
 
     @property
     def jobs(self) -> int:
-        """How many trials at once, unless ``--jobs`` says it."""
+        """The number of trials to run at once without ``--jobs``."""
         ...
 
     @property
     def queues(self) -> bool:
-        """Whether it has a queue of its own, for trials beyond those that may run at once.
+        """Whether it queues trials beyond those that may run at once.
 
-        Then the runner hands over all that are missing together, and counts none of them.
+        If so, the runner hands over all missing trials together and does not limit them.
         """
         ...
 
     def start(self, trial: "Trial", command: list[str], log: Path) -> Job:
-        """Starts a command that no job is running now. Its output is appended to the log, a file.
+        """Start a command that no job is running. Its output is appended to the log file.
 
         Raises:
           LaunchError: it cannot be started.
@@ -108,26 +108,26 @@ class Launcher(Protocol):
         ...
 
     def start_all(self, starts: Sequence[Start], at_once: int) -> list["Job | LaunchError"]:
-        """`start` for trials that begin together: a job for each, or why it has none.
+        """Start trials that begin together: a job for each, or the error that prevented it.
 
-        ``at_once`` is how many of them a launcher that `queues` lets run at a time.
+        ``at_once`` limits how many of them run at a time on a launcher that `queues`.
         """
         ...
 
     def attach(self, trial: "Trial", handle: str, log: Path) -> Job | None:
-        """The job of a trial that outlived its runner; None if there is none that has not ended.
+        """The running job of a trial that outlived its runner; None if there is none.
 
-        ``handle`` is "" when the runner was killed before it could note the job, or the journal was
-        lost: then the job must be found by the trial, its folder or its log.
+        ``handle`` is "" if the runner was killed before it could record the job, or if the journal
+        was lost: the job then has to be found by the trial, its folder or its log.
         """
         ...
 
 
 def make(name: str, folder: Path, options: Mapping[str, str]) -> Launcher:
-    """The launcher of a name in `LAUNCHERS`.
+    """The launcher with a name in `LAUNCHERS`.
 
     Raises:
-      UserError: an option that it does not take, or something that it needs is missing.
+      UserError: an unknown option or a missing requirement.
     """
     module, _, attribute = LAUNCHERS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)(folder, options)
@@ -136,10 +136,10 @@ def make(name: str, folder: Path, options: Mapping[str, str]) -> Launcher:
 class LocalLauncher:
     """A process on this machine for each trial.
 
-    JAX must not be forked, so it is a fresh one; it leads a session of its own, so that Ctrl-C on
-    the terminal reaches the runner alone. Its output, which it inherits, carries a lock on the log.
-    The lock ends when the trial and everything that it started have: that a trial outlived its
-    runner can be seen on its log, whatever the runner could still write down.
+    JAX must not be forked, so each trial gets a fresh process; it leads its own session, so that
+    Ctrl-C on the terminal reaches only the runner. The inherited output file carries a lock on the
+    log, which is released when the trial and all its children have ended: the log shows whether a
+    trial outlived its runner, whatever the runner managed to record.
     """
 
     jobs = 1
@@ -184,7 +184,7 @@ class LocalLauncher:
 
 
 def may_live(handle: str) -> bool:
-    """Whether a local job may run still, as far as this machine can tell. Disturbs nobody."""
+    """Whether a local job may still be running, as far as this machine can tell."""
     host, _, number = handle.rpartition(":")
     if host != socket.gethostname():
         return True
@@ -199,7 +199,7 @@ def may_live(handle: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Child:
-    """A process of this runner."""
+    """A child process of this runner."""
 
     process: "subprocess.Popen[bytes]"
     host: str = dataclasses.field(default_factory=socket.gethostname)
@@ -217,7 +217,7 @@ class _Child:
 
 @dataclasses.dataclass(frozen=True)
 class _Outlived:
-    """A process of a runner that was killed: as long as its log is locked, it runs."""
+    """A process that outlived its runner: it runs as long as its log is locked."""
 
     log: IO[bytes]
     handle: str
@@ -237,7 +237,7 @@ class _Outlived:
         return GONE
 
     def terminate(self) -> None:
-        # No other process can have its number while one of its session, which holds the lock, runs.
+        # No other process can get its number while a process of its session holds the lock.
         if self.host == socket.gethostname() and self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(self.handle.rpartition(":")[2]), signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""What an experiment claims about its variants' costs, and the widths that make it true.
+"""Matched costs: the cost that an experiment equalises, and the widths that equalise it.
 
-A page may say::
+A page may define::
 
     MATCH = "active_flops"      # or "total_params", "step_time"
     BASELINE = "top_2"          # the variant that the others are compared with
@@ -21,17 +21,17 @@ from moejax.errors import UserError, suggest
 from moejax.sweep.count import count
 
 TOLERANCE = 0.02
-"""A cost that differs from the baseline's by more than this share has missed the match."""
+"""The relative difference from the baseline's cost beyond which a variant misses the match."""
 
 MATCHES = {
     "active_flops": "FLOP per token, forward and backward",
     "total_params": "parameters",
     "step_time": "seconds per step, median",
 }
-"""What costs can be matched, and their units."""
+"""The costs that can be matched, with their units."""
 
 WIDTHS = ("moe.d_ff", "model.d_ff")
-"""Fields that may be solved for: matrix products and parameters are linear in them."""
+"""Fields that may be solved for: FLOPs and parameters are linear in them."""
 
 SOLVE = "match"
 MULTIPLE = 8
@@ -42,7 +42,7 @@ Fields = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What the trials are compared by; None where the page does not say."""
+    """The page's settings of the comparison; None where it has none."""
 
     match: str | None = None
     baseline: str | None = None
@@ -51,7 +51,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """A width that was solved for, and what its variant then costs over what the baseline does."""
+    """A width that was solved for, and the ratio of its variant's cost to the baseline's."""
 
     variant: str
     field: str
@@ -60,10 +60,10 @@ class Solved:
 
 
 def comparison_of(page: Page, variants: Sequence[str]) -> Comparison:
-    """What a page says about its comparison.
+    """The settings of a page's comparison.
 
     Raises:
-      UserError: a value that cannot be, by name.
+      UserError: an invalid value.
     """
     where = f"experiment {page.path!r}"
     names = [field.name for field in dataclasses.fields(Comparison)]
@@ -115,18 +115,18 @@ def solve(
     variants: Mapping[str, Fields],
     config_of: Callable[[str, Fields], dict[str, Any]],
 ) -> dict[str, Solved]:
-    """The widths of the variants that say "match" in the place of one.
+    """The widths of the variants that have "match" in place of a width.
 
     A variant's cost is a + b width. Two counts give a and b, and the width for the baseline's cost
     is rounded to a multiple of 8.
 
     Args:
-      where: the beginning of an error's line.
+      where: the prefix of error messages.
       variants: the fields of each variant, by its name.
       config_of: the resolved config of a variant with these fields.
 
     Raises:
-      UserError: nothing to match with, or no width does.
+      UserError: there is nothing to match, or no width matches.
     """
     asked = {
         name: [field for field in WIDTHS if fields.get(field) == SOLVE]

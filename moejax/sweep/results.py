@@ -1,7 +1,7 @@
-"""What a finished trial's files say: ``config.json``, ``metrics.jsonl``, ``timings.jsonl``.
+"""Numbers of finished trials, from ``config.json``, ``metrics.jsonl`` and ``timings.jsonl``.
 
 Training numbers are means over the steps of the run: a logged row stands for the steps since the
-row before it. Held-out numbers are those of the last evaluation.
+previous row. Held-out numbers are those of the last evaluation.
 """
 
 import csv
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.config.saved import METRICS, TIMINGS, missing, read_config, stand_for
+from moejax.config.saved import METRICS, TIMINGS, missing_steps, read_config, steps_per_row
 from moejax.errors import UserError
 from moejax.record.files import read_rows, write_whole
 from moejax.sweep import folder as folders
@@ -23,21 +23,19 @@ from moejax.train.cost.units import PER_BYTE, bytes_per_token
 Row = dict[str, Any]
 
 DIVERGED = "moejax: diverged at"
-"""How `moejax train` begins the line that says so."""
-
-
+"""The prefix of the line in which `moejax train` reports divergence."""
 LOGGED = "train.log_every"
-"""The interval of rows of training."""
+"""The field with the interval of training rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One finished trial in numbers. What a dense model does not have is None.
+    """The numbers of one finished trial. Fields that a dense model lacks are None.
 
-    "Active" FLOPs are those of matrix products (one multiply-add is two) of the attention, the
+    Active FLOPs are those of the matrix products (a multiply-add is two) of the attention, the
     dense layers, the router and the head, counted on the traced program, plus those of one expert
-    on one token times the (token, expert) pairs that were measured: routed and not dropped. Padding
-    of cells and rematerialisation are not in them.
+    on one token times the measured (token, expert) pairs: routed and not dropped. They exclude the
+    padding of cells and rematerialisation.
     """
 
     variant: str
@@ -45,45 +43,45 @@ class Result:
     id: str
     step: int
     loss: float
-    """Held-out, at the last evaluation; of text per byte."""
+    """Held-out loss at the last evaluation; per byte for text."""
     train_flops_per_token: float
     """Forward and backward, mean over the run."""
     eval_flops_per_token: float
     """Forward, at the last evaluation."""
     train_pairs_per_token: float | None
-    """Experts that computed a token, per MoE layer; likewise held out."""
+    """Experts that computed a token, per MoE layer."""
     eval_pairs_per_token: float | None
     seconds_per_step: float
     """Median over the logged intervals after the first."""
     train_seconds: float
     """All steps together, without compilation, evaluation and saving."""
     elapsed_seconds: float
-    """From before the compilation to the last step, of every time the run was started."""
+    """From before the compilation to the last step, summed over all starts of the run."""
     train_max_vio: float | None
     eval_max_vio: float | None
     train_drop_rate: float | None
     eval_drop_rate: float | None
     total_parameters: int
     leak: str
-    """What a token's output may depend on besides its past; empty when nothing."""
+    """What a token's output may depend on besides its past; empty if nothing."""
     unit: str = PER_BYTE
-    """Of the loss."""
+    """The unit of the loss."""
     missing_steps: int = 0
-    """Steps whose rows are missing in metrics.jsonl; means over training are without them."""
+    """Steps whose rows are missing in metrics.jsonl; means over training leave them out."""
 
 
 def unit_of(results: Sequence[Result]) -> str:
-    """The unit of the losses, which all of them share.
+    """The common unit of the losses.
 
     Raises:
-      UserError: they do not.
+      UserError: they have different units.
     """
     units = {result.unit: result for result in results}
     if len(units) > 1:
-        said = ", ".join(f"{unit} of {result.variant}" for unit, result in units.items())
+        found = ", ".join(f"{unit} of {result.variant}" for unit, result in units.items())
         raise UserError(
-            f"losses of several units cannot be compared: {said}; shards of an older version do "
-            "not say which bytes their tokens stand for, so prepare them again"
+            f"losses of several units cannot be compared: {found}; shards of an older version do "
+            "not record how many bytes their tokens stand for, so prepare them again"
         )
     return next(iter(units), PER_BYTE)
 
@@ -100,10 +98,10 @@ def read_trial(folder: Path, trial: Trial) -> Result:
     train = [row for row in rows if row.get("split") == "train"]
     held_out = [row for row in rows if row.get("split") == "eval"][-1]
     steps = [row["step"] for row in train]
-    weights = stand_for(steps, saved, LOGGED)
-    gaps = missing(steps, saved, LOGGED, held_out["step"])
+    weights = steps_per_row(steps, saved, LOGGED)
+    gaps = missing_steps(steps, saved, LOGGED, held_out["step"])
     timings = read_rows(workdir / TIMINGS)
-    own = stand_for([row["step"] for row in timings], saved, LOGGED)
+    own = steps_per_row([row["step"] for row in timings], saved, LOGGED)
     seconds, total_seconds = step_seconds(timings, own, held_out["step"])
 
     def mean(values: Iterable[float | None]) -> float | None:
@@ -139,26 +137,26 @@ def read_trial(folder: Path, trial: Trial) -> Result:
 
 
 def evaluated_bytes_per_token(saved: dict[str, Any], workdir: Path) -> float | None:
-    """Bytes of text per token, of the very targets that were evaluated; None where losses are not
-    of text, or of shards that do not say.
+    """Bytes of text per token of the evaluated targets; None if the losses are not of text or the
+    shards do not record it.
 
     Raises:
-      UserError: an older version divided by a ratio of other tokens.
+      UserError: an older version recorded a ratio for other tokens.
     """
     of_all = saved.get("heldout_bytes_per_token", 1.0)
     if "evaluated" not in saved and of_all != 1.0:
         raise UserError(
-            f"{workdir} was run by an older version of moejax, which does not say how many bytes "
-            "its evaluated tokens stand for; remove that folder and run the sweep again"
+            f"{workdir} was written by an older version of moejax, which does not record how many "
+            "bytes its evaluated tokens stand for; remove that folder and run the sweep again"
         )
     return bytes_per_token(saved)
 
 
 def kept_pairs(row: Row) -> float | None:
-    """Pairs that were computed, per MoE layer and token of the rows; None without experts.
+    """Computed pairs per MoE layer and token; None without experts.
 
-    ``moe/experts_per_token`` is of the tokens that reached the experts, under Mixture-of-Depths a
-    share.
+    ``moe/experts_per_token`` counts only tokens that reached the experts, which under
+    Mixture-of-Depths is a share of them.
     """
     if "moe/load" not in row:
         return None
@@ -175,10 +173,12 @@ def step_seconds(
 ) -> tuple[float, float]:
     """Seconds of the median step and of all steps, from the rows of ``timings.jsonl``.
 
-    Each time the run was started, its first interval is left out of the median: caches are cold.
-    An interval that was a compilation alone has no time of its own and counts as median steps, as
-    do steps whose row is missing. ``own``: how many steps each row speaks for (default: those since
-    the row before). ``steps``: of the run (default: the last row's).
+    The median leaves out the first interval after each start, when caches are cold. An interval
+    that only compiled has no time; its steps, and those with a missing row, count as median steps.
+
+    Args:
+      own: the number of steps that each row stands for (default: those since the previous row).
+      steps: the number of steps of the run (default: the last row's).
     """
     warm, sums, before = [], [], 0
     lengths = iter(own) if own is not None else None
@@ -201,15 +201,15 @@ def step_seconds(
 
 
 def elapsed_seconds(timings: Sequence[Row]) -> float:
-    """The last ``elapsed`` of each time the run was started, together."""
+    """The sum over all starts of the run of their last ``elapsed``."""
     return sum((life[-1]["elapsed"] for life in _lives(timings)), start=0.0)
 
 
 def _lives(timings: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each time the run was started.
+    """The rows of each start of the run.
 
-    Each has its own ``from_step``: rows after the step that a run resumes at are cut off first.
-    Older versions wrote none; there a start shows where ``elapsed`` falls.
+    Each start has its own ``from_step``: rows after the step that a run resumes from are removed
+    first. Older versions wrote none; there ``elapsed`` decreases at a start.
     """
     lives: list[list[Row]] = []
     for row in timings:
@@ -243,12 +243,12 @@ def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:
 
 
 def read_diverged(folder: Path, sweep: Sweep) -> set[tuple[str, int]]:
-    """Variant and seed of the trials whose last attempt ended at a value that was not finite."""
+    """Variant and seed of the trials whose last attempt diverged."""
     found = set()
     for trial in sweep.trials:
         path = folders.log_of(folder, trial)
         if path.exists() and not folders.finished(folder, trial):
-            # An attempt begins with its command, after a #.
+            # An attempt starts with a # and its command.
             lines = path.read_text(errors="replace").splitlines()
             begin = max((i for i, line in enumerate(lines) if line.startswith("# ")), default=0)
             if any(line.startswith(DIVERGED) for line in lines[begin:]):
@@ -262,10 +262,9 @@ def write_csv(
     results: Sequence[Result],
     more: Mapping[tuple[str, int], Row] | None = None,
 ) -> None:
-    """Writes results.csv: a row per trial, floats so that they read back exactly.
+    """Write results.csv: a row per trial, with floats that read back exactly.
 
-    A trial that is not finished has a row without numbers. ``more`` are further columns, by variant
-    and seed.
+    An unfinished trial has a row without numbers. ``more`` has further columns by variant and seed.
     """
     more = more or {}
     by_name = {(result.variant, result.seed): result for result in results}

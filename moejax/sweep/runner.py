@@ -1,8 +1,8 @@
-"""Runs a sweep: its trials, some at once, each in a fresh process; then its table and picture.
+"""The run of a sweep: its trials in separate processes, then its table and picture.
 
-JAX must not be forked and its devices are not shared, so nothing of a trial happens here. What was
-tried is in the journal; what is finished is read off the workdirs; a trial that outlived a killed
-runner is found by its launcher and waited for.
+JAX must not be forked and its devices cannot be shared, so trials always run in fresh processes.
+The journal records attempts; the workdirs tell which trials are finished; the launcher finds a
+trial that outlived a killed runner, and the runner waits for it.
 """
 
 import dataclasses
@@ -12,46 +12,46 @@ from pathlib import Path
 
 from moejax.errors import UserError
 from moejax.job.launch import check_for_children
-from moejax.sweep import budget, choose, journal, launch, live, status, summary
+from moejax.sweep import budget, journal, launch, status, summary
 from moejax.sweep import folder as folders
-from moejax.sweep.definition import Sweep, Trial
+from moejax.sweep.definition import Sweep, Trial, select
 from moejax.sweep.journal import Journal
 from moejax.sweep.launch import Launcher
-from moejax.sweep.pool import STOPPED, Place, Pool
+from moejax.sweep.pool import STOPPED, Pool, SweepRun
+from moejax.sweep.screen import open_screen
 from moejax.sweep.signals import Signals
+from moejax.train.workdir.contents import make_workdir
 from moejax.train.workdir.lock import WorkdirLock
-from moejax.train.workdir.run_folder import make_workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
-    """How a sweep is run, which does not change what it is."""
+class Execution:
+    """Options of one execution of a sweep, which do not change its definition."""
 
     jobs: int | None = None
-    """Trials at once; None: as many as the launcher says."""
+    """Trials at once; None for the launcher's default."""
     only: str = ""
-    """Patterns of the names of the trials to run, with commas between; empty: all."""
+    """Comma-separated patterns of the names of the trials to run; empty for all."""
     launcher: str = "local"
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Of the launcher."""
+    """The launcher's options."""
 
 
-def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
-    """Runs a sweep in its folder, then prints and writes what all finished trials gave; after a
-    signal it only writes.
+def run(sweep: Sweep, folder: Path, execution: Execution | None = None) -> int:
+    """Run a sweep in its folder, then write and print the results of all finished trials.
 
-    Returns the exit status: 0 the chosen trials are finished, 1 some failed, 75 stopped by a
-    signal.
+    After a signal it writes them without printing. Returns the exit status: 0 the chosen trials
+    are finished, 1 some failed, 75 stopped by a signal.
 
     Raises:
-      UserError: the folder belongs to something else, or an option fits nothing: before anything
-        is written.
+      UserError: the folder belongs to something else, or an option is invalid. Nothing is written
+        then.
     """
-    how = how or How()
-    chosen = choose.trials(sweep, how.only)
+    execution = execution or Execution()
+    chosen = select(sweep, execution.only)
     folders.check(folder, sweep)
-    launcher = launch.make(how.launcher, folder, how.options)
-    if how.launcher == "local":
+    launcher = launch.make(execution.launcher, folder, execution.options)
+    if execution.launcher == "local":
         check_for_children()
     make_workdir(folder)
     with WorkdirLock(folder, alone=True):
@@ -60,8 +60,8 @@ def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
         variants, trials = len(sweep.variants), len(sweep.trials)
         print(f"{sweep.source}: {variants} variants, {trials} trials in {folder}", flush=True)
         budget.announce(sweep, folder, chosen)
-        warn(sweep, how)
-        ended = run_trials(sweep, folder, chosen, how, launcher)
+        warn(sweep, execution)
+        ended = run_trials(sweep, folder, chosen, execution, launcher)
         if ended == STOPPED:
             keep(sweep, folder)
         else:
@@ -69,15 +69,15 @@ def run(sweep: Sweep, folder: Path, how: How | None = None) -> int:
     return ended
 
 
-def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
-    """Prints what `run` would do with each chosen trial. Writes nothing.
+def dry_run(sweep: Sweep, folder: Path, execution: Execution) -> None:
+    """Print what `run` would do with each chosen trial. Writes nothing.
 
     Raises:
       UserError: as `run` does.
     """
-    chosen = choose.trials(sweep, how.only)
+    chosen = select(sweep, execution.only)
     folders.check(folder, sweep)
-    launch.make(how.launcher, folder, how.options)
+    launch.make(execution.launcher, folder, execution.options)
     entries, problems = status.known(folder, chosen)
     found = status.lines(folder, chosen, entries)
     print(f"{sweep.source}: {len(chosen)} of {len(sweep.trials)} trials in {folder}")
@@ -85,23 +85,24 @@ def dry_run(sweep: Sweep, folder: Path, how: How) -> None:
     run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in found)
     print(f"\n{status.summary(found)}; {run} would be run")
     budget.announce(sweep, folder, chosen)
-    warn(sweep, how)
+    warn(sweep, execution)
     for problem in problems:
         print(problem)
 
 
-def warn(sweep: Sweep, how: How) -> None:
-    """Says a line if times are to be compared that cannot be: of trials that share this machine."""
-    if sweep.comparison.match == "step_time" and how.launcher == "local" and (how.jobs or 1) > 1:
+def warn(sweep: Sweep, execution: Execution) -> None:
+    """Warn if step times are to be compared of trials that share this machine."""
+    jobs = execution.jobs or 1
+    if sweep.comparison.match == "step_time" and execution.launcher == "local" and jobs > 1:
         print(
-            f'warning: MATCH = "step_time" with --jobs={how.jobs}: times of trials that share a '
+            f'warning: MATCH = "step_time" with --jobs={jobs}: times of trials that share a '
             "machine are not comparable; use --jobs=1",
             flush=True,
         )
 
 
 def report(sweep: Sweep, folder: Path) -> None:
-    """Writes results.csv, summary.json and sweep.png, prints the table."""
+    """Write results.csv, summary.json and sweep.png, and print the table."""
     table = summary.write(sweep, folder)
     if table:
         print(f"\n{table}\n", flush=True)
@@ -123,12 +124,12 @@ def keep(sweep: Sweep, folder: Path) -> None:
 
 
 def run_trials(
-    sweep: Sweep, folder: Path, chosen: list[Trial], how: How, launcher: Launcher
+    sweep: Sweep, folder: Path, chosen: list[Trial], execution: Execution, launcher: Launcher
 ) -> int:
-    """Runs what is not finished; says a line when a trial begins and when it ends.
+    """Run the unfinished trials, with a line when each begins and ends.
 
-    Returns 0 when all chosen trials are finished, 1 when some failed, 75 after a signal (which the
-    running trials get too: they save, and go on next time).
+    Returns 0 if all chosen trials are finished, 1 if some failed, 75 after a signal, which is
+    forwarded to the running trials: they save and can be resumed.
     """
     finished = {trial.name: folders.finished(folder, trial) for trial in sweep.trials}
     waiting = [trial for trial in chosen if not finished[trial.name]]
@@ -137,25 +138,29 @@ def run_trials(
         trial.name: f"[{number}/{len(chosen)}] {trial.name}"
         for number, trial in enumerate(waiting, done + 1)
     }
-    place = Place(
-        sweep, folder, launcher, how.launcher, lambda trial: train_command(trial, sweep, folder)
+    sweep_run = SweepRun(
+        sweep=sweep,
+        folder=folder,
+        launcher=launcher,
+        launcher_name=execution.launcher,
+        command=lambda trial: train_command(trial, sweep, folder),
     )
-    with Journal(folder) as record, live.screen(folder, chosen, record) as screen:
-        if record.mended:
+    with Journal(folder) as record, open_screen(folder, chosen, record) as screen:
+        if record.repaired:
             screen.say(
-                f"{journal.NAME} was damaged and is now {journal.DAMAGED}; the new one has what "
-                "the workdirs say"
+                f"{journal.NAME} was corrupt and has been moved to {journal.DAMAGED}; the new one "
+                "is made from the workdirs"
             )
         record.reconcile(sweep.trials, finished)
         if done:
-            screen.say(f"{done} of {len(chosen)} trials are finished already")
+            screen.say(f"{done} of {len(chosen)} trials are already finished")
         with Signals() as signals:
-            jobs = how.jobs or launcher.jobs
-            return Pool(place, jobs, record, screen, signals, numbers).run(waiting)
+            jobs = execution.jobs or launcher.jobs
+            return Pool(sweep_run, jobs, record, screen, signals, numbers).run(waiting)
 
 
 def train_command(trial: Trial, sweep: Sweep, folder: Path) -> list[str]:
-    """The command line of a trial; by hand it does the same."""
+    """The command line of a trial, which can also be run by hand."""
     return [
         sys.executable,
         "-m",

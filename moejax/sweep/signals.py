@@ -1,17 +1,13 @@
-"""Ctrl-C, SIGTERM and SIGHUP of the runner, which passes them on to the trials that run."""
+"""Ctrl-C, SIGTERM and SIGHUP of the runner, which passes them on to the running trials."""
 
 import os
-import signal
 import time
 import types
-from typing import Any
 
-from moejax.train.signals import heeded, let_go_of, terminals
+from moejax.train.signals import MERGE_WITHIN, StopSignals
 
-TOGETHER = 1.0
-"""Seconds within which SIGTERMs are one request: `timeout` signals its child and then its group."""
-BETWEEN = 2 * TOGETHER
-"""Seconds between two that are passed on: a trial too takes those that come together for one."""
+BETWEEN = 2 * MERGE_WITHIN
+"""Least seconds between two signals that are passed on: trials merge those that come together."""
 
 
 class Signals:
@@ -19,23 +15,19 @@ class Signals:
 
     def __init__(self) -> None:
         self.asked = 0
-        """How often the user, or a cluster, asked to stop."""
+        """The number of requests to stop, by the user or a cluster."""
         self._passed, self._last_passed = 0, -BETWEEN
-        self._last_term = -TOGETHER
-        self._previous: dict[int, Any] = {}
+        self._signals = StopSignals(self._handle)
 
     def __enter__(self) -> "Signals":
-        self._terminal = terminals()
-        for number in heeded():
-            self._previous[number] = signal.signal(number, self._handle)
+        self._signals.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._signals.__exit__()
 
     def to_pass_on(self) -> bool:
-        """Whether the trials are to get a signal now; true once for each request."""
+        """Whether to signal the trials now; true once for each request."""
         now = time.monotonic()
         if self._passed == self.asked or now - self._last_passed < BETWEEN:
             return False
@@ -43,13 +35,8 @@ class Signals:
         return True
 
     def _handle(self, number: int, _: types.FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGHUP:
-            let_go_of(self._terminal)
-        if number != signal.SIGINT:
-            if now - self._last_term < TOGETHER:
-                return
-            self._last_term = now
+        if not self._signals.is_request(number):
+            return
         self.asked += 1
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"moejax: stopping the trials, which save; once more to abort them at once\n")

@@ -1,18 +1,13 @@
-"""What a few seeds can tell: intervals, paired differences, Holm's correction, what is detectable.
-
-Everything rests on Student's t and the chi-squared distribution, whose degrees of freedom are whole
-numbers here, so that their distribution functions are finite sums.
-"""
+"""Statistics over a few seeds: intervals, paired t-tests, Holm's correction and power."""
 
 import dataclasses
 import functools
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 LEVEL = 0.05
@@ -20,15 +15,15 @@ POWER = 0.8
 
 BETTER, WORSE, SAME, NONE = "better", "worse", "not distinguishable", "no verdict"
 ALONE = " if alone"
-"""After better or worse: for a comparison that were the only one, without Holm's correction."""
+"""Follows "better" or "worse" if only Holm's correction makes a difference insignificant."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A mean over seeds with its interval, ``mean`` +- ``half_width``.
 
-    One value has no interval and no deviation: they are None. Where a value is not finite, the mean
-    is NaN and has neither.
+    A single value has neither interval nor deviation: they are None. If a value is not finite, the
+    mean is NaN and they are None.
     """
 
     mean: float
@@ -39,9 +34,9 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Variant minus baseline over the seeds that both have; ``p`` of the paired t-test.
+    """Variant minus baseline over the seeds that both have, with ``p`` of the paired t-test.
 
-    ``mean`` and the rest are as those of an `Estimate`; without a deviation there is no p.
+    The other fields are as in `Estimate`; without a deviation there is no p.
     """
 
     seeds: tuple[int, ...]
@@ -51,90 +46,37 @@ class Difference:
     p: float | None
 
 
-def within(t: float, freedom: int) -> float:
-    r"""P(\|T\| <= t) of Student's t with ``freedom`` degrees of freedom.
-
-    .. math::
-       \theta = \arctan(t / \sqrt\nu), \qquad
-       A = \sin\theta \left(1 + \tfrac12 \cos^2\theta + \tfrac{1 \cdot 3}{2 \cdot 4} \cos^4\theta
-       + \dots\right) \text{ up to } \cos^{\nu - 2}\theta \text{ for even } \nu, \qquad
-       A = \tfrac2\pi \left(\theta + \sin\theta \left(\cos\theta + \tfrac23 \cos^3\theta +
-       \tfrac{2 \cdot 4}{3 \cdot 5} \cos^5\theta + \dots\right)\right) \text{ for odd.}
-
-    Reference: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    return _within_angle(math.atan(t / math.sqrt(freedom)), freedom)
-
-
-def _within_angle(theta: float, freedom: int) -> float:
-    if freedom < 1:
-        raise ValueError(f"freedom={freedom} must be at least 1")
-    odd = freedom % 2
-    sine, cosine = math.sin(theta), math.cos(theta)
-    term, total = (cosine if odd else 1.0), 0.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= cosine**2 * (power + 1) / (power + 2)
-    return 2 / math.pi * (theta + sine * total) if odd else sine * total
-
-
 @functools.lru_cache
 def critical(confidence: float, freedom: int) -> float:
-    """The t with P(|T| <= t) = ``confidence``: the 0.975 quantile for 0.95."""
-    angle = _bisect(lambda theta: _within_angle(theta, freedom) - confidence, 0.0, math.pi / 2)
-    return math.sqrt(freedom) * math.tan(angle)
+    """The two-sided critical value of Student's t: the 0.975 quantile for 0.95.
+
+    Raises:
+      ValueError: no degrees of freedom.
+    """
+    _check(freedom)
+    return float(stats.t.isf((1 - confidence) / 2, freedom))
 
 
-def spread(freedom: int) -> tuple[float, float]:
-    r"""Ends of the 95 % interval of a standard deviation, as multiples of the one that was found.
+def deviation_factors(freedom: int) -> tuple[float, float]:
+    r"""The 95 % interval of a standard deviation, as multiples of its estimate.
 
     .. math::
        \sqrt{\nu / \chi^2_{0.975;\nu}}, \qquad \sqrt{\nu / \chi^2_{0.025;\nu}}
 
-    of values that are normal, with ``freedom`` degrees of freedom: 0.45 and 31.9 for one.
+    for normal values with ``freedom`` degrees of freedom: 0.45 and 31.9 for one.
+
+    Raises:
+      ValueError: no degrees of freedom.
     """
-    low, high = (_chi_squared_quantile(tail, freedom) for tail in _TAILS)
-    return math.sqrt(freedom / high), math.sqrt(freedom / low)
+    _check(freedom)
+    tails = (1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2
+    low, high = (math.sqrt(freedom / stats.chi2.ppf(tail, freedom)) for tail in tails)
+    return low, high
 
 
-_TAILS = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
-
-
-def chi_squared(x: float, freedom: int) -> float:
-    r"""P(:math:`\chi^2_\nu` <= x) with ``freedom`` degrees of freedom, for x >= 0.
-
-    .. math::
-       1 - e^{-x/2} \sum_{j < \nu/2} \frac{(x/2)^j}{j!} \text{ for even } \nu, \qquad
-       \operatorname{erf}\sqrt{x/2} - e^{-x/2} \sum_{j < (\nu-1)/2}
-       \frac{(x/2)^{j+1/2}}{\Gamma(j + 3/2)} \text{ for odd.}
-
-    Reference: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.4.4 and 26.4.5.
-    """
+def _check(freedom: int) -> None:
     if freedom < 1:
         raise ValueError(f"freedom={freedom} must be at least 1")
-    if x <= 0:
-        return 0.0
-    half, shift = x / 2, freedom % 2 / 2
-    whole = math.erf(math.sqrt(half)) if shift else 1.0
-    powers = (j + shift for j in range(freedom // 2))
-    # Each term in logarithms: its factors leave the range of floats at 300 degrees of freedom.
-    log_half = math.log(half)
-    return whole - sum(math.exp(p * log_half - half - math.lgamma(p + 1)) for p in powers)
-
-
-@functools.lru_cache
-def _chi_squared_quantile(share: float, freedom: int) -> float:
-    high = float(freedom)
-    while chi_squared(high, freedom) < share:
-        high *= 2
-    return _bisect(lambda x: chi_squared(x, freedom) - share, 0.0, high)
-
-
-def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
-    """The root of a rising function between ``low`` and ``high``, to the last bits."""
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
-    return middle
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -151,9 +93,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """The mean of the differences at equal seeds; None if no seed is in both.
+    """The mean difference at equal seeds; None without a common seed.
 
-    Pairing takes out what a seed does to both: the order of the data and the initial weights.
+    Pairing removes the effects that a seed has on both: the order of the data and the initial
+    weights.
     """
     seeds = tuple(sorted(values.keys() & baseline.keys()))
     if not seeds:
@@ -162,14 +105,14 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     p = None
     if found.deviation is not None:
         error = found.deviation / math.sqrt(len(seeds))
-        # Differences without any spread: certain, whichever way.
+        # Differences without any spread are certain either way.
         t = abs(found.mean) / error if error else math.inf if found.mean else 0.0
-        p = 1 - within(t, len(seeds) - 1)
+        p = float(2 * stats.t.sf(t, len(seeds) - 1))
     return Difference(seeds, found.mean, found.half_width, found.deviation, p)
 
 
 def outcome(difference: Difference | None, p_holm: float | None) -> str:
-    """In a word or two, what the seeds say about a difference of losses."""
+    """The outcome of a comparison of losses in a word or two."""
     if difference is None or difference.p is None or p_holm is None:
         return NONE
     side = BETTER if difference.mean < 0 else WORSE
@@ -198,14 +141,14 @@ def verdict(difference: Difference | None, p_holm: float | None, unit: str) -> s
 
 
 def decimals(half_width: float) -> int:
-    """Decimals that show an interval: three, or as many as its first digit needs, up to six."""
+    """The number of decimals for an interval: three, or up to six if its first digit needs them."""
     return 3 if half_width <= 0 else min(max(3, -math.floor(math.log10(half_width))), 6)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values, each to be compared with the level that all of them share.
+    """Holm's adjusted p-values, each to be compared with the family-wise level.
 
-    The smallest of m is multiplied by m, the next by m - 1, and none is smaller than one before it.
+    The smallest of m is multiplied by m, the next by m - 1, and so on, with a running maximum.
 
     Reference: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.
     """
@@ -218,60 +161,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power(effect: float, seeds: int, level: float = LEVEL) -> float:
-    r"""How often a paired t-test finds a true difference of ``effect`` standard deviations.
+    r"""The probability that a paired t-test detects a true difference.
 
     .. math::
-       P(|T| > c) = E_u\left[\Phi(\lambda - c u) + \Phi(-\lambda - c u)\right], \qquad
-       \lambda = \text{effect} \sqrt n, \quad u^2 \sim \chi^2_{n-1} / (n - 1)
+       P(|T| > c), \qquad T \sim t_{n-1}(\lambda), \quad \lambda = \text{effect} \sqrt n
 
-    by Gauss-Legendre quadrature over u. The deviation is that of the differences.
+    with the noncentral t distribution and the critical value c of ``level``.
+
+    Args:
+      effect: the difference in standard deviations of the paired differences, at least 0.
     """
-    freedom = seeds - 1
-    limit, shift = critical(1 - level, freedom), effect * math.sqrt(seeds)
-    # u has a deviation of about 1 / sqrt(2 freedom) around 1: beyond 9 of them there is nothing.
-    # The first term is a step at u = lambda / c, 1 / c wide: it gets nodes of its own.
-    low, high = max(0.0, 1 - 9 / math.sqrt(2 * freedom)), 1 + 9 / math.sqrt(2 * freedom)
-    cuts = [min(max((shift + z) / limit, low), high) for z in (-8, 8)]
-    total = 0.0
-    for begin, end in itertools.pairwise([low, *cuts, high]):
-        if begin == end:
-            continue
-        node_N, weight_N = _legendre()
-        u_N = begin + (end - begin) * (node_N + 1) / 2
-        found_N = [_normal(shift - limit * u) + _normal(-shift - limit * u) for u in u_N]
-        total += float(_chi_density(u_N, freedom) * weight_N @ found_N) * (end - begin) / 2
-    return total
-
-
-def _chi_density(u_N: Float[np.ndarray, "N"], freedom: int) -> Float[np.ndarray, "N"]:
-    """Of the square root of a chi-squared variable over its degrees of freedom, for u > 0."""
-    half = freedom / 2
-    constant = math.log(2) + half * math.log(half) - math.lgamma(half)
-    return np.exp(constant + (freedom - 1) * np.log(u_N) - half * u_N**2)
-
-
-@functools.lru_cache
-def _legendre() -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
-    return np.polynomial.legendre.leggauss(64)
-
-
-def _normal(z: float) -> float:
-    return math.erfc(-z / math.sqrt(2)) / 2
+    freedom, shift = seeds - 1, effect * math.sqrt(seeds)
+    limit = critical(1 - level, freedom)
+    upper, lower = stats.nct.sf(limit, freedom, [shift, -shift])
+    return float(upper + np.nan_to_num(lower))  # SciPy's NaN stands for a tail that is almost 0
 
 
 @functools.lru_cache
 def detectable(seeds: int, level: float = LEVEL, wanted: float = POWER) -> float:
-    """The smallest true difference that is found with probability ``wanted``.
+    """The smallest true difference that is detected with probability ``wanted``.
 
-    In standard deviations of the paired differences; at least two seeds.
+    It is in standard deviations of the paired differences and needs at least two seeds.
     """
     if seeds < 2:
         raise ValueError(f"seeds={seeds}: a difference needs at least two seeds to be tested")
     high = 1.0
     while power(high, seeds, level) < wanted:
         high *= 2
-    low = 0.0
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if power(middle, seeds, level) < wanted else (low, middle)
-    return high
+    root = optimize.brentq(lambda effect: power(effect, seeds, level) - wanted, 0.0, high)
+    return float(root)  # pyright: ignore[reportArgumentType]

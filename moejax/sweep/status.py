@@ -1,24 +1,27 @@
 """``moejax sweep status`` and ``--dry-run``: the state of every trial, without changing anything.
 
-States are the journal's, but that a trial is finished is read off its workdir: the journal may be
-missing (older sweeps have none), damaged, or behind.
+States come from the journal, except that the workdir decides whether a trial is finished: the
+journal may be missing (older sweeps have none), corrupt or out of date.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from moejax.config.saved import METRICS, TIMINGS
 from moejax.errors import UserError
+from moejax.record.files import last_row
 from moejax.sweep import folder as folders
-from moejax.sweep import journal, launch, progress
+from moejax.sweep import journal, launch
 from moejax.sweep.definition import Trial
 from moejax.sweep.journal import Entry
-from moejax.sweep.progress import Progress
+from moejax.train.cost import units
 
 KILLED = "killed"
-"""The journal says that it is running, and its process on this machine is gone."""
+"""The state of a trial that the journal has as running but whose process is gone."""
 UNREADABLE = "unreadable"
 
 HEAD = ("trial", "state", "attempts", "host", "time", "step", "loss", "left")
@@ -26,24 +29,54 @@ SIDES = "<<><>>>>"
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """The last logged numbers of a run; step 0 and None before its first row."""
+
+    step: int = 0
+    """Completed updates."""
+    loss: float | None = None
+    """The last training loss, nats per token."""
+    seconds_per_step: float | None = None
+    """The mean over the last logged interval that has a time."""
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Time to the last step at the current rate, without evaluations; None if unknown."""
+        if self.seconds_per_step is None:
+            return None
+        return max(0, steps - self.step) * self.seconds_per_step
+
+
+def read_progress(workdir: Path) -> Progress:
+    """The progress of a run that may be writing: a file may be missing or cut off."""
+    row, train = last_row(workdir / METRICS), last_row(workdir / METRICS, "train")
+    timing = last_row(workdir / TIMINGS)
+    seconds = float(timing.get("seconds_per_step", math.nan))
+    return Progress(
+        step=int(row.get("step", 0)),
+        loss=float(train["loss"]) if "loss" in train else None,
+        seconds_per_step=seconds if math.isfinite(seconds) else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Line:
-    """A trial as it stands."""
+    """The current state of a trial."""
 
     entry: Entry
     steps: int
     progress: Progress
     seconds: float | None
-    """Of the present attempt if it runs, of all attempts else; None if it is not known."""
+    """Duration of the current attempt if running, otherwise of all attempts; None if unknown."""
 
     @property
     def left(self) -> float | None:
-        """Seconds to its end, if it runs."""
+        """Seconds to its end if it is running."""
         running = self.entry.state == journal.RUNNING
         return self.progress.seconds_left(self.steps) if running else None
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """As `HEAD` names them; - for what is not known."""
+        """The cells under `HEAD`; - for an unknown value."""
         entry, loss = self.entry, self.progress.loss
         return (
             entry.name,
@@ -58,7 +91,7 @@ class Line:
 
 
 def show(folder: Path) -> None:
-    """Prints a line for every trial of a sweep, also while it runs.
+    """Print a line for every trial of a sweep, even while it runs.
 
     Raises:
       UserError: the folder holds no sweep.
@@ -71,7 +104,7 @@ def show(folder: Path) -> None:
     trials = folders.read_trials(folder)
     entries, problems = known(folder, trials)
     if not (folder / journal.NAME).exists():
-        problems.append(f"without {journal.NAME}, only what the workdirs say is known")
+        problems.append(f"there is no {journal.NAME}; states are those of the workdirs")
     found = lines(folder, trials, entries)
     print(table(found))
     print(f"\n{summary(found)}")
@@ -80,12 +113,12 @@ def show(folder: Path) -> None:
 
 
 def known(folder: Path, trials: Iterable[Trial]) -> tuple[dict[str, Entry], list[str]]:
-    """What the journal and the workdirs say about each trial, and what is wrong with them."""
+    """The journal's entry of each trial, corrected by its workdir, and problems with either."""
     problems, recorded = [], {}
     try:
         recorded = journal.read(folder)
     except journal.Unreadable as error:
-        problems.append(f"{error}; what is finished is read off the workdirs")
+        problems.append(f"{error}; the workdirs tell which trials are finished")
     entries = {}
     for trial in trials:
         entry = recorded.get(trial.name) or Entry(trial.id, trial.name)
@@ -109,7 +142,7 @@ def _state(folder: Path, trial: Trial, entry: Entry) -> str:
 
 
 def lines(folder: Path, trials: Iterable[Trial], entries: Mapping[str, Entry]) -> list[Line]:
-    """Every trial with the state of its entry and how far its run is."""
+    """Every trial with its state and the progress of its run."""
     now, found = datetime.now().astimezone(), []
     for trial in trials:
         entry, seconds = entries[trial.name], None
@@ -117,13 +150,13 @@ def lines(folder: Path, trials: Iterable[Trial], entries: Mapping[str, Entry]) -
             seconds = (now - datetime.fromisoformat(entry.started)).total_seconds()
         elif entry.seconds:
             seconds = entry.seconds
-        done = progress.read(folders.workdir_of(folder, trial))
+        done = read_progress(folders.workdir_of(folder, trial))
         found.append(Line(entry, trial.steps, done, seconds))
     return found
 
 
 def table(found: Sequence[Line]) -> str:
-    """A line per trial, columns side by side."""
+    """A table with a line per trial."""
     rows = [HEAD, *(line.cells for line in found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -133,10 +166,10 @@ def table(found: Sequence[Line]) -> str:
 
 
 def summary(found: Sequence[Line]) -> str:
-    """``3 done, 1 running, 8 pending; about 12m00s left``.
+    """A summary: ``3 done, 1 running, 8 pending; about 12m00s left``.
 
-    What is left: for trials that run, their steps at their rate; for others the mean time of those
-    that are done; shared by as many as run now.
+    The time left counts the remaining steps of running trials at their rates, and the mean time of
+    finished trials for each waiting one, divided by the number of running trials.
     """
     counts = Counter(line.entry.state for line in found)
     order = [state for state in (*journal.STATES[::-1], KILLED, UNREADABLE) if counts[state]]
@@ -152,9 +185,5 @@ def summary(found: Sequence[Line]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``12m05s``, ``1h02m``; - for None."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+    """A duration as text; - for None."""
+    return "-" if seconds is None else units.duration(seconds)

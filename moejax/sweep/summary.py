@@ -1,24 +1,18 @@
-"""What a sweep leaves: results.csv, summary.json, sweep.png, and its table as text."""
+"""The files of a finished sweep: results.csv, summary.json, sweep.png, and its table as text."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from moejax.record.files import write_whole
 from moejax.sweep import figure, table
-from moejax.sweep.comparison import Compared, Summary, compare
+from moejax.sweep.comparison import Compared, Summary, compare, to_json
 from moejax.sweep.definition import Sweep
-from moejax.sweep.match import MATCHES, TOLERANCE
 from moejax.sweep.results import read_diverged, read_sweep, write_csv
-from moejax.sweep.statistics import CONFIDENCE, LEVEL, POWER
-
-FORMAT = 1
 
 
 def write(sweep: Sweep, folder: Path) -> str:
-    """Writes the files and returns the table; without a finished trial neither it nor a picture.
-
+    """Write the files and return the table; without a finished trial there is no table or picture.
     Raises:
       UserError: a file of a trial, or the pilot's, cannot be read.
     """
@@ -34,7 +28,7 @@ def write(sweep: Sweep, folder: Path) -> str:
 
 
 def columns(summary: Summary) -> dict[tuple[str, int], dict[str, Any]]:
-    """What results.csv has of the comparison: of each trial, and of its variant."""
+    """The comparison's columns of results.csv, by variant and seed."""
     rows = {}
     for variant in summary.variants:
         shared = _shared(variant)
@@ -64,28 +58,3 @@ def _shared(variant: Compared) -> dict[str, Any]:
         "variant_marks": " ".join(variant.marks),
         "verdict": variant.verdict,
     }
-
-
-def to_json(summary: Summary) -> dict[str, Any]:
-    """The tree of summary.json."""
-    found = summary.detectable
-    return {
-        "format": FORMAT,
-        "experiment": summary.source,
-        "baseline": summary.baseline,
-        "match": summary.match,
-        "tolerance": TOLERANCE,
-        "confidence": CONFIDENCE,
-        "unit": summary.unit,
-        "cost": {"name": summary.cost, "unit": MATCHES[summary.cost]},
-        "detectable": found and {**dataclasses.asdict(found), "power": POWER, "level": LEVEL},
-        "variants": [_variant_to_json(variant) for variant in summary.variants],
-    }
-
-
-def _variant_to_json(variant: Compared) -> dict[str, Any]:
-    tree = dataclasses.asdict(variant)
-    p_holm = tree.pop("p_holm")
-    if tree["difference"]:
-        tree["difference"]["p_holm"] = p_holm
-    return tree

@@ -1,4 +1,4 @@
-"""The comparison as a plain text table: one line per variant, and what it rests on below."""
+"""The comparison as a plain text table: one line per variant, with notes below."""
 
 import statistics
 import textwrap
@@ -6,36 +6,36 @@ from collections.abc import Callable, Sequence
 
 from moejax.sweep.comparison import DIVERGED, LEAK, MISSED, UNFINISHED, Compared, Summary
 from moejax.sweep.match import TOLERANCE
-from moejax.sweep.noise import Detectable
 from moejax.sweep.results import Result
+from moejax.sweep.seed_variance import Detectable
 from moejax.sweep.statistics import ALONE, decimals
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NOTES = """\
-Means over seeds. loss: held out, at the last evaluation, with its 95 % interval over seeds. FLOP:
-active ones per token, measured, in training forward and backward (mean over the run), in evaluation
-forward (the last one). step: median. imbalance: max load / mean load - 1, in training (mean over
+Means over seeds. loss: held-out, at the last evaluation, with its 95 % interval over seeds. FLOP:
+measured active FLOPs per token, forward and backward in training (mean over the run), forward in
+evaluation (the last one). step: median. imbalance: max load / mean load - 1, in training (mean over
 the run) and in the last evaluation. drops: pairs dropped in training (mean over the run).
-results.csv has every trial's numbers."""
+results.csv has the numbers of every trial."""
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 NOTE_WIDTH = 100
 SURE = 10
-"""Degrees of freedom from which a smallest detectable difference is said without its interval."""
+"""Degrees of freedom from which a detectable difference is given without its interval."""
 _LEFT = ("variant", "verdict", "marks")
 
 Column = tuple[str, str, list[str]]
-"""Two lines of header, and a cell for each variant."""
+"""Two header lines and a cell for each variant."""
 
 
 def unit(values: Sequence[float]) -> tuple[float, str]:
-    """A scale and its prefix (1e6, "M") that make the largest value at least 1."""
+    """The scale and prefix, such as (1e6, "M"), in which the largest value is at least 1."""
     largest = max(values, default=0.0)
     return next(((scale, name) for scale, name in _UNITS if largest >= scale), (1.0, ""))
 
 
 def render(results: Sequence[Result], summary: Summary) -> str:
-    """The table and its notes. A variant without a finished trial has a line that says so."""
+    """The table and its notes. A variant without a finished trial has a line too."""
     variants = summary.variants
     columns: list[Column] = [
         ("", "variant", [v.variant for v in variants]),
@@ -90,12 +90,12 @@ def _percent(share: float | None) -> float | None:
 
 
 def number(value: float | None, digits: str) -> str:
-    """A number, or - where there is none."""
+    """A formatted number, or - for None."""
     return "-" if value is None else f"{value:{digits}}"
 
 
 def interval(mean: float | None, half_width: float | None, sign: str = "") -> str:
-    """``mean`` and the half-width of its interval, with the decimals that show it."""
+    """``mean`` and the half-width of its interval, with as many decimals as the latter needs."""
     if mean is None:
         return "-"
     if half_width is None:
@@ -105,7 +105,7 @@ def interval(mean: float | None, half_width: float | None, sign: str = "") -> st
 
 
 def align(columns: Sequence[Column]) -> str:
-    """Columns side by side: those of words left, numbers right."""
+    """Align columns: words to the left, numbers to the right."""
     cells = [[above, below, *rest] for above, below, rest in columns]
     sides = ["<" if column[1] in _LEFT else ">" for column in cells]
     widths = [max(map(len, column)) for column in cells]
@@ -116,13 +116,14 @@ def align(columns: Sequence[Column]) -> str:
 
 
 def _notes(summary: Summary) -> list[str]:
-    """What the comparison's columns mean, who is marked for what, and what could be found."""
+    """Notes on the columns, the marks and the detectable difference."""
     notes = []
     if summary.baseline:
         notes.append(
             f"difference: to {summary.baseline} at equal seeds, with its 95 % interval; less is "
-            "better. verdict: paired t-test at the 5 % level with Holm's correction over the "
-            f"variants, or{ALONE}, without it. cost: {summary.cost} over {summary.baseline}'s."
+            "better. verdict: paired t-test at level 5 % with Holm's correction over the variants, "
+            f'or without it ("{ALONE.strip()}"). cost: {summary.cost} relative to '
+            f"{summary.baseline}'s."
         )
     notes += mark_notes(summary)
     if summary.detectable:
@@ -131,17 +132,17 @@ def _notes(summary: Summary) -> list[str]:
 
 
 def _missing(results: Sequence[Result]) -> list[str]:
-    """A note on trials of which rows are gone."""
+    """Notes on trials with missing rows."""
     return [
         f"{found.variant}, seed {found.seed}: metrics.jsonl has no rows for {found.missing_steps} "
-        f"of {found.step} steps; means over training are of the others"
+        f"of {found.step} steps; means over training leave them out"
         for found in results
         if found.missing_steps
     ]
 
 
 def mark_notes(summary: Summary) -> list[str]:
-    """A line for each mark: who has it, and what it says."""
+    """A line for each mark: the variants that have it, and its meaning."""
     marked = {
         mark: [v for v in summary.variants if mark in v.marks]
         for mark in (LEAK, MISSED, DIVERGED, UNFINISHED)
@@ -154,10 +155,10 @@ def mark_notes(summary: Summary) -> list[str]:
     }
     meaning = {
         LEAK: "what a token's output may depend on besides itself and its past",
-        MISSED: f"a trial's {summary.match} misses {summary.baseline}'s by more than "
+        MISSED: f"a trial's {summary.match} differs from {summary.baseline}'s by more than "
         f"{100 * TOLERANCE:g} %",
-        DIVERGED: "in no mean; the others of the variant are no fair sample",
-        UNFINISHED: "in no mean",
+        DIVERGED: "left out of all means, which makes the variant's other seeds a biased sample",
+        UNFINISHED: "left out of all means",
     }
     return [
         f"{mark}: {', '.join(said[mark](v) for v in found)}: {meaning[mark]}."
@@ -167,10 +168,10 @@ def mark_notes(summary: Summary) -> list[str]:
 
 
 def detectable_note(found: Detectable, unit: str) -> str:
-    """The smallest difference that these seeds can find, in words; how far off it may be."""
+    """The smallest detectable difference in words, with its uncertainty if that is large."""
     digits = decimals(found.difference)
     text = (
-        f"{found.seeds} seeds find a difference of {found.difference:.{digits}f} {unit} in 80 % "
+        f"{found.seeds} seeds detect a difference of {found.difference:.{digits}f} {unit} in 80 % "
         "of sweeps"
     )
     if found.comparisons > 1:
@@ -184,6 +185,6 @@ def detectable_note(found: Detectable, unit: str) -> str:
     low, high = found.factors
     ends = " to ".join(f"{found.difference * factor:.{digits}f}" for factor in found.factors)
     return (
-        f"{text}, {found.freedom} degree{'s' * (found.freedom > 1)} of freedom: the true one may "
+        f"{text}, {found.freedom} degree{'s' * (found.freedom > 1)} of freedom: the true value may "
         f"be {low:.2g} to {high:.2g} times that, {ends} {unit} (95 % interval)."
     )

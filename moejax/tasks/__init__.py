@@ -1,5 +1,9 @@
-"""Tasks: each a data source with a model and its loss, chosen by a config page.
+"""Tasks: a data source, a model and its loss, chosen by a config page.
 
-``moejax/config/tasks.py`` has their names, their config fields and where each is built. A task is
-one folder with ``build(config) -> (Task, Source)`` in its ``task.py``.
+A task is one folder, and one line in ``moejax/config/tasks.py``:
+
+    fields.py  its config: a ``TaskEntry``
+    source.py  its data: a ``Source``
+    model.py   its model
+    task.py    its loss: a ``Task``, and ``build(config) -> (Task, Source)``
 """

@@ -1,7 +1,7 @@
-"""What the processes of a run compare before the first step, so that they are one run.
+"""Comparisons between the processes of a run before the first step, so that they are one run.
 
-JAX compares nothing: processes whose configs, data or code differ train a model of neither, wait
-for each other for ever, or save where only one of them looks.
+JAX compares nothing: processes with different configs, data or code train a model of neither, wait
+for each other for ever, or save to a folder that only one of them reads.
 """
 
 import hashlib
@@ -24,36 +24,37 @@ import jax
 import moejax
 from moejax import job as jobs
 from moejax.config import Config, flatten, make_gate, to_dict
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.errors import UserError
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorstore")
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC",
 )  # fmt: skip
-OWN_AFFAIR = (
+MAY_DIFFER = (
     "cache", "color", "dump", "log", "socket_address", "traceback", "transport", "visible_devices",
 )  # fmt: skip
-"""In the names of JAX's settings: where something is kept or said, and which devices are whose."""
-SEEN_WITHIN = 3.0
-"""Seconds until a file that process 0 has made is to be seen by the others."""
-_MORE = 3
+"""Parts of names of JAX's settings that may differ: paths, logs, and each process's devices."""
+VISIBLE_WITHIN = 3.0
+"""Seconds within which a file made by process 0 must be visible to the others."""
+_LISTED = 3
+"""Further differences named in a message."""
 
 
 def on_settings(config: Config) -> None:
     """Compares config, code, libraries and environment; call it before a device starts.
 
     Raises:
-      UserError: on every process, naming what differs, the values and whose they are.
+      UserError: on every process, naming the difference, the values and the processes.
     """
     job = jobs.current()
     if job is None:
         return
     fields = flatten(to_dict(config))
-    # Others follow from these two.
+    # Other fields depend on these two.
     first = {name: fields.pop(name) for name in ("task.name", "moe.gate.name")}
     own = {name: x for name, x in fields.items() if not name.startswith("distributed.")}
-    job.exchange("settings", {**first, **own, **_code(config), **_environment()}, _compared)
+    job.exchange("settings", {**first, **own, **_code(config), **_environment()}, _differences)
 
 
 def on_data(fingerprint: str, devices: Sequence[Any]) -> None:
@@ -65,13 +66,13 @@ def on_data(fingerprint: str, devices: Sequence[Any]) -> None:
     job = jobs.current()
     if job is None:
         return
-    kinds = sorted({x.device_kind for x in devices if x.process_index == job.place.process})
+    kinds = sorted({x.device_kind for x in devices if x.process_index == job.spec.process})
     facts = {"the fingerprint of the data": fingerprint, "the kind of device": ", ".join(kinds)}
-    job.exchange("data", facts, _compared)
+    job.exchange("data", facts, _differences)
 
 
 def on_run(workdir: Path, saved: dict[str, Any], steps: Sequence[int]) -> None:
-    """Compares what the processes read in the workdir of a run, into which nothing is written.
+    """Compares the workdir of a run as the processes see it; nothing is written there.
 
     Raises:
       UserError: as `on_settings`.
@@ -83,53 +84,53 @@ def on_run(workdir: Path, saved: dict[str, Any], steps: Sequence[int]) -> None:
         f"config.json in --workdir={workdir}": _digest(json.dumps(saved, sort_keys=True).encode()),
         f"the checkpoints in --workdir={workdir}": list(steps),
     }
-    job.exchange("run", facts, _compared)
+    job.exchange("run", facts, _differences)
 
 
 def on_folder(workdir: Path) -> None:
-    """Makes sure that all processes have one workdir, on a disk that they share.
+    """Makes sure that all processes have the same workdir, on a disk that they share.
 
-    Process 0 writes a small file into the folder, or into the one that it is to be made in, and
-    removes it once the others have looked for it.
+    Process 0 writes a small file into the folder, or into its nearest existing parent, and removes
+    it once the others have looked for it.
 
     Raises:
-      UserError: on every process, naming those that have another folder.
+      UserError: on every process, naming those with another folder.
     """
     job = jobs.current()
     if job is None:
         return
     folder = Path(os.path.realpath(workdir))
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    name, below = f".moejax-{secrets.token_hex(8)}", folder.relative_to(there).parts
-    if job.place.process:
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    name, below = f".moejax-{secrets.token_hex(8)}", folder.relative_to(existing).parts
+    if job.spec.process:
         name = ""
     else:
         try:
-            (there / name).write_text("")
+            (existing / name).write_text("")
         except OSError as error:
             raise UserError(
-                f"--workdir={workdir}: {there} cannot be written to ({error.strerror}); name "
+                f"--workdir={workdir}: {existing} cannot be written to ({error.strerror}); name "
                 "another folder"
             ) from error
     try:
         mine = {"name": name, "below": below}
         wanted = job.exchange("folder", mine, lambda values: ("", values[0]))
-        seen = job.place.process == 0 or _is_seen(folder, wanted["below"], wanted["name"])
-        job.exchange("seen", {"folder": str(folder), "seen": seen}, _one_folder)
+        visible = job.spec.process == 0 or _is_visible(folder, wanted["below"], wanted["name"])
+        job.exchange("visible", {"folder": str(folder), "visible": visible}, _one_folder)
     finally:
         if name:
-            (there / name).unlink(missing_ok=True)
+            (existing / name).unlink(missing_ok=True)
 
 
-def _is_seen(folder: Path, below: Sequence[str], name: str) -> bool:
-    """Whether the file lies where it would if this folder were process 0's.
+def _is_visible(folder: Path, below: Sequence[str], name: str) -> bool:
+    """True if process 0's file is where it must be if this folder is process 0's.
 
-    Network file systems need a moment.
+    Waits for a while, since network file systems are slow.
     """
     if list(folder.parts[len(folder.parts) - len(below) :]) != list(below):
         return False
     above = folder.parents[len(below) - 1] if below else folder
-    until = time.monotonic() + SEEN_WITHIN
+    until = time.monotonic() + VISIBLE_WITHIN
     while not (above / name).exists():
         if time.monotonic() > until:
             return False
@@ -138,7 +139,7 @@ def _is_seen(folder: Path, below: Sequence[str], name: str) -> bool:
 
 
 def _one_folder(values: list[dict[str, Any]]) -> tuple[str, None]:
-    apart = [r for r, value in enumerate(values) if not value["seen"]]
+    apart = [r for r, value in enumerate(values) if not value["visible"]]
     if not apart:
         return "", None
     return (
@@ -148,8 +149,8 @@ def _one_folder(values: list[dict[str, Any]]) -> tuple[str, None]:
     ), None
 
 
-def _compared(values: list[dict[str, Any]]) -> tuple[str, None]:
-    """The first difference in words, and the names of the next."""
+def _differences(values: list[dict[str, Any]]) -> tuple[str, None]:
+    """A sentence about the first difference, and the names of further ones."""
     names = dict.fromkeys(name for value in values for name in value)
     different = [
         name for name in names if any(value.get(name) != values[0].get(name) for value in values)
@@ -159,13 +160,13 @@ def _compared(values: list[dict[str, Any]]) -> tuple[str, None]:
     holders: dict[str, list[int]] = {}
     for process, value in enumerate(values):
         holders.setdefault(_shown(value.get(different[0])), []).append(process)
-    said = " and ".join(f"{value} in {_processes(whose)}" for value, whose in holders.items())
+    values_text = " and ".join(f"{value} in {_processes(r)}" for value, r in holders.items())
     more = ""
     if len(different) > 1:
-        listed = ", ".join(different[1 : 1 + _MORE])
-        rest = len(different) - 1 - _MORE
+        listed = ", ".join(different[1 : 1 + _LISTED])
+        rest = len(different) - 1 - _LISTED
         more = f" (also different: {listed}{f' and {rest} more' if rest > 0 else ''})"
-    return f"{different[0]} is {said}{more}; give every process the same", None
+    return f"{different[0]} is {values_text}{more}; give every process the same", None
 
 
 def _shown(value: Any) -> str:
@@ -173,13 +174,13 @@ def _shown(value: Any) -> str:
 
 
 def _processes(numbers: list[int]) -> str:
-    """``process 3``, ``processes 1, 2``; long lists in part."""
+    """``process 3``, ``processes 1, 2``; long lists are cut."""
     shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
     return f"process{'es' if len(numbers) > 1 else ''} {shown}"
 
 
 def _environment() -> dict[str, Any]:
-    """Versions, and settings that a result or a program depends on."""
+    """Versions, and settings that results or programs depend on."""
     versions = {f"the version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
     versions["the version of python"] = platform.python_version()
     flags = shlex.split(os.environ.get("XLA_FLAGS", ""))
@@ -187,29 +188,32 @@ def _environment() -> dict[str, Any]:
     settings = {
         f"JAX's setting {name}": str(value)
         for name, value in jax.config.values.items()
-        if not any(word in name for word in OWN_AFFAIR)
+        if not any(word in name for word in MAY_DIFFER)
     }
     variables = {name: os.environ.get(name, "") for name in VARIABLES}
     return {**versions, "XLA_FLAGS": " ".join(kept), **variables, **settings}
 
 
 def _code(config: Config) -> dict[str, str]:
-    """Digests of moejax's sources and of the user's own that the config names."""
+    """Digests of moejax's sources, and of the user's modules that the config names."""
     root = Path(moejax.__file__).parent
-    found = {
+    digests = {
         f"the digest of moejax/{path.relative_to(root).as_posix()}": _digest(path.read_bytes())
         for path in sorted(root.rglob("*.py"))
     }
-    names = {type(make_gate(config)).__module__, TASKS[config.task.name].build.partition(":")[0]}
+    names = {
+        type(make_gate(config)).__module__,
+        task_entry(config.task.name).build.partition(":")[0],
+    }
     for module in _own_modules(sorted(names & sys.modules.keys())):
         assert module.__file__ is not None
         source = Path(module.__file__).read_bytes()
-        found[f"the digest of the module {module.__name__}"] = _digest(source)
-    return found
+        digests[f"the digest of the module {module.__name__}"] = _digest(source)
+    return digests
 
 
 def _own_modules(names: Sequence[str]) -> Iterator[types.ModuleType]:
-    """The user's modules among these, and those that they have imported from."""
+    """The user's modules among these, and the ones that they import from."""
     installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     installed.append(str(Path(moejax.__file__).parent))
     waiting, done = list(names), set[str]()

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules: one table each, one chain for all.
 
-Every optimizer is a *direction*: gradients in, an unscaled direction of ascent out. What surrounds
-it is shared, clipping by global norm before it, decoupled weight decay and the schedule after it:
+Every optimizer is a *direction*: gradients in, an unscaled direction of ascent out. The rest is
+shared: clipping by global norm before it, decoupled weight decay and the schedule after it.
 
     w <- w - lr(step) * (direction(clip(gradient)) + weight_decay * w)
 """
@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from moejax.errors import UserError, suggest
-from moejax.train.parameters import Rule, rule, size
+from moejax.train.parameters import Parameter, parameter, size
 
 
 def make_optimizer(
@@ -88,7 +88,7 @@ def make_schedule(optim_cfg: Any, steps: int) -> optax.Schedule:
 
 SCHEDULES = ("cosine", "wsd", "constant")
 
-# ----------------------------------------------------------------------- which parameter is what
+# ------------------------------------------------------------------------- rules by parameter name
 
 
 def decay_mask(params: PyTree) -> PyTree:
@@ -97,22 +97,22 @@ def decay_mask(params: PyTree) -> PyTree:
     Never on norms, biases and other vectors. Never on a gate's parameters: gates use theirs
     differently (projections, centroids, selector bits), so one pull towards zero would mean
     something else in each and bias their comparison; the size of router logits has its own knob,
-    ``moe.losses.z``. What weighs routed against shared experts is a gate too.
+    ``moe.losses.z``. Parameters that weigh routed against shared experts count as a gate's.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: rule(path, leaf).decays, params)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: parameter(path, leaf).decays, params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
-    """``MuonDimensionNumbers`` of the parameters that Muon treats, None for those AdamW keeps.
+    """``MuonDimensionNumbers`` of the parameters that Muon updates, None for those AdamW updates.
 
-    AdamW keeps vectors, a gate's parameters, and what has a vocabulary axis (embeddings and output
-    head), as in Jordan's recipe. Everything else is orthogonalised matrix by matrix: layers,
-    experts and tasks are batched (see ``Rule.sides``).
+    AdamW updates vectors, a gate's parameters, and matrices with a vocabulary axis (embeddings and
+    output head), as in Jordan's recipe. Everything else is orthogonalised matrix by matrix: layers,
+    experts and tasks are batched (see ``Parameter.sides``).
     """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
-        found = rule(path, leaf)
-        return MuonDimensionNumbers(*found.sides) if found.orthogonal and found.sides else None
+        known = parameter(path, leaf)
+        return MuonDimensionNumbers(*known.sides) if known.orthogonal and known.sides else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
@@ -126,29 +126,31 @@ def _adam(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
 
 
 def _lion(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
-    """Chen et al., arXiv 2302.06675. Wants 3 to 10 times less learning rate, and more decay."""
+    """Chen et al., arXiv 2302.06675. Needs a 3 to 10 times lower learning rate, and more decay."""
     return optax.scale_by_lion(b1=optim_cfg.b1, b2=optim_cfg.b2)
 
 
 def _adafactor(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
     """Shazeer, Stern, arXiv 1804.04235, with momentum and without relative step sizes.
 
-    So the learning rate means what it means for AdamW (Zhai et al., arXiv 2106.04560, section 3.4).
-    Matrices of 128 x 128 and more keep row and column sums of squares in place of every square, and
-    an update is clipped to a root mean square of 1: both of each layer's, expert's and task's
-    matrix by itself. The decay of the sums is the paper's 1 - t^-0.8. ``b2`` and ``eps`` are not
-    used.
+    So the learning rate has the same meaning as for AdamW (Zhai et al., arXiv 2106.04560, section
+    3.4). Matrices of 128 x 128 and more keep sums of squares by row and column instead of every
+    square, and an update is clipped to a root mean square of 1, both separately for each layer's,
+    expert's and task's matrix. The decay of the sums is the paper's 1 - t^-0.8. ``b2`` and ``eps``
+    are not used.
     """
     return optax.chain(scale_by_factored_squares(), optax.ema(optim_cfg.b1, debias=True))
 
 
 LEAST_SIDE = 128
-"""Of a matrix whose squares are kept as sums over rows and columns."""
+"""The least number of rows and columns for which squares are kept as sums over rows and columns."""
 
 
 class FactoredSquares(NamedTuple):
-    """``squares`` has, in the place of each parameter, means of squares by name: ``square`` of the
-    whole, or ``row`` and ``column``, with the letters of their axes, which say how they are split.
+    """Means of squared gradients.
+
+    ``squares`` has a dict in the place of each parameter: either ``square``, of the parameter's
+    shape, or ``row`` and ``column``. Each name ends in axis letters, which give its sharding.
     """
 
     count: jax.Array
@@ -156,7 +158,7 @@ class FactoredSquares(NamedTuple):
 
 
 def scale_by_factored_squares() -> optax.GradientTransformation:
-    r"""Adafactor's direction, of each matrix by itself.
+    r"""Adafactor's direction, computed separately for each matrix.
 
     .. math::
        \beta_t = 1 - t^{-0.8}, \quad
@@ -166,8 +168,8 @@ def scale_by_factored_squares() -> optax.GradientTransformation:
        u / \max(1, \operatorname{rms}(u))
 
     with g^2 itself where a side is shorter than ``LEAST_SIDE``. ``optax.scale_by_factored_rms`` and
-    ``clip_by_block_rms`` do this to one matrix; of a stack they take the two longest axes, which
-    may be that of the experts, and one root mean square, so that experts move each other.
+    ``clip_by_block_rms`` do this for one matrix. For a stack of matrices they use its two longest
+    axes, one of which may be the experts', and one root mean square, which would couple experts.
     """
 
     def init(params: PyTree) -> FactoredSquares:
@@ -180,12 +182,12 @@ def scale_by_factored_squares() -> optax.GradientTransformation:
         del params
         beta = 1.0 - (state.count + 1).astype(jnp.float32) ** -0.8
         squares = jax.tree_util.tree_map_with_path(
-            lambda path, grad, old: _averaged(rule(path, grad), grad, old, beta),
+            lambda path, grad, old: _averaged(parameter(path, grad), grad, old, beta),
             updates,
             state.squares,
         )
         updates = jax.tree_util.tree_map_with_path(
-            lambda path, grad, found: _scaled(rule(path, grad), grad, found), updates, squares
+            lambda path, grad, kept: _scaled(parameter(path, grad), grad, kept), updates, squares
         )
         return updates, FactoredSquares(jnp.asarray(optax.safe_increment(state.count)), squares)
 
@@ -193,26 +195,26 @@ def scale_by_factored_squares() -> optax.GradientTransformation:
 
 
 def _no_squares(path: tuple[Any, ...], leaf: jax.Array) -> dict[str, jax.Array]:
-    found = rule(path, leaf)
-    sides = found.sides
+    known = parameter(path, leaf)
+    sides = known.sides
     if sides is None or min(size(leaf.shape, side) for side in sides) < LEAST_SIDE:
-        return {f"square_{found.letters}": jnp.zeros(leaf.shape, leaf.dtype)}
+        return {f"square_{known.letters}": jnp.zeros(leaf.shape, leaf.dtype)}
 
     def without(axes: tuple[int, ...]) -> tuple[str, jax.Array]:
         gone = {axis % leaf.ndim for axis in axes}
         shape = tuple(n for axis, n in enumerate(leaf.shape) if axis not in gone)
-        kept = tuple(axis for axis in range(-len(found.letters), 0) if axis not in axes)
-        return found.letter(kept), jnp.zeros(shape, leaf.dtype)
+        kept = tuple(axis for axis in range(-len(known.letters), 0) if axis not in axes)
+        return known.letters_of(kept), jnp.zeros(shape, leaf.dtype)
 
     (row, rows), (column, columns) = without(sides[1]), without(sides[0])
     return {f"row_{row}": rows, f"column_{column}": columns}
 
 
 def _averaged(
-    found: Rule, grad: jax.Array, old: dict[str, jax.Array], beta: jax.Array
+    known: Parameter, grad: jax.Array, old: dict[str, jax.Array], beta: jax.Array
 ) -> dict[str, jax.Array]:
     square = jnp.square(grad) + 1e-30  # as optax, so that a gradient of 0 gives an update of 0
-    rows, columns = found.sides or ((), ())
+    rows, columns = known.sides or ((), ())
     means = {"square": square, "row": jnp.mean(square, columns), "column": jnp.mean(square, rows)}
     return {
         name: beta * value + (1.0 - beta) * means[name.partition("_")[0]]
@@ -220,19 +222,19 @@ def _averaged(
     }
 
 
-def _scaled(found: Rule, grad: jax.Array, squares: dict[str, jax.Array]) -> jax.Array:
+def _scaled(known: Parameter, grad: jax.Array, squares: dict[str, jax.Array]) -> jax.Array:
     values = {name.partition("_")[0]: value for name, value in squares.items()}
     if "square" in values:
         update = grad * jax.lax.rsqrt(values["square"])
     else:
-        rows, columns = found.sides or ((), ())
+        rows, columns = known.sides or ((), ())
         row, column = (
             jnp.expand_dims(values[name], tuple(axis % grad.ndim for axis in other))
             for name, other in (("row", columns), ("column", rows))
         )
         share = row / jnp.mean(row, rows, keepdims=True)
         update = grad * jax.lax.rsqrt(share) * jax.lax.rsqrt(column)
-    rms = jnp.sqrt(jnp.mean(jnp.square(update), found.own, keepdims=True))
+    rms = jnp.sqrt(jnp.mean(jnp.square(update), known.own_axes, keepdims=True))
     return update / jnp.maximum(rms, 1.0)
 
 

@@ -1,34 +1,60 @@
-"""The rule that a parameter's place and name set: what is one matrix of it, and who treats it."""
+"""Parameter names: the only reader of the axis letters at their ends and of the nodes above them.
+
+A parameter's name ends in one upper-case letter per axis: ``up_EDF`` has the stem ``up`` and the
+axes E, D, F. Sharding, weight decay, Muon, Adafactor, the count of active parameters and the
+router cosines of the probe all follow from the names, through this module.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moejax.types import ExpertWeights
+
 STACKED = "periods"
-"""Weights below this name lead with an axis of layers."""
+"""Weights below this node lead with an axis of layers."""
+ROUTER = "router"
+"""The node below which a layer keeps its gate's parameters."""
 GATE_NODES = frozenset({"router", "gate"})
 GATE_STEMS = frozenset({"residual", "residual_bias", "shared_gate"})
-"""What weighs outputs against each other: everything below a node of these names, and in a layer
-beside its experts the parameters of these names."""
+"""Parameters that weigh outputs against each other: everything below a node of `GATE_NODES`, and
+the parameters with these stems beside a layer's experts."""
 STACKS = "EM"
-"""Letters of experts and tasks, which lead where each has weights of its own."""
+"""Letters of experts and tasks. They lead where each expert or task has weights of its own."""
+
+EXPERT_MATRICES = ExpertWeights._fields
+"""The weights of routed experts."""
+HEAD_MATRICES = ("query_EDI", "out_EID")
+"""The weights that each head of a mixture of attention heads has for itself."""
 
 
-class Rule(NamedTuple):
-    """What a parameter's path and shape say about it."""
+def path_names(path: Sequence[Any]) -> list[str]:
+    """The names along a path of JAX's tree utilities."""
+    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Stem and axis letters: ``"up_EDF" -> ("up", "EDF")``, ``"logit_scale" -> (..., "")``."""
+    stem, _, letters = name.rpartition("_")
+    if stem and letters.isalpha() and letters.isupper():
+        return stem, letters
+    return name, ""
+
+
+class Parameter(NamedTuple):
+    """The properties of a parameter that follow from its path and its number of axes."""
 
     stem: str
-    """The leaf's name without its axis letters."""
+    """The name without its axis letters."""
     letters: str
-    """Its trailing axes: the upper-case letters after the last ``_``, as in ``up_EDF``. Stacked
-    layers (and gates) lead and have no letter. A name without letters stands for a vector or, from
-    two axes on, for matrices in the last two."""
+    """The letters of the trailing axes. Stacked layers (and gates) lead and have no letter. A name
+    without letters stands for a vector or, from two axes on, for matrices in the last two."""
     is_gate: bool
-    """A gate's own parameter, or another that weighs what experts give (see ``GATE_STEMS``)."""
+    """True if it belongs to a gate or weighs what experts give (see ``GATE_STEMS``)."""
 
     @property
-    def own(self) -> tuple[int, ...]:
-        """The axes, counted from the end, of what belongs to one layer and one expert or task."""
+    def own_axes(self) -> tuple[int, ...]:
+        """The axes, counted from the end, that belong to one layer and one expert or task."""
         leads = not (self.is_gate or "embed" in self.stem) and self.letters[:1] in tuple(STACKS)
         return tuple(range(-len(self.letters) + leads, 0))
 
@@ -38,50 +64,45 @@ class Rule(NamedTuple):
 
         Heads and their width are one side: ``query_DHI`` is D x HI, ``out_HID`` is HI x D.
         """
-        own = self.own
+        own = self.own_axes
         if len(own) < 2:
             return None
         first = 1 if self.letters[own[0]] == "D" else len(own) - 1
         return own[:first], own[first:]
 
     @property
-    def is_weight(self) -> bool:
-        """A matrix of weights that no gate decides with, and no norm or bias by name."""
+    def decays(self) -> bool:
+        """True if weight decay applies: to matrices, but no gate's, and no norm or bias by name."""
         return self.sides is not None and not self.is_gate and self.stem not in ("scale", "bias")
 
     @property
-    def decays(self) -> bool:
-        """Weight decay applies: to weight matrices and embeddings."""
-        return self.is_weight
-
-    @property
     def orthogonal(self) -> bool:
-        """Muon orthogonalises it: weights without a vocabulary axis, embeddings left out."""
-        return self.is_weight and "embed" not in self.stem and "V" not in self.letters
+        """True if Muon orthogonalises it: a matrix that decays and has no vocabulary axis."""
+        return self.decays and "embed" not in self.stem and "V" not in self.letters
 
-    def letter(self, axes: tuple[int, ...]) -> str:
+    def letters_of(self, axes: tuple[int, ...]) -> str:
         """The letters of these axes."""
         return "".join(self.letters[axis] for axis in axes)
 
 
-def rule(path: tuple[Any, ...], leaf: Any) -> Rule:
-    """The rule of the parameter at ``path``; of ``leaf`` only the shape is read."""
-    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+def parameter(path: Sequence[Any], leaf: Any) -> Parameter:
+    """The parameter at a path; only the shape of ``leaf`` is read."""
+    names = path_names(path)
     *nodes, name = names or [""]
-    stem, _, letters = name.rpartition("_")
-    if not (stem and letters.isalpha() and letters.isupper() and len(letters) <= leaf.ndim):
+    stem, letters = split_name(name)
+    if not letters or len(letters) > leaf.ndim:
         # The gates of several tasks are stacked too.
-        stacked = STACKED in nodes or {"mixture", "router"} <= set(nodes)
+        stacked = STACKED in nodes or {"mixture", ROUTER} <= set(nodes)
         stem, letters = name, "DF"[: leaf.ndim - stacked]
-    return Rule(stem, letters, in_gate(names))
+    return Parameter(stem, letters, in_gate(names))
 
 
 def in_gate(names: Sequence[str]) -> bool:
-    """Whether the names of a path lead to a gate's parameter, or to what is known of one."""
+    """True if the names of a path lead to a gate's parameter, or to optimizer state of one."""
     stems = (name.rpartition("_")[0] for name in names)
     return not (GATE_NODES.isdisjoint(names) and GATE_STEMS.isdisjoint(stems))
 
 
 def size(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    """How many numbers these axes hold."""
+    """The number of elements that these axes span."""
     return math.prod(shape[axis] for axis in axes)

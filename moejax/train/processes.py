@@ -9,11 +9,11 @@ from jax.experimental import multihost_utils
 
 from moejax.errors import UserError
 
-_LONGEST = 1000  # bytes of a message that travel
+_MESSAGE_BYTES = 1000
 
 
 def is_first() -> bool:
-    """Whether this process is the one that lists, prints and moves files."""
+    """True if this process is the one that prints, and lists and moves files."""
     return jax.process_index() == 0
 
 
@@ -27,13 +27,13 @@ def from_first(value: int) -> int:
 def shared_problem(problem: str) -> str:
     """The problem of the first process that has one, on every process; "" if none has.
 
-    Call it before anything that only works when all processes go on together: a process that
-    stops alone leaves the others waiting.
+    Call it before anything that only works if all processes continue: a process that stops alone
+    leaves the others waiting.
     """
     if jax.process_count() == 1:
         return problem
-    encoded = np.zeros(_LONGEST, np.uint8)
-    text = np.frombuffer(problem.encode()[:_LONGEST], np.uint8)
+    encoded = np.zeros(_MESSAGE_BYTES, np.uint8)
+    text = np.frombuffer(problem.encode()[:_MESSAGE_BYTES], np.uint8)
     encoded[: text.size] = text
     for row in np.asarray(multihost_utils.process_allgather(encoded)):
         if row.any():
@@ -45,7 +45,7 @@ def raise_together(problem: str) -> None:
     """Raises the problem of the first process that has one, on every process.
 
     Raises:
-      UserError: one has.
+      UserError: a process has a problem.
     """
     problem = shared_problem(problem)
     if problem:
@@ -53,12 +53,11 @@ def raise_together(problem: str) -> None:
 
 
 def compiled_together(jitted: Any, *shapes: Any) -> Callable[..., Any]:
-    """The jitted function, in a job of several processes compiled by all of them when one calls it.
+    """The jitted function; in a job of several processes it is compiled by all before any runs it.
 
-    On CPU a process that is ready gives up the first collective between a group of devices after
-    30 seconds ("Gloo context initialization failed"), and a reduce-scatter at any time. Compiling,
-    or what the first process alone does before, may keep another one busy for longer. The barrier
-    waits as long as it takes.
+    On CPU a process gives up the first collective of a group of devices after 30 seconds ("Gloo
+    context initialization failed"), and a reduce-scatter at any time. Another process may need
+    longer, to compile or for work that only the first process does. The barrier has no time limit.
     """
     if jax.process_count() == 1:
         return jitted
@@ -68,7 +67,7 @@ def compiled_together(jitted: Any, *shapes: Any) -> Callable[..., Any]:
 
 
 def on_host(tree: Any) -> Any:
-    """Whole copies of a tree's arrays on every process, wherever their parts are."""
+    """Whole copies of a tree's arrays on every process, however the arrays are sharded."""
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, tree)

@@ -1,22 +1,22 @@
-"""How far an axis spans, in every picture: never so little that a small difference looks large.
+"""The range of an axis in every picture: never so small that a small difference looks large.
 
-An axis that follows its data alone gives two runs 0.004 nats apart the whole height of a figure.
-Here each quantity has a least span, a distance that is worth seeing; docs/report.md lists them.
+An axis that follows its data alone spreads two runs 0.004 nats apart over the height of a figure.
+Here each quantity has a least span, a difference worth seeing; docs/report.md lists them.
 """
 
 import math
 from collections.abc import Iterable
 
 NATS = 0.05
-"""The least span of a loss in nats: some times what another seed changes in a small run."""
+"""The least span of a loss in nats: several times the effect of another seed in a small run."""
 RELATIVE = 0.05
-"""The least span of a quantity without a resolution of its own, relative to its largest value."""
+"""The least span of any other quantity, relative to its largest value."""
 SHARE = 0.05
 """The least span of a share: of dropped pairs, of right predictions."""
 IMBALANCE = 0.5
 """The least span of max load / mean load - 1."""
 MARGIN = 0.06
-"""Room beyond the values at a free end, relative to their range."""
+"""Margin beyond the values at a free end, relative to their range."""
 LOAD_OCTAVES = 2
 """Colours of a load over the mean load end at 1/4 and 4 in every picture."""
 
@@ -29,8 +29,8 @@ def span(
 ) -> Ends:
     """The ends of an axis that shows all finite ``values`` and is at least ``least`` wide.
 
-    ``start``: where the axis begins, such as 0; values below it are not shown. ``bounds``: what
-    the quantity cannot leave; the axis stays inside.
+    ``start``: the beginning of the axis, such as 0; values below it are not shown. ``bounds``: the
+    possible range of the quantity; the axis stays inside.
     """
     known = [float(value) for value in values if value is not None and math.isfinite(value)]
     low, high = min(known, default=start or 0.0), max(known, default=start or 0.0)
@@ -47,11 +47,11 @@ def span(
 
 
 def least_loss(unit: str, values: Iterable[float]) -> float:
-    """The least span of losses in a unit: ``NATS`` of nats, else relative to the largest value."""
+    """The least span of losses in a unit: ``NATS`` for nats, otherwise by the largest value."""
     return NATS if unit.startswith("nats") else least_relative(values)
 
 
 def least_relative(values: Iterable[float]) -> float:
-    """``RELATIVE`` of the largest finite magnitude; 1 where there is none to be relative to."""
+    """``RELATIVE`` times the largest finite magnitude; 1 if there is none, or it is 0."""
     known = [abs(float(value)) for value in values if value is not None and math.isfinite(value)]
     return RELATIVE * max(known, default=0.0) or 1.0

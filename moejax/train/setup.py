@@ -1,4 +1,4 @@
-"""From a config to everything the loop needs: devices, data, task, optimizer, compiled steps."""
+"""Everything that the training loop needs, from a config: devices, data, task, optimizer, steps."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax import mesh as meshes
 from moejax.config import Config, validate
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import task_entry
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.job.launch import configure_devices, join_processes, started_devices
@@ -30,7 +30,10 @@ from moejax.types import GateTraits
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A validated run, ready to compile. Everything here is a function of the config."""
+    """A validated run, ready to compile. Everything here follows from the config.
+
+    ``leak`` lists what a token's output depends on besides earlier tokens; "" if nothing.
+    """
 
     config: Config
     leak: str
@@ -47,7 +50,7 @@ class Run:
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """The jitted update; it consumes the state it is given."""
+        """The jitted update; it donates the state."""
         step = functools.partial(
             train_step,
             task=self.task,
@@ -78,7 +81,7 @@ class Run:
         }
 
     def init_state(self) -> TrainState:
-        """A fresh state, each device making only its own part."""
+        """A fresh state; each device makes only its own shards."""
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         return jax.jit(self._init, out_shardings=state)()
 
@@ -86,7 +89,8 @@ class Run:
         """The totals of every batch, on the devices.
 
         Virtual CPU devices share threads: with collectives of many programs in flight, each may
-        hold what another one waits for, and XLA gives up after 40 seconds. There one at a time.
+        hold a thread that another one waits for, and XLA gives up after 40 seconds. So on these
+        devices the batches run one at a time.
         """
         one_by_one = self.mesh.devices.flat[0].platform == "cpu" and self.mesh.size > 1
         totals = []
@@ -104,7 +108,7 @@ class Run:
         }
 
     def check_gate_data(self, train_steps: int) -> None:
-        """Asks a gate that depends on the data whether it has what it needs.
+        """Checks that a gate that depends on the data has the data it needs.
 
         Raises:
           UserError: it has not.
@@ -115,7 +119,7 @@ class Run:
         traits = GateTraits.of(model.gate)
         if traits.check_data is None:
             return
-        per_row = TASKS[self.config.task.name].sequences_per_row
+        per_row = task_entry(self.config.task.name).sequences_per_row
         length = self.task.units.tokens_per_row // per_row
         train_rows, rows = train_steps * train.batch_size * per_row, self.eval_rows() * per_row
         try:
@@ -135,7 +139,7 @@ class Run:
         return self.data.eval_batches(train.batch_size, train.eval_rows)
 
     def eval_rows(self) -> int:
-        """How many rows an evaluation has."""
+        """The number of rows of an evaluation."""
         return sum(int(real_rows(batch).sum()) for batch in self.eval_batches())
 
     def _token_counts(self) -> np.ndarray:
@@ -156,11 +160,10 @@ class Run:
 def prepare(config: Config, workdir: str | Path | None = None) -> Run:
     """Validates, starts the devices and loads the data. Writes nothing.
 
-    In a job of several processes they agree on all of it, and on the workdir if they are to write
-    there.
+    In a job of several processes they compare all of it, and the workdir if they will write there.
 
     Raises:
-      UserError: whatever is wrong with the config, the data or the machine for it.
+      UserError: a mistake in the config or the data, or devices that do not fit.
     """
     visibility = validate(config)
     join_processes(config)
@@ -191,12 +194,12 @@ def prepare(config: Config, workdir: str | Path | None = None) -> Run:
 
 
 def _build(config: Config) -> tuple[Task, Source]:
-    module, _, function = TASKS[config.task.name].build.partition(":")
+    module, _, function = task_entry(config.task.name).build.partition(":")
     return getattr(importlib.import_module(module), function)(config)
 
 
 def _devices(config: Config) -> list[jax.Device]:
-    """All devices; of virtual CPU devices that were started before us, as many as the mesh has."""
+    """All devices; if virtual CPU devices were started earlier, as many as the mesh has."""
     devices = started_devices()
     fixed = [config.mesh[axis] for axis in meshes.AXES]
     if devices[0].platform == "cpu" and jax.process_count() == 1 and -1 not in fixed:
@@ -205,6 +208,6 @@ def _devices(config: Config) -> list[jax.Device]:
 
 
 def real_rows(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Which rows of a batch hold anything, bool[B]."""
+    """True for each row of a batch that holds any token or item, bool[B]."""
     valid = batch["valid"]
     return np.any(valid.reshape(len(valid), -1), axis=1)

@@ -1,4 +1,4 @@
-"""The training state as one pytree, and where its arrays lie on a mesh."""
+"""The training state as one pytree, and the sharding of its arrays."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from moejax.train.parameters import STACKED, in_gate
+from moejax.train.parameters import STACKED, in_gate, path_names, split_name
 
 AXIS_OF = {"E": "expert", "D": "fsdp", "F": "tensor", "H": "tensor", "J": "tensor"}
 """Mesh axis of a weight's axis, by the letter in its name: ``up_EDF`` is (expert, fsdp, tensor)."""
@@ -17,7 +17,7 @@ AXIS_OF = {"E": "expert", "D": "fsdp", "F": "tensor", "H": "tensor", "J": "tenso
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a run needs to go on: saved as a whole, restored bit for bit.
+    """Everything a run needs to resume: saved as a whole, restored bit for bit.
 
     ``step`` counts completed updates; it is also the position in the data. ``params`` is a nested
     dict of float32 arrays, ``key`` the raw data of the run's PRNG key.
@@ -31,16 +31,16 @@ class TrainState:
 
 
 def partition_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How the array at ``path`` is split, read off the axis letters at the end of its name.
+    """The split of the array at ``path``, from the axis letters at the end of its name.
 
-    Vectors and gates' weights are small and stay whole, as does whatever has no axis letters (step
-    counts) or does not divide over its mesh axis. An optimizer keeps what it knows of a parameter
-    below the parameter's path, or at it.
+    Vectors and gates' weights are small and stay whole, and so does an array without axis letters
+    (step counts) or with axes that do not divide over their mesh axis. An optimizer keeps its state
+    of a parameter below the parameter's path, or at it.
     """
-    names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
-    stem, _, letters = names[-1].rpartition("_") if names else ("", "", "")
+    names = path_names(path)
+    letters = split_name(names[-1])[1] if names else ""
     lead = 1 if STACKED in names else 0
-    if not stem or len(letters) + lead != len(shape) or len(letters) < 2 or in_gate(names):
+    if len(letters) + lead != len(shape) or len(letters) < 2 or in_gate(names):
         return PartitionSpec()
     axes: list[str | None] = [None] * lead
     for letter, size in zip(letters, shape[lead:], strict=True):
@@ -57,7 +57,7 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
-    """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    """ShapeDtypeStructs with shardings, which checkpoints are restored onto."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
     )

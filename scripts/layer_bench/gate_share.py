@@ -1,4 +1,4 @@
-"""What a gate costs beside its layer's experts: every name of `moejax.gating.names()`, by itself.
+"""The time of every gate in `moejax.gating.names()` relative to that of its layer's experts.
 
 Gate: its call on groups of one sequence in training, with all that it returns; backward, gradients
 of its parameters and of the tokens from gradients of the weights it gives. Parameters are those of
@@ -97,7 +97,7 @@ def train_context(shape: Shape) -> GateContext:
 
 
 def weights_of(output: GateOutput) -> tuple:
-    """What of a gate's output the layer's output depends on smoothly."""
+    """The differentiable part of a gate's output."""
     if output.mixing is not None:
         return (output.mixing,)
     identity_GT = output.identity_weight_GT

@@ -1,4 +1,4 @@
-"""The rows of gate_share.py as a section of the page, and the target they are held to."""
+"""The rows of gate_share.py as a section of the page, and their target."""
 
 from scripts.layer_bench.markdown import ratio, table
 
@@ -7,15 +7,16 @@ TARGET, BALANCED_TARGET, BALANCED = 0.15, 0.25, ("base", "sbase")
 TEXT = f"""\
 ## Gates
 
-A gate's time over that of its layer's experts, paired as above. Gate: its call in training, groups
-of one sequence, fresh parameters, with all it returns; backward, gradients of its parameters and of
-the tokens from gradients of its weights. Experts: the SwiGLU that `dropless` calls, on packed rows,
-as many as this gate has active pairs, with its loads. Packing, losses and statistics are in
-neither. Gates with a k have that of the shape; `switch` and `sbase`, whose own k is 1, that too.
-`dense` visits all experts, and so does a fresh `dselect_k`: as their loads are equal, 2 k experts
-are timed on all tokens and the time multiplied by E / (2 k). `(decided)`: parameters of its codes
-times 10^4, so that their bits are decided, as training leaves them. The target is at most
-{TARGET:.2f} forward+backward, for `base` and `sbase` {BALANCED_TARGET:.2f}.
+The time of a gate relative to that of its layer's experts, paired as above. The gate's time is
+that of its call in training, on groups of one sequence, with fresh parameters and all its outputs;
+backward, of the gradients of its parameters and of the tokens, given gradients of its weights. The
+experts' time is that of the SwiGLU that `dropless` calls, on as many packed rows as this gate has
+active pairs, with the gate's loads. Neither includes packing, losses and statistics. Gates with a
+k use that of the shape; `switch` and `sbase` are also timed with their own k of 1. `dense` and a
+fresh `dselect_k` visit all experts: since their loads are equal, 2 k experts are timed on all
+tokens and the time is multiplied by E / (2 k). `(decided)` multiplies the parameters of the codes
+by 10^4, which decides their bits as training does. The target for forward+backward is at most
+{TARGET:.2f}, and {BALANCED_TARGET:.2f} for `base` and `sbase`.
 """
 
 

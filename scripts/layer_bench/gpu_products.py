@@ -74,7 +74,7 @@ CANDIDATES: dict[str, Candidate] = {
 
 
 def without_tokamax() -> str | None:
-    """Why the kernels of tokamax cannot be measured, or None."""
+    """The reason that tokamax's kernels cannot be measured, or None."""
     try:
         import tokamax  # noqa: F401  # only whether it is there
     except ImportError as error:
@@ -124,7 +124,7 @@ def with_gradients(product: Product) -> Callable:
 
 
 def largest_error(got: tuple, given: Operands) -> float:
-    """Of output and gradients against numpy's products in float64, group by group.
+    """Errors of output and gradients against numpy's products in float64, group by group.
 
     Differences are relative to the largest entry of an array. A group's answers are dropped before
     the next one's are computed: in float64 all of them would fill the memory of most machines.
@@ -218,7 +218,7 @@ Made = TypeVar("Made", bound=Checked)
 def attempt(
     shape: Shape, kind: str, name: str, limit: float, make: Callable[[], Made]
 ) -> Made | dict:
-    """What ``make`` returns, or a row that says why there is nothing to time."""
+    """The result of ``make``, or a row with the reason that there is nothing to time."""
     try:
         made = make()
     except MissingKernelError as error:

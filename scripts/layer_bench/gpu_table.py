@@ -1,4 +1,4 @@
-"""Rows of scripts/bench_gpu.py as tables, and which candidate they speak for."""
+"""Rows of scripts/bench_gpu.py as tables, and the fastest candidate."""
 
 from scripts.layer_bench.markdown import ratio, table
 
@@ -12,10 +12,11 @@ TEXT = """\
 
     python scripts/bench_gpu.py --out gpu.json
 
-In bfloat16, 16384 tokens: *fine* D 2048, F 1408, E 64, k 6; *mixtral* D 4096, F 14336, E 8, k 2.
-The product is the one into the hidden layer (T k rows by their experts' [D, F]); cells compute as
-many times the FLOPs as their name says. Outputs and gradients are checked against float64 before
-anything is timed: products within 2^-8 of the largest entry, layers within 2^-6.
+In bfloat16, with 16384 tokens: *fine* D 2048, F 1408, E 64, k 6; *mixtral* D 4096, F 14336, E 8, k
+2. The product is the one into the hidden layer (T k rows by their experts' [D, F]). The number in
+the name of a `cells` row is the factor by which it computes more FLOPs. Outputs and gradients are
+checked against float64 before timing: products within 2^-8 of the largest entry, layers within
+2^-6.
 """
 
 Row = dict
@@ -32,7 +33,7 @@ def render(rows: list[Row]) -> str:
 
 
 def choices(rows: list[Row]) -> list[str]:
-    """One line per shape and kind: which candidate, and by what margin."""
+    """One line per shape and kind: the fastest candidate and its margin."""
     keys = dict.fromkeys((row["kind"], row["shape"]) for row in rows)
     lines = []
     for kind, shape in keys:

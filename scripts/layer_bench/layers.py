@@ -72,7 +72,7 @@ def route(x_TD: jax.Array, router_DE: jax.Array, k: int) -> tuple[jax.Array, jax
 
 
 def kept_pairs(expert_TK: jax.Array, shape: Shape, capacity_factor: float | None) -> jax.Array:
-    """Which pairs find room, token by token within each group; all of them without a capacity."""
+    """Mask of the pairs that find room, token by token in each group; all without capacity."""
     if capacity_factor is None:
         return jnp.ones(expert_TK.shape, bool)
     return _slot(expert_TK, shape) < _capacity(shape, capacity_factor)
@@ -83,7 +83,7 @@ def _capacity(shape: Shape, factor: float) -> int:
 
 
 def _slot(expert_TK: jax.Array, shape: Shape) -> jax.Array:
-    """How many pairs of its group ask for a pair's expert before it."""
+    """Number of earlier pairs of the group that ask for a pair's expert."""
     expert_GN = expert_TK.reshape(-1, shape.group * shape.k)
     one_hot_GNE = jax.nn.one_hot(expert_GN, shape.E, dtype=jnp.int32)
     before_GNE = jnp.cumsum(one_hot_GNE, axis=1) - one_hot_GNE

@@ -1,4 +1,4 @@
-"""What is measured: shapes, and the arrays that every implementation of a shape works on."""
+"""Shapes, and the arrays that every implementation of a shape works on."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""How the layer's time goes with the number of experts and of tokens."""
+"""The layer's time as a function of the number of experts and of tokens."""
 
 from collections.abc import Callable, Iterator
 

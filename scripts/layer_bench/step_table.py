@@ -17,17 +17,18 @@ TEXT = """\
 
     python scripts/bench_step.py --out step.json
 
-Pairs of steps in alternating order, one process; medians and quartiles, of wall time and of
-processor time. `moe_over_dense` is tokens per second of the MoE model over those of the dense model
-of equal active FLOPs (k experts of width moe.d_ff against one FFN as wide as they are together);
-`ours_over_plain` the time of our dense step over that of the same model and optimizer written as
-one plain jitted JAX function, after both gave the same losses. `small` is cut to 2 layers, 4
-sequences of 256 tokens and float32: its own steps take minutes on two cores.
+Pairs of steps in alternating order in one process; medians and quartiles of wall time and
+processor time. `moe_over_dense` is the MoE model's tokens per second relative to those of the
+dense model with equal active FLOPs (k experts of width moe.d_ff against one FFN of their total
+width). `ours_over_plain` is the time of our dense step relative to that of the same model and
+optimizer written as one plain jitted JAX function; both are first checked to give the same losses.
+`small` is reduced to 2 layers, 4 sequences of 256 tokens and float32, because its full steps take
+minutes on two cores.
 """
 
 
 def of_a_step(result: dict) -> bool:
-    """Whether a result is one of bench_step.py."""
+    """True for a result of bench_step.py."""
     return any("row" in row for row in result["rows"])
 
 

@@ -10,11 +10,11 @@ import numpy as np
 Run = Callable[[], object]
 
 SLOW, FEW = 3.0, 3
-"""What takes more than 3 seconds runs in no more than 3 rounds."""
+"""Rounds of a candidate that takes more than 3 seconds, at most."""
 
 
 class Timing(NamedTuple):
-    """Of the ratios of paired runs: median and quartiles; and the median time in milliseconds."""
+    """Median and quartiles of the ratios of paired runs, and the median time in milliseconds."""
 
     ratio: float
     low: float

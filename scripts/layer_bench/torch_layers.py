@@ -13,7 +13,7 @@ KINDS = ("eager", "grouped_mm")
 
 
 def missing() -> str | None:
-    """Why the block cannot run here, or None."""
+    """The reason that the block cannot run here, or None."""
     try:
         import torch  # noqa: F401  # only whether it is there
         import transformers  # noqa: F401  # the same

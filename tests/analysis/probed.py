@@ -63,7 +63,7 @@ def run_of(
     tokens = probes.tokens(labels=labels)
     probe.save_tokens(folder, tokens)
     for step in steps:
-        probe.save_step(folder, step, change(probes.step(step, tokens["valid"], router)))
+        probes.save_step(folder, step, change(probes.step(step, tokens["valid"], router)))
     return RunData.read(folder)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.analysis import report
-from moejax.analysis.page import Page, Warning
+from moejax.analysis.page import Page, Text, Warning
 from moejax.analysis.pages import cost, curves, drops, load, overview
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics import balance
@@ -316,3 +316,20 @@ def test_whatever_one_thing_an_older_run_lacks_all_pages_are_made(
 
 def test_the_report_of_a_run_is_the_same_every_time(run: RunData):
     assert report.of_run(run) == report.of_run(RunData.read(run.workdir))
+
+
+# A page from outside the package.
+
+
+def test_one_line_adds_a_page_to_the_report(
+    run: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def page(run: RunData) -> Page:
+        return Page("Step count", [Text(f"The run has logged {run.last_step} steps.")])
+
+    monkeypatch.setattr(report, "PAGES", (*report.PAGES, page))
+    target = tmp_path / "report.html"
+    report.write(run, target)
+    text = target.read_text()
+    assert '<a href="#step-count">Step count</a>' in text
+    assert "The run has logged 30 steps." in text

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moejax.analysis.figures import lift_cells
 from moejax.analysis.html import render
-from moejax.analysis.lifts import lift_cells
 from moejax.analysis.page import Figure
 from moejax.analysis.pages import coactivation, router, specialisation, stability
 from moejax.analysis.run import RunData

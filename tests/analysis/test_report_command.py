@@ -28,7 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return err
 
 
-def test_a_run_gets_a_file_beside_its_metrics_and_its_size_is_said(tmp_path: Path, capsys: Any):
+def test_the_report_of_a_run_is_in_its_workdir_and_its_size_is_printed(tmp_path: Path, capsys: Any):
     workdir = workdirs.write(tmp_path / "run")
     status, out, err = call(capsys, workdir)
     written = workdir / "report.html"
@@ -63,14 +63,14 @@ def test_a_folder_whose_name_is_no_utf_8_gets_a_report(tmp_path: Path, capsys: A
     ("place", "said"),
     [("nothing", "does not exist"), ("", "holds neither a run nor a sweep")],
 )
-def test_what_is_neither_a_run_nor_a_sweep_is_refused(
+def test_a_folder_with_neither_run_nor_sweep_is_refused(
     tmp_path: Path, capsys: Any, place: str, said: str
 ):
     err = refused(capsys, tmp_path / place)
     assert said in err and "config.json" in err and "sweep.json" in err
 
 
-def test_outputs_that_cannot_be_are_refused_before_anything_is_read(tmp_path: Path, capsys: Any):
+def test_impossible_outputs_are_refused_before_anything_is_read(tmp_path: Path, capsys: Any):
     workdir = workdirs.write(tmp_path / "run")
     assert "is a folder" in refused(capsys, workdir, "-o", tmp_path)
     assert "does not exist" in refused(capsys, workdir, "-o", tmp_path / "no/such/a.html")
@@ -144,7 +144,7 @@ def test_events_that_a_run_wrote_itself_are_left_as_they_are(tmp_path: Path, cap
     (workdir / "tensorboard").mkdir()
     own = workdir / "tensorboard/events.out.tfevents.1.host"
     own.write_bytes(b"its own")
-    assert "left as it is" in call(capsys, workdir, "--tensorboard")[1]
+    assert "left alone" in call(capsys, workdir, "--tensorboard")[1]
     assert [path.read_bytes() for path in (workdir / "tensorboard").iterdir()] == [b"its own"]
 
 

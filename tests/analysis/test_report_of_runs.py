@@ -13,7 +13,7 @@ from tests.train import runs
 pytestmark = pytest.mark.slow
 
 
-def test_a_leak_is_measured_and_told(tmp_path: Path, capsys: Any):
+def test_a_measured_leak_is_reported(tmp_path: Path, capsys: Any):
     """The same numbers as `moejax eval --measure-leak` gives."""
     text, workdir = runs.write_text(tmp_path / "text"), tmp_path / "run"
     changes = {

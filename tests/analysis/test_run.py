@@ -13,7 +13,7 @@ from moejax.errors import UserError
 from tests.analysis import workdirs
 
 
-def test_a_run_is_its_files(tmp_path: Path):
+def test_a_run_is_read_from_its_files(tmp_path: Path):
     rows = [workdirs.row(10), workdirs.row(20), workdirs.row(20, "eval"), workdirs.row(30)]
     run = RunData.read(workdirs.write(tmp_path / "a run", rows))
     assert run.name == "a run" and run.problems == []
@@ -43,7 +43,7 @@ def test_a_torn_last_line_is_left_out_and_any_other_bad_line_is_a_problem(tmp_pa
     assert run.problems == ["metrics.jsonl: 2 lines are not rows and were skipped (2, 3)."]
 
 
-def test_a_row_whose_values_no_run_writes_is_left_out_and_said(tmp_path: Path):
+def test_a_row_with_impossible_values_is_left_out_and_reported(tmp_path: Path):
     path = workdirs.write(tmp_path / "a") / "metrics.jsonl"
     row = {**workdirs.row(10), "moe/load": [[1, 2]]}
     bad = [{"loss": "x"}, {"split": 1}, {"moe/load": 5}, {"moe/load": [[1], [1, 2]]}]
@@ -79,7 +79,9 @@ def test_values_that_are_not_finite_come_back(tmp_path: Path):
     ("content", "said"),
     [(None, "is .* the workdir of a run"), ("{", "not valid JSON"), ("[]", "not written by")],
 )
-def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, content: str | None, said: str):
+def test_a_folder_without_a_run_is_refused_in_one_line(
+    tmp_path: Path, content: str | None, said: str
+):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=said) as refused:

@@ -250,7 +250,7 @@ def test_the_axes_of_a_sweeps_picture_span_what_is_worth_seeing(tmp_path: Path):
     from moejax.sweep.definition import Sweep
     from moejax.sweep.match import Comparison
 
-    trials = tuple(trial.defined for trial in sweep.trials)
+    trials = tuple(trial.trial for trial in sweep.trials)
     summary = compare(Sweep("s", trials, Comparison(None, "top_2")), results, set())
     drawn = picture.figure("title", results, summary)
     left, _, forest = drawn.axes

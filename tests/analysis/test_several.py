@@ -74,12 +74,12 @@ def test_a_leak_is_marked_wherever_the_run_is_named(tmp_path: Path):
     }
 
 
-def test_of_other_data_no_difference_is_taken_and_it_is_said(tmp_path: Path):
+def test_runs_on_different_data_get_a_warning_and_no_difference(tmp_path: Path):
     several = runs(run(tmp_path / "a"), run(tmp_path / "b", about={"fingerprint": "cd" * 32}))
     page = several_runs.page(several)
     assert "minus that of the first" not in column(page, "outcome", 2)
     first = next(block for block in page.blocks if isinstance(block, Warning))
-    assert first.text.startswith("The data differ (fingerprints)")
+    assert first.text.startswith("The data differ (by fingerprint)")
 
 
 def test_runs_with_other_tokens_are_compared_per_byte(tmp_path: Path):
@@ -100,7 +100,7 @@ def test_runs_with_other_tokens_are_compared_per_byte(tmp_path: Path):
     assert both.unit == "nats/token", "the same tokens need no conversion"
 
 
-def test_folders_of_one_name_are_told_apart(tmp_path: Path):
+def test_folders_with_the_same_name_get_distinct_names(tmp_path: Path):
     for parent in ("one", "two"):
         (tmp_path / parent).mkdir()
     several = runs(run(tmp_path / "one/run"), run(tmp_path / "two/run"))
@@ -137,7 +137,7 @@ def test_the_command_writes_one_file_beside_the_first(tmp_path: Path, capsys: An
     assert (tmp_path / "c.html").exists() and not list(b.glob("*.html"))
 
 
-def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: Any):
+def test_incomparable_folders_are_refused_in_one_line(tmp_path: Path, capsys: Any):
     a = run(tmp_path / "a")
     sweep = sweeps.write(tmp_path / "sweep", seeds=(0,))
     images = workdirs.saved(units={"item": "image", "loss": "nats/image", "tokens_per_row": 1})
@@ -158,9 +158,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: 
         (a, other): ["task.name='language'", "task.name='images'"],
         (a, squared): ["nats/byte", "in mse"],
         (a, unknown): ["nats/token", "bits per byte"],
-        (a, sweep, "--measure-leak"): ["--measure-leak is for one folder"],
-        (a, other, "--tensorboard"): ["--tensorboard is for one folder"],
-        (a, other, "--openmoe"): ["--openmoe is for one folder"],
+        (a, sweep, "--measure-leak"): ["--measure-leak works on one folder"],
+        (a, other, "--tensorboard"): ["--tensorboard works on one folder"],
+        (a, other, "--openmoe"): ["--openmoe works on one folder"],
         (a,) * 9: ["9 folders are too many"],
     }.items():
         assert cli.main(["report", *map(str, words)]) == 2

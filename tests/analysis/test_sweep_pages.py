@@ -33,7 +33,7 @@ def compared(tmp_path: Path, **changes: object) -> SweepData:
     return read(sweeps.write(tmp_path / "sweep", summary=found))
 
 
-def test_a_sweep_is_its_trials(tmp_path: Path):
+def test_a_sweep_is_read_as_its_trials(tmp_path: Path):
     sweep = read(sweeps.write(tmp_path / "sweep"))
     assert sweep.variants == ["switch", "top_2"] and len(sweep.trials) == 4
     assert all(trial.finished and trial.state == "finished" for trial in sweep.trials)
@@ -45,7 +45,7 @@ def test_a_sweep_is_its_trials(tmp_path: Path):
 # Without summary.json: what the trials say.
 
 
-def test_means_have_students_interval_as_scipy_computes_it(tmp_path: Path):
+def test_means_have_students_interval(tmp_path: Path):
     sweep = read(sweeps.write(tmp_path / "sweep", seeds=(0, 1, 2)))
     page = comparison.page(sweep)
     row = dict(zip(*[(t := blocks.table(page, "variant")).header, t.rows[0]], strict=True))
@@ -141,7 +141,7 @@ def test_a_baseline_that_is_alone_has_no_verdict_against_it(tmp_path: Path):
     assert verdict.text.endswith("0.1270 nats/byte.")
 
 
-def test_a_winner_that_lost_seeds_is_said_to(tmp_path: Path):
+def test_the_best_variant_is_reported_with_its_diverged_seeds(tmp_path: Path):
     switch = sweeps.outcome("switch", 2.0, seeds=[0], diverged=[1])
     found = sweeps.summary(switch, sweeps.outcome("top_2", 3.0))
     folder = sweeps.write(tmp_path / "sweep", summary=found)
@@ -198,14 +198,12 @@ def test_trials_that_finished_after_summary_json_was_written_are_compared(tmp_pa
     assert facts["matched"] == "active_flops, within 2% of the baseline"
     assert "the deviation over seeds in this sweep" in facts["can be detected"]
     assert facts["can be detected"].endswith(
-        "; 2 degrees of freedom: the true one may be 0.52 to 6.3 times that"
+        "; 2 degrees of freedom: the true value may be 0.52 to 6.3 times that"
     )
 
 
 @pytest.mark.parametrize("change", ["gone", "diverged", "more seeds"])
-def test_whatever_else_has_changed_since_summary_json_was_written_is_said(
-    tmp_path: Path, change: str
-):
+def test_other_changes_since_summary_json_are_reported(tmp_path: Path, change: str):
     folder = tmp_path / "sweep"
     found = sweeps.summary(sweeps.outcome("switch", 2.0), sweeps.outcome("top_2", 1.0))
     sweeps.write(folder, seeds=(0, 1, 2) if change == "more seeds" else (0, 1), summary=found)
@@ -243,9 +241,7 @@ def damaged(**changes: object) -> str:
         damaged(variants=[sweeps.outcome("switch", 2.0, difference={"p": 0.1})]),
     ],
 )  # fmt: skip
-def test_a_summary_that_cannot_be_read_is_said_and_the_trials_are_shown(
-    tmp_path: Path, content: str
-):
+def test_an_unreadable_summary_is_reported_and_the_trials_are_shown(tmp_path: Path, content: str):
     folder = sweeps.write(tmp_path / "sweep")
     (folder / "summary.json").write_text(content)
     sweep = read(folder)
@@ -365,13 +361,13 @@ def test_a_sweep_of_failures_shows_the_ends_of_their_logs(tmp_path: Path):
     assert "&lt;MemoryError&gt;" in report.of_sweep(sweep)
 
 
-def test_an_unfinished_trial_says_how_far_it_came_and_is_not_compared(tmp_path: Path):
+def test_an_unfinished_trial_shows_its_progress_and_is_not_compared(tmp_path: Path):
     folder = sweeps.write(tmp_path / "sweep")
     shutil.rmtree(folder / "trials/top_2-seed1")
     workdirs.write(folder / "trials/top_2-seed1", [workdirs.row(10)], workdirs.saved())
     sweep = read(folder)
     row = blocks.table(sweep_overview.page(sweep), "state").rows[0]
-    assert row == ("stopped or going on, step 10 of 30", "top_2-seed1")
+    assert row == ("stopped or running, step 10 of 30", "top_2-seed1")
     assert blocks.table(comparison.page(sweep), "variant").rows[1][1] == "1/2"
 
 
@@ -403,7 +399,7 @@ def test_warnings_of_trials_are_gathered_by_variant(tmp_path: Path):
 @pytest.mark.parametrize(
     "content", [None, "{", '{"trials": 3}', '{"trials": []}', '{"trials": [{"name": "a"}]}']
 )
-def test_what_is_no_sweep_is_refused_in_one_line(tmp_path: Path, content: str | None):
+def test_a_folder_without_a_sweep_is_refused_in_one_line(tmp_path: Path, content: str | None):
     if content is not None:
         (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(UserError, match="sweep") as refused:

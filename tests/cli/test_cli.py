@@ -103,8 +103,8 @@ MISTAKES = {
     ],
     "train {lm} {workdir} --config.data.path=/no/such/text": ["data.path='/no/such/text'"],
     "config {lm} --config.train.steps=0": ["train.steps=0"],
-    f"report {'x' * 300}": ["xxx... cannot be looked for: File name too long", "another path"],
-    f"scaling {'x' * 300}": ["xxx... cannot be looked for: File name too long", "another path"],
+    f"report {'x' * 300}": ["xxx... cannot be accessed: File name too long", "another path"],
+    f"scaling {'x' * 300}": ["xxx... cannot be accessed: File name too long", "another path"],
     f"train {{lm}} {{workdir}} --config.train.init_from={'x' * 300}": ["File name too long"],
     "doctor --cpu-devices=1000000": ["--cpu-devices=1000000", "at most 1024"],
 }
@@ -245,7 +245,7 @@ class Terminal(io.StringIO):
     ("flags", "terminal", "short"),
     [([], False, False), ([], True, True), (["--summary"], False, True), (["--json"], True, False)],
 )
-def test_eval_is_short_for_people_and_whole_for_scripts(
+def test_eval_prints_a_summary_on_a_terminal_and_everything_otherwise(
     flags: list[str],
     terminal: bool,
     short: bool,

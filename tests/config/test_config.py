@@ -18,7 +18,7 @@ from moejax.config import (
     set_gate,
     to_dict,
 )
-from moejax.config.tasks import TASKS
+from moejax.config.tasks import TASKS, task_entry
 from moejax.config.tree import fields_for
 from moejax.errors import UserError
 
@@ -29,9 +29,10 @@ PAGE = f"{ROOT}/configs/lm.py"
 
 @pytest.mark.parametrize("task", TASKS)
 def test_default_has_every_field_the_task_uses_and_its_own_and_the_gates(task: str):
-    config, entry = default(task), TASKS[task]
+    config, entry = default(task), task_entry(task)
     used = {name for name in FIELDS if entry.has(name)}
     assert all(any(name.startswith(out) for name in FIELDS) for out in entry.without)
+    assert all(name in FIELDS for name in (*entry.uses, *entry.defaults))
     gate = {f"moe.gate.{field}" for field in gating.fields("top_k")}
     assert set(flatten(config)) == used | gate | {f"task.{own}" for own in entry.fields}
     assert config.task.name == task

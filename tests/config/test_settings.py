@@ -109,8 +109,8 @@ def test_variables_that_change_how_programs_are_compiled_are_kept(monkeypatch, c
     found = settings.environment()
     assert found["XLA_FLAGS"] == "--xla_a" and found["NVIDIA_TF32_OVERRIDE"] == "0"
     assert not {"JAX_ENABLE_X64", "JAX_COMPILATION_CACHE_DIR", "JAX_NUM_CPU_DEVICES"} & found.keys()
-    settings.say_changes({"environment": found | {"XLA_FLAGS": "--xla_b"}})
-    settings.say_changes({})  # of a run from before they were kept
+    settings.warn_of_changes({"environment": found | {"XLA_FLAGS": "--xla_b"}})
+    settings.warn_of_changes({})  # of a run from before they were kept
     (line,) = capsys.readouterr().err.splitlines()
     assert "XLA_FLAGS='--xla_a' here and '--xla_b' when the run was started" in line
 

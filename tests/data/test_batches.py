@@ -1,232 +1,55 @@
-"""Batches by step, evaluation batches, prefetching."""
-
-import threading
-import time
+"""Batches of numbered rows: the order of training rows, and the spread of held-out ones."""
 
 import numpy as np
 import pytest
 
-from moejax.data.batches import Prefetcher, TrainBatches, eval_batches, eval_windows
+from moejax.data.batches import TrainBatches, heldout_batches, spread_evenly
 from moejax.errors import UserError
 
-TOKENS = np.arange(1003, dtype=np.uint16)  # 10 windows of 100 + 1, with 2 tokens left over
 
-
-def windows_of(batch) -> list[int]:
-    return [int(row[0]) // 100 for row in batch["tokens"]]
-
-
-@pytest.fixture(scope="module")
-def train() -> TrainBatches:
-    return TrainBatches(TOKENS, seq_len=100, batch_size=4, seed=3)
-
-
-def test_a_batch_has_the_contracts_shapes_and_types(train):
-    batch = train.batch(2)
-    assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
-        "tokens": ((4, 101), "int32"),
-        "valid": ((4, 100), "bool"),
-        "row": ((4,), "int32"),
+def read(row_B, position_B):
+    """Rows whose only content is their number, counted from 1, and their position."""
+    return {
+        "number": np.stack([row_B + 1, position_B], axis=1),
+        "valid": np.ones(len(row_B), dtype=bool),
     }
-    assert batch["valid"].all()
-    assert batch["row"].tolist() == [8, 9, 10, 11]
-    for row in batch["tokens"]:
-        assert row[0] % 100 == 0
-        np.testing.assert_array_equal(np.diff(row), 1)
 
 
-def test_every_epoch_has_every_row_once_in_another_order(train):
-    laid_out = np.array([windows_of(train.batch(step)) for step in range(10)]).reshape(4, 10)
-    np.testing.assert_array_equal(np.sort(laid_out, axis=1), np.tile(np.arange(10), (4, 1)))
-    assert len({tuple(epoch) for epoch in laid_out}) == 4
-    assert tuple(range(10)) not in {tuple(epoch) for epoch in laid_out}
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_a_reader_gets_rows_and_positions_as_whole_numbers(shuffled):
+    batch = TrainBatches(5, 3, 0, read).batch(2) if shuffled else heldout_batches(5, 3, 5, read)[1]
+    assert batch["number"].dtype == np.int64
+    positions = [6, 7, 8] if shuffled else [3, 4, 0]  # the last is padding
+    assert batch["number"][:, 1].tolist() == positions
+    assert batch["row"].tolist() == ([6, 7, 8] if shuffled else [3, 4, 5])
 
 
-def test_a_batch_is_a_function_of_the_step_alone(train):
-    forward = [train.batch(step) for step in range(8)]
-    again = TrainBatches(TOKENS, 100, 4, 3)
-    for step in (5, 0, 7, 7, 2):
-        for name, values in again.batch(step).items():
-            np.testing.assert_array_equal(values, forward[step][name])
-
-
-def test_the_order_is_grains_own_iteration_order(train):
-    import grain
-
-    order = iter(grain.MapDataset.range(10).seed(3).shuffle().repeat())
-    expected = [next(order) for _ in range(40)]
-    assert [w for step in range(10) for w in windows_of(train.batch(step))] == expected
-
-
-def test_the_batch_size_does_not_change_the_order_of_rows(train):
-    by_five = TrainBatches(TOKENS, 100, 5, 3)
-    fours = [w for step in range(5) for w in windows_of(train.batch(step))]
-    assert [w for step in range(4) for w in windows_of(by_five.batch(step))] == fours
-
-
-def test_another_seed_gives_another_order(train):
-    other = TrainBatches(TOKENS, 100, 4, 4)
-    assert [windows_of(other.batch(s)) for s in range(3)] != [
-        windows_of(train.batch(s)) for s in range(3)
-    ]
-
-
-@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4), slice(1, None), slice(0, 0)])
-def test_a_hosts_share_is_a_slice_of_the_global_batch(train, rows):
-    whole, share = train.batch(3), train.batch(3, rows)
-    for name, values in whole.items():
-        np.testing.assert_array_equal(share[name], values[rows])
-        assert share[name].dtype == values.dtype
-
-
-def test_a_host_reads_its_own_rows_only():
-    class Watched(np.ndarray):
-        reads: list[int] = []
-
-        def __getitem__(self, key):
-            self.reads.append(key.start)
-            return super().__getitem__(key)
-
-    batches = TrainBatches(TOKENS.view(Watched), 100, 4, 3)
-    share = batches.batch(1, slice(1, 3))
-    assert Watched.reads == [100 * window for window in windows_of(share)]
-
-
-def test_a_batch_may_straddle_epochs_and_hold_a_row_twice():
-    batches = TrainBatches(TOKENS, 300, batch_size=8, seed=0)  # 3 rows
-    starts = batches.batch(0)["tokens"][:, 0].tolist()
-    assert sorted(starts[:3]) == sorted(starts[3:6]) == [0, 300, 600]
-
-
-def test_row_ids_stay_in_32_bits():
-    batches = TrainBatches(TOKENS, 100, 4, 0)
-    assert batches.batch(1 << 29)["row"].tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("tokens, rows", [(100, 0), (101, 1), (200, 1), (201, 2)])
-def test_a_corpus_below_one_row_is_refused_with_the_numbers(tokens, rows):
-    if rows:
-        assert TrainBatches(TOKENS[:tokens], 100, 4, 0).num_rows == rows
-        assert len(eval_batches(TOKENS[:tokens], 100, 1, 9)) == rows
-        return
-    message = f"{tokens} tokens, but one row of train.seq_len=100 needs 101"
-    with pytest.raises(UserError, match=f"training text has {message}.*data.path"):
-        TrainBatches(TOKENS[:tokens], 100, 4, 0)
-    with pytest.raises(UserError, match=f"held-out text has {message}.*data.eval_fraction"):
-        eval_batches(TOKENS[:tokens], 100, 1, 9)
-
-
-def test_impossible_settings_are_refused():
-    with pytest.raises(UserError, match="train.seq_len, train.batch_size: 0 and 4"):
-        TrainBatches(TOKENS, 0, 4, 0)
-    with pytest.raises(UserError, match="train.seed: -1"):
-        TrainBatches(TOKENS, 100, 4, -1)
-    with pytest.raises(UserError, match="train.eval_rows: 0"):
-        eval_batches(TOKENS, 100, 4, 0)
-    with pytest.raises(ValueError, match="negative"):
-        TrainBatches(TOKENS, 100, 4, 0).batch(-1)
-
-
-def test_evaluation_rows_are_spread_over_the_whole_text():
-    batches = eval_batches(TOKENS, seq_len=100, batch_size=2, rows=5)
-    assert [w for batch in batches for w in windows_of(batch)][:5] == [0, 2, 4, 6, 8]
-    assert [batch["row"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
-
-
-@pytest.mark.parametrize("rows, windows", [(4, [0, 2, 5, 7]), (7, [0, 1, 2, 4, 5, 7, 8])])
-def test_rows_that_do_not_divide_the_text_reach_its_end(rows, windows):
-    batches = eval_batches(TOKENS, seq_len=100, batch_size=16, rows=rows)
-    assert windows_of(batches[0])[:rows] == windows  # each the first of its tenth
+def test_only_padding_is_invalid_and_it_is_zero():
+    first, last = heldout_batches(10, 4, 6, read)
+    assert first["number"][:, 0].tolist() == [1, 2, 4, 6]
+    assert last["number"].tolist() == [[7, 4], [9, 5], [0, 0], [0, 0]]
+    assert first["valid"].all() and last["valid"].tolist() == [True, True, False, False]
+    assert {batch["row"].dtype.name for batch in (first, last)} == {"int32"}
 
 
 @pytest.mark.parametrize("available", [1, 9, 10, 641, 4039])
-@pytest.mark.parametrize("rows", [1, 3, 7, 256])
-def test_no_stretch_of_the_held_out_text_is_left_out(available, rows):
-    windows = eval_windows(available * 5 + 1, 5, rows)
-    count = min(rows, available)
-    assert len(windows) == len(set(windows)) == count
-    gaps = np.diff([*windows, available])  # to the end of the text too
-    assert gaps.max() <= -(-available // count) and gaps.min() >= available // count
+@pytest.mark.parametrize("count", [1, 3, 7, 256])
+def test_no_stretch_of_the_held_out_rows_is_left_out(available, count):
+    rows = spread_evenly(available, count)
+    chosen = min(count, available)
+    assert len(rows) == len(set(rows)) == chosen
+    gaps = np.diff([*rows, available])  # to the end of the rows too
+    assert gaps.max() <= -(-available // chosen) and gaps.min() >= available // chosen
 
 
-def test_the_last_evaluation_batch_is_padded_with_invalid_rows():
-    batches = eval_batches(TOKENS, seq_len=100, batch_size=4, rows=1000)
-    assert len(batches) == 3
-    assert {batch["tokens"].shape for batch in batches} == {(4, 101)}
-    valid = np.concatenate([batch["valid"] for batch in batches])
-    np.testing.assert_array_equal(valid, np.arange(12)[:, None] < np.full(100, 10))
-    assert not batches[-1]["tokens"][2:].any()
-    rows = np.concatenate([batch["tokens"] for batch in batches])[:10]
-    np.testing.assert_array_equal(rows[:, 1:].ravel(), np.arange(1, 1001))  # each token once
+@pytest.mark.parametrize("count, rows", [(4, [0, 2, 5, 7]), (7, [0, 1, 2, 4, 5, 7, 8])])
+def test_counts_that_do_not_divide_the_rows_reach_their_end(count, rows):
+    assert spread_evenly(10, count).tolist() == rows
+    assert spread_evenly(10, 99).tolist() == list(range(10))
 
 
-def prefetch_threads() -> int:
-    return sum(thread.name == "prefetch" for thread in threading.enumerate())
-
-
-def test_prefetching_gives_the_results_in_order():
-    with Prefetcher(lambda step: step * step, 3, 50) as items:
-        assert list(items) == [step * step for step in range(3, 50)]
-        assert list(items) == []
-    assert list(Prefetcher(str, 5, 5)) == []
-
-
-def test_prefetching_runs_ahead_by_its_depth_and_no_further():
-    started = []
-    with Prefetcher(lambda step: started.append(step) or step, 0, 100, depth=3) as items:
-        deadline = time.monotonic() + 10
-        while len(started) < 3 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.05)
-        assert started == [0, 1, 2]
-        assert next(items) == 0
-        while len(started) < 4 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert started == [0, 1, 2, 3]
-
-
-def test_an_exception_reaches_the_consumer_in_its_place_and_stays():
-    def fn(step):
-        if step == 2:
-            raise OSError("disk on fire")
-        return step
-
-    with Prefetcher(fn, 0, 10, depth=5) as items:
-        assert [next(items), next(items)] == [0, 1]
-        for _ in range(2):
-            with pytest.raises(OSError, match="disk on fire"):
-                next(items)
-
-
-def test_a_stop_iteration_inside_fn_does_not_pass_for_the_end():
-    with Prefetcher(lambda step: next(iter(())), 0, 3) as items:
-        with pytest.raises(RuntimeError, match="StopIteration"):
-            next(items)
-
-
-def test_closing_early_is_prompt_and_ends_the_thread():
-    before = prefetch_threads()
-    for consumed in (0, 1, 5):
-        items = Prefetcher(lambda step: step, 0, 1_000_000)
-        assert prefetch_threads() == before + 1
-        for _ in range(consumed):
-            next(items)
-        begin = time.monotonic()
-        items.close()
-        items.close()
-        assert time.monotonic() - begin < 1.0
-        assert prefetch_threads() == before
-        assert list(items) == []
-
-
-def test_closing_does_not_wait_long_for_a_stuck_fn_and_wakes_a_waiting_consumer():
-    release, seen = threading.Event(), []
-    items = Prefetcher(lambda step: release.wait(30), 0, 3)
-    consumer = threading.Thread(target=lambda: seen.append(list(items)))
-    consumer.start()
-    begin = time.monotonic()
-    items.close(timeout=0.1)
-    consumer.join(10)
-    assert time.monotonic() - begin < 5.0
-    assert seen == [[]]
-    release.set()
+def test_sides_without_rows_are_refused():
+    with pytest.raises(UserError, match="data.path: there are no training rows; lower data.eval_f"):
+        TrainBatches(0, 1, 0, read)
+    with pytest.raises(UserError, match="data.eval_fraction: there are no held-out rows; raise it"):
+        heldout_batches(0, 1, 1, read)

@@ -41,7 +41,7 @@ def test_it_loads_in_seconds_with_its_copies_found():
     assert len(corpus.train_N) > 10 * len(corpus.heldout_N) > 1_000_000
 
 
-def test_its_held_out_side_is_no_copy_of_its_training_side():
+def test_its_held_out_side_does_not_copy_its_training_side():
     """As files by a hash of their names, 24.5 % of it (Python 3.11.7) was."""
     corpus = load_corpus()
     assert corpus.overlap is not None and corpus.overlap.complete
@@ -53,7 +53,7 @@ def test_its_held_out_side_is_no_copy_of_its_training_side():
     assert len(tables) > 10  # most of them
 
 
-def test_a_package_lies_on_one_side():
+def test_a_package_stays_on_one_side():
     split = open_text("", 0.05).split
     train, heldout = (
         {d.name.split("/")[0] for d in side if "/" in d.name}
@@ -73,7 +73,7 @@ def test_the_english_topics_are_trained_on_and_no_file_dominates_the_heldout_tex
     assert max(sizes) < 0.5 * sum(sizes)
 
 
-def test_a_python_without_sources_is_told_to_name_a_path(tmp_path):
+def test_a_python_without_sources_asks_for_a_path(tmp_path):
     for root in (tmp_path, tmp_path / "python311.zip"):
         with pytest.raises(UserError, match="data.path"):
             builtin_documents(str(root))

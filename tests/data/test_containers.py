@@ -1,4 +1,4 @@
-"""Text that is no text is refused; what looks like none is said."""
+"""Files that are not text are refused; documents that do not look like text are reported."""
 
 import bz2
 import gzip
@@ -90,20 +90,20 @@ def test_a_container_is_refused_by_its_name_and_by_its_bytes(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx", "docx", "tar", "txt.gz", "jsonl.zst", "ckpt"])
-def test_known_names_are_refused_whatever_they_hold(tmp_path, suffix):
+def test_known_names_are_refused_whatever_the_content(tmp_path, suffix):
     (tmp_path / f"a.{suffix}").write_bytes(b"some text")
-    with pytest.raises(UserError, match="which is no text"):
+    with pytest.raises(UserError, match="which is not text"):
         load_corpus(str(tmp_path / f"a.{suffix}"))
 
 
 @pytest.mark.parametrize("name", ["a", "a.txt", "a.json"])
 def test_a_json_list_of_records_is_refused_by_its_bytes(tmp_path, name):
     (tmp_path / name).write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=2))
-    with pytest.raises(UserError, match="looks like a JSON list of records, which is no text"):
+    with pytest.raises(UserError, match="looks like a JSON list of records, which is not text"):
         load_corpus(str(tmp_path / name))
 
 
-def test_a_folder_that_holds_one_is_refused_wherever_text_is_read(tmp_path):
+def test_a_folder_with_a_container_is_refused_wherever_text_is_read(tmp_path):
     root, text = tmp_path / "texts", tmp_path / "text.txt"
     (root / "deep").mkdir(parents=True)
     for i in range(3):
@@ -146,7 +146,7 @@ def test_a_hugging_face_folder_is_refused(tmp_path):
         ("Makefile", "all:\n\ttrue\n"),
     ],
 )
-def test_text_is_not_taken_for_a_container(tmp_path, name, text):
+def test_text_is_not_mistaken_for_a_container(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert kind_of(str(tmp_path / name)) is None
 
@@ -156,7 +156,7 @@ def looks_like(path: str) -> str:
     return kind.name if kind else ""
 
 
-def test_json_records_are_told_by_content(tmp_path):
+def test_json_records_are_recognised_by_content(tmp_path):
     (tmp_path / "a.json").write_bytes(RECORDS)
     assert looks_like(str(tmp_path / "a.json")) == "JSON lines"
     (tmp_path / "b.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=1))
@@ -166,7 +166,7 @@ def test_json_records_are_told_by_content(tmp_path):
     assert looks_like(str(tmp_path / "c.txt")) == "JSON lines"
 
 
-def test_what_does_not_look_like_text_is_counted_once_a_document(tmp_path):
+def test_documents_that_do_not_look_like_text_are_counted_once_each(tmp_path):
     files = {
         "a.txt": b"plain\ttext\r\n" * 9,
         "b.txt": "caf\u00e9".encode("latin-1"),
@@ -180,7 +180,7 @@ def test_what_does_not_look_like_text_is_counted_once_a_document(tmp_path):
         (root / name).write_bytes(data)
     census = Census()
     for piece in pieces(find_documents(str(root))):
-        census.see(piece)
+        census.add(piece)
     assert (census.documents, census.not_utf8, census.binary) == (5, 3, 3)
     assert (census.first_not_utf8, census.first_binary) == ("b.txt", "c.txt")
     assert "of 5 documents 3 are not UTF-8 (the first: 'b.txt') and 3 hold" in census.warning()

@@ -36,7 +36,7 @@ def test_a_single_file_is_one_document(tmp_path):
     assert find_documents(path) == [Document("a.txt", path, 4)]
 
 
-def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path):
+def test_an_unreadable_path_is_an_error_that_names_it(tmp_path):
     with pytest.raises(UserError, match="data.path: cannot read '.*nothing': No such file"):
         find_documents(str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()

@@ -88,7 +88,7 @@ def test_labels_agree_with_pythons_parser_on_the_whole_library():
         np.testing.assert_array_equal(label_bytes(source), labels_by_python(source), document.name)
 
 
-def test_english_is_every_string_that_is_no_docstring():
+def test_every_string_except_docstrings_is_english():
     source = b'"""doc"""\ntopics = {\'a\': r"text" # c\n}\n'
     labels = label_bytes(source, strings_are_english=True)
     text = {name: bytes(b for b, i in zip(source, labels, strict=True) if i == n)
@@ -140,7 +140,7 @@ def test_token_labels_are_aligned_with_a_corpus_of_bytes(python_files):
         assert (labels[tokens == 0] == CODE).all()
 
 
-def test_token_labels_are_those_of_each_tokens_first_byte(python_files, tmp_path):
+def test_a_token_has_the_label_of_its_first_byte(python_files, tmp_path):
     train_bpe(str(python_files), 320, str(tmp_path / "t.json"), eval_fraction=0.3)
     corpus = load_corpus(str(python_files), str(tmp_path / "t.json"), 0.3)
     as_bytes = load_corpus(str(python_files), eval_fraction=0.3)
@@ -181,7 +181,7 @@ def test_labels_are_refused_when_the_source_has_changed(tmp_path):
         token_labels(corpus)
 
 
-def test_labels_of_the_held_out_side_alone_are_those_of_both_and_absent_where_those_fail(
+def test_labels_of_the_held_out_side_alone_equal_those_of_both_or_are_absent(
     python_files, tmp_path
 ):
     corpus = load_corpus(str(python_files), eval_fraction=0.3)

@@ -39,7 +39,7 @@ def shared_bytes(train: list[bytes], heldout: list[bytes], window: int) -> float
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 32, 50, 63])
-def test_windows_have_equal_hashes_where_they_are_equal(width):
+def test_equal_windows_have_equal_hashes(width):
     text = np.random.default_rng(1).integers(0, 3, 500).astype(np.uint8)
     hashes = window_hashes(text, width)
     windows = [text[i : i + width].tobytes() for i in range(len(text) - width + 1)]
@@ -49,7 +49,7 @@ def test_windows_have_equal_hashes_where_they_are_equal(width):
     assert len(window_hashes(text[: width - 1], width)) == 0
 
 
-def test_the_overlap_is_the_share_of_held_out_bytes_in_a_window_that_training_has(tmp_path):
+def test_the_overlap_is_the_share_of_held_out_bytes_in_windows_of_the_training_text(tmp_path):
     shared = letters(400)
     train = {"train/a": letters(300) + shared[:120] + letters(100), "train/b": shared[300:]}
     held = {"heldout/a": letters(90) + shared + letters(10), "heldout/b": letters(49)}
@@ -69,7 +69,7 @@ def test_a_window_across_two_stretches_is_found(tmp_path, monkeypatch):
     assert overlap(documents[1:], documents[:1]).share == 1.0
 
 
-def test_of_a_large_text_evenly_spread_stretches_are_compared_and_that_is_said(
+def test_a_large_text_is_compared_in_evenly_spread_stretches_and_marked_incomplete(
     tmp_path, monkeypatch
 ):
     files = {f"train/{i}": letters(900) for i in range(40)}
@@ -106,7 +106,7 @@ def test_a_folder_is_a_group(tmp_path):
     assert len(set(groups.values())) == 3
 
 
-def test_the_answer_does_not_depend_on_the_order(tmp_path):
+def test_copies_and_groups_do_not_depend_on_the_order(tmp_path):
     base = letters(3000)
     files = {f"{i}": base[i * 40 : i * 40 + 2000] + letters(200) for i in range(12)}
     documents = documents_of(tmp_path, files)
@@ -114,7 +114,7 @@ def test_the_answer_does_not_depend_on_the_order(tmp_path):
     assert set(first.copies) == set(again.copies) and len(first.copies) > 1
 
 
-def test_a_corpus_and_its_shards_say_the_same_overlap(tmp_path):
+def test_a_corpus_and_its_shards_have_the_same_overlap(tmp_path):
     half = letters(2000)
     documents_of(tmp_path / "text", {"train/a": half, "val/b": half[:1000] + letters(1000)})
     corpus = load_corpus(str(tmp_path / "text"))

@@ -86,7 +86,7 @@ def test_tokens_are_not_tokenised_again(text, tmp_path):
         load_corpus(str(tmp_path / "out"), str(tmp_path / "bpe.json"))
 
 
-def test_shards_may_hold_out_a_text_of_their_own(text, tmp_path):
+def test_shards_may_have_a_separate_held_out_text(text, tmp_path):
     (tmp_path / "own.txt").write_text("another text")
     prepare(str(text), "", str(tmp_path / "out"), eval_path=str(tmp_path / "own.txt"))
     corpus = load_corpus(str(tmp_path / "out"))

@@ -106,7 +106,7 @@ def as_version_1(shards, tokenizer):
     (shards / "heldout.bytes").unlink()
 
 
-def test_shards_of_the_first_format_are_read_and_know_what_they_know(shards):
+def test_shards_of_the_first_format_are_read_without_the_missing_facts(shards):
     before = load_corpus(str(shards))
     as_version_1(shards, "bytes")
     corpus = load_corpus(str(shards))

@@ -37,7 +37,7 @@ def names(documents) -> set[str]:
         [7_500_000, *[54] * 50],
     ],
 )
-def test_the_share_is_of_the_bytes(tmp_path, sizes, fraction):
+def test_the_share_is_a_share_of_the_bytes(tmp_path, sizes, fraction):
     for i, size in enumerate(sizes):
         (tmp_path / f"{i}.txt").write_bytes(b"x" * size)
     documents = find_documents(str(tmp_path))
@@ -86,7 +86,7 @@ def test_a_file_of_one_byte_cannot_be_split(tmp_path):
         split_documents(find_documents(write(tmp_path, {"a.txt": "x"})), 0.5)
 
 
-def test_a_group_lies_on_one_side():
+def test_a_group_stays_on_one_side():
     documents = sized(*[100] * 60)
     groups = {d.name: f"group {int(d.name[:-4]) // 4}" for d in documents}
     split = split_documents(documents, 0.2, groups)
@@ -141,7 +141,7 @@ def test_other_names_are_split_by_a_hash(tmp_path, files):
     assert names(split.train) | names(split.heldout) == set(files)
 
 
-def test_a_held_out_text_of_its_own_is_held_out_and_not_trained_on(tmp_path):
+def test_a_separate_held_out_text_is_held_out_and_not_trained_on(tmp_path):
     root = write(tmp_path, {"t/a.txt": "a" * 50, "t/b.txt": "b" * 50, "own.txt": "c" * 50})
     corpus = load_corpus(f"{root}/t", eval_path=f"{root}/own.txt")
     assert set(corpus.heldout_N.tolist()) == {ord("c")}
@@ -154,7 +154,7 @@ def test_a_held_out_text_of_its_own_is_held_out_and_not_trained_on(tmp_path):
         load_corpus(f"{root}/t", eval_path=f"{root}/none")
 
 
-def test_the_train_folder_alone_is_trained_on_beside_a_held_out_text(tmp_path):
+def test_with_a_separate_held_out_text_only_the_train_folder_is_trained_on(tmp_path):
     files = {"t/train/a": "a" * 50, "t/test/a": "b" * 50, "own.txt": "c" * 50}
     root = write(tmp_path, files)
     split = open_text(f"{root}/t", 0.05, f"{root}/own.txt").split
@@ -162,7 +162,7 @@ def test_the_train_folder_alone_is_trained_on_beside_a_held_out_text(tmp_path):
     assert split.unread == 1
 
 
-def test_a_split_by_documents_is_that_of_version_0_1_0(tmp_path: pathlib.Path):
+def test_a_split_by_documents_equals_that_of_version_0_1_0(tmp_path: pathlib.Path):
     """Of version 0.1.0's own rule: the smallest SHA-256 of its salt and the names, whatever the
     names say and however large the documents are."""
     paths = [f"train/{n}.txt" for n in range(12)] + ["validation/a.txt", "b.txt"]

@@ -142,7 +142,7 @@ def test_a_tokenizer_file_that_cannot_be_used_is_an_error_that_names_it(bpe, tmp
 
 
 @pytest.mark.parametrize("token", SEPARATORS)
-def test_the_usual_tokens_that_end_a_document_separate_documents(bpe, folder, tmp_path, token):
+def test_the_usual_end_of_document_tokens_separate_documents(bpe, folder, tmp_path, token):
     tokenizer = tokenizers.Tokenizer.from_str(
         pathlib.Path(bpe).read_text().replace(json.dumps(DOCUMENT_TOKEN), json.dumps(token))
     )
@@ -152,7 +152,7 @@ def test_the_usual_tokens_that_end_a_document_separate_documents(bpe, folder, tm
     assert (stream(folder, loaded)[0] == loaded.separator).sum() == 3
 
 
-def test_of_several_such_tokens_the_first_of_the_list_counts(bpe, tmp_path):
+def test_the_first_such_token_of_the_list_is_the_separator(bpe, tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(bpe)
     tokenizer.add_special_tokens(["</s>", "<|endoftext|>"])
     assert JsonTokenizer(save(tokenizer, tmp_path / "t.json")).separator_token == DOCUMENT_TOKEN
@@ -183,7 +183,7 @@ def metaspace(vocab: list[str], **model) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def test_the_bytes_of_tokens_that_are_no_strings_of_bytes_are_counted_on_the_text(tmp_path):
+def test_the_bytes_of_tokens_that_are_not_byte_strings_are_counted_in_the_text(tmp_path):
     (tmp_path / "text").mkdir()
     text = "a b\u00e9 \U0001f642ab\n"
     (tmp_path / "text" / "0.txt").write_text(text)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moejax.config import load, validate
-from moejax.data import batches, corpus
+from moejax.data import corpus
+from moejax.tasks.language.windows import Windows
 from moejax.data.builtin import builtin_documents
 from moejax.errors import UserError
 
@@ -65,5 +66,5 @@ def test_the_page_with_these_texts_is_valid_and_holds_out_a_thousand_rows(texts)
     validate(config)
     found = corpus.load(config.data)
     assert found.vocab_size == 2048
-    assert batches.num_rows(len(found.heldout_N), config.train.seq_len) >= 1000
+    assert len(Windows(found.heldout_N, config.train.seq_len, "held-out")) >= 1000
     assert np.max(found.heldout_N) < 2048

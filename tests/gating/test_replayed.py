@@ -8,8 +8,8 @@ from flax import nnx
 
 from moejax import MoE, gating
 from moejax.record import routing as recording
-from moejax.record.routing import Recording, Routed
-from moejax.train import evaluate
+from moejax.record.routing import Recording, from_arrays
+from moejax.train import record_routing
 from moejax.types import Context
 
 EXPERTS, LENGTH = 4, 16
@@ -39,8 +39,11 @@ def test_a_layer_under_its_own_routing_gives_its_own_output(gate, choices, tmp_p
     token_BL = np.zeros((2, LENGTH), np.int32)
     known = Context.of(2, LENGTH, token_BL=token_BL)
     own_BLD, info = layer(gate, **choices)(x_BLD, known, train=False)
-    arrays = {name: np.asarray(x)[None] for name, x in evaluate.followed(x_BLD, info).items()}
-    part = Routed(**arrays, token=token_BL, digest=np.arange(2, dtype=np.uint64))
+    arrays = {
+        name: np.asarray(x)[None] for name, x in record_routing.whole_routing(x_BLD, info).items()
+    }
+    arrays |= {"token": token_BL, "digest": np.arange(2, dtype=np.uint64)}
+    part = from_arrays(arrays, EXPERTS)
     about = {"num_experts": EXPERTS, "sees": []}
     recording.save(tmp_path / "routing.npz", Recording(part, part, about))
 

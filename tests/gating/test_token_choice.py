@@ -137,7 +137,11 @@ def test_noise_depends_on_the_row_and_not_on_its_place():
         ("switch", {"kk": 1}, "gate 'switch' has no field 'kk'; did you mean 'k'"),
         ("no.such.module:Gate", {}, "cannot be imported"),
         ("math:pi", {}, "must be a dataclass"),
-        ("moejax.types:MoEConfig", {"num_experts": 4}, "lacks check, .*trained_by, __call__"),
+        (
+            "moejax.dispatch:FlatMoEConfig",
+            {"num_experts": 4},
+            "lacks check, .*trained_by, __call__",
+        ),
     ],
 )
 def test_unknown_names_and_fields_are_one_line(name, fields, message):

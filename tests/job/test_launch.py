@@ -13,13 +13,13 @@ import pytest
 from moejax import cli
 from moejax.config import default
 from moejax.errors import UserError
-from moejax.job import launch as devices
+from moejax.job import launch, memory
 from moejax.job.launch import backend_is_running, configure_devices
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_devices_that_run_already_are_left_alone(eight_devices: list[jax.Device]):
+def test_running_devices_are_left_unchanged(eight_devices: list[jax.Device]):
     assert backend_is_running()
     config = default()
     config.mesh.cpu_devices = 3
@@ -28,7 +28,7 @@ def test_devices_that_run_already_are_left_alone(eight_devices: list[jax.Device]
 
 
 def test_more_virtual_devices_than_a_process_can_start_are_refused(monkeypatch):
-    monkeypatch.setattr(devices, "backend_is_running", lambda: False)
+    monkeypatch.setattr(launch, "backend_is_running", lambda: False)
     config = default()
     config.mesh.data, config.mesh.expert = 513, 2
     with pytest.raises(UserError, match=r"mesh\.data=513 .* needs 1026 devices .* at most 1024"):
@@ -59,13 +59,13 @@ LAUNCHED = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHED)
-def test_the_innermost_launcher_says_how_many_processes_there_are(launcher, monkeypatch):
+def test_the_innermost_launcher_sets_the_number_of_processes(launcher, monkeypatch):
     variables, expected = LAUNCHED[launcher]
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert devices._launched_processes() == expected
+    assert launch._launched_processes() == expected
 
 
 def test_processes_of_a_launcher_that_jax_does_not_know_are_refused(monkeypatch):
@@ -73,24 +73,23 @@ def test_processes_of_a_launcher_that_jax_does_not_know_are_refused(monkeypatch)
     with pytest.raises(
         UserError, match=r"PMI_SIZE=4, .* num_processes=4 and process_id=\$PMI_RANK"
     ):
-        devices._check_no_other_launcher()
+        launch._check_no_other_launcher()
     monkeypatch.setenv("PMI_SIZE", "1")
-    devices._check_no_other_launcher()
+    launch._check_no_other_launcher()
 
 
 ALONE = """
 import sys
-from moejax import devices
 from moejax.config import default
 from moejax.errors import UserError
-from moejax.job import connect
-connect.START, connect.QUIET = 1.0, 0.3
+from moejax.job import launch, rendezvous
+rendezvous.START, rendezvous.QUIET = 1.0, 0.3
 config = default()
 config.distributed.mode = "explicit"
 config.distributed.coordinator = "127.0.0.1:{port}"
 config.distributed.num_processes, config.distributed.process_id = 2, {rank}
 try:
-    devices.configure_devices(config)
+    launch.configure_devices(config)
 except UserError as error:
     print(f"moejax: error: {{error}}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -99,7 +98,7 @@ except UserError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_wait_for_processes_is_said_at_once_and_ends_in_one_line(rank):
+def test_waiting_for_processes_is_reported_at_once_and_ends_with_one_line(rank):
     """JAX would abort with a stack of C++, minutes later."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -120,7 +119,7 @@ def test_a_wait_for_processes_is_said_at_once_and_ends_in_one_line(rank):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("platform", ["cuda", "gpux"])
-def test_an_absent_accelerator_is_one_line(platform, tmp_path):
+def test_an_absent_accelerator_is_reported_in_one_line(platform, tmp_path):
     """Of the doctor too, which says what is there; and no folder is made."""
     if platform == "cuda" and importlib.util.find_spec("jax_plugins"):
         pytest.skip("this installation has the plugin")
@@ -147,7 +146,7 @@ def test_an_absent_accelerator_is_one_line(platform, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_asks_for_its_devices_before_it_makes_anything(monkeypatch, tmp_path, capsys):
+def test_a_sweep_checks_its_devices_before_it_creates_anything(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "gpux")
     monkeypatch.setattr("moejax.sweep.runner.make_workdir", pytest.fail)  # no trial is begun
     line = ["sweep", f"--experiment={ROOT}/experiments/gating", f"--workdir={tmp_path}/new"]
@@ -156,7 +155,7 @@ def test_a_sweep_asks_for_its_devices_before_it_makes_anything(monkeypatch, tmp_
     assert said.startswith("moejax: error: JAX_PLATFORMS=gpux: there is no such device here")
     assert said.count("\n") == 1 and not (tmp_path / "new").exists()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    devices.check_for_children()
+    launch.check_for_children()
 
 
 def test_a_list_of_gates_needs_no_accelerator():
@@ -174,10 +173,10 @@ def groups(tmp_path: Path, lines: str, limits: dict[str, str]) -> list[int]:
         path.write_text(text + "\n")
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "self").write_text(lines)
-    return devices._cgroup_limits(str(tmp_path / "self"), str(tmp_path / "cgroup"))
+    return memory._cgroup_limits(str(tmp_path / "self"), str(tmp_path / "cgroup"))
 
 
-def test_limits_of_control_groups_count_up_to_the_root(tmp_path: Path):
+def test_limits_of_control_groups_up_to_the_root_count(tmp_path: Path):
     two = {"memory.max": "900", "job/memory.max": "max", "job/step/memory.max": "300"}
     assert groups(tmp_path / "2", "0::/job/step\n", two) == [300, 900]
     one = {"memory/job/memory.limit_in_bytes": "500", "cpu/job/memory.limit_in_bytes": "1"}
@@ -186,17 +185,16 @@ def test_limits_of_control_groups_count_up_to_the_root(tmp_path: Path):
     assert groups(tmp_path / "none", "0::/\n", {}) == []
 
 
-def test_memory_is_what_this_process_may_take(monkeypatch):
-    whole = devices.host_memory()
+def test_host_memory_respects_the_limits_of_this_process(monkeypatch):
+    whole = memory.host_memory()
     assert 2**20 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(devices, "_cgroup_limits", lambda: [2**40, 2**20])
-    assert devices.host_memory() == 2**20
-    assert devices.memory_of(jax.devices()[0], sharing=4) == 2**18
+    monkeypatch.setattr(memory, "_cgroup_limits", lambda: [2**40, 2**20])
+    assert memory.host_memory() == 2**20
+    assert memory.memory_of(jax.devices()[0], sharing=4) == 2**18
 
 
 FRESH = """
 import sys
-from moejax import devices
 from moejax.config import default, validate
 from moejax.job.launch import configure_devices
 from moejax.job.launch import backend_is_running

@@ -15,7 +15,7 @@ import pytest
 
 from moejax import cli
 from moejax.errors import UserError
-from moejax.record import files, probe
+from moejax.record import files
 from moejax.record import routing as recording
 from moejax.sweep.folder import write_whole
 from moejax.train.metrics.log import MetricsLog
@@ -37,16 +37,20 @@ def largest_file(size: int) -> Iterator[None]:
 
 def write_probe(path: Path) -> None:
     tokens = probes.tokens()
-    probe.save_step(path, 0, probes.step(0, tokens["valid"]))
+    probes.save_step(path, 0, probes.step(0, tokens["valid"]))
 
 
 def write_recording(path: Path) -> None:
     shape = (2, 40, 16, 2)
-    routed = recording.Routed(
-        np.zeros(shape, np.int32), np.random.default_rng(0).random(shape, np.float32),
-        np.ones(shape, bool), np.zeros(shape[:3], np.float32), np.zeros(shape[1:3], np.int32),
-        np.zeros(40, np.uint64),
-    )  # fmt: skip
+    arrays = {
+        "expert": np.zeros(shape, np.int32),
+        "weight": np.random.default_rng(0).random(shape, np.float32),
+        "kept": np.ones(shape, bool),
+        "identity": np.zeros(shape[:3], np.float32),
+        "token": np.zeros(shape[1:3], np.int32),
+        "digest": np.zeros(40, np.uint64),
+    }
+    routed = recording.from_arrays(arrays, 4)
     recording.save(path / "r.npz", recording.Recording(routed, routed, {"num_experts": 4}))
 
 
@@ -73,7 +77,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_one_line_that_names_the_file(name: str, tmp_path: Path):
+def test_a_full_disk_is_reported_in_one_line_with_the_file(name: str, tmp_path: Path):
     with pytest.raises(UserError) as caught, largest_file(1000):
         WRITERS[name](tmp_path)
     assert name in str(caught.value) and "cannot be written: " in str(caught.value)
@@ -84,17 +88,17 @@ def test_a_full_disk_is_one_line_that_names_the_file(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "/no/such/folder/file"])
-def test_what_was_there_stays_when_it_cannot_be_replaced(target: str, tmp_path: Path):
+def test_an_old_file_stays_if_it_cannot_be_replaced(target: str, tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text("old")
     (tmp_path / ".a.json.tmp").symlink_to(target)
-    with pytest.raises(UserError, match="a.json cannot be written: .*; make room or mend the disk"):
+    with pytest.raises(UserError, match="a.json cannot be written: .*; make room or fix the disk"):
         with files.replaced(path) as temporary:
             temporary.write_text("new" * 10_000)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_file_is_not_replaced_by_half_of_another(tmp_path: Path):
+def test_a_file_is_not_replaced_by_an_incomplete_one(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(ZeroDivisionError), files.replaced(path) as temporary:
@@ -103,7 +107,7 @@ def test_a_file_is_not_replaced_by_half_of_another(tmp_path: Path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_lock_that_cannot_be_made_is_one_line(tmp_path: Path):
+def test_a_lock_that_cannot_be_created_is_reported_in_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/.lock cannot be written: "):
         with WorkdirLock(tmp_path / "file"):
@@ -111,7 +115,7 @@ def test_a_lock_that_cannot_be_made_is_one_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", files.FULL)
-def test_a_disk_that_fills_anywhere_else_is_one_line_too(number: int, monkeypatch, capsys):
+def test_a_disk_that_fills_up_anywhere_is_reported_in_one_line(number: int, monkeypatch, capsys):
     def run(argv: list[str]) -> int:
         raise OSError(number, os.strerror(number), "some/file")
 
@@ -121,7 +125,7 @@ def test_a_disk_that_fills_anywhere_else_is_one_line_too(number: int, monkeypatc
     assert line.startswith(f"moejax: error: some/file cannot be written: {os.strerror(number)}")
 
 
-def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
+def test_running_out_of_memory_is_reported_in_one_line(monkeypatch, capsys):
     def run(argv: list[str]) -> int:
         jax.block_until_ready(jax.jit(lambda: jnp.zeros((2**20, 2**20, 2**10)))())
         return 0

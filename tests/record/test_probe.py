@@ -9,6 +9,7 @@ import pytest
 from moejax.errors import UserError
 from moejax.record import probe
 from moejax.record.probe import Probe
+from moejax.train.probe.arrays import formats
 from tests import probes
 
 
@@ -19,16 +20,16 @@ def read(workdir) -> Probe:
 
 
 @pytest.mark.parametrize("optional", [True, False])
-def test_what_was_saved_is_read_with_the_types_and_axes_of_the_table(optional, tmp_path):
+def test_saved_arrays_are_read_with_the_types_and_axes_of_the_table(optional, tmp_path):
     probes.write(tmp_path, steps=(20, 0, 10), labels=optional, router=optional)
     found = read(tmp_path)
     assert found.steps == [0, 10, 20] and found.problems == []
     tables = [
-        (found.tokens, probes.tokens(labels=optional), probe.OF_TOKENS | probe.OF_LABELS),
+        (found.tokens, probes.tokens(labels=optional), probe.TOKENS),
         (
             found.at(10),
             probes.step(10, found.tokens["valid"], optional),
-            probe.OF_STEP | probe.OF_ROUTER,
+            formats(),
         ),
     ]
     sizes = {"M": 2, "N": 6, "L": 16, "K": 2, "E": 4, "V": 12, "C": 2}
@@ -36,7 +37,7 @@ def test_what_was_saved_is_read_with_the_types_and_axes_of_the_table(optional, t
         assert set(arrays) == set(given) and len(arrays) == len(given)
         assert ("label" in arrays or "router_similarity" in arrays) == optional
         for name, array in arrays.items():
-            dtype, axes = table[name]
+            dtype, axes, _ = table[name]
             assert array.dtype.kind == "U" if dtype == "str" else array.dtype == dtype
             assert array.shape == tuple(sizes[axis] for axis in axes)
             np.testing.assert_array_equal(array, np.asarray(given[name]).astype(array.dtype))
@@ -69,7 +70,7 @@ def test_a_folder_without_a_probe_has_none(tmp_path):
     assert Probe.read(tmp_path) is None
 
 
-def test_what_should_have_been_recorded_before_the_first_step_is_missed(tmp_path):
+def test_a_missing_recording_of_step_0_is_reported(tmp_path):
     probes.write(tmp_path, steps=(10,))
     found = read(tmp_path)
     assert found.steps == [10]
@@ -104,7 +105,7 @@ def test_a_flipped_byte_is_found_when_its_array_is_read(tmp_path):
         arrays["weight"]
 
 
-def test_another_format_is_one_line_with_both_numbers(tmp_path, monkeypatch):
+def test_another_format_is_reported_with_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "FORMAT", 7)
     probes.write(tmp_path, steps=(0, 10))
     monkeypatch.undo()
@@ -116,7 +117,7 @@ def test_another_format_is_one_line_with_both_numbers(tmp_path, monkeypatch):
     assert "step-00000000.npz has format 7" in found.problems[0]
 
 
-def test_steps_without_their_tokens_are_no_probe(tmp_path):
+def test_steps_without_tokens_are_an_error(tmp_path):
     probes.write(tmp_path)
     (probe.folder(tmp_path) / "tokens.npz").unlink()
     with pytest.raises(UserError, match="tokens.npz does not exist"):
@@ -127,11 +128,11 @@ def test_arrays_that_do_not_fit_the_table_are_not_written(tmp_path):
     tokens = probes.tokens()
     step = probes.step(0, tokens["valid"])
     with pytest.raises(ValueError, match="weight has shape .* its axes MNLK"):
-        probe.save_step(tmp_path, 0, {**step, "weight": step["weight"][:, :, :-1]})
+        probes.save_step(tmp_path, 0, {**step, "weight": step["weight"][:, :, :-1]})
     with pytest.raises(ValueError, match="nats has shape"):
-        probe.save_step(tmp_path, 0, {**step, "nats": step["nats"][0]})
+        probes.save_step(tmp_path, 0, {**step, "nats": step["nats"][0]})
     with pytest.raises(ValueError, match=r"collapse has shape \(\)"):  # one number for all layers
-        probe.save_step(tmp_path, 0, {**step, "collapse": 0.5})
+        probes.save_step(tmp_path, 0, {**step, "collapse": 0.5})
     del tokens["row"]
     with pytest.raises(ValueError, match="tokens.npz holds"):
         probe.save_tokens(tmp_path, tokens)

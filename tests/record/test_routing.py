@@ -1,4 +1,4 @@
-"""Routing that one evaluation writes and another follows."""
+"""The routing file that one evaluation writes and another follows."""
 
 import json
 
@@ -33,15 +33,19 @@ def recorded(tmp_path_factory):
 def test_the_file_holds_every_row_by_layer(recorded):
     _, file, row = recorded
     found = recording.load(str(file))
-    layers, rows, length, columns = found.eval.expert.shape
+    layers, rows, length, columns = found.eval.expert_MNLK.shape
     assert (layers, length, columns) == (2, 16, 2) and found.num_experts == 4
-    assert found.train.expert.shape == (2, 3 * 8, 16, 2)
+    assert found.train.expert_MNLK.shape == (2, 3 * 8, 16, 2)
     # Counted by expert they are the loads of the evaluation's row.
-    load = [np.bincount(found.eval.expert[layer].ravel(), minlength=4) for layer in range(layers)]
+    load = [
+        np.bincount(found.eval.expert_MNLK[layer].ravel(), minlength=4) for layer in range(layers)
+    ]
     np.testing.assert_array_equal(load, row["moe/load"])
-    assert found.eval.kept.all()  # dropless
-    np.testing.assert_allclose(found.eval.weight.sum(-1), 1, rtol=1e-6)  # Mixtral's float32 softmax
-    assert found.eval.token.shape == (rows, length)
+    assert found.eval.kept_MNLK.all()  # dropless
+    np.testing.assert_allclose(
+        found.eval.weight_MNLK.sum(-1), 1, rtol=1e-6
+    )  # Mixtral's float32 softmax
+    assert found.eval.token_NL.shape == (rows, length)
 
 
 @pytest.mark.slow
@@ -58,7 +62,7 @@ def test_the_same_weights_under_their_own_routing_give_the_same_loss(recorded):
 
 
 @pytest.mark.slow
-def test_older_weights_under_the_last_routing_are_neither_checkpoint(recorded):
+def test_older_weights_under_the_last_routing_equal_neither_checkpoint(recorded):
     """What drift of the router costs: the other checkpoint's own loss differs from it."""
     folder, file, row = recorded
     workdir, older = f"--workdir={folder / 'run'}", "--step=2"
@@ -79,7 +83,7 @@ def test_a_run_trains_on_a_routing_that_never_moves(recorded):
     )  # fmt: skip
     ended = runs.call(command)
     assert ended.status == 0, ended.err
-    train = recording.load(str(file)).train.expert
+    train = recording.load(str(file)).train.expert_MNLK
     for step, logged in enumerate(runs.rows(folder / "frozen", "train")):
         rows = train[:, 8 * step : 8 * step + 8].reshape(2, -1)
         assert logged["moe/load"] == [np.bincount(r, minlength=4).tolist() for r in rows]
@@ -99,7 +103,7 @@ def test_a_run_trains_on_a_routing_that_never_moves(recorded):
         ({"model__num_layers": 3}, "but 3 x 24 x 16 are needed"),
     ],
 )
-def test_a_file_that_does_not_fit_is_one_line(recorded, changes, message, tmp_path):
+def test_a_file_that_does_not_fit_is_reported_in_one_line(recorded, changes, message, tmp_path):
     folder, file, _ = recorded
     fields = {"moe__gate__name": "replay", "moe__gate__path": file, "train__steps": 3, **changes}
     ended = runs.call(runs.command(tmp_path / "run", folder / "text", **fields))

@@ -1,7 +1,7 @@
 """Sweeps of small programs (trial.py) in place of training runs, for the tests of the runner.
 
 ``python -m tests.sweep.small [--die=NAME] sweep ...`` is ``moejax sweep ...`` on such trials; with
-``--die=place`` it kills itself, as ``kill -9`` would, when it is about to call `Journal.place`.
+``--die=locate`` it kills itself, as ``kill -9`` would, when it is about to call `Journal.locate`.
 """
 
 import json

@@ -17,8 +17,8 @@ from moejax.sweep.comparison import Summary, compare
 from moejax.sweep.count import Counted
 from moejax.sweep.definition import Sweep
 from moejax.sweep.match import Comparison, Solved
-from moejax.sweep.noise import read_pilot
 from moejax.sweep.results import Result, write_csv
+from moejax.sweep.seed_variance import read_pilot
 from moejax.sweep.statistics import Difference, outcome, verdict
 from tests.sweep.test_results import LEAK, result, sweep_of
 
@@ -48,7 +48,7 @@ def compared(**changes: Any) -> Summary:
     return compare(sweep, results_of(**changes), set())
 
 
-def test_means_and_differences_are_scipys():
+def test_means_and_differences_equal_scipys():
     found = compared()
     p_values = {}
     for name, losses in LOSSES.items():
@@ -68,7 +68,7 @@ def test_means_and_differences_are_scipys():
         assert found.of(name).p_holm == pytest.approx(wanted)
 
 
-def test_verdicts_say_it_in_words():
+def test_verdicts_are_sentences_with_numbers():
     found = compared()
     # Differences -0.049, -0.050, -0.051: mean -0.05, and t(2) 0.001 / sqrt(3) = 0.00248.
     assert found.of("better").verdict == "better by 0.050 ± 0.002 nats/byte"
@@ -76,7 +76,7 @@ def test_verdicts_say_it_in_words():
     assert found.of("close").verdict == "not distinguishable at 3 seeds"
 
 
-def test_what_only_holms_correction_forbids_is_said_to_be_so():
+def test_a_difference_that_is_insignificant_only_after_holms_correction_is_marked():
     seen = Difference((0, 1, 2), -0.25, 0.11, 0.04, 0.02)
     assert outcome(seen, 0.04) == "better" and outcome(seen, 0.2) == "better if alone"
     assert verdict(seen, 0.2, "nats/byte") == (
@@ -87,7 +87,7 @@ def test_what_only_holms_correction_forbids_is_said_to_be_so():
     assert outcome(dataclasses.replace(seen, p=0.07), 0.07) == "not distinguishable"
 
 
-def test_one_seed_and_no_common_seed_get_no_verdict():
+def test_a_single_or_no_common_seed_gives_no_verdict():
     sweep = sweep_of(("a", 0), ("b", 0), ("c", 1))
     sweep = dataclasses.replace(sweep, comparison=Comparison(baseline="a"))
     found = [result(variant=v, seed=s) for v, s in (("a", 0), ("b", 0), ("c", 1))]
@@ -101,7 +101,7 @@ def test_one_seed_and_no_common_seed_get_no_verdict():
     assert nothing.of("b").marks == ("unfinished",)
 
 
-def test_diverged_trials_are_named_and_in_no_mean():
+def test_diverged_trials_are_named_and_left_out_of_means():
     found = [r for r in results_of() if (r.variant, r.seed) != ("better", 1)]
     sweep = sweep_with(baseline="top_2")
     own = compare(sweep, found, {("better", 1)}).of("better")
@@ -112,7 +112,7 @@ def test_diverged_trials_are_named_and_in_no_mean():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_a_diverged_trial(loss: float):
+def test_a_non_finite_loss_counts_as_divergence(loss: float):
     found = [dataclasses.replace(r, loss=loss) if r.variant == "worse" else r for r in results_of()]
     known = compare(sweep_with(baseline="top_2"), found, set())
     worse = known.of("worse")
@@ -148,7 +148,7 @@ def test_a_true_cost_2_percent_away_misses_the_match(
     assert not any(v.missed_match for v in claimless.variants), "no match was claimed"
 
 
-def test_a_variant_is_marked_for_any_trial_that_misses():
+def test_a_variant_is_marked_if_any_trial_misses_the_match():
     found = results_of()
     found[4] = dataclasses.replace(found[4], train_flops_per_token=1.25e6)
     own = compare(sweep_with(match="active_flops", baseline="top_2"), found, set()).of("close")
@@ -156,7 +156,7 @@ def test_a_variant_is_marked_for_any_trial_that_misses():
     assert own.marks == ("cost",) and own.cost_ratio == pytest.approx((2 + 1.25 / 1.2) / 3)
 
 
-def test_the_baseline_is_matched_with_nobody():
+def test_the_baseline_cannot_miss_the_match():
     """Its seeds may differ in cost: it claims nothing."""
     found = results_of()
     found[0] = dataclasses.replace(found[0], train_flops_per_token=1.5e6)
@@ -191,7 +191,7 @@ def test_the_csv_and_the_json_hold_the_comparison(tmp_path: Path):
     assert (tree["baseline"], tree["match"], tree["format"]) == ("top_2", "active_flops", 1)
 
 
-def test_times_that_nobody_measured_are_null_and_miss_nothing():
+def test_unmeasured_times_are_null_and_miss_no_match():
     found = results_of(close={"seconds_per_step": math.nan})
     known = compare(sweep_with(match="step_time", baseline="top_2"), found, set())
     assert known.of("close").cost is None and not known.of("close").missed_match
@@ -224,19 +224,21 @@ def test_the_budget_of_a_new_sweep(monkeypatch: pytest.MonkeyPatch):
     work, time, noise = announced(monkeypatch, sweep_with(baseline="top_2"), [])
     # 12 trials of 100 steps of 128 tokens of 1 MFLOP
     assert work.startswith("to run: 12 trials, 1200 steps, 153.6 k tokens, 153.6 GFLOP (counted")
-    assert time == "time: not known before a trial has finished"
+    assert time == "time: unknown until a trial has finished"
     assert "without a pilot: run --filter='top_2-seed*' first, or set PILOT" in noise
 
 
-def test_the_budget_of_what_is_left(monkeypatch: pytest.MonkeyPatch):
+def test_the_budget_covers_unfinished_trials(monkeypatch: pytest.MonkeyPatch):
     """By the variant's own trials where there are any: 20 s, of 150 steps of 0.1 s."""
     finished = [*results_of()[:3], result(variant="close", step=100, elapsed_seconds=50.0)]
     sweep = sweep_with(baseline="top_2", pilot=0.01)
     work, time, noise = announced(monkeypatch, sweep, finished)
     assert "8 trials, 800 steps" in work
     others = (3 * 15 + 50) / 4
-    assert f"about {(2 * 50 + 6 * others) / 60:.0f} min one after the other, as the 4" in time
-    assert noise.startswith("3 seeds find a difference of ")
+    assert (
+        f"about {(2 * 50 + 6 * others) / 60:.0f} min one after the other, judged by the 4" in time
+    )
+    assert noise.startswith("3 seeds detect a difference of ")
     chosen = with_configs(sweep, "dropless").trials[4:5]
     work, time, _ = announced(monkeypatch, sweep, finished, chosen=chosen)
     assert "1 trial, 100 steps" in work and "about 50 s" in time
@@ -259,16 +261,18 @@ def test_matched_widths_are_in_the_budget(
     assert first == f"matched to top_2's counted {match}{before}: close moe.d_ff=64 (0.998)"
 
 
-def test_a_finished_sweep_has_no_work_left_and_one_seed_tells_nothing(
+def test_a_finished_sweep_has_no_work_and_one_seed_no_detectable_difference(
     monkeypatch: pytest.MonkeyPatch,
 ):
     one = {name: own[:1] for name, own in LOSSES.items()}
     sweep = sweep_with(one, baseline="top_2", pilot=0.01)
     (said,) = announced(monkeypatch, sweep, results_of(one))
-    assert said == "one seed or one variant: there is nothing to tell apart"
+    assert said == "one seed or one variant: there are no differences to test"
 
 
-def test_a_pilots_sweep_tells_time_and_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_pilot_gives_the_time_and_the_seed_variance(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     pilot = sweep_with()
     write_csv(tmp_path, pilot, results_of())
     assert [(p.variant, p.seed, p.loss) for p in read_pilot(str(tmp_path))] == [
@@ -277,8 +281,9 @@ def test_a_pilots_sweep_tells_time_and_noise(monkeypatch: pytest.MonkeyPatch, tm
     sweep = sweep_with(baseline="top_2", pilot=str(tmp_path))
     _, time, noise = announced(monkeypatch, sweep, [])
     assert (
-        "as the 12 pilot's trials took" in time and f"9 differences to top_2 in {tmp_path}" in noise
+        "judged by the 12 pilot's trials" in time
+        and f"9 differences to top_2 in {tmp_path}" in noise
     )
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="results.csv is not what this version"):
+    with pytest.raises(UserError, match="results.csv was not written by this version"):
         read_pilot(str(tmp_path))

@@ -85,7 +85,7 @@ def test_the_argument_reaches_both_functions_and_sweep_may_ignore_it(write: Writ
     assert trial.steps == 9
 
 
-def test_an_id_is_that_of_what_a_run_computes(write: Write):
+def test_an_id_depends_only_on_what_a_run_computes(write: Write):
     ids = [
         expand(write(f"yield {{**{SWITCH}, {more}}}", name=name)).trials[0].id
         for name, more in {
@@ -124,7 +124,7 @@ def test_the_smoke_experiments_dense_model_costs_what_its_top_2_costs():
         assert model["d_ff"] == 2 * moe["d_ff"] and trial.steps == 7
 
 
-def test_a_folder_stands_for_the_sweep_in_it(write: Write, tmp_path: Path):
+def test_a_folder_stands_for_its_sweep_py(write: Write, tmp_path: Path):
     folder = tmp_path / "question"
     folder.mkdir()
     Path(write(f"yield {SWITCH}")).rename(folder / "sweep.py")
@@ -216,7 +216,7 @@ def begun(folder: Path, sweep: Sweep) -> None:
     folders.write_index(folder, sweep)
 
 
-def test_a_sweep_goes_on_in_its_folder_and_may_get_more_trials(write: Write, tmp_path: Path):
+def test_a_sweep_resumes_in_its_folder_and_may_gain_trials(write: Write, tmp_path: Path):
     sweep = expand(write(f"yield {{**{SWITCH}, 'seeds': 2}}"))
     folders.check(tmp_path / "out", sweep)  # not there yet
     begun(tmp_path / "out", sweep)

@@ -45,7 +45,7 @@ def test_times_of_trials_that_run_at_once_are_matched_with_a_warning(tmp_path: P
     assert ended.status == 0 and ended.out.count(said) == 1
 
 
-def test_more_jobs_than_trials_are_no_mistake(tmp_path: Path):
+def test_more_jobs_than_trials_are_allowed(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2")
     assert small.run("--jobs=50").status == 0
     assert small.steps("quick_1") == small.steps("quick_2") == ALL
@@ -59,7 +59,7 @@ def test_a_signal_reaches_every_running_trial_once_and_starts_no_other(tmp_path:
     assert ended.status == 75
     assert small.states() == {"slow_1": "preempted", "slow_2": "preempted", "quick": "pending"}
     for number, name in ((1, "slow_1"), (2, "slow_2")):
-        assert f"[{number}/3] {name}-seed0 stopped; the same command goes on" in ended.out
+        assert f"[{number}/3] {name}-seed0 stopped; run the same command again" in ended.out
         assert small.log(name).count("asked") == 1
     assert small.run("--jobs=2").status == 0
     assert small.steps("slow_1") == small.steps("slow_2") == small.steps("quick") == ALL
@@ -90,11 +90,11 @@ def test_a_filter_runs_what_it_names_and_leaves_the_rest_for_later(tmp_path: Pat
     assert small.states() == {"quick_1": "pending", "quick_2": "done", "other_1": "done"}
     assert not small.workdir("quick_1").exists()
     ended = small.run()
-    assert ended.status == 0 and "2 of 3 trials are finished already" in ended.out
+    assert ended.status == 0 and "2 of 3 trials are already finished" in ended.out
     assert small.log("quick_2").count("begins") == 1
 
 
-def test_a_filter_that_names_nothing_lists_the_trials_and_creates_nothing(tmp_path: Path):
+def test_a_filter_without_a_match_lists_the_trials_and_creates_nothing(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2")
     ended = small.run("--filter=quick_1*,quack*")
     assert ended.status == 2 and ended.err.count("\n") == 1
@@ -128,7 +128,7 @@ def test_a_dry_run_creates_nothing_and_says_what_would_run(tmp_path: Path):
         ("--launcher-option=gpus=1", "the launcher 'local' takes no options"),
     ],
 )
-def test_an_option_that_fits_nothing_creates_nothing(word: str, part: str, tmp_path: Path):
+def test_an_invalid_option_creates_nothing(word: str, part: str, tmp_path: Path):
     small = Small(tmp_path, "quick")
     ended = small.run(word)
     assert ended.status == 2 and ended.err.count("\n") == 1 and part in ended.err

@@ -48,7 +48,7 @@ def begun(folder: Path, sweep: Sweep) -> None:
     with Journal(folder) as record:
         record.reconcile(sweep.trials, unfinished(sweep))
         record.begin(sweep.trials[0], "local")
-        record.place(sweep.trials[0], "here:7", "here")
+        record.locate(sweep.trials[0], "here:7", "here")
 
 
 def test_what_happened_to_a_trial_can_be_read_with_sql(tmp_path: Path, sweep: Sweep):
@@ -97,7 +97,7 @@ def test_rows_of_other_trials_of_the_same_names_go(tmp_path: Path, sweep: Sweep)
     assert found == {("b-seed0", first.id, 0), ("a-seed0", second.id, 0)}
 
 
-def test_a_write_that_a_kill_cut_short_is_taken_back(tmp_path: Path, sweep: Sweep):
+def test_an_interrupted_write_is_rolled_back(tmp_path: Path, sweep: Sweep):
     begun(tmp_path, sweep)
     before, path = journal.read(tmp_path), tmp_path / journal.NAME
     killed = subprocess.run([sys.executable, "-c", TORN, path])
@@ -106,11 +106,11 @@ def test_a_write_that_a_kill_cut_short_is_taken_back(tmp_path: Path, sweep: Swee
     with pytest.raises(journal.Unreadable, match="cannot be read"):
         journal.read(tmp_path)
     with Journal(tmp_path) as record:
-        assert record.entries() == before and not record.mended
+        assert record.entries() == before and not record.repaired
     assert journal.read(tmp_path) == before
 
 
-def test_it_can_be_read_while_it_is_written(tmp_path: Path, sweep: Sweep):
+def test_the_journal_can_be_read_while_it_is_written(tmp_path: Path, sweep: Sweep):
     begun(tmp_path, sweep)
     writer = sqlite3.connect(tmp_path / journal.NAME, isolation_level=None)
     writer.execute("begin immediate")
@@ -132,9 +132,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["other file", "cut", "zeros"])
-def test_a_damaged_journal_is_moved_aside_and_a_new_one_begun(
-    how: str, tmp_path: Path, sweep: Sweep
-):
+def test_a_corrupt_journal_is_moved_aside_and_replaced(how: str, tmp_path: Path, sweep: Sweep):
     begun(tmp_path, sweep)
     path, torn = tmp_path / journal.NAME, tmp_path / f"{journal.NAME}-journal"
     damage(path, how)
@@ -143,7 +141,7 @@ def test_a_damaged_journal_is_moved_aside_and_a_new_one_begun(
     with pytest.raises(journal.Unreadable):
         journal.read(tmp_path)
     with Journal(tmp_path) as record:
-        assert record.mended and record.entries() == {}
+        assert record.repaired and record.entries() == {}
         record.reconcile(sweep.trials, unfinished(sweep, a=True))
     assert [entry.state for entry in journal.read(tmp_path).values()] == ["done", "pending"]
     assert (tmp_path / journal.DAMAGED).read_bytes() == damaged and not torn.exists()
@@ -165,13 +163,13 @@ def test_no_journal_and_one_that_is_just_being_made_have_no_rows(tmp_path: Path)
     (tmp_path / journal.NAME).touch()
     assert journal.read(tmp_path) == {}
     with Journal(tmp_path) as record:
-        assert record.entries() == {} and not record.mended
+        assert record.entries() == {} and not record.repaired
 
 
 def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path, sweep: Sweep):
     with Journal(tmp_path) as record:
         sql(tmp_path, "drop table trials")
-        with pytest.raises(UserError, match="cannot be written .*; trials that run go on"):
+        with pytest.raises(UserError, match="cannot be written .*; running trials continue"):
             record.begin(sweep.trials[0], "local")
     (tmp_path / "folder" / journal.NAME).mkdir(parents=True)
     with pytest.raises(UserError, match="cannot be written"):
@@ -184,7 +182,7 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path, sweep: Swe
 @pytest.mark.multiprocess
 @pytest.mark.usefixtures("small_trials")
 @pytest.mark.parametrize("what", ["lost", "damaged"])
-def test_a_sweep_without_its_journal_goes_on_and_runs_nothing_twice(what: str, tmp_path: Path):
+def test_a_sweep_without_its_journal_resumes_and_runs_nothing_twice(what: str, tmp_path: Path):
     """Also a sweep that was begun before there were journals."""
     small = Small(tmp_path, "quick_1", "bad_then_good", "quick_2")
     assert small.run().status == 1
@@ -194,8 +192,8 @@ def test_a_sweep_without_its_journal_goes_on_and_runs_nothing_twice(what: str, t
     else:
         damage(path, "other file")
     ended = small.run()
-    assert ended.status == 0 and "2 of 3 trials are finished already" in ended.out
-    assert ("journal.sqlite was damaged" in ended.out) == (what == "damaged")
+    assert ended.status == 0 and "2 of 3 trials are already finished" in ended.out
+    assert ("journal.sqlite was corrupt" in ended.out) == (what == "damaged")
     assert small.log("quick_1").count("begins") == 1
     assert set(small.states().values()) == {"done"}
     assert [entry.attempts for entry in small.entries().values()] == [0, 1, 0]

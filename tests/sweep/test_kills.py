@@ -25,12 +25,12 @@ def test_a_trial_that_outlives_its_killed_runner_is_waited_for_and_not_run_twice
     process.wait()
     ended = small.run()
     assert ended.status == 0
-    assert "slow-seed0 is still running, begun by a runner that was killed" in ended.out
+    assert "slow-seed0 is still running, started by a runner that was killed" in ended.out
     assert small.log("slow").count("begins") == 1
     assert small.steps("slow") == small.steps("quick") == ALL
 
 
-def test_a_trial_killed_with_its_runner_goes_on_where_it_was(tmp_path: Path):
+def test_a_trial_killed_with_its_runner_resumes(tmp_path: Path):
     small = Small(tmp_path, "slow")
     process = small.start()
     wait_until(lambda: small.steps("slow"))
@@ -42,13 +42,13 @@ def test_a_trial_killed_with_its_runner_goes_on_where_it_was(tmp_path: Path):
     assert small.steps("slow") == ALL and small.log("slow").count("begins") == 2
 
 
-@pytest.mark.parametrize("moment", ["reconcile", "begin", "place", "end"])
+@pytest.mark.parametrize("moment", ["reconcile", "begin", "locate", "end"])
 def test_a_runner_killed_just_before_it_writes_loses_nothing(moment: str, tmp_path: Path):
     """`place`: the process is there, and nothing says which it is."""
     small = Small(tmp_path, "slow", "quick")
     process = small.start(die=moment)
     assert process.wait(60) == -signal.SIGKILL
-    if moment == "place":
+    if moment == "locate":
         wait_until(lambda: small.steps("slow"))
         assert (small.entries()["slow-seed0"].state, small.entries()["slow-seed0"].handle) == (
             "running", "",
@@ -57,7 +57,7 @@ def test_a_runner_killed_just_before_it_writes_loses_nothing(moment: str, tmp_pa
     assert ended.status == 0 and set(small.states().values()) == {"done"}
     assert small.steps("slow") == small.steps("quick") == ALL
     assert small.log("slow").count("begins") == 1
-    assert ("still running" in ended.out) == (moment == "place")
+    assert ("still running" in ended.out) == (moment == "locate")
 
 
 def test_a_trial_that_outlived_its_runner_is_found_without_a_journal_too(tmp_path: Path):
@@ -104,7 +104,7 @@ def test_killed_again_and_again_every_trial_does_every_step_once(tmp_path: Path)
     assert small.log("quick").count("begins") == 1
 
 
-def test_two_runners_started_together_are_one(tmp_path: Path):
+def test_only_one_of_two_simultaneous_runners_runs(tmp_path: Path):
     small = Small(tmp_path, "slow", "quick")
     pair = [small.start(stderr=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate(timeout=60)[1].decode() for process in pair]

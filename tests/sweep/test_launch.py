@@ -101,7 +101,7 @@ def test_a_job_lives_on_without_its_runner_in_a_session_of_its_own(local: Launch
     assert launch.may_live(f"elsewhere:{number}") and launch.may_live("")
 
 
-def test_what_cannot_be_started_is_said_in_one_line(local: Launcher, tmp_path: Path):
+def test_a_failed_start_is_reported_in_one_line(local: Launcher, tmp_path: Path):
     for command, log in (
         (["/no/such/program"], tmp_path / "log"),
         (SLEEP, tmp_path / "no" / "log"),
@@ -134,7 +134,9 @@ class Elsewhere:
 
 
 @pytest.mark.usefixtures("small_trials")
-def test_a_trial_is_looked_for_where_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_trial_is_polled_by_the_launcher_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """With another launcher than this time's; the journal says with which."""
     small = Small(tmp_path, "quick")
     assert small.run().status == 0
@@ -142,8 +144,8 @@ def test_a_trial_is_looked_for_where_it_was_begun(tmp_path: Path, monkeypatch: p
     with Journal(small.folder) as record:
         (trial,) = expand(str(small.page)).trials
         record.begin(trial, "elsewhere")
-        record.place(trial, "7", "node")
-    refused(small.words, "begun with --launcher=elsewhere and may still run")
+        record.locate(trial, "7", "node")
+    refused(small.words, "started with --launcher=elsewhere and may still be running")
     monkeypatch.setitem(launch.LAUNCHERS, "elsewhere", f"{__name__}:Elsewhere")
     ended = small.run()
     assert ended.status == 0 and "quick-seed0 is still running" in ended.out

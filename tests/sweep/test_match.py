@@ -90,7 +90,7 @@ def test_a_matched_width_costs_what_the_baseline_costs_by_hand(write: Write):
     assert counted.total_params == experts + V * D + LAYERS * (4 * D * D + 2 * D + D * E) + D
 
 
-def test_a_gate_that_mixes_counts_all_the_pairs_that_it_tells_of():
+def test_a_mixing_gate_counts_all_its_columns():
     """Its slots are not for pairs: tests/train/test_budget.py has what one of these costs."""
     model = SimpleNamespace(
         num_moe_layers=LAYERS,
@@ -155,7 +155,7 @@ def test_the_smallest_width_is_a_solution(write: Write, monkeypatch: pytest.Monk
     assert expand(page).solved == (Solved("top_2", "moe.d_ff", 8, 1.0),)
 
 
-def test_nothing_is_counted_where_nothing_is_asked(write: Write, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_counted_without_a_width_to_match(write: Write, monkeypatch: pytest.MonkeyPatch):
     def never(configs: Any) -> Any:
         raise AssertionError("counted")
 
@@ -188,7 +188,7 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("claims", CLAIMS)
-def test_a_claim_that_cannot_be_is_refused_by_name(claims: str, write: Write):
+def test_an_invalid_comparison_is_refused_by_name(claims: str, write: Write):
     with pytest.raises(UserError) as refused:
         expand(write(claims))
     assert CLAIMS[claims] in str(refused.value) and "\n" not in str(refused.value)
@@ -218,7 +218,7 @@ def test_a_width_that_cannot_be_solved_for_is_refused(
 
 
 @pytest.mark.slow
-def test_what_cannot_run_cannot_be_counted_either(write: Write, tmp_path: Path):
+def test_a_config_that_cannot_run_cannot_be_counted(write: Write, tmp_path: Path):
     (config,) = {t.variant: t.config for t in expand(write()).trials if t.seed == 1}.values()
     missing = {**config, "data": {**config["data"], "path": f"{tmp_path}/missing"}}
     with pytest.raises(UserError, match=r"data\.path"):

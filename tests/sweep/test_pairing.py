@@ -76,7 +76,7 @@ def test_the_same_seed_starts_every_gate_alike(
         assert any(kind in path for path in equal), (kind, equal)
 
 
-def test_another_seed_starts_otherwise(text: Path, first: tuple[setup.Run, Weights]):
+def test_another_seed_gives_other_weights_and_batches(text: Path, first: tuple[setup.Run, Weights]):
     run, own = first
     other = prepared(text, seed=6, **FIRST)
     assert not np.array_equal(

@@ -11,6 +11,7 @@ import pytest
 from moejax.errors import UserError
 from moejax.sweep import pool, signals, summary
 from moejax.sweep.definition import expand
+from moejax.train import signals as train_signals
 from moejax.train.workdir.lock import WorkdirLock
 from tests.sweep.small import ALL, COMMAND, Small, at, wait_until
 from tests.sweep.trial import STEPS
@@ -32,7 +33,7 @@ def test_a_failing_trial_shows_its_last_lines_and_does_not_stop_the_rest(tmp_pat
     assert small.steps("quick") == ALL
 
     ended = small.run()
-    assert ended.status == 1 and "1 of 3 trials are finished already" in ended.out
+    assert ended.status == 1 and "1 of 3 trials are already finished" in ended.out
     assert "quick" not in ended.out and "[2/3] bad_then_good-seed0 done" in ended.out
     assert small.log("quick").count("begins") == 1
     assert small.log("bad_then_good").count("begins") == 2  # appended to, not overwritten
@@ -43,13 +44,13 @@ def test_a_finished_sweep_starts_nothing_and_ends_with_its_table(tmp_path: Path)
     assert small.run().status == 0
     ended = small.run()
     assert (ended.status, ended.err) == (0, "")
-    assert "2 of 2 trials are finished already" in ended.out and "..." not in ended.out
+    assert "2 of 2 trials are already finished" in ended.out and "..." not in ended.out
     assert "the table" in ended.out and small.log("quick_1").count("begins") == 1
 
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
+def test_after_a_signal_the_trial_saves_and_the_same_command_resumes(
     number: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     small = Small(tmp_path, "slow", "quick")
@@ -57,7 +58,9 @@ def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
     thread = at(lambda: small.steps("slow"), number)
     ended = small.run()
     thread.join()
-    assert ended.status == 75 and "[1/2] slow-seed0 stopped; the same command" in ended.out
+    assert (
+        ended.status == 75 and "[1/2] slow-seed0 stopped; run the same command again" in ended.out
+    )
     assert "stopping the trials" in capfd.readouterr().err and "the table" not in ended.out
     assert small.log("slow").endswith("saved\n")
     assert not (small.folder / "summary.json").exists(), "nothing is finished"
@@ -70,7 +73,7 @@ def test_a_signal_lets_the_trial_save_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_stopped_sweep_leaves_what_its_finished_trials_gave(
+def test_a_stopped_sweep_writes_the_results_of_finished_trials(
     broken: bool,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -94,7 +97,7 @@ def test_a_stopped_sweep_leaves_what_its_finished_trials_gave(
 def test_a_second_signal_reaches_the_trial_too(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(signals, "TOGETHER", 0.01)
+    monkeypatch.setattr(train_signals, "MERGE_WITHIN", 0.01)
     monkeypatch.setattr(signals, "BETWEEN", 0.02)
     small = Small(tmp_path, "rude")
     threads = [at(lambda n=n: len(small.steps("rude")) >= n, signal.SIGTERM) for n in (1, 2)]
@@ -128,7 +131,7 @@ def test_a_trial_that_is_stopped_by_someone_else_leaves_the_sweep_unfinished(tmp
     assert small.run().status == 0 and small.steps("slow") == ALL
 
 
-def test_a_trial_that_the_file_no_longer_gives_is_not_run_as_another(tmp_path: Path):
+def test_a_trial_changed_by_an_edit_of_the_file_fails(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "slow", "quick_2")
     text = small.page.read_text()
 
@@ -148,7 +151,7 @@ def test_a_trial_that_the_file_no_longer_gives_is_not_run_as_another(tmp_path: P
     assert small.run().status == 0 and small.steps("quick_2") == ALL
 
 
-def test_a_run_with_another_config_is_not_the_trial(tmp_path: Path):
+def test_a_run_with_another_config_does_not_finish_the_trial(tmp_path: Path):
     """As when the file was edited just after it was looked at."""
     small = Small(tmp_path, "other", "quick")
     ended = small.run()
@@ -158,7 +161,7 @@ def test_a_run_with_another_config_is_not_the_trial(tmp_path: Path):
     assert ended.status == 2 and "the run in" in ended.err and "other-seed0 has moe" in ended.err
 
 
-def test_two_runners_of_one_folder_are_one_too_many(tmp_path: Path):
+def test_a_second_runner_in_a_folder_is_refused(tmp_path: Path):
     small = Small(tmp_path, "quick")
     assert small.run().status == 0
     with WorkdirLock(small.folder, alone=True):
@@ -176,7 +179,7 @@ def test_a_trials_command_is_the_one_a_user_would_type(tmp_path: Path):
     ]  # fmt: skip
 
 
-def test_the_tail_of_a_log_is_short_and_of_one_life(tmp_path: Path):
+def test_the_tail_of_a_log_is_short_and_from_one_attempt(tmp_path: Path):
     log = tmp_path / "log.txt"
     log.write_bytes(b"old\n" * 3 + b"\xff new\n\n" + b"x" * 30_000 + b"\nlast\n")
     assert pool.tail(log, begin=12)[-1] == "last" and "old" not in pool.tail(log, begin=12)

@@ -44,7 +44,7 @@ def test_a_trial_that_fails_is_reported_and_the_others_finish(cluster: Cluster, 
     assert entries[2].host == "localhost"
 
     ended = small.run(*SLURM)
-    assert ended.status == 0 and "2 of 3 trials are finished already" in ended.out
+    assert ended.status == 0 and "2 of 3 trials are already finished" in ended.out
     assert small.log("quick").count("begins") == 1
     assert small.log("bad_then_good").count("begins") == 2
 
@@ -58,7 +58,7 @@ def test_a_runner_killed_with_kill_9_leaves_its_jobs_and_the_next_one_waits_for_
     process.kill()
     process.wait()
     ended = small.run(*SLURM, "--jobs=1")
-    assert ended.status == 0 and ended.out.count("is still running, begun by a runner") >= 2
+    assert ended.status == 0 and ended.out.count("is still running, started by a runner") >= 2
     assert [small.log(f"slow_{i}").count("begins") for i in (1, 2, 3)] == [1, 1, 1]
     assert set(small.states().values()) == {"done"}
 
@@ -67,10 +67,10 @@ def test_a_runner_killed_before_it_noted_its_job_does_not_start_the_trial_twice(
     cluster: Cluster, tmp_path: Path
 ):
     small = Small(tmp_path, "slow_1", "slow_2")
-    assert small.start(*SLURM, "--jobs=1", die="place").wait(60) == -signal.SIGKILL
+    assert small.start(*SLURM, "--jobs=1", die="locate").wait(60) == -signal.SIGKILL
     assert {entry.handle for entry in small.entries().values()} == {""}
     ended = small.run(*SLURM, "--jobs=1")
-    assert ended.status == 0 and "is still running, begun by a runner" in ended.out
+    assert ended.status == 0 and "is still running, started by a runner" in ended.out
     for name in ("slow_1", "slow_2"):
         assert small.log(name).count("begins") == 1 and small.steps(name) == ALL
 
@@ -82,7 +82,7 @@ def test_a_runner_that_is_stopped_stops_its_jobs_and_the_same_command_goes_on(
     thread = at(lambda: small.steps("slow_1"), signal.SIGTERM)
     ended = small.run(*SLURM, "--jobs=1")
     thread.join()
-    assert ended.status == 75 and ended.out.count("stopped; the same command goes on") == 2
+    assert ended.status == 75 and ended.out.count("stopped; run the same command again") == 2
     assert small.log("slow_1").endswith("asked\nsaved\n") and not small.steps("slow_2")
     assert set(small.states().values()) == {"preempted"}
     wait_until(lambda: not cluster.jobs())
@@ -130,7 +130,7 @@ def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_ru
     ended = subprocess.run(command, timeout=400, **run)
 
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "top_2-seed0 is still running, begun by a runner that was killed" in ended.stdout
+    assert "top_2-seed0 is still running, started by a runner that was killed" in ended.stdout
     log = (workdir / "log.txt").read_text()
     assert log.count("stopping after this step and saving") == 1
     assert f"SLURM job {number} starts again, 1 of 100 times" in log

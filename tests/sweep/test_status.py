@@ -14,10 +14,9 @@ from rich.console import Console
 
 from moejax import cli
 from moejax.sweep import folder as folders
-from moejax.sweep import journal, live, progress, status
+from moejax.sweep import journal, screen, status
 from moejax.sweep.definition import expand
 from moejax.sweep.journal import DONE, FAILED, PENDING, RUNNING, Entry
-from moejax.sweep.progress import Progress
 from moejax.train.metrics.log import MetricsLog
 from tests.sweep.small import Small, wait_until
 from tests.train.runs import refused
@@ -39,34 +38,38 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
 # How far a run is.
 
 
-def test_progress_is_what_the_last_rows_say(tmp_path: Path):
+def test_progress_comes_from_the_last_rows(tmp_path: Path):
     with MetricsLog(tmp_path, resume_step=None) as log:
-        assert progress.read(tmp_path) == Progress()
+        assert status.read_progress(tmp_path) == status.Progress()
         for step in (3, 6):
             log.write(
                 {"step": step, "split": "train", "loss": 1 / step, "moe/load": [[0.1] * 9000]}
             )
             log.timing({"step": step, "seconds_per_step": step / 8})
         log.write({"step": 7, "split": "eval", "loss": 9.0})
-    assert progress.read(tmp_path) == Progress(step=7, loss=1 / 6, seconds_per_step=0.75)
-    assert progress.read(tmp_path).seconds_left(steps=11) == 4 * 0.75
+    assert status.read_progress(tmp_path) == status.Progress(
+        step=7, loss=1 / 6, seconds_per_step=0.75
+    )
+    assert status.read_progress(tmp_path).seconds_left(steps=11) == 4 * 0.75
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": "9"}\n{"step": 9, "split": "train", "lo')  # damaged; torn by a kill
-    assert progress.read(tmp_path) == Progress(step=7, loss=1 / 6, seconds_per_step=0.75)
+    assert status.read_progress(tmp_path) == status.Progress(
+        step=7, loss=1 / 6, seconds_per_step=0.75
+    )
 
 
-def test_no_rows_and_no_times_are_not_known(tmp_path: Path):
-    assert progress.read(tmp_path / "nothing") == Progress(0, None, None)
+def test_without_rows_progress_is_unknown(tmp_path: Path):
+    assert status.read_progress(tmp_path / "nothing") == status.Progress(0, None, None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": "NaN"}\n')
     (tmp_path / "timings.jsonl").write_text('{"step": 1, "seconds_per_step": "NaN"}\n')
-    found = progress.read(tmp_path)
+    found = status.read_progress(tmp_path)
     assert found.step == 1 and found.loss != found.loss and found.seconds_per_step is None
     assert found.seconds_left(steps=5) is None
 
 
 def line(state: str, *, step: int = 0, rate: float | None = None, seconds: float | None = None):
     entry = Entry("0", f"{state}-seed0", state, attempts=1, host="here")
-    return status.Line(entry, 100, Progress(step, 1.5, rate), seconds)
+    return status.Line(entry, 100, status.Progress(step, 1.5, rate), seconds)
 
 
 def test_the_time_left_is_that_of_running_steps_and_of_waiting_trials(tmp_path: Path):
@@ -148,7 +151,7 @@ def test_status_after_the_sweep_changes_nothing_and_says_how_it_ended(tmp_path: 
 
 @small_sweep
 @pytest.mark.parametrize("what", ["lost", "damaged"])
-def test_without_a_journal_status_says_what_the_workdirs_do(what: str, tmp_path: Path):
+def test_without_a_journal_status_comes_from_the_workdirs(what: str, tmp_path: Path):
     small = Small(tmp_path, "quick", "bad")
     small.run()
     path = small.folder / journal.NAME
@@ -160,12 +163,12 @@ def test_without_a_journal_status_says_what_the_workdirs_do(what: str, tmp_path:
     assert (ended.status, ended.err) == (0, "") and snapshot(small.folder) == before
     assert row_of(ended.out, "quick")[:3] == ["done", "-", "-"]
     assert row_of(ended.out, "bad")[0] == "pending"
-    wanted = {"lost": "without journal.sqlite", "damaged": "journal.sqlite cannot be read"}
+    wanted = {"lost": "there is no journal.sqlite", "damaged": "journal.sqlite cannot be read"}
     assert wanted[what] in ended.out.splitlines()[-1]
 
 
 @small_sweep
-def test_status_does_not_believe_a_journal_that_a_workdir_contradicts(tmp_path: Path):
+def test_workdirs_override_the_journal_in_the_status(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2", "bad")
     small.run()
     (small.workdir("quick_2") / "summary.png").unlink()
@@ -199,7 +202,7 @@ def test_damaged_rows_and_configs_are_said_in_a_line_by_status_and_by_the_runner
 @small_sweep
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_status_tells_a_trial_that_runs_from_one_that_was_killed_with_its_runner(tmp_path: Path):
+def test_status_distinguishes_running_trials_from_killed_ones(tmp_path: Path):
     small = Small(tmp_path, "slow")
     process = small.start()
     wait_until(lambda: small.steps("slow"))
@@ -239,7 +242,7 @@ def test_on_a_terminal_the_table_is_live_and_lines_stay_above_it(
 def test_a_low_terminal_shows_the_trials_that_run_and_says_how_many_it_does_not():
     found = [line(DONE) for _ in range(40)] + [line(RUNNING), line(FAILED)]
     file = io.StringIO()
-    Console(file=file, width=120, height=12).print(live.render(found, height=12))
+    Console(file=file, width=120, height=12).print(screen.render(found, height=12))
     out = file.getvalue()
     assert len(out.splitlines()) <= 11
     assert "running-seed0" in out and "failed-seed0" in out and "(35 not shown)" in out

@@ -96,7 +96,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 
 @pytest.mark.slow
-def test_what_can_run_has_run_and_what_failed_has_said_why(swept: Swept):
+def test_working_trials_finish_and_failed_ones_show_their_error(swept: Swept):
     assert (swept.status, swept.err) == (1, "")
     assert "[3/3] broken-seed0 failed with status 2" in swept.out
     assert "    | moejax: error: train.seq_len: the training text has" in swept.out
@@ -195,7 +195,7 @@ def test_the_budget_is_said_before_the_first_trial(swept: Swept):
     before, _, _ = swept.out.partition("[1/3]")
     assert f"to run: 3 trials, {3 * SETTINGS['train.steps']} steps, " in before
     assert "FLOP (counted, nothing dropped)" in before
-    assert "time: not known before a trial has finished" in before
+    assert "time: unknown until a trial has finished" in before
     assert "--filter='dense_ffn-seed*' first" in before, "there is no pilot"
 
 
@@ -252,7 +252,7 @@ def test_a_sweep_killed_again_and_again_ends_as_one_left_alone(
         process.communicate()
     last = run(page, out)
     assert (last.status, last.err) == (0, "")
-    assert "1 of 2 trials are finished already" in last.out
+    assert "1 of 2 trials are already finished" in last.out
     log = (out / "trials/top_2-seed0/log.txt").read_text()
     assert log.count("resuming") >= 2
     for variant in ("dense_ffn", "top_2"):

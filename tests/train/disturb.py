@@ -36,8 +36,8 @@ def disturb(event: str, step: int, act: Callable[[], None]) -> None:
         replace = Path.replace
         Path.replace = lambda self, to: (act(), replace(self, to))[1]  # pyright: ignore
     elif event == "end":
-        finish = console.Console.finish
-        console.Console.finish = lambda *args: (act(), finish(*args))[1]  # pyright: ignore
+        finished = console.Console.finished
+        console.Console.finished = lambda *args: (act(), finished(*args))[1]  # pyright: ignore
 
 
 def _before(steps: functools.cached_property, step: int, act: Callable[[], None]) -> None:

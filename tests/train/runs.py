@@ -1,4 +1,4 @@
-"""A tiny run for the tests of the training loop: its command line, and reads of what it left."""
+"""A tiny run for the tests of the training loop: its command line, and readers of its files."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ PREEMPTED = 75
 
 
 def text_of(run: setup.Run) -> TextSource:
-    """What a run on text learns from."""
+    """The source of a run on text."""
     assert isinstance(run.data, TextSource)
     return run.data
 
@@ -50,7 +50,7 @@ SETTINGS = {
     "train.eval_rows": 12,
     "train.checkpoint_every": SAVE,
     # Independent of train.steps, so that runs of several lengths share a compiled step; the
-    # warm-up goes on beyond the last step, so that every step has its own learning rate.
+    # warm-up continues beyond the last step, so that every step has its own learning rate.
     "optim.schedule": "constant",
     "optim.warmup_steps": 10,
     "data.eval_fraction": 0.2,
@@ -133,7 +133,7 @@ def refused(argv: list[str], *parts: str) -> None:
     assert "compiling" not in ended.out
 
 
-# ---------------------------------------------------------------- what a run left
+# ---------------------------------------------------------------- the files of a run
 
 
 def rows(workdir: Path, split: str = "") -> list[dict[str, Any]]:
@@ -142,11 +142,11 @@ def rows(workdir: Path, split: str = "") -> list[dict[str, Any]]:
 
 
 OWN = ("id", "history", "command", "environment")
-"""In config.json, what a run has for itself or from the process that it was started in."""
+"""Entries of config.json that belong to one run or one process."""
 
 
 def config_of(workdir: Path) -> dict[str, Any]:
-    """config.json without what no two runs share."""
+    """config.json without the entries of `OWN`."""
     content = json.loads((workdir / "config.json").read_text())
     return {name: x for name, x in content.items() if name not in OWN}
 
@@ -196,7 +196,7 @@ def same_run(workdir: Path, other: Path, run: setup.Run) -> None:
 
 
 def files(workdir: Path) -> dict[str, tuple[int, bytes]]:
-    """Time and content of every file but the lock, which says who had it last."""
+    """Time and content of every file except the lock, which names its last owner."""
     found = [path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(p.relative_to(workdir)): (p.stat().st_mtime_ns, p.read_bytes()) for p in found}
 
@@ -206,10 +206,10 @@ def copy(workdir: Path, to: Path) -> Path:
 
 
 def snapshot(workdir: Path, to: Path) -> None:
-    """Copies a run's files as they are between two steps: what a kill -9 there leaves.
+    """Copies a run's files between two steps, as a kill -9 there would leave them.
 
-    Rows have no buffer in the process. A save still running is waited for, since copying files
-    that move would give a mixture that no kill leaves.
+    Rows have no buffer in the process. Waits for a running save, since copying files that move
+    would give a mixture that no kill leaves.
     """
     folder = workdir / "checkpoints"
     while folder.exists() and any(not path.name.isdecimal() for path in folder.iterdir()):

@@ -14,7 +14,7 @@ import pytest
 
 from moejax.config import load, to_dict
 from moejax.train import setup
-from moejax.train.cost import budget, flops
+from moejax.train.cost import budget, peak
 from moejax.train.metrics import console
 from moejax.train.workdir import summary
 from tests.train.runs import PAGE, Ended, call, command, flags, snapshot, write_text
@@ -99,7 +99,7 @@ def sharing() -> Iterator[Shared]:
         patch.setattr(setup, "prepare", SHARED.prepare)
         patch.setattr(budget, "count_budget", SHARED.budget)
         patch.setattr(console, "write_summary_png", lambda workdir: None)
-        patch.setattr(flops, "peak_flops", lambda devices, dtype: 1e12)
+        patch.setattr(peak, "peak_flops", lambda devices, dtype: 1e12)
         yield SHARED
 
 
@@ -190,7 +190,7 @@ def _run_whole(folder: Path, text: Path) -> Whole:
     ):
         patch.setattr(console, "write_summary_png", picture)
         ended = call(command(workdir, text))
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.err) == (0, ""), ended
     with sharing():
         run = prepared(text)
     return Whole(workdir, moments, ended, compilations.found, run)

@@ -1,4 +1,4 @@
-"""Fields that change when a run goes on, and runs of older versions."""
+"""Fields that change when a run resumes, and runs of older versions."""
 
 import itertools
 import json
@@ -21,7 +21,12 @@ from tests.train import runs
 from tests.train.runs import PAGE, ROOT, call, command, refused
 from tests.train.sharing import Whole
 
-OLD = ROOT / "tests/train/data/0.1.0"
+OLD = ROOT / "tests/train/data"
+VERSIONS: dict[str, dict[str, Any]] = {
+    "0.1.0": {"data.split": "documents", "moe.gate.name": "mixtral"},
+    "schema-1": {},
+}
+"""Workdirs that older versions wrote, and the fields whose defaults were different then."""
 
 
 def test_the_fields_that_may_change_are_these():
@@ -64,31 +69,31 @@ def run_of(steps: int, *overrides: str) -> Any:
     return SimpleNamespace(config=config, schedule=make_schedule(config.optim, steps))
 
 
-def test_a_rate_that_goes_up_again_is_said_with_both_values_and_what_keeps_it():
+def test_a_rising_learning_rate_is_reported_with_both_values_and_a_remedy():
     before = to_dict(run_of(20, "optim.learning_rate=0.01").config)
     raised = run_of(400, "optim.learning_rate=0.01")
-    said = console.rise(raised, 20, before)
+    said = console.learning_rate_rise(raised, 20, before)
     assert "at step 21, from 0.001 to 0.0099" in said and "train.steps from 20 to 400" in said
     assert "optim.decay_steps=20 keeps" in said and "\n" not in said
     kept = run_of(400, "optim.learning_rate=0.01", "optim.decay_steps=20")
-    assert console.rise(kept, 20, before) == ""
-    assert console.rise(run_of(20, "optim.learning_rate=0.01"), 20, before) == ""
+    assert console.learning_rate_rise(kept, 20, before) == ""
+    assert console.learning_rate_rise(run_of(20, "optim.learning_rate=0.01"), 20, before) == ""
     lower = run_of(20, "optim.learning_rate=0.005")
-    assert console.rise(lower, 10, before) == ""
+    assert console.learning_rate_rise(lower, 10, before) == ""
     higher = run_of(20, "optim.learning_rate=0.02")
-    assert "optim.learning_rate from 0.01 to 0.02" in console.rise(higher, 10, before)
+    assert "optim.learning_rate from 0.01 to 0.02" in console.learning_rate_rise(higher, 10, before)
     constant = to_dict(run_of(20, "optim.schedule=constant").config)
-    assert console.rise(run_of(400, "optim.schedule=constant"), 20, constant) == ""
+    assert console.learning_rate_rise(run_of(400, "optim.schedule=constant"), 20, constant) == ""
 
 
-def test_the_advice_of_a_finished_run_names_what_raising_its_steps_does():
-    advice = console._longer(run_of(20, "optim.learning_rate=0.01"), 20)
+def test_a_finished_run_names_the_effect_of_raising_its_steps():
+    advice = console._more_steps(run_of(20, "optim.learning_rate=0.01"), 20)
     assert "goes up again" in advice and "optim.decay_steps=20 keeps it at 0.001" in advice
-    assert console._longer(run_of(20, "optim.schedule=constant"), 20) == ""
-    assert console._longer(run_of(20, "optim.decay_steps=20"), 20) == ""
+    assert console._more_steps(run_of(20, "optim.schedule=constant"), 20) == ""
+    assert console._more_steps(run_of(20, "optim.decay_steps=20"), 20) == ""
 
 
-def test_the_line_at_the_start_says_the_rate_now_at_its_peak_and_at_the_end():
+def test_the_schedule_line_has_the_present_the_peak_and_the_last_learning_rate():
     run = run_of(100, "optim.learning_rate=0.01", "optim.warmup_steps=10")
     assert console._schedule_line(run, 0) == (
         "cosine over 100 steps: learning rate 0.001 at step 1, 0.01 at step 10, 0.001 at step 100"
@@ -100,7 +105,7 @@ def test_the_line_at_the_start_says_the_rate_now_at_its_peak_and_at_the_end():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor"])
-def test_the_optimizers_state_is_the_same_whatever_the_fields_that_may_change(name: str):
+def test_the_optimizers_state_does_not_depend_on_the_fields_that_may_change(name: str):
     params = {
         "mlp": {"up_DF": jnp.ones((4, 6)), "scale": jnp.ones(4)},
         "embed_VD": jnp.ones((8, 4)),
@@ -120,11 +125,11 @@ def test_the_optimizers_state_is_the_same_whatever_the_fields_that_may_change(na
     assert len(shapes) == 1
 
 
-# ---------------------------------------------------------------- going on with other values
+# ---------------------------------------------------------------- resuming with other values
 
 
 @pytest.mark.slow
-def test_fields_that_may_change_do_and_are_kept_in_the_history(
+def test_changed_fields_take_effect_and_are_kept_in_the_history(
     whole: Whole, text: Path, tmp_path: Path
 ):
     workdir = runs.copy(whole.moments / "8", tmp_path / "run")  # checkpoints 3 and 6
@@ -159,20 +164,23 @@ def history(workdir: Path) -> list[dict[str, Any]]:
     return json.loads((workdir / "config.json").read_text())["history"]
 
 
-# ---------------------------------------------------------------- the run of version 0.1.0
+# ---------------------------------------------------------------- runs of older versions
 
 
-@pytest.fixture
-def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(OLD / "text", tmp_path / "text")
-    shutil.copytree(OLD / "workdir", tmp_path / "workdir")
+@pytest.fixture(params=VERSIONS)
+def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stored folder of a version, whose text and workdir are copied to the current folder."""
+    stored = OLD / request.param
+    shutil.copytree(OLD / "0.1.0" / "text", tmp_path / "text")
+    shutil.copytree(stored / "workdir", tmp_path / "workdir")
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "workdir"
+    return stored
 
 
-def old_command() -> list[str]:
+def old_command(stored: Path) -> list[str]:
     """The command in the README beside the run."""
-    words = (OLD / "README.md").read_text().split("    moejax train ")[1].split("\n\n")[0].split()
+    text = (stored / "README.md").read_text()
+    words = text.split("    moejax train ")[1].split("\n\n")[0].split()
     return ["train", *(word.replace("=configs/", f"={ROOT}/configs/") for word in words)]
 
 
@@ -180,29 +188,29 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_config_of_version_0_1_0_reads_as_its_command_does_today(old: Path):
-    overrides = [word for word in old_command() if word.startswith("--config.")]
+def test_a_config_of_an_older_version_reads_as_its_command_does_today(old: Path):
+    overrides = [word for word in old_command(old) if word.startswith("--config.")]
     now = load(f"{ROOT}/configs/lm.py:size=debug,experts=4", overrides).config
-    then = load(str(old)).config
-    others = {"data.split": "documents", "moe.gate.name": "mixtral"}  # the defaults of its time
-    assert flatten(then) == {**flatten(now), **others}
+    then = load("workdir").config
+    assert flatten(then) == {**flatten(now), **VERSIONS[old.name]}
     assert from_dict(to_dict(then)) == then
 
 
 @pytest.mark.slow
-def test_a_run_of_version_0_1_0_is_evaluated_goes_on_and_is_reported(old: Path):
-    expected = rows_of(OLD / "uninterrupted.jsonl")
+def test_a_run_of_an_older_version_is_evaluated_resumed_and_reported(old: Path):
+    expected, workdir = rows_of(old / "uninterrupted.jsonl"), Path("workdir")
+    before = json.loads((workdir / "config.json").read_text())
     ended = call(["eval", "--workdir=workdir"])
     assert ended.status == 0, ended.err
-    (then,) = [row for row in rows_of(old / "metrics.jsonl") if row["split"] == "eval"]
+    (then,) = [row for row in rows_of(workdir / "metrics.jsonl") if row["split"] == "eval"]
     assert json.loads(ended.out)["loss"] == pytest.approx(then["loss"], rel=1e-5)
     assert call(["report", "workdir"]).status == 0
-    ended = call(old_command())
+    ended = call(old_command(old))
     assert ended.status == 0 and "resuming workdir at step 6" in ended.out, ended.err
-    rows = rows_of(old / "metrics.jsonl")
+    rows = rows_of(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4), row["step"]
-    content = json.loads((old / "config.json").read_text())
-    assert content["schema"] == SCHEMA and content["id"]
+    content = json.loads((workdir / "config.json").read_text())
+    assert content["schema"] == SCHEMA and content["id"] == before.get("id", content["id"])
     assert call(["report", "workdir"]).status == 0

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moejax.errors import UserError
-from moejax.train.checkpoint import restore as reading
+from moejax.train.checkpoint import restore
 from moejax.train.checkpoint.checkpointer import Checkpointer, restore_subtree
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def test_donating_the_state_right_after_save_does_not_change_what_is_saved(tmp_p
     np.testing.assert_array_equal(np.asarray(state["w"]), -before)
 
 
-def test_of_copies_that_differ_between_devices_the_first_is_saved_and_said_so(tmp_path, capsys):
+def test_the_first_of_differing_copies_is_saved_with_a_warning(tmp_path, capsys):
     sharding = NamedSharding(mesh_of(2, 4), PartitionSpec("b"))
     devices = sharding.addressable_devices_indices_map((8, 6))
     blocks = [jax.device_put(np.full((2, 6), d.id, np.float32), d) for d in devices]
@@ -168,7 +168,7 @@ def test_of_copies_that_differ_between_devices_the_first_is_saved_and_said_so(tm
     np.testing.assert_array_equal(np.asarray(restored.state["w"])[:, 0], [0, 0, 1, 1, 2, 2, 3, 3])
 
 
-def test_the_newest_checkpoints_are_kept_and_any_kept_step_can_be_asked_for(tmp_path):
+def test_the_newest_checkpoints_are_kept_and_each_can_be_restored(tmp_path):
     directory = save_steps(tmp_path / "checkpoints", 1, 2, 3, 10, keep=2)
     checkpoints = Checkpointer(directory)
     assert checkpoints.steps() == [3, 10]
@@ -178,7 +178,7 @@ def test_the_newest_checkpoints_are_kept_and_any_kept_step_can_be_asked_for(tmp_
         checkpoints.restore(describe(make_state(0)), step=2)
 
 
-def test_saving_a_step_that_is_there_does_nothing(two):
+def test_saving_an_existing_step_does_nothing(two):
     with Checkpointer(two) as checkpoints:
         assert checkpoints.save(2, make_state(7), {}) is False
         restored = checkpoints.restore(describe(make_state(0)))
@@ -251,11 +251,11 @@ def test_damage_to_any_one_file_never_yields_a_wrong_state(damage, two, tmp_path
         ),
         (
             lambda step: shutil.copytree(step.parent / "1", step, dirs_exist_ok=True),
-            "its manifest is that of step 1",
+            "its manifest belongs to step 1",
         ),
     ],
 )
-def test_a_damaged_checkpoint_is_named_moved_aside_and_stepped_over(breaking, reason, two, capsys):
+def test_a_corrupt_checkpoint_is_named_moved_aside_and_skipped(breaking, reason, two, capsys):
     breaking(two / "2")
     restored = Checkpointer(two).restore(describe(make_state(0)))
     assert restored is not None and restored.step == 1 and same(restored.state, make_state(1))
@@ -264,7 +264,7 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_stepped_over(breaking, re
     assert [path.name for path in (two.parent / "checkpoints_bad").iterdir()] == ["2-0"]
 
 
-def test_training_goes_on_from_the_step_before_and_writes_the_lost_step_again(two):
+def test_training_resumes_from_the_step_before_and_saves_the_lost_step_again(two):
     with Checkpointer(two) as checkpoints:
         for n in range(2):
             flip_bit(largest_file(two / "2" / "state" / "ocdbt.process_0"))
@@ -277,7 +277,7 @@ def test_training_goes_on_from_the_step_before_and_writes_the_lost_step_again(tw
     assert restored is not None and restored.step == 2 and same(restored.state, make_state(2))
 
 
-def test_when_all_are_damaged_a_run_never_starts_at_step_0(two):
+def test_a_run_with_only_corrupt_checkpoints_never_starts_at_step_0(two):
     for step in ("1", "2"):
         truncate(two / step / "meta" / "metadata")
     for _ in range(2):  # the second time there are no steps left, only the ones moved aside
@@ -287,14 +287,14 @@ def test_when_all_are_damaged_a_run_never_starts_at_step_0(two):
     assert Checkpointer(two).restore(describe(make_state(0))) is None
 
 
-def test_a_damaged_step_that_was_asked_for_is_an_error_and_stays(two):
+def test_a_requested_corrupt_step_is_an_error_and_stays(two):
     truncate(two / "2" / "meta" / "metadata")
     with pytest.raises(UserError, match="checkpoint 2 in .* is damaged: its manifest"):
         Checkpointer(two).restore(describe(make_state(0)), step=2)
     assert Checkpointer(two).steps() == [1, 2]
 
 
-def test_writes_that_end_after_a_save_was_given_up_print_no_tracebacks(tmp_path, monkeypatch):
+def test_late_writes_of_an_abandoned_save_print_no_tracebacks(tmp_path, monkeypatch):
     """As tensorstore's threads raise them when a disk is full: of no object, the loop closed."""
     shown: list[Any] = []
     show = shown.append
@@ -308,7 +308,7 @@ def test_writes_that_end_after_a_save_was_given_up_print_no_tracebacks(tmp_path,
     assert [(x.exc_value, x.object) for x in shown] == [(late, "a finalizer"), (other, None)]
 
 
-def test_a_folder_in_the_place_of_a_manifest_is_damage(two, capsys):
+def test_a_folder_in_the_place_of_a_manifest_counts_as_corrupt(two, capsys):
     path = two / "2" / "meta" / "metadata"
     path.unlink()
     path.mkdir()
@@ -344,15 +344,15 @@ def test_a_reader_moves_nothing(two, capsys):
         ValueError("RESOURCE_EXHAUSTED: Error opening file: Too many open files"),
     ],
 )
-def test_trouble_of_the_machine_does_not_condemn_a_good_checkpoint(trouble, two, monkeypatch):
+def test_an_error_of_the_machine_does_not_reject_a_good_checkpoint(trouble, two, monkeypatch):
     def fail(*_):
         raise trouble
 
     of_files = isinstance(trouble, OSError | ValueError)
     kind = UserError if of_files else type(trouble)
-    said = f"{two}/2/state: array .*{str(trouble)[-10:]}.*; mend that" if of_files else None
+    said = f"{two}/2/state: array .*{str(trouble)[-10:]}.*; fix that" if of_files else None
     with monkeypatch.context() as patch, pytest.raises(kind, match=said):
-        patch.setattr(reading, "_place", fail)
+        patch.setattr(restore, "_read_onto_devices", fail)
         Checkpointer(two).restore(describe(make_state(0)))
     restored = Checkpointer(two).restore(describe(make_state(0)))
     assert restored is not None and restored.step == 2
@@ -417,7 +417,7 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(room, tw
     assert sorted(path.name for path in two.iterdir()) == ["2", "4"]
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_away(two):
+def test_files_of_a_killed_save_are_no_checkpoint_and_are_removed(two):
     left = Path(shutil.copytree(two / "2", two / "3.orbax-checkpoint-tmp"))
     with Checkpointer(two) as checkpoints:
         assert checkpoints.steps() == [1, 2]
@@ -510,7 +510,7 @@ PROCESS = """
 import sys
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from moejax.train import reading
+from moejax.train.checkpoint import restore
 from moejax.train.checkpoint.checkpointer import Checkpointer
 from moejax.train.checkpoint.manifest import Damaged
 
@@ -532,12 +532,12 @@ for step in (1, 2, 3):
 checkpoints.wait()
 assert checkpoints.steps() == [1, 2, 3]
 
-read = reading._read_arrays
+read = restore._read_arrays
 def fails_on_one_process(folder, leaves):
     if rank == 1 and folder.parent.name == "3":
         raise Damaged("only process 1 sees this")
     return read(folder, leaves)
-reading._read_arrays = fails_on_one_process
+restore._read_arrays = fails_on_one_process
 
 template = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -133,7 +133,7 @@ def test_a_whole_tree_takes_one_collective(eight_devices):
     assert "all-gather" not in program
 
 
-def test_refuses_dtypes_it_has_no_words_for():
+def test_unsupported_dtypes_are_refused():
     with pytest.raises(TypeError, match="complex64"):
         one(np.zeros(2, np.complex64))
     with pytest.raises(TypeError, match="key<fry>"):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.train import compile_cache, trust
+from moejax.train import compile_cache, ownership
 from moejax.train.compile_cache import kept, machine
 from tests.train.runs import ROOT
 
@@ -77,7 +77,7 @@ def views(folder: Path) -> list[Path]:
     return list((folder / machine()).glob(".process-*"))
 
 
-def test_what_one_run_compiled_the_next_one_finds(keep_everything, tmp_path):
+def test_a_program_compiled_by_one_run_is_loaded_by_the_next(keep_everything, tmp_path):
     for expected in (0, 1):
         with kept(str(tmp_path)), hits() as found:
             np.testing.assert_array_equal(compiled(), EXPECTED)
@@ -86,9 +86,7 @@ def test_what_one_run_compiled_the_next_one_finds(keep_everything, tmp_path):
     assert getattr(jax.config, compile_cache._FOLDER) is None, "jax is left as it was"
 
 
-def test_published_programs_are_there_while_the_run_that_compiled_them_goes_on(
-    keep_everything, tmp_path
-):
+def test_published_programs_can_be_loaded_while_the_run_continues(keep_everything, tmp_path):
     with kept(str(tmp_path)):
         compiled()
         assert not entries(tmp_path), "what may be half written is seen by nobody"
@@ -97,7 +95,7 @@ def test_published_programs_are_there_while_the_run_that_compiled_them_goes_on(
         assert len(entry.read_bytes()) > 1000 and len(views(tmp_path)) == 1
 
 
-def test_a_damaged_entry_is_one_line_and_replaced(keep_everything, tmp_path, capsys):
+def test_a_damaged_entry_is_reported_in_one_line_and_replaced(keep_everything, tmp_path, capsys):
     with kept(str(tmp_path)):
         compiled()
     (entry,) = entries(tmp_path)
@@ -119,7 +117,7 @@ def test_a_damaged_entry_is_one_line_and_replaced(keep_everything, tmp_path, cap
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last", "digest"])
-def test_one_flipped_bit_of_an_entry_or_its_digest_is_a_miss_with_a_line(
+def test_one_flipped_bit_of_an_entry_or_its_digest_is_a_reported_miss(
     where: str, keep_everything, tmp_path, capsys
 ):
     with kept(str(tmp_path)):
@@ -172,23 +170,23 @@ def test_a_folder_that_others_may_write_to_is_not_used(
     assert "report.compile_cache" in said
 
 
-def test_a_folder_below_one_that_others_may_write_to_is_not_used_but_a_sticky_one_is(tmp_path):
+def test_a_folder_below_a_writable_one_is_used_only_if_that_is_sticky(tmp_path):
     shared = tmp_path / "shared"
     (shared / "mine").mkdir(parents=True)
     (shared / "mine").chmod(0o700)
     shared.chmod(0o777)
-    with pytest.raises(trust.Untrusted, match="shared may be written"):
-        trust.check(shared / "mine")
+    with pytest.raises(ownership.Untrusted, match="shared may be written"):
+        ownership.check(shared / "mine")
     (tmp_path / "link").symlink_to(shared / "mine")
-    with pytest.raises(trust.Untrusted, match="shared may be written"):
-        trust.check(tmp_path / "link")
+    with pytest.raises(ownership.Untrusted, match="shared may be written"):
+        ownership.check(tmp_path / "link")
     shared.chmod(0o1777)
-    trust.check(shared / "mine")
-    trust.check(tmp_path / "link")
+    ownership.check(shared / "mine")
+    ownership.check(tmp_path / "link")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
-def test_what_another_user_owns_is_not_used(keep_everything, tmp_path, capsys):
+def test_files_and_folders_of_another_user_are_not_used(keep_everything, tmp_path, capsys):
     cache = tmp_path / "cache"
     with kept(str(cache)):
         compiled()
@@ -205,8 +203,8 @@ def test_what_another_user_owns_is_not_used(keep_everything, tmp_path, capsys):
     os.chown(cache, 0, -1)
     (tmp_path / "link").symlink_to(cache)
     os.chown(tmp_path / "link", 12345, -1, follow_symlinks=False)
-    with pytest.raises(trust.Untrusted, match="link belongs to user 12345"):
-        trust.check(tmp_path / "link")
+    with pytest.raises(ownership.Untrusted, match="link belongs to user 12345"):
+        ownership.check(tmp_path / "link")
 
 
 def test_an_entry_that_others_may_write_to_or_that_is_a_link_is_not_used(
@@ -249,7 +247,7 @@ with compile_cache.kept(sys.argv[1]):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_an_entry_a_run_leaves_nothing_that_the_next_could_trip_over(
+def test_a_run_killed_while_writing_an_entry_leaves_no_torn_entry(
     keep_everything, tmp_path, capsys
 ):
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONPATH": str(ROOT)}
@@ -265,14 +263,14 @@ def test_killed_in_the_middle_of_an_entry_a_run_leaves_nothing_that_the_next_cou
     assert len(entries(tmp_path)) == 1 and not capsys.readouterr().err
 
 
-def test_the_view_of_a_run_that_is_alive_is_left_alone(tmp_path):
+def test_the_view_of_a_running_process_is_kept(tmp_path):
     other = compile_cache.Cache(tmp_path)
     compile_cache.Cache(tmp_path).close()
     assert views(tmp_path) == [other.view]
     other.close()
 
 
-def test_a_folder_that_cannot_be_used_is_one_line_and_the_run_goes_on(
+def test_an_unusable_folder_is_reported_in_one_line_and_the_run_continues(
     keep_everything, tmp_path, capsys
 ):
     (tmp_path / "file").write_text("")
@@ -283,14 +281,16 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_the_run_goes_on(
     assert "Not a directory" in said
 
 
-def test_a_folder_that_vanishes_under_a_run_is_one_line(keep_everything, tmp_path, capsys):
+def test_a_folder_that_vanishes_during_a_run_is_reported_in_one_line(
+    keep_everything, tmp_path, capsys
+):
     with kept(str(tmp_path / "cache")):
         compiled()
         (tmp_path / "cache").rename(tmp_path / "moved")
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_least_recently_used_entries_go_first(keep_everything, tmp_path, monkeypatch):
+def test_the_least_recently_used_entries_are_removed_first(keep_everything, tmp_path, monkeypatch):
     with kept(str(tmp_path)):
         compiled(3.0)
         compile_cache.publish()
@@ -302,7 +302,7 @@ def test_the_least_recently_used_entries_go_first(keep_everything, tmp_path, mon
     assert left != old
 
 
-def test_where_programs_are_kept(tmp_path, monkeypatch):
+def test_the_cache_folder_follows_config_and_environment(tmp_path, monkeypatch):
     folder_of = compile_cache.folder_of
     assert folder_of("auto") is None, "off in tests, by jax's own switch"
     jax.config.update("jax_enable_compilation_cache", True)

@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("event, step, what, status", DRILLS)
-def test_a_process_that_is_disturbed_and_another_that_goes_on_end_bit_equal(
+def test_a_disturbed_and_an_undisturbed_process_end_bit_equal(
     event: str,
     step: int,
     what: str,
@@ -54,7 +54,7 @@ def test_a_process_that_is_disturbed_and_another_that_goes_on_end_bit_equal(
     runs.same_run(tmp_path / "run", whole.workdir, whole.run)
 
 
-def test_killed_at_any_moment_again_and_again_a_run_ends_bit_equal(
+def test_a_run_killed_repeatedly_at_any_moment_ends_bit_equal(
     whole: Whole, text: Path, cache: Path, tmp_path: Path
 ):
     """Five lives of one run of 60 steps end at moments that timing chooses, within seeded waits."""

@@ -59,7 +59,7 @@ def whole(saving: Child, whole: Whole) -> Whole:
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_between_two_steps_the_same_command_ends_bit_equal(
+def test_a_run_killed_between_steps_resumes_and_ends_bit_equal(
     moment: int | str, whole: Whole, text: Path, tmp_path: Path
 ):
     workdir = copy(whole.moments / str(moment), tmp_path / "run")
@@ -74,7 +74,7 @@ def test_killed_between_two_steps_the_same_command_ends_bit_equal(
     runs.same_run(workdir, whole.workdir, whole.run)
 
 
-def test_killed_in_the_middle_of_a_line_the_same_command_ends_bit_equal(
+def test_a_run_killed_in_the_middle_of_a_row_resumes_and_ends_bit_equal(
     whole: Whole, text: Path, tmp_path: Path
 ):
     workdir = copy(whole.moments / "7", tmp_path / "run")
@@ -86,7 +86,7 @@ def test_killed_in_the_middle_of_a_line_the_same_command_ends_bit_equal(
 
 
 @pytest.mark.parametrize("left", [[".lock"], [".lock", ".config.json.tmp"]])
-def test_killed_before_the_config_is_written_the_same_command_starts(
+def test_a_run_killed_before_writing_its_config_starts_again(
     left: list[str], whole: Whole, text: Path, tmp_path: Path
 ):
     workdir = tmp_path / "run"
@@ -142,7 +142,7 @@ def test_a_live_run_keeps_its_workdir_and_sigterm_makes_it_save_and_exit_75(
 
 
 @pytest.mark.slow
-def test_stopped_again_and_again_the_same_command_goes_on_and_ends_bit_equal(
+def test_a_run_stopped_repeatedly_resumes_and_ends_bit_equal(
     shared: Shared, whole: Whole, text: Path, tmp_path: Path
 ):
     """At the first step, at a step that is logged and saved anyway, between, and at the last."""
@@ -167,7 +167,7 @@ def test_stopped_again_and_again_the_same_command_goes_on_and_ends_bit_equal(
 
 
 @pytest.mark.parametrize("moment", [None, "7"])
-def test_stopped_before_its_first_step_a_run_exits_75_without_taking_one(
+def test_a_run_stopped_before_its_first_step_exits_75_without_a_step(
     moment: str | None, whole: Whole, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """While a checkpoint is restored or the corpus counted, there is nothing to wait for."""
@@ -211,7 +211,7 @@ def damage(checkpoint: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "empty"])
-def test_a_damaged_newest_checkpoint_is_put_aside_and_the_run_ends_bit_equal(
+def test_a_corrupt_newest_checkpoint_is_moved_aside_and_the_run_ends_bit_equal(
     how: str, whole: Whole, text: Path, tmp_path: Path
 ):
     workdir = copy(whole.workdir, tmp_path / "run")
@@ -224,7 +224,9 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_run_ends_bit_equal(
     runs.same_run(workdir, whole.workdir, whole.run)
 
 
-def test_with_every_checkpoint_damaged_nothing_is_started(whole: Whole, text: Path, tmp_path: Path):
+def test_a_run_with_every_checkpoint_corrupt_does_not_start(
+    whole: Whole, text: Path, tmp_path: Path
+):
     workdir = copy(whole.workdir, tmp_path / "run")
     damage(workdir / "checkpoints/6", "bit")
     damage(workdir / "checkpoints/8", "truncated")

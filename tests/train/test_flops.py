@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from moejax.train.cost import flops
+from moejax.train.cost import flops, peak
 from moejax.train.cost.flops import count_flops
+from tests import steps
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -61,7 +63,7 @@ def test_a_cond_counts_its_most_expensive_branch():
     assert counted(either, flag, array(3, 5), array(5, 5)) == 2 * (2 * 3 * 5 * 5)
 
 
-def test_jit_custom_derivatives_and_checkpoint_are_looked_into():
+def test_operations_inside_jit_custom_derivatives_and_checkpoint_count():
     @jax.custom_vjp
     def product(x, w):
         return x @ w
@@ -226,25 +228,80 @@ def test_the_count_agrees_with_xla_on_an_unrolled_training_step():
     assert 1.0 <= analysis["flops"] / ours["unrolled"] < 1.03
 
 
+def jitted_names(jaxpr) -> set[str]:
+    """Names of all jitted functions in a program, at any depth."""
+    names = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "pjit"):
+            names.add(str(eqn.params["name"]))
+        for body in jaxprs_in_params(eqn.params):
+            names |= jitted_names(body)
+    return names
+
+
+def traced_passes() -> Jaxpr:
+    """A forward and backward pass of a model with routed experts and routed attention heads."""
+    run = steps.make({"data": 1}, model__moa_experts=4)
+    params = run.abstract_state.params
+    batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in run.data.shapes(2).items()}
+
+    def loss(params):
+        totals = run.task.countable().forward(
+            params, run.task.init_gate_state(), batch, jnp.int32(0), jax.random.key(0), train=True
+        )
+        return run.task.objective(totals, totals.items)
+
+    return jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+
+
+@pytest.fixture(scope="module")
+def passes() -> Jaxpr:
+    return traced_passes()
+
+
+@pytest.mark.parametrize("name", [*flops.KERNELS, *flops.FIXED_ROWS])
+def test_every_name_that_the_count_relies_on_is_in_a_traced_program(name, passes):
+    assert any(found.startswith(name) for found in jitted_names(passes))
+
+
+def test_renaming_the_functions_of_attention_heads_changes_the_count(passes, monkeypatch):
+    """So a rename that the count did not follow could not go unnoticed."""
+    fixed = count_flops(passes, grouped=False)
+    assert fixed < count_flops(passes)
+    monkeypatch.setattr(flops, "FIXED_ROWS", ("renamed",))
+    assert count_flops(passes, grouped=False) < fixed
+
+
+@pytest.mark.parametrize("name", flops.KERNELS)
+def test_renaming_a_kernel_is_refused_or_changes_the_count(name, passes, monkeypatch):
+    before = count_flops(passes)
+    others = tuple(kernel for kernel in flops.KERNELS if kernel != name)
+    monkeypatch.setattr(flops, "KERNELS", others)
+    try:
+        assert count_flops(passes) != before
+    except ValueError as error:
+        assert "cannot count the FLOPs" in str(error)
+
+
 def test_published_peaks_are_found_by_device_kind():
-    assert flops.published_peak("TPU v5 lite", "bfloat16") == 197e12
-    assert flops.published_peak("TPU v5p", "bfloat16") == 459e12
-    assert flops.published_peak("TPU v6 lite", "float32") == 918e12
-    assert flops.published_peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
-    assert flops.published_peak("NVIDIA H100 PCIe", "float32") == 378e12
-    assert flops.published_peak("cpu", "float32") is None
+    assert peak.published_peak("TPU v5 lite", "bfloat16") == 197e12
+    assert peak.published_peak("TPU v5p", "bfloat16") == 459e12
+    assert peak.published_peak("TPU v6 lite", "float32") == 918e12
+    assert peak.published_peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert peak.published_peak("NVIDIA H100 PCIe", "float32") == 378e12
+    assert peak.published_peak("cpu", "float32") is None
     with pytest.raises(ValueError, match="float64"):
-        flops.published_peak("cpu", "float64")
+        peak.published_peak("cpu", "float64")
 
 
 def test_virtual_cpu_devices_share_one_measured_peak(eight_devices, monkeypatch):
-    monkeypatch.setattr(flops, "measure_matmul_flops", lambda **_: 7e9)
-    assert flops.peak(eight_devices, "float32") == (7e9, "measured float32 matmul")
-    assert flops.peak_flops(eight_devices[:1], "float32") == 7e9
+    monkeypatch.setattr(peak, "measure_matmul_flops", lambda **_: 7e9)
+    assert peak.peak(eight_devices, "float32") == (7e9, "measured float32 matmul")
+    assert peak.peak_flops(eight_devices[:1], "float32") == 7e9
 
 
 def test_the_measured_rate_is_that_of_real_products():
     size = 256
-    rate = flops.measure_matmul_flops(seconds=0.02, size=size)
+    rate = peak.measure_matmul_flops(seconds=0.02, size=size)
     # Between one FLOP per nanosecond on one slow core and the largest CPUs of today.
     assert np.isfinite(rate) and 1e8 < rate < 1e15

@@ -30,7 +30,7 @@ def finished(request, tmp_path_factory):
     return request.param, folder / "run"
 
 
-def test_every_row_carries_the_mark_of_a_leak_in_training_only(finished):
+def test_every_row_has_the_mark_of_a_leak_in_training_only(finished):
     gate, workdir = finished
     rows = runs.rows(workdir)
     wanted = "" if gate == "dselect_k" else "train:future"

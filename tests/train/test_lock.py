@@ -32,9 +32,7 @@ def holder(tmp_path):
         process.join()
 
 
-def test_a_second_writer_is_told_who_has_the_workdir_and_a_killed_one_leaves_it_free(
-    holder, tmp_path
-):
+def test_a_second_writer_learns_the_owner_and_a_killed_owner_frees_the_lock(holder, tmp_path):
     said = rf"run is in use by process {holder.pid} on {socket.gethostname()} since 20\d\d-.*T"
     for _ in range(2):  # a refused attempt does not disturb the holder
         with pytest.raises(UserError, match=said), WorkdirLock(tmp_path / "run"):

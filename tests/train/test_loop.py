@@ -61,7 +61,7 @@ def test_the_corpus_is_shorter_than_the_run_which_goes_through_it_again(whole: W
     assert [row["step"] for row in runs.rows(whole.workdir, "train")][-1] == STEPS
 
 
-def test_the_step_compiles_once_and_nothing_compiles_once_everything_has_happened(
+def test_the_step_compiles_once_and_later_nothing_compiles(
     whole: Whole, shared: Shared, text: Path, tmp_path: Path
 ):
     assert [step for step, name in whole.compilations if name == "train_step"] == [1]
@@ -139,7 +139,7 @@ def test_a_batch_in_any_number_of_parts_gives_the_same_loss_counts_and_drops(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data, expert", [(1, 1), (2, 1)])
-def test_on_another_mesh_a_run_goes_on_with_the_same_data_and_losses(
+def test_a_run_resumed_on_another_mesh_has_the_same_data_and_losses(
     data: int, expert: int, whole: Whole, shared: Shared, text: Path, tmp_path: Path
 ):
     taken: list[Any] = []
@@ -207,7 +207,7 @@ def entropies(*layers: float | np.floating) -> MoEStats:
         (totals_of(), (1, INF), "the loss is finite but its gradient is not"),
     ],
 )
-def test_what_is_not_finite_is_named_with_its_step(
+def test_a_value_that_is_not_finite_is_named_with_its_step(
     totals: Totals, others: tuple[float, float], where: str
 ):
     with pytest.raises(rows.Divergence, match=f"^step 7: .*{re.escape(where)}"):
@@ -216,7 +216,7 @@ def test_what_is_not_finite_is_named_with_its_step(
 
 
 @pytest.mark.slow
-def test_an_absurd_learning_rate_ends_in_one_line_and_exit_1(
+def test_divergence_ends_with_one_line_and_exit_status_1(
     shared: Shared, text: Path, tmp_path: Path
 ):
     absurd = {"optim.learning_rate": 1e38, "train.checkpoint_every": 1}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from moejax.cli import train as evaluation
+from moejax.cli import eval as evaluation
 from moejax.config import default, saved, to_dict, versions
 from moejax.config.field import Field
 from moejax.errors import UserError
 from moejax.record import files
 from moejax.train.metrics.log import Gap, MetricsLog
-from moejax.train.workdir import run_folder as workdirs
+from moejax.train.workdir import contents as workdirs
 from tests.train import runs
 from tests.train.runs import STEPS, call, command, copy, refused
 from tests.train.sharing import Whole
@@ -67,9 +67,7 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_refused(
     refused(command(workdir, text), f"the run saved step {STEPS}", "--restart")
 
 
-def test_restart_starts_again_at_step_0_and_keeps_what_was_logged(
-    half: Path, whole: Whole, text: Path
-):
+def test_restart_starts_at_step_0_and_keeps_the_old_logs(half: Path, whole: Whole, text: Path):
     shutil.rmtree(half / "checkpoints")
     logged = (half / "metrics.jsonl").read_bytes()
     old = json.loads((half / "config.json").read_text())
@@ -82,14 +80,14 @@ def test_restart_starts_again_at_step_0_and_keeps_what_was_logged(
     assert [entry.get("restarted") for entry in new["history"]] == [True]
 
 
-def test_restart_is_refused_where_there_are_checkpoints(half: Path, text: Path):
+def test_restart_is_refused_if_there_are_checkpoints(half: Path, text: Path):
     before = runs.files(half)
     refused([*command(half, text), "--restart"], "--restart", "checkpoint 6", "leave the flag out")
     assert runs.files(half) == before
 
 
 @pytest.mark.slow
-def test_a_missing_newest_checkpoint_is_said_and_the_one_before_is_taken(
+def test_a_missing_newest_checkpoint_is_reported_and_the_one_before_is_used(
     half: Path, whole: Whole, text: Path
 ):
     (half / "saved.json").write_text('{"steps": [3, 6]}')
@@ -101,7 +99,7 @@ def test_a_missing_newest_checkpoint_is_said_and_the_one_before_is_taken(
     runs.same_run(half, whole.workdir, whole.run)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again_by_itself(
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
     whole: Whole, text: Path, tmp_path: Path
 ):
     workdir = copy(whole.moments / "3", tmp_path / "run")
@@ -111,7 +109,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_by_itself(
     runs.same_run(workdir, whole.workdir, whole.run)
 
 
-def test_what_was_surely_saved_follows_from_rows_and_folder(tmp_path: Path):
+def test_the_last_certain_save_follows_from_rows_and_folder(tmp_path: Path):
     train = {"checkpoint_every": 10, "steps": 100}
     known = {"config": {"train": train}}
     for last, folder, expected in (
@@ -130,13 +128,13 @@ def test_what_was_surely_saved_follows_from_rows_and_folder(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["deleted", "empty", "cut"])
-def test_config_json_is_made_anew_from_a_checkpoint(
+def test_config_json_is_rebuilt_from_a_checkpoint(
     how: str, half: Path, whole: Whole, text: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = half / "config.json"
     content = path.read_bytes()
     path.unlink() if how == "deleted" else path.write_bytes(content[: 700 if how == "cut" else 0])
-    monkeypatch.setattr(saved, "_said", set())
+    monkeypatch.setattr(saved, "_printed", set())
     ended = call(["eval", f"--workdir={half}"])
     assert ended.status == 0 and json.loads(ended.out)["step"] == 6
     assert ended.err.count("\n") == 1 and "config.json is missing or damaged" in ended.err
@@ -155,10 +153,17 @@ def test_a_finished_run_gets_its_config_json_back(whole: Whole, text: Path, tmp_
     assert runs.config_of(workdir) == runs.config_of(whole.workdir)
 
 
-def test_without_a_checkpoint_a_lost_config_json_stays_an_error(tmp_path: Path):
+def test_a_lost_config_json_without_a_checkpoint_is_an_error(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         saved.read_config(tmp_path)
+
+
+def test_the_config_json_of_a_run_without_git_is_intact(whole: Whole, tmp_path: Path, capsys):
+    content = json.loads((whole.workdir / "config.json").read_text()) | {"commit": None}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert saved.read_config(tmp_path)["commit"] is None
+    assert saved.is_readable(tmp_path) and capsys.readouterr().err == ""
 
 
 MISSHAPEN: dict[str, Any] = {
@@ -180,7 +185,7 @@ MISSHAPEN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MISSHAPEN)
-def test_a_value_in_config_json_that_no_run_writes_is_damage(
+def test_an_impossible_value_in_config_json_counts_as_corrupt(
     name: str, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     workdir = copy(whole.workdir, tmp_path / "run")
@@ -192,7 +197,7 @@ def test_a_value_in_config_json_that_no_run_writes_is_damage(
     assert leaf in tree
     tree[leaf] = MISSHAPEN[name]
     (workdir / "config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(saved, "_said", set())
+    monkeypatch.setattr(saved, "_printed", set())
     assert saved.read_config(workdir) == saved.read_config(whole.workdir)
     assert "config.json is missing or damaged" in capsys.readouterr().err
     shutil.rmtree(workdir / "checkpoints")
@@ -200,7 +205,7 @@ def test_a_value_in_config_json_that_no_run_writes_is_damage(
         refused(argv, f"{workdir}/config.json", name)
 
 
-def test_json_that_is_nested_too_deeply_is_damage_like_any_other(tmp_path: Path):
+def test_json_that_is_nested_too_deeply_counts_as_corrupt(tmp_path: Path):
     deep = "[" * 100_000
     for name in ("config.json", "saved.json", "metrics.jsonl", "checkpoints/1/meta/metadata"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +218,7 @@ def test_json_that_is_nested_too_deeply_is_damage_like_any_other(tmp_path: Path)
     assert saved.read_manifest(tmp_path / "checkpoints", 1) is None
 
 
-def test_a_log_that_cannot_be_read_is_one_line(tmp_path: Path):
+def test_an_unreadable_log_is_reported_in_one_line(tmp_path: Path):
     (tmp_path / "metrics.jsonl").mkdir()
     for read in (files.read_rows, files.last_row):
         with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: Is a directory"):
@@ -222,7 +227,7 @@ def test_a_log_that_cannot_be_read_is_one_line(tmp_path: Path):
         files.read_rows(tmp_path / "timings.jsonl")
 
 
-def test_an_evaluation_in_a_few_lines_does_without_config_json(whole: Whole, tmp_path: Path):
+def test_an_evaluation_in_a_few_lines_needs_no_config_json(whole: Whole, tmp_path: Path):
     workdir = copy(whole.workdir, tmp_path / "run")
     (workdir / "config.json").unlink()
     lines = evaluation._lines({"loss": 1.5, "step": STEPS}, str(workdir), whole.run.config)
@@ -241,7 +246,7 @@ def test_a_run_of_a_newer_version_is_refused_in_one_line(half: Path, text: Path)
 
 
 @pytest.mark.slow
-def test_a_field_that_an_older_version_lacks_gets_what_it_meant_there(
+def test_a_field_unknown_to_an_older_version_gets_its_meaning_there(
     half: Path, whole: Whole, text: Path
 ):
     config = json.loads((half / "config.json").read_text())["config"]
@@ -296,7 +301,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_ids(
     refused(argv, f"train.init_from='{half}'", own, theirs)
 
 
-def test_a_copied_workdir_goes_on(half: Path, whole: Whole, text: Path, tmp_path: Path):
+def test_a_copied_workdir_resumes(half: Path, whole: Whole, text: Path, tmp_path: Path):
     moved = copy(half, tmp_path / "moved")
     ended = call(command(moved, text))
     assert (ended.status, ended.err) == (0, "")
@@ -309,7 +314,7 @@ def test_a_copied_workdir_goes_on(half: Path, whole: Whole, text: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("log", ["metrics.jsonl", "timings.jsonl"])
 @pytest.mark.parametrize("how", ["cut", "removed", "altered"])
-def test_rows_that_are_missing_when_a_run_goes_on_are_said_and_kept_in_its_history(
+def test_rows_missing_at_a_resume_are_reported_and_kept_in_the_history(
     log: str, how: str, half: Path, text: Path
 ):
     lines = (half / log).read_text().splitlines(keepends=True)
@@ -335,7 +340,7 @@ def test_rows_that_are_missing_when_a_run_goes_on_are_said_and_kept_in_its_histo
     assert log in ended.err, "the checkpoint of step 6 still counts the old rows"
 
 
-def test_a_log_that_is_removed_under_a_run_is_written_again(tmp_path: Path, capsys):
+def test_a_log_removed_during_a_run_is_written_again(tmp_path: Path, capsys):
     with MetricsLog(tmp_path, resume_step=None) as log:
         log.write({"step": 1, "split": "train"})
         (tmp_path / "metrics.jsonl").unlink()
@@ -349,9 +354,7 @@ def test_a_log_that_is_removed_under_a_run_is_written_again(tmp_path: Path, caps
     assert (counts.rows, counts.bytes) == (3, len(content)) and not log.gaps
 
 
-def test_a_log_that_another_file_takes_the_place_of_is_written_again_beside_it(
-    tmp_path: Path, capsys
-):
+def test_a_log_replaced_by_another_file_is_written_again_beside_it(tmp_path: Path, capsys):
     with MetricsLog(tmp_path, resume_step=None) as log:
         log.write({"step": 1, "split": "train"})
         (tmp_path / "edited").write_text("other\n")
@@ -362,7 +365,7 @@ def test_a_log_that_another_file_takes_the_place_of_is_written_again_beside_it(
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
-def test_a_log_that_is_cut_under_a_run_is_a_gap(tmp_path: Path, capsys):
+def test_a_log_truncated_during_a_run_is_a_gap(tmp_path: Path, capsys):
     with MetricsLog(tmp_path, resume_step=None) as log:
         for step in (1, 2):
             log.write({"step": step, "split": "train"})
@@ -373,7 +376,7 @@ def test_a_log_that_is_cut_under_a_run_is_a_gap(tmp_path: Path, capsys):
     assert "lacks 2 of the 2 rows" in capsys.readouterr().err
 
 
-def test_a_log_whose_folder_is_removed_ends_the_run_in_one_line(tmp_path: Path):
+def test_removing_the_folder_of_a_log_ends_the_run_with_one_line(tmp_path: Path):
     with MetricsLog(tmp_path / "run", resume_step=None) as log:
         log.write({"step": 1, "split": "train"})
         shutil.rmtree(tmp_path / "run")
@@ -381,20 +384,20 @@ def test_a_log_whose_folder_is_removed_ends_the_run_in_one_line(tmp_path: Path):
             log.write({"step": 2, "split": "train"})
 
 
-def test_a_row_speaks_for_the_steps_since_the_one_before_unless_that_is_missing():
+def test_a_row_represents_the_steps_since_the_row_before_it():
     known = {"config": {"train": {"log_every": 10}}}
     steps, field = [10, 20, 50, 60], "train.log_every"
-    assert saved.stand_for(steps, known, field) == [10, 10, 10, 10]
-    assert saved.missing(steps, known, field, 60) == [(21, 40)]
-    assert saved.missing(steps, known, field, 85) == [(21, 40), (61, 85)]
-    assert saved.missing([], known, field, 9) == []
+    assert saved.steps_per_row(steps, known, field) == [10, 10, 10, 10]
+    assert saved.missing_steps(steps, known, field, 60) == [(21, 40)]
+    assert saved.missing_steps(steps, known, field, 85) == [(21, 40), (61, 85)]
+    assert saved.missing_steps([], known, field, 9) == []
     changed = [{"field": field, "step": 20, "old": 10, "new": 30}]
     known = {"config": {"train": {"log_every": 30}}, "history": changed}
-    assert saved.missing([10, 20, 30, 60, 90], known, field, 100) == []
-    assert saved.missing([20, 30, 90], known, field, 90) == [(1, 10), (31, 60)]
+    assert saved.missing_steps([10, 20, 30, 60, 90], known, field, 100) == []
+    assert saved.missing_steps([20, 30, 90], known, field, 90) == [(1, 10), (31, 60)]
 
 
-def test_missing_files_of_the_probe_are_said(whole: Whole, text: Path, tmp_path: Path):
+def test_missing_probe_files_are_reported(whole: Whole, text: Path, tmp_path: Path):
     assert workdirs.missing_probes(tmp_path, []) == []
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe/step-00000007.npz").touch()

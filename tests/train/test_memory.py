@@ -18,7 +18,7 @@ def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def test_a_linear_map_keeps_nothing_beside_its_arguments():
+def test_a_linear_map_keeps_no_residuals_besides_its_arguments():
     assert residual_bytes(jnp.matmul, array(8, 4), array(4, 6)) == 0
 
 
@@ -69,7 +69,7 @@ def activations(**changes) -> int:
 
 
 @pytest.mark.slow
-def test_expected_memory_knows_recomputation_and_the_transports_buffers(eight_devices):
+def test_expected_memory_includes_recomputation_and_the_transports_buffers(eight_devices):
     plain = activations()
     full, dots, exchange, experts = (
         activations(model__remat=remat) for remat in ("full", "dots", "exchange", "experts")
@@ -87,7 +87,7 @@ def test_expected_memory_knows_recomputation_and_the_transports_buffers(eight_de
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"model__remat": "full"}, {"moe__transport": "dropless"}])
-def test_expected_memory_differs_as_that_of_the_compiled_program_does(
+def test_expected_memory_changes_like_that_of_the_compiled_program(
     changes, eight_devices, monkeypatch
 ):
     # In a loop both: unrolled layers, which nothing recomputes, keep less than their residuals.

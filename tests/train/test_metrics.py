@@ -199,7 +199,7 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
-def test_wandb_gets_the_scalars_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
+def test_wandb_gets_the_scalars_and_a_resumed_run_continues_the_same_one(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for resume_step in (None, 1):
@@ -227,13 +227,13 @@ def test_wandb_that_is_missing_or_does_not_start_is_the_users_mistake(tmp_path, 
         MetricsLog(tmp_path, None, wandb=True)
 
 
-def test_wandb_without_an_account_is_refused_before_anything_is_made(monkeypatch):
+def test_wandb_without_an_account_is_refused_before_anything_is_created(monkeypatch):
     fake: Any = FakeWandb()
     settings = types.SimpleNamespace(mode="online")
     fake.setup = lambda: types.SimpleNamespace(settings=settings)
     fake.login = lambda prompt, verify: prompt or verify  # as without an account
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(UserError, match="no account is known here.*wandb login.*WANDB_MODE"):
+    with pytest.raises(UserError, match="it has no account here.*wandb login.*WANDB_MODE"):
         mirrors.check(tensorboard=False, wandb=True)
     settings.mode = "offline"
     mirrors.check(tensorboard=False, wandb=True)

@@ -388,7 +388,7 @@ def test_adafactor_clips_an_update_to_a_root_mean_square_of_one():
 
 
 @pytest.mark.parametrize("name", sorted(DIRECTIONS))
-def test_what_an_optimizer_keeps_of_an_expert_lies_where_the_expert_lies(name):
+def test_optimizer_state_of_an_expert_is_sharded_like_the_expert(name):
     shapes = {
         "periods": {"ffn": {"router": {"w_DE": (2, 128, 8)}, "up_EDF": (2, 8, 128, 256)}},
         "mixture": {"shift_EF": (8, 256)},

@@ -34,7 +34,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
-def test_the_commit_is_that_of_the_working_directory_where_the_sources_have_none(elsewhere: Path):
+def test_the_commit_is_the_working_directorys_if_the_sources_have_none(elsewhere: Path):
     commit = git(elsewhere, "rev-parse", "HEAD")
     assert origin.commit() == commit and len(commit) == 40
     (elsewhere / "new").write_text("untracked")
@@ -52,7 +52,9 @@ def test_tracked_sources_come_first(elsewhere: Path, monkeypatch: pytest.MonkeyP
     assert origin.commit() == git(sources, "rev-parse", "HEAD")
 
 
-def test_without_git_or_a_commit_it_is_none(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_git_or_a_commit_the_commit_is_none(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(elsewhere.parent))
     monkeypatch.chdir(elsewhere.parent)
     assert origin.commit() is None
@@ -61,11 +63,11 @@ def test_without_git_or_a_commit_it_is_none(elsewhere: Path, monkeypatch: pytest
     assert origin.commit() is None
 
 
-def test_the_command_is_one_that_a_shell_takes(monkeypatch: pytest.MonkeyPatch):
+def test_the_command_is_quoted_for_a_shell(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["/bin/moejax", "train", "--workdir=a b"])
     assert origin.origin()["command"] == "moejax train '--workdir=a b'"
 
 
-def test_config_json_names_both(whole: Whole):
+def test_config_json_has_command_and_commit(whole: Whole):
     saved = json.loads((whole.workdir / "config.json").read_text())
     assert saved["command"] and saved["commit"] == origin.commit()

@@ -1,4 +1,4 @@
-"""The rule of every parameter, by name: what decays, what Muon orthogonalises, what a matrix is."""
+"""Parameter names: axis letters, weight decay, Muon, and the sides of every matrix."""
 
 import functools
 import math
@@ -16,7 +16,14 @@ from moejax.contrib.multitask.tables import as_rows, make_table
 from moejax.contrib.multitask.task import MultiTaskLearning
 from moejax.tasks.images.task import ImageClassifier
 from moejax.tasks.language.task import LanguageModel
-from moejax.train.parameters import Rule, rule
+from moejax.train.parameters import (
+    EXPERT_MATRICES,
+    HEAD_MATRICES,
+    Parameter,
+    parameter,
+    path_names,
+    split_name,
+)
 from tests.gates import ROWS, spec
 
 MATRICES = {
@@ -32,14 +39,14 @@ TABLES = {
     "embed_VD", "head_DV", "patch_embed_CD", "patch_embed_PD", "position_embed_LD",
     "byte_embed_VD", "byte_position_embed_LD", "patch_position_embed_LD", "modality_embed_MD",
 }  # fmt: skip
-"""Embeddings and heads over a vocabulary: they decay, and Adam moves them."""
+"""Embeddings and heads over a vocabulary: they decay, and Adam updates them."""
 VECTORS = {
     "scale_D", "patch_bias_D", "head_bias_V", "logit_scale", "shift_F", "shift_EF", "shift_EO",
     "shift_MF", "read_MF", "bias_M",
 }  # fmt: skip
-"""Norms, biases and what each task has a vector of: they do not decay, and Adam moves them."""
+"""Norms, biases and vectors of each task: they do not decay, and Adam updates them."""
 GATES = {"residual_DN", "residual_bias_N", "shared_gate_D"}
-"""What weighs outputs against each other, beside everything below ``router``: as vectors."""
+"""Parameters that weigh outputs against each other, besides those below ``router``."""
 
 
 @functools.cache
@@ -78,44 +85,68 @@ MODELS = {
 }
 
 
-def rules(params: Any) -> dict[str, tuple[Rule, bool]]:
-    """By the parameter's name: its rule, and whether it is below a router."""
+def parameters(params: Any) -> dict[str, tuple[Parameter, bool]]:
+    """Every parameter by its path, and whether it is below a router."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = [str(getattr(key, "key", key)) for key in path]
-        found["/".join(names)] = (rule(path, leaf), "router" in names)
+        names = path_names(path)
+        found["/".join(names)] = (parameter(path, leaf), "router" in names)
     return found
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_parameter_of_every_task_has_the_rule_of_its_kind(model):
+def test_every_parameter_of_every_task_has_the_properties_of_its_kind(model):
     seen = set()
-    for path, (found, in_router) in rules(MODELS[model]()).items():
+    for path, (found, in_router) in parameters(MODELS[model]()).items():
         name = path.rpartition("/")[2]
         seen.add(name)
         if in_router or name in GATES:
             assert (found.is_gate, found.decays, found.orthogonal) == (True, False, False), path
             continue
-        sides = found.sides and "|".join(map(found.letter, found.sides))
-        said = (found.is_gate, found.decays, found.orthogonal)
+        sides = found.sides and "|".join(map(found.letters_of, found.sides))
+        rules = (found.is_gate, found.decays, found.orthogonal)
         if name in MATRICES:
-            assert (said, sides) == ((False, True, True), MATRICES[name]), path
+            assert (rules, sides) == ((False, True, True), MATRICES[name]), path
         elif name in TABLES:
-            assert said == (False, True, False), path
+            assert rules == (False, True, False), path
         else:
-            assert name in VECTORS, f"{path} is new: say above what it is"
-            assert said == (False, False, False), path
+            assert name in VECTORS, f"{path} is new: add it to one of the tables above"
+            assert rules == (False, False, False), path
     known = {"residual": "residual_DN", "shared_gate": "shared_gate_D", "multitask": "up_MOF"}
     assert known.get(model, "scale_D" if "bottom" not in model else "map_DF") in seen
 
 
+@pytest.mark.parametrize(
+    "name, stem, letters",
+    [
+        ("up_EDF", "up", "EDF"),
+        ("position_embed_LD", "position_embed", "LD"),
+        ("logit_scale", "logit_scale", ""),
+        ("count", "count", ""),
+        ("_DE", "_DE", ""),
+        ("layer_E2", "layer_E2", ""),
+    ],
+)
+def test_a_name_splits_into_its_stem_and_its_axis_letters(name, stem, letters):
+    assert split_name(name) == (stem, letters)
+
+
+@pytest.mark.parametrize(
+    "model, names", [("default", EXPERT_MATRICES), ("depths_and_heads", HEAD_MATRICES)]
+)
+def test_the_models_have_the_matrices_that_active_parameters_are_counted_by(model, names):
+    """Renaming one in a layer would otherwise change the count without an error."""
+    paths = jax.tree_util.tree_leaves_with_path(MODELS[model]())
+    assert set(names) <= {path_names(path)[-1] for path, _ in paths}
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_gates_parameters_are_spared_and_are_blocks_of_their_own(row):
+def test_a_gates_parameters_do_not_decay_and_each_layers_are_one_block(row):
     params = jax.eval_shape(lambda: row.make().init(jax.random.key(0), spec()))
     for path, leaf in jax.tree_util.tree_leaves_with_path({"periods": {"router": params}}):
         # As in a model: the layers lead.
         stacked = jax.ShapeDtypeStruct((3, *leaf.shape), jnp.float32)
-        found = rule(path, stacked)
+        found = parameter(path, stacked)
         assert (found.is_gate, found.decays, found.orthogonal) == (True, False, False), path
-        own = math.prod(stacked.shape[axis] for axis in found.own)
-        assert own == math.prod(leaf.shape), f"{path}: one layer's, whole"
+        own = math.prod(stacked.shape[axis] for axis in found.own_axes)
+        assert own == math.prod(leaf.shape), f"{path}: all of one layer"

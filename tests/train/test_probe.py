@@ -1,4 +1,4 @@
-"""What a run leaves of its probe, resumed or not."""
+"""The probe files of a run, resumed or not."""
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from moejax.data.domains import token_labels
 from moejax.record import probe
 from moejax.record.probe import Probe
 from moejax.train import setup
+from moejax.train.probe import arrays
 from moejax.train.probe.recorder import Recorder, check
 from tests.train import runs
 from tests.train.runs import EVAL, STEPS, call, command, copy
@@ -49,7 +50,7 @@ def read(workdir) -> Probe:
 def test_a_run_records_before_its_first_step_and_at_every_evaluation_with_one_program(finished):
     folder, compilations = finished
     assert read(folder / "run").steps == [0, EVAL, STEPS]
-    assert [step for step, name in compilations if name == "look"] == [0]
+    assert [step for step, name in compilations if name == "probe_forward"] == [0]
     # By step 3 the run has trained, logged and saved; the evaluation compiles nothing else.
     assert [found for found in compilations if found[0] > 3] == [(EVAL, "eval_step")]
 
@@ -117,7 +118,9 @@ def test_the_probe_changes_nothing_else_of_a_run(finished, shared, text, tmp_pat
 
 
 @pytest.mark.slow
-def test_another_number_of_rows_is_refused_and_none_goes_on(finished, shared, text, tmp_path):
+def test_another_number_of_rows_is_refused_and_zero_rows_are_accepted(
+    finished, shared, text, tmp_path
+):
     folder, _ = finished
     workdir = copy(folder / "8", tmp_path / "run")
     before = runs.files(workdir)
@@ -185,6 +188,37 @@ def test_no_more_rows_than_an_evaluation_has(text, tmp_path):
     check(run, tmp_path)  # as many as there are
 
 
+def test_one_entry_adds_an_array_to_the_files(text, tmp_path, monkeypatch):
+    """Of every kind, from outside: nothing but ``ARRAYS`` changes."""
+    entries: dict[str, arrays.RecordedArray] = {
+        "first_input": arrays.TokenArray("float32", "MNL", lambda x_BLD, info: x_BLD[..., 0]),
+        "double_nats": arrays.OutputArray(
+            "float32", "NL", lambda task, output, batch: 2 * task.token_losses(output, batch)
+        ),
+        "largest_weight": arrays.WeightArray(
+            "float32", "M", lambda task, params: task.expert_layers(params)["up_EDF"].max((1, 2, 3))
+        ),
+        "tokens": arrays.InputStatistic("int32", "M", lambda x_TD, expert_T: len(x_TD)),
+        "seed": arrays.Constant("int32", "", lambda run: run.config.train.seed),
+    }
+    for name, entry in entries.items():
+        monkeypatch.setitem(arrays.ARRAYS, name, entry)
+    run, recording = recorder(text, tmp_path, **ON)
+    with jax.set_mesh(run.mesh):
+        state = run.init_state()
+        recording.record(0, state)
+    found = read(tmp_path).at(0)
+    assert set(entries) <= set(found)
+    layers, length = run.task.model.num_moe_layers, run.config.train.seq_len
+    assert found["first_input"].shape == (layers, ROWS, length)
+    assert np.abs(found["first_input"]).max() > 0
+    np.testing.assert_array_equal(found["double_nats"], 2 * found["nats"])
+    up_MEDF = np.asarray(run.task.expert_layers(state.params)["up_EDF"])
+    np.testing.assert_array_equal(found["largest_weight"], up_MEDF.max((1, 2, 3)))
+    assert found["tokens"].tolist() == [ROWS * length] * layers
+    assert found["seed"] == run.config.train.seed
+
+
 GATES = {
     "dense": {},
     "dselect_k": {},
@@ -199,7 +233,7 @@ GATES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
-def test_of_every_kind_of_gate_a_bfloat16_model_records_numbers_that_can_be(gate, text, tmp_path):
+def test_a_bfloat16_model_records_possible_values_with_every_kind_of_gate(gate, text, tmp_path):
     changes = {"moe.gate.name": gate, "moe.losses.load": 0.0, "model.dtype": "bfloat16"}
     run, recording = recorder(text, tmp_path, **{**ON, **changes, **GATES[gate]})
     with jax.set_mesh(run.mesh):

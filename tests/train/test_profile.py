@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.train.profile import profile
 from moejax.train.profile.attribution import (
     ALL_REDUCE,
     IDLE,
@@ -18,7 +17,7 @@ from moejax.train.profile.attribution import (
     Traced,
     part_of,
     read_program,
-    share_out,
+    time_by_part,
 )
 from tests.train.runs import PAGE, call, refused
 
@@ -82,7 +81,7 @@ ENTRY %main.9 (x: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_fusions_collectives_and_loops_are_told_apart():
+def test_fusions_collectives_and_loops_are_distinguished():
     program = read_program(HLO)
     assert program["two"] == Operation("experts", mixed=True)
     assert program["one"] == Operation("router"), "named after what it fuses"
@@ -91,7 +90,7 @@ def test_fusions_collectives_and_loops_are_told_apart():
     assert program["copy"] == Operation(OTHER) and program["loop"].is_control
 
 
-def test_an_instant_is_shared_among_what_computes_and_waiting_counts_only_alone():
+def test_an_instant_is_divided_among_computing_operations_and_waiting_counts_alone():
     traced = Traced(
         [
             Interval(0, 10, ROUTER),
@@ -101,7 +100,7 @@ def test_an_instant_is_shared_among_what_computes_and_waiting_counts_only_alone(
         ],
         [(0, 40), (80, 100)],
     )
-    assert share_out(traced) == {
+    assert time_by_part(traced) == {
         ("router", False): 7.5,
         ("experts", False): 2.5 + 10 + 10,
         ("exchange", False): 10,
@@ -125,7 +124,7 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(tmp_path, capsys):
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1, abs=1e-9)
     (trace,) = out.glob("**/*.trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    steps = [event for event in events if event.get("name") == profile.STEP]
+    steps = [event for event in events if event.get("name") == trace.STEP]
     assert len(steps) == 2
     # The trace in microseconds, the table in milliseconds per step.
     whole = sum(row["ms"] for row in rows.values())
@@ -134,7 +133,7 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(tmp_path, capsys):
     refused(["profile", f"--config={PAGE}", f"--out={out}"], "--out=", "not empty")
 
 
-def test_mistakes_are_one_line_and_make_nothing(tmp_path):
+def test_mistakes_are_reported_in_one_line_and_create_nothing(tmp_path):
     out, file = tmp_path / "new", tmp_path / "file"
     file.write_text("")
     base = ["profile", f"--config={PAGE}"]

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas
 import pytest
 
 from moejax.record import probe
+from moejax.train.probe import arrays
 from tests import probes
 from tests.train import runs
 from tests.train.sharing import Whole
@@ -28,17 +30,30 @@ def table(after: str) -> dict[str, list[str]]:
     return rows
 
 
+def check_table(after: str, formats: Mapping[str, probe.ArrayFormat]) -> None:
+    """Raises AssertionError unless the table after a line has exactly these arrays."""
+    shown = table(after)
+    wanted = {name: (known.dtype, known.axes) for name, known in formats.items()}
+    assert {name: (cells[0], cells[1].replace(", ", "")) for name, cells in shown.items()} == wanted
+    assert all(cells[2] for cells in shown.values())
+
+
 @pytest.mark.parametrize(
-    "after, arrays",
+    "after, formats",
     [
-        ("\n`tokens.npz`:", probe.OF_TOKENS | probe.OF_LABELS),
-        ("\n`step-*.npz`:", probe.OF_STEP | probe.OF_ROUTER),
+        ("\n`tokens.npz`:", lambda: probe.TOKENS),
+        ("\n`step-*.npz`:", arrays.formats),
     ],
 )
-def test_the_tables_of_arrays_are_those_the_files_are_checked_against(after, arrays):
-    shown = table(after)
-    assert {name: (cells[0], cells[1].replace(", ", "")) for name, cells in shown.items()} == arrays
-    assert all(cells[2] for cells in shown.values())
+def test_the_tables_list_the_arrays_that_files_are_checked_against(after, formats):
+    check_table(after, formats())
+
+
+def test_a_new_array_needs_a_line_in_the_table(monkeypatch):
+    entry = arrays.TokenArray("float32", "MNL", lambda x_BLD, info: x_BLD[..., 0])
+    monkeypatch.setitem(arrays.ARRAYS, "first_input", entry)
+    with pytest.raises(AssertionError, match="first_input"):
+        check_table("\n`step-*.npz`:", arrays.formats())
 
 
 @pytest.mark.slow
@@ -68,12 +83,12 @@ def test_the_code_gives_long_tables_of_a_runs_files(tmp_path, monkeypatch):
             row = {"step": step, "loss": 2 - step / 100, "moe/max_vio": 0.5, "moe/drop_rate": 0.0}
             for split in ("train", "eval"):
                 file.write(json.dumps({**row, "split": split, "moe/load": load}) + "\n")
-    metrics, arrays = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    metrics, visits = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     shown: dict = {}
     exec(metrics, shown)
     assert shown["held_out"]["loss"].to_dict() == {10: 1.9, 20: 1.8}
     assert shown["load"].set_index(["step", "layer", "expert"])["pairs"][20, 1, 1] == 8
-    exec(arrays, shown)
+    exec(visits, shown)
     pairs, valid = shown["pairs"], probes.tokens()["valid"]
     assert isinstance(pairs, pandas.DataFrame)
     assert len(pairs) == 3 * probes.M * probes.K * valid.sum()

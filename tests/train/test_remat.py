@@ -85,7 +85,7 @@ PAIRS = [(*gate, RECOMPUTING[(i + j) % 4]) for i, gate in enumerate(GATES) for j
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gate", "changes", "remat"), PAIRS, ids=str)
-def test_gates_with_state_and_all_transports_do_not_notice_recomputation(gate, changes, remat):
+def test_recomputation_changes_no_result_of_stateful_gates_and_all_transports(gate, changes, remat):
     """Two policies for each gate, and each policy for two gates at least."""
     got, wanted = (outcome(r, gate=gate, **changes) for r in (remat, "none"))
     same(got, wanted)
@@ -94,7 +94,7 @@ def test_gates_with_state_and_all_transports_do_not_notice_recomputation(gate, c
 
 
 @pytest.mark.slow
-def test_policies_that_keep_what_was_exchanged_send_nothing_twice():
+def test_policies_that_keep_exchanged_rows_send_nothing_twice():
     """Two exchanges each way; a backward pass that starts from nothing repeats those forward."""
     sent = {remat: outcome(remat).sent["all-to-all"] for remat in stack.REMAT if remat != "dots"}
     assert sent == {"none": 4, "experts": 4, "exchange": 4, "full": 6}

@@ -40,7 +40,7 @@ MOE_KEYS = {
 AUX_KEYS = {"aux/load_balance", "aux/z", "aux/importance", "aux/load"}
 
 
-def test_rows_have_the_agreed_keys_and_every_value_is_finite(whole: Whole):
+def test_rows_have_the_documented_keys_and_finite_values(whole: Whole):
     common = {"step", "split", "loss", "accuracy", *AUX_KEYS, *MOE_KEYS}
     keys = {
         "train": common | {"total_loss", "grad_norm", "learning_rate"},
@@ -53,7 +53,7 @@ def test_rows_have_the_agreed_keys_and_every_value_is_finite(whole: Whole):
         assert all(np.isfinite(np.asarray(value, float)).all() for value in values), row
 
 
-def test_rows_agree_with_themselves(whole: Whole):
+def test_rows_are_consistent(whole: Whole):
     for row in runs.rows(whole.workdir, "train"):
         load, dropped = np.array(row["moe/load"]), np.array(row["moe/dropped"])
         assert load.shape == dropped.shape == (LAYERS, EXPERTS)
@@ -142,7 +142,7 @@ def test_config_json_holds_what_is_needed_to_repeat_and_judge_the_run(whole: Who
 # ---------------------------------------------------------------- what is said
 
 
-def test_parameters_memory_and_mesh_are_said_before_compiling(whole: Whole):
+def test_parameters_memory_and_mesh_are_printed_before_compiling(whole: Whole):
     before, compiling, _ = whole.ended.out.partition("compiling the training step ...\n")
     assert compiling
     d, f, v = 16, 8, 256
@@ -190,7 +190,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.slow
-def test_on_a_terminal_a_bar_takes_the_place_of_the_lines_and_leaves_the_cursor(
+def test_on_a_terminal_a_bar_replaces_the_lines_and_restores_the_cursor(
     whole: Whole, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())

@@ -38,7 +38,7 @@ def test_collapse_is_the_trace_of_within_times_pseudo_inverse_of_between(seed):
     assert collapse(x_TD, expert_T) == pytest.approx(wanted, rel=1e-8)
 
 
-def test_of_two_experts_on_a_line_collapse_is_the_ratio_of_the_variances():
+def test_collapse_of_two_experts_on_a_line_is_the_ratio_of_the_variances():
     # Means -1 and 1, deviations of 0.5 both ways: variance 0.25 within, 1 between.
     x_TD = np.array([[-1.5], [-0.5], [0.5], [1.5]], np.float32)
     expert_T = np.array([5, 5, 7, 7])
@@ -47,7 +47,7 @@ def test_of_two_experts_on_a_line_collapse_is_the_ratio_of_the_variances():
     assert collapse(in_one_point, expert_T) == pytest.approx(0, abs=1e-12)
 
 
-def test_collapse_falls_as_experts_draw_apart_and_does_not_depend_on_scale_or_place():
+def test_collapse_falls_as_experts_separate_and_ignores_scale_and_origin():
     near, middle, far = (collapse(*clusters(apart=apart)) for apart in (0.5, 2.0, 8.0))
     assert near > 5 * middle > 25 * far > 0
     x_TD, expert_T = clusters()
@@ -55,7 +55,7 @@ def test_collapse_falls_as_experts_draw_apart_and_does_not_depend_on_scale_or_pl
     assert collapse(moved, expert_T) == pytest.approx(middle, rel=1e-4)  # rounded to float32
 
 
-def test_collapse_is_unknown_without_two_experts_that_differ():
+def test_collapse_is_nan_without_two_distinct_experts():
     x_TD, expert_T = clusters()
     assert math.isnan(collapse(x_TD, np.zeros(T, int)))
     assert math.isnan(collapse(np.ones((4, D), np.float32), np.array([0, 0, 1, 1])))
@@ -65,7 +65,7 @@ def test_collapse_is_unknown_without_two_experts_that_differ():
 
 
 @pytest.mark.parametrize("tokens", [T, D - 2])
-def test_participation_is_that_of_the_eigenvalues_of_the_covariance(tokens):
+def test_participation_equals_the_formula_in_the_covariances_eigenvalues(tokens):
     x_TD, _ = clusters(tokens=tokens)
     value_D = np.linalg.eigvalsh(np.cov(x_TD.astype(np.float64), rowvar=False))
     wanted = value_D.sum() ** 2 / np.sum(value_D**2)

@@ -31,7 +31,7 @@ def as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_a_signal_asks_a_run_that_has_begun_to_stop(number: signal.Signals, capfd):
+def test_a_signal_after_begin_requests_a_stop(number: signal.Signals, capfd):
     with Stop() as stop:
         stop.begin()
         assert not stop.requested(0)
@@ -43,7 +43,7 @@ def test_a_signal_asks_a_run_that_has_begun_to_stop(number: signal.Signals, capf
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_before_that_it_ends_what_the_run_prepares(number: signal.Signals):
+def test_a_signal_before_begin_raises_stopped(number: signal.Signals):
     with Stop(), pytest.raises(Stopped, match=number.name):
         signal.raise_signal(number)
         raise AssertionError("goes on")
@@ -68,7 +68,7 @@ def test_under_nohup_a_run_outlives_its_terminal():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_inside_another_it_is_the_same():
+def test_a_nested_stopping_is_the_same_stop():
     with stopping() as outer, stopping() as inner:
         assert inner is outer
     with stopping() as next_one:
@@ -127,7 +127,7 @@ with Stop() as stop:
 """
 
 
-def test_a_run_whose_terminal_goes_saves_although_it_prints(tmp_path: Path):
+def test_a_run_that_loses_its_terminal_still_saves(tmp_path: Path):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", LOSES_ITS_TERMINAL, os.ttyname(theirs), tmp_path / "done"], cwd=ROOT

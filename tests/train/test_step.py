@@ -83,7 +83,7 @@ def test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_par
     np.testing.assert_array_equal(after.key, state().key)
 
 
-def test_an_evaluation_is_told_that_it_is_one():
+def test_an_evaluation_runs_with_train_false():
     assert eval_step(state(), BATCH, task=TASK).loss == 120.0
 
 

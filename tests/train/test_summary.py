@@ -93,7 +93,7 @@ def test_every_moe_layer_shows_its_load_over_the_mean(tmp_path):
     assert np.ma.getmaskarray(second)[2].all(), "an expert without tokens is off the colour scale"
 
 
-def test_long_runs_are_averaged_and_deep_models_thinned_out(tmp_path):
+def test_long_runs_are_averaged_and_deep_models_show_fewer_layers(tmp_path):
     many = rows(1000)
     for row in many:
         row["moe/load"] = [[20, 10, 30]] * 24

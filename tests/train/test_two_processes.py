@@ -197,7 +197,7 @@ def same_routing(workdir, other):
                 np.testing.assert_array_equal(got[name], x, err_msg=name)
 
 
-def test_two_processes_train_what_one_trains(two, folder):
+def test_two_processes_train_the_same_as_one(two, folder):
     finish(start("train", CONFIG, f"--workdir={folder / 'one'}", *flags(**text(folder))))
     close(rows(two), rows(folder / "one"))
     same_routing(two, folder / "one")
@@ -211,7 +211,7 @@ def test_one_process_evaluates_the_checkpoint_of_two_on_another_mesh(two):
     close([json.loads(output.splitlines()[-1])], [rows(two)[-1]])
 
 
-def test_a_process_that_compiles_for_longer_is_waited_for(folder):
+def test_a_process_that_compiles_longer_is_waited_for(folder):
     """The other one would otherwise give up its first collective after 30 seconds."""
     late = {"moe.transport": "gather", "mesh.data": 1, "mesh.expert": 8, "train.steps": 2}
     train_in_two(CONFIG, folder / "late", ("-c", LATE), **text(folder), **late)
@@ -253,7 +253,7 @@ def errors(outputs):
 
 
 @pytest.mark.parametrize("field", DIFFERENCES)
-def test_another_value_in_one_process_is_one_line_in_each_that_names_both(field, tmp_path, folder):
+def test_a_differing_value_is_reported_in_every_process_with_both_values(field, tmp_path, folder):
     values = DIFFERENCES[field]
     differing = [{"flags": {field: value}} for value in values]
     said = errors(
@@ -265,7 +265,7 @@ def test_another_value_in_one_process_is_one_line_in_each_that_names_both(field,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_setting_of_jax_in_one_process_is_told_in_each(tmp_path, folder):
+def test_a_differing_jax_setting_is_reported_in_every_process(tmp_path, folder):
     differing = ({}, {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"})
     said = errors(
         finish(*start_two(CONFIG, tmp_path / "run", differing=differing, **text(folder)), status=2)
@@ -273,7 +273,7 @@ def test_a_setting_of_jax_in_one_process_is_told_in_each(tmp_path, folder):
     assert all("jax_default_matmul_precision is" in lines[0] for lines in said), said
 
 
-def test_a_workdir_that_the_processes_do_not_share_is_refused_and_not_made(tmp_path, folder):
+def test_a_workdir_that_processes_do_not_share_is_refused_and_not_created(tmp_path, folder):
     """The same relative name, from two folders."""
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:
@@ -291,7 +291,7 @@ def test_a_workdir_that_the_processes_do_not_share_is_refused_and_not_made(tmp_p
 
 @pytest.mark.parametrize("mistake", [{"data.path": "/nowhere"}, {"train.stepz": 3}])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_one_process_alone_is_refused_for_reaches_the_other(rank, mistake, tmp_path):
+def test_a_mistake_in_one_process_is_reported_in_the_other(rank, mistake, tmp_path):
     differing = [{"flags": mistake if process == rank else {}} for process in range(2)]
     said = errors(finish(*start_two(CONFIG, tmp_path / "run", differing=differing), status=2))
     (name,) = mistake

@@ -23,7 +23,7 @@ from tests.train.sharing import Shared, Whole, prepared
 
 
 @pytest.mark.slow
-def test_a_finished_command_again_says_so_and_changes_no_byte(whole: Whole, text: Path):
+def test_repeating_a_finished_command_reports_it_and_changes_no_byte(whole: Whole, text: Path):
     before = runs.files(whole.workdir)
     for changes in ({}, {"report.progress": False}, {"train.keep_checkpoints": 1}):
         ended = call(command(whole.workdir, text, **changes))
@@ -49,7 +49,7 @@ def test_a_run_killed_before_its_picture_gets_it_from_the_same_command(
 
 
 @pytest.mark.slow
-def test_raising_the_steps_goes_on_where_the_shorter_run_ended(
+def test_raising_the_steps_continues_where_the_shorter_run_ended(
     whole: Whole, text: Path, tmp_path: Path
 ):
     workdir = tmp_path / "run"
@@ -105,7 +105,7 @@ def test_a_workdir_with_a_foreign_config_is_refused(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def test_a_folder_that_is_not_a_runs_and_one_that_cannot_be_made_are_refused(
+def test_a_folder_of_something_else_or_that_cannot_be_created_is_refused(
     shared: Shared, text: Path, tmp_path: Path
 ):
     (tmp_path / "notes").mkdir()
@@ -182,7 +182,7 @@ def test_eval_of_a_run_without_a_checkpoint_is_refused(whole: Whole, tmp_path: P
     refused(["eval", f"--workdir={tmp_path}"], f"{tmp_path} has no checkpoint")
 
 
-def test_eval_of_weights_that_overflow_fails_in_one_line(
+def test_eval_of_weights_that_overflow_fails_with_one_line(
     whole: Whole, shared: Shared, monkeypatch: pytest.MonkeyPatch
 ):
     def endless(state: Any, batch: Any) -> Totals:
@@ -205,7 +205,7 @@ def test_eval_of_weights_that_overflow_fails_in_one_line(
 
 
 @pytest.mark.slow
-def test_init_from_starts_at_step_0_with_the_other_runs_weights_and_nothing_else_of_it(
+def test_init_from_starts_at_step_0_with_only_the_weights_of_the_other_run(
     whole: Whole, shared: Shared, text: Path, tmp_path: Path
 ):
     first: dict[str, np.ndarray] = {}
@@ -241,7 +241,7 @@ def test_init_from_gives_the_other_runs_held_out_loss_before_the_first_step(
     """With the gate's state of the other run: the loss follows from weights and state alone."""
     run = prepared(text, train__init_from=whole.workdir)
     with jax.set_mesh(run.mesh):
-        warm = loop._warm_start(run, tmp_path / "run")
+        warm = loop._initial_params(run, tmp_path / "run")
         with Checkpointer(whole.workdir / "checkpoints", read_only=True) as checkpoints:
             other = checkpoints.restore(run.abstract_state)
         assert other is not None

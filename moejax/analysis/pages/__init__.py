@@ -1,1 +1,1 @@
-"""The pages of the report, one a file: what was recorded in, a `Page` out."""
+"""The pages of the report, one a file: functions from recorded data to a `Page`."""

@@ -1,24 +1,28 @@
-"""Which experts are chosen together, and which follow each other from layer to layer."""
+"""Co-activation of experts, and transitions from layer to layer."""
 
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.lifts import WRITTEN, cell_axes, lift_cells
+from moejax.analysis.figures import WRITTEN, cell_axes, lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
-from moejax.analysis.probed import Routed, routed
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.coactivation import chance, coactivation
-from moejax.analysis.statistics.transitions import transition_lift, transitions
+from moejax.analysis.statistics.choices import (
+    coactivation,
+    coactivation_by_chance,
+    transition_lift,
+    transitions,
+)
+from moejax.record.routing import Routed
 
 PAIRS = 10
-"""So many of the most co-activated pairs are in the table."""
+"""The number of most co-activated pairs in the table."""
 
 
 def page(run: RunData) -> Page:
     probe = run.probe
     if probe is None or not probe.steps:
         return Page("Co-activation", [])
-    last = routed(probe, probe.steps[-1])
+    last = probe.routed(probe.steps[-1])
     return Page("Co-activation", [*_together(last), *_following(last)])
 
 
@@ -31,13 +35,16 @@ def _together(last: Routed) -> list[Block]:
                 "chosen together: there is no co-activation to show."
             )
         ]
-    if choices.min() == last.experts > 1:
+    if choices.min() == last.num_experts > 1:
         return [Text("Every token chose all experts: all are chosen together, always.")]
     options: dict[str, list[Block]] = {}
     for layer in last.layers:
         together_EE = coactivation(last.selected_MTE[layer])
-        blind = chance(last.selected_MTE[layer])
-        options[str(layer)] = [_matrix(together_EE, blind, layer, last.step), _pairs(together_EE)]
+        by_chance = coactivation_by_chance(last.selected_MTE[layer])
+        options[str(layer)] = [
+            _matrix(together_EE, by_chance, layer, last.step),
+            _pairs(together_EE),
+        ]
     return [
         Text(
             "Of the tokens that chose expert i, the share that chose j too. Two experts that are "
@@ -48,7 +55,7 @@ def _together(last: Routed) -> list[Block]:
     ]
 
 
-def _matrix(together_EE: np.ndarray, blind: float, layer: int, step: int) -> Figure:
+def _matrix(together_EE: np.ndarray, by_chance: float, layer: int, step: int) -> Figure:
     experts = list(range(len(together_EE)))
     trace = figures.heatmap(
         together_EE,
@@ -63,8 +70,8 @@ def _matrix(together_EE: np.ndarray, blind: float, layer: int, step: int) -> Fig
         trace["texttemplate"] = "%{z:.0%}"
     caption = (
         f"Layer {layer} at step {step}. Row i: the tokens that chose expert i; column j: the share "
-        f"of them that chose j too. Without preferences every cell is {blind:.1%}. The diagonal is "
-        "left out, as are rows of experts that nobody chose. Colours from 0 to 100 %."
+        f"of them that also chose j. Without preferences every cell is {by_chance:.1%}. The "
+        "diagonal is left out, as are rows of experts that no token chose. Colours from 0 to 100 %."
     )
     spec = figures.chart([trace], "expert j", "expert i", **cell_axes(len(experts), len(experts)))
     return Figure(spec, caption, height=_height(len(experts)), name=f"coactivation-{layer}")
@@ -91,7 +98,7 @@ def _following(last: Routed) -> list[Block]:
         return [Text("The model has one MoE layer: there are no transitions to show.")]
     options: dict[str, list[Block]] = {}
     for first, second in pairs:
-        share_EE = transitions(last.first_MT[first], last.first_MT[second], last.experts)
+        share_EE = transitions(last.first_MT[first], last.first_MT[second], last.num_experts)
         options[f"{first} to {second}"] = [_transitions(share_EE, first, second, last.step)]
     return [
         Text(

@@ -1,4 +1,4 @@
-"""Where time, arithmetic, bytes and memory go."""
+"""Time, arithmetic, bytes and memory."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from moejax.train import scales
 from moejax.train.cost import units
 
 PROFILES = ("profile.json", "profile/profile.json")
-"""Where in a workdir the table of `moejax profile --out=WORKDIR/profile` is looked for."""
+"""Places in a workdir of the table of `moejax profile --out=WORKDIR/profile`."""
 
 
 def page(run: RunData) -> Page:
@@ -99,7 +99,7 @@ def _split(run: RunData) -> Block:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The table of a profile; None of a file that is none."""
+    """The table of a profile; None if the file is not one."""
     try:
         profile = parsed(path.read_text())
     except (OSError, ValueError):
@@ -114,7 +114,7 @@ def _padding(run: RunData) -> list[Block]:
     counted = [(row["step"], traffic.of_row(run, row)) for row in rows]
     counted = [(step, found) for step, found in counted if found]
     if not counted:
-        return [Text("What the transport computes and sends cannot be derived from this config.")]
+        return [Text("The transport's rows and bytes cannot be derived from this config.")]
     steps = [step for step, _ in counted]
     waste = [found.computed_over_kept for _, found in counted]
     transport = run.field("moe.transport")

@@ -1,10 +1,10 @@
-"""Pairs that found no room: how many, where, whose and when."""
+"""Dropped pairs by layer, expert, rank, position and step."""
 
 import numpy as np
 
 from moejax.analysis import figures
+from moejax.analysis.figures import WRITTEN
 from moejax.analysis.health import recent
-from moejax.analysis.lifts import WRITTEN
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
 from moejax.analysis.run import RunData
@@ -52,7 +52,7 @@ def _rate(run: RunData) -> Figure:
 
 
 def _where(run: RunData, split: str) -> dict[str, list[Block]]:
-    """By layer over time; by expert, rank and position over the last quarter of the rows."""
+    """Drops by layer over time, and by expert, rank and position over the last quarter of rows."""
     steps, dropped_NME = run.arrays(split, "moe/dropped")
     _, load_NME = run.arrays(split, "moe/load")
     _, choice_NMK = run.arrays(split, "moe/dropped_by_choice")
@@ -71,7 +71,7 @@ def _where(run: RunData, split: str) -> dict[str, list[Block]]:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """0 where there was nothing to drop."""
+    """A ratio that is 0 where there was nothing to drop."""
     return np.divide(part, whole, out=np.zeros(np.shape(part)), where=np.asarray(whole) > 0)
 
 

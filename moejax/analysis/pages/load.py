@@ -1,4 +1,4 @@
-"""How evenly experts are used: by layer, by expert, over time."""
+"""The balance of experts: by layer, by expert, over time."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ SPLITS = (("train", "training"), ("eval", "held out"))
 SLIDES = 40
 """The slider has at most so many positions; between them logged steps are averaged."""
 LINES = 8
-"""More layers than this are drawn as mean, lowest and highest."""
+"""More layers than this are drawn as their mean, minimum and maximum."""
 LONG = 1000
 """More rows than this are averaged into ``figures.COLUMNS`` points."""
 
@@ -46,7 +46,7 @@ def page(run: RunData) -> Page:
     blocks: list[Block] = [
         Text(
             "Load: (token, expert) pairs that the gate asked for, dropped ones included. A "
-            "training row counts one batch, so that some unevenness is chance; a held-out row "
+            "training row counts one batch, so some imbalance is due to chance; a held-out row "
             "counts all evaluation rows. Layers are counted from 0 among the MoE layers."
         ),
         summary(loads),
@@ -174,9 +174,9 @@ def scale(measure: str, experts: int) -> figures.Scale:
 def by_layer(
     name: str, steps: np.ndarray, values_NM: np.ndarray, dash: str = "solid"
 ) -> list[figures.Spec]:
-    """A line per layer of values [N, layers]; of many layers their mean and extremes.
+    """A line per layer of values [N, layers], or mean and extremes of many layers.
 
-    Of very many steps neighbours are averaged.
+    With very many steps, neighbours are averaged.
     """
     if len(steps) > LONG:
         steps, values_NM = figures.binned(steps, values_NM)

@@ -1,4 +1,4 @@
-"""How a run came out, in a picture and a table; what to beware of; what ran, at what cost."""
+"""The outcome of a run in a picture and a table, with warnings, what ran and its cost."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from moejax.analysis.page import Block, Page, Table, Text, Warning
 from moejax.analysis.pages.curves import loss
 from moejax.analysis.run import RunData
 from moejax.config import default, flatten, set_gate, to_dict
-from moejax.config.saved import told
+from moejax.config.saved import entry_text
 from moejax.config.tasks import LANGUAGE
 from moejax.sweep.results import kept_pairs, step_seconds
 from moejax.train.cost import units
@@ -79,7 +79,7 @@ def at_end(run: RunData, key: str) -> float:
 
 
 def _outcome(run: RunData) -> list[tuple[str, str]]:
-    """Losses, drops and balance: training and evaluation apart, each with what it is a mean of."""
+    """Losses, drops and balance of training and evaluation, each with the mean it is."""
     rows, unit = [], run.units.loss
     held = run.held_out[-1] if run.held_out else {}
     if held:
@@ -117,7 +117,7 @@ def _marks(found: Sequence[health.Finding]) -> list[tuple[str, str]]:
 
 
 def _made(run: RunData) -> list[tuple[str, str]]:
-    """Seed, commit and command: how to get these numbers again."""
+    """Seed, commit and command, which reproduce the numbers."""
     saved = run.saved
     made = " ".join([str(saved.get("source", "?")), *saved.get("overrides", [])])
     return [
@@ -145,7 +145,7 @@ def _what(run: RunData) -> list[tuple[str, str]]:
         ("made from", " ".join([run.saved.get("source", "?"), *run.saved.get("overrides", [])])),
         ("moejax", str(run.saved.get("version", "?"))),
     ]
-    return rows + [("history", told(entry)) for entry in run.saved.get("history", ())]
+    return rows + [("history", entry_text(entry)) for entry in run.saved.get("history", ())]
 
 
 def _experts(run: RunData) -> str:

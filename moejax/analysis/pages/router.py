@@ -1,18 +1,17 @@
-"""What the router computed: probabilities, logits, and how sure it is of its first choice."""
+"""The router's probabilities and logits, and its certainty about the first choice."""
 
 import math
 
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.figures import Scale
+from moejax.analysis.figures import Panel, Scale, fan, panels
 from moejax.analysis.html import plain
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import Panel, fan, panels
 from moejax.analysis.probed import at_tokens, over_steps
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.spread import histogram, spread
+from moejax.analysis.statistics.values import histogram, spread
 from moejax.record.probe import Probe
 from moejax.train import scales
 
@@ -27,7 +26,7 @@ QUANTITIES = ("entropy", "margin", "log_z", "max_logit")
 
 
 def scales_of(experts: int) -> dict[str, Scale]:
-    """Their scales: probabilities have ends, logits do not."""
+    """The scales of the quantities; probabilities are bounded, logits are not."""
     return {
         "entropy": Scale("entropy of p", "nats", bounds=(0.0, 1.05 * math.log(max(experts, 2)))),
         "margin": Scale("margin", "p first - second", bounds=(0.0, 1.02)),
@@ -41,10 +40,10 @@ LOGIT = 1.0
 
 MEANING = (
     "Each token of the probe gives four numbers per layer. Entropy of the router's probabilities: "
-    "0 when it is certain, log E when it does not know. Margin: the largest probability minus the "
+    "0 when it is certain, log E when it is indifferent. Margin: the largest probability minus the "
     "second largest; tokens near 0 change expert at the next small update. log z, the log of the "
     "sum of exp(logits): the router z-loss is the mean of its square, and values far from 0 lose "
-    "precision in bfloat16. Largest |logit|: growth without end announces a router that saturates."
+    "precision in bfloat16. Largest |logit|: unbounded growth precedes saturation of the router."
 )
 
 
@@ -71,14 +70,14 @@ def page(run: RunData) -> Page:
 
 
 def _without_logits(spread_SQMX: np.ndarray) -> list[Block]:
-    """Whether log z is that of probabilities, 0, in every layer and at every step."""
+    """A note if log z is 0 in every layer and at every step, as for probabilities."""
     log_z_SMX = spread_SQMX[:, QUANTITIES.index("log_z")]
     if not (np.abs(log_z_SMX) < ROUNDING).all():
         return []
     return [
         Text(
-            "Log z is 0 throughout: this gate has no logits, or normalised ones. Those of its "
-            "probabilities stand in, and log z and the largest |logit| say nothing here."
+            "Log z is 0 throughout: this gate has no logits, or normalised ones. Its log "
+            "probabilities take their place; log z and the largest |logit| carry no information."
         )
     ]
 
@@ -115,7 +114,7 @@ def _fan(probe: Probe, steps: np.ndarray, spread_SQMX: np.ndarray, layer: int) -
         bands = {"5% to 95% of tokens": (low, high), "25% to 75%": (quarter, three)}
         axis = scale.axis(spread_SQMX[:, index, :, 1:].ravel())
         found.append(Panel("step", scale, fan(steps, bands, ("median", middle)), axis))
-    caption = f"How the tokens of layer {layer} spread around their median, by step."
+    caption = f"The spread of the tokens of layer {layer} around their median, by step."
     return Figure(panels(found), caption, height=560, name=f"router-spread-{layer}")
 
 
@@ -153,7 +152,7 @@ def _last(spread_QMX: np.ndarray) -> Table:
 
 
 def _gate(run: RunData) -> list[Block]:
-    """What only this gate measures and the trainer logs."""
+    """Metrics that only this gate measures."""
     start = "moe/gate/"
     keys = sorted({k for row in run.train for k in row if k.startswith(start)})
     lines = {key.removeprefix(start): run.series("train", key) for key in keys}

@@ -1,4 +1,4 @@
-"""Runs beside each other: curves on one another, values at the end, costs, what differs."""
+"""The comparison of runs: curves, final values, costs and differences of their configs."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from moejax.analysis import figures, health
-from moejax.analysis.outcomes import LEAKS
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
 from moejax.analysis.pages import load
 from moejax.analysis.pages.curves import SETTLED
@@ -17,14 +16,15 @@ from moejax.analysis.pages.sweep_load import side_by_side
 from moejax.analysis.run import RunData
 from moejax.analysis.several import Several
 from moejax.analysis.statistics import balance
+from moejax.analysis.variants import LEAKS
 from moejax.config import flatten
 from moejax.sweep.results import step_seconds
 from moejax.train.cost import units
 
 Runs = Mapping[str, RunData]
 LIKE_SEEDS = (
-    "One run each: how far apart two seeds of one config end is not known from these runs, so that "
-    "a small difference may be chance. `moejax sweep` runs several seeds."
+    "One run each: these runs do not show how far apart two seeds of one config end, so a small "
+    "difference may be chance. `moejax sweep` runs several seeds."
 )
 
 
@@ -68,7 +68,7 @@ def loads(several: Several) -> Page:
 
 
 def _load(run: RunData) -> np.ndarray:
-    """Of the last evaluation [layers, experts]; empty of a dense run."""
+    """The load [layers, experts] of the last evaluation; empty for a dense run."""
     rows = [row for row in run.held_out if row.get("moe/load")]
     return np.asarray(rows[-1]["moe/load"] if rows else [], float)
 
@@ -119,7 +119,7 @@ def _curve(runs: Runs, name: str, split: str, key: str, unit: str) -> Figure | N
 
 
 def outcomes(several: Several) -> Table:
-    """A column per run: how it came out, what it cost, where it is from."""
+    """A column per run: outcome, cost and origin."""
     runs, unit = several.runs, several.unit
     first = next(iter(runs.values()))
 
@@ -208,7 +208,7 @@ def _devices(run: RunData) -> str:
 
 
 def _warnings(several: Several) -> list[Block]:
-    """What must be known before the numbers are compared."""
+    """Warnings that belong beside the numbers."""
     said = [] if several.same_data else [OTHER_DATA]
     runs = several.runs
     ends = {name: run.last_step for name, run in runs.items()}
@@ -225,8 +225,8 @@ def _warnings(several: Several) -> list[Block]:
 
 
 OTHER_DATA = (
-    "The data differ (fingerprints): the held-out losses are of different texts or examples, so "
-    "that no difference is taken and none should be read off the curves."
+    "The data differ (by fingerprint): the held-out losses are of different texts or examples, so "
+    "no difference is computed, and none should be read from the curves."
 )
 
 

@@ -1,5 +1,6 @@
-"""Sweeps beside each other: the losses of all variants, and what the sweeps do not share."""
+"""The comparison of sweeps: the losses of all variants, and differences of their configs."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,16 +8,18 @@ from typing import Any
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.outcomes import MARKS, Outcome, by_name, interval, marked, marks, of_seeds
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
-from moejax.analysis.pages.comparison import is_beyond, least_span, loss_range, symbol
+from moejax.analysis.pages.comparison import cut_off, least, symbol
 from moejax.analysis.pages.overview import QUARTER, at_end
 from moejax.analysis.pages.several_runs import OTHER_DATA
 from moejax.analysis.pages.sweep_curves import METRICS, converted, curve_scale, mean_curve
 from moejax.analysis.pages.sweep_load import drop_rate, spread
 from moejax.analysis.several import Several
 from moejax.analysis.sweep import SweepData
+from moejax.analysis.variants import MARKS, Outcome, by_name, interval, marked, seed_counts
 from moejax.config import flatten
+from moejax.sweep import picture
+from moejax.sweep.picture import Drawn
 from moejax.sweep.statistics import paired
 from moejax.train.cost import units
 
@@ -65,35 +68,41 @@ def _variants(sweeps: Sweeps) -> list[str]:
 
 def _losses(sweeps: Sweeps, unit: str) -> Figure:
     """A row per variant and sweep, a colour per sweep."""
+    drawn = {
+        name: [
+            dataclasses.replace(each, label=f"{each.label}, {name}")
+            for each in picture.drawn_variants(sweep.summary)
+        ]
+        for name, sweep in sweeps.items()
+    }
+    everything = [variant for variants in drawn.values() for variant in variants]
+    axis = picture.loss_axis(everything, unit)
     traces: list[figures.Spec] = []
-    everything = [v for sweep in sweeps.values() for v in _measured(sweep)]
-    shown = loss_range(everything, unit)
-    beyond = []
-    for index, (name, sweep) in enumerate(sweeps.items()):
-        found = _measured(sweep)
-        rows = [figures.plain(f"{marked(v)}, {name}") for v in found]
-        beyond += [f"{marked(v)}, {name}" for v in found if is_beyond(v, shown)]
-        traces.append(_seeds(name, f"C{index}", rows, found))
+    for index, (name, variants) in enumerate(drawn.items()):
+        traces.append(_seeds(name, f"C{index}", variants))
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": figures.plain(f"{name}, mean of {of_seeds(found)}"),
-                "x": [v["mean"] for v in found],
-                "y": rows,
+                "name": figures.plain(f"{name}, mean of {seed_counts(variants)}"),
+                "x": [variant.loss.mean for variant in variants],
+                "y": [figures.plain(variant.label) for variant in variants],
                 "hovertemplate": "%{y}, mean: %{x:.4f}<extra></extra>",
-                "error_x": {"type": "data", "array": [v.get("half_width") for v in found]},
-                "marker": {"color": f"C{index}", "size": 11, "symbol": list(map(symbol, found))},
+                "error_x": {"type": "data", "array": [v.loss.half_width for v in variants]},
+                "marker": {
+                    "color": f"C{index}", "size": 11, "symbol": list(map(symbol, variants)),
+                },
             }
-        )
-    order = [
-        figures.plain(f"{marked(by_name(sweep.summary)[variant])}, {name}")
-        for variant in _variants(sweeps)
-        for name, sweep in sweeps.items()
-        if variant in {v["variant"] for v in _measured(sweep)}
-    ]
+        )  # fmt: skip
+    labels = {
+        (variant.variant, name): figures.plain(variant.label)
+        for name, variants in drawn.items()
+        for variant in variants
+    }
+    pairs = [(variant, name) for variant in _variants(sweeps) for name in sweeps]
+    order = [labels[pair] for pair in pairs if pair in labels]
     axes = {
-        "xaxis": {"range": shown},
+        "xaxis": {"range": [axis.low, axis.high]},
         "yaxis": {
             "type": "category", "categoryorder": "array", "categoryarray": order,
             "autorange": "reversed",
@@ -101,22 +110,19 @@ def _losses(sweeps: Sweeps, unit: str) -> Figure:
     }  # fmt: skip
     spec = figures.chart(traces, f"held-out loss, {unit}", "variant", **axes, showlegend=True)
     caption = (
-        f"Held-out loss at the end, in {unit}. Large: mean over {of_seeds(everything)}, with its "
-        "95 % interval"
-        + (f" (beyond the axis: {', '.join(beyond)})" if beyond else "")
-        + f"; small: seeds. The axis spans at least {least_span(everything, unit):.2g} {unit}. "
-        + (MARKS if any(map(marks, everything)) else "")
+        f"Held-out loss at the end, in {unit}. Large: mean over {seed_counts(everything)}, with "
+        f"its 95 % interval{cut_off(axis)}; small: seeds. {least(everything, unit)} "
+        + (MARKS if any(variant.marked for variant in everything) else "")
     )
     return Figure(spec, caption, height=150 + 26 * len(order), name="losses")
 
 
-def _seeds(name: str, colour: str, rows: Sequence[str], found: Sequence[Outcome]) -> figures.Spec:
-    """Every finished seed of a sweep's variants, as small points in the variants' rows."""
+def _seeds(name: str, colour: str, variants: Sequence[Drawn]) -> figures.Spec:
+    """The finished seeds of a sweep's variants, as small points in the variants' rows."""
     points = [
-        (row, t["loss"], t["seed"])
-        for row, v in zip(rows, found, strict=True)
-        for t in v["trials"]
-        if t["loss"] is not None
+        (figures.plain(variant.label), seed.loss, seed.seed)
+        for variant in variants
+        for seed in variant.seeds
     ]
     return {
         "type": "scatter",
@@ -163,7 +169,7 @@ def _table(several: Several) -> Table:
     caption = (
         "Means over n finished seeds with the half width of their 95 % interval. minus the "
         "first's: to the same variant of the first sweep that has it, over the seeds that both "
-        f"have; it is no test, and not corrected for looking at many. Training: {QUARTER}. "
+        f"have; it is not a test and not corrected for multiple comparisons. Training: {QUARTER}. "
         + (MARKS if any("\N{DAGGER}" in r[0] or "\N{DOUBLE DAGGER}" in r[0] for r in rows) else "")
     )
     return Table(header, rows, caption.strip())
@@ -221,7 +227,7 @@ def _differences(sweeps: Sweeps) -> Table | Text:
 def _values(sweep: SweepData) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for trial in sweep.trials:
-        for field, value in flatten(trial.config).items():
+        for field, value in flatten(trial.trial.config).items():
             found.setdefault(field, set()).add(repr(value))
     return {field: sorted(values) for field, values in found.items()}
 

@@ -1,4 +1,4 @@
-"""Which tokens experts get: by domain, by token, and how much of routing either explains."""
+"""Specialisation of experts by domain and token, and how much of routing either explains."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,23 +6,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from moejax.analysis import figures
+from moejax.analysis.figures import Panel, cell_axes, lift_cells, panels
 from moejax.analysis.html import plain
-from moejax.analysis.lifts import cell_axes, lift_cells
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import Panel, panels
-from moejax.analysis.probed import Routed, of_tokens, over_steps, routed
+from moejax.analysis.probed import of_tokens, over_steps
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.information import explained, null
-from moejax.analysis.statistics.specialisation import (
+from moejax.analysis.statistics.kinds import (
     Favourite,
+    explained,
+    explained_by_chance,
     favourites,
     lift,
-    pair_counts,
     peak_share,
     share_of_kind,
 )
+from moejax.record.counts import pair_counts
 from moejax.record.probe import Probe
+from moejax.record.routing import Routed
 
 LEAST = 10
 """Token ids seen less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
@@ -41,7 +42,7 @@ class Kinds:
 
 
 def kinds_of(probe: Probe, item: str) -> list[Kinds]:
-    """By token and, of text, by the token that follows; where there are labels, by these.
+    """Kinds by token, by next token for text, and by label if there are labels.
 
     Labels of text are called domains.
     """
@@ -60,7 +61,7 @@ def page(run: RunData) -> Page:
     probe = run.probe
     if probe is None or not probe.steps:
         return Page("Specialisation", [])
-    last, kinds = routed(probe, probe.steps[-1]), kinds_of(probe, run.units.item)
+    last, kinds = probe.routed(probe.steps[-1]), kinds_of(probe, run.units.item)
     blocks: list[Block] = [
         Text(
             f"Of the probe's {last.first_MT.shape[1]} tokens, what each expert was chosen for at "
@@ -95,14 +96,14 @@ def _labels(last: Routed, labels: Kinds, layer: int) -> Figure:
     trace = lift_cells(
         lift(counts_CE)[seen_C],
         share_of_kind(counts_CE)[seen_C],
-        x=list(range(last.experts)),
+        x=list(range(last.num_experts)),
         y=names,
         hovertemplate=(
             "%{customdata[1]:.2%} of the pairs of %{y}<br>go to expert %{x}: "
             "lift %{customdata[0]:.2f}<extra></extra>"
         ),
     )
-    spec = figures.chart([trace], "expert", labels.name, **cell_axes(1, last.experts))
+    spec = figures.chart([trace], "expert", labels.name, **cell_axes(1, last.num_experts))
     caption = (
         f"Layer {layer}. A row is a {labels.name} with its number of tokens. Written: the share of "
         f"the {labels.name}'s (token, expert) pairs that each expert gets, which sum to 100%. "
@@ -134,14 +135,14 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
 
 
 def quoted(token: str) -> str:
-    """So that a token that is a space can be seen, and no line breaks at it."""
+    """Quote a token so that spaces are visible and do not break lines."""
     whole = token.replace(" ", "\N{NO-BREAK SPACE}")
     return f"\N{LEFT DOUBLE QUOTATION MARK}{whole}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Block]:
     def at(step: int) -> np.ndarray:
-        then = routed(probe, step)
+        then = probe.routed(step)
         return np.array(
             [[explained(then.selected_MTE[m], of.kind_T) for m in then.layers] for of in kinds]
         )
@@ -149,7 +150,10 @@ def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Blo
     steps, share_SCM = over_steps(probe, at)
     null_CMR = np.array(
         [
-            [null(last.selected_MTE[m], of.kind_T, SHUFFLES, seed=0) for m in last.layers]
+            [
+                explained_by_chance(last.selected_MTE[m], of.kind_T, SHUFFLES, seed=0)
+                for m in last.layers
+            ]
             for of in kinds
         ]
     )

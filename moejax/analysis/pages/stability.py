@@ -1,19 +1,18 @@
-"""Whether routing has settled, and whether experts and their inputs stay different."""
+"""The stability of routing, and the similarity of experts and of their inputs."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.lifts import WRITTEN, cell_axes
+from moejax.analysis.figures import WRITTEN, Panel, cell_axes, panels
 from moejax.analysis.page import Block, Choice, Figure, Page, Text
 from moejax.analysis.pages.load import by_layer
-from moejax.analysis.panels import Panel, panels
-from moejax.analysis.probed import over_steps, routed
+from moejax.analysis.probed import over_steps
 from moejax.analysis.run import RunData
-from moejax.analysis.statistics.selection import NONE
-from moejax.analysis.statistics.similarity import between
-from moejax.analysis.statistics.stability import churn, saturation, saturation_by_chance
+from moejax.analysis.statistics.choices import churn, saturation, saturation_by_chance
+from moejax.analysis.statistics.values import between
+from moejax.record.counts import NONE
 from moejax.record.probe import Probe
 
 SIMILARITIES = {
@@ -37,7 +36,7 @@ def page(run: RunData) -> Page:
 
 def churns(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
     """Steps but the first, and the churn [S, M] since the recording before each."""
-    found = [routed(probe, step).first_MT for step in probe.steps]
+    found = [probe.routed(step).first_MT for step in probe.steps]
     moved = [
         [churn(before_T, after_T) for before_T, after_T in zip(before, after, strict=True)]
         for before, after in zip(found, found[1:], strict=False)
@@ -49,10 +48,10 @@ def saturations(probe: Probe, first: bool) -> tuple[np.ndarray, np.ndarray, floa
     """Steps, saturation [S, M] of all choices or of the first ones, and its mean by chance."""
 
     def chosen(step: int) -> np.ndarray:
-        then = routed(probe, step)
+        then = probe.routed(step)
         if not first:
             return then.selected_MTE
-        return (then.first_MT[..., None] == np.arange(then.experts)) & (
+        return (then.first_MT[..., None] == np.arange(then.num_experts)) & (
             then.first_MT[..., None] != NONE
         )
 
@@ -80,7 +79,7 @@ def _moves(probe: Probe) -> list[Block]:
     spec = figures.chart(by_layer("", steps, churn_SM), "step", scale)
     caption = (
         "Share of the probe's tokens whose first choice is another expert than at the recording "
-        "before. It should fall as training goes on: tokens that keep moving between experts teach "
+        "before. It should fall during training: tokens that keep moving between experts teach "
         "each of them little (StableMoE, arXiv 2204.08396). Compare gates at equal intervals."
     )
     return [

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moejax.analysis import figures
-from moejax.analysis.outcomes import by_name, legend, marked
 from moejax.analysis.page import Block, Choice, Figure, Page
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
+from moejax.analysis.variants import by_name, legend, marked
 from moejax.sweep.results import PER_BYTE
 from moejax.sweep.statistics import estimate
 from moejax.train import scales
@@ -23,7 +23,7 @@ METRICS = {
 }
 SETTLED = 25
 CLEAR = 6
-"""Of more variants than this the means are drawn alone at first."""
+"""With more variants than this, the means are drawn alone at first."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -49,7 +49,7 @@ def curve_scale(name: str, key: str, unit: str, values: Sequence[float]) -> figu
 
 
 def converted(runs: Sequence[RunData]) -> str:
-    """What to say of training losses that are not recorded in the unit they are shown in."""
+    """A note on training losses that are not recorded in the unit of the figure."""
     if all(run.bytes_per_token == 1.0 for run in runs):
         return ""
     return (
@@ -59,7 +59,7 @@ def converted(runs: Sequence[RunData]) -> str:
 
 
 def counted(seeds: Mapping[str, int]) -> str:
-    """How many seeds each variant has: "n = 2" or "n: switch 2, base 1"."""
+    """The number of seeds of each variant: "n = 2" or "n: switch 2, base 1"."""
     if len(set(seeds.values())) == 1:
         return f"n = {next(iter(seeds.values()))}"
     return f"n: {', '.join(f'{name} {n}' for name, n in seeds.items())}"

@@ -1,4 +1,4 @@
-"""How evenly each variant uses its experts: in numbers, side by side, and one at a time."""
+"""The balance of every variant: in numbers, side by side, and one at a time."""
 
 import dataclasses
 from typing import Any
@@ -7,13 +7,13 @@ import numpy as np
 
 from moejax.analysis import figures
 from moejax.analysis.health import recent
-from moejax.analysis.outcomes import by_name, legend, marked
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text
 from moejax.analysis.pages import load
 from moejax.analysis.pages.sweep_curves import variants_with_experts
 from moejax.analysis.run import RunData
 from moejax.analysis.statistics import balance
 from moejax.analysis.sweep import SweepData
+from moejax.analysis.variants import by_name, legend, marked
 from moejax.sweep.statistics import estimate
 
 COLUMNS = 3

@@ -1,16 +1,17 @@
-"""How a sweep came out, in a picture and a table; what to beware of; what it ran."""
+"""The outcome of a sweep in a picture and a table, with warnings and what it ran."""
 
 from collections import Counter
 from typing import Any
 
 from moejax.analysis import health
-from moejax.analysis.outcomes import Outcome, by_name, interval, legend, marked, marks
 from moejax.analysis.page import Block, Choice, Page, Table, Text, Warning
 from moejax.analysis.pages.comparison import losses
 from moejax.analysis.pages.overview import QUARTER, at_end
 from moejax.analysis.pages.sweep_load import drop_rate, spread
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
+from moejax.analysis.variants import Outcome, by_name, interval, legend, marked, marks
+from moejax.sweep import picture
 from moejax.sweep.results import PER_BYTE, step_seconds
 from moejax.sweep.table import SURE
 from moejax.train.cost import units
@@ -25,8 +26,8 @@ def page(sweep: SweepData) -> Page:
         missing = len(sweep.trials) - len(finished)
         blocks.append(
             Warning(
-                f"{missing} of {len(sweep.trials)} trials are not finished. Where a variant lacks "
-                "seeds, its mean and interval are of those that are there."
+                f"{missing} of {len(sweep.trials)} trials are not finished. If a variant lacks "
+                "seeds, its mean and interval are over the finished ones."
             )
         )
     if _problems(sweep):
@@ -60,7 +61,7 @@ def _outcome(sweep: SweepData) -> list[Block]:
         f"{QUARTER}; evaluation: the last one. Busiest expert: load over the mean load."
     )
     return [
-        losses(measured, unit, "overview-losses"),
+        losses(picture.drawn_variants(sweep.summary), unit, "overview-losses"),
         Table(header, rows, caption + legend(sweep.summary)),
         Table(("made by", ""), _made(sweep)),
     ]
@@ -114,7 +115,7 @@ def _verdict(sweep: SweepData) -> str:
 
 
 def _but(variant: Outcome) -> str:
-    """What its loss must not be read without, in brackets."""
+    """The caveats of its loss, in brackets."""
     buts = ["it leaks: see below"] if variant["leak"] else []
     if variant["missed_match"]:
         buts.append(f"at {variant['cost_ratio']:.2f} times the baseline's cost")
@@ -124,7 +125,7 @@ def _but(variant: Outcome) -> str:
 
 
 def _problems(sweep: SweepData) -> list[str]:
-    """Those of the sweep, and those of its trials, each once with how many have it."""
+    """The problems of the sweep and of its trials, each once with the number of trials."""
     counts = Counter(problem for t in sweep.trials if t.run for problem in t.run.problems)
     return [*sweep.problems, *(f"{count} trials: {text}" for text, count in counts.items())]
 
@@ -204,13 +205,13 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
 
 
 def _how_sure(found: dict[str, Any]) -> str:
-    """How far off a detectable difference may be that rests on few degrees of freedom."""
+    """The uncertainty of a detectable difference with few degrees of freedom."""
     freedom, factors = found.get("freedom", 0), found.get("factors")
     if not factors or freedom >= SURE:
         return ""
     low, high = factors
     return (
-        f"; {freedom} degree{'s' * (freedom > 1)} of freedom: the true one may be {low:.2g} to "
+        f"; {freedom} degree{'s' * (freedom > 1)} of freedom: the true value may be {low:.2g} to "
         f"{high:.2g} times that"
     )
 
@@ -219,7 +220,7 @@ def _variants(sweep: SweepData) -> Table:
     """Each variant with the overrides that make it."""
     rows = []
     for variant in sweep.variants:
-        trial = next(trial for trial in sweep.trials if trial.variant == variant)
+        trial = next(each.trial for each in sweep.trials if each.variant == variant)
         names = [o.removeprefix("--config.") for o in trial.overrides if "train.seed=" not in o]
         rows.append((variant, " ".join(names)))
     return Table(("variant", "differs from the experiment's page in"), rows)

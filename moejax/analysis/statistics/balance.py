@@ -1,4 +1,4 @@
-r"""How evenly (token, expert) pairs are spread over experts.
+r"""The balance of (token, expert) pairs over experts.
 
 Functions of a load: pairs per expert, n_e, on the last axis; f_e = n_e / sum n is its share. All
 are NaN where there are no pairs.
@@ -7,7 +7,7 @@ are NaN where there are no pairs.
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.values import ratio
 
 Load = Shaped[np.ndarray, "... E"]
 PerLoad = Float[np.ndarray, "..."]
@@ -31,7 +31,7 @@ def relative_entropy(load_E: Load) -> PerLoad:
 
 
 def effective_experts(load_E: Load) -> PerLoad:
-    """exp H(f), in [1, E]: as many experts used equally have this entropy."""
+    """exp H(f), in [1, E]: the number of equally used experts with this entropy."""
     return np.asarray(np.exp(entropy(load_E)))
 
 
@@ -48,7 +48,7 @@ def max_violation(load_E: Load) -> PerLoad:
 def gini(load_E: Load) -> PerLoad:
     r"""Gini coefficient \sum_{ij} |n_i - n_j| / (2 E \sum n), in [0, 1 - 1/E]; 0 at balance."""
     num_experts = load_E.shape[-1]
-    # Of sorted loads, the i-th (from 1) is the larger one i - 1 times and the smaller one E - i.
+    # Sorted: the i-th load (from 1) is the larger one i - 1 times and the smaller one E - i times.
     signs_E = 2 * np.arange(1, num_experts + 1) - num_experts - 1
     total = load_E.sum(axis=-1)
     return ratio(np.sum(signs_E * np.sort(load_E, axis=-1), axis=-1), num_experts * total)

@@ -1,1 +1,1 @@
-"""Images and their captions under one loss (LIMoE): data, model and task."""
+"""Images and captions in one tower (LIMoE): pairs of digits and their names, model and loss."""

@@ -19,12 +19,12 @@ BYTES = 256
 IMAGE, TEXT = 0, 1
 """The tasks of the routing (``Context.task_B``)."""
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0
-"""Of similarities; CLIP's (Radford et al., arXiv 2103.00020)."""
+"""Scales of similarities in CLIP (Radford et al., arXiv 2103.00020)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LIMoEConfig(StackOptions):
-    """Sizes of what is around the layers, for grey images; ``num_tasks`` is 2.
+    """Sizes of the model around the layers, for grey images; ``num_tasks`` is 2.
 
     ``vocab_size`` is 256 bytes and a number for each patch: what gates may look tokens up by.
     """
@@ -40,7 +40,7 @@ class LIMoEConfig(StackOptions):
 
     @property
     def length(self) -> int:
-        """Positions of a sequence, of either modality."""
+        """Positions of a sequence of either modality."""
         return max(self.patches, self.caption_length)
 
 
@@ -61,15 +61,15 @@ class Embeddings(NamedTuple):
 
 
 class LIMoE(Stack):
-    r"""A pair's image and caption in one space: mean of the tower's outputs, projected, normalised.
+    r"""Image and caption in a joint space: mean of the tower's outputs, projected and normalised.
 
     .. math::
        u = \frac{W_m \operatorname{mean}_t f(x)_t}{\| W_m \operatorname{mean}_t f(x)_t \|}
 
-    over the valid tokens t of a sequence, W_m a projection of the modality m. Patches and bytes get
-    an embedding, positions of their own and one vector of their modality; all layers are shared,
-    attention is over the valid tokens. Sequences alternate, image and caption of the same pair side
-    by side: [2 B, L], each padded to the longer one.
+    over the valid tokens t of a sequence, with a projection W_m for each modality m. Patches and
+    bytes have separate embeddings and positions, and a vector for their modality; all layers are
+    shared, and attention is over the valid tokens. Sequences alternate, with the image and the
+    caption of a pair side by side: [2 B, L], each padded to the longer one.
 
     Mustafa, Riquelme, Puigcerver, Jenatton, Houlsby, "Multimodal Contrastive Learning with LIMoE",
     arXiv 2206.02770. Deviations: a vector for the modality; RMSNorm, no biases; bytes for text.
@@ -148,7 +148,7 @@ class LIMoE(Stack):
         return unit(project(masked_mean(x_BLD, text.valid_BL), self.text_head_DZ[...]))
 
     def patches(self, image_BHWC: Float[Array, "B H W 1"], valid_B: Bool[Array, "B"]) -> Tokens:
-        """Images as sequences; an image that is not valid may hold anything."""
+        """Images as sequences; an invalid image may hold anything."""
         config, size = self.limoe, self.limoe.patch_size
         side = config.image_size // size
         image_BHWC = jnp.where(valid_B[:, None, None, None], image_BHWC, 0.0)
@@ -169,8 +169,8 @@ class LIMoE(Stack):
         return self._padded(x_BLD, text_BT, valid_BT)
 
     def scale(self) -> Float[Array, ""]:
-        """exp of a parameter, at most 100. The gradient passes the bound, or a parameter beyond it
-        could not come back; CLIP sets the parameter back instead."""
+        """exp of a parameter, at most 100. The gradient passes through the bound, so that a
+        parameter beyond it can return; CLIP clips the parameter instead."""
         free = self.logit_scale[...]
         bounded = jnp.minimum(free, math.log(LARGEST_SCALE))
         return jnp.exp(free + jax.lax.stop_gradient(bounded - free))
@@ -186,7 +186,7 @@ class LIMoE(Stack):
 
 
 def interleaved(image_B: Array, text_B: Array) -> Array:
-    """[B, ...] of both -> [2 B, ...], image and text in turn: a pair stays on its device."""
+    """[B, ...] of both -> [2 B, ...], alternating image and text: a pair stays on one device."""
     both = jnp.stack([image_B, text_B], axis=1)
     return constrain(both.reshape(-1, *image_B.shape[1:]), BATCH_AXES)
 
@@ -197,5 +197,5 @@ def by_pair(x_BL: Array) -> Array:
 
 
 def unit(x_BZ: Float[Array, "B Z"]) -> Float[Array, "B Z"]:
-    """Of length 1; 0 stays 0, with a gradient that is finite."""
+    """L2-normalise; zero maps to zero with a finite gradient."""
     return x_BZ * jax.lax.rsqrt(jnp.sum(jnp.square(x_BZ), axis=-1, keepdims=True) + 1e-12)

@@ -1,4 +1,4 @@
-"""Images and captions in one space, learned by contrast, in one tower."""
+"""Contrastive learning of images and captions in one tower."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from moejax.config import Config
 from moejax.config.build import loss_weights, stack_options
 from moejax.contrib.multimodal.model import BYTES, Embeddings, LIMoE, LIMoEConfig, interleaved
-from moejax.contrib.multimodal.pairs import PairSource, encode, prompts
+from moejax.contrib.multimodal.source import PairSource, encode, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.mesh import BATCH_AXES, ambient, axis_size
@@ -25,7 +25,7 @@ def build(config: Config) -> tuple[Task, Source]:
 
     Raises:
       UserError: sizes that do not fit the images or the captions, gradient accumulation, a
-        recorded routing, scikit-learn missing.
+        recorded routing, or a missing scikit-learn.
     """
     own, train = config.task, config.train
     if train.grad_accum > 1:
@@ -69,17 +69,18 @@ class Multimodal(Task):
            \left( -\log \frac{e^{s_{ij}}}{\sum_k e^{s_{ik}}}
                   -\log \frac{e^{s_{ji}}}{\sum_k e^{s_{ki}}} \right)
 
-    u are images, v captions, tau a learned scale, P_i the pairs of the same digit as i: with ten
-    digits captions repeat in a batch, and all of a digit's are right (Yang et al., UniCL, arXiv
-    2204.03610). With distinct labels it is CLIP's loss (arXiv 2103.00020). At equal similarities it
-    is log B. Pairs that are not valid are no one's match.
+    u are images, v captions, tau is a learned scale and P_i are the pairs with the digit of i: with
+    ten digits captions repeat in a batch, and all captions of a digit match it (Yang et al., UniCL,
+    arXiv 2204.03610). With distinct labels this is CLIP's loss (arXiv 2103.00020). At equal
+    similarities it is log B. Invalid pairs match nothing.
 
-    In evaluation, ``accuracy`` is zero-shot: the class whose prompt is most similar to the image.
-    ``image_to_text`` and ``text_to_image``: the most similar of the batch has the right digit.
+    In evaluation, ``accuracy`` is zero-shot: the predicted class has the prompt most similar to the
+    image. ``image_to_text`` and ``text_to_image``: the most similar one in the batch has the right
+    digit.
     """
 
     prompts: tuple[str, ...]
-    """A caption of every class, in order of the labels; empty: no zero-shot evaluation."""
+    """A caption per class, in the order of the labels; empty: no zero-shot evaluation."""
 
     @classmethod
     def from_config(cls, config: Config, image_size: int) -> "Multimodal":
@@ -113,7 +114,7 @@ class Multimodal(Task):
         return LIMoE(self.model, rngs=rngs)
 
     def countable(self) -> "Task":
-        """Without the prompts: they are no share of a pair's cost."""
+        """Without the prompts, which are not a part of the cost of a pair."""
         return dataclasses.replace(super().countable(), prompts=())
 
     def apply(
@@ -166,7 +167,7 @@ class Multimodal(Task):
     def _classes(
         self, params: PyTree, gate_state: PyTree, step: Array, key: Array
     ) -> Float[Array, "X Z"]:
-        """The prompts' embeddings; as many rows as mesh and groups ask for."""
+        """Embeddings of the prompts, padded to the rows that mesh and groups need."""
         text, valid = encode(self.prompts, self.model.caption_length)
         shards = axis_size(ambient(), *BATCH_AXES)
         missing = -len(text) % (shards * self.model.moe.rows_per_group(1))
@@ -178,7 +179,7 @@ class Multimodal(Task):
 
 
 def valid_tokens(batch: Batch, model: LIMoEConfig) -> tuple[Array, Array]:
-    """Which positions of images and of captions hold tokens, bool[B, L] each."""
+    """Masks of the positions with tokens, for images and for captions, bool[B, L] each."""
     valid_B1 = batch["valid"][:, None]
     position_L = jnp.arange(model.length)
     text_BL = jnp.pad(batch["text_valid"], ((0, 0), (0, model.length - model.caption_length)))
@@ -186,14 +187,14 @@ def valid_tokens(batch: Batch, model: LIMoEConfig) -> tuple[Array, Array]:
 
 
 def similarities(embeddings: Embeddings) -> Float[Array, "B B"]:
-    """Of every image (row) with every caption (column)."""
+    """Similarity of every image (row) with every caption (column)."""
     return embeddings.scale * (embeddings.image_BZ @ embeddings.text_BZ.T)
 
 
 def contrastive(
     logits_BB: Float[Array, "B B"], label_B: Int[Array, "B"], valid_B: Bool[Array, "B"]
 ) -> Float[Array, "B"]:
-    """Each pair's loss in both directions, halved: see ``Multimodal``. 0 where not valid."""
+    """The loss of each pair, averaged over both directions: see ``Multimodal``. 0 if invalid."""
     match_BB = (label_B[:, None] == label_B) & valid_B
     share_BB = match_BB / jnp.maximum(jnp.sum(match_BB, axis=1, keepdims=True), 1)
 
@@ -213,5 +214,5 @@ def retrieved(
 
 
 def _among_valid(logits_BB: Array, valid_B: Array) -> Array:
-    """A finite number in place of -inf: a batch may have nothing valid."""
+    """Mask with a finite number instead of -inf: a batch may have no valid pair."""
     return jnp.where(valid_B, logits_BB, jnp.finfo(jnp.float32).min)

@@ -1,7 +1,7 @@
 """Columns of a file as numbers: targets, categorical ids, standardised features.
 
-A column stays as the file has it until it is known what it is for: a category is a value, exactly,
-and only a quantity becomes a float.
+A column stays as in the file until its use is known: a category is an exact value, and only a
+quantity becomes a float.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from moejax.contrib.multitask.tables import Kind, Table, as_rows, make_table, me
 from moejax.errors import UserError
 
 MISSING = ("", "na", "nan", "n/a", "null", "none")
-"""Text that stands for no value, among numbers and among categories, in any case."""
+"""Spellings of a missing value, of numbers and of categories, in upper or lower case."""
 
 LARGEST = float(np.finfo(np.float32).max)
 
 EXACT = 2**53
-"""Float64 holds every whole number up to here, and not every one beyond."""
+"""Float64 represents every whole number up to this one, but not beyond."""
 
 _PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 
 class Column(NamedTuple):
-    """A column as the file has it. ``array``: an array of pyarrow; ``code``: an example of what
-    makes its numbers look like identifiers, empty when nothing does."""
+    """A column as in the file. ``array``: an array of pyarrow. ``code``: an example of a number
+    that looks like an identifier; empty if none does."""
 
     name: str
     array: Any
@@ -36,7 +36,7 @@ class Column(NamedTuple):
 
     @classmethod
     def of(cls, name: str, array: Any) -> "Column":
-        """From an array or a chunked array of pyarrow."""
+        """The column of an array or a chunked array of pyarrow."""
         import pyarrow
         from pyarrow import types
 
@@ -60,7 +60,7 @@ class Column(NamedTuple):
 
     @property
     def is_category(self) -> bool:
-        """Whether its values are no quantities: text, booleans, bytes."""
+        """Whether its values are not quantities: text, booleans, bytes."""
         from pyarrow import types
 
         kind = self.array.type
@@ -69,8 +69,9 @@ class Column(NamedTuple):
 
     @property
     def rounded_id(self) -> str:
-        """A whole number that its float may have been rounded to, if all of the column are whole
-        and one of them is of 64 bits and beyond what the type holds exactly; else empty."""
+        """An example of a whole number that may have been rounded to a float: the column holds
+        only whole numbers, and this one has up to 64 bits and exceeds the exact range of the type.
+        Empty if there is none."""
         from pyarrow import types
 
         if not types.is_floating(self.array.type):
@@ -83,7 +84,7 @@ class Column(NamedTuple):
 
 
 def _beyond_exact(array: Any) -> str:
-    """The first whole number of the array that is beyond ``EXACT``; empty if none is."""
+    """A whole number of the array beyond ``EXACT``, as text; empty if there is none."""
     from pyarrow import compute, types
 
     if not (types.is_integer(array.type) or types.is_decimal(array.type)):
@@ -98,7 +99,7 @@ def _beyond_exact(array: Any) -> str:
 
 
 class Spec(NamedTuple):
-    """A target: its name, its column, and from what value on it counts as 1."""
+    """A target: its name, its column, and if binary the smallest value that counts as 1."""
 
     name: str
     column: str
@@ -106,13 +107,13 @@ class Spec(NamedTuple):
 
 
 def parse_spec(text: str, columns: Container[str]) -> Spec:
-    """``column``, ``name=column`` or ``name=column>=number``; a column's full name goes first."""
+    """Parse ``column``, ``name=column`` or ``name=column>=number``; column names go first."""
     if text in columns:
         return Spec(text, text)
-    found = re.fullmatch(r"(?:([^=<>]+)=)?([^=<>]+?)(?:>=([^=<>]+))?", text)
-    if not found:
+    match = re.fullmatch(r"(?:([^=<>]+)=)?([^=<>]+?)(?:>=([^=<>]+))?", text)
+    if not match:
         raise UserError(f"task.targets: {text!r} is not column, name=column or name=column>=number")
-    name, column, bound = found.groups()
+    name, column, bound = match.groups()
     if bound is None:
         return Spec(name or column, column)
     try:
@@ -129,9 +130,9 @@ def table_of(
     min_count: int,
     name: str,
 ) -> Table:
-    """The table, with vocabularies and standardisation of the rows that are not held out."""
-    found = [_target(spec, column) for spec, column in targets]
-    target_NM = np.stack([values for values, _ in found], axis=1)
+    """The table, with vocabularies and standardisation computed on the training rows."""
+    parsed = [_target(spec, column) for spec, column in targets]
+    target_NM = np.stack([values for values, _ in parsed], axis=1)
     ids = [categories(column, heldout_N, min_count) for column in categorical]
     scales = [_mean_and_spread(column, heldout_N) for column in numeric]
     scaled = [_standardised(column, *scale) for column, scale in zip(numeric, scales, strict=True)]
@@ -148,7 +149,7 @@ def table_of(
         take(rows, ~heldout_N),
         take(rows, heldout_N),
         [spec.name for spec, _ in targets],
-        [kind for _, kind in found],
+        [kind for _, kind in parsed],
         dense=tuple(column.name for column in numeric),
         category=tuple(column.name for column in categorical),
         category_sizes=tuple(len(one.values) + 1 for one in ids),
@@ -162,8 +163,8 @@ def numbers(column: Column, field: str) -> np.ndarray:
     """The column as float64, NaN where a value is missing; times as seconds.
 
     Raises:
-      UserError: a value that is no finite number of float32's range, with its row; or a column
-        that holds no numbers at all.
+      UserError: a value that is not a finite number within float32's range, with its row; or a
+        column without numbers.
     """
     values = _floats(column, field)
     infinite = np.flatnonzero(np.isinf(values))
@@ -201,7 +202,7 @@ def _floats(column: Column, field: str) -> np.ndarray:
         return ticks.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False) / per_second
     elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)):
         raise UserError(
-            f"task.{field}: column {column.name!r} has type {kind}, which is no number; leave it "
+            f"task.{field}: column {column.name!r} has type {kind}, not numbers; leave it "
             "out" + (" or name it in task.categorical" if column.is_category else "")
         )
     if re.fullmatch(r"[+-]?\d+(\.0*)?", column.code) and abs(float(column.code)) >= EXACT:
@@ -223,13 +224,13 @@ def _is_time(kind: Any) -> bool:
 
 
 def _ticks(array: Any) -> tuple[Any, float]:
-    """Times as the integers that the file has, and how many make a second."""
+    """Times as the integers in the file, and the number of ticks per second."""
     import pyarrow
     from pyarrow import types
 
     if types.is_date32(array.type):
         return array.cast(pyarrow.int32()).cast(pyarrow.int64()), 1 / 86_400
-    if types.is_time32(array.type):  # whose cast to more bits is to nanoseconds
+    if types.is_time32(array.type):  # a cast to 64 bits would give nanoseconds
         return array.cast(pyarrow.int32()).cast(pyarrow.int64()), _PER_SECOND[array.type.unit]
     unit = "ms" if types.is_date64(array.type) else array.type.unit
     return array.cast(pyarrow.int64()), _PER_SECOND[unit]
@@ -246,13 +247,13 @@ def _number(text: str | None, name: str, field: str, row: int) -> float:
         return float("" if "_" in text else text)  # Python reads "1_0" as 10
     except ValueError as error:
         raise UserError(
-            f"task.{field}: {name!r} is {text!r} in row {row}, which is no number; correct it, "
+            f"task.{field}: {name!r} is {text!r} in row {row}, which is not a number; correct it, "
             "leave it empty, or leave the column out"
         ) from error
 
 
 def order_by_time(column: Column) -> np.ndarray:
-    """The rows in the order of their times, exactly: rows of one time keep the file's order.
+    """The rows in the exact order of their times; rows with equal times keep the order of the file.
 
     Raises:
       UserError: a row without a time.
@@ -266,7 +267,7 @@ def _to_sort_by(column: Column) -> np.ndarray:
     from pyarrow import types
 
     array = column.array
-    if column.is_text:  # of a column that is a category too
+    if column.is_text:  # the column is a category too
         array = _parsed(array)
     if _is_time(array.type):
         array, _ = _ticks(array)
@@ -279,7 +280,7 @@ def _to_sort_by(column: Column) -> np.ndarray:
 
 
 def _parsed(array: Any) -> Any:
-    """Text as whole numbers or times, where all of it is either; else as it is."""
+    """Text as whole numbers or as times if all of it is; otherwise unchanged."""
     import pyarrow
 
     for kind in (pyarrow.int64(), pyarrow.timestamp("ns")):
@@ -299,18 +300,18 @@ def _target(spec: Spec, column: Column) -> tuple[np.ndarray, Kind]:
 
 
 def _mean_and_spread(column: Column, heldout_N: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """The column's numbers, with mean and spread of the training rows; spread 0 if none vary."""
+    """The numbers, with mean and spread of the training rows; spread 0 if they are constant."""
     values = numbers(column, "numeric")
     known = values[~heldout_N]
     known = known[~np.isnan(known)]
-    # By the values: rounding leaves a spread to a column of nothing but 0.1.
+    # Compare values: by rounding, a column of nothing but 0.1 has a spread above 0.
     if not known.size or known.min() == known.max():
         return values, 0.0, 0.0
     return values, *mean_and_spread(known)
 
 
 def _standardised(column: Column, values: np.ndarray, mean: float, spread: float) -> np.ndarray:
-    """(x - mean) / spread; 0 where x is missing or does not vary.
+    """(x - mean) / spread; 0 where x is missing or constant.
 
     Raises:
       UserError: a held-out value too many spreads away for float32, with its row.
@@ -329,17 +330,17 @@ def _standardised(column: Column, values: np.ndarray, mean: float, spread: float
 
 
 class Categories(NamedTuple):
-    """The id of each row, and the values that ids stand for, from 1 on."""
+    """The id of each row, and the values of the ids from 1 on."""
 
     id_N: np.ndarray
     values: tuple[str, ...]
 
 
 def categories(column: Column, heldout_N: np.ndarray, min_count: int) -> Categories:
-    """Ids from 1 in the order of the values, 0 for what is missing, rare or unknown.
+    """Ids from 1 in the order of the values, 0 for missing, rare and unknown values.
 
-    Two values are one category only if they are the same: text letter by letter ("0420" is not
-    "420"), everything else by its value, whatever its size.
+    Two values are one category only if they are equal: text letter by letter ("0420" is not "420"),
+    everything else by its exact value.
 
     Raises:
       UserError: a column of lists or other nested values.
@@ -348,8 +349,8 @@ def categories(column: Column, heldout_N: np.ndarray, min_count: int) -> Categor
 
     if column.rounded_id:
         print(
-            f"moejax: warning: task.categorical: {column.name!r} has floats beyond what "
-            f"{column.array.type} holds exactly, such as {column.rounded_id}, so that several "
+            f"moejax: warning: task.categorical: {column.name!r} has floats beyond the exact range "
+            f"of {column.array.type}, such as {column.rounded_id}, so that several "
             "identifiers may have become one; write the column as integers or text",
             file=sys.stderr,
         )
@@ -374,7 +375,7 @@ def categories(column: Column, heldout_N: np.ndarray, min_count: int) -> Categor
 
 
 def _one_zero(array: Any) -> Any:
-    """The array with -0.0 as 0.0, which are one value."""
+    """The array with -0.0 replaced by the equal value 0.0."""
     from pyarrow import compute, types
 
     if not types.is_floating(array.type):
@@ -387,7 +388,7 @@ def _written(known: Any) -> list[str | None]:
     import pyarrow
     from pyarrow import types
 
-    of_ns = getattr(known.type, "unit", "") == "ns"  # of which Python has no type
+    of_ns = getattr(known.type, "unit", "") == "ns"  # Python has no such type
     if types.is_duration(known.type) and of_ns:
         known = known.cast(pyarrow.int64())
     elif types.is_timestamp(known.type) or (types.is_time(known.type) and of_ns):
@@ -400,7 +401,7 @@ def _written(known: Any) -> list[str | None]:
 
 
 def _in_order(known: Any, written_V: Sequence[str | None]) -> Sequence[int]:
-    """Places of the values from the least to the greatest; text of nothing but numbers by these."""
+    """Indices of the values in ascending order; text that holds only numbers sorts as numbers."""
     from pyarrow import compute, types
 
     if types.is_null(known.type):
@@ -419,7 +420,7 @@ def _in_order(known: Any, written_V: Sequence[str | None]) -> Sequence[int]:
 
 
 def _exact_number(text: str) -> int | float:
-    """Whole numbers whatever their size, which Python compares with floats exactly."""
+    """Whole numbers of any size, which Python compares exactly with floats."""
     try:
         return int(text)
     except ValueError:

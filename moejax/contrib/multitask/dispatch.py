@@ -1,4 +1,4 @@
-"""Experts that several gates share: each example's outputs, weighed once per gate."""
+"""Experts shared by several gates: the outputs for each example, weighted once per gate."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,10 +34,10 @@ def multi_gate(
     r"""Every gate's weighted sum of all experts' outputs: y_m = sum_e weight_{m,e} f_e(x).
 
     Each expert runs once on every example, whatever the gates choose: with M gates of k experts
-    each, most experts are wanted by somebody. Under ``jax.set_mesh`` examples are split over (data,
-    fsdp, expert) and experts over ``expert``: examples are gathered over ``expert``, each shard
-    adds up its own experts for all gates, and the sums are reduce-scattered back. ``tensor``
-    splits nothing. The result does not depend on the split.
+    each, most experts are used by some gate. Under ``jax.set_mesh`` examples are sharded over
+    (data, fsdp, expert) and experts over ``expert``: examples are gathered over ``expert``, each
+    shard sums its own experts for all gates, and the sums are reduce-scattered back. ``tensor`` is
+    not used. The result does not depend on the sharding.
 
     Raises:
       ValueError: experts that do not divide over the mesh.

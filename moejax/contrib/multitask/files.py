@@ -17,25 +17,25 @@ from moejax.contrib.multitask.columns import (
     parse_spec,
     table_of,
 )
-from moejax.contrib.multitask.tables import Table, check_fraction, heldout_count
+from moejax.contrib.multitask.tables import Table, heldout_count
 from moejax.data.containers import kind_of_bytes
+from moejax.data.split import check_fraction
 from moejax.errors import UserError, suggest
 
 SPLITS: tuple[str, ...] = ("hash", "time")
 _SALT = np.uint64(0x6D6F656A61780003)
-"""Any fixed value would do: it decides which rows are held out."""
-
+"""Decides which rows are held out; any fixed value would do."""
 
 LARGEST_BLOCK = 2**31 - 1
-"""Bytes that pyarrow takes at once."""
+"""Most bytes in one block of pyarrow."""
 _LARGE = r"^\s*[+-]?\d{17,}(\.0*)?\s*$"
-"""Whole numbers surely beyond 2**53."""
+"""Pattern of whole numbers that are certainly beyond 2**53."""
 _CODED = r"^\s*([+-]?0\d+(\.\d*)?|0[xX][0-9a-fA-F]+|\d+[eE]\d+)\s*$"
-"""Numbers that are written as no program writes quantities: 007, 041.9, 0x1f, 12E4."""
+"""Pattern of numbers in spellings unusual for quantities: 007, 041.9, 0x1f, 12E4."""
 
 
 class Choice(NamedTuple):
-    """Which columns are what. Names are those of the file; empty ones are for detection."""
+    """The use of each column, by its name in the file; an empty use is detected."""
 
     targets: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
@@ -54,33 +54,33 @@ def load_table(
     eval_fraction: float = 0.1,
     min_count: int = 2,
 ) -> Table:
-    """Reads a table and splits it. Rows are numbered from 1, the header not counted.
+    """Read a table and split it. Rows are numbered from 1, without the header.
 
     Args:
       path: a .csv, .tsv or .parquet file with a header; or a folder with MovieLens' ratings.csv
         (userId, movieId, rating, timestamp) and movies.csv (movieId, title, genres).
       targets: columns to predict, each ``column``, ``name=column`` or ``name=column>=number``. The
-        last is binary, as is a column of nothing but 0 and 1 (or true and false); every other is a
-        regression. Missing values are allowed. MovieLens: rating and liked=rating>=4.
-      categorical, numeric: features. When neither is given, all other columns: text and booleans
-        are categorical, numbers and times numeric; numbers that look like identifiers, beyond
-        2**53 or with leading zeros, are refused until they are named. Categories are values,
-        exactly: in CSV the text as it is written. MovieLens: userId, movieId and the hour (UTC)
-        are categorical, "genre=..." of each genre (0 or 1) numeric.
-      split: "hash" holds out the rows whose number has the smallest hashes: as good as at random,
-        and the same for every run. "time" holds out the latest rows by the column ``time``
-        (MovieLens: timestamp), which is then no feature.
+        last form is binary, and so is a column that holds only 0 and 1 (or true and false); all
+        others are regressions. Missing values are allowed. MovieLens: rating and liked=rating>=4.
+      categorical, numeric: features. If neither is given, all other columns: text and booleans are
+        categorical, numbers and times numeric; numbers that look like identifiers, beyond 2**53 or
+        with leading zeros, are refused until they are named. Categories are exact values: in CSV
+        the text as written. MovieLens: userId, movieId and the hour (UTC) are categorical,
+        "genre=..." of each genre (0 or 1) numeric.
+      split: "hash" holds out the rows whose numbers have the smallest hashes: pseudo-random, the
+        same in every run. "time" holds out the latest rows by the column ``time`` (MovieLens:
+        timestamp), which is then not a feature.
       eval_fraction: share of the rows to hold out, in (0, 1).
-      min_count: values of a categorical column that fewer training rows have share id 0, "unknown",
-        with missing values and those that only held-out rows have. At 1 nothing trains it.
+      min_count: values of a categorical column that occur in fewer training rows share id 0,
+        "unknown", with missing values and those of held-out rows alone. At 1 nothing trains id 0.
 
-    Vocabularies, and the mean and spread that numeric columns are standardised with, are those of
-    the training rows. Missing numbers become the mean.
+    Vocabularies, and the mean and spread that standardise numeric columns, are computed on the
+    training rows. Missing numbers become the mean.
 
     Raises:
       UserError: in one line: a file that is missing, empty, not UTF-8 or cannot be parsed; a column
-        that is unknown or named twice; a number that is none, with its row; a target that is
-        constant, or a feature too.
+        that is unknown or named twice; an invalid number, with its row; a target that is constant,
+        or a feature too.
     """
     check_fraction(eval_fraction)
     if split not in SPLITS:
@@ -116,7 +116,7 @@ def load_table(
 def _choose(
     columns: dict[str, Column], asked: Choice, known: Choice
 ) -> tuple[Choice, list[tuple[Spec, Column]]]:
-    """What each column is for, all names checked."""
+    """The use of each column, with all names checked."""
     targets = asked.targets or known.targets
     if not targets:
         raise UserError(f"task.targets: name columns to predict; {suggest('', columns)}")
@@ -156,18 +156,18 @@ def _choose(
 
 
 def _check_no_codes(columns: Sequence[Column]) -> None:
-    """Raises UserError for numbers that look like identifiers and that nobody said are numbers."""
+    """Raise UserError for numbers that look like identifiers and are not named as numbers."""
     for column in columns:
         if column.code:
             raise UserError(
                 f"task.categorical: {column.name!r} has numbers that look like identifiers, such "
-                f"as {column.code}; name all features in task.categorical (where they stay as "
-                "they are) and task.numeric"
+                f"as {column.code}; name all features in task.categorical (where values stay "
+                "exact) and task.numeric"
             )
 
 
 def _check_features(categorical: Sequence[str], numeric: Sequence[str]) -> None:
-    """Raises UserError for a feature that is named twice: it would be there twice."""
+    """Raise UserError for a feature that is named twice."""
     for field, some in (("categorical", categorical), ("numeric", numeric)):
         for name in some:
             if list(some).count(name) > 1:
@@ -189,7 +189,7 @@ def _hash(rows: int) -> np.ndarray:
 
 
 def _read(path: str, given: str, asked: Choice) -> tuple[dict[str, Column], Choice]:
-    """The columns, and what is known about them."""
+    """The columns, and the uses that the file format implies."""
     try:
         if os.path.isdir(path):
             if not os.path.exists(os.path.join(path, "ratings.csv")):
@@ -206,7 +206,7 @@ def _read(path: str, given: str, asked: Choice) -> tuple[dict[str, Column], Choi
 
 
 def _columns(path: str, asked: Choice) -> dict[str, Column]:
-    """The columns of a file by name, those that are asked for as categories as they are written."""
+    """The columns of a file by name; those named as categories keep their text."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -224,8 +224,8 @@ def _columns(path: str, asked: Choice) -> dict[str, Column]:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"data.path: the file has two columns called {name!r}")
-        found = {name: Column.of(name, table.column(name)) for name in names}
-        return found | (_codes(path, found, asked) if is_csv else _rounded(found))
+        columns = {name: Column.of(name, table.column(name)) for name in names}
+        return columns | (_codes(path, columns, asked) if is_csv else _rounded(columns))
     except UnicodeDecodeError as error:
         raise UserError(
             f"data.path: the header of {path!r} is not UTF-8; save the file as UTF-8"
@@ -238,16 +238,16 @@ def _reason(error: Exception) -> str:
     reason = str(error).splitlines()[0]
     if "invalid UTF8" in reason:
         return f"{reason}; save the file as UTF-8"
-    if "conversion error" in reason:  # only beyond what is looked at for a column's type
+    if "conversion error" in reason:  # in a row after those that pyarrow infers the type from
         return f"{reason}; name the column in task.categorical to have it as text"
     return reason
 
 
 def _read_csv(path: str, as_text: Sequence[str], only: Sequence[str] = ()) -> Any:
-    """The file as a table of pyarrow; columns ``as_text`` are not looked at for numbers.
+    """The file as a table of pyarrow; columns ``as_text`` are not parsed as numbers.
 
-    Read in one block, as far as pyarrow has blocks so large: a column's type is that of all its
-    values, and a quoted value may have line breaks and any length.
+    Read in one block, up to pyarrow's largest: the type of a column then depends on all its values,
+    and a quoted value may have line breaks and any length.
     """
     import pyarrow
     from pyarrow import csv
@@ -259,8 +259,8 @@ def _read_csv(path: str, as_text: Sequence[str], only: Sequence[str] = ()) -> An
     kind = kind_of_bytes(io.BytesIO(text))
     if kind:
         raise UserError(
-            f"data.path: {path!r} looks like {kind.name}, which is no table; name a .csv, .tsv or "
-            ".parquet file"
+            f"data.path: {path!r} looks like {kind.name}, which is not a table; name a .csv, "
+            ".tsv or .parquet file"
         )
     table = csv.read_csv(
         pyarrow.BufferReader(text),
@@ -282,35 +282,35 @@ def _read_csv(path: str, as_text: Sequence[str], only: Sequence[str] = ()) -> An
 
 
 def _suffixes(path: str) -> list[str]:
-    """The file's suffixes: of ``sales.tsv.gz`` both."""
+    """All suffixes of the file name: ``.tsv`` and ``.gz`` of ``sales.tsv.gz``."""
     return pathlib.PurePath(path.lower()).suffixes
 
 
-def _rounded(found: dict[str, Column]) -> dict[str, Column]:
-    """Those columns of floats that look like identifiers, with an example: pandas writes whole
-    numbers as floats where one is missing."""
+def _rounded(columns: dict[str, Column]) -> dict[str, Column]:
+    """The columns of floats that look like identifiers, with an example: pandas writes whole
+    numbers as floats if one is missing."""
     from pyarrow import types
 
-    codes = {name: column.rounded_id for name, column in found.items()}
+    codes = {name: column.rounded_id for name, column in columns.items()}
     return {
-        name: found[name]._replace(code=code)
+        name: columns[name]._replace(code=code)
         for name, code in codes.items()
-        if code and types.is_float64(found[name].array.type)
+        if code and types.is_float64(columns[name].array.type)
     }
 
 
-def _codes(path: str, found: dict[str, Column], asked: Choice) -> dict[str, Column]:
-    """Those columns of a CSV's numbers of which the text looks like identifiers, with an example.
+def _codes(path: str, columns: dict[str, Column], asked: Choice) -> dict[str, Column]:
+    """The numeric columns of a CSV whose text looks like identifiers, with an example.
 
-    The numbers do not show it: leading zeros are gone, and whole ones beyond 2**64 are floats.
-    Such spellings matter only where nobody has said what is a category and what a number.
+    The parsed numbers do not show it: leading zeros are lost, and whole numbers beyond 2**64 are
+    floats. Such spellings matter only if neither categories nor numbers are named.
     """
     from pyarrow import compute, types
 
     named = bool(asked.categorical or asked.numeric)
     suspect = [
         name
-        for name, column in found.items()
+        for name, column in columns.items()
         if (types.is_integer(column.array.type) and not named)
         or (types.is_floating(column.array.type) and (not named or _reaches(column, EXACT)))
     ]
@@ -323,18 +323,18 @@ def _codes(path: str, found: dict[str, Column], asked: Choice) -> dict[str, Colu
         )
         examples = text.column(name).filter(matches)
         if len(examples):
-            marked[name] = found[name]._replace(code=examples[0].as_py().strip())
+            marked[name] = columns[name]._replace(code=examples[0].as_py().strip())
     return marked
 
 
 def _reaches(column: Column, bound: int) -> bool:
-    """Whether a column of floats has a value so far from 0."""
+    """Whether a column of floats has an absolute value of at least ``bound``."""
     values = column.array.to_numpy(zero_copy_only=False)
     return bool((np.abs(values) >= bound).any())  # False for NaN
 
 
 def _movielens(folder: str, asked: Choice) -> tuple[dict[str, Column], Choice]:
-    """Ratings with the genres of their movies and the hour."""
+    """Ratings with the genres of their movies and the hour of the day."""
     ids = ("userId", "movieId")
     read_as = asked._replace(categorical=(*asked.categorical, *ids))
     ratings = _columns(os.path.join(folder, "ratings.csv"), read_as)
@@ -361,17 +361,17 @@ def _movielens(folder: str, asked: Choice) -> tuple[dict[str, Column], Choice]:
 
 
 def _column(name: str, values: np.ndarray) -> Column:
-    """A column of numbers, NaN where there is none."""
+    """A column of numbers, NaN where missing."""
     import pyarrow
 
     return Column.of(name, pyarrow.array(values, from_pandas=True))
 
 
 def _genres(movies: dict[str, Column], rated: Column) -> list[Column]:
-    """For each genre, whether the movie of each rating has it; 0 for unlisted movies.
+    """A column per genre: 1 if the movie of the rating has it, else 0; 0 for unlisted movies.
 
     Raises:
-      UserError: a column is missing, or no rated movie is listed, so that ids are of two kinds.
+      UserError: a column is missing, or no rated movie is listed, so that the ids do not match.
     """
     for name in ("movieId", "genres"):
         if name not in movies:
@@ -380,18 +380,18 @@ def _genres(movies: dict[str, Column], rated: Column) -> list[Column]:
             )
     lists = [str(text or "").split("|") for text in movies["genres"].array.to_pylist()]
     names = sorted({genre for some in lists for genre in some} - {"", "(no genres listed)"})
-    place = {movie: i for i, movie in enumerate(movies["movieId"].array.to_pylist())}
+    index = {movie: i for i, movie in enumerate(movies["movieId"].array.to_pylist())}
     encoded = rated.array.dictionary_encode()
     each = [*encoded.dictionary.to_pylist(), None]
     of_N = encoded.indices.fill_null(len(each) - 1).to_numpy(zero_copy_only=False)
-    row_V = np.array([place.get(movie, len(lists)) for movie in each])
+    row_V = np.array([index.get(movie, len(lists)) for movie in each])
     if names and (row_V == len(lists)).all():
         raise UserError(
             f"data.path: movies.csv lists no movie of ratings.csv ({each[0]!r} is none of "
-            f"{next(iter(place))!r} and so on); ids must be written alike in both"
+            f"{next(iter(index))!r} and so on); ids must be written alike in both"
         )
-    found = []
+    columns = []
     for genre in names:
         has = np.array([genre in some for some in lists] + [False], dtype=np.float64)
-        found.append(_column(f"genre={genre}", has[row_V[of_N]]))
-    return found
+        columns.append(_column(f"genre={genre}", has[row_V[of_N]]))
+    return columns

@@ -47,14 +47,14 @@ class MultiGateMoE(TrainOrEval):
 
     .. math:: y_m(x) = \sum_e g_{m,e}(x) \, f_e(x), \qquad m = 1 \dots M
 
-    ``y_MBO, info = layer(x_BD)``. A gate sees examples as sequences of length 1. Any gate whose
-    routing of an example depends on this example alone can serve; the parameters of all gates are
-    stacked, and the gate is called once, vmapped over tasks. Every expert is computed on every
-    example, as in the papers, so a sparse gate saves no time in training.
+    ``y_MBO, info = layer(x_BD)``. A gate sees examples as sequences of length 1. Any gate can be
+    used that routes an example by this example alone; the parameters of all gates are stacked, and
+    the gate is called once, vmapped over tasks. Every expert is computed on every example, as in
+    the papers, so that a sparse gate saves no time in training.
 
-    Everything in ``info`` (a ``MoEInfo``) leads with the gates, losses too: a gate is reported like
-    a layer of its own. Balance losses are of the whole batch. Nothing has a capacity; pairs are
-    dropped only where the gate itself cuts (``max_active``).
+    All arrays in ``info`` (a ``MoEInfo``) lead with the gates, including losses: a gate is reported
+    like a separate layer. Balance losses are computed on the whole batch. There is no capacity;
+    pairs are dropped only where the gate itself cuts (``max_active``).
 
     Args:
       d_model, d_ff, d_out: widths of input, of an expert's hidden layer and of its output.
@@ -64,7 +64,7 @@ class MultiGateMoE(TrainOrEval):
       gate_input: "example": the gate sees x. "constant": it sees the number 1, so its choice is
         the same for all examples (static gating) and a router has one free logit per expert.
         DSelect-k needs ``per_example=False`` then, which makes its codes such free numbers.
-      activation: of the experts, "relu" or "gelu".
+      activation: activation of the experts, "relu" or "gelu".
 
     Raises:
       ValueError: a choice that cannot work, naming field, value and remedy.
@@ -124,7 +124,7 @@ class MultiGateMoE(TrainOrEval):
         context = Context.of(len(x_BD), 1) if context is None else context
         check_context(context, len(x_BD), 1)
         context = drawn_from(rngs, context)
-        # Padding may hold anything. A NaN would survive the weight 0 in the losses and backwards.
+        # Padding may hold anything: a NaN would survive a weight of 0 in losses and gradients.
         x_BD = jnp.where(context.valid_BL, x_BD, 0)
         seen_BLD = x_BD[:, None, :]
         if self.gate_input == "constant":
@@ -211,7 +211,7 @@ def check_gate(gate: Gate, num_experts: int, gate_input: str) -> None:
 
 
 def dense_weights(routing: Routing, num_experts: int) -> Float[Array, "G T E"]:
-    """A routing's weight for each expert, 0 for those that a token does not visit."""
+    """The weight of each expert in a routing, 0 for experts that the token does not visit."""
     hit_GTKE = routing.expert_GTK[..., None] == jnp.arange(num_experts)
     # The select keeps inactive columns inactive in the backward pass too.
     weight_GTK = jnp.where(routing.weight_GTK > 0, routing.weight_GTK, 0.0)
@@ -219,7 +219,7 @@ def dense_weights(routing: Routing, num_experts: int) -> Float[Array, "G T E"]:
 
 
 def _info(output: GateOutput, context: Context) -> MoEInfo:
-    """What one gate did. Its groups are examples, and its losses those of the whole batch."""
+    """The report of one gate. Its groups are examples; its losses are those of the whole batch."""
     kept_GTK = output.routing.weight_GTK > 0
     stats = collect_stats(output.routing, output.stats.probs_GTE, kept_GTK, context.valid_BL)
     if output.cut_GTE is not None:

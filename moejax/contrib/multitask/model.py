@@ -24,7 +24,7 @@ SHARINGS: tuple[str, ...] = ("mmoe", "omoe", "shared_bottom")
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One task: its name, what it predicts, and a regression's y = mean + scale * what is said."""
+    """One task: its name and kind; a regression predicts y = mean + scale * (tower's output)."""
 
     name: str
     kind: Kind = "regression"
@@ -70,7 +70,7 @@ class MultiTaskConfig:
 
     @property
     def every(self) -> int:
-        """Whether there is a mixture at all, as in the models of text: 1, or 0 without."""
+        """1 with a mixture, 0 without, as in the other models."""
         return int(self.sharing != "shared_bottom")
 
     @property
@@ -97,7 +97,7 @@ class MultiTask(nnx.Module):
         self.config = config
         if config.category_sizes:
             shape = (sum(config.category_sizes), config.d_embed)
-            # Of unit variance, as standardised numeric features are.
+            # Unit variance, like standardised numeric features.
             self.embed_VD = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
         width = config.d_features
         if config.d_bottom:
@@ -135,7 +135,7 @@ class MultiTask(nnx.Module):
         chex.assert_shape(dense_BF, (None, config.num_dense))
         chex.assert_shape(category_BC, (len(dense_BF), len(config.category_sizes)))
         x_BD = self._features(dense_BF, category_BC)
-        # Padding may hold anything, and a NaN would survive a loss of weight 0 backwards.
+        # Padding may hold anything: a NaN would survive a loss of weight 0 in the gradient.
         x_BD = constrain(jnp.where(context.valid_BL, x_BD, 0), BATCH_AXES)
         if config.d_bottom:
             x_BD = activate(config.activation, None, self.bottom(x_BD))
@@ -218,7 +218,7 @@ def _report(
 
 
 def predict(value_BM: Any, heads: tuple[Head, ...]) -> Float[np.ndarray, "B M"]:
-    """Values of regressions in their targets' units, logits of binary tasks as they are.
+    """Predictions of regressions in the units of their targets, and logits of binary tasks.
 
     On the host, in float64: float32 has too few digits for a large mean with a small spread.
     """

@@ -1,4 +1,4 @@
-"""Tables as rows of examples: a table as the training loop asks for it."""
+"""Tables in the form that the training loop asks for: rows are examples."""
 
 import dataclasses
 import functools
@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from moejax.contrib.multitask.baselines import table_baselines
-from moejax.contrib.multitask.tables import Table, TableBatches, table_eval_batches
+from moejax.contrib.multitask.tables import Table
+from moejax.data.batches import TrainBatches, heldout_batches
 from moejax.data.source import Batch, few_rows
 
 MOST_VALUES = 256
-"""Of the categorical column that names examples in a report."""
+"""Most values of the categorical column that names examples in a report."""
 QUARTERS = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
 
 
@@ -24,7 +25,7 @@ class TableSource:
     batch_size: int
     seed: int
     eval_rows: int
-    """Rows of an evaluation, at most: what the baselines are of."""
+    """Most rows of an evaluation. The baselines are computed on the same rows."""
 
     @property
     def name(self) -> str:
@@ -35,8 +36,9 @@ class TableSource:
         return self.table.fingerprint
 
     @functools.cached_property
-    def train(self) -> TableBatches:
-        return TableBatches(self.table.train, self.batch_size, self.seed)
+    def train(self) -> TrainBatches:
+        rows = self.table.train
+        return TrainBatches(len(rows), self.batch_size, self.seed, rows.read)
 
     def size(self) -> tuple[int, int]:
         return len(self.table.train), len(self.table.heldout)
@@ -56,7 +58,8 @@ class TableSource:
         return self.train.batch(step)
 
     def eval_batches(self, batch_size: int, rows: int) -> list[Batch]:
-        return table_eval_batches(self.table.heldout, batch_size, rows)
+        heldout = self.table.heldout
+        return heldout_batches(len(heldout), batch_size, rows, heldout.read)
 
     def baselines(self) -> dict[str, float]:
         return self._baselines
@@ -66,8 +69,8 @@ class TableSource:
         return table_baselines(self.table, self.eval_rows)
 
     def about(self) -> dict[str, Any]:
-        """The tasks, how many values each feature has (0: a number), and of a file a digest of
-        what they stand for."""
+        """The tasks, the number of values of each feature (0: numeric), and for a file the digest
+        of their meaning."""
         table = self.table
         features = dict.fromkeys(table.dense, 0)
         return {
@@ -80,44 +83,44 @@ class TableSource:
         return {}
 
     def warnings(self) -> list[str]:
-        """A small held-out side, and features that are the same in all training rows."""
+        """A small held-out side, and features that are constant in the training rows."""
         table = self.table
-        said = few_rows(len(table.heldout), "example")
-        varies = np.abs(table.train.dense_NF).max(axis=0) > 0  # they have a mean of 0
-        for name, differs in zip(table.dense, varies, strict=True):
-            if not differs:
-                said.append(
+        lines = few_rows(len(table.heldout), "example")
+        varies_F = np.abs(table.train.dense_NF).max(axis=0) > 0  # their mean is 0
+        for name, varies in zip(table.dense, varies_F, strict=True):
+            if not varies:
+                lines.append(
                     f"task.numeric: {name!r} is the same in all training rows, or differs by less "
-                    "than float64 holds; leave it out, or subtract what is common"
+                    "than float64 resolves; leave it out, or subtract a constant"
                 )
         for name, size in zip(table.category, table.category_sizes, strict=True):
             if size == 1:
-                said.append(
+                lines.append(
                     f"task.categorical: {name!r} has no value that task.min_count training rows "
                     "share, so that all rows are 'unknown'; leave it out or lower task.min_count"
                 )
-        return said
+        return lines
 
     def eval_extras(self, loss: float) -> dict[str, float]:
         return {}
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Examples have no tokens; gates that ask for them are refused."""
+        """Examples have no tokens; gates that need them are refused."""
         return np.zeros(vocab_size, np.int64)
 
     def tokens(self, batch: Batch) -> np.ndarray:
-        """An example is known by its value in the column with most values, up to 256 of them."""
-        column = self._named
+        """An example is named by its value in the column with the most values, up to 256."""
+        column = self._name_column
         if column is None:
             return np.zeros((len(batch["row"]), 1), np.int32)
         return batch["category"][:, column : column + 1]
 
-    def told(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
-        """An example's target and label are that of the first task: the quarter of the training
-        rows that it would be in, or for a binary task 0 or 1."""
+    def probe_arrays(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
+        """The target and the label of an example are those of the first task: its quarter among the
+        training rows, or 0 or 1 for a binary task."""
         token_N1, names = self.tokens(batch), ["example"]
-        if self._named is not None:
-            names = self._values(self._named)
+        if self._name_column is not None:
+            names = self._values(self._name_column)
         label_N, labels = self._labels(batch)
         return {
             "token": token_N1,
@@ -130,14 +133,14 @@ class TableSource:
         }
 
     def _values(self, column: int) -> list[str]:
-        """What each id of a categorical column stands for; of generated tables its number."""
+        """The value of each id of a categorical column; for generated tables the id itself."""
         name, values = self.table.category[column], self.table.category_values
         if not values:
             return [f"{name} {i}" for i in range(self.table.category_sizes[column])]
         return [f"{name} unknown", *(f"{name} {value}" for value in values[column])]
 
     @property
-    def _named(self) -> int | None:
+    def _name_column(self) -> int | None:
         sizes = self.table.category_sizes
         fitting = [c for c, size in enumerate(sizes) if size <= MOST_VALUES]
         return max(fitting, key=lambda c: sizes[c]) if fitting else None

@@ -1,8 +1,7 @@
-"""Tables for several tasks at once: rows of features and targets, and batches of them by step.
+"""Tables for several tasks at once: training and held-out rows of features and targets.
 
 A row has numeric features ("dense"), categorical ones as ids, and one target per task, some of
-which may be missing. Where tables come from: ``synthetic_tables.py``, ``recommender.py`` and
-``table_files.py``.
+which may be missing. ``generated.py`` and ``files.py`` make tables.
 """
 
 import dataclasses
@@ -14,17 +13,20 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moejax.data.batches import Batch
+from moejax.data.source import Batch
+from moejax.data.split import check_fraction
 from moejax.errors import UserError
 
 Kind = Literal["regression", "binary"]
 FARTHEST = 1e18
-"""Spreads from the mean: float32 holds squares, and sums of them, up to 3e38."""
+"""Largest distance from the mean, in standard deviations: float32 holds squares, and sums of them,
+up to 3e38."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One task. ``mean`` and ``scale`` are of a regression's training rows; 0 and 1 if binary.
+    """One task. ``mean`` and ``scale``: mean and standard deviation of a regression's training
+    rows; 0 and 1 for a binary task.
 
     ``rate``: the mean of the training rows, for a binary task the share of ones.
     """
@@ -37,16 +39,16 @@ class Target:
 
     @property
     def guess(self) -> float:
-        """What somebody says who always says the mean, as ``Rows`` have it."""
+        """The constant prediction of the mean, in the units of ``Rows``."""
         return 0.0 if self.kind == "regression" else self.rate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """N rows. A target that is missing is 0 and not ``present``.
+    """N rows. A missing target is 0 and not ``present``.
 
-    A table's targets are float32, those of regressions in standard deviations from the mean of the
-    training rows; ``as_rows`` gives them in their own units, float64, for ``make_table``.
+    The targets of a table are float32, those of regressions in standard deviations from the mean of
+    the training rows; ``as_rows`` gives them in their own units, float64, for ``make_table``.
     """
 
     dense_NF: Float[np.ndarray, "N F"]
@@ -57,21 +59,32 @@ class Rows:
     def __len__(self) -> int:
         return len(self.target_NM)
 
+    def read(self, row_B: np.ndarray, position_B: np.ndarray) -> Batch:
+        """``dense`` float32 [B, F], ``category`` int32 [B, C], ``target`` float32 [B, M],
+        ``present`` bool [B, M] and ``valid`` bool [B], all true."""
+        return {
+            "dense": self.dense_NF[row_B],
+            "category": self.category_NC[row_B],
+            "target": self.target_NM[row_B],
+            "present": self.present_NM[row_B],
+            "valid": np.ones(len(row_B), dtype=bool),
+        }
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Training and held-out rows with what is needed to read them.
+    """Training and held-out rows and the meaning of their columns.
 
     Attributes:
       targets: the tasks, in the order of the columns of ``target_NM``.
-      dense, category: names of the features; ``category_sizes``: ids of each lie below it. In
-        tables from files id 0 stands for values that the training rows do not have, and
-        ``category_values`` are those of the other ids, as text.
-      encoding: SHA-256 of what ids and standardised numbers of a file's features stand for.
-      name: where the rows came from.
-      ideal_NM: of generated tables, what somebody who knows the generator would predict for the
-        held-out rows: expected values, standardised as targets are, or probabilities of binary
-        ones.
+      dense, category: names of the features.
+      category_sizes: number of ids of each categorical feature. In tables from files id 0 stands
+        for values that do not occur in the training rows.
+      category_values: the values of the other ids, as text; empty for generated tables.
+      encoding: SHA-256 of the meaning of ids and standardised numbers of a file's features.
+      name: origin of the rows.
+      ideal_NM: predictions for the held-out rows from full knowledge of the generator, for
+        generated tables: expected values, standardised as targets are, or probabilities.
     """
 
     train: Rows
@@ -98,7 +111,7 @@ class Table:
         return digest.hexdigest()
 
     def in_units(self, target_NM: Float[np.ndarray, "N M"]) -> Float[np.ndarray, "N M"]:
-        """Targets as rows have them, in their own units."""
+        """Targets of ``Rows`` in their own units."""
         mean_M = np.array([target.mean for target in self.targets])
         return target_NM * np.array([target.scale for target in self.targets]) + mean_M
 
@@ -111,14 +124,14 @@ def make_table(
     ideal_NM: Float[np.ndarray, "N M"] | None = None,
     **known: Any,
 ) -> Table:
-    """A table from ``as_rows``: describes every target by its training rows and standardises it.
+    """Make a table from ``as_rows``: describe every target by its training rows, standardise it.
 
-    All in float64, of which float32 has too few digits for times or amounts with small changes.
-    ``ideal_NM`` is in the targets' units. ``known``: the rest.
+    Computed in float64: float32 has too few digits for times, or for amounts with small changes.
+    ``ideal_NM`` is in the targets' units. ``known``: the other fields of ``Table``.
 
     Raises:
-      UserError: a target that is missing or the same in all training rows, or held-out values so
-        far from them that float32 cannot square them.
+      UserError: a target that is missing or constant in all training rows, or held-out values too
+        far from them for float32 to hold their squares.
     """
     targets = []
     for m, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -157,19 +170,19 @@ def make_table(
 def mean_and_spread(values_N: Float[np.ndarray, "N"]) -> tuple[float, float]:
     """Mean and standard deviation of values that are not all the same.
 
-    Counted from the least value and in units of the range: large values that change little keep
-    their digits, and small ones squares above 0.
+    Computed relative to the smallest value and in units of the range, so that large values with
+    small changes keep their digits and squares of small ones do not underflow.
     """
-    least = values_N.min()
-    span = values_N.max() - least
-    share_N = (values_N - least) / span
-    return float(least + span * share_N.mean()), float(span * share_N.std())
+    smallest = values_N.min()
+    span = values_N.max() - smallest
+    share_N = (values_N - smallest) / span
+    return float(smallest + span * share_N.mean()), float(span * share_N.std())
 
 
 def as_rows(
     dense_NF: np.ndarray | None, category_NC: np.ndarray | None, target_NM: np.ndarray
 ) -> Rows:
-    """Rows for ``make_table``: targets float64 in their own units; one that is NaN is missing."""
+    """Rows for ``make_table``: targets float64 in their own units; a NaN is a missing target."""
     count, present_NM = len(target_NM), ~np.isnan(target_NM)
     dense = np.zeros((count, 0)) if dense_NF is None else dense_NF
     category = np.zeros((count, 0)) if category_NC is None else category_NC
@@ -187,7 +200,7 @@ def take(rows: Rows, index: np.ndarray | slice) -> Rows:
 
 
 def first_heldout(rows: int, eval_fraction: float) -> int:
-    """Where the held-out rows begin, with at least one row on either side."""
+    """The first held-out row, with at least one row on either side."""
     check_fraction(eval_fraction)
     if rows < 2:
         raise UserError(
@@ -196,92 +209,6 @@ def first_heldout(rows: int, eval_fraction: float) -> int:
     return rows - heldout_count(rows, eval_fraction)
 
 
-def check_fraction(eval_fraction: float) -> None:
-    """Raises UserError unless it is a share."""
-    if not 0.0 < eval_fraction < 1.0:
-        raise UserError(
-            f"data.eval_fraction: {eval_fraction} is not between 0 and 1 (both excluded)"
-        )
-
-
 def heldout_count(rows: int, eval_fraction: float) -> int:
-    """How many of the rows are held out."""
+    """Number of held-out rows."""
     return min(max(round(eval_fraction * rows), 1), rows - 1)
-
-
-class TableBatches:
-    """Shuffled batches of rows, for any step, in any order.
-
-    Batch b is rows b*B .. (b+1)*B of the epochs laid end to end, each a seeded permutation.
-
-    Args:
-      rows: the training rows.
-      batch_size: rows per global batch (B).
-      seed: the permutations' seed, in [0, 2**32).
-    """
-
-    def __init__(self, rows: Rows, batch_size: int, seed: int):
-        import grain  # slow to import
-
-        if batch_size < 1:
-            raise UserError(f"train.batch_size: {batch_size} must be at least 1")
-        if not 0 <= seed < 1 << 32:
-            raise UserError(f"train.seed: {seed} is not in [0, 2**32)")
-        if not len(rows):
-            raise UserError("data.path: there are no training rows; lower data.eval_fraction")
-        self.num_rows, self._rows, self._batch_size = len(rows), rows, batch_size
-        self._order: Any = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The global batch of one step, or some of its rows (a host's share).
-
-        Returns `dense` float32 [B, F], `category` int32 [B, C], `target` float32 [B, M], `present`
-        bool [B, M], `valid` bool [B] (all true) and `row` int32 [B], the global row id `step*B + i`
-        modulo 2**31.
-        """
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        shares = range(self._batch_size)[rows if rows is not None else slice(None)]
-        positions = [step * self._batch_size + i for i in shares]
-        chosen = np.array([int(self._order[position]) for position in positions], dtype=np.int64)
-        ids = np.array([position % (1 << 31) for position in positions], dtype=np.int32)
-        return _batch(take(self._rows, chosen), ids, np.ones(len(positions), dtype=bool))
-
-
-def table_eval_batches(rows: Rows, batch_size: int, count: int) -> list[Batch]:
-    """Batches of `count` rows spread evenly over the held-out ones, the same at every call.
-
-    Fewer if there are fewer. The last batch is filled up with rows of zeros that are `valid=False`.
-    Keys as in `TableBatches.batch`; `row` counts the rows of this list.
-    """
-    chosen = eval_rows(len(rows), count)
-    batches = []
-    for begin in range(0, len(chosen), batch_size):
-        some = take(rows, chosen[begin : begin + batch_size])
-        missing = batch_size - len(some)
-        arrays = [getattr(some, field.name) for field in dataclasses.fields(some)]
-        full = Rows(*(np.pad(a, ((0, missing), (0, 0))) for a in arrays))
-        ids = np.arange(begin, begin + batch_size, dtype=np.int32)
-        batches.append(_batch(full, ids, np.arange(batch_size) < len(some)))
-    return batches
-
-
-def eval_rows(available: int, count: int) -> np.ndarray:
-    """Which held-out rows `table_eval_batches` takes."""
-    if count < 1:
-        raise UserError(f"train.eval_rows: {count} must be at least 1")
-    if not available:
-        raise UserError("data.eval_fraction: there are no held-out rows; raise it")
-    count = min(count, available)
-    return np.array([j * available // count for j in range(count)], dtype=np.int64)
-
-
-def _batch(rows: Rows, ids: np.ndarray, valid: np.ndarray) -> Batch:
-    return {
-        "dense": rows.dense_NF,
-        "category": rows.category_NC,
-        "target": rows.target_NM,
-        "present": rows.present_NM,
-        "valid": valid,
-        "row": ids,
-    }

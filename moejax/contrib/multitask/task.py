@@ -13,11 +13,10 @@ from jaxtyping import Array, Float, PyTree
 from moejax.config import Config, make_gate
 from moejax.config.build import gate_message, loss_weights
 from moejax.contrib.multitask.files import load_table
+from moejax.contrib.multitask.generated import correlated, groups, recommender
 from moejax.contrib.multitask.mmoe import check_gate
 from moejax.contrib.multitask.model import Head, MultiTask, MultiTaskConfig, head_losses
-from moejax.contrib.multitask.recommender import recommender
 from moejax.contrib.multitask.source import TableSource
-from moejax.contrib.multitask.synthetic import correlated, groups
 from moejax.contrib.multitask.tables import Table
 from moejax.data.source import Source
 from moejax.dispatch import AllExperts
@@ -27,14 +26,14 @@ from moejax.tasks.task import Batch, Ratio, Task, Totals, Units
 from moejax.types import Context, LayerAux, MoEConfig, Tap
 
 BINS, WIDEST = 2000, 20.0
-"""Of the logits from which the area under the ROC curve is counted: 0.02 wide."""
+"""Number and range of the bins of logits for the area under the ROC curve: 0.02 wide."""
 
 
 def build(config: Config) -> tuple[Task, Source]:
     """The model and its table.
 
     Raises:
-      UserError: a table that cannot be read or made, or choices that do not fit each other.
+      UserError: a table that cannot be read or made, or options that exclude each other.
     """
     _check(config)
     table, train = load(config), config.train
@@ -44,7 +43,7 @@ def build(config: Config) -> tuple[Task, Source]:
 
 
 def load(config: Config) -> Table:
-    """The table that the config names."""
+    """The table named in the config."""
     task, fraction = config.task, config.data.eval_fraction
     if task.data == "file":
         if not config.data.path:
@@ -82,7 +81,7 @@ def _names(text: str) -> list[str]:
 
 
 def _check(config: Config) -> None:
-    """What no other task has to fit."""
+    """Raise UserError for options that are invalid for this task alone."""
     task, moe = config.task, config.moe
     if moe.every > 1:
         raise UserError(f"moe.every={moe.every}: a multi-task model has one mixture; use 1 or 0")
@@ -116,8 +115,8 @@ def _check(config: Config) -> None:
 class BinnedArea(NamedTuple):
     """The area under the ROC curve, from histograms of the logits of ones and of zeros.
 
-    The chance that a one scores higher than a zero, those in the same bin counted half: exact up
-    to pairs whose logits are within a bin of 0.02, or both beyond 20.
+    The probability that a one scores higher than a zero, pairs in the same bin counted half: exact
+    up to pairs whose logits are within a bin of 0.02, or both beyond 20.
     """
 
     ones_Z: Any
@@ -164,13 +163,13 @@ class MeanSquare:
 class MultiTaskLearning(Task):
     """A multi-task model with its loss: the tasks' losses, added up.
 
-    A regression's loss is its squared error in units of the training targets' variance, so that
-    always saying the mean costs 1 whatever the units; a binary task's is its log loss in nats.
-    Where a target is missing the example costs nothing in that task.
+    The loss of a regression is its squared error in units of the training targets' variance, so
+    that predicting the mean costs 1 in any units; the loss of a binary task is its log loss in
+    nats. A missing target adds nothing to the loss of its task.
 
-    Gates' own losses are summed over gates too, so that a weight means the same to a gate beside
-    one task or many. What is logged of them is their mean over gates, as of layers: a balance loss
-    is 1 at perfect balance.
+    The losses of the gates are summed over gates too, so that a weight has the same effect on each
+    gate for any number of tasks. Their mean over gates is logged, as for layers: a balance loss is
+    1 at perfect balance.
     """
 
     model: MultiTaskConfig
@@ -245,14 +244,14 @@ class MultiTaskLearning(Task):
         return super().objective(totals._replace(auxiliary=summed), items)
 
     def countable(self) -> Task:
-        """As it is: every expert is computed on every example."""
+        """The task itself: every expert is computed on every example."""
         return self
 
     def init_gate_state(self, token_counts: Any = None) -> PyTree:
         return self.abstract_module().init_gate_state()
 
     def expert_layers(self, params: PyTree) -> dict[str, Any]:
-        """The experts are the same for all gates."""
+        """All gates share the experts."""
         layer, gates = params["mixture"], self.model.num_moe_layers
         experts = {"up_EDF": layer["in_EDF"], "down_EFD": layer["out_EFO"]}
         led = {name: jnp.broadcast_to(w, (gates, *w.shape)) for name, w in experts.items()}
@@ -263,7 +262,7 @@ class MultiTaskLearning(Task):
         return jnp.sum(jnp.where(batch["present"], loss_BM, 0.0), axis=1)
 
     def _metrics(self, said_BM: Array, batch: Batch) -> dict[str, Any]:
-        """By task, over the examples that have its target."""
+        """Metrics by task, over the examples with its target."""
         loss_BM = head_losses(said_BM, batch["target"], self.model.heads)
         found = {}
         for m, head in enumerate(self.model.heads):

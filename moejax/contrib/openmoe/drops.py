@@ -1,4 +1,4 @@
-"""Finding 3, drop towards the end: with slots given out first come, first served, late tokens lose.
+"""Finding 3, drop towards the end: when slots go first come, first served, late tokens lose.
 
 A choice is dropped when its expert is full. A token counts as dropped when any of its choices is,
 or when all are; both are given, beside the share of choices.
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.interval import Interval, over_rows
-from moejax.contrib.openmoe.routed import Routed
+from moejax.record.routing import Routed
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """How slots are given out in evaluation. ``capacity_factor`` 0: every pair has room.
+    """A way to assign slots in evaluation. ``capacity_factor`` 0: every pair has room.
 
     ``priority``: "position" is first come, first served; "gate" is batch-prioritised routing
     (Riquelme et al., arXiv 2106.05974), which lets a token's place depend on later tokens.
@@ -63,7 +63,7 @@ class Drops:
 
 
 def drops(text: str, arm: Arm, routed: Routed) -> Drops:
-    """Counts the drops of a routing.
+    """Count the drops of a routing.
 
     Raises:
       ValueError: fewer rows than intervals need.
@@ -103,9 +103,9 @@ def drops(text: str, arm: Arm, routed: Routed) -> Drops:
 
 
 def rise(lost_L: Float[np.ndarray, " L"], wanted_L: Float[np.ndarray, " L"]) -> float:
-    """The least-squares line through lost / wanted by position, from first to last position.
+    """The rise of a least-squares line through lost / wanted, from first to last position.
 
-    Positions weigh as much as they have choices; those without any are left out.
+    Positions are weighted by their choices; those without any are left out.
     """
     length = len(wanted_L)
     place_L = np.linspace(0.0, 1.0, length) if length > 1 else np.zeros(length)

@@ -14,11 +14,11 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float, Int
 
-from moejax.analysis.statistics.ratios import ratio
-from moejax.analysis.statistics.selection import selected
-from moejax.analysis.statistics.stability import saturation, saturation_by_chance
-from moejax.contrib.openmoe.routed import Routed, counts
+from moejax.analysis.statistics.choices import saturation, saturation_by_chance
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.tokens import LEAST
+from moejax.record.counts import choice_counts, selected
+from moejax.record.routing import Routed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Then:
 
 @dataclasses.dataclass(frozen=True)
 class Early:
-    """Finding 2 of a run. Of the last step itself every number is 1."""
+    """Finding 2 of a run. At the last step every number is 1 by definition."""
 
     steps: list[Then]
     last: int
     source: str
-    """What was routed: the recorded probe, or rows that checkpoints were evaluated on."""
+    """The routed rows: the recorded probe, or rows that checkpoints were evaluated on."""
     tokens: int
     kinds: int
     """Token ids with more than `LEAST` occurrences."""
@@ -65,7 +65,7 @@ def early(recordings: Iterable[tuple[int, Routed]], source: str) -> Early:
         source=source,
         tokens=int(end.valid_NL.sum()),
         kinds=shares[0].shape[0],
-        chance=[saturation_by_chance(_selected(end, layer)) for layer in range(end.layers)],
+        chance=[saturation_by_chance(_selected(end, layer)) for layer in end.layers],
         others=[cosine_of_others(share_CE) for share_CE in shares],
     )
 
@@ -105,9 +105,9 @@ def _token_shares(routed: Routed) -> list[Float[np.ndarray, "C E"]]:
     token_T = routed.token_NL[routed.valid_NL].astype(np.int64)
     often_V = np.bincount(token_T) > LEAST
     tables = []
-    for layer in range(routed.layers):
+    for layer in routed.layers:
         choice_TK = routed.choices(layer)[routed.valid_NL]
-        table_CE = counts(choice_TK, token_T, len(often_V), routed.num_experts)[often_V]
+        table_CE = choice_counts(choice_TK, token_T, len(often_V), routed.num_experts)[often_V]
         tables.append(ratio(table_CE, table_CE.sum(axis=1, keepdims=True)))
     return tables
 

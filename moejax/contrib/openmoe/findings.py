@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from moejax.contrib.openmoe.drops import Drops
 from moejax.contrib.openmoe.early import Early
-from moejax.contrib.openmoe.routed import Routed
 from moejax.contrib.openmoe.tokens import Specialisation
 from moejax.contrib.openmoe.verdict import (
     Verdict,
@@ -15,25 +14,26 @@ from moejax.contrib.openmoe.verdict import (
     early_verdict,
     specialisation_verdict,
 )
+from moejax.record.routing import Routed
 
 
 class Measured(NamedTuple):
-    """Of one checkpoint. The first text is the run's own held-out one."""
+    """The numbers of one checkpoint. The first text is the run's own held-out one."""
 
     run: str
     step: int
     steps: int
-    """Of the whole run, by its config."""
+    """The number of steps of the whole run, from its config."""
     num_experts: int
     leak: str
-    """What a token may see besides its past, as rows of metrics say it; empty if nothing."""
+    """What a token may see besides its past, as in the metrics; empty if nothing."""
     specialisation: Specialisation
     early: Early
     drops: list[Drops]
     routed: Routed
     """The run's own text, dropless."""
     token_text: list[str]
-    """How each token reads; empty if that is not known."""
+    """The text of each token; empty if unknown."""
 
 
 def verdicts(found: Measured) -> list[Verdict]:
@@ -46,7 +46,7 @@ def verdicts(found: Measured) -> list[Verdict]:
 
 
 def numbers(found: Measured, judged: Sequence[Verdict]) -> dict[str, Any]:
-    """What was measured in JSON's types, without the routing; what is undefined is null."""
+    """The measurements as JSON types, without the routing; undefined values are null."""
     about = {name: getattr(found, name) for name in ("run", "step", "steps", "num_experts", "leak")}
     tree = {
         **about,

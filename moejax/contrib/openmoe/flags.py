@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses flags that would have no effect.
+    """Refuse flags that would have no effect.
 
     Raises:
       UserError: one of them without ``--openmoe``.

@@ -1,5 +1,7 @@
-"""What has to be evaluated for the three findings: one checkpoint with several ways to give out
-slots, on several texts, and the checkpoints before it."""
+"""The evaluations behind the three findings.
+
+One checkpoint with several ways to assign slots, on several texts, and the checkpoints before it.
+"""
 
 import dataclasses
 import functools
@@ -16,15 +18,16 @@ from moejax.contrib.openmoe.drops import Arm, Drops, drops
 from moejax.contrib.openmoe.early import early
 from moejax.contrib.openmoe.findings import Measured
 from moejax.contrib.openmoe.interval import GROUPS
-from moejax.contrib.openmoe.routed import Routed
 from moejax.contrib.openmoe.texts import Text, all_texts, corpus_of, domains
 from moejax.contrib.openmoe.tokens import specialisation
 from moejax.dispatch import Cells, Dropless
 from moejax.errors import UserError
 from moejax.record.probe import Probe
+from moejax.record.routing import Routed
 from moejax.tasks.task import Task
-from moejax.train import evaluate
+from moejax.train import record_routing
 from moejax.train.checkpoint.checkpointer import Checkpointer
+from moejax.train.evaluate import open_run
 from moejax.train.processes import on_host
 from moejax.train.setup import Run
 from moejax.train.state import TrainState
@@ -52,7 +55,7 @@ class Options:
 
 
 def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Measured:
-    """Evaluates a run's checkpoint; ``say`` is told what goes on.
+    """Evaluate a run's checkpoint; ``say`` receives progress messages.
 
     Raises:
       UserError: no run or checkpoint; a dense model; a gate that routes whole sequences; texts that
@@ -60,7 +63,7 @@ def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Meas
     """
     config = load(str(workdir / "config.json")).config
     _check(workdir, config, options)
-    with evaluate.opened(config, str(workdir), options.step) as found:
+    with open_run(config, str(workdir), options.step) as found:
         this, state, at = found
         texts = all_texts(this, options.data, options.rows)
         for text in texts:
@@ -110,7 +113,8 @@ def arms(task: Task) -> list[Arm]:
     The last of gates that take it with the parameters they have.
     """
     found = [DROPLESS, *(Arm(factor) for factor in FACTORS), Arm(TYPICAL, "gate")]
-    k = getattr(task.model.gate, "k", 0)
+    gate: Any = task.model.gate
+    k = gate.k if "k" in {field.name for field in dataclasses.fields(gate)} else 0
     other = Arm(TYPICAL, k=1 if k > 1 else 2)
     if k and _parameters(task) and _parameters(variant(task, other)) == _parameters(task):
         found.append(other)
@@ -148,7 +152,7 @@ def variant(task: Task, arm: Arm) -> Task:
 def router(this: Run, arm: Arm) -> Route:
     """Routes a text; compiles once for all texts and checkpoints."""
     task = variant(this.task, arm)
-    route = jax.jit(functools.partial(evaluate.route, task=task))
+    route = jax.jit(functools.partial(record_routing.route, task=task))
 
     def routed(state: TrainState, text: Text) -> Routed:
         parts = []
@@ -198,11 +202,7 @@ def _recordings(
 
 def _of_probe(probe: Probe, last: int) -> Iterator[tuple[int, Routed]]:
     for step in (step for step in probe.steps if step <= last):
-        found = probe.at(step)
-        yield step, Routed(
-            found["expert"], found["weight"], found["kept"], probe.tokens["token"],
-            probe.tokens["valid"], int(found["num_experts"]),
-        )  # fmt: skip
+        yield step, probe.routed(step)
 
 
 def _of_checkpoints(

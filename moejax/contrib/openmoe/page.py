@@ -7,13 +7,13 @@ import numpy as np
 from moejax.analysis import figures
 from moejax.analysis.html import plain
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.drops import Drops
 from moejax.contrib.openmoe.early import Early
 from moejax.contrib.openmoe.findings import Measured
-from moejax.contrib.openmoe.routed import counts
 from moejax.contrib.openmoe.tokens import LEAST, POSITION, TOKEN, Layer, Specialisation
 from moejax.contrib.openmoe.verdict import Verdict
+from moejax.record.counts import choice_counts
 
 SHOWN = 24
 """Token ids of which the figure shows the experts: the most frequent ones."""
@@ -44,7 +44,7 @@ def page(found: Measured, verdicts: Sequence[Verdict]) -> Page:
 def _specialisation(found: Measured) -> list[Block]:
     layers = {
         f"layer {i}": [_shares(found, i), _spreads(found.specialisation.layers[i], i)]
-        for i in range(found.routed.layers)
+        for i in found.routed.layers
     }
     return [Choice("Specialisation in", layers), _spread_table(found.specialisation)]
 
@@ -57,7 +57,7 @@ def _shares(found: Measured, layer: int) -> Figure:
     often = np.argsort(-seen_V, kind="stable")[:SHOWN]
     often = often[seen_V[often] > LEAST][::-1]  # the first row of a heatmap is at the bottom
     choice_TK = routed.choices(layer)[routed.valid_NL]
-    table_CE = counts(choice_TK, token_T, len(seen_V), routed.num_experts)[often]
+    table_CE = choice_counts(choice_TK, token_T, len(seen_V), routed.num_experts)[often]
     share_CE = ratio(table_CE, table_CE.sum(axis=1, keepdims=True))
     names = [_token(found.token_text, int(v)) for v in often]
     cells = figures.heatmap(share_CE, range(routed.num_experts), names, "choices, share")

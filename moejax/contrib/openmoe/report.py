@@ -1,4 +1,4 @@
-"""Evaluates a run, says which findings appear and writes the numbers."""
+"""Evaluation of a run for the three findings: verdicts, numbers and a page of the report."""
 
 import argparse
 import json

@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from moejax.contrib.openmoe.interval import GROUPS
-from moejax.contrib.openmoe.routed import Routed
-from moejax.data import batches
 from moejax.data.corpus import Corpus, load_corpus
 from moejax.data.documents import find_documents
 from moejax.data.domains import NAMES, heldout_labels
 from moejax.data.shards import is_prepared
 from moejax.data.tokenizer import encode_documents
 from moejax.errors import UserError
+from moejax.record.routing import Routed
 from moejax.tasks.language.source import TextSource
+from moejax.tasks.language.windows import heldout_windows
 from moejax.train.setup import Run
 
 OWN = "held out"
@@ -28,7 +28,7 @@ MOSTLY = 0.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """Rows of a text in batches, as ``data.batches.eval_batches`` gives them."""
+    """Rows of a text in batches, as ``heldout_windows`` gives them."""
 
     name: str
     batches: list[dict[str, np.ndarray]]
@@ -81,7 +81,7 @@ def corpus_of(this: Run) -> Corpus:
 
 
 def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:
-    """Of a text with labels: each domain with the rows that are mostly of it.
+    """The domains of a labelled text, each with the rows that mostly belong to it.
 
     Domains with too few rows for an interval are left out, and so is the only one.
     """
@@ -99,7 +99,7 @@ def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:
 
 def _text(this: Run, name: str, tokens_N: Any, rows: int) -> Text:
     train = this.config.train
-    return Text(name, batches.eval_batches(tokens_N, train.seq_len, train.batch_size, rows))
+    return Text(name, heldout_windows(tokens_N, train.seq_len, train.batch_size, rows))
 
 
 def _name(path: str) -> str:

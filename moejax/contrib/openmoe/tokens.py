@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.analysis.statistics.balance import entropy
-from moejax.analysis.statistics.information import mutual_information
-from moejax.analysis.statistics.ratios import ratio
+from moejax.analysis.statistics.kinds import mutual_information
+from moejax.analysis.statistics.values import ratio
 from moejax.contrib.openmoe.interval import Interval, over_rows
-from moejax.contrib.openmoe.routed import NONE, Routed, counts
+from moejax.record.counts import NONE, choice_counts
+from moejax.record.routing import Routed
 
 LEAST = 128
 """A kind counts with more occurrences than this (Xue et al., appendix E)."""
@@ -57,7 +58,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Of one MoE layer, by kind."""
+    """The measures of one MoE layer, by kind."""
 
     first: dict[str, Spread]
     """r of first choices: one expert a token."""
@@ -76,7 +77,7 @@ class Specialisation:
     information: dict[str, Interval]
     """Mean over layers."""
     lead: Interval
-    """Information of the token id less that of the context that says most, mean over layers."""
+    """Information of the token id minus that of the most informative context, mean over layers."""
 
 
 def largest_spread(num_experts: int, choices: int = 1) -> float:
@@ -100,7 +101,7 @@ def spread_of(
     often_C = np.bincount(kind_T, minlength=kinds) > LEAST
 
     def values(kind_T: np.ndarray) -> np.ndarray:
-        return spread_over_experts(counts(choice_TK, kind_T, kinds, num_experts)[often_C])
+        return spread_over_experts(choice_counts(choice_TK, kind_T, kinds, num_experts)[often_C])
 
     random = np.random.default_rng(SEED)
     value_C = values(kind_T)
@@ -136,7 +137,7 @@ def _table(
     expert_T: Int[np.ndarray, " T"], kind_T: Int[np.ndarray, " T"]
 ) -> Int[np.ndarray, "C E"]:
     kinds, num_experts = int(kind_T.max(initial=-1)) + 1, int(expert_T.max(initial=-1)) + 1
-    return counts(expert_T[:, None], kind_T, kinds, num_experts)
+    return choice_counts(expert_T[:, None], kind_T, kinds, num_experts)
 
 
 def corrected(found: float, chance: float, whole: float) -> float:
@@ -169,7 +170,7 @@ def specialisation(routed: Routed) -> Specialisation:
     """
     kinds, valid_NL = kinds_of(routed), routed.valid_NL
     layers, chances = [], []
-    for layer in range(routed.layers):
+    for layer in routed.layers:
         choice_TK, expert_T = routed.choices(layer)[valid_NL], routed.first(layer)[valid_NL]
         first, shares, told, chance = {}, {}, {}, {}
         for name, kind_NL in kinds.items():
@@ -190,7 +191,7 @@ def _intervals(
 
     Chance is proportional to 1 / tokens, so that of fewer rows follows from that of all.
     """
-    first = [routed.first(layer) for layer in range(routed.layers)]
+    first = [routed.first(layer) for layer in routed.layers]
 
     def told(row_n: np.ndarray, name: str) -> float:
         values = []

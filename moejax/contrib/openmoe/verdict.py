@@ -1,4 +1,4 @@
-"""Which of the three findings appear in a run, by criteria that docs/openmoe.md states."""
+"""Verdicts on the three findings, by the criteria of docs/openmoe.md."""
 
 from typing import NamedTuple
 

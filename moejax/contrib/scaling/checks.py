@@ -1,4 +1,4 @@
-"""How far a fit can be trusted: intervals of its coefficients, errors on runs it has not seen."""
+"""Checks of a fit: intervals of its coefficients and errors on held-out runs."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
@@ -11,8 +11,8 @@ from moejax.contrib.scaling.runs import Run
 from moejax.errors import UserError
 
 LEAST_CELLS = {"full": 8, "reduced": 5}
-"""Distinct (size, experts) a fit needs: two more than the full law's coefficients, one more than
-the reduced law's, so that there is something left to be wrong about."""
+"""Distinct (size, experts) that a fit needs: two more than the full law has coefficients, and one
+more than the reduced law, so that degrees of freedom remain."""
 LEAST_EXPERTS = 4
 
 Interval: TypeAlias = tuple[float, float]
@@ -35,7 +35,7 @@ def arrays(runs: Sequence[Run]) -> tuple[Reals, Reals, Reals]:
 
 
 def check_enough(router: str, runs: Sequence[Run]) -> None:
-    """Refuses runs that cannot determine the law.
+    """Check that the runs can determine the law.
 
     Raises:
       UserError: naming how many there are and how many are needed.
@@ -74,7 +74,7 @@ def resampled_laws(
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The percentiles between which the middle 95 % of the values lie; ends may be infinite."""
+    """The 2.5 % and 97.5 % percentiles; they may be infinite."""
     # Order statistics, not interpolated: a cutoff may be infinite in some resamples.
     ends = (0.5 - level / 2, 0.5 + level / 2)
     low, high = np.quantile(np.asarray(values, float), ends, method="nearest")
@@ -83,7 +83,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A run's loss beside what a law says that was fitted without it."""
+    """A run's loss and its prediction by a law that was fitted without it."""
 
     run: Run
     loss: float
@@ -131,6 +131,6 @@ class Errors:
 
 
 def errors(predictions: Sequence[Prediction]) -> Errors:
-    """Of at least one prediction."""
+    """The errors of at least one prediction."""
     sizes = [abs(prediction.error) for prediction in predictions]
     return Errors(float(np.mean(sizes)), max(sizes), len(sizes))

@@ -1,4 +1,4 @@
-"""Runs and laws as a picture: loss against experts, and two sources beside each other."""
+"""Pictures of runs and laws: loss against experts, and two sources side by side."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy.optimize import least_squares
 
 Reals = Float[np.ndarray, " R"]
 
@@ -33,17 +34,15 @@ SATURATION = ("E_start", "E_max")
 
 LOWEST = np.log([0.1, 2.0])
 HIGHEST = np.log([1e3, 1e6])
-"""Bounds of (delta, E_max); a fit that ends on one has found no saturation at that end."""
+"""Bounds of (delta, E_max); a fit that ends on a bound has found no saturation there."""
 
 _STARTS = tuple(itertools.product(np.log([0.5, 2.0, 8.0, 64.0]), np.log([8.0, 64.0, 512.0, 1e4])))
 _TOLERANCE = 1e-12
-_MOST_STEPS = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """Coefficients of the law; ``a`` and ``c`` are 0 in the reduced one, whose only size is its
-    runs'."""
+    """Coefficients of the law; ``a`` and ``c`` are 0 in the reduced law, for runs of one size."""
 
     a: float
     b: float
@@ -60,7 +59,7 @@ class Law:
 
     @property
     def at_bound(self) -> tuple[str, ...]:
-        """Those of E_start and E_max on a bound of the search: the runs do not determine them."""
+        """E_start or E_max if it lies on a bound of the search: the runs do not determine it."""
         inner = np.log([_delta(self.E_start, self.E_max), self.E_max])
         on = (inner <= LOWEST + 1e-6) | (inner >= HIGHEST - 1e-6)
         return tuple(name for name, hit in zip(SATURATION, on, strict=True) if hit)
@@ -76,7 +75,7 @@ class Law:
         """The size of the dense model (E = 1) with the loss of N parameters and E experts.
 
         ``log10 Nbar = (a n + b e + c n e - b s) / (a + c s)``, n = log10 N, e = log10 Eh,
-        s = log10 E_start: the effective parameter count of section 5. Of the full law only.
+        s = log10 E_start: the effective parameter count of section 5. Full law only.
         """
         n = np.log10(np.asarray(size_R, float))
         e, s = np.log10(saturated(experts_R, self.E_start, self.E_max)), math.log10(self.E_start)
@@ -88,8 +87,8 @@ class Law:
     def cutoff(self) -> float:
         """``N_cutoff = 10^(-b/c)``: from this size on more experts do not help.
 
-        Infinite where experts help a larger model as much as a smaller one or more (c <= 0), not a
-        number for the reduced law.
+        Infinite if experts help larger models at least as much as smaller ones (c <= 0); NaN for
+        the reduced law.
         """
         if self.reduced:
             return math.nan
@@ -109,7 +108,7 @@ PUBLISHED_CUTOFF = {"S-Base": 937e9, "RL-R": 85e9, "Hash": 83e9}
 
 
 def saturated(experts_R: Any, start: float, most: float) -> Reals:
-    """Eh of the numbers of experts."""
+    """Eh for the given numbers of experts."""
     return 1 / (1 / (np.asarray(experts_R, float) - 1 + _delta(start, most)) + 1 / most)
 
 
@@ -118,7 +117,7 @@ def _delta(start: float, most: float) -> float:
 
 
 def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) -> Law:
-    """The law with the least sum of squared errors of log10 L.
+    """The law with the smallest sum of squared errors of log10 L.
 
     Args:
       size_R: N of every run. If all are equal, the reduced law is fitted.
@@ -132,7 +131,17 @@ def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) 
         inner = min(_STARTS, key=lambda point: problem.at(np.array(point)).cost)
     else:
         inner = np.log([_delta(start.E_start, start.E_max), start.E_max])
-    best = _descend(problem, np.clip(np.array(inner), LOWEST, HIGHEST))
+    found = least_squares(
+        lambda point: problem.at(point).error_R,
+        np.clip(np.array(inner), LOWEST, HIGHEST),
+        lambda point: problem.at(point).jacobian_R2,  # pyright: ignore[reportArgumentType]
+        bounds=(LOWEST, HIGHEST),
+        method="dogbox",
+        ftol=_TOLERANCE,
+        xtol=_TOLERANCE,
+        gtol=_TOLERANCE,
+    )
+    best = problem.at(found.x)
     delta, most = np.exp(best.inner)
     linear = dict(zip(REDUCED if problem.reduced else FULL, best.linear_C.tolist(), strict=True))
     saturation = {"E_start": float(1 / (1 / delta + 1 / most)), "E_max": float(most)}
@@ -140,7 +149,7 @@ def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) 
 
 
 def squared_error(law: Law, size_R: Any, experts_R: Any, loss_R: Any) -> float:
-    """What the fit makes least: the sum over runs of (log10 of predicted over measured loss)^2."""
+    """The objective of the fit: the sum over runs of (log10 of predicted over measured loss)^2."""
     return float(np.sum(np.log10(law.loss(size_R, experts_R) / np.asarray(loss_R, float)) ** 2))
 
 
@@ -182,28 +191,3 @@ class _Problem:
         moved_R2 = change_R2 * np.reshape(slope_R, (-1, 1))
         error_R = q_RC @ (r_CC @ linear_C) - self.target_R
         return _Point(inner, linear_C, error_R, moved_R2 - q_RC @ (q_RC.T @ moved_R2))
-
-
-def _descend(problem: _Problem, inner: Float[np.ndarray, "2"]) -> _Point:
-    """Levenberg and Marquardt's method within the bounds."""
-    here, damping = problem.at(inner), 1e-3
-    for _ in range(_MOST_STEPS):
-        gradient = here.jacobian_R2.T @ here.error_R
-        # A variable on a bound that wants to leave the box stays there.
-        held = ((here.inner <= LOWEST) & (gradient > 0)) | (
-            (here.inner >= HIGHEST) & (gradient < 0)
-        )
-        gradient = np.where(held, 0.0, gradient)
-        normal = here.jacobian_R2.T @ here.jacobian_R2 * np.outer(~held, ~held)
-        damped = normal + damping * np.diag(np.diag(normal))
-        # A pseudo-inverse: a held variable, or one the losses do not depend on, has a row of zeros.
-        step = np.linalg.lstsq(damped, -gradient, rcond=None)[0]
-        there = problem.at(np.clip(here.inner + np.clip(step, -1.0, 1.0), LOWEST, HIGHEST))
-        gain = here.cost - there.cost
-        if gain > 0:
-            here, damping = there, max(damping / 5, 1e-12)
-        else:
-            damping *= 4
-        if abs(gain) <= _TOLERANCE * here.cost or here.cost < 1e-28 or damping > 1e10:
-            break
-    return here

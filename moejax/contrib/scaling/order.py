@@ -1,4 +1,4 @@
-"""In which order routers come out, cell by cell, and where seeds cannot tell.
+"""The order of routers by loss, cell by cell, and its certainty.
 
 A cell is one size and one number of experts above 1. Two runs with the same seed see the same data
 in the same order, so routers are compared by the differences of their runs of one seed.
@@ -27,9 +27,9 @@ class Ranking:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Loss of the first router less the second's in one cell, ``mean`` +- ``half_width``.
+    """Loss of the first router minus the second's in one cell, ``mean`` +- ``half_width``.
 
-    The interval is infinite where nothing says how far seeds scatter.
+    The interval is infinite if the variance over seeds is unknown.
     """
 
     cell: Cell
@@ -59,17 +59,17 @@ def rankings(runs: Sequence[Run], routers: Sequence[str]) -> list[Ranking]:
 
 
 def exceptions(found: Sequence[Ranking], order: Sequence[str]) -> list[Ranking]:
-    """The cells in which the routers do not come in this order (lowest loss first)."""
+    """The cells in which the routers are not in this order (lowest loss first)."""
     return [ranking for ranking in found if ranking.order != tuple(order)]
 
 
 def comparisons(runs: Sequence[Run], first: str, second: str) -> list[Comparison]:
     """``first`` against ``second`` in each cell that both have with a seed in common.
 
-    With several common seeds the interval is Student's, of the paired differences. With one, it is
-    that of a difference of two runs whose scatter is `seed_noise`.
+    With several common seeds the interval is Student's for the paired differences. With one, it is
+    that of a difference of two runs with the deviation `seed_deviation`.
     """
-    losses, (noise, freedom) = _by_cell(runs), seed_noise(runs)
+    losses, (noise, freedom) = _by_cell(runs), seed_deviation(runs)
     alone = critical(CONFIDENCE, freedom) * noise * math.sqrt(2) if freedom else math.inf
     found = []
     for cell in sorted({cell for cell, _ in losses}):
@@ -80,11 +80,11 @@ def comparisons(runs: Sequence[Run], first: str, second: str) -> list[Comparison
     return found
 
 
-def seed_noise(runs: Sequence[Run]) -> tuple[float, int]:
-    """Standard deviation of the loss over seeds, pooled over everything run with several.
+def seed_deviation(runs: Sequence[Run]) -> tuple[float, int]:
+    """Standard deviation of the loss over seeds, pooled over all cells with several seeds.
 
     Returns:
-      The deviation and its degrees of freedom; (nan, 0) where each seed is alone.
+      The deviation and its degrees of freedom; (nan, 0) without such a cell.
     """
     groups: dict[tuple[str, Cell], list[float]] = defaultdict(list)
     for run in runs:

@@ -1,9 +1,9 @@
-"""Where the runs of a fit come from: a table of published curves, or the folder of a sweep.
+"""The runs of a fit, from a table of published curves or from the folder of a sweep.
 
 A curves table is a CSV file, or one compressed with gzip, in the layout of
 github.com/google-deepmind/scaling_laws_for_routing (data/curves.csv.gz, CC-BY 4.0): a row per
-evaluation of a run. Of each run the last evaluation counts, and of the runs those the law is about:
-one expert per token (k = 1), every other block routed, feed-forward layers of the usual width.
+evaluation of a run. The last evaluation of a run counts, and only runs that the law describes: one
+expert per token (k = 1), every other block routed, feed-forward layers of the usual width.
 """
 
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
-from moejax.record.files import parsed
+from moejax.sweep.folder import read_index
 
 DENSE = "Dense"
 """The router of a model without experts. Its runs are the E = 1 of every router."""
@@ -50,14 +50,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Runs, the unit of their loss, and what a reader should know about how they were chosen."""
+    """Runs, the unit of their loss, and notes on their selection."""
 
     name: str
     runs: tuple[Run, ...]
     unit: str
     notes: tuple[str, ...] = ()
     published: bool = False
-    """Whether they are of the layout of Clark et al., with their names of routers."""
+    """Whether the runs come from a table of Clark et al., with their names of routers."""
 
     @property
     def routers(self) -> list[str]:
@@ -132,7 +132,7 @@ def _read_curves(path: Path) -> Source:
 
 
 def _read_sweep(folder: Path) -> Source:
-    index = _read_index(folder)
+    index = {trial.name: trial.config for trial in read_index(folder).trials}
     runs, left = [], 0
     for row in _read_table(folder / "results.csv", RESULTS):
         name = f"{row['variant']}-seed{row['seed']}"
@@ -174,9 +174,9 @@ def _run_of(folder: Path, row: dict[str, str], config: dict[str, Any]) -> Run:
 
 
 def _family(config: dict[str, Any]) -> str:
-    """What makes two models the same but for router and number of experts.
+    """A key shared by models that differ only in router and number of experts.
 
-    They get one size, that of the one with the fewest router's parameters.
+    They get one size, that of the model with the fewest router parameters.
     """
     moe = config["moe"]
     names = ("d_ff", "every", "first_dense", "shared_experts", "activation") if moe["every"] else ()
@@ -184,7 +184,7 @@ def _family(config: dict[str, Any]) -> str:
 
 
 def _check_one_variant(folder: Path, runs: Iterable[tuple[Run, str, str]]) -> None:
-    """Refuses two variants of one router, model and number of experts: which is the router's?"""
+    """Raise for two variants with the same router, model and number of experts."""
     variants: dict[tuple[str, str, int], str] = {}
     for run, family, variant in runs:
         other = variants.setdefault((run.router, family, run.experts), variant)
@@ -193,17 +193,6 @@ def _check_one_variant(folder: Path, runs: Iterable[tuple[Run, str, str]]) -> No
                 f"{folder}: variants {other!r} and {variant!r} are both {run.router} with "
                 f"E={run.experts} and one model; the law needs a sweep that changes nothing else"
             )
-
-
-def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """The config of every trial, by its name."""
-    path = folder / "sweep.json"
-    try:
-        return {trial["name"]: trial["config"] for trial in parsed(path.read_text())["trials"]}
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no sweep.json; name the folder of a sweep") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} was not written by `moejax sweep`; name another folder") from error
 
 
 def _read_table(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Everything one source says about its routers, as values: for the table, the picture and JSON."""
+"""The study of a source's routers as values, for the table, the picture and JSON."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 from moejax.contrib.scaling import checks
 from moejax.contrib.scaling.checks import Errors, Interval, Prediction
 from moejax.contrib.scaling.law import PUBLISHED, PUBLISHED_CUTOFF, Law
-from moejax.contrib.scaling.order import Comparison, Ranking, comparisons, rankings, seed_noise
+from moejax.contrib.scaling.order import Comparison, Ranking, comparisons, rankings, seed_deviation
 from moejax.contrib.scaling.runs import DENSE, Run, Source
 from moejax.errors import UserError, suggest
 
@@ -19,12 +19,12 @@ CUTOFF = "N_cutoff"
 TOLERANCE = 0.02
 """A prediction within 2 % of the loss is a good one."""
 SEED = 0
-"""Of the bootstrap: the same runs give the same intervals."""
+"""The seed of the bootstrap: the same runs give the same intervals."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Effective:
-    """The size of the dense model that is worth as much as ``size`` with ``experts``."""
+    """The size of the dense model that is equivalent to ``size`` with ``experts``."""
 
     size: float
     experts: int
@@ -46,7 +46,7 @@ class RouterStudy:
     size: Errors | None
     experts: Errors | None
     missed: tuple[Prediction, ...]
-    """Runs of held-out cells that were predicted worse than `TOLERANCE`."""
+    """Runs of held-out cells whose error exceeds `TOLERANCE`."""
     paper: Law | None
     paper_cutoff: float | None
     paper_errors: Errors | None
@@ -66,17 +66,17 @@ class Study:
     """Cells that have all the studied routers, if there are several."""
     pairs: dict[tuple[str, str], list[Comparison]]
     noise: tuple[float, int]
-    """`seed_noise` of the runs."""
+    """`seed_deviation` of the runs."""
 
 
 def coefficients(law: Law) -> dict[str, float]:
-    """What was fitted, by name, with N_cutoff if the law has one."""
+    """The fitted coefficients by name, with N_cutoff if the law has one."""
     values = {name: float(getattr(law, name)) for name in law.names}
     return values if law.reduced else {**values, CUTOFF: law.cutoff}
 
 
 def make_study(source: Source, routers: Sequence[str] = (), resamples: int = 1000) -> Study:
-    """Fits every router, or those named, and checks the fits.
+    """Fit every router, or those named, and check the fits.
 
     Raises:
       UserError: an unknown router, or one with too few runs.
@@ -95,7 +95,7 @@ def make_study(source: Source, routers: Sequence[str] = (), resamples: int = 100
     runs = [run for run in source.runs if run.router in (*chosen, DENSE)]
     found = rankings(runs, chosen) if len(chosen) > 1 else []
     compared = {pair: comparisons(runs, *pair) for pair in itertools.combinations(chosen, 2)}
-    return Study(source, studies, tuple(found), compared, seed_noise(runs))
+    return Study(source, studies, tuple(found), compared, seed_deviation(runs))
 
 
 def _study(source: Source, router: str, resamples: int) -> RouterStudy:
@@ -127,7 +127,7 @@ def _study(source: Source, router: str, resamples: int) -> RouterStudy:
 
 
 def as_json(study: Study) -> dict[str, Any]:
-    """The study for programs. What is infinite or not determined is null."""
+    """The study as JSON types. Infinite and undetermined values are null."""
     source = study.source
     content = {
         "source": source.name,

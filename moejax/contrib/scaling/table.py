@@ -1,4 +1,4 @@
-"""A study as text: coefficients, errors, order, and what they amount to."""
+"""A study as text: coefficients, errors, order and conclusions."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def render(study: Study) -> str:
 
 
 def _coefficients(study: RouterStudy) -> str:
-    """With their intervals, beside the paper's."""
+    """The coefficients with their intervals, next to the paper's."""
     published = {**coefficients(study.paper), CUTOFF: study.paper_cutoff} if study.paper else {}
     lines = [[study.router, "fitted", "95 % interval", *["paper"] * bool(published)]]
     for name, value in study.coefficients.items():
@@ -141,7 +141,7 @@ def _order(study: Study) -> str:
 
 
 def verdicts(study: Study) -> list[str]:
-    """What the numbers amount to, a sentence or two per router, and the order."""
+    """The conclusions in a sentence or two per router, and the order."""
     sentences = [sentence for each in study.routers for sentence in _verdict(each)]
     if study.rankings:
         sentences.append(_common_order(study))
@@ -149,7 +149,7 @@ def verdicts(study: Study) -> list[str]:
 
 
 def _common_order(study: Study) -> str:
-    """The order found most often, where it is another, and how much of it is certain."""
+    """The most frequent order, its exceptions, and how much of it is certain."""
     order, count = Counter(ranking.order for ranking in study.rankings).most_common(1)[0]
     others = [r.cell for r in study.rankings if r.order != order]
     where = ", ".join(f"{number(size)} E={experts}" for size, experts in others)
@@ -197,7 +197,7 @@ def _verdict(study: RouterStudy) -> list[str]:
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Cells under each other; the first column to the left, the others to the right."""
+    """Align columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

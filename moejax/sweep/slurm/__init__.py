@@ -1,12 +1,12 @@
 """Trials as jobs of a SLURM cluster, through submitit: ``moejax sweep --launcher=slurm``.
 
-    slurm_options.py  the options, checked against the cluster before anything is written
-    slurm.py          the launcher: submits, finds and stops jobs, from the runner's machine
-    slurm_queue.py    what SLURM and the jobs say about how they are
-    slurm_job.py      what runs in the job
+    __init__.py  the launcher: submits, finds and stops jobs from the runner's machine
+    options.py   the options, checked against the cluster before anything is written
+    queue.py     the state of the jobs, from SLURM and from the files that jobs leave
+    job.py       the program that runs in the job
 
-Trials that begin together are one job array, and SLURM has the queue. The handle of a job is its
-number, such as 1234_7.
+Trials that start together are one job array in SLURM's queue. The handle of a job is its number,
+such as 1234_7.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class SlurmLauncher:
     """Submits trials, one job each. See `moejax.sweep.launch.Launcher`."""
 
     jobs = 1000
-    """In practice no limit: the cluster decides how many of them run."""
+    """No limit in practice: the cluster decides how many run."""
     queues = True
 
     def __init__(self, folder: Path, options: Mapping[str, str]):
@@ -77,17 +77,17 @@ class SlurmLauncher:
 
     @functools.cached_property
     def _writers(self) -> dict[str, str]:
-        """The numbers of this sweep's jobs that were in the queue at first, by their trial's log.
+        """The numbers of this sweep's jobs found in the queue at the start, by their trial's log.
 
         Raises:
-          UserError: SLURM does not say what is in the queue, so a trial could be started twice.
+          UserError: SLURM does not list the queue, so a trial could be started twice.
         """
         import submitit
 
-        look = self._queue.look()
-        if look.at is None:
+        snapshot = self._queue.snapshot()
+        if snapshot.at is None:
             raise UserError("--launcher=slurm: squeue does not answer; try again later")
-        jobs = [submitit.SlurmJob[int](self._folder, number) for number in look.jobs]
+        jobs = [submitit.SlurmJob[int](self._folder, number) for number in snapshot.jobs]
         tasks = {
             job.job_id: job.submission().function
             for job in jobs
@@ -116,16 +116,16 @@ class SlurmTrial:
         result = self._queue.result(self.handle)
         if result is not None:
             return result
-        look = self._queue.look()
-        state, host = look.jobs.get(self.handle, ("", ""))
+        snapshot = self._queue.snapshot()
+        state, host = snapshot.jobs.get(self.handle, ("", ""))
         if state:
             self.host, self._missed_at = host or self.host, None
             if self._stopping and state == "PENDING":  # SLURM was quicker to requeue it
                 self._cancel()
         elif self._missed_at is None:
-            self._missed_at = look.at
-        elif look.at is not None and look.at > self._missed_at:
-            # Twice, for a result may be seen late on a shared disk.
+            self._missed_at = snapshot.at
+        elif snapshot.at is not None and snapshot.at > self._missed_at:
+            # Twice, because a result may become visible late on a shared disk.
             result = self._queue.result(self.handle, seconds=0.0)
             if result is None:
                 result = ended_without_result(self.handle, self._log, self._queue.folder)
@@ -138,14 +138,14 @@ class SlurmTrial:
         if self.poll() is not None:
             return
         self._stopping = True
-        state, _ = self._queue.look(seconds=1.0).jobs.get(self.handle, ("PENDING", ""))
+        state, _ = self._queue.snapshot(seconds=1.0).jobs.get(self.handle, ("PENDING", ""))
         if state == "PENDING":
             self._cancel()
         else:
             scancel("--batch", f"--signal={slurm_job.STOP.name[3:]}", self.handle)
 
     def _cancel(self) -> None:
-        """Out of the queue; if it has just begun, the trial gets a SIGTERM from SLURM."""
+        """Remove the job from the queue; if it has just started, SLURM sends the trial SIGTERM."""
         scancel(self.handle)
         self._queue.forget()
 
@@ -153,10 +153,10 @@ class SlurmTrial:
 def _submit(
     folder: Path, options: Options, tasks: Sequence[slurm_job.TrialTask], at_once: int
 ) -> list[str]:
-    """The numbers of the jobs that do the tasks; several tasks are one array.
+    """Submit tasks, several of them as one array, and return the numbers of their jobs.
 
     Raises:
-      LaunchError: SLURM does not take them.
+      LaunchError: SLURM does not accept them.
     """
     import cloudpickle
     import submitit
@@ -174,13 +174,13 @@ def _submit(
         use_srun=False,
         stderr_to_stdout=True,
         setup=[options.setup] if options.setup else None,
-        # submitit's own defaults for these are not every cluster's.
+        # submitit's defaults for these do not suit every cluster.
         time=None,
         wckey=None,
         additional_parameters=options.sbatch(),
     )
     cloudpickle.register_pickle_by_value(slurm_job)
-    # A runner that is in a job itself has that job's variables, which are no business of these.
+    # A runner inside a job must not pass that job's variables on.
     cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     try:
         with (

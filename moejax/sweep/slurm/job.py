@@ -1,7 +1,7 @@
-"""What a SLURM job of a sweep does: runs a trial's command as a process of its own.
+"""The program of a SLURM job of a sweep: it runs a trial's command in a child process.
 
-The class travels to the job inside submitit's pickle, so nothing of moejax, and no JAX, is imported
-there: the imports of this file are the standard library's and submitit.
+The class travels to the job inside submitit's pickle, so neither moejax nor JAX is imported there:
+this file imports only the standard library and submitit.
 """
 
 import os
@@ -14,23 +14,23 @@ from typing import IO
 
 SAVED = 75
 STOP, TIME_IS_UP = signal.SIGUSR1, signal.SIGUSR2
-"""What the runner sends for SIGTERM to the trial; what SLURM sends before the time limit."""
+"""The runner's signal to stop the trial, and SLURM's signal before the time limit."""
 _POLL_SECONDS = 0.1
 
 
 class TrialTask:
-    """Runs a command until it ends and gives its exit status; submitit keeps that as the result.
+    """Run a command until it ends and return its exit status, which submitit keeps as the result.
 
-    Three signals make the trial save and leave with 75; it gets SIGTERM for each of them:
+    Three signals make the trial save and exit with 75; it gets SIGTERM for each of them:
 
-        SIGUSR2   the time is nearly up: the job puts itself back into the queue
-        SIGTERM   SLURM ends the job: it is preempted or requeued, then SLURM starts it again, or it
-                  is cancelled. Either way that is SLURM's to say, and the job leaves no result.
-        SIGUSR1   the runner stops: the job ends, with 75. A second one aborts the trial.
+        SIGUSR2   the time is nearly up: the job requeues itself
+        SIGTERM   SLURM ends the job: it is preempted or requeued and will be restarted, or it is
+                  cancelled. SLURM knows which, so the job leaves no result.
+        SIGUSR1   the runner stops: the job ends with 75. A second one aborts the trial.
 
     Args:
-      restarts: how often SLURM may have started the job again when it puts itself into the queue;
-        a trial that never gets as far as its first checkpoint would go round forever.
+      restarts: the number of restarts after which the job no longer requeues itself; a trial that
+        never reaches its first checkpoint would otherwise restart forever.
     """
 
     def __init__(self, command: list[str], log: str, restarts: int):
@@ -57,7 +57,7 @@ class TrialTask:
         return status
 
     def _run(self, log: IO[bytes], got: list[int]) -> int:
-        """The exit status of the command, which gets the signals as they come in."""
+        """Run the command, forwarding signals as they arrive, and return its exit status."""
         trial = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
@@ -65,7 +65,7 @@ class TrialTask:
         while trial.poll() is None:
             time.sleep(_POLL_SECONDS)
             for number in got[seen:]:
-                # A second SIGTERM aborts a trial: only its runner, asked twice, means that.
+                # A second SIGTERM aborts a trial, which only a second request to its runner means.
                 if seen == 0 or (number == STOP and STOP in got[:seen]):
                     trial.terminate()
                 seen += 1
@@ -77,7 +77,7 @@ def _restarts() -> int:
 
 
 def _requeue(job: str, log: IO[bytes]) -> int:
-    """Leaves without a result for the queue; if SLURM refuses, with the trial's status."""
+    """Requeue the job and exit without a result; if SLURM refuses, return the trial's status."""
     try:
         subprocess.run(
             ["scontrol", "requeue", job], check=True, capture_output=True, timeout=60, text=True

@@ -1,4 +1,4 @@
-"""``--launcher-option key=value`` of ``--launcher=slurm``, and what they are to sbatch."""
+"""The options of ``--launcher=slurm`` and their translation to sbatch."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ from moejax.errors import UserError, suggest
 from moejax.sweep.slurm.job import TIME_IS_UP
 
 EXTRA = "slurm_"
-"""What follows it is a long option of sbatch."""
+"""The prefix of long options of sbatch."""
 _OURS = (
     "array", "output", "error", "open_mode", "signal", "requeue", "no_requeue", "job_name", "chdir",
     "nodes", "ntasks", "ntasks_per_node", "wrap", "parsable", "wait", "hold", "test_only",
@@ -23,28 +23,28 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options; those that are None are left to the cluster's defaults."""
+    """The options; None leaves one to the cluster's default."""
 
     partition: str | None = None
     account: str | None = None
     time: int | None = None
-    """Minutes that a trial may run at a stretch; then it saves and goes back to the queue."""
+    """Minutes that a trial may run at a stretch before it saves and is requeued."""
     cpus: int | None = None
     gpus: int | None = None
     mem: float | None = None
     """GB."""
     save_seconds: int = 90
-    """How long before the time limit a trial is told to save."""
+    """Time before the limit at which a trial is asked to save."""
     restarts: int = 100
-    """How often SLURM may have started a trial again when its time is up; then it stays stopped."""
+    """The number of restarts after which a trial whose time is up stays stopped."""
     poll_seconds: float = 10.0
-    """How often the queue is looked at."""
+    """Interval between two reads of the queue."""
     setup: str | None = None
-    """A line of shell before the trial, such as "module load cuda"."""
+    """A line of shell that runs before the trial, such as "module load cuda"."""
     extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def sbatch(self) -> dict[str, str | bool]:
-        """Long options of sbatch. `True`: one that takes no value."""
+        """The long options of sbatch; `True` for one without a value."""
         known = {
             "partition": self.partition,
             "account": self.account,
@@ -53,7 +53,7 @@ class Options:
             "gpus-per-node": self.gpus,
             "mem": None if self.mem is None else f"{round(self.mem * 1024)}M",
         }
-        # B: the signal is for the batch script alone, in whose place the job's Python runs.
+        # B: only the batch script gets the signal; the job's Python runs in its place.
         fixed = {"signal": f"B:{TIME_IS_UP.name[3:]}@{self.save_seconds}", "requeue": True}
         named = {name: str(value) for name, value in known.items() if value is not None}
         return {**named, **{k.replace("_", "-"): v or True for k, v in self.extra.items()}, **fixed}
@@ -63,7 +63,7 @@ def parse(words: Mapping[str, str]) -> Options:
     """The options of ``key=value`` pairs.
 
     Raises:
-      UserError: a name that is none, or a value that does not fit it.
+      UserError: an unknown name or an invalid value.
     """
     fields = {field.name: field for field in dataclasses.fields(Options) if field.name != "extra"}
     values: dict[str, Any] = {}
@@ -103,7 +103,7 @@ def _extra(name: str) -> str:
 
 
 def _value(name: str, text: str, kind: Any) -> Any:
-    """A value as its field's type, which may also be None; numbers are not negative."""
+    """A value parsed as its field's type, apart from None; numbers are not negative."""
     kinds = typing.get_args(kind) or (kind,)
     if str in kinds:
         if text:
@@ -124,10 +124,10 @@ def _value(name: str, text: str, kind: Any) -> Any:
 
 
 def check_cluster(options: Options) -> None:
-    """Asks SLURM whether it would take such a job. Nothing is written or queued.
+    """Ask SLURM whether it would accept such a job. Nothing is written or queued.
 
     Raises:
-      UserError: submitit or a command of SLURM is missing, or SLURM says why it would not.
+      UserError: submitit or a SLURM command is missing, or SLURM would refuse the job.
     """
     if importlib.util.find_spec("submitit") is None:
         raise UserError("--launcher=slurm needs the package submitit: pip install 'moejax[slurm]'")
@@ -155,6 +155,6 @@ def check_cluster(options: Options) -> None:
 
 
 def complaint(stderr: str) -> str:
-    """What a command of SLURM said, on one line and without its name."""
+    """The error message of a SLURM command, on one line and without the command's name."""
     lines = [re.sub(r"^(\w+: )*(error: )?", "", line).strip() for line in stderr.splitlines()]
     return "; ".join(dict.fromkeys(filter(None, lines))) or "SLURM refuses and does not say why"

@@ -1,8 +1,8 @@
-"""How the SLURM jobs of a sweep are, without accounting.
+"""The state of a sweep's SLURM jobs, without SLURM's accounting.
 
-SLURM is asked for all of a user's jobs of sweeps in one call, now and then. How a trial ended is in
-the file that submitit leaves in the sweep's folder, which the cluster's machines share; for a job
-that could not leave one, SLURM knows for some minutes.
+One call at intervals lists all jobs of a user's sweeps. The exit status of a trial is in the file
+that submitit leaves in the sweep's folder, which the cluster's machines share; for a job that could
+not leave one, SLURM remembers it for some minutes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from moejax.sweep.slurm import job as slurm_job
 
 JOB_NAME = "moejax-sweep"
 COMMAND_SECONDS = 60
-"""How long a command of SLURM may take to answer."""
+"""Timeout of a SLURM command."""
 
 _STOPPED = ("CANCELLED", "PREEMPTED")
 _FORGOTTEN = "SLURM no longer knows how"
@@ -29,10 +29,10 @@ _TAIL_LINES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """The queue at a time: the state and the host of each job, by its number.
+class Snapshot:
+    """The queue at one time: the state and the host of each job, by its number.
 
-    The host is "" for a job that waits; the state is SLURM's word, as PENDING.
+    The host is "" for a waiting job; the state is SLURM's word, such as PENDING.
     """
 
     at: float | None
@@ -41,35 +41,35 @@ class Look:
 
 
 class Queue:
-    """What is known about all jobs, asked for again when it is old.
+    """A cache of the state of all jobs.
 
     Args:
       folder: submitit's folder.
-      seconds: how old an answer of SLURM may be.
+      seconds: the age at which a snapshot expires.
     """
 
     def __init__(self, folder: Path, seconds: float):
         self.folder, self._seconds = folder, seconds
-        self._look, self._asked = Look(None, {}), float("-inf")
+        self._snapshot, self._asked = Snapshot(None, {}), float("-inf")
         self._names: set[str] = set()
         self._listed = float("-inf")
 
     def forget(self) -> None:
-        """The jobs have just been changed: no older answer counts."""
-        self._look, self._asked = Look(None, {}), float("-inf")
+        """Discard the snapshot, because jobs have just been changed."""
+        self._snapshot, self._asked = Snapshot(None, {}), float("-inf")
 
-    def look(self, seconds: float | None = None) -> Look:
-        """Not older than so many seconds, if SLURM answers; else what it said last."""
+    def snapshot(self, seconds: float | None = None) -> Snapshot:
+        """The queue at most so many seconds ago, or the last known one if SLURM does not answer."""
         now = time.monotonic()
         if now - self._asked >= (self._seconds if seconds is None else seconds):
             self._asked = now
             jobs = _squeue()
             if jobs is not None:
-                self._look = Look(now, jobs)
-        return self._look
+                self._snapshot = Snapshot(now, jobs)
+        return self._snapshot
 
     def result(self, number: str, seconds: float = _LIST_SECONDS) -> int | None:
-        """The exit status that a job left at least so many seconds ago; None if it did not."""
+        """The exit status that a job has left; None without one. Lists files at that interval."""
         now = time.monotonic()
         if now - self._listed >= seconds:
             # Listing also brings a network file system's view of the folder up to date.
@@ -85,7 +85,7 @@ class Queue:
 
 
 def _squeue() -> dict[str, tuple[str, str]] | None:
-    """This user's jobs of sweeps, as in `Look`; None if SLURM does not answer."""
+    """This user's jobs of sweeps, as in `Snapshot`; None if SLURM does not answer."""
     command = [
         "squeue", "--noheader", "--array", f"--user={os.getuid()}", f"--name={JOB_NAME}",
         "--format=%i|%T|%N",
@@ -101,16 +101,16 @@ def _squeue() -> dict[str, tuple[str, str]] | None:
 
 
 def scancel(*words: str) -> None:
-    """Does nothing to a job that has ended; whether it did anything, the queue says."""
+    """Run scancel, which does nothing to a job that has ended; the queue shows its effect."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(["scancel", *words], capture_output=True, timeout=COMMAND_SECONDS)
 
 
 def ended_without_result(number: str, log: Path, folder: Path) -> int:
-    """The exit status of a job that left the queue and no result, and a note of it in its log.
+    """The exit status of a job that left the queue without a result, with a note in its log.
 
-    It was cancelled (75, as for a trial that was stopped), or SLURM or the machine ended it, or it
-    never came to run the trial; then what SLURM and the job itself said is noted too.
+    The job was cancelled (75, as for a stopped trial), or SLURM or the machine ended it, or it
+    failed before it ran the trial; then the messages of SLURM and of the job are noted too.
     """
     state, status = _show(number)
     own = folder / f"{number}_0_log.out"
@@ -128,7 +128,7 @@ def ended_without_result(number: str, log: Path, folder: Path) -> int:
 
 
 def _show(number: str) -> tuple[str, int]:
-    """SLURM's word for how a job ended, and its exit status."""
+    """SLURM's state of a job that has ended, and its exit status."""
     try:
         said = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", number],

@@ -1,1 +1,1 @@
-"""Image classification: data, model (a vision transformer) and task."""
+"""Image classification: digits or a folder of images, a vision transformer, and its loss."""

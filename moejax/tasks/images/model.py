@@ -1,4 +1,4 @@
-"""Vision transformer: patches of an image as tokens, read by the mean of what the layers make."""
+"""Vision transformer: patches of an image as tokens, classified by the mean of their outputs."""
 
 import dataclasses
 
@@ -14,13 +14,14 @@ from moejax.options import StackOptions
 from moejax.types import Context, LayerAux, Tap
 
 POSITION_STD = 1.0
-"""Of the learned positions before the first step, as large as the embedded patches. On the digits
-75 steps reached 80 % with it, and 400 steps 69 to 74 % with the 0.02 of the paper's code."""
+"""Initial standard deviation of the learned positions, equal to that of the embedded patches. The
+digits reached 80 % in 75 steps with it, and 69 to 74 % in 400 steps with the 0.02 of the paper's
+code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(StackOptions):
-    """The classifier's sizes. ``attention.causal`` is False, so that patches see each other.
+    """Sizes of the classifier. ``attention.causal`` is False, so that patches see each other.
 
     ``image_size`` (pixels on a side) is a multiple of ``patch_size``.
     """
@@ -40,8 +41,8 @@ class ViT(Stack):
     """``model(image_BHWC, context, gate_state, train)`` -> float32 logits, and ``LayerAux``.
 
     x_l = patch_l W + b + position_l; the layers; logits = mean_l(norm(x_l)) U + c, the mean over
-    valid patches. The context is one of ``num_patches`` tokens per image; of an image that is
-    filler they are all invalid.
+    valid patches. The context has ``num_patches`` tokens per image, all of them invalid for padding
+    images.
 
     Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; with experts in some of
     the layers V-MoE, Riquelme et al., arXiv 2106.05974. Deviations: the mean over patches in place

@@ -1,4 +1,4 @@
-"""Image classification: the class of an image, by a vision transformer."""
+"""Image classification with a vision transformer."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def build(config: Config) -> tuple[Task, Source]:
     """The classifier and its images.
 
     Raises:
-      UserError: images that cannot be read, or whose size is no multiple of the patches'.
+      UserError: images that cannot be read, or whose size is not a multiple of the patch size.
     """
     task, train = config.task, config.train
     if task.image_size % task.patch_size:
@@ -79,7 +79,7 @@ class ImageClassifier(Task):
         shape = (batch["image"].shape[0], self.model.num_patches)
         context = Context.of(
             *shape,
-            # Gates that go by ids of tokens go by places in the image: see ImageSource.
+            # Gates that look up token ids see positions in the image: see ImageSource.
             token_BL=jnp.broadcast_to(jnp.arange(shape[1]), shape),
             valid_BL=self._by_patch(batch["valid"]),
             row_B=batch["row"],
@@ -104,5 +104,5 @@ class ImageClassifier(Task):
         return self._by_patch(cross_entropy(predictions, batch["label"])[1])
 
     def _by_patch(self, x_B: Array) -> Array:
-        """What is said of an image, for each of its patches."""
+        """A value per image, repeated for each of its patches."""
         return jnp.broadcast_to(x_B[:, None], (len(x_B), self.model.num_patches))

@@ -1,1 +1,1 @@
-"""Language modelling: text, decoder and task."""
+"""Language modelling: text as windows of tokens, a decoder, and the loss of the next token."""

@@ -1,4 +1,4 @@
-"""Text as rows of tokens: a corpus as the training loop asks for it."""
+"""Text as rows of tokens: a corpus in the form that the training loop asks for."""
 
 import dataclasses
 import functools
@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from moejax.data import batches
 from moejax.data.baselines import ngram_baselines
+from moejax.data.batches import TrainBatches, spread_evenly
 from moejax.data.corpus import Corpus
 from moejax.data.domains import NAMES, heldout_labels
 from moejax.data.source import Batch
+from moejax.tasks.language.windows import Windows, heldout_windows, train_windows
 
 FEW = 10_000
-"""Held-out tokens below which a run warns: with a deviation of 2 nats between tokens, the mean loss
-of so many has a standard error of 0.02 nats."""
-
+"""Held-out tokens below which a run warns. At a standard deviation of 2 nats between tokens, the
+standard error of their mean loss is 0.02 nats."""
 
 MUCH = 0.2
-"""Share of held-out bytes in the training text above which a run warns."""
+"""Share of held-out bytes found in the training text above which a run warns."""
 
 
 def few_held_out(tokens: int) -> str:
-    """The warning of a small held-out side."""
+    """The warning about a small held-out side."""
     return (
         f"only {tokens} tokens are held out, and a held-out loss of fewer than {FEW} is mostly "
         "noise; raise data.eval_fraction, name a text in data.eval_path or give more text"
@@ -42,7 +42,7 @@ class TextSource:
     batch_size: int
     seed: int
     eval_rows: int
-    """Rows of an evaluation, at most: what baselines and bits per byte are of."""
+    """Most rows of an evaluation. Baselines and bits per byte are computed on the same rows."""
 
     @property
     def name(self) -> str:
@@ -53,9 +53,9 @@ class TextSource:
         return self.corpus.fingerprint
 
     @functools.cached_property
-    def train(self) -> batches.TrainBatches:
+    def train(self) -> TrainBatches:
         """Raises UserError if the text is too short for one row."""
-        return batches.TrainBatches(self.corpus.train_N, self.seq_len, self.batch_size, self.seed)
+        return train_windows(self.corpus.train_N, self.seq_len, self.batch_size, self.seed)
 
     def size(self) -> tuple[int, int]:
         return self.corpus.train_N.size, self.corpus.heldout_N.size
@@ -71,18 +71,22 @@ class TextSource:
         return self.train.batch(step)
 
     def eval_batches(self, batch_size: int, rows: int) -> list[Batch]:
-        return batches.eval_batches(self.corpus.heldout_N, self.seq_len, batch_size, rows)
+        return heldout_windows(self.corpus.heldout_N, self.seq_len, batch_size, rows)
+
+    def _evaluated_rows(self, rows: int) -> np.ndarray:
+        """The windows of ``eval_batches``."""
+        return spread_evenly(len(Windows(self.corpus.heldout_N, self.seq_len, "held-out")), rows)
 
     @functools.cached_property
     def evaluated(self) -> dict[str, int]:
-        """Rows of an evaluation, their targets, and the bytes of text that these stand for."""
+        """Rows of an evaluation, their targets, and the bytes of text that the targets encode."""
         corpus, length = self.corpus, self.seq_len
-        windows = batches.eval_windows(len(corpus.heldout_N), length, self.eval_rows)
-        found = {"rows": len(windows), "tokens": len(windows) * length}
+        row_N = self._evaluated_rows(self.eval_rows)
+        counts = {"rows": len(row_N), "tokens": len(row_N) * length}
         if corpus.heldout_size_M is not None:
-            sizes = (corpus.heldout_size_M[w * length + 1 :][:length] for w in windows)
-            found["bytes"] = sum(int(size.sum(dtype=np.int64)) for size in sizes)
-        return found
+            sizes = (corpus.heldout_size_M[row * length + 1 :][:length] for row in row_N)
+            counts["bytes"] = sum(int(size.sum(dtype=np.int64)) for size in sizes)
+        return counts
 
     def baselines(self) -> dict[str, float]:
         return self._baselines
@@ -94,7 +98,7 @@ class TextSource:
         return ngram_baselines(corpus.train_N, rows, corpus.vocab_size)
 
     def about(self) -> dict[str, Any]:
-        """The split, what was evaluated, and what the held-out side shares with the other."""
+        """The split, the evaluated rows, and the overlap of the two sides."""
         corpus, shared = self.corpus, self.corpus.overlap
         return {
             "text": {
@@ -108,18 +112,18 @@ class TextSource:
 
     def facts(self) -> dict[str, str]:
         corpus, facts, shared = self.corpus, self.corpus.facts, self.corpus.overlap
-        seen = self.evaluated
-        said = {}
+        evaluated = self.evaluated
+        lines = {}
         if facts.split:
-            beside = f", {facts.unread_documents} are not read" if facts.unread_documents else ""
+            unread = f", {facts.unread_documents} are not read" if facts.unread_documents else ""
             copies = f", {facts.copies} near copies left out" if facts.copies else ""
-            said["held out"] = (
+            lines["held out"] = (
                 f"{facts.split}: {_documents(facts.heldout_documents)} beside "
-                f"{facts.train_documents} to train on{beside}{copies}"
+                f"{facts.train_documents} to train on{unread}{copies}"
             )
-        said["evaluation"] = (
-            f"{seen['rows']} rows, {seen['tokens']} tokens"
-            + (f", {seen['bytes']} bytes" if "bytes" in seen else "")
+        lines["evaluation"] = (
+            f"{evaluated['rows']} rows, {evaluated['tokens']} tokens"
+            + (f", {evaluated['bytes']} bytes" if "bytes" in evaluated else "")
             + f" of the {len(corpus.heldout_N)} tokens held out"
         )
         if shared:
@@ -131,37 +135,37 @@ class TextSource:
                     f"{shared.train_bytes / 2**20:.0f} MiB of the training text)"
                 )
             )
-            said["overlap"] = (
+            lines["overlap"] = (
                 f"{shared.share:.1%} of held-out bytes are in a {shared.window}-byte window that "
                 f"the training text has too{compared}"
             )
         if facts.separator and corpus.vocab_size != 256:
-            said["separator"] = f"{facts.separator} between documents"
-        return said
+            lines["separator"] = f"{facts.separator} between documents"
+        return lines
 
     def warnings(self) -> list[str]:
         corpus, shared = self.corpus, self.corpus.overlap
-        said = [corpus.facts.warning] if corpus.facts.warning else []
+        lines = [corpus.facts.warning] if corpus.facts.warning else []
         if len(corpus.heldout_N) < FEW:
-            said.append(few_held_out(len(corpus.heldout_N)))
+            lines.append(few_held_out(len(corpus.heldout_N)))
         if shared and shared.share > MUCH:
-            said.append(
+            lines.append(
                 f"{shared.share:.0%} of held-out bytes occur in the training text too, so that the "
-                "held-out loss is partly one of training text; remove copies from data.path or "
+                "held-out loss is partly a training loss; remove copies from data.path or "
                 "name another text in data.eval_path"
             )
         if "bytes" not in self.evaluated:
-            said.append(
-                "these shards are of an older version and do not say which bytes their tokens "
-                "stand for, so there are no bits per byte; prepare the text again for them"
+            lines.append(
+                "these shards are of an older version and do not record how many bytes each token "
+                "encodes, so there are no bits per byte; prepare the text again to get them"
             )
-        return said
+        return lines
 
     def eval_extras(self, loss: float) -> dict[str, float]:
-        seen = self.evaluated
-        if "bytes" not in seen:
+        evaluated = self.evaluated
+        if "bytes" not in evaluated:
             return {}
-        return {"bits_per_byte": loss / math.log(2) / (seen["bytes"] / seen["tokens"])}
+        return {"bits_per_byte": loss / math.log(2) / (evaluated["bytes"] / evaluated["tokens"])}
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         return self.corpus.token_counts(vocab_size)
@@ -169,9 +173,9 @@ class TextSource:
     def tokens(self, batch: Batch) -> np.ndarray:
         return batch["tokens"][:, :-1]
 
-    def told(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
+    def probe_arrays(self, batch: Batch, eval_rows: int) -> dict[str, Any]:
         corpus = self.corpus
-        # Of prepared shards the ids are all there is.
+        # Prepared shards have ids but no text.
         unknown = [f"<{index}>" for index in range(corpus.vocab_size)]
         arrays = {
             "token": batch["tokens"][:, :-1],
@@ -182,8 +186,7 @@ class TextSource:
         }
         labels_N = heldout_labels(corpus)
         if labels_N is not None:
-            windows = batches.eval_windows(len(corpus.heldout_N), self.seq_len, eval_rows)
-            start_N = np.asarray(windows)[batch["row"]] * self.seq_len
+            start_N = self._evaluated_rows(eval_rows)[batch["row"]] * self.seq_len
             label_NL = labels_N[start_N[:, None] + np.arange(self.seq_len)]
             arrays |= {"label": label_NL, "label_names": NAMES}
         return arrays

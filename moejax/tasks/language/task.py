@@ -20,7 +20,7 @@ from moejax.tasks.task import Batch, Task, Totals, Units
 from moejax.types import Context, LayerAux, Tap
 
 SECOND_PASS = 2**31 - 1
-"""Makes the key of the second pass from that of the first."""
+"""Derives the key of the second pass from that of the first."""
 
 
 def build(config: Config) -> tuple[Task, Source]:
@@ -44,13 +44,13 @@ def build(config: Config) -> tuple[Task, Source]:
 class LanguageModel(Task):
     """A decoder LM with its loss: cross-entropy of the next token.
 
-    Where a consistency loss runs the batch twice in training, tokens count once, ``metrics`` and
-    ``stats`` are those of the first pass, and everything else is the mean of the two.
+    If a consistency loss runs the batch twice in training, tokens count once, ``metrics`` and
+    ``stats`` are those of the first pass, and everything else is the mean of both passes.
     """
 
     seq_len: int
     padded_behind: bool = False
-    """What the source promises of its batches: see ``Context``."""
+    """A property of the source's batches: see ``Context``."""
 
     causal: ClassVar[bool] = True
 
@@ -125,7 +125,7 @@ class LanguageModel(Task):
     def nats(
         self, params: PyTree, gate_state: PyTree, batch: Batch, step: Array, key: Array
     ) -> Float[Array, "B L"]:
-        """Cross-entropy of each target in evaluation, from the valid tokens and nothing else."""
+        """Cross-entropy of each target in evaluation, computed from the valid tokens alone."""
         inputs_BL = jnp.where(batch["valid"], batch["tokens"][:, :-1], 0)
         masked = {**batch, "tokens": jnp.pad(inputs_BL, ((0, 0), (0, 1)))}
         logits_BLV, _ = self.apply(params, gate_state, masked, step, key, train=False)
@@ -133,7 +133,7 @@ class LanguageModel(Task):
 
 
 def _mean_of_passes(first: Totals, second: Totals, divergence: Array) -> Totals:
-    """One batch seen twice, and how far the two predictions are apart."""
+    """Totals of one batch run twice, with the divergence of the two predictions."""
     means = {
         name: jax.tree.map(lambda a, b: (a + b) / 2, getattr(first, name), getattr(second, name))
         for name in ("loss", "log_z_square", "auxiliary", "means", "mean_square")

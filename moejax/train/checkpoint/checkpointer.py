@@ -1,8 +1,8 @@
-"""Checkpoints: asynchronous saves, and restores that verify and walk back past damaged ones.
+"""Checkpoints: asynchronous saves, and restores that verify and skip corrupt checkpoints.
 
 Orbax writes the arrays, every process its own shards, and commits a step by a rename, so a killed
-save leaves no step behind. The manifest saved with them (`manifest.py`) is what restores are
-checked against (`reading.py`). A damaged step is moved to ``<directory>_bad/<step>-<n>``, never
+save leaves no step behind. Restores (`restore.py`) are checked against the manifest that is saved
+with the arrays (`manifest.py`). A corrupt step is moved to ``<directory>_bad/<step>-<n>``, never
 deleted.
 """
 
@@ -21,20 +21,18 @@ from moejax.config.saved import committed_steps
 from moejax.errors import UserError
 from moejax.record import files
 from moejax.train.checkpoint import manifest as manifests
-from moejax.train.checkpoint import restore as reading
 from moejax.train.checkpoint.checksum import checksums
 from moejax.train.checkpoint.manifest import Manifest
-from moejax.train.checkpoint.restore import WHOLE, Part, Restored
+from moejax.train.checkpoint.restore import WHOLE, Part, Restored, exactly, newest_good, one_line
 from moejax.train.processes import from_first, is_first
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which leaves preemption to the training loop.
+    """Orbax's manager, without its handling of preemption, which the training loop does.
 
-    At a step that JAX's preemption service names, orbax measures the time since the save before. Of
-    a checkpoint that was there when it started it knows none (``lightweight_initialize`` puts a
-    time without a zone there), and the subtraction fails: the second notice in a run's life was a
-    TypeError, after which nothing old was removed.
+    At a step that JAX's preemption service names, orbax computes the time since the last save. For
+    a checkpoint from before it started that time has no zone (``lightweight_initialize``), and the
+    subtraction raises a TypeError, after which no old checkpoint is removed.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -49,9 +47,9 @@ class Checkpointer:
 
     Args:
       directory: made on the first save.
-      keep: how many of the newest checkpoints stay, at least 1. With 1 there is nothing to fall
-        back on.
-      read_only: never save, move or delete anything; for readers of a run that may be alive.
+      keep: the number of newest checkpoints to keep, at least 1. With 1 there is no older one to
+        fall back to.
+      read_only: never save, move or delete anything; for readers of a run that may be running.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
@@ -62,7 +60,7 @@ class Checkpointer:
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
-        self._told: int | None = None
+        self._reported: int | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -71,14 +69,14 @@ class Checkpointer:
         self.close()
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending; no save that is still running or was killed."""
+        """Committed steps, ascending, without saves that are still running or were killed."""
         return committed_steps(self._directory)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
         """Starts saving `state` and returns once it may be overwritten (donated).
 
         Waits for the save before it. `meta` is a JSON object. Returns False, and does nothing, if
-        the step is there already.
+        the step exists already.
 
         Raises:
           UserError: if this save or the one before it could not be written.
@@ -118,15 +116,15 @@ class Checkpointer:
                 self._open().wait_until_finished()
 
     def just_committed(self) -> bool:
-        """Whether the save that was running is committed by now; true once."""
+        """True at the first call after the last save has been committed."""
         step = self._saving
-        if step is None or step == self._told or step not in self.steps():
+        if step is None or step == self._reported or step not in self.steps():
             return False
-        self._told = step
+        self._reported = step
         return True
 
     def close(self) -> None:
-        """Waits and releases the threads; raises what `wait` raises."""
+        """Waits and releases the threads; raises as `wait` does."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
@@ -137,24 +135,22 @@ class Checkpointer:
     ) -> Restored | None:
         """The newest checkpoint that passes every check, or None if there has never been one.
 
-        A damaged one is moved aside with a line on stderr and the one before it is tried.
+        A corrupt one is moved aside with a line on stderr, and the one before it is tried.
 
         Args:
           abstract_state: the state or its description: leaves with `shape`, `dtype` and the
             `sharding` to restore onto, over any mesh.
           step: restore this one, or fail and move nothing.
-          part: of the checkpoint, which `abstract_state` then describes.
+          part: the part of the checkpoint that `abstract_state` describes.
 
         Raises:
-          UserError: if all are damaged, if `step` is missing or damaged, or if an intact checkpoint
+          UserError: if all are corrupt, if `step` is missing or corrupt, or if an intact checkpoint
             holds another tree, shape or dtype (then nothing is moved).
         """
         self.wait()
         if step is not None:
-            return reading.exactly(self._directory, step, abstract_state, part)
-        restored, rejected = reading.newest_good(
-            self._directory, abstract_state, part, self._reject
-        )
+            return exactly(self._directory, step, abstract_state, part)
+        restored, rejected = newest_good(self._directory, abstract_state, part, self._reject)
         bad = self._bad_folder()
         if restored is None and (rejected or from_first(bad.is_dir() and any(bad.iterdir()))):
             raise UserError(
@@ -170,14 +166,14 @@ class Checkpointer:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
-                cleanup_tmp_directories=True,  # what a killed save left
-                lightweight_initialize=True,  # damaged metadata of an old step is no reason to fail
+                cleanup_tmp_directories=True,  # of killed saves
+                lightweight_initialize=True,  # does not fail on corrupt metadata of an old step
             )
             logging.getLogger("absl").addFilter(_not_an_orbax_traceback)
-            if sys.unraisablehook is sys.__unraisablehook__:  # nobody else's
-                sys.unraisablehook = _show_but_late_writes
-            # By default orbax composes an array from pieces of all its copies. Should they differ,
-            # that would be none of them; so the first is saved, which the checksum is of.
+            if sys.unraisablehook is sys.__unraisablehook__:  # not replaced by others
+                sys.unraisablehook = _hide_late_writes
+            # By default orbax composes an array from pieces of all its copies. If these differed,
+            # the result would be none of them; so the first copy is saved, as in the checksum.
             one_copy = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
             types = ocp.type_handlers.create_type_handler_registry((jax.Array, one_copy))
             handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -215,7 +211,7 @@ class Checkpointer:
             yield
         except (ValueError, OSError, RuntimeError) as error:
             # A manager that failed fails again at its next call; the next save makes a new one,
-            # which also clears away what this save has left.
+            # which also removes the files that this save has left.
             if self._manager is not None:
                 with suppress(ValueError, OSError, RuntimeError):
                     self._manager.close()
@@ -223,7 +219,7 @@ class Checkpointer:
             kept = ", ".join(map(str, self.steps())) or "none"
             raise UserError(
                 f"checkpoint {step} could not be written to {self._directory}: "
-                f"{reading.one_line(error)}; make room or mend the disk and run again "
+                f"{one_line(error)}; make room or fix the disk and run again "
                 f"(checkpoints kept: {kept})"
             ) from error
 
@@ -231,7 +227,7 @@ class Checkpointer:
 def restore_subtree(directory: str | Path, abstract_subtree: Any, key: str = "params") -> Restored:
     """The part `key` of the newest good checkpoint in `directory`, verified, for a warm start.
 
-    Reads only the arrays of that part and changes nothing in `directory`: damaged checkpoints are
+    Reads only the arrays of that part and changes nothing in `directory`: corrupt checkpoints are
     skipped with a line on stderr. Leaves are described as in `Checkpointer.restore`.
 
     Raises:
@@ -243,10 +239,10 @@ def restore_subtree(directory: str | Path, abstract_subtree: Any, key: str = "pa
         if is_first():
             _report(directory, step, problem, "skipped")
 
-    restored, rejected = reading.newest_good(directory, abstract_subtree, Part(f"{key}/"), skip)
+    restored, rejected = newest_good(directory, abstract_subtree, Part(f"{key}/"), skip)
     if restored is None:
-        found = "only damaged ones" if rejected else "none"
-        raise UserError(f"no checkpoint to start from in {directory}: found {found}")
+        present = "only damaged ones" if rejected else "none"
+        raise UserError(f"no checkpoint to start from in {directory}: found {present}")
     return restored
 
 
@@ -260,11 +256,11 @@ def _warn(message: str) -> None:
     print(f"moejax: {message}", file=sys.stderr, flush=True)
 
 
-def _show_but_late_writes(error: Any) -> None:
-    """An unraisablehook without what tensorstore's threads say after orbax has given up a save.
+def _hide_late_writes(error: Any) -> None:
+    """An unraisablehook that hides errors of tensorstore's threads after orbax has given up a save.
 
-    Each write that is still under way then finds orbax's event loop closed: dozens of tracebacks
-    beside the one line about a full disk.
+    Every write under way then finds orbax's event loop closed, which would print dozens of
+    tracebacks beside the one line about a full disk.
     """
     late = error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"
     if not (late and error.object is None):
@@ -272,5 +268,5 @@ def _show_but_late_writes(error: Any) -> None:
 
 
 def _not_an_orbax_traceback(record: logging.LogRecord) -> bool:
-    """False for tracebacks that orbax logs, several times over, of an error that it also raises."""
+    """False for tracebacks that orbax logs, several times, for an error that it also raises."""
     return not (record.exc_info and "orbax" in record.pathname)

@@ -1,4 +1,4 @@
-"""Checksums of arrays that do not depend on how the arrays are laid out over devices.
+"""Checksums of arrays that do not depend on the arrays' sharding.
 
 The checksum of an array is two sums modulo 2**32 over its words ``v_i`` (the bits of element ``i``
 in row-major order as an unsigned integer; elements of 8 bytes are two words)::
@@ -8,11 +8,11 @@ in row-major order as an unsigned integer; elements of 8 bytes are two words)::
 with ``mix`` the 32-bit finalizer of MurmurHash3. Addition modulo 2**32 is exact and associative, so
 the order of the sum does not matter: every device adds up its own block and one psum finishes.
 
-What it detects. ``mix`` is a bijection of the 32-bit integers, so a change of one word, hence any
+Detected errors. ``mix`` is a bijection of the 32-bit integers, so a change of one word, hence any
 single flipped bit, changes exactly one term of each sum and therefore always changes both sums.
-A change of several words goes unnoticed with probability about 2**-64. (The simpler weighted sum
+A change of several words is missed with probability about 2**-64. (The simpler weighted sum
 ``sum_i w_i * v_i`` with odd ``w_i`` also detects every single bit, but no pair of flipped sign
-bits: ``2**31 * w_i + 2**31 * w_j`` is 0 modulo 2**32.) It is no protection against an adversary.
+bits: ``2**31 * w_i + 2**31 * w_j`` is 0 modulo 2**32.) It does not protect against an adversary.
 """
 
 import functools
@@ -36,11 +36,11 @@ class Checksums(NamedTuple):
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> Checksums:
-    """The checksum of every array, and which arrays have copies that differ.
+    """The checksum of every array, and the names of arrays with copies that differ.
 
-    Where several devices hold a block, the checksum is that of the first copy, and the sum over all
-    copies tells whether they are equal (they can drift apart by a fault of the hardware, or when
-    each is computed by a kernel that is not deterministic).
+    If several devices hold a block, the checksum is that of the first copy, and the sum over all
+    copies shows whether they are equal (they can diverge through a hardware fault, or if each is
+    computed by a kernel that is not deterministic).
 
     One compiled program and one small transfer for all arrays on the same mesh. In a job of several
     processes every process calls this with the same names and gets the same answer. Dtypes: bool,
@@ -50,22 +50,22 @@ def checksums(arrays: Mapping[str, jax.Array]) -> Checksums:
     groups: dict[object, list[str]] = {}
     specs: dict[str, PartitionSpec] = {}
     for name, x in arrays.items():
-        place = x.sharding
-        if isinstance(place, NamedSharding):
-            place, specs[name] = place.mesh, place.spec
-        groups.setdefault(place, []).append(name)
-    found, diverged = {}, []
-    for place, names in groups.items():
+        devices = x.sharding
+        if isinstance(devices, NamedSharding):
+            devices, specs[name] = devices.mesh, devices.spec
+        groups.setdefault(devices, []).append(name)
+    digests, diverged = {}, []
+    for devices, names in groups.items():
         values = [arrays[name] for name in names]
-        if isinstance(place, Mesh):
-            sums = _mesh_sums(place, tuple(specs[name] for name in names))(values)
+        if isinstance(devices, Mesh):
+            sums = _mesh_sums(devices, tuple(specs[name] for name in names))(values)
         else:
             sums = _global_sums(values)
         for name, (one, two, differ) in zip(names, np.asarray(sums).tolist(), strict=True):
-            found[name] = f"{one:08x}{two:08x}"
+            digests[name] = f"{one:08x}{two:08x}"
             if differ:
                 diverged.append(name)
-    return Checksums(found, diverged)
+    return Checksums(digests, diverged)
 
 
 def _mix(word: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: path, shape, dtype and checksum of every array.
+"""The manifest of a checkpoint: path, shape, dtype and checksum of every array.
 
 A state is stored as a flat mapping from path ("params/blocks/attention/q") to array, so that
 containers (tuples, dataclasses, optax's named tuples) come from the program that restores, never
@@ -20,7 +20,7 @@ FORMAT = 1
 
 
 class Damaged(Exception):
-    """A checkpoint whose files are missing, unreadable or not what was saved."""
+    """A checkpoint whose files are missing, unreadable or differ from what was saved."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether `leaf` is a typed PRNG key (an array or its description)."""
+    """True if `leaf` is a typed PRNG key (an array or its description)."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def as_array(leaf: Any) -> jax.Array:
-    """The array that is stored for a leaf: the key data of typed keys, else the leaf itself."""
+    """The array to store for a leaf: the key data of a typed key, otherwise the leaf itself."""
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
@@ -108,16 +108,16 @@ def encode(manifest: Manifest) -> dict[str, Any]:
     )
 
 
-def decode(found: Any, step: int) -> Manifest:
+def decode(stored: Any, step: int) -> Manifest:
     """The manifest of checkpoint `step`.
 
     Raises:
-      Damaged: if it is not, bit for bit, what `encode` made for this step.
+      Damaged: if it differs from what `encode` made for this step.
       UserError: if a newer version of moejax wrote it.
     """
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         raise Damaged("its manifest is not a JSON object")
-    body = unsealed(found)
+    body = unsealed(stored)
     if body is None:
         raise Damaged("its manifest does not match its digest")
     if body["format"] != FORMAT:
@@ -126,7 +126,7 @@ def decode(found: Any, step: int) -> Manifest:
             "version that wrote it"
         )
     if body["step"] != step:
-        raise Damaged(f"its manifest is that of step {body['step']}")
+        raise Damaged(f"its manifest belongs to step {body['step']}")
     arrays = {
         name: Entry(tuple(shape), dtype, checksum)
         for name, (shape, dtype, checksum) in body["arrays"].items()
@@ -139,12 +139,13 @@ def check_same_tree(saved: Mapping[str, Entry], wanted: Mapping[str, Entry], wha
 
     Raises:
       UserError: naming the first path that differs. The checkpoint is intact and describes another
-        state, so it is the config that does not fit. (Orbax would cast a dtype in silence.)
+        state, so the config does not fit. (Orbax would cast a dtype without a message.)
     """
     for name in sorted(saved.keys() | wanted.keys()):
-        there, here = saved.get(name), wanted.get(name)
-        if str(there) != str(here):
+        stored, here = saved.get(name), wanted.get(name)
+        if str(stored) != str(here):
             raise UserError(
-                f"{what} does not fit this config: {name} is {there or 'absent'} in the checkpoint "
-                f"and {here or 'absent'} here; use the config it was saved with or a new workdir"
+                f"{what} does not fit this config: {name} is {stored or 'absent'} in the "
+                f"checkpoint and {here or 'absent'} here; use the config it was saved with or a "
+                "new workdir"
             )

@@ -1,9 +1,9 @@
-"""Reading checkpoints: only what passes every check is handed out.
+"""Restoring checkpoints: only a state that passes every check is returned.
 
-Orbax does not notice a flipped bit in the payload, casts dtypes in silence, returns a description
-where an array is missing and takes an empty folder for the newest step. So a checkpoint counts as
-good when its manifest matches its digest, describes the state that is asked for, and every array
-that was read has the checksum in the manifest.
+Orbax does not notice a flipped bit in the payload, casts dtypes without a message, returns a
+description in the place of a missing array and takes an empty folder for the newest step. So a
+checkpoint counts as good if its manifest matches its digest and describes the requested state, and
+every restored array has the checksum in the manifest.
 
 Layout: ``<directory>/<step>/state`` (arrays) and ``<directory>/<step>/meta`` (manifest).
 """
@@ -21,9 +21,16 @@ import tensorstore as ts
 from moejax.config.saved import committed_steps
 from moejax.errors import UserError
 from moejax.record.files import parsed
-from moejax.train.checkpoint import manifest as manifests
 from moejax.train.checkpoint.checksum import checksums
-from moejax.train.checkpoint.manifest import Damaged
+from moejax.train.checkpoint.manifest import (
+    Damaged,
+    check_same_tree,
+    decode,
+    entries,
+    from_array,
+    named_leaves,
+    stored_as,
+)
 from moejax.train.processes import from_first, shared_problem
 
 
@@ -37,7 +44,7 @@ class Restored:
 
 
 class Part(NamedTuple):
-    """What of a checkpoint is asked for: names that start so and have no such folder in them."""
+    """A part of a checkpoint: names that begin with ``prefix`` and have no folder ``without``."""
 
     prefix: str = ""
     without: str = ""
@@ -52,7 +59,7 @@ WHOLE = Part()
 def newest_good(
     directory: Path, abstract: Any, part: Part, reject: Callable[[int, str], None]
 ) -> tuple[Restored | None, list[int]]:
-    """Tries steps from the newest on; the first good one, and the steps given to `reject`."""
+    """The newest good checkpoint, and the newer steps, which were passed to `reject`."""
     rejected: list[int] = []
     while True:
         untried = [step for step in committed_steps(directory) if step not in rejected]
@@ -70,8 +77,8 @@ def exactly(directory: Path, step: int, abstract: Any, part: Part = WHOLE) -> Re
     """Checkpoint `step`, or a UserError."""
     steps = committed_steps(directory)
     if not from_first(step in steps):
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"no checkpoint of step {step} in {directory}; steps there: {there}")
+        listed = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"no checkpoint of step {step} in {directory}; steps there: {listed}")
     try:
         return _load(directory, step, abstract, part)
     except Damaged as damage:
@@ -79,7 +86,7 @@ def exactly(directory: Path, step: int, abstract: Any, part: Part = WHOLE) -> Re
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong at the root, on one line of bearable length; tensorstore writes kilobytes."""
+    """The root cause on one line of moderate length; tensorstore writes kilobytes."""
     error = _root(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
@@ -94,26 +101,26 @@ def _root(error: BaseException) -> BaseException:
 def _load(directory: Path, step: int, abstract: Any, part: Part) -> Restored:
     """Reads and verifies one checkpoint, or a part of it, onto abstract's shardings.
 
-    All processes agree after each stage, because the next one needs all of them.
+    All processes agree after each stage, because the next stage needs all of them.
 
     Raises:
-      Damaged: on every process, if one of them found damage.
+      Damaged: on every process, if it is on one of them.
       UserError: if the checkpoint is intact and describes another tree.
     """
     folder = directory / str(step)
     with _agreement():
-        about = manifests.decode(_read_json(folder / "meta"), step)
-    leaves = {part.prefix + name: leaf for name, leaf in manifests.named_leaves(abstract).items()}
+        about = decode(_read_json(folder / "meta"), step)
+    leaves = {part.prefix + name: leaf for name, leaf in named_leaves(abstract).items()}
     saved = {name: entry for name, entry in about.arrays.items() if part.has(name)}
-    wanted = manifests.entries(leaves)
-    manifests.check_same_tree(saved, wanted, f"checkpoint {step} in {directory}")
+    wanted = entries(leaves)
+    check_same_tree(saved, wanted, f"checkpoint {step} in {directory}")
     with _agreement():
         arrays = _read_arrays(folder / "state", leaves)
     sums, diverged = checksums(arrays)
-    for name, found in sums.items():
-        if found != saved[name].checksum or name in diverged:
+    for name, checksum in sums.items():
+        if checksum != saved[name].checksum or name in diverged:
             raise Damaged(f"array {name} ({saved[name]}) does not match its checksum")
-    values = [manifests.from_array(arrays[name], leaf) for name, leaf in leaves.items()]
+    values = [from_array(arrays[name], leaf) for name, leaf in leaves.items()]
     state = jax.tree.unflatten(jax.tree.structure(abstract), values)
     return Restored(step, state, about.meta)
 
@@ -139,13 +146,13 @@ def _read_json(folder: Path) -> Any:
 def _read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The stored arrays of described leaves, on the leaves' shardings.
 
-    Every process reads the blocks of its own devices. TensorStore is asked directly: orbax's reader
+    Every process reads the blocks of its own devices, directly with TensorStore: orbax's reader
     ends with a barrier, at which the other processes would wait for one that found damage, and
     leaves coroutines behind that print tracebacks.
     """
     files = {"driver": "file", "path": f"{folder}/"}
     context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
-    stored = {name: manifests.stored_as(leaf) for name, leaf in leaves.items()}
+    stored = {name: stored_as(leaf) for name, leaf in leaves.items()}
     opening = {}
     for name in stored:
         store = {
@@ -162,15 +169,15 @@ def _read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array
             arrays[name] = jnp.zeros(x.shape, x.dtype, device=x.sharding)
             continue
         with _ReadErrors(folder, f"array {name}"):
-            arrays[name] = _place(opening[name].result(), x)
+            arrays[name] = _read_onto_devices(opening[name].result(), x)
     return arrays
 
 
-def _place(source: ts.TensorStore, x: jax.ShapeDtypeStruct) -> jax.Array:
+def _read_onto_devices(source: ts.TensorStore, x: jax.ShapeDtypeStruct) -> jax.Array:
     if (source.shape, source.dtype.numpy_dtype) != (x.shape, x.dtype):
         raise Damaged(f"its files hold {source.dtype.numpy_dtype}{list(source.shape)} for {x}")
     assert x.sharding is not None
-    blocks = {}  # by index, so that a block that several devices hold is read once
+    blocks = {}  # by index: a block that several devices hold is read once
     for index in x.sharding.addressable_devices_indices_map(x.shape).values():
         blocks.setdefault(repr(index), source[index].read())
     blocks = {index: block.result() for index, block in blocks.items()}
@@ -178,10 +185,10 @@ def _place(source: ts.TensorStore, x: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 class _ReadErrors:
-    """Turns what missing, truncated or altered files raise into `Damaged`.
+    """Turns the errors of missing, truncated or altered files into `Damaged`.
 
-    Trouble of the machine (no memory, too many open files, no permission) says nothing about the
-    checkpoint and ends the command, so that a good checkpoint is not condemned for it.
+    Errors of the machine (no memory, too many open files, no permission) say nothing about the
+    checkpoint and end the command, so that a good checkpoint is not rejected.
     """
 
     _DAMAGE = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -200,4 +207,4 @@ class _ReadErrors:
         of_the_machine = any(code in str(error) for code in self._MACHINE)
         if isinstance(error, self._DAMAGE) and not of_the_machine:
             raise Damaged(problem) from error
-        raise UserError(f"{self._folder}: {problem}; mend that and run again") from error
+        raise UserError(f"{self._folder}: {problem}; fix that and run again") from error

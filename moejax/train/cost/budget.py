@@ -1,7 +1,8 @@
-"""What a run costs, counted on traced programs and shapes before anything is compiled."""
+"""The costs of a run, counted on traced programs and shapes before anything is compiled."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,17 +12,18 @@ from jaxtyping import PyTree
 
 from moejax import mesh as meshes
 from moejax.config import Config
-from moejax.job.launch import host_memory, memory_of
+from moejax.job.memory import host_memory, memory_of
 from moejax.tasks.task import Batch, Task
 from moejax.train import processes
 from moejax.train.cost import flops, memory, units
+from moejax.train.parameters import EXPERT_MATRICES, HEAD_MATRICES, path_names
 from moejax.train.setup import Run
 from moejax.train.state import count_parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenFlops:
-    """Floating-point operations per token of a model whose routing decides what it costs.
+    """Floating-point operations per token of a model whose cost depends on the routing.
 
     ``fixed`` is everything but the routed experts; each (token, expert) pair, in any MoE layer,
     adds ``per_pair``: one expert on one token. The pairs are in ``metrics.jsonl``: a token of a row
@@ -35,7 +37,7 @@ class TokenFlops:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a run costs, counted before anything is compiled."""
+    """The costs of a run, counted before anything is compiled."""
 
     parameters: int
     active_parameters: int
@@ -47,16 +49,16 @@ class Budget:
     """Forward pass."""
     state_bytes: int
     activation_bytes: int
-    """Per device: the training state with gradients, and what is kept for the backward pass."""
+    """Per device: the training state with gradients, and the residuals of the backward pass."""
     product_bytes: int = 0
-    """Per device: the largest product of the forward pass, which is there for a moment."""
+    """Per device: the largest matrix product of the forward pass, which exists temporarily."""
 
 
 def count_budget(run: Run) -> Budget:
     """Counts parameters, FLOPs (on the jaxpr) and bytes per device (from shapes and shardings).
 
-    FLOPs are those of the model, memory is that of the program: on the run's mesh, with its
-    transport's buffers, and after recomputation has given up what it computes again.
+    FLOPs are the model's; memory is the program's: on the run's mesh, with its transport's buffers,
+    and without activations that are recomputed.
     """
     config, params = run.config, run.abstract_state.params
     batch = run.data.shapes(_micro_batch(config))
@@ -81,19 +83,19 @@ def count_budget(run: Run) -> Budget:
 
 
 def checked_budget(run: Run) -> Budget:
-    """What a run costs, if it fits in its devices; before anything is compiled.
+    """The costs of a run that fits in its devices; before anything is compiled.
 
-    The estimate leaves out what XLA needs for a moment, and what it saves by fusing; a user who
-    knows better sets ``mesh.device_gib``.
+    The estimate ignores XLA's temporary buffers and its savings by fusion; ``mesh.device_gib``
+    overrides the limit.
 
     Raises:
-      UserError: it does not fit; naming what to reduce.
+      UserError: the run does not fit; naming the fields to reduce.
     """
     check_sizes(run)
     costs = count_budget(run)
     largest = max(costs.activation_bytes, costs.product_bytes)
     processes.raise_together(_memory_problem(run, costs.state_bytes, largest))
-    if run.config.train.grad_accum > 1:  # what is a part of a batch in training is all of it there
+    if run.config.train.grad_accum > 1:  # an evaluation has the whole batch at once
         check_evaluation(run)
     return costs
 
@@ -102,7 +104,7 @@ def check_evaluation(run: Run) -> None:
     """Refuses an evaluation too large for the run's devices, before anything is compiled.
 
     Raises:
-      UserError: naming what to reduce.
+      UserError: naming the fields to reduce.
     """
     state = memory.tree_bytes_per_device(run.abstract_state)
     problem = _batch_problem(run) or _memory_problem(run, state, 0, train=False)
@@ -118,55 +120,55 @@ def check_evaluation(run: Run) -> None:
 
 
 def check_sizes(run: Run) -> None:
-    """Refuses a batch or a model too large for the machine, which may take minutes to be traced.
+    """Refuses a batch or a model too large for the machine, before tracing, which may take minutes.
 
     Raises:
-      UserError: naming what to reduce.
+      UserError: naming the fields to reduce.
     """
     processes.raise_together(_batch_problem(run) or _memory_problem(run, _state_bytes(run), 0))
 
 
 def _batch_problem(run: Run) -> str:
-    """What is wrong with a global batch that this process cannot hold; empty if it can."""
-    train, there = run.config.train, host_memory()
+    """An error for a global batch that this process cannot hold; empty if it can."""
+    train, available = run.config.train, host_memory()
     needed = train.batch_size * sum(x.nbytes for x in run.data.shapes(1).values())
-    if needed <= there:
+    if needed <= available:
         return ""
     return (
         f"train.batch_size={train.batch_size} needs {units.size(needed)} of memory for one batch "
-        f"of data, and this machine has {units.size(there)}; lower it"
+        f"of data, and this machine has {units.size(available)}; lower it"
     )
 
 
 def _memory_problem(run: Run, state: int, activations: int, train: bool = True) -> str:
-    """What to do about bytes that a device does not have, in training or in evaluation; empty if it
-    has them."""
+    """An error for memory that a device does not have, in training or in evaluation; empty if it
+    has enough."""
     config, local = run.config, run.mesh.local_devices
-    own, needed = round(config.mesh.device_gib * 2**30), state + activations
-    there = own or memory_of(local[0], len(local))
-    if there is None or needed <= there:
+    limit, needed = round(config.mesh.device_gib * 2**30), state + activations
+    available = limit or memory_of(local[0], len(local))
+    if available is None or needed <= available:
         return ""
     sizes = config.train
     if activations > state:
         what = f"train.batch_size={sizes.batch_size}"
-        cures = ["lower it"]
+        remedies = ["lower it"]
         if "seq_len" in sizes:
-            what, cures = f"{what} x train.seq_len={sizes.seq_len}", ["lower one of them"]
+            what, remedies = f"{what} x train.seq_len={sizes.seq_len}", ["lower one of them"]
         if train:
-            cures.append(f"raise train.grad_accum={sizes.grad_accum}")
+            remedies.append(f"raise train.grad_accum={sizes.grad_accum}")
         if train and config.model.get("remat", "full") != "full":
-            cures.append("set model.remat=full")
+            remedies.append("set model.remat=full")
     else:
         what = f"a model of {units.count(count_parameters(run.abstract_state.params))} parameters"
-        cures = ["make it smaller", "split it over more devices (mesh.fsdp, mesh.expert)"]
+        remedies = ["make it smaller", "split it over more devices (mesh.fsdp, mesh.expert)"]
     what += "" if train else " in evaluation"
     parts = f"{units.size(state)} state{' and gradients' if train else ''}"
     parts += f", {units.size(activations)} activations" if activations else ""
-    has = f"mesh.device_gib={config.mesh.device_gib:g} allows" if own else "has"
+    has = f"mesh.device_gib={config.mesh.device_gib:g} allows" if limit else "has"
     return (
         f"{what} needs {units.size(needed)} of memory per device ({parts}), and a device {has} "
-        f"{units.size(there)}; {', '.join(cures)}, or set mesh.device_gib to what you know it may "
-        "take"
+        f"{units.size(available)}; {', '.join(remedies)}, or set mesh.device_gib to what you know "
+        "it may take"
     )
 
 
@@ -177,15 +179,15 @@ def _state_bytes(run: Run) -> int:
 
 
 def train_flops(run: Run) -> TokenFlops:
-    """``count_budget(run).train_flops`` alone, and sooner."""
+    """``count_budget(run).train_flops`` alone, computed faster."""
     return _token_flops(run, _countable_pass(run, train=True), train=True)
 
 
 def routed_share(model: Any, length: int, train: bool) -> float:
-    """Share of a sequence's tokens in the experts' rows of the traced program.
+    """The share of a sequence's tokens among the experts' rows of the traced program.
 
-    Mixture-of-Depths takes a share out in training. In evaluation all tokens are rows, and those
-    that stay behind padding.
+    Mixture-of-Depths routes only a share of the tokens in training. In evaluation all tokens are
+    rows, and those that skip the block are padding.
     """
     depths = getattr(model, "depths", None)
     if not train or depths is None or not depths.capacity:
@@ -204,7 +206,7 @@ def _loss(run: Run, task: Task, params: PyTree, batch: Batch, train: bool = True
 
 
 def _countable_pass(run: Run, train: bool) -> ClosedJaxpr:
-    """A micro-batch, forward and in training backward, in the form whose FLOPs count."""
+    """The traced pass over a micro-batch for counting FLOPs, in training with the backward pass."""
     loss = functools.partial(_loss, run, run.task.countable(), train=train)
     params = _without_shardings(run.abstract_state.params)
     batch = run.data.shapes(_micro_batch(run.config))
@@ -218,7 +220,7 @@ def _without_shardings(tree: PyTree) -> PyTree:
 def _token_flops(run: Run, jaxpr: ClosedJaxpr, train: bool) -> TokenFlops:
     """Splits the count of a pass over a micro-batch: only routed experts are grouped matmuls.
 
-    The traced program hands them every column of the routing of every token that it takes to them.
+    In the traced program their rows are all columns of the routing of all routed tokens.
     """
     model, per_row = run.task.model, run.task.units.tokens_per_row
     tokens = _micro_batch(run.config) * per_row
@@ -236,24 +238,24 @@ def zeros_like(tree: PyTree) -> PyTree:
 
 
 def active_parameters(run: Run) -> int:
-    """Parameters one token uses: of each MoE layer, only the experts it visits, and of a mixture of
-    attention heads its own."""
+    """The parameters that one token uses: in each MoE layer only the experts that it visits, and in
+    a mixture of attention heads only its own heads."""
     model = run.task.model
     params = run.abstract_state.params
     total = count_parameters(params)
 
-    def size(*names: str) -> int:
+    def size(names: Sequence[str]) -> int:
         return sum(
             int(np.prod(x.shape))
             for path, x in jax.tree_util.tree_leaves_with_path(params)
-            if str(getattr(path[-1], "key", "")) in names
+            if path_names(path)[-1] in names
         )
 
-    heads = size("query_EDI", "out_EID")
+    heads = size(HEAD_MATRICES)
     if heads:
         total += heads * model.heads.k // model.heads.experts - heads
     if not model.num_moe_layers:
         return total
-    experts = size("gate_EDF", "up_EDF", "down_EFD")
+    experts = size(EXPERT_MATRICES)
     visited = min(model.gate.columns(model.moe.num_experts), model.moe.num_experts)
     return total - experts + experts * visited // model.moe.num_experts

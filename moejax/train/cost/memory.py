@@ -1,4 +1,4 @@
-"""Bytes, from abstract values: nothing is allocated and nothing is compiled."""
+"""Memory in bytes, from abstract values: nothing is allocated and nothing is compiled."""
 
 import math
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from moejax.train.cost.flops import num_shards
 
 
 def residual_bytes(f: Callable[..., Any], *abstract_args: Any) -> int:
-    """Bytes that ``f``'s forward pass computes and keeps for its backward pass.
+    """Bytes of the residuals that ``f``'s forward pass computes for its backward pass.
 
-    These are the activations: arguments that the backward pass also reads (weights, inputs) are not
-    counted, because they are alive anyway. Shapes are global; under a mesh, divide by the number of
-    shards of the activations. XLA may keep less, by recomputing cheap values inside a fusion.
+    These are the activations: arguments that the backward pass also reads (weights, inputs) do not
+    count, because they are in memory anyway. Shapes are global; under a mesh, divide by the number
+    of shards of the activations. XLA may keep less, by recomputing cheap values inside a fusion.
 
     Args:
-      f: a differentiable function of arrays; ``jax.checkpoint`` inside it has its effect.
+      f: a differentiable function of arrays; ``jax.checkpoint`` inside it takes effect.
       abstract_args: ``jax.ShapeDtypeStruct`` trees or arrays.
     """
     kept, _ = forward_bytes(f, *abstract_args)
@@ -26,11 +26,11 @@ def residual_bytes(f: Callable[..., Any], *abstract_args: Any) -> int:
 
 
 def forward_bytes(f: Callable[..., Any], *abstract_args: Any, devices: int = 1) -> tuple[int, int]:
-    """``residual_bytes``, and those of the largest matrix product on one device.
+    """``residual_bytes``, and the bytes of the largest matrix product on one device.
 
-    What a product gives is there as a whole for a moment, whatever is recomputed later: of ordinary
-    attention the scores of all pairs of tokens. Shapes outside a shard_map are shared out over
-    ``devices``, which is the least that one of them holds.
+    The result of a product exists as a whole for a moment, even if it is recomputed later: for
+    ordinary attention, the scores of all pairs of tokens. Shapes outside a shard_map are divided by
+    ``devices``, which is a lower bound.
     """
     counts: list[int] = []
 
@@ -63,7 +63,7 @@ def _largest_product(jaxpr: Jaxpr, devices: int) -> int:
 
 
 def tree_bytes_per_device(abstract_tree: Any) -> int:
-    """Bytes that a tree takes on one device, the fullest where shards are uneven.
+    """Bytes of a tree on one device, the fullest one if shards are uneven.
 
     Leaves are arrays or ``jax.ShapeDtypeStruct``; one without a sharding counts in full.
     """
@@ -71,6 +71,6 @@ def tree_bytes_per_device(abstract_tree: Any) -> int:
     def leaf_bytes(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize  # of Python, which does not overflow
+        return math.prod(shape) * leaf.dtype.itemsize  # in Python's integers, which do not overflow
 
     return sum(map(leaf_bytes, jax.tree.leaves(abstract_tree)))

@@ -1,4 +1,4 @@
-"""What a run says: its size before compiling, a line per logged step, a summary at the end."""
+"""The console output of a run: its size before compiling, a line per logged step, a summary."""
 
 import functools
 import math
@@ -9,11 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moejax.config.saved import read_config, told
+from moejax.config.saved import entry_text, read_config
 from moejax.config.tree import flatten
 from moejax.data.source import Remarks
 from moejax.mesh import AXES, BATCH_AXES
-from moejax.train.cost import flops, units
+from moejax.train.cost import peak, units
 from moejax.train.cost.budget import Budget
 from moejax.train.metrics.rows import Row
 from moejax.train.optim import make_schedule
@@ -41,58 +41,58 @@ class Console:
         """Parameters, memory and mesh, before anything is compiled."""
         config, run = self._run.config, self._run
         self._flops_per_step = budget.flops_per_step
-        self._peak = flops.peak_flops(list(run.mesh.devices.flat), config.model.dtype)
+        self._peak = peak.peak_flops(list(run.mesh.devices.flat), config.model.dtype)
         mesh = " x ".join(f"{axis}={run.mesh.shape[axis]}" for axis in AXES)
         device = run.mesh.devices.flat[0]
         train = config.train
-        self._say(f"model       {_model_line(config)}")
-        self._say(
+        self._print(f"model       {_model_line(config)}")
+        self._print(
             f"parameters  {units.count(budget.parameters)} total, "
             f"{units.count(budget.active_parameters)} active per token"
         )
         total = units.size(budget.state_bytes + budget.activation_bytes)
-        self._say(
+        self._print(
             f"memory      {total} expected per device ({units.size(budget.state_bytes)} state and "
             f"gradients, {units.size(budget.activation_bytes)} activations)"
         )
-        self._say(f"mesh        {mesh} on {run.mesh.size} {device.device_kind} device(s)")
-        of, (there, held_out) = run.task.units, run.data.size()
-        self._say(
-            f"data        {run.data.name}: {units.count(there)} training {of.item}s, "
+        self._print(f"mesh        {mesh} on {run.mesh.size} {device.device_kind} device(s)")
+        of, (training, held_out) = run.task.units, run.data.size()
+        self._print(
+            f"data        {run.data.name}: {units.count(training)} training {of.item}s, "
             f"{units.count(held_out)} held out"
         )
         if is_first() and isinstance(run.data, Remarks):
-            for heading, said in run.data.facts().items():
-                self._say(f"{heading:<12}{said}")
-            for said in run.data.warnings():
-                self._say(f"warning     {said}")
+            for heading, text in run.data.facts().items():
+                self._print(f"{heading:<12}{text}")
+            for text in run.data.warnings():
+                self._print(f"warning     {text}")
         length = f" x {of.items_per_row}" if of.items_per_row > 1 else ""
-        self._say(
+        self._print(
             f"training    {train.steps} steps of {train.batch_size}{length} {of.item}s, "
             f"{budget.flops_per_step / 1e9:.1f} GFLOP each"
         )
         if run.leak:
-            self._say(f"visibility  {run.leak} (a token's output depends on these)")
+            self._print(f"visibility  {run.leak} (a token's output depends on these)")
         if advice := gate_advice(run):
-            self._say(f"gate        {advice}")
+            self._print(f"gate        {advice}")
 
     def start(self, step: int, before: dict[str, Any] | None = None) -> None:
-        """The loop begins at ``step``; ``before``: the config that the run had until then."""
+        """Announces the loop's start at ``step``; ``before``: the config of the run until then."""
         self._began = self._logged_at = time.perf_counter()
         self._logged_step = self._from_step = step
         if step:
-            self._say(f"resuming {self._folder} at step {step}")
-        self._say(f"schedule    {_schedule_line(self._run, step)}")
-        if step and is_first() and (problem := rise(self._run, step, before)):
+            self._print(f"resuming {self._folder} at step {step}")
+        self._print(f"schedule    {_schedule_line(self._run, step)}")
+        if step and is_first() and (problem := learning_rate_rise(self._run, step, before)):
             print(f"moejax: warning: {problem}", file=sys.stderr, flush=True)
-        self._say("compiling the training step ...")
+        self._print("compiling the training step ...")
         if self._bar:
             self._bar.start(step)
 
     def compiled(self, step: int) -> None:
-        """The first step is done; its time, mostly compilation, counts towards no rate."""
+        """Announces the first step, whose time is mostly compilation and counts towards no rate."""
         now = time.perf_counter()
-        self._say(f"compiled, first step done after {now - self._logged_at:.0f} s")
+        self._print(f"compiled, first step done after {now - self._logged_at:.0f} s")
         self._logged_at, self._logged_step = now, step
 
     def stepped(self, step: int, row: Row, now: float) -> dict[str, Any]:
@@ -114,18 +114,18 @@ class Console:
         if "moe/max_vio" in row:
             parts.append(f"max load {1 + row['moe/max_vio']:.2f}x")
             parts.append(f"drops {row['moe/drop_rate']:.2%}")
-        if self._bar:  # which shows step and remaining time itself
+        if self._bar:  # it shows the step and the remaining time itself
             self._bar.advance(step, "  ".join(parts[1:]))
         else:
             eta = [f"ETA {units.duration((train.steps - step) * seconds)}"] if steps else []
-            self._say("  ".join(parts + eta))
+            self._print("  ".join(parts + eta))
         return {
             "step": step,
             "seconds_per_step": seconds,
             f"{self._item}s_per_second": self._rate,
             "mfu": mfu,
             "elapsed": now - self._began,
-            # Of the rows that are kept no two starts have the same.
+            # Distinguishes the rows of different starts.
             "from_step": self._from_step,
         }
 
@@ -134,19 +134,21 @@ class Console:
         self._last_eval = row
         self._logged_at = time.perf_counter()
         self._logged_step = row["step"]
-        said = ", ".join(self._held_out(row["loss"]))
+        loss = ", ".join(self._with_units(row["loss"]))
         accuracy = f", accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
-        self._say(f"held out at step {row['step']}: loss {said}{accuracy}")
+        self._print(f"held out at step {row['step']}: loss {loss}{accuracy}")
 
     def already_done(self, step: int) -> None:
-        """The workdir's run has all its steps; a kill may have come before its picture."""
+        """Announces that the run has all its steps; draws its picture if a kill prevented that."""
         if is_first() and not (self._folder / "summary.png").exists():
             write_summary_png(str(self._folder))
-        advice = _longer(self._run, step)
-        self._say(f"{self._folder} is complete at step {step}; raise train.steps to go on{advice}")
+        advice = _more_steps(self._run, step)
+        self._print(
+            f"{self._folder} is complete at step {step}; raise train.steps to continue{advice}"
+        )
 
     def diverged(self, problem: Exception) -> None:
-        """The run stopped at a value that is not finite."""
+        """Announces that the run stopped at a value that is not finite."""
         self.close()
         if is_first():
             print(
@@ -155,23 +157,23 @@ class Console:
                 file=sys.stderr,
             )
 
-    def finish(self, step: int, status: int) -> None:
-        """The summary, or how to go on after a stop."""
-        from moejax.train.loop import DONE
+    def stopped(self, step: int) -> None:
+        """Announces that a signal stopped the run."""
+        self.close()
+        saved = "and saved " if step else ""
+        self._print(f"stopped {saved}at step {step}; the same command resumes")
 
+    def finished(self) -> None:
+        """Draws the picture and prints the summary of a run that has all its steps."""
         self.close()
         if not is_first():
-            return
-        if status != DONE:
-            saved = "and saved " if step else ""
-            self._say(f"stopped {saved}at step {step}; the same command resumes")
             return
         write_summary_png(str(self._folder))
         known = read_config(self._folder)
         baselines = known["baselines"]
         row, last = self._last_eval, self._last_train
-        lines = [("held-out loss", "  ".join(self._held_out(row["loss"])))]
-        lines += [(f"  {name}", "  ".join(self._held_out(x))) for name, x in baselines.items()]
+        lines = [("held-out loss", "  ".join(self._with_units(row["loss"])))]
+        lines += [(f"  {name}", "  ".join(self._with_units(x))) for name, x in baselines.items()]
         if "accuracy" in row:
             lines.append(("accuracy", f"{row['accuracy']:.2%} held out"))
         if not math.isnan(self._rate):  # a single step, which was the compilation
@@ -185,12 +187,12 @@ class Console:
             )
         if self._run.leak:
             lines.append(("visibility", self._run.leak))
-        lines += [("history", told(entry)) for entry in known.get("history", ())]
+        lines += [("history", entry_text(entry)) for entry in known.get("history", ())]
         lines.append(("files", f"{self._folder}: summary.png, metrics.jsonl, checkpoints/"))
         lines.append(("next", f"moejax report {self._folder}    moejax config --config=..."))
-        self._say(f"\nfinished in {units.duration(time.perf_counter() - self._began)}")
+        self._print(f"\nfinished in {units.duration(time.perf_counter() - self._began)}")
         for label, text in lines:
-            self._say(f"{label:<16}{text}")
+            self._print(f"{label:<16}{text}")
 
     @property
     def _item(self) -> str:
@@ -198,25 +200,25 @@ class Console:
 
     @functools.cached_property
     def _unit(self) -> str:
-        """The losses' unit, as config.json and the report have it."""
+        """The unit of losses, as in config.json and the report."""
         run = self._run
         return units.loss_unit({**run.data.about(), "units": run.task.units._asdict()})
 
-    def _held_out(self, loss: float) -> list[str]:
-        """A loss with its unit, and what else the data say of it."""
+    def _with_units(self, loss: float) -> list[str]:
+        """A held-out loss with its unit, and in the other units that the data have for it."""
         extras = self._run.data.eval_extras(loss)
         others = [f"{x:.4f} {name.replace('_per_', '/')}" for name, x in extras.items()]
         return [f"{loss:.4f} {self._unit}", *others]
 
     def close(self) -> None:
-        """Gives the terminal back, whatever ended the run."""
+        """Releases the terminal, however the run ended."""
         if self._bar:
             self._bar.stop()
             self._bar = None
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._bar:
-            self._bar.say(line)
+            self._bar.print(line)
         elif is_first():
             print(line, flush=True)
 
@@ -227,7 +229,7 @@ def _rate(schedule: Any, step: int) -> float:
 
 
 def _schedule_line(run: Run, step: int) -> str:
-    """What the learning rate will do: now, at its peak if that is to come, and at the end."""
+    """The learning rate now, at its peak if that is yet to come, and at the end."""
     optim, steps = run.config.optim, run.config.train.steps
     decay = f" over {optim.decay_steps or steps} steps" if optim.schedule != "constant" else ""
     peak = f"{optim.learning_rate:.3g} at step {optim.warmup_steps}, "
@@ -238,19 +240,19 @@ def _schedule_line(run: Run, step: int) -> str:
     )
 
 
-OF_RATE = ("train.steps", *(f"optim.{name}" for name in (
+RATE_FIELDS = ("train.steps", *(f"optim.{name}" for name in (
     "learning_rate", "schedule", "warmup_steps", "decay_steps", "decay_fraction", "final_fraction",
 )))  # fmt: skip
-"""Fields that the learning rate follows from."""
+"""Fields that the learning rate depends on."""
 
 
-def rise(run: Run, step: int, before: dict[str, Any] | None) -> str:
-    """What to say if the learning rate goes up at a step because fields changed; "" if not."""
+def learning_rate_rise(run: Run, step: int, before: dict[str, Any] | None) -> str:
+    """A warning if the learning rate rises at a step because fields changed; "" if it does not."""
     if not before:
         return ""
     old, new = (flatten(x) for x in (before, run.config))
     changed = [
-        f"{name} from {old[name]} to {new[name]}" for name in OF_RATE if old[name] != new[name]
+        f"{name} from {old[name]} to {new[name]}" for name in RATE_FIELDS if old[name] != new[name]
     ]
     schedule = make_schedule(ConfigDict(before["optim"]), before["train"]["steps"])
     was, is_now = _rate(schedule, step), _rate(run.schedule, step)
@@ -272,8 +274,8 @@ def rise(run: Run, step: int, before: dict[str, Any] | None) -> str:
     )
 
 
-def _longer(run: Run, step: int) -> str:
-    """What raising train.steps does to the learning rate, and how it stays where it is."""
+def _more_steps(run: Run, step: int) -> str:
+    """The effect of raising train.steps on the learning rate, and the remedy; "" without one."""
     optim, steps = run.config.optim, run.config.train.steps
     if optim.schedule == "constant" or optim.decay_steps:
         return ""
@@ -287,7 +289,7 @@ def _longer(run: Run, step: int) -> str:
 
 
 def gate_advice(run: Run) -> str:
-    """What the gate would have set otherwise on this mesh; empty if nothing."""
+    """The gate's advice for this mesh; empty if it has none."""
     model, mesh = run.task.model, run.mesh.shape
     if not model.num_moe_layers:
         return ""
@@ -297,7 +299,7 @@ def gate_advice(run: Run) -> str:
 
 
 class _ProgressBar:
-    """One live line on a terminal, in place of a line per logged step."""
+    """One live line on a terminal, instead of a line per logged step."""
 
     def __init__(self, config: Any):
         from rich.progress import (
@@ -323,7 +325,7 @@ class _ProgressBar:
     def advance(self, step: int, status: str) -> None:
         self._progress.update(self._task, completed=step, status=status)
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         self._progress.console.print(line, highlight=False, markup=False)
 
     def stop(self) -> None:

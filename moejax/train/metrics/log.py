@@ -3,8 +3,8 @@
 ``metrics.jsonl`` holds only what a repeated or resumed run reproduces bit for bit; times and rates
 go to ``timings.jsonl``. Every row has an integer ``step``; ``moejax.record.files`` has the format.
 
-A checkpoint is saved with the `Count` of each log. What a log lacks of it is a `Gap`: it is said,
-and kept in the run's history.
+A checkpoint is saved with the `Count` of each log. If a log holds less, the difference is a `Gap`,
+which is printed and kept in the run's history.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ LOGS = (METRICS, TIMINGS)
 
 
 class Count(NamedTuple):
-    """How much a log held at some moment."""
+    """The content of a log at some moment."""
 
     rows: int
     bytes: int
@@ -36,7 +36,7 @@ class Count(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """What a log lacks: ``rows`` of the ``of`` that were written; 0: some were altered."""
+    """Missing rows of a log: ``rows`` of the ``of`` that were written; 0 if some were altered."""
 
     log: str
     rows: int
@@ -51,8 +51,8 @@ class Gap(NamedTuple):
 class MetricsLog:
     """Appends rows to ``metrics.jsonl`` and ``timings.jsonl`` in `workdir`.
 
-    Only the first process of a job writes; on the others every call does nothing. ``gaps`` is what
-    was found missing so far.
+    Only the first process of a job writes; on the others every call does nothing. ``gaps`` lists
+    the rows found missing so far.
 
     Args:
       workdir: made if it is missing.
@@ -60,8 +60,8 @@ class MetricsLog:
         resumed run writes them again, and only once (-1: start over, cut all rows). None for a
         fresh run, which must not find any rows.
       tensorboard, wandb: also write the scalars there (see ``mirrors``).
-      counts: what `counts` gave when that step was saved, by log; a log it does not name is taken
-        as it is.
+      counts: the result of `counts` when that step was saved, by log; a log that it does not name
+        is not compared.
 
     Raises:
       UserError: if a fresh run finds rows, a file is not JSON lines, or a mirror cannot be made.
@@ -95,7 +95,7 @@ class MetricsLog:
             if counts and name in counts:
                 self._compare(name, Count(*counts[name]), content)
             with files.writing(workdir / name):
-                self._logs[name] = _Log(workdir / name, content, self._missed)
+                self._logs[name] = _Log(workdir / name, content, self._add_gap)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -120,7 +120,7 @@ class MetricsLog:
             mirror.flush()
 
     def counts(self) -> dict[str, Count]:
-        """How much each log holds, to be saved with a checkpoint of the same step."""
+        """The count of each log, to be saved with a checkpoint of the same step."""
         return {name: log.count() for name, log in self._logs.items()}
 
     def close(self) -> None:
@@ -141,31 +141,31 @@ class MetricsLog:
             mirror.add(plain["step"], scalars(name, plain))
 
     def _compare(self, name: str, written: Count, content: bytes) -> None:
-        found = Count.of(content)
-        if found != written:
-            self._missed(Gap(name, max(0, written.rows - found.rows), written.rows))
+        present = Count.of(content)
+        if present != written:
+            self._add_gap(Gap(name, max(0, written.rows - present.rows), written.rows))
 
-    def _missed(self, gap: Gap) -> None:
+    def _add_gap(self, gap: Gap) -> None:
         self.gaps.append(gap)
-        warn(f"{gap}; the rows that are left stand")
+        warn(f"{gap}; the remaining rows are kept")
 
 
 class _Log:
-    """One file that rows are appended to, and what it ought to hold."""
+    """One file that rows are appended to, and its expected content."""
 
-    def __init__(self, path: Path, content: bytes, missed: Callable[[Gap], None]):
-        self._path, self._missed = path, missed
+    def __init__(self, path: Path, content: bytes, add_gap: Callable[[Gap], None]):
+        self._path, self._add_gap = path, add_gap
         self._file = self._open()
         self._rows, self._size = content.count(b"\n"), len(content)
         self._digest = hashlib.sha256(content)
 
     def append(self, line: bytes) -> None:
-        """Writes a line at the end of the file that is at the path by now.
+        """Writes a line at the end of the file, and the file again if it was removed or replaced.
 
         Raises:
           UserError: it cannot be written.
         """
-        self._look()
+        self._check_file()
         try:
             written = os.write(self._file, line)
         except OSError as error:
@@ -180,7 +180,7 @@ class _Log:
         return Count(self._rows, self._size, self._digest.hexdigest())
 
     def flush(self) -> None:
-        self._look()
+        self._check_file()
         with files.writing(self._path.name):
             os.fsync(self._file)
 
@@ -192,29 +192,28 @@ class _Log:
         with files.writing(self._path):
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def _look(self) -> None:
-        """Makes sure that the path still leads to the file, and the file holds what was written."""
-        here = os.fstat(self._file)
+    def _check_file(self) -> None:
+        """Makes sure that the path still leads to the file, and that its content is as written."""
         try:
-            there = os.stat(self._path)
+            at_path = os.stat(self._path)
         except FileNotFoundError:
-            there = None
-        if there is None or not os.path.samestat(here, there):
-            self._put_back()
+            at_path = None
+        if at_path is None or not os.path.samestat(os.fstat(self._file), at_path):
+            self._rewrite()
         size = os.fstat(self._file).st_size
         if size != self._size:
             content, written = _whole_of(self._file, size), self._rows
             self._rows, self._size = content.count(b"\n"), size
             self._digest = hashlib.sha256(content)
-            self._missed(Gap(self._path.name, max(0, written - self._rows), written))
+            self._add_gap(Gap(self._path.name, max(0, written - self._rows), written))
 
-    def _put_back(self) -> None:
-        """Writes the file again that somebody removed or put another one in the place of."""
+    def _rewrite(self) -> None:
+        """Writes a file again that somebody has removed or replaced by another one."""
         content = _whole_of(self._file, os.fstat(self._file).st_size)
         name, folder, n = self._path.name, self._path.parent, 0
         if not folder.is_dir():
             raise UserError(
-                f"{self._path} was removed with its folder, and the run cannot go on without that"
+                f"{self._path} was removed with its folder, which the run cannot do without"
             )
         what = f"{name} was removed"
         if self._path.exists():
@@ -226,7 +225,7 @@ class _Log:
         files.write_whole(self._path, content)
         os.close(self._file)
         self._file = self._open()
-        warn(f"{what} while the run goes on; written again with all of its rows")
+        warn(f"{what} during the run; written again with all of its rows")
 
 
 def _whole_of(file: int, size: int) -> bytes:
@@ -238,7 +237,7 @@ def _whole_of(file: int, size: int) -> bytes:
 
 
 def _prepare(path: Path, resume_step: int | None) -> bytes:
-    """Cuts a file back to `resume_step`; returns what is left."""
+    """Cuts a file back to `resume_step`; returns the rest."""
     if not path.exists() or path.stat().st_size == 0:
         return b""
     if resume_step is None:
@@ -259,7 +258,7 @@ def warn(message: str) -> None:
 
 
 def scalars(name: str, row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of a log by the names that mirrors have for them."""
+    """The numbers of a log's row, by the names that mirrors use for them."""
     group = row.get("split", "timing" if name == TIMINGS else "")
     return {
         f"{group}/{key}" if group else key: value

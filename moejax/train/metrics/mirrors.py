@@ -1,4 +1,4 @@
-"""Where else the scalars of ``metrics.jsonl`` and ``timings.jsonl`` go: TensorBoard, wandb."""
+"""Copies of the scalars of ``metrics.jsonl`` and ``timings.jsonl`` in TensorBoard and wandb."""
 
 import secrets
 import socket
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moejax.errors import UserError
-from moejax.record.files import replaced, writing
+from moejax.record.files import write_whole, writing
 from moejax.train.processes import is_first
 
 
@@ -23,10 +23,10 @@ class Mirror(Protocol):
 
 
 def check(tensorboard: bool, wandb: bool) -> None:
-    """Asks for what mirrors need, before a run makes anything.
+    """Checks that mirrors can be made, before a run makes anything.
 
     Raises:
-      UserError: a package is not installed, or wandb knows no account.
+      UserError: a package is not installed, or wandb has no account.
     """
     if tensorboard:
         _tensorboard("report.tensorboard=True")
@@ -39,10 +39,10 @@ def check(tensorboard: bool, wandb: bool) -> None:
 def _check_login(wandb: Any) -> None:
     try:
         ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
-    except (wandb.Error, ValueError) as error:  # pydantic's, of a variable of wandb's that is wrong
+    except (wandb.Error, ValueError) as error:  # pydantic's, for an invalid variable of wandb's
         raise UserError(_no_start(error)) from error
     if not ready:
-        raise UserError(_no_start("no account is known here"))
+        raise UserError(_no_start("it has no account here"))
 
 
 def _no_start(reason: Any) -> str:
@@ -78,12 +78,12 @@ def _wandb() -> Any:
 class TensorBoard:
     """An event file in a folder, with a name that ends in ``suffix``.
 
-    Events after ``resume_step`` are marked as void. ``asked`` is the setting that wants them.
-    Events are written here, not in a thread as by tensorboardX's SummaryWriter: its thread ends
-    when the disk is full, and then the program that fills its queue stands still.
+    Events after ``resume_step`` are marked as void. ``asked`` is the setting that asks for them.
+    Events are written directly, not in a thread as by tensorboardX's SummaryWriter: its thread ends
+    when the disk is full, and then the program that fills its queue hangs.
 
     Raises:
-      UserError: tensorboardX is not installed, or the disk takes no more.
+      UserError: tensorboardX is not installed, or the disk is full.
     """
 
     def __init__(
@@ -124,10 +124,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases named as the workdir, whose own files are in ``WORKDIR/wandb``.
+    """A run of Weights & Biases with the name of the workdir and its files in ``WORKDIR/wandb``.
 
-    ``WORKDIR/.wandb-id`` holds its id, so that a resumed run goes on in the same one. Rows that it
-    has already are the ones the resumed run logs again; it keeps the first.
+    ``WORKDIR/.wandb-id`` holds its id, so that a resumed run continues the same one. Rows that a
+    resumed run logs again are ignored there.
 
     Raises:
       UserError: wandb is not installed, or does not start.
@@ -137,8 +137,7 @@ class Wandb:
         wandb = _wandb()
         path = workdir / ".wandb-id"
         if not path.exists():
-            with replaced(path) as temporary:
-                temporary.write_text(secrets.token_hex(4))
+            write_whole(path, secrets.token_hex(4))
         try:
             self._run: Any = wandb.init(
                 project="moejax",
@@ -155,7 +154,7 @@ class Wandb:
         self._run.log(dict(scalars), step=step)
 
     def flush(self) -> None:
-        """Nothing to do: its own process writes what it has been told."""
+        """Does nothing: wandb's own process writes the rows."""
 
     def close(self) -> None:
         self._run.finish()

@@ -1,4 +1,4 @@
-"""From a step's totals to a row of ``metrics.jsonl``."""
+"""Rows of ``metrics.jsonl``, from the totals of a step or an evaluation."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 class Divergence(Exception):
-    """A loss, gradient or weight that is not finite; the message says where it began."""
+    """A loss, gradient or weight that is not finite; the message names the first place."""
 
 
 def train_row(step: int, metrics: Metrics, leak: str) -> Row:
@@ -87,9 +87,9 @@ def check_finite(
 
 
 def _bad_routers(stats: MoEStats | None) -> np.ndarray:
-    """MoE layers whose router said something that is no number.
+    """MoE layers with a router output that is not finite.
 
-    A weight that is NaN sends nothing, so that outputs and loss may well be finite.
+    A weight that is NaN sends no token, so that outputs and loss may still be finite.
     """
     return np.flatnonzero(() if stats is None else ~np.isfinite(stats.entropy))
 
@@ -97,7 +97,7 @@ def _bad_routers(stats: MoEStats | None) -> np.ndarray:
 def check_state(step: int, state: TrainState) -> None:
     """Raises Divergence, naming the step and an array, unless every value to save is finite.
 
-    An update can overflow although the loss and the gradient it was made from are finite.
+    An update can overflow although its loss and gradient are finite.
     """
     named = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x
@@ -160,7 +160,7 @@ def routing(stats: MoEStats | None) -> Row:
 
 
 def by_task(load_LME: np.ndarray) -> Row:
-    """How L layers share E experts among M tasks (modalities), from pairs by task.
+    """The division of E experts among M tasks (modalities) in L layers, from pairs by task.
 
     ``moe/experts_of_task``: for each task exp(H(expert)), the experts it is spread over;
     ``moe/task_split``: I(expert; task) / H(task), 0 where tasks use experts alike and 1 where no
@@ -182,5 +182,5 @@ def by_task(load_LME: np.ndarray) -> Row:
 
 
 def _entropy(p_E: np.ndarray) -> np.ndarray:
-    """Of distributions in the last axis, in nats."""
+    """The entropy of distributions in the last axis, in nats."""
     return -np.sum(p_E * np.log(np.where(p_E > 0, p_E, 1.0)), axis=-1)

@@ -1,5 +1,5 @@
-"""Recording how a run routes the same held-out sequences, before its first step and whenever it is
-evaluated. ``moejax.record.probe`` has the files, `docs/recorded.md` what is in them."""
+"""Recording how a run routes the same held-out sequences, before its first step and at every
+evaluation. ``moejax.record.probe`` has the files, ``moejax.train.probe.arrays`` what is in them."""
 
 import functools
 import math
@@ -15,25 +15,33 @@ from moejax import mesh as meshes
 from moejax.errors import UserError
 from moejax.record import probe
 from moejax.record.probe import Arrays
-from moejax.train.probe.forward import look
-from moejax.train.probe.leak import rows_per_batch
-from moejax.train.probe.representation import collapse, participation
+from moejax.train.probe.arrays import (
+    ARRAYS,
+    Constant,
+    InputStatistic,
+    OutputArray,
+    TokenArray,
+    WeightArray,
+    formats,
+)
+from moejax.train.probe.forward import INPUT, INPUT_EXPERT, probe_forward
+from moejax.train.probe.leakage import rows_per_batch
 from moejax.train.processes import compiled_together, is_first, on_host
 from moejax.train.setup import Run, real_rows
 from moejax.train.state import TrainState
 
 SAMPLED = 2048
-"""Tokens per layer from which collapse and participation are computed."""
+"""Tokens per layer that statistics of the layers' inputs are computed from."""
 
 
 class Recorder:
     """Writes the probe of a run; does nothing for ``report.probe_rows=0`` and for dense models.
 
     Args:
-      resume_step: the step that was restored: what was recorded after it is removed, so that the
-        resumed run records it again. None for a run that starts.
-      eval_rows: ``train.eval_rows`` of the run's first start, from whose rows the probe's are taken
-        for as long as the run goes on (default: that of now).
+      resume_step: the step that was restored: files of later steps are removed, so that the resumed
+        run records them again. None for a run that starts.
+      eval_rows: ``train.eval_rows`` of the run's first start (default: the present value). The
+        probe's rows are chosen among these for the whole life of the run.
     """
 
     def __init__(
@@ -50,24 +58,25 @@ class Recorder:
         if not self._rows:
             return
         self._batches = _batches(run, held_out, self._rows)
-        there = (probe.folder(folder) / "tokens.npz").exists()
-        if is_first() and (resume_step is None or not there):
-            told = run.data.told(_held_out(held_out, self._rows), eval_rows)
-            probe.save_tokens(folder, told)
+        exists = (probe.folder(folder) / "tokens.npz").exists()
+        if is_first() and (resume_step is None or not exists):
+            tokens = run.data.probe_arrays(_held_out(held_out, self._rows), eval_rows)
+            probe.save_tokens(folder, tokens)
 
     def record(self, step: int, state: TrainState) -> None:
-        """Routes the probe with the state after ``step`` updates and writes what was seen."""
+        """Routes the probe with the state after ``step`` updates and writes the step's file."""
         if not self._rows:
             return
         jax.block_until_ready(state)  # no collectives of two programs at once: see Run.evaluate
-        seen = on_host(self._look(state, self._batches))
+        outputs = on_host(self._forward(state, self._batches))
         if is_first():
-            probe.save_step(self._folder, step, _arrays(self._run, seen, self._rows))
+            arrays = _step_arrays(self._run, outputs, self._rows)
+            probe.save_step(self._folder, step, arrays, formats())
 
     @functools.cached_property
-    def _look(self) -> Any:
+    def _forward(self) -> Any:
         sampled = math.ceil(SAMPLED / self._rows)
-        jitted = jax.jit(functools.partial(look, task=self._run.task, sampled=sampled))
+        jitted = jax.jit(functools.partial(probe_forward, task=self._run.task, sampled=sampled))
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._batches
         )
@@ -79,7 +88,7 @@ def _eval_batches(run: Run, eval_rows: int) -> list[dict[str, np.ndarray]]:
 
 
 def probe_rows(run: Run, held_out: list[dict[str, np.ndarray]]) -> int:
-    """How many rows the probe has: as many as asked for, of those that evaluations have."""
+    """The number of the probe's rows: ``report.probe_rows``, and no more than evaluations have."""
     wanted = run.config.report.probe_rows
     return min(wanted, _count(held_out)) if wanted and run.task.model.num_moe_layers else 0
 
@@ -89,36 +98,36 @@ def _count(held_out: list[dict[str, np.ndarray]]) -> int:
 
 
 def check(run: Run, folder: Path, eval_rows: int | None = None) -> None:
-    """Refuses to go on with another number of sequences than were recorded so far.
+    """Refuses to resume a run with another number of sequences than it has recorded so far.
 
     Raises:
-      UserError: it is another one, or what was recorded cannot be read.
+      UserError: the number differs, or the recorded file cannot be read.
     """
     held_out = _eval_batches(run, eval_rows or run.config.train.eval_rows)
     path, rows = probe.folder(folder) / "tokens.npz", probe_rows(run, held_out)
     if not rows or not path.exists():
         return
     try:
-        found = len(Arrays(path)["row"])
+        recorded = len(Arrays(path)["row"])
     except UserError as error:
         raise UserError(f"{error}; remove it, and the run writes it anew") from error
-    if found != rows:
+    if recorded != rows:
         raise UserError(
             f"report.probe_rows={run.config.report.probe_rows} but the run in {folder} has recorded"
-            f" {found} sequences; set it to {found}, to 0 to record no more, or use another "
+            f" {recorded} sequences; set it to {recorded}, to 0 to record no more, or use another "
             "--workdir"
         )
 
 
 def _held_out(batches: list[dict[str, np.ndarray]], rows: int) -> dict[str, np.ndarray]:
-    """The probe's rows, evenly spread over those of evaluations, with the ids they have there: some
-    gates look these up."""
+    """The probe's rows, evenly spread over those of evaluations. They keep their ids, since some
+    gates look rows up by id."""
     chosen_N = np.arange(rows) * _count(batches) // rows
     return {name: np.concatenate([b[name] for b in batches])[chosen_N] for name in batches[0]}
 
 
 def _batches(run: Run, held_out: list[dict[str, np.ndarray]], rows: int) -> dict[str, Array]:
-    """The probe's rows on the devices as [P, B, ...], filled up with rows that are not valid."""
+    """The probe's rows on the devices as [P, B, ...], padded with rows that are not valid."""
     size = rows_per_batch(run, rows)
     parts = math.ceil(rows / size)
     sharding = NamedSharding(run.mesh, PartitionSpec(None, *meshes.batch_spec()))
@@ -130,20 +139,24 @@ def _batches(run: Run, held_out: list[dict[str, np.ndarray]], rows: int) -> dict
     return placed
 
 
-def _arrays(run: Run, seen: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
-    """The arrays of a step's file, from what ``look`` gave."""
-    of_experts = {name: x for name, x in seen.items() if name.endswith("_similarity")}
-    by_layer = {
-        name: np.swapaxes(x[:rows], 0, 1)
-        for name, x in seen.items()
-        if name not in of_experts and name != "nats"
-    }
-    layers = list(zip(by_layer.pop("x"), by_layer.pop("class"), strict=True))
-    return {
-        **by_layer,
-        **of_experts,
-        "nats": seen["nats"][:rows],
-        "collapse": [collapse(x_NS[of >= 0], of[of >= 0]) for x_NS, of in layers],
-        "participation": [participation(x.reshape(-1, x.shape[-1])) for x, _ in layers],
-        "num_experts": run.config.moe.num_experts,
-    }
+def _step_arrays(run: Run, outputs: dict[str, np.ndarray], rows: int) -> dict[str, Any]:
+    """The arrays of a step's file, from the outputs of ``probe_forward``."""
+    inputs, experts = (np.swapaxes(outputs[name][:rows], 0, 1) for name in (INPUT, INPUT_EXPERT))
+    layers = [
+        (x.reshape(-1, x.shape[-1]), expert.reshape(-1))
+        for x, expert in zip(inputs, experts, strict=True)
+    ]
+    arrays: dict[str, Any] = {}
+    for name, array in ARRAYS.items():
+        match array:
+            case TokenArray():
+                arrays[name] = np.swapaxes(outputs[name][:rows], 0, 1)
+            case OutputArray():
+                arrays[name] = outputs[name][:rows]
+            case WeightArray():
+                arrays |= {name: outputs[name]} if name in outputs else {}
+            case InputStatistic():
+                arrays[name] = [array.compute(x_TD, expert_T) for x_TD, expert_T in layers]
+            case Constant():
+                arrays[name] = array.compute(run)
+    return arrays

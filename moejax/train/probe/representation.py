@@ -1,15 +1,15 @@
-"""How spread out the inputs of a layer are, and how much its experts tell them apart."""
+"""Statistics of a layer's inputs: how widely they vary, and how well experts separate them."""
 
 import numpy as np
 from jaxtyping import Float, Int
 
 RESOLUTION = 1e-7
-"""Directions in which the experts' means differ by less than this part of their largest difference
-are rounding of float32."""
+"""Directions in which the experts' means differ by less than this share of their largest difference
+count as rounding of float32."""
 
 
 def participation(x_TD: Float[np.ndarray, "T D"]) -> float:
-    r"""The participation ratio: along how many directions the tokens vary.
+    r"""The participation ratio: the number of directions along which the tokens vary.
 
     .. math:: \frac{(\sum_i \lambda_i)^2}{\sum_i \lambda_i^2}
        \quad \text{with } \lambda \text{ the eigenvalues of the covariance of } x
@@ -38,13 +38,13 @@ def collapse(x_TD: Float[np.ndarray, "T D"], expert_T: Int[np.ndarray, "T"]) -> 
     the tokens of an expert have collapsed towards one point. NaN where fewer than two experts have
     tokens, where their means are equal, and for tokens that are not finite.
 
-    Computed without either matrix. With s and v the singular values and right singular vectors of
-    the [E, D] matrix of means, as they are weighted in Sigma_B, and as all variance is that within
-    and that between the classes, it is the sum over i of Var(x . v_i) / s_i^2 - 1.
+    Computed without either matrix. Let s and v be the singular values and right singular vectors of
+    the [E, D] matrix of means, weighted as in Sigma_B. Since the total variance is that within and
+    that between the classes, the result is the sum over i of Var(x . v_i) / s_i^2 - 1.
 
     Reference: Chi et al., "On the Representation Collapse of Sparse Mixture of Experts", arXiv
-    2204.09179, with experts as the classes of Papyan, Han, Donoho, arXiv 2008.08186. Here an expert
-    counts in Sigma_B by its share of the tokens, so that one with few of them does not dominate.
+    2204.09179, with experts as the classes of Papyan, Han, Donoho, arXiv 2008.08186. Here experts
+    are weighted in Sigma_B by their share of the tokens, so that one with few does not dominate.
     """
     used, class_T, count_E = np.unique(expert_T, return_inverse=True, return_counts=True)
     if len(used) < 2 or not np.isfinite(x_TD).all():

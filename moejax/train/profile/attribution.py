@@ -1,7 +1,7 @@
-"""Where the time of a traced step went: operations in a trace, to parts of the model, to shares.
+"""The time of a traced step by part of the model.
 
-The layers name their parts with ``jax.named_scope``, forward and backward. The compiled program
-says for every operation which scope it came from, the trace when the operation ran.
+The layers name their parts with ``jax.named_scope``, forward and backward. The compiled program has
+the scope of every operation; the trace has the times at which the operation ran.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ OTHER = "other"
 IDLE = "idle"
 REST = {
     ALL_REDUCE: "sums over devices: gradients, losses, statistics",
-    OTHER: "embedding, norms, residuals, gathered metrics, what has no scope",
+    OTHER: "embedding, norms, residuals, gathered metrics, operations without a scope",
     IDLE: "no operation ran: host, dispatch, gaps",
 }
-"""What an instant counts as that belongs to none of the parts."""
+"""Names for instants that belong to none of the parts."""
 
 _COLLECTIVES = (
     "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute",
@@ -65,7 +65,7 @@ class Interval(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """What a trace holds of a program: its operations and the windows of its steps."""
+    """A program in a trace: its operations, and the windows of its steps."""
 
     intervals: list[Interval]
     windows: list[tuple[float, float]]
@@ -73,8 +73,8 @@ class Traced(NamedTuple):
 
 def part_of(op_name: str) -> str:
     """The innermost part in an operation's path, ``jit(f)/jvp(experts)/dot_general``; or ""."""
-    found = _SCOPE.findall(op_name)
-    return found[-1] if found else ""
+    parts = _SCOPE.findall(op_name)
+    return parts[-1] if parts else ""
 
 
 def read_program(text: str) -> dict[str, Operation]:
@@ -94,7 +94,7 @@ def read_program(text: str) -> dict[str, Operation]:
         called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", match[2])
         part = part_of(op_name[1]) if op_name else ""
         names[match[1]] = (opcode[1] if opcode else "", part, called[1] if called else "")
-        if op_name:  # what XLA has made itself belongs to whatever it serves
+        if op_name:  # operations that XLA adds belong to the part that they serve
             inside.setdefault(computation, Counter())[part or OTHER] += 1
     return {
         name: _operation(opcode, part, inside.get(called, Counter()))
@@ -108,7 +108,7 @@ def _operation(opcode: str, part: str, fused: Counter[str]) -> Operation:
         return Operation("exchange" if part == "exchange" else ALL_REDUCE, communicates=True)
     if opcode != "fusion":
         return Operation(part or OTHER, is_control=opcode in _CONTROL)
-    # A fusion is named after its last operation; one that has no scope, after most of the others.
+    # A fusion is named after its last operation; without a scope, the most frequent part counts.
     scoped = [name for name, _ in fused.most_common() if name != OTHER]
     return Operation(part or (scoped or [OTHER])[0], mixed=len(fused) > 1)
 
@@ -116,10 +116,10 @@ def _operation(opcode: str, part: str, fused: Counter[str]) -> Operation:
 def read_trace(folder: Path, program: dict[str, Operation], module: str, step: str) -> Traced:
     """The operations of ``module`` in a trace, and the windows named ``step``.
 
-    On CPU the event of an operation ends when it has been handed to the threads that compute it;
-    an event ``end: NAME`` says when they were done.
+    On CPU the event of an operation ends when the operation is passed to the threads that compute
+    it; an event ``end: NAME`` has the time at which they were done.
     """
-    found: list[tuple[str, int, float, float]] = []
+    events: list[tuple[str, int, float, float]] = []
     ends: dict[tuple[str, int], float] = {}
     windows = []
     for path in sorted(folder.glob("**/*.xplane.pb")):
@@ -135,21 +135,21 @@ def read_trace(folder: Path, program: dict[str, Operation], module: str, step: s
                         stats = dict(event.stats)
                         if "hlo_op" in stats and stats.get("hlo_module") == module:
                             token = int(stats.get("_p", -1))
-                            found.append((str(stats["hlo_op"]), token, start, end))
+                            events.append((str(stats["hlo_op"]), token, start, end))
     intervals = []
-    for name, token, start, end in found:
+    for name, token, start, end in events:
         operation = program.get(name, Operation(OTHER))
         if not operation.is_control:
             intervals.append(Interval(start, max(end, ends.get((name, token), end)), operation))
     return Traced(intervals, sorted(windows))
 
 
-def share_out(traced: Traced) -> dict[tuple[str, bool], float]:
+def time_by_part(traced: Traced) -> dict[tuple[str, bool], float]:
     """Nanoseconds by (part, whether in a mixed operation); they add up to the windows' length.
 
     An instant in which several operations compute is divided equally among them. It counts as
-    communication only when nothing computes, and as idle when nothing runs: so devices that wait
-    for each other while one of them works do not make its work look small.
+    communication only if nothing computes, and as idle only if nothing runs, so that devices that
+    wait for another one do not make its work look small.
     """
     spent: dict[tuple[str, bool], float] = {}
     edges = sorted(_edges(traced), key=lambda edge: edge[0])

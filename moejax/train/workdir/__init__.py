@@ -1,1 +1,1 @@
-"""A run's folder: its files, its lock and its summary."""
+"""A run's folder: its contents, its record in config.json, its lock and its summary."""

@@ -1,4 +1,4 @@
-"""One writer per workdir."""
+"""A lock that keeps a workdir to one writer."""
 
 import contextlib
 import fcntl
@@ -17,9 +17,9 @@ class WorkdirLock:
     """Holds ``<workdir>/.lock`` while a run writes to `workdir`; a context manager.
 
     The lock is an ``flock``: the kernel drops it when the process ends, however it ends, so there
-    is no stale lock to remove. What the file says (pid, host, start) only serves the message. In a
-    job of several processes the first one holds it and all of them learn the outcome; with
-    ``alone`` this process is no part of a job, and JAX, which would start devices, is not asked. A
+    is no stale lock to remove. The file's content (pid, host, start) is only for the message. In a
+    job of several processes the first one holds the lock and all of them get the outcome; with
+    ``alone`` this process belongs to no job, and JAX, which would start devices, is not used. A
     child forked without exec shares the lock for as long as it lives.
 
     Raises (on entering):
@@ -44,7 +44,7 @@ class WorkdirLock:
         self._release()
 
     def _acquire(self) -> str:
-        """Takes the lock and returns "", or says who has it."""
+        """Takes the lock and returns "", or a message that names its owner."""
         path = self._workdir / ".lock"
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class WorkdirLock:
         start = datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
         self._file = file
-        with contextlib.suppress(OSError):  # what it says serves the message of others alone
+        with contextlib.suppress(OSError):  # it only serves the message of others
             os.ftruncate(file, 0)
             os.write(file, json.dumps(owner).encode())
         return ""

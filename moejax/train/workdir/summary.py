@@ -1,8 +1,8 @@
 """One picture of a run, ``summary.png``, from its ``config.json`` and ``metrics.jsonl`` alone.
 
-Above, the loss beside the baselines, and how many pairs were dropped and how uneven the load
-was; below, the load of every expert over time. A run without MoE layers shows its gradient norm,
-learning rate and accuracy instead.
+Above: the loss with the baselines, the share of dropped pairs and the imbalance of the load; below:
+the load of every expert over time. A run without MoE layers shows its gradient norm, learning rate
+and accuracy instead.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ TRAIN, HELD_OUT, QUIET, ALERT = "#0072B2", "#D55E00", "#595959", "#B00020"
 HEATMAP_COLUMNS = 240
 """More logged steps than this are averaged into so many columns."""
 HEATMAP_PANELS = 8
-"""More MoE layers than this are thinned out evenly, first and last kept."""
+"""With more MoE layers than this an even selection is shown, including the first and the last."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -48,11 +48,11 @@ STYLE: dict[Any, Any] = {
 
 
 def write_summary_png(workdir: str) -> None:
-    """Draws ``<workdir>/summary.png``, 1320 x 880 pixels, in place of an older one.
+    """Draws ``<workdir>/summary.png``, 1320 x 880 pixels, and replaces an older one.
 
     Raises:
-      UserError: the workdir holds no run, or one that has not logged a step yet; or the disk takes
-        no more.
+      UserError: the workdir holds no run, or one that has not logged a step yet; or the disk is
+        full.
     """
     import matplotlib
 
@@ -64,7 +64,7 @@ def write_summary_png(workdir: str) -> None:
 
 
 def summary_figure(workdir: str) -> Any:
-    """The picture as a ``matplotlib.figure.Figure``, outside pyplot: no window, no global state."""
+    """The picture as a ``matplotlib.figure.Figure``, without pyplot's windows and global state."""
     from matplotlib.figure import Figure
 
     run = _read(Path(workdir))
@@ -129,7 +129,7 @@ def _read(workdir: Path) -> _Run:
         workdir.resolve().name,
         saved["config"],
         saved["baselines"],
-        # Runs from before there were tasks are of text.
+        # Runs older than tasks are of text.
         saved.get("units", {"item": "token"})["item"],
         units.loss_unit(saved),
         train,
@@ -138,7 +138,7 @@ def _read(workdir: Path) -> _Run:
 
 
 def _title(figure: Any, run: _Run) -> None:
-    """Run name, gate, mesh and final loss; what a token may wrongly see, in red."""
+    """Run name, gate, mesh and final loss; leaks of information in red."""
     model, moe, mesh = (run.config[section] for section in ("model", "moe", "mesh"))
     axes = [f"{axis}={mesh[axis]}" for axis in ("data", "fsdp", "expert", "tensor")]
     axes = [axis for axis in axes if not axis.endswith("=1")]
@@ -190,7 +190,7 @@ def _loss(axes: Any, run: _Run) -> None:
         axes.axhline(value, color=QUIET, linewidth=1.1, dashes=dashes)
         text = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes.annotate(f"{name} {value:.3f}", (1, value), (-4, 3), ha="right", color=QUIET, **text)
-    # The first few steps are far above all that follows and would flatten it.
+    # The first few steps lie far above the rest and would flatten it.
     settled = loss[min(len(loss) // 25, len(loss) - 1) :]
     shown = np.concatenate([settled, eval_loss, list(run.baselines.values())])
     axes.set_ylim(scales.span(shown, scales.least_loss(run.unit, shown)))
@@ -238,13 +238,13 @@ def _accuracy(axes: Any, run: _Run) -> None:
 
 
 def _scale(axes: Any, least: float, **ends: Any) -> None:
-    """A y axis of at least ``least``, so that a flat line of noise looks flat."""
+    """A y axis that spans at least ``least``, so that a line of noise looks flat."""
     values = [value for line in axes.get_lines() for value in line.get_ydata()]
     axes.set_ylim(scales.span(values, least, **ends))
 
 
 def _mark(steps: np.ndarray) -> dict[str, Any]:
-    """Markers where a line would be too short to see."""
+    """Markers, if a line is too short to be visible."""
     return {"marker": "o", "markersize": 4} if len(steps) < 4 else {}
 
 
@@ -262,7 +262,7 @@ def _heatmaps(figure: Any, run: _Run) -> None:
         -(-len(layers) // columns), columns, sharex=True, sharey=True, squeeze=False
     )
     limit = 2.0**scales.LOAD_OCTAVES
-    # No tokens at all is another matter than few: near-black lies outside the scale.
+    # No tokens at all differs from few: near-black lies outside the scale.
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#1A1A1A")
     for panel, layer in zip(panels.flat, layers, strict=False):
         mesh = panel.pcolormesh(

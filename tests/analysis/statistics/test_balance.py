@@ -67,7 +67,7 @@ def test_the_bounds_are_reached(function):
     assert sorted(ends) == pytest.approx(bounds)
 
 
-def test_no_pairs_have_no_balance():
+def test_balance_without_pairs_is_undefined():
     for function in [*OF_EACH, balance.relative_entropy]:
         assert np.isnan(function(np.zeros(4))), function
     assert np.isnan(balance.relative_entropy(np.array([7])))

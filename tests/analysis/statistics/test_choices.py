@@ -5,10 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.analysis.statistics.coactivation import chance, coactivation
-from moejax.analysis.statistics.selection import NONE, first_choice, selected
-from moejax.analysis.statistics.stability import churn, saturation, saturation_by_chance
-from moejax.analysis.statistics.transitions import transition_lift, transitions
+from moejax.analysis.statistics.choices import (
+    churn,
+    coactivation,
+    coactivation_by_chance,
+    saturation,
+    saturation_by_chance,
+    transition_lift,
+    transitions,
+)
+from moejax.record.counts import NONE, first_choice, selected
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -64,12 +70,12 @@ def test_rows_of_coactivation_sum_to_the_other_choices_and_chance_is_their_mean(
     selected_TE = selected(expert_TK, np.ones_like(weight_TK), 5)
     together_EE = coactivation(selected_TE)
     np.testing.assert_allclose(np.nansum(together_EE, axis=1), (k - 1) * selected_TE.any(axis=0))
-    assert chance(selected_TE) == pytest.approx((k - 1) / 4)
+    assert coactivation_by_chance(selected_TE) == pytest.approx((k - 1) / 4)
 
 
 def test_chance_of_tokens_with_different_numbers_of_choices_weighs_pairs():
-    assert chance(np.array([[1, 1, 1], [1, 0, 0]], bool)) == (3 * 2 + 1 * 0) / 4 / 2
-    assert np.isnan(chance(np.zeros((2, 3), bool)))
+    assert coactivation_by_chance(np.array([[1, 1, 1], [1, 0, 0]], bool)) == (3 * 2 + 1 * 0) / 4 / 2
+    assert np.isnan(coactivation_by_chance(np.zeros((2, 3), bool)))
 
 
 # Transitions.

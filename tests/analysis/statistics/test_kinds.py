@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from moejax.analysis.statistics import information
-from moejax.analysis.statistics.specialisation import (
+from moejax.analysis.statistics import kinds
+from moejax.analysis.statistics.kinds import (
     favourites,
     lift,
-    pair_counts,
     peak_share,
     share_of_kind,
 )
+from moejax.record.counts import pair_counts
 
 SEEDS = st.integers(0, 2**32 - 1)
 COUNTS = np.array([[8, 2], [1, 9], [0, 0], [3, 1]])
@@ -59,7 +59,7 @@ def test_favourites_are_frequent_kinds_of_lift_above_1_best_first():
     assert favourites(COUNTS, TOKENS, least=11, most=5) == [[], []]
 
 
-def test_kinds_that_go_where_all_tokens_go_are_nobodys_favourites():
+def test_kinds_of_lift_1_are_not_favourites():
     counts = np.array([[2, 6], [1, 3]])
     assert lift(counts).tolist() == [[1, 1], [1, 1]]
     assert favourites(counts, counts.sum(axis=1), least=1, most=5) == [[], []]
@@ -81,7 +81,7 @@ def test_information_is_the_divergence_from_independence(seed):
     joint = counts_CE / counts_CE.sum()
     product = np.outer(joint.sum(axis=1), joint.sum(axis=0))
     expected = stats.entropy(joint.ravel(), product.ravel())
-    assert information.mutual_information(counts_CE) == pytest.approx(expected, abs=1e-9)
+    assert kinds.mutual_information(counts_CE) == pytest.approx(expected, abs=1e-9)
 
 
 @given(SEEDS)
@@ -89,37 +89,37 @@ def test_what_a_kind_explains_is_the_information_of_a_table_over_the_entropy(see
     selected_TE, kind_T = drawn(seed)
     counts_CE = pair_counts(selected_TE, kind_T, 3)
     entropy = stats.entropy(counts_CE.sum(axis=0))
-    expected = information.mutual_information(counts_CE) / entropy
-    assert information.explained(selected_TE, kind_T) == pytest.approx(expected, abs=1e-9)
+    expected = kinds.mutual_information(counts_CE) / entropy
+    assert kinds.explained(selected_TE, kind_T) == pytest.approx(expected, abs=1e-9)
 
 
 @given(SEEDS)
 def test_the_explained_share_is_between_0_and_1_and_ignores_order_and_names(seed):
     selected_TE, kind_T = drawn(seed)
-    value = information.explained(selected_TE, kind_T)
+    value = kinds.explained(selected_TE, kind_T)
     assert 0 <= value <= 1
     order = np.random.default_rng(seed).permutation(len(kind_T))
-    assert information.explained(selected_TE[order], kind_T[order]) == pytest.approx(value)
-    assert information.explained(selected_TE, 10 - 3 * kind_T) == pytest.approx(value)
+    assert kinds.explained(selected_TE[order], kind_T[order]) == pytest.approx(value)
+    assert kinds.explained(selected_TE, 10 - 3 * kind_T) == pytest.approx(value)
 
 
-def test_a_kind_that_decides_explains_all_and_one_choice_for_all_has_nothing_to_explain():
+def test_a_deciding_kind_explains_everything_and_constant_choices_are_undefined():
     kind_T = np.arange(12) % 4
-    assert information.explained(np.eye(4, dtype=bool)[kind_T], kind_T) == pytest.approx(1)
-    assert math.isnan(information.explained(np.eye(4, dtype=bool)[0 * kind_T], kind_T))
-    assert math.isnan(information.explained(np.zeros((0, 4), bool), kind_T[:0]))
+    assert kinds.explained(np.eye(4, dtype=bool)[kind_T], kind_T) == pytest.approx(1)
+    assert math.isnan(kinds.explained(np.eye(4, dtype=bool)[0 * kind_T], kind_T))
+    assert math.isnan(kinds.explained(np.zeros((0, 4), bool), kind_T[:0]))
     pairs_TE = np.array([[1, 1, 0, 0], [0, 0, 1, 1]], bool)[kind_T % 2]
-    assert information.explained(pairs_TE, kind_T) == pytest.approx(1 - math.log(2) / math.log(4))
+    assert kinds.explained(pairs_TE, kind_T) == pytest.approx(1 - math.log(2) / math.log(4))
 
 
-def test_the_null_is_what_many_kinds_explain_by_chance():
+def test_shuffled_kinds_explain_what_many_kinds_explain_by_chance():
     random = np.random.default_rng(0)
     selected_TE = np.eye(4, dtype=bool)[random.integers(4, size=4000)]
     kind_T = random.integers(20, size=4000)
-    found = information.null(selected_TE, kind_T, repeats=50, seed=1)
+    found = kinds.explained_by_chance(selected_TE, kind_T, repeats=50, seed=1)
     # The plug-in estimate's bias, (C - 1)(E - 1) / 2P nats.
     assert found.mean() == pytest.approx(19 * 3 / 8000 / math.log(4), rel=0.1)
-    assert found.min() < information.explained(selected_TE, kind_T) < found.max()
-    np.testing.assert_array_equal(information.null(selected_TE, kind_T, 50, 1), found)
+    assert found.min() < kinds.explained(selected_TE, kind_T) < found.max()
+    np.testing.assert_array_equal(kinds.explained_by_chance(selected_TE, kind_T, 50, 1), found)
     decided_TE = np.eye(4, dtype=bool)[kind_T % 4]
-    assert information.null(decided_TE, kind_T, 20, 0).max() < 0.02
+    assert kinds.explained_by_chance(decided_TE, kind_T, 20, 0).max() < 0.02

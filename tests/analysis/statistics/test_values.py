@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from moejax.analysis.statistics.similarity import between
-from moejax.analysis.statistics.spread import histogram, spread
+from moejax.analysis.statistics.values import between, histogram, spread
 
 
 def test_the_mean_comes_first_then_quantiles_interpolated():

@@ -73,7 +73,7 @@ def test_a_resumed_run_leaves_the_same_rows(workdir, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_gives_the_last_row_again_and_report_shows_experts_by_modality(workdir):
+def test_eval_repeats_the_last_row_and_the_report_shows_experts_by_modality(workdir):
     with sharing():
         ended = call(["eval", f"--workdir={workdir}"])
     assert (ended.status, ended.err) == (0, "")
@@ -96,7 +96,7 @@ def test_accumulation_is_refused_before_anything_is_written(tmp_path):
     assert files(tmp_path) == {}
 
 
-def test_the_router_of_lory_has_a_use_on_the_page_as_it_is():
+def test_the_router_of_lory_is_trained_on_the_unchanged_page():
     setup.prepare(load(f"{PAGE}:gate=lory").config).check_gate_data(train_steps=1)
 
 
@@ -111,7 +111,7 @@ def test_a_segment_of_a_whole_caption_is_refused_since_its_router_would_learn_no
 
 
 @pytest.mark.slow
-def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
+def test_images_that_differ_from_the_runs_are_refused(workdir, tmp_path):
     """As another version of scikit-learn could bring; the task has no data.path to name."""
     other = tmp_path / "run"
     other.mkdir()
@@ -121,7 +121,7 @@ def test_other_images_than_the_runs_are_refused(workdir, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_names_the_digits_of_images_it_has_not_seen(tmp_path):
+def test_it_classifies_held_out_digits_by_their_names(tmp_path):
     """Chance is 0.1; 200 steps of the default page reached 0.95 and 0.96 with two seeds."""
     ended = call_as_a_user([
         "train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=200",

@@ -18,7 +18,7 @@ from moejax import config as configs
 from moejax.config import validate
 from moejax.config.overrides import apply_overrides
 from moejax.contrib.multimodal.model import LARGEST_SCALE
-from moejax.contrib.multimodal.pairs import CLASSES, PairSource, encode, prompts
+from moejax.contrib.multimodal.source import CLASSES, PairSource, encode, prompts
 from moejax.contrib.multimodal.task import Embeddings, Multimodal, build, contrastive, retrieved
 from moejax.errors import UserError
 from moejax.train.metrics.rows import routing
@@ -106,7 +106,7 @@ def looped(logits, label, valid):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**16), st.integers(0, 8), st.integers(1, 12))
-def test_the_loss_is_that_of_a_loop_over_the_valid_pairs(seed, pairs, classes):
+def test_the_loss_equals_a_loop_over_the_valid_pairs(seed, pairs, classes):
     rng = np.random.default_rng(seed)
     logits = (10 * rng.normal(size=(8, 8))).astype(np.float32)
     label = rng.integers(0, classes, 8).astype(np.int32)
@@ -117,7 +117,7 @@ def test_the_loss_is_that_of_a_loop_over_the_valid_pairs(seed, pairs, classes):
     np.testing.assert_allclose(got, looped(logits, label, valid), rtol=1e-5, atol=1e-5)
 
 
-def test_with_distinct_labels_it_is_the_cross_entropy_of_the_diagonal_and_log_b_at_equal_logits():
+def test_with_distinct_labels_the_loss_is_the_cross_entropy_of_the_diagonal():
     logits, label = jax.random.normal(jax.random.key(0), (8, 8)), jnp.arange(8)
     every = jnp.ones(8, bool)
     rows, columns = (scipy.special.log_softmax(np.asarray(x), axis=1) for x in (logits, logits.T))
@@ -128,7 +128,7 @@ def test_with_distinct_labels_it_is_the_cross_entropy_of_the_diagonal_and_log_b_
     np.testing.assert_allclose(equal, math.log(8), rtol=1e-6)
 
 
-def test_the_loss_is_least_where_the_captions_of_a_digit_are_equally_similar():
+def test_the_loss_is_minimal_at_equal_similarity_of_the_captions_of_a_digit():
     """Then it is the entropy of a uniform choice among the digit's pairs."""
     label = jnp.asarray([0, 0, 0, 1, 1, 2])
     logits = jnp.where(label[:, None] == label, 50.0, 0.0)
@@ -142,7 +142,7 @@ def test_the_loss_is_least_where_the_captions_of_a_digit_are_equally_similar():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 
-def test_the_baseline_is_the_held_out_loss_of_equal_similarities_though_the_last_batch_is_short():
+def test_the_baseline_is_the_loss_at_equal_similarities_with_a_short_last_batch():
     _, whole = built()
     step = jax.jit(contrastive)
     for rows, last in ((40, 8), (48, 16), (5, 5)):
@@ -154,7 +154,7 @@ def test_the_baseline_is_the_held_out_loss_of_equal_similarities_though_the_last
         np.testing.assert_allclose(own.baselines()["uniform"], sum(losses) / rows, rtol=1e-5)
 
 
-def test_retrieval_counts_any_caption_of_the_digit_and_none_that_is_padding():
+def test_retrieval_counts_any_caption_of_the_digit_but_no_padding():
     logits = jnp.asarray([[1.0, 3.0, 9.0], [0.0, 1.0, 9.0], [0.0, 0.0, 0.0]])
     valid = jnp.asarray([True, True, False])
     same, other = jnp.asarray([5, 5, 1]), jnp.asarray([5, 6, 5])
@@ -251,13 +251,13 @@ def test_images_and_captions_do_not_see_each_other_and_vectors_have_length_1():
         np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, rtol=1e-5)
 
 
-def test_what_a_layer_saw_is_laid_out_by_pair_with_the_image_first():
+def test_tapped_arrays_are_laid_out_by_pair_with_the_image_first():
     task, source = built()
     _, aux = embedded()(params(), batch(0))
     expert = aux.taps["expert"]
     length = task.units.tokens_per_row
     assert expert.shape == (2, B, length, 1)
-    valid = source.told(jax.device_get(batch(0)), B)["valid"]
+    valid = source.probe_arrays(jax.device_get(batch(0)), B)["valid"]
     own = np.asarray(expert)[..., 0]
     for task_id, half in enumerate((slice(0, length // 2), slice(length // 2, None))):
         for layer in range(2):
@@ -266,7 +266,7 @@ def test_what_a_layer_saw_is_laid_out_by_pair_with_the_image_first():
 
 
 @pytest.mark.slow
-def test_zero_shot_accuracy_is_that_of_the_prompts_as_captions():
+def test_zero_shot_accuracy_uses_the_prompts_as_captions():
     _, source = built()
     text, valid = encode([*prompts(), *prompts()[: B - 10]], source.caption_length)
     held_out = {name: jnp.asarray(x) for name, x in source.eval_batches(B, B)[0].items()}
@@ -279,7 +279,7 @@ def test_zero_shot_accuracy_is_that_of_the_prompts_as_captions():
     assert "accuracy" not in in_training.metrics
 
 
-def test_the_temperature_starts_at_clips_and_its_gradient_passes_the_bound():
+def test_the_temperature_starts_at_clips_and_its_gradient_passes_through_the_bound():
     task, _ = built()
 
     def scale(raw):
@@ -295,7 +295,7 @@ def test_the_temperature_starts_at_clips_and_its_gradient_passes_the_bound():
 # Rows, meshes, mistakes.
 
 
-def test_rows_say_how_modalities_share_the_experts():
+def test_rows_report_the_sharing_of_experts_by_modalities():
     totals = jax.device_get(stepped()(params(), batch())[0][1])
     row, load = routing(totals.stats), np.asarray(totals.stats.load_ME)
     np.testing.assert_array_equal(load.sum(axis=1), row["moe/load"])
@@ -376,7 +376,7 @@ def test_a_group_counts_sequences_two_for_each_pair(change):
     validate(config_with(**{"moe__group": "8", **dict(one.split("=") for one in change.split())}))
 
 
-def test_a_batch_smaller_than_a_group_is_one_part_as_it_is():
+def test_a_batch_smaller_than_a_group_is_one_group():
     found = {"valid": jnp.arange(4), "image": jnp.ones((4, 2))}
     parts = split_batch(found, 1, 8)
     jax.tree.map(lambda x, whole: np.testing.assert_array_equal(x[0], whole), parts, found)
@@ -402,7 +402,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_a_mistake_is_one_line_with_the_field_and_the_way_out(change):
+def test_a_mistake_is_one_line_with_field_and_remedy(change):
     changes = dict(one.split("=") for one in change.split())
     with pytest.raises(UserError) as caught:
         config = config_with(**changes)

@@ -56,7 +56,7 @@ def heldout_of(rows=N, fraction=0.1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
-def test_every_value_is_that_of_pandas(tmp_path, suffix):
+def test_every_value_equals_that_of_pandas(tmp_path, suffix):
     data = frame()
     table = load_table(write(data, tmp_path / f"t{suffix}"), **FIELDS)
     held = heldout_of()
@@ -86,7 +86,7 @@ def test_a_csv_and_a_parquet_of_the_same_rows_are_the_same_data(tmp_path):
     assert tables[0].fingerprint == tables[1].fingerprint
 
 
-def test_columns_are_found_by_their_type_when_none_is_named(tmp_path):
+def test_columns_are_chosen_by_type_when_none_is_named(tmp_path):
     table = load_table(
         write(frame(), tmp_path / "t.parquet"), targets=["price"], time="when", split="time"
     )
@@ -107,7 +107,7 @@ def test_a_split_by_time_holds_out_the_latest_rows(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 500), st.floats(0.01, 0.99))
-def test_the_hash_split_is_even_and_does_not_hang_on_other_rows(rows, fraction):
+def test_the_hash_split_is_even_and_independent_of_other_rows(rows, fraction):
     held = np.flatnonzero(heldout_of(rows, fraction))
     more = np.flatnonzero(heldout_of(rows + 1, fraction))
     # One more row moves at most one other row across, beside itself.
@@ -131,7 +131,7 @@ def test_unknown_rare_and_missing_values_share_id_0(tmp_path):
     assert again.category_sizes[0] == 6 and again.train.category_NC[0, 0] > 0
 
 
-def test_text_that_stands_for_no_value_does_so_among_categories_too(tmp_path):
+def test_spellings_of_missing_values_apply_to_categories_too(tmp_path):
     """As among numbers, in any case and with spaces around; and text that has it in it does not."""
     lines = ["city,size,y"] + ["NA,1,2", "nan,NA,3", " null ,n/a,4", "None,5,5", "Nancy,6,6"] * 4
     path = tmp_path / "t.csv"
@@ -178,7 +178,7 @@ def test_true_and_false_are_two_categories(tmp_path):
     IDS, [10**40 + i for i in range(40)], [f"{i:0{1 + i % 5}d}" for i in range(40)],
     ["0420", "420", "00420", "77", " 77", "+77", "77.0", "7.7e1"] * 5,
 ], ids=["64 bits", "more bits", "padded", "one number"])  # fmt: skip
-def test_categories_of_a_csv_are_the_text_that_is_written(tmp_path, values):
+def test_categories_of_a_csv_are_the_text_as_written(tmp_path, values):
     path = tmp_path / "t.csv"
     path.write_text("who,y\n" + "".join(f"{v},{i % 7}\n" for i, v in enumerate(values * 10)))
     table = load_table(str(path), targets=["y"], categorical=["who"])
@@ -203,7 +203,7 @@ def test_numbers_as_categories_keep_their_order(tmp_path):
     [10**18 + 10**4 * i for i in range(40)], [10**20 + 10**6 * i for i in range(40)],
     ["01", "1", "7", "8"] * 10,
 ], ids=["64 bits", "more bits", "padded"])  # fmt: skip
-def test_numbers_that_look_like_identifiers_are_named_by_the_user(tmp_path, values, capsys):
+def test_numbers_that_look_like_identifiers_must_be_named(tmp_path, values, capsys):
     path = tmp_path / "t.csv"
     path.write_text("who,y\n" + "".join(f"{v},{i % 7}\n" for i, v in enumerate(values * 2)))
     with pytest.raises(
@@ -221,7 +221,7 @@ def test_numbers_that_look_like_identifiers_are_named_by_the_user(tmp_path, valu
     [f"{10**18 + i}.0" for i in range(40)], ["041.9", "41.9"] * 20,
     ["007", "1.5"] * 20, ["0x1f", "0x20"] * 20, ["12E4", "120000"] * 20,
 ], ids=["floats", "padded fractions", "some padded", "hexadecimal", "exponents"])  # fmt: skip
-def test_spellings_that_a_number_would_lose_are_named_by_the_user(tmp_path, values):
+def test_columns_with_spellings_that_numbers_lose_must_be_named(tmp_path, values):
     path = tmp_path / "t.csv"
     path.write_text("who,y\n" + "".join(f"{v},{i % 7}\n" for i, v in enumerate(values * 2)))
     with pytest.raises(UserError, match=r"task.categorical: 'who' has numbers that look like iden"):
@@ -237,7 +237,7 @@ def test_quantities_with_exponents_and_fractions_are_numbers(tmp_path):
     assert load_table(str(path), targets=["a"]).dense == ("b", "c")
 
 
-def test_identifiers_that_became_floats_are_said(tmp_path, capsys):
+def test_identifiers_stored_as_floats_give_a_warning(tmp_path, capsys):
     """pandas makes floats of whole numbers of which one is missing, and 40 ids become two."""
     who: list[Any] = [2**60 + i for i in range(40)] * 4
     who[5] = None
@@ -255,10 +255,10 @@ def test_identifiers_that_became_floats_are_said(tmp_path, capsys):
         assert ("have become one" in capsys.readouterr().err) == said
 
 
-def test_a_number_with_an_underscore_is_none(tmp_path):
+def test_text_with_an_underscore_is_not_a_number(tmp_path):
     """Python reads 1_0 as 10."""
     path = write(pd.DataFrame({"x": ["1_0", "7"] * 10, "y": range(20)}), tmp_path / "t.csv")
-    with pytest.raises(UserError, match="'x' is '1_0' in row 1, which is no number"):
+    with pytest.raises(UserError, match="'x' is '1_0' in row 1, which is not a number"):
         load_table(path, targets=["y"], numeric=["x"])
 
 
@@ -311,13 +311,13 @@ def test_a_compressed_csv_is_read_as_one_block(tmp_path):
     (b"PK\x03\x04" + bytes(60), "a zip archive"), (gzip.compress(b"u,y\n1,2\n", mtime=0), "gzip"),
     (b"ARROW1" + bytes(60), "Arrow"),
 ])  # fmt: skip
-def test_a_file_that_is_no_table_is_said_to_be_what_it_is(tmp_path, content, kind):
+def test_a_file_that_is_not_a_table_is_refused_with_its_format(tmp_path, content, kind):
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(UserError, match=rf"t.csv' looks like {kind}.*, which is no table; name"):
+    with pytest.raises(UserError, match=rf"t.csv' looks like {kind}.*, which is not a table; name"):
         load_table(str(tmp_path / "t.csv"), targets=["y"])
 
 
-def test_a_parquet_file_is_known_by_its_content(tmp_path):
+def test_a_parquet_file_is_recognised_by_its_content(tmp_path):
     path = write(frame(), tmp_path / "t.parquet")
     for name in ("t.PARQUET", "part-0", "t.csv"):
         other = (tmp_path / "t.parquet").rename(tmp_path / name)
@@ -325,7 +325,7 @@ def test_a_parquet_file_is_known_by_its_content(tmp_path):
         other.rename(path)
 
 
-def test_the_start_of_a_run_says_what_a_table_cannot_teach(tmp_path):
+def test_the_start_of_a_run_warns_about_constant_and_rare_features(tmp_path):
     data = frame().assign(same=7, who=range(N), near=1e17 + np.arange(N) % 3)
     fields = {**FIELDS, "categorical": ["city", "who"], "numeric": ["size", "same", "near"]}
     table = load_table(write(data, tmp_path / "t.csv"), **fields)
@@ -351,7 +351,7 @@ def test_times_one_nanosecond_apart_are_sorted_exactly(tmp_path, kind, suffix):
     np.testing.assert_allclose(table.in_units(table.heldout.target_NM)[:, 0], latest, rtol=1e-6)
 
 
-def test_movielens_ids_are_those_of_both_files_as_written(movielens):
+def test_movielens_ids_match_as_written_in_both_files(movielens):
     folder, ratings = movielens
     large = ratings.assign(userId=ratings["userId"] + 2**60)
     large.to_csv(folder / "ratings.csv", index=False)
@@ -365,7 +365,7 @@ def test_movielens_ids_are_those_of_both_files_as_written(movielens):
         load_table(str(folder))
 
 
-def test_a_table_says_what_its_ids_and_numbers_stand_for(tmp_path):
+def test_a_table_has_a_digest_of_its_ids_and_numbers(tmp_path):
     """Equal for the same training rows in another file, not for another value in the same place."""
     data = frame()
     first, again = (
@@ -385,7 +385,7 @@ def test_examples_in_a_report_are_named_by_the_values_of_the_file(tmp_path):
     path.write_text("who,y\n" + "".join(f"{v},{i}\n" for i, v in enumerate(["07", "7", "x"] * 30)))
     table = load_table(str(path), targets=["y"], categorical=["who"])
     source = TableSource(table, batch_size=4, seed=0, eval_rows=4)
-    told = source.told(source.eval_batches(4, 4)[0], 4)
+    told = source.probe_arrays(source.eval_batches(4, 4)[0], 4)
     assert told["token_text"][:4] == ["who unknown", "who 07", "who 7", "who x"]
 
 
@@ -406,7 +406,7 @@ def test_quoted_values_may_have_line_breaks_in_files_of_any_size(tmp_path, rows,
     assert table.category_sizes[1] == 41
 
 
-def test_types_of_columns_are_those_of_the_whole_file(tmp_path):
+def test_types_of_columns_depend_on_the_whole_file(tmp_path):
     """Whole numbers that become fractions after two megabytes are numbers, and no categories."""
     rows, path = 300_000, tmp_path / "t.csv"
     lines = [f"{i % 7},{i % 5},{i % 3}" for i in range(rows)]
@@ -448,7 +448,7 @@ def test_a_bound_makes_a_binary_target(tmp_path):
     np.testing.assert_array_equal(table.train.target_NM[:, 0], data["price"][~heldout_of()] >= 100)
 
 
-def test_a_target_is_written_in_three_ways():
+def test_a_target_has_three_notations():
     columns = ["rating", "a=b"]
     assert parse_spec("rating", columns) == ("rating", "rating", None)
     assert parse_spec("stars=rating", columns) == ("stars", "rating", None)
@@ -501,7 +501,7 @@ def test_movielens_needs_no_fields(movielens):
     1.7e9 + np.random.default_rng(0).normal(0, 100, N), 1e9 + np.arange(N) % 7,
     -1e37 + 1e36 * np.arange(N), 1e-30 * np.arange(N), 1e-200 * np.arange(N), 1e15 + np.arange(N),
 ], ids=["times", "few", "huge", "small", "tiny", "large"])  # fmt: skip
-def test_a_target_keeps_its_changes_whatever_its_size(tmp_path, values):
+def test_large_targets_keep_small_changes(tmp_path, values):
     """Float32 has steps of 128 at 1.7e9; the target's spread decides, not its size."""
     path = write(frame().assign(price=values), tmp_path / "t.parquet")
     table, held = load_table(path, targets=["price"], numeric=["size"]), heldout_of()
@@ -533,7 +533,7 @@ def test_a_held_out_value_that_float32_cannot_square_is_refused(tmp_path):
             load_table(write(data, tmp_path / "t.parquet"), targets=["price"], numeric=["size"])
 
 
-def test_a_column_of_one_fraction_does_not_vary(tmp_path):
+def test_a_column_with_one_fraction_is_constant(tmp_path):
     """The spread of many 0.1 in float64 is not 0, and would blow up another value."""
     size = np.where(np.arange(N) == np.flatnonzero(heldout_of())[0], 0.2, 0.1)
     path = write(frame().assign(size=size), tmp_path / "t.parquet")
@@ -572,7 +572,10 @@ FILES = {
     "constant": (b"x,y\n" + b"1,7\n2,7\n" * 9, r"task.targets: 'y' is 7 in every training row"),
     "absent": (b"x,y\n" + b"1,\n2,\n" * 9, r"task.targets: 'y' is missing in every training row"),
     "ragged": (b"x,y\n1,2\n3\n4,5\n", r"data.path: cannot parse '.*': .*columns"),
-    "word": (b"x,y\n1,2\n3,4\n5,six\n", r"task.targets: 'y' is 'six' in row 3, which is no number"),
+    "word": (
+        b"x,y\n1,2\n3,4\n5,six\n",
+        r"task.targets: 'y' is 'six' in row 3, which is not a number",
+    ),
     "infinite": (b"x,y\n1,2\n3,inf\n5,6\n", r"task.targets: 'y' is inf in row 2; use finite"),
     "large": (b"x,y\n1,2\n3,1e300\n5,6\n", r"targets: 'y' is 1e\+300 in row 2, beyond .* float32"),
     "large feature": (

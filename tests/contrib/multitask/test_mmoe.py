@@ -115,7 +115,7 @@ def test_dense_gates_are_softmax_mixtures():
 @pytest.mark.parametrize(
     "name", ["static top_k", pytest.param("static dselect_k", marks=pytest.mark.slow)]
 )
-def test_a_gate_that_sees_a_constant_chooses_alike_for_all_examples(name):
+def test_a_gate_with_a_constant_input_has_one_choice_for_all_examples(name):
     (_, (_, info)), _ = run(name, valid_BL=valid_of(0))
     expert_GTK, weight_GTK = info.routing.expert_GTK, info.routing.weight_GTK
     np.testing.assert_array_equal(expert_GTK, np.broadcast_to(expert_GTK[:, :1], expert_GTK.shape))
@@ -155,7 +155,7 @@ def test_identical_gates_are_one_gate_for_all_tasks(name):
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_statistics_and_losses_of_a_gate_are_those_it_has_alone(name):
+def test_statistics_and_losses_of_a_gate_equal_those_of_the_gate_alone(name):
     """Leading with tasks: what one gate says does not depend on the others."""
     one, router = alone(name)
     (_, (_, info)), _ = run(name)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.contrib.multitask import recommender as rec
-from moejax.contrib.multitask.synthetic import correlated, draw_correlated, draw_groups, groups
-from moejax.contrib.multitask.tables import TableBatches, as_rows, make_table, table_eval_batches
+from moejax.contrib.multitask import generated
+from moejax.contrib.multitask.generated import correlated, draw_correlated, draw_groups, groups
+from moejax.contrib.multitask.tables import as_rows, make_table
+from moejax.data.batches import TrainBatches, heldout_batches
 from moejax.errors import UserError
 
 N = 20_000
@@ -53,7 +54,7 @@ def test_the_labels_correlation_grows_with_rho_to_one():
     assert abs(found[0]) < 0.03 and found[-1] > 0.9999  # noise 0.01 beside a spread of 2.6
 
 
-def test_a_seed_is_a_table_and_rho_is_checked():
+def test_a_seed_determines_the_table_and_rho_is_checked():
     assert correlated(3, 50, 0.9).fingerprint == correlated(3, 50, 0.9).fingerprint
     assert correlated(3, 50, 0.9).fingerprint != correlated(4, 50, 0.9).fingerprint
     assert correlated(3, 50, 0.9).fingerprint != correlated(3, 50, 0.5).fingerprint
@@ -84,8 +85,8 @@ def test_an_odd_number_of_tasks_is_refused():
 
 
 @pytest.fixture(scope="module")
-def watched() -> rec.Recommender:
-    return rec.draw_recommender(0, N)
+def watched() -> generated.Recommender:
+    return generated.draw_recommender(0, N)
 
 
 def test_parts_explain_the_ratings_variance_as_designed(watched):
@@ -94,12 +95,12 @@ def test_parts_explain_the_ratings_variance_as_designed(watched):
     rating_N = watched.target_NM[:, 0]
     for column, part in enumerate(("user", "item", "affinity")):
         share = np.corrcoef(rating_N, watched.part_NP[:, column])[0, 1] ** 2
-        assert abs(share - rec.RATING_SHARES[part]) < 0.08
+        assert abs(share - generated.RATING_SHARES[part]) < 0.08
     residual = rating_N - watched.ideal_NM[:, 0]
-    np.testing.assert_allclose(residual.var(), rec.RATING_SHARES["noise"], rtol=0.05)
+    np.testing.assert_allclose(residual.var(), generated.RATING_SHARES["noise"], rtol=0.05)
 
 
-def test_whoever_knows_the_structure_beats_the_mean(watched):
+def test_knowledge_of_the_structure_beats_the_mean(watched):
     finished_N, chance_N = watched.target_NM[:, 1], watched.ideal_NM[:, 1]
 
     def log_loss(p):
@@ -125,9 +126,9 @@ def test_the_hidden_factors_can_be_recovered_from_the_rows_alone(watched):
     assert 0.25 < explained < 0.75
 
 
-def test_tasks_share_what_was_asked_for():
+def test_tasks_share_the_requested_structure():
     def overlap(shared):
-        drawn = rec.draw_recommender(0, N, shared=shared)
+        drawn = generated.draw_recommender(0, N, shared=shared)
         return pearson(drawn.target_NM)
 
     assert overlap(0.0) < overlap(0.5) < overlap(1.0)
@@ -140,8 +141,8 @@ def test_items_have_a_long_tail(watched):
     assert count_I[:20].sum() > 0.5 * N
 
 
-def test_ids_lie_below_the_sizes_of_their_columns():
-    table = rec.recommender(0, 2000)
+def test_ids_are_below_the_sizes_of_their_columns():
+    table = generated.recommender(0, 2000)
     for rows in (table.train, table.heldout):
         assert (rows.category_NC >= 0).all()
         assert (rows.category_NC < np.array(table.category_sizes)).all()
@@ -158,10 +159,15 @@ def numbered(count):
     return dataclasses.replace(rows, target_NM=rows.target_NM.astype(np.float32))
 
 
+def train_batches(count, batch_size, seed):
+    rows = numbered(count)
+    return TrainBatches(len(rows), batch_size, seed, rows.read)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 1000))
 def test_every_epoch_has_every_row_once(rows, batch_size, seed):
-    batches = TableBatches(numbered(rows), batch_size, seed)
+    batches = train_batches(rows, batch_size, seed)
     steps = -(-2 * rows // batch_size)
     seen = np.concatenate([batches.batch(step)["dense"][:, 0] for step in range(steps)])
     for epoch in (seen[:rows], seen[rows : 2 * rows]):
@@ -169,7 +175,7 @@ def test_every_epoch_has_every_row_once(rows, batch_size, seed):
 
 
 def test_a_batch_is_a_function_of_the_step_and_a_share_of_it_is_a_slice():
-    one, other = (TableBatches(numbered(30), 8, 5) for _ in range(2))
+    one, other = (train_batches(30, 8, 5) for _ in range(2))
     for step in (7, 0, 3):
         whole, part = one.batch(step), other.batch(step, slice(2, 6))
         for name in whole:
@@ -187,8 +193,8 @@ def test_a_batch_is_a_function_of_the_step_and_a_share_of_it_is_a_slice():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 60))
-def test_evaluation_sees_each_chosen_row_once_and_padding_says_so(rows, batch_size, count):
-    batches = table_eval_batches(numbered(rows), batch_size, count)
+def test_evaluation_has_each_chosen_row_once_and_padding_is_invalid(rows, batch_size, count):
+    batches = heldout_batches(rows, batch_size, count, numbered(rows).read)
     seen = np.concatenate([b["dense"][b["valid"], 0] for b in batches])
     assert len(seen) == len(set(seen)) == min(rows, count)
     for batch in batches:
@@ -215,10 +221,10 @@ def test_missing_targets_are_absent_and_zero():
 
 def test_bad_sizes_are_refused_in_one_line():
     with pytest.raises(UserError, match="train.batch_size"):
-        TableBatches(numbered(3), 0, 0)
+        train_batches(3, 0, 0)
     with pytest.raises(UserError, match="train.seed"):
-        TableBatches(numbered(3), 1, -1)
+        train_batches(3, 1, -1)
     with pytest.raises(UserError, match="train.eval_rows"):
-        table_eval_batches(numbered(3), 1, 0)
+        heldout_batches(3, 1, 0, numbered(3).read)
     with pytest.raises(UserError, match="data.eval_fraction: 1.0 is not between"):
         correlated(0, 50, 0.5, eval_fraction=1.0)

@@ -16,12 +16,12 @@ import pytest
 
 from moejax.config import load
 from moejax.contrib.multitask.baselines import design, loss_of, table_baselines
+from moejax.contrib.multitask.generated import groups
 from moejax.contrib.multitask.model import Head
 from moejax.contrib.multitask.source import TableSource
-from moejax.contrib.multitask.synthetic import groups
 from moejax.contrib.multitask.tables import as_rows, make_table
 from moejax.contrib.multitask.task import MeanSquare, MultiTaskLearning, binned_area
-from moejax.record.probe import OF_LABELS, OF_TOKENS, Probe
+from moejax.record.probe import TOKENS, Probe
 from moejax.train import setup
 from moejax.train.metrics.rows import eval_row
 from tests import meshes
@@ -115,7 +115,7 @@ def test_metrics_are_means_over_the_examples_that_have_the_target(gaps):
     np.testing.assert_allclose(row["auc/sign"], area(logit_N[here_N], one_N[here_N]), atol=0.02)
 
 
-def test_a_binary_task_says_one_where_its_logit_is_above_0():
+def test_a_binary_task_predicts_one_where_its_logit_is_above_0():
     """A logit of 0.3 says one, one of 0 does not; the last example lacks the target."""
     model: Any = SimpleNamespace(heads=(Head("sign", "binary"),))
     task = MultiTaskLearning(model, (), 0.0)
@@ -129,7 +129,7 @@ def test_a_binary_task_says_one_where_its_logit_is_above_0():
     np.testing.assert_array_equal(right.count, [1, 1, 1, 1, 0])
 
 
-def test_padding_has_no_share_in_an_area_under_the_curve():
+def test_padding_does_not_count_in_the_area_under_the_curve():
     """A one above a zero, and a padding row that would be a zero above both."""
     model: Any = SimpleNamespace(heads=(Head("sign", "binary"),))
     batch = {
@@ -155,7 +155,7 @@ def test_a_squared_error_in_units_may_be_beyond_float32():
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0, 100.0])
-def test_the_binned_area_is_that_of_all_pairs(spread):
+def test_the_binned_area_equals_that_of_all_pairs(spread):
     rng = np.random.default_rng(0)
     one = rng.integers(0, 2, 500)
     score = spread * (rng.standard_normal(500) + one)
@@ -198,7 +198,7 @@ def pushes(run, table, sharing="mmoe"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arg", ["data=groups,gate=dselect_k", "data=groups,gate=top_k"])
-def test_a_gates_own_losses_push_it_as_hard_beside_one_task_as_beside_sixteen(arg):
+def test_a_gates_losses_have_the_same_gradient_beside_one_task_and_sixteen(arg):
     run, table = run_of(arg), groups(0, 200, 16)
     first = [dataclasses.replace(rows, target_NM=rows.target_NM[:, :1],
                                  present_NM=rows.present_NM[:, :1])
@@ -244,7 +244,7 @@ def test_the_linear_baseline_is_at_the_optimum_of_its_loss():
     assert found["linear"] < found["mean"] and "ideal" not in found
 
 
-def test_the_ideal_of_a_generated_table_has_the_noise_as_its_loss():
+def test_the_loss_of_the_ideal_of_a_generated_table_is_its_noise():
     table = groups(0, 2000, 4)
     found = table_baselines(table, len(table.heldout))
     noise = sum(0.01**2 / target.scale**2 for target in table.targets)
@@ -253,7 +253,7 @@ def test_the_ideal_of_a_generated_table_has_the_noise_as_its_loss():
 
 
 @pytest.mark.parametrize("rows", [7, 10_000])
-def test_baselines_of_a_table_are_of_the_evaluated_rows(rows):
+def test_baselines_of_a_table_are_computed_on_the_evaluated_rows(rows):
     table = groups(0, 600, 4)
     source = TableSource(table, 16, 0, rows)
     batches = source.eval_batches(16, rows)
@@ -268,16 +268,16 @@ def test_baselines_of_a_table_are_of_the_evaluated_rows(rows):
 
 
 @pytest.mark.parametrize("arg", ["data=recommender", "data=groups"])
-def test_a_source_says_of_its_examples_what_the_probe_wants(arg):
+def test_a_source_has_the_probes_arrays_for_its_examples(arg):
     source = run_of(arg, task__tasks=4).data
     batch = source.eval_batches(16, 16)[0]
-    told = source.told(batch, 16)
-    for name, (kind, _) in {**OF_TOKENS, **OF_LABELS}.items():
+    arrays = source.probe_arrays(batch, 16)
+    for name, (kind, *_) in TOKENS.items():
         if kind != "str":
-            assert told[name].dtype == kind
-    assert told["token"].max() < len(told["token_text"]) - len(told["label_names"])
-    assert told["target"].max() < len(told["token_text"])
-    assert len(set(told["label"].ravel())) > 1
+            assert arrays[name].dtype == kind
+    assert arrays["token"].max() < len(arrays["token_text"]) - len(arrays["label_names"])
+    assert arrays["target"].max() < len(arrays["token_text"])
+    assert len(set(arrays["label"].ravel())) > 1
     shapes = {name: (x.shape, x.dtype) for name, x in source.shapes(16).items()}
     for other in (batch, source.train_batch(3)):
         assert {n: ((16, *x.shape[1:]), x.dtype) for n, x in other.items()} | shapes == shapes
@@ -306,7 +306,7 @@ def test_a_run_learns_more_than_a_linear_model(trained):
         assert text in ended.out
 
 
-def test_evaluating_a_run_again_gives_its_last_row(trained):
+def test_evaluating_a_run_repeats_its_last_row(trained):
     workdir, _ = trained
     before = files(workdir)
     ended = call(["eval", f"--workdir={workdir}"])
@@ -363,7 +363,7 @@ def test_a_run_is_the_same_on_every_mesh(shape, arg):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trained, tmp_path):
+def test_a_stopped_run_resumes_as_if_uninterrupted(trained, tmp_path):
     workdir = tmp_path / "run"
     for steps in (30, 60):
         arg = "data=groups,gate=top_k"
@@ -471,7 +471,7 @@ def test_mistakes_in_a_file_are_one_line(sales, tmp_path):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", ["dense", "top_k", "dselect_k", "shazeer"])
-def test_no_parameters_of_a_static_gate_are_one_number(gate):
+def test_a_static_gate_has_no_duplicated_parameters(gate):
     """Two with the same gradients would be one that the optimizer moves twice as far."""
     run, grads = run_of(f"data=groups,gate={gate},gate_input=constant", task__tasks=4), {}
     state = run.task.init_gate_state()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moejax.contrib.openmoe.routed import Routed
+from moejax.record.routing import Routed
 
 N, L, V, E = 60, 32, 6, 4
 

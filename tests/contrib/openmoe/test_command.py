@@ -42,7 +42,7 @@ def drops(numbers, text, arm):
 
 
 @pytest.mark.slow
-def test_three_lines_a_page_and_the_numbers(run, reported):
+def test_openmoe_prints_three_lines_and_writes_a_page_and_the_numbers(run, reported):
     out, numbers = reported
     lines = [f"{v['finding']}: {v['answer']}. {v['because']}" for v in numbers["verdicts"]]
     assert len(lines) == 3 and all(line in out.splitlines() for line in lines)

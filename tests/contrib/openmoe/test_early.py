@@ -7,7 +7,7 @@ from moejax.contrib.openmoe.early import cosine_of_others, cosines, early
 from tests.contrib.openmoe.routings import E, L, N, V, routed, tokens
 
 
-def test_a_router_that_turns_around_and_one_that_stays():
+def test_a_reversed_router_has_no_saturation_and_a_constant_one_has_all():
     """Layer 0 sends every token elsewhere at first, layer 1 does not move."""
     token_NL = tokens()
     last = np.stack([token_NL % E, (token_NL + 1) % E])[..., None]

@@ -6,7 +6,7 @@ import pytest
 from moejax.contrib.openmoe.interval import GROUPS, Interval, jackknife, over_rows
 
 
-def test_of_a_mean_it_is_students_interval():
+def test_the_interval_of_a_mean_is_students():
     """With as many rows as groups the jackknife of a mean has the textbook standard error."""
     scipy = pytest.importorskip("scipy.stats")
     value_N = np.random.default_rng(0).normal(size=GROUPS)

@@ -22,10 +22,17 @@ def task(gate, **fields):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("gate", "other"),
-    [("top_k", 1), ("switch", 2), ("dselect_k", None), ("hash", None)],
+    [
+        ("top_k", 1),
+        ("switch", 2),
+        ("dselect_k", None),
+        ("hash", None),
+        ("gshard", None),
+        ("rl", None),
+    ],
 )
 def test_another_number_of_choices_is_tried_where_the_parameters_allow_it(gate, other):
-    """DSelect-k has a selector for each of its k choices."""
+    """DSelect-k has a selector for each of its k choices; GShard and RL-R have no field k."""
     found = [arm.k for arm in arms(task(gate)) if arm.k]
     assert found == ([other] if other else [])
 

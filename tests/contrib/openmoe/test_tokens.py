@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moejax.contrib.openmoe import tokens as finding
-from moejax.contrib.openmoe.routed import NONE, counts
 from moejax.contrib.openmoe.tokens import DOMAIN, POSITION, PREVIOUS, TOKEN
+from moejax.record.counts import NONE, choice_counts
 from tests.contrib.openmoe.routings import E, L, N, V, routed, tokens
 
 
@@ -31,7 +31,7 @@ def test_counts_are_those_of_a_loop_and_leave_out_inactive_columns():
         for expert in choices:
             if expert != NONE:
                 expected[kind, expert] += 1
-    np.testing.assert_array_equal(counts(choice_TK, kind_T, 3, E), expected)
+    np.testing.assert_array_equal(choice_counts(choice_TK, kind_T, 3, E), expected)
 
 
 def test_only_kinds_with_more_than_128_occurrences_count():

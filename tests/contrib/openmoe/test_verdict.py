@@ -45,7 +45,7 @@ def test_a_router_of_positions_and_a_random_one_do_not(token_NL):
     assert judged(same, np.random.default_rng(0).integers(0, E, same.shape)).answer == ABSENT
 
 
-def test_a_router_of_both_is_not_judged(token_NL):
+def test_a_router_of_ids_and_positions_cannot_be_judged(token_NL):
     """Ids spread most, but not twice as much as positions."""
     random = np.random.default_rng(1).random(token_NL.shape)
     places = np.broadcast_to(np.arange(LENGTH), token_NL.shape)
@@ -104,7 +104,7 @@ def test_drops_rise_towards_the_end_and_more_so_out_of_domain():
     assert verdict.answer == APPEARS and "in the last quarter (more)" in verdict.because
 
 
-def test_drops_that_rise_on_another_text_only_are_said_to():
+def test_drops_that_rise_only_on_another_text_are_out_of_domain():
     verdict = drops_verdict([*measured("held out", 0.25, 32), *measured("english", 0.9)])
     assert verdict.answer == "appears out of domain only"
 

@@ -74,7 +74,7 @@ def trial(
         "first_dense": 0,
         "shared_experts": 0,
         "activation": "swiglu",
-        "gate": {"name": gate, "k": k} if k > 1 else {"name": gate},
+        "gate": {"name": gate, "k": k} if gate == "top_k" else {"name": gate},
     }
     return variant, {"model": {"d_model": 8, "num_layers": 2, "d_ff": 16}, "moe": {**fields, **moe}}
 

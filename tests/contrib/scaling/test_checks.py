@@ -40,7 +40,7 @@ def test_runs_that_follow_the_law_are_predicted_exactly():
     assert errors.runs == len(runs) and errors.largest < 1e-5
 
 
-def test_a_run_that_does_not_follow_the_law_is_missed_by_what_it_is_off():
+def test_the_error_of_an_outlier_is_its_distance_from_the_law():
     runs = runs_of(LAW)
     runs[9] = dataclasses.replace(runs[9], loss=runs[9].loss * 1.05)
     found = checks.held_out(runs, checks.fit_runs(runs), checks.CELL)

@@ -115,7 +115,7 @@ def test_seeds_give_every_cell_an_interval(tmp_path: Path):
     assert [c.sign for c in found if c.cell[1] == 4] == [-1]
 
 
-def test_a_saturation_that_was_not_seen_is_called_so(tmp_path: Path):
+def test_missing_saturation_is_reported(tmp_path: Path):
     trials = [trial(f"sbase_{e}", "sbase", e) for e in (1, 2, 4, 8, 16, 32)]
     folder = write_sweep(tmp_path / "s", trials, lambda e, s: 2 * (e + 1) ** -0.03, seeds=1)
     text = table.render(make_study(read_source(str(folder)), resamples=40))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from moejax.contrib.scaling.order import comparisons, exceptions, rankings, seed_noise
+from moejax.contrib.scaling.order import comparisons, exceptions, rankings, seed_deviation
 from moejax.contrib.scaling.runs import DENSE, Run
 
 
@@ -43,10 +43,10 @@ def test_a_difference_within_the_seeds_scatter_has_no_sign():
     assert found.sign == 1
 
 
-def test_single_runs_are_compared_with_the_scatter_of_what_has_seeds():
+def test_single_runs_are_compared_with_the_pooled_seed_deviation():
     dense = [Run(DENSE, 1e6, 1, seed, loss) for seed, loss in enumerate([3.0, 3.01, 3.05])]
     runs = [*dense, *cell(4, a=[2.0], b=[2.1]), *cell(8, a=[1.0, 1.02], b=[1.5])]
-    noise, freedom = seed_noise(runs)
+    noise, freedom = seed_deviation(runs)
     pooled = (2 * np.var([3.0, 3.01, 3.05], ddof=1) + np.var([1.0, 1.02], ddof=1)) / 3
     assert freedom == 3 and noise == pytest.approx(math.sqrt(pooled))
     reach = scipy.stats.t.ppf(0.975, 3) * math.sqrt(2 * pooled)
@@ -54,6 +54,6 @@ def test_single_runs_are_compared_with_the_scatter_of_what_has_seeds():
         assert found.seeds == 1 and found.half_width == pytest.approx(reach)
 
 
-def test_without_any_second_seed_nothing_is_certain():
+def test_without_a_second_seed_no_difference_is_certain():
     (found,) = comparisons(cell(4, a=[1.0], b=[2.0]), "a", "b")
     assert found.half_width == math.inf and found.sign == 0

@@ -51,7 +51,7 @@ def test_every_run_of_the_architecture_is_read_once():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_scipy_finds_no_lower_sum_of_squares(router: str):
+def test_a_search_over_all_coefficients_finds_no_lower_sum(router: str):
     found = study(router)
     data = checks.arrays(found.runs)
     paper = PUBLISHED[router]

@@ -75,7 +75,7 @@ def test_missing_columns_are_named(tmp_path: Path):
         read_source(str(path))
 
 
-def test_what_is_no_table_is_refused(tmp_path: Path):
+def test_an_invalid_table_is_refused(tmp_path: Path):
     (tmp_path / "c.csv.gz").write_text("not compressed")
     with pytest.raises(UserError, match="cannot be read as a table"):
         read_source(str(tmp_path / "c.csv.gz"))
@@ -149,7 +149,7 @@ def test_models_of_different_width_have_different_sizes_and_k_is_part_of_the_rou
     assert source.routers == ["top_k", "top_k k=2"]
 
 
-def test_a_dense_model_of_the_size_is_everyones_first_point_and_others_are_not(tmp_path: Path):
+def test_a_dense_model_of_the_same_size_is_every_routers_first_point(tmp_path: Path):
     trials = [trial("a", "switch", 4), trial("b", "hash", 4), trial("dense", "switch", 8, every=0)]
     folder = write_sweep(tmp_path / "s", trials, loss, seeds=1)
     source = read_source(str(folder))

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.tasks.images.batches import ImageBatches, image_eval_batches, image_eval_rows, shifted
 from moejax.tasks.images.dataset import Images, load_images
-from moejax.tasks.images.source import ImageSource
+from moejax.tasks.images.source import (
+    ImageSource,
+    image_eval_batches,
+    image_train_batches,
+    shifted,
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,7 @@ def rows_of(images, batch):
 
 
 def test_a_batch_has_the_contracts_shapes_and_types(digits):
-    batch = ImageBatches(digits, batch_size=4, seed=3).batch(2)
+    batch = image_train_batches(digits, batch_size=4, seed=3).batch(2)
     assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
         "image": ((4, 8, 8, 1), "float32"),
         "label": ((4,), "int32"),
@@ -33,7 +37,7 @@ def test_a_batch_has_the_contracts_shapes_and_types(digits):
 
 
 def test_every_epoch_has_every_image_once_with_its_label_in_another_order(digits):
-    batches = ImageBatches(digits, batch_size=719, seed=3)  # half of the images
+    batches = image_train_batches(digits, batch_size=719, seed=3)  # half of the images
     epochs = []
     for epoch in range(2):
         halves = [batches.batch(2 * epoch + half) for half in range(2)]
@@ -45,14 +49,14 @@ def test_every_epoch_has_every_image_once_with_its_label_in_another_order(digits
     assert epochs[0] != epochs[1]
 
 
-def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
-    batches = ImageBatches(digits, 8, 3)
+def test_a_batch_depends_on_seed_and_step_alone(digits):
+    batches = image_train_batches(digits, 8, 3)
     forward = [batches.batch(step) for step in range(4)]
-    again = ImageBatches(digits, 8, 3)
+    again = image_train_batches(digits, 8, 3)
     for step in (3, 0, 2):
         for name, values in forward[step].items():
             np.testing.assert_array_equal(again.batch(step)[name], values)
-    other = ImageBatches(digits, 8, 4).batch(0)
+    other = image_train_batches(digits, 8, 4).batch(0)
     assert (other["image"] != forward[0]["image"]).any()
 
 
@@ -65,7 +69,7 @@ def test_a_shift_moves_every_image_on_its_own_and_fills_with_black(digits):
                 inside = 0 <= i - down < 8 and 0 <= j - right < 8
                 assert moved[i, j] == (image[i - down, j - right] if inside else 0)
     plain, once, again, later = (
-        ImageBatches(digits, 200, 0, shift).batch(step)
+        image_train_batches(digits, 200, 0, shift).batch(step)
         for shift, step in ((0, 1), (1, 1), (1, 1), (1, 2))
     )
     np.testing.assert_array_equal(plain["label"], once["label"])
@@ -74,6 +78,15 @@ def test_a_shift_moves_every_image_on_its_own_and_fills_with_black(digits):
     kept = (plain["image"] == once["image"]).all(axis=(1, 2, 3)).mean()
     # Half of the moves along an axis are none: 0.25 +- 0.031 of 200 images; bounds at 3 deviations.
     assert 0.16 < kept < 0.34
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_a_hosts_share_is_a_slice_of_the_global_batch(digits, shift):
+    batches = image_train_batches(digits, 8, 3, shift)
+    whole = batches.batch(5)
+    for rows in (slice(2, 6), slice(0, 0)):
+        for name, values in batches.batch(5, rows).items():
+            np.testing.assert_array_equal(values, whole[name][rows])
 
 
 @pytest.mark.parametrize("rows", [359, 10**6, 100])
@@ -99,21 +112,15 @@ def test_impossible_settings_are_refused(digits):
         ((4, 0, 8), r"task.shift: 8 is not in \[0, 8\)"),
     ):
         with pytest.raises(UserError, match=message):
-            ImageBatches(digits, *arguments)
+            image_train_batches(digits, *arguments)
     with pytest.raises(UserError, match="train.eval_rows: 0"):
         image_eval_batches(digits, 4, 0)
     with pytest.raises(ValueError, match="step -1"):
-        ImageBatches(digits, 4, 0).batch(-1)
-
-
-@pytest.mark.parametrize("rows, chosen", [(4, [0, 2, 5, 7]), (7, [0, 1, 2, 4, 5, 7, 8])])
-def test_images_that_do_not_divide_the_held_out_side_reach_its_end(rows, chosen):
-    assert image_eval_rows(10, rows).tolist() == chosen
-    assert image_eval_rows(10, 99).tolist() == list(range(10))
+        image_train_batches(digits, 4, 0).batch(-1)
 
 
 @pytest.mark.parametrize("rows", [3, 1000])
-def test_the_class_prior_is_of_the_evaluated_images(digits, rows):
+def test_the_class_prior_is_computed_on_the_evaluated_images(digits, rows):
     source = ImageSource(digits, 2, 8, 0, rows)
     labels = [b["label"][b["valid"]] for b in source.eval_batches(8, rows)]
     chance = np.bincount(digits.train_label_N, minlength=10) / len(digits.train_label_N)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from moejax.data.split import EVAL_FOLDERS
 from moejax.errors import UserError
-from moejax.tasks.images.dataset import Images, load_images, split_classes
-from moejax.tasks.images.folder import EVAL_FOLDERS, SIDES, read_image
+from moejax.tasks.images.dataset import SIDES, Images, load_images, read_image, split_classes
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def as_set(*sides):
 # The digits.
 
 
-def test_the_digits_are_scikit_learns_each_on_one_side(digits):
+def test_the_digits_equal_scikit_learns_and_each_is_on_one_side(digits):
     raw: Any = load_digits()
     whole = as_set((raw.images.astype(np.uint8), raw.target))
     sides = [
@@ -105,7 +105,7 @@ def test_a_share_outside_0_and_1_is_refused(share):
 # Folders.
 
 
-def test_pixels_are_those_pillow_reads(folder):
+def test_pixels_equal_those_of_pillow(folder):
     for mode, channels in (("RGB", 3), ("L", 1)):
         images = load_images(str(folder), 6, channels, 0.34)
         expected = []
@@ -142,7 +142,7 @@ def test_the_middle_square_is_averaged_down(tmp_path):
     assert read_image(str(tmp_path / "stripes.png"), 4, 3).shape == (4, 4, 3)
 
 
-def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+def test_a_photograph_is_rotated_by_its_exif_orientation(tmp_path):
     pixels, exif = picture(1), Image.Exif()
     exif[0x0112] = 6  # orientation: the camera was turned, show it a quarter turn clockwise
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
@@ -172,7 +172,7 @@ def test_hidden_files_other_files_and_deeper_folders(folder):
     assert load_images(str(folder), 6, 3).fingerprint != first
 
 
-def test_the_fingerprint_is_of_pixels_labels_and_split(folder):
+def test_the_fingerprint_covers_pixels_labels_and_split(folder):
     first = load_images(str(folder), 6, 3)
     moved = folder.rename(folder.parent / "moved")
     assert load_images(str(moved), 6, 3).fingerprint == first.fingerprint
@@ -190,7 +190,7 @@ def test_the_fingerprint_is_of_pixels_labels_and_split(folder):
         (["test", "validation"], "validation"),
     ],
 )
-def test_a_folder_may_bring_its_own_split(tmp_path, others, chosen):
+def test_a_folder_may_have_its_own_split(tmp_path, others, chosen):
     for seed, side in enumerate(["train", *others]):
         for label, name in enumerate("ab"):
             save(tmp_path / side / name / "0.png", picture(10 * seed + label))
@@ -243,7 +243,7 @@ def test_a_class_on_one_side_only_is_named(tmp_path):
         ["bus", "train", "car"],
     ],
 )
-def test_a_side_of_a_split_is_not_taken_for_a_class(tmp_path, names):
+def test_a_side_of_a_split_is_not_mistaken_for_a_class(tmp_path, names):
     for name in names:
         for seed, inner in enumerate("ab"):
             save(tmp_path / name / inner / "0.png", picture(seed))
@@ -253,7 +253,7 @@ def test_a_side_of_a_split_is_not_taken_for_a_class(tmp_path, names):
     assert "'train' and 'val'" in message and "rename a class" in message
 
 
-def test_a_class_may_be_called_train_where_the_sides_are_told(tmp_path):
+def test_a_class_may_be_called_train_inside_a_split(tmp_path):
     for side in ("train", "dev"):
         for seed, name in enumerate(("bus", "train")):
             save(tmp_path / side / name / "0.png", picture(seed))

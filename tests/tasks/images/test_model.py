@@ -13,9 +13,9 @@ from flax import nnx
 from moejax import gating
 from moejax.mesh import make_mesh
 from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions
-from moejax.tasks.images.batches import ImageBatches
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig, patches
+from moejax.tasks.images.source import image_train_batches
 from moejax.tasks.task import from_tree, to_tree
 from moejax.train.state import partition_spec, shardings
 from moejax.types import Context
@@ -54,7 +54,7 @@ def digits():
 
 
 def image_batch(step=0):
-    return {k: jnp.asarray(v) for k, v in ImageBatches(digits(), B, 0).batch(step).items()}
+    return {k: jnp.asarray(v) for k, v in image_train_batches(digits(), B, 0).batch(step).items()}
 
 
 def apply(params, batch, train):

@@ -65,7 +65,7 @@ def drill(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_it_learns_and_says_so_in_images(drill):
+def test_it_learns_and_reports_in_units_of_images(drill):
     workdir = drill[0]
     first, last = runs.rows(workdir, "eval")
     # Chance is 0.1 and 2.30 nats.
@@ -80,7 +80,7 @@ def test_it_learns_and_says_so_in_images(drill):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(drill, tmp_path):
+def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(drill, tmp_path):
     workdir, broken, gate, run = drill
     again = runs.copy(broken, tmp_path / "run")
     assert runs.steps(again) == [10]
@@ -89,7 +89,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_left_alone(drill, tmp_path):
     runs.same_run(again, workdir, run)
 
 
-def test_eval_prints_the_held_out_row_and_report_and_picture_speak_of_images(drill, tmp_path):
+def test_eval_prints_the_held_out_row_and_report_and_picture_name_images(drill, tmp_path):
     workdir = drill[0]
     ended = call(["eval", f"--workdir={workdir}"])
     assert ended.status == 0
@@ -214,7 +214,7 @@ def test_the_page_cuts_images_into_segments_for_lory(size):
     assert gate.segment * gate.segment == (task.image_size // task.patch_size) ** 2
 
 
-def test_the_router_of_lory_has_a_use_on_the_page_as_it_is():
+def test_the_router_of_lory_is_trained_on_the_unchanged_page():
     setup.prepare(load(f"{ROOT}/configs/vit.py:gate=lory").config).check_gate_data(train_steps=1)
 
 
@@ -236,7 +236,7 @@ def test_bad_pictures_are_one_line_and_nothing_is_written(pictures, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_changed_pictures_are_refused_when_a_run_goes_on(pictures):
+def test_changed_pictures_are_refused_when_a_run_resumes(pictures):
     first = prepared(data__path=pictures).data.fingerprint
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(pictures / "train" / "cat" / "0.png")
     assert prepared(data__path=pictures).data.fingerprint != first

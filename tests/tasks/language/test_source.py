@@ -49,7 +49,7 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_evaluated_targets(mixed, with_
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_baselines_are_of_the_evaluated_rows(mixed, rows):
+def test_baselines_are_computed_on_the_evaluated_rows(mixed, rows):
     corpus = load_corpus(str(mixed / "text"))
     source = TextSource(corpus, 16, 4, 0, rows)
     model = fit_ngrams(corpus.train_N, 256, 2)
@@ -65,7 +65,7 @@ def test_baselines_are_of_the_evaluated_rows(mixed, rows):
     assert source.baselines() != TextSource(corpus, 16, 4, 0, 2 * rows).baselines()
 
 
-def test_the_start_of_a_run_says_what_is_held_out_and_warns_when_it_is_little(mixed):
+def test_the_start_of_a_run_describes_the_held_out_text_and_warns_if_it_is_small(mixed):
     corpus = load_corpus(str(mixed / "text"), str(mixed / "bpe.json"))
     source = TextSource(corpus, 16, 4, 0, 3)
     said = source.facts()

@@ -1,0 +1,133 @@
+"""The ``moejax eval`` command."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from moejax.config import to_dict
+from moejax.config.flags import OVERRIDES, WORKDIR
+from moejax.config.saved import read_config
+from moejax.errors import UserError
+from moejax.train.cost import units
+
+FAILED = 1
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint",
+        description="Evaluates a checkpoint of a run on its held-out text. On a terminal, or with "
+        "--summary,\nit prints a short summary; otherwise, or with --json, every number as one "
+        "JSON object\non a line. It writes no files. --measure-leak adds the loss of some "
+        "sequences, evaluated\nwhole (leak/with_future) and token by token with the rest masked "
+        "(leak/without_future),\nand the difference, leak/nats_per_token: 0 up to rounding for a "
+        "causal gate.",
+        epilog="Examples:\n"
+        "  moejax eval --workdir=runs/switch\n"
+        "  moejax eval --workdir=runs/switch --json | jq .loss\n"
+        "  moejax eval --workdir=runs/switch --step=200 --config.moe.eval_transport=cells\n"
+        "  moejax eval --workdir=runs/ec --measure-leak=32\n\n"
+        f"{OVERRIDES}",
+    )
+    parser.add_argument("--workdir", required=True, **WORKDIR, help="the run's folder")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--summary", action="store_true", help="a short summary (default on a terminal)"
+    )
+    form.add_argument(
+        "--json", action="store_true", help="every number, as JSON on a line (default otherwise)"
+    )
+    parser.flags += ["--summary", "--json"]
+    parser.add_argument(
+        "--measure-leak",
+        nargs="?",
+        type=int,
+        const=8,
+        metavar="N",
+        help="loss with and without the future, on N sequences (default 8; seq_len forward passes)",
+    )
+    parser.add_argument(
+        "--record-routing",
+        metavar="FILE",
+        help="also record the experts of every token, for moe.gate.name=replay",
+    )
+    parser.add_argument(
+        "--record-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --record-routing: also the training batches of the first N steps, at most "
+        "train.steps",
+    )
+    parser.set_defaults(run=_eval, takes_overrides=True)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from moejax.config import load, validate
+
+    if args.step is not None and args.step < 0:
+        raise UserError(f"--step={args.step} must be the number of a checkpoint, 0 or more")
+    if args.measure_leak is not None and args.measure_leak < 1:
+        raise UserError(
+            f"--measure-leak={args.measure_leak} must be a number of sequences, or none"
+        )
+    if args.record_routing == "":
+        raise UserError("--record-routing= must name a file to write")
+    if args.record_steps < 0 or (args.record_steps and not args.record_routing):
+        raise UserError(
+            f"--record-steps={args.record_steps} must be 0 or more, and needs --record-routing"
+        )
+    loaded = load(os.path.join(args.workdir, "config.json"), args.overrides)
+    validate(loaded.config)
+
+    from moejax.train import evaluate
+    from moejax.train.metrics import rows
+
+    try:
+        row = evaluate.evaluate(
+            loaded.config,
+            args.workdir,
+            args.step,
+            args.record_routing or "",
+            args.record_steps,
+            args.measure_leak or 0,
+        )
+    except rows.Divergence as problem:
+        print(f"moejax: the evaluation is not finite at {problem}", file=sys.stderr)
+        return FAILED
+    short = args.summary or (sys.stdout.isatty() and not args.json)
+    print("\n".join(_lines(row, args.workdir, loaded.config)) if short else json.dumps(row))
+    return 0
+
+
+def _lines(row: dict[str, Any], workdir: str, config: Any) -> list[str]:
+    """A summary of a held-out row; without baselines for text other than the run's."""
+    saved = read_config(Path(workdir))
+    unit, loss = units.loss_unit(saved), row["loss"]
+    bits = [f"{row['bits_per_byte']:.4f} bits/byte"] if "bits_per_byte" in row else []
+    said = [("held-out loss", "  ".join([f"{loss:.4f} {unit}", *bits, f"at step {row['step']}"]))]
+    own_data = to_dict(config)["data"] == saved["config"]["data"]
+    for name, value in saved.get("baselines", {}).items() if own_data else ():
+        side = "above" if value > loss else "below"
+        said.append(
+            (f"  {name}", f"{value:.4f} {unit}  {abs(value - loss):.4f} {side} the model's")
+        )
+    if "accuracy" in row:
+        said.append(("accuracy", f"{row['accuracy']:.2%}"))
+    if "moe/drop_rate" in row:
+        transport = config.moe.get("eval_transport", "")
+        said += [
+            ("drops", f"{row['moe/drop_rate']:.2%} of pairs in this evaluation ({transport})"),
+            ("balance", f"busiest expert at {1 + row['moe/max_vio']:.2f}x the mean load"),
+        ]
+    if row.get("leak"):
+        said.append(("leaks", row["leak"]))
+    if "leak/nats_per_token" in row:
+        said.append(("measured leak", f"{row['leak/nats_per_token']:.4f} {unit}"))
+    said.append(("more", "--json prints every number"))
+    return [f"{name:<14}  {text}" for name, text in said]
