@@ -597,5 +597,5 @@ class LayerAux:
             sparse,
             losses=means([layer.losses for layer in layers]),
             means=means([layer.means for layer in layers]),
-            mean_square=jnp.stack([layer.mean_square for layer in layers]),
+            mean_square=jnp.stack([x for layer in layers if (x := layer.mean_square) is not None]),
         )
