@@ -8,9 +8,9 @@ import pytest
 
 from moejax.config import load, validate
 from moejax.data import corpus
-from moejax.tasks.language.windows import Windows
 from moejax.data.builtin import builtin_documents
 from moejax.errors import UserError
+from moejax.tasks.language.windows import Windows
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "openmoe"
 PAGE = f"{FOLDER}/config.py"
