@@ -163,7 +163,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "transport = config.transport if context.train else config.eval_transport",
         "transport = config.transport",
         "tests/layers/test_moe_choices.py",
-        "test_training_and_evaluation_have_a_capacity_factor_each",
+        "test_training_and_evaluation_have_separate_capacity_factors",
     ),
     Mutant(
         "random_priority_by_the_gates_noise",
@@ -171,7 +171,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "context, (), tag=PRIORITY_NOISE)",
         "context, ())",
         "tests/layers/test_moe_choices.py",
-        "test_who_is_served_first_at_random_has_nothing_to_do_with_the_gates_own_draw",
+        "test_random_priority_is_independent_of_the_gates_own_draw",
     ),
     Mutant(
         "depths_even_odds_pass",
@@ -179,7 +179,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "(logit_BL > 0) & context.valid_BL",
         "(logit_BL >= 0) & context.valid_BL",
         "tests/layers/test_depths.py",
-        "test_a_token_with_even_odds_goes_around_the_block_in_evaluation",
+        "test_a_token_with_even_odds_skips_the_block_in_evaluation",
     ),
     Mutant(
         "moa_balance_over_padding",
@@ -187,7 +187,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "losses.load_balance(load_BE, stats.probs_GTE, valid_BL)",
         "losses.load_balance(load_BE, stats.probs_GTE, jnp.ones_like(valid_BL))",
         "tests/layers/test_moa.py",
-        "test_every_token_is_attended_to_by_its_k_best_heads",
+        "test_every_token_uses_its_k_best_heads",
     ),
     Mutant(
         "rows_violation_of_the_worst_layer",
@@ -475,7 +475,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "jnp.sum(valid_BL & ~served_BL, dtype=jnp.int32)",
         "jnp.sum(~served_BL, dtype=jnp.int32)",
         "tests/layers/test_routing_stats.py",
-        "test_pairs_are_counted_by_expert_position_and_column_and_tokens_that_nobody_serves",
+        "test_pairs_are_counted_by_expert_position_and_column_and_unserved_tokens_too",
     ),
     Mutant(
         "unserved_by_any_drop",
@@ -483,7 +483,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "served_BL = jnp.any(active_BLK & kept_BLK, axis=-1)",
         "served_BL = jnp.all(kept_BLK | ~active_BLK, axis=-1)",
         "tests/layers/test_routing_stats.py",
-        "test_a_token_is_served_if_one_of_its_pairs_found_room",
+        "test_a_token_is_served_if_one_of_its_pairs_was_kept",
     ),
     Mutant(
         "drops_by_position_of_tokens",
@@ -491,7 +491,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "dropped_L=jnp.sum(dropped_BLK, axis=(0, 2), dtype=jnp.int32)",
         "dropped_L=jnp.sum(jnp.any(dropped_BLK, axis=2), axis=0, dtype=jnp.int32)",
         "tests/layers/test_routing_stats.py",
-        "test_pairs_are_counted_by_expert_position_and_column_and_tokens_that_nobody_serves",
+        "test_pairs_are_counted_by_expert_position_and_column_and_unserved_tokens_too",
     ),
     Mutant(
         "drops_by_column_reversed",
@@ -499,7 +499,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "dropped_K=jnp.sum(dropped_BLK, axis=(0, 1), dtype=jnp.int32)",
         "dropped_K=jnp.sum(dropped_BLK[..., ::-1], axis=(0, 1), dtype=jnp.int32)",
         "tests/layers/test_routing_stats.py",
-        "test_pairs_are_counted_by_expert_position_and_column_and_tokens_that_nobody_serves",
+        "test_pairs_are_counted_by_expert_position_and_column_and_unserved_tokens_too",
     ),
     Mutant(
         "probabilities_of_padding",
@@ -523,7 +523,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "load_E=stats.load_E + cut_E,",
         "load_E=stats.load_E,",
         "tests/layers/test_routing_stats.py",
-        "test_what_a_gate_cut_was_wanted_and_is_dropped",
+        "test_pairs_cut_by_a_gate_count_as_wanted_and_dropped",
     ),
     Mutant(
         "cuts_at_no_position",
@@ -531,7 +531,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "dropped_L=stats.dropped_L + jnp.sum(cut_BLE, axis=(0, 2), dtype=jnp.int32)",
         "dropped_L=stats.dropped_L",
         "tests/layers/test_routing_stats.py",
-        "test_what_a_gate_cut_was_wanted_and_is_dropped",
+        "test_pairs_cut_by_a_gate_count_as_wanted_and_dropped",
     ),
     Mutant(
         "load_of_a_task_and_later_ones",
@@ -539,7 +539,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "own_MB = task_B == jnp",
         "own_MB = task_B >= jnp",
         "tests/layers/test_routing_stats.py",
-        "test_the_load_of_a_task_is_that_of_its_own_sequences",
+        "test_the_load_of_a_task_counts_its_own_sequences_only",
     ),
     Mutant(
         "group_means_weigh_alike",
@@ -547,7 +547,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "jnp.tensordot(tokens_G, value_G, axes=1)",
         "jnp.sum(value_G, axis=0) * jnp.mean(tokens_G)",
         "tests/layers/test_routing_stats.py",
-        "test_means_of_groups_weigh_as_many_tokens_as_they_have",
+        "test_group_means_are_weighted_by_their_valid_tokens",
     ),
     Mutant(
         "load_loss_of_padding",
@@ -731,7 +731,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "self._scores(jnp.where(context.valid_BL[..., None], x_BLD, 0))",
         "self._scores(x_BLD)",
         "tests/layers/test_depths.py",
-        "test_padding_may_hold_nan_backwards_too",
+        "test_padding_may_hold_nan_forwards_and_backwards",
     ),
     Mutant(
         "moa_routes_padding",
@@ -739,7 +739,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)",
         "pass",
         "tests/layers/test_moa.py",
-        "test_the_routers_losses_have_finite_gradients_though_padding_holds_nan",
+        "test_router_losses_have_finite_gradients_when_padding_holds_nan",
     ),
     Mutant(
         "inactive_columns_have_a_gradient",
@@ -851,7 +851,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "best.gap / jnp.maximum(tokens_G, 1.0)",
         "best.gap",
         "tests/layers/test_balanced_gates.py",
-        "test_the_gap_of_an_assignment_is_told_per_token",
+        "test_the_gap_of_an_assignment_is_reported_per_token",
     ),
     Mutant(
         "sbase_plan_of_padding",
@@ -859,7 +859,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "plan_GTE = jnp.where(context.valid_GT[..., None], plan_GTE, 0.0)",
         "pass",
         "tests/layers/test_balanced_gates.py",
-        "test_the_error_of_sinkhorns_columns_is_that_of_valid_tokens",
+        "test_the_column_error_of_sinkhorn_counts_valid_tokens_only",
     ),
     Mutant(
         "reward_is_the_loss",

@@ -163,7 +163,7 @@ def test_unknown_names_and_fields_are_one_line(name, fields, message):
         ("dense", {"init_scale": -1.0}),
     ],
 )
-def test_values_out_of_range_are_refused_by_field(name, fields):
+def test_values_out_of_range_are_refused_with_their_field(name, fields):
     (field,) = fields
     with pytest.raises(ValueError, match=field):
         gating.make(name, **fields).check(EXPERTS, train=True)

@@ -51,7 +51,9 @@ ODD_SLOW += [("smear", "cells"), ("base", "cells"), ("sbase", "cells"), ("shazee
     ("gate", "transport"),
     [*ODD, *(pytest.param(*row, marks=pytest.mark.slow) for row in ODD_SLOW)],
 )
-def test_a_batch_that_does_not_divide_over_the_mesh_gives_the_numbers_of_no_mesh(gate, transport):
+def test_a_batch_that_does_not_divide_over_the_mesh_gives_the_same_numbers_as_without_a_mesh(
+    gate, transport
+):
     """Five sequences on eight shards: what fills the rest is computed, and never counted."""
     x = jax.random.normal(jax.random.key(1), (5, L, D))
     ctx = moejax.Context.of(5, L, key=jax.random.key(3))
@@ -69,7 +71,7 @@ def test_a_batch_that_does_not_divide_over_the_mesh_gives_the_numbers_of_no_mesh
 
 
 @pytest.mark.slow
-def test_heads_and_shared_gates_take_odd_batches_on_a_mesh_too():
+def test_heads_and_shared_gates_accept_batches_that_do_not_divide_over_the_mesh():
     x = jax.random.normal(jax.random.key(1), (5, L, D))
     attention = AttentionOptions(head_dim=8, rope_theta=None, implementation="xla")
     heads = MixtureOfHeads(D, HeadsOptions(4, 2), attention, rngs=nnx.Rngs(0))
@@ -84,7 +86,7 @@ def test_heads_and_shared_gates_take_odd_batches_on_a_mesh_too():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, wanted)
 
 
-def test_a_name_is_a_gate_with_what_the_model_sets_around_it():
+def test_a_preset_name_sets_the_gate_and_the_layer_arguments_around_it():
     layer = make_by_name("deepseek_moe")
     preset = gating.preset_overrides("deepseek_moe")
     assert layer.gate == gating.make("deepseek_moe")
@@ -97,7 +99,7 @@ def test_a_name_is_a_gate_with_what_the_model_sets_around_it():
     assert given.config.transport == Cells() and given.shared is None
 
 
-def test_a_gate_by_value_leaves_the_arguments_at_their_defaults():
+def test_a_gate_passed_by_value_does_not_set_preset_arguments():
     layer = moejax.MoE(D, F, E, gate=gating.make("deepseek_moe"), rngs=nnx.Rngs(0))
     assert layer.config.transport == Cells() and layer.shared is None
 
@@ -115,7 +117,7 @@ def make_by_name(gate, **choices):
     return moejax.MoE(D, F, E, gate=gate, rngs=nnx.Rngs(0), **choices)
 
 
-def test_dtype_is_that_of_the_computation_and_param_dtype_that_of_the_experts():
+def test_dtype_sets_the_computation_and_param_dtype_the_expert_parameters():
     x = jax.random.normal(jax.random.key(0), (4, L, D))
     exact = make_by_name("qwen_moe")
     half = make_by_name("qwen_moe", dtype=jnp.bfloat16, param_dtype="bfloat16")
@@ -133,7 +135,7 @@ def test_dtype_is_that_of_the_computation_and_param_dtype_that_of_the_experts():
     )
 
 
-def test_without_a_dtype_the_output_is_of_the_input_s():
+def test_without_a_dtype_the_output_has_the_dtype_of_the_input():
     x = jnp.ones((4, L, D), jnp.bfloat16)
     assert make_by_name("mixtral")(x)[0].dtype == jnp.bfloat16
     assert make_by_name("mixtral", dtype="float32")(x)[0].dtype == jnp.float32
@@ -167,7 +169,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_wrong_argument_of_a_call_is_named_in_one_line(name):
+def test_a_wrong_call_argument_is_reported_in_one_line(name):
     args, message = CALLS[name]
     with pytest.raises(ValueError, match=message) as found:
         make_by_name("mixtral")(*args)
@@ -175,7 +177,7 @@ def test_a_wrong_argument_of_a_call_is_named_in_one_line(name):
 
 
 @pytest.mark.parametrize("gate", ["hash", "stablemoe"])
-def test_a_gate_that_routes_by_token_ids_is_not_given_zeros_for_them(gate):
+def test_a_gate_that_routes_by_token_ids_refuses_calls_without_them(gate):
     """It would send every token to one expert."""
     layer, ids = make_by_name(gate, vocab_size=11), jnp.arange(4 * L).reshape(4, L) % 11
     for context in (None, of(key=jax.random.key(0))):
@@ -213,7 +215,7 @@ MAKES = {
 
 
 @pytest.mark.parametrize("name", MAKES)
-def test_a_wrong_argument_of_the_layer_is_named_in_one_line(name):
+def test_a_wrong_layer_argument_is_reported_in_one_line(name):
     changes, message = MAKES[name]
     arguments = {"d_model": D, "d_ff": F, "num_experts": E, "gate": "mixtral", "rngs": nnx.Rngs(0)}
     with pytest.raises(ValueError, match=message) as found:
@@ -233,7 +235,7 @@ def test_a_group_may_be_given_as_a_number():
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "expert": 4}, None])
-def test_messages_of_the_layer_do_not_speak_of_config_fields(mesh):
+def test_error_messages_of_the_layer_do_not_mention_config_fields(mesh):
     """A user of the layer has no config: `moe.` and `train.` mean nothing to them."""
     with meshes.entered(mesh):
         for call in (
@@ -249,7 +251,7 @@ def test_messages_of_the_layer_do_not_speak_of_config_fields(mesh):
 
 
 @pytest.mark.parametrize("train", ["yes", 1, jnp.bool_(True)])
-def test_a_train_that_is_no_choice_is_refused(train):
+def test_an_invalid_value_of_train_is_refused(train):
     with pytest.raises(ValueError, match="train=.* must be True, False or None"):
         make()(x_of(4, L, D), train=train)
 
@@ -258,7 +260,7 @@ def test_a_train_that_is_no_choice_is_refused(train):
 @pytest.mark.parametrize(
     "gate", ["mixtral", *(pytest.param(g, marks=pytest.mark.slow) for g in ("smear", "lory"))]
 )
-def test_forward_mode_passes_all_experts_and_merged_ones(gate):
+def test_forward_mode_works_with_all_experts_and_merged_experts(gate):
     """jvp, linearize and jacfwd against reverse mode; a Hessian-vector product against it twice."""
     layer = make(gate, transport="all_experts")
     x = jax.random.normal(jax.random.key(1), (1, 3, D))
@@ -287,7 +289,7 @@ def test_forward_mode_passes_all_experts_and_merged_ones(gate):
         ("soft", "cells", "a gate that does not mix"),
     ],
 )
-def test_forward_mode_is_refused_elsewhere_with_what_to_use(gate, transport, instead):
+def test_forward_mode_is_refused_by_other_transports_with_a_remedy(gate, transport, instead):
     layer, x = make(gate, transport=transport), x_of(2, L, D)
     with pytest.raises(TypeError, match=f"forward-mode .* use {instead}"):
         jax.jvp(lambda x: layer(x)[0], (x,), (x,))
@@ -296,7 +298,7 @@ def test_forward_mode_is_refused_elsewhere_with_what_to_use(gate, transport, ins
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [None, README_MESH])
 @pytest.mark.parametrize("transport", ["cells", "dropless", "dropless_once", "gather"])
-def test_a_hessian_vector_product_passes_every_transport(transport, shape):
+def test_hessian_vector_products_work_with_every_transport(transport, shape):
     """jvp of grad, against the same through all_experts, which is plain JAX."""
     x, direction = (jax.random.normal(jax.random.key(i), (4, L, D)) for i in (1, 2))
 
@@ -319,7 +321,7 @@ def test_a_hessian_vector_product_passes_every_transport(transport, shape):
         ({"expert": -1, "data": 3}, "cannot fill: 8 devices are not a multiple"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused_in_words_of_its_own(shape, message):
+def test_an_impossible_mesh_is_refused_with_its_own_message(shape, message):
     with pytest.raises(moejax.UserError, match=message) as found:
         moejax.make_mesh(shape)
     assert "cpu_devices" not in str(found.value)

@@ -43,7 +43,7 @@ def test_rope_products_depend_on_relative_positions_only():
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_attention_is_the_softmax_formula(kv_heads):
+def test_attention_equals_the_softmax_formula(kv_heads):
     width, heads, size = 12, 4, 6
     options = AttentionOptions(
         num_heads=heads,
@@ -84,7 +84,7 @@ def test_attention_is_the_softmax_formula(kv_heads):
         ("cpu", "bfloat16", 64, "xla"),
     ],
 )
-def test_auto_is_the_fused_kernel_where_it_can_run(backend, dtype, size, wanted, monkeypatch):
+def test_auto_selects_the_fused_kernel_where_it_can_run(backend, dtype, size, wanted, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert implementation_for("auto", jnp.dtype(dtype), size) == wanted
     assert implementation_for("xla", jnp.dtype(dtype), size) == "xla"
@@ -121,7 +121,7 @@ def by_segment(layer, x, valid, segment, position):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize("segment", [None, SEGMENTS], ids=["whole", "segments"])
-def test_padding_wherever_it_lies_and_other_segments_are_not_attended_to(causal, segment):
+def test_padding_and_other_segments_are_never_attended_to(causal, segment):
     layer = Attention(8, dataclasses.replace(OPTIONS, causal=causal), rngs=nnx.Rngs(0))
     x = np.random.default_rng(3).normal(size=(3, 6, 8)).astype(np.float32)
     position = 2 * np.arange(6) + np.array([[0], [3], [1]])
@@ -137,7 +137,7 @@ def test_padding_wherever_it_lies_and_other_segments_are_not_attended_to(causal,
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
-def test_gradients_of_padding_are_zero_and_all_are_finite_where_a_query_sees_nothing(causal):
+def test_gradients_of_padding_are_zero_and_fully_masked_queries_have_finite_ones(causal):
     layer = Attention(8, dataclasses.replace(OPTIONS, causal=causal), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (3, 6, 8)).at[~HOLES].set(jnp.inf)
     graph, params = nnx.split(layer)
@@ -153,7 +153,7 @@ def test_gradients_of_padding_are_zero_and_all_are_finite_where_a_query_sees_not
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
 @pytest.mark.parametrize("behind", [True, False], ids=["behind", "anywhere"])
-def test_the_fused_kernel_gets_a_mask_it_takes_unless_it_would_hide_nothing(
+def test_the_fused_kernel_gets_a_supported_mask_or_none_if_nothing_is_hidden(
     causal, behind, monkeypatch
 ):
     """Traced as for a GPU: cuDNN checks the shapes of its operands there."""

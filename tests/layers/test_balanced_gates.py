@@ -61,7 +61,7 @@ PAIRWISE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "case"), PAIRWISE)
-def test_no_mesh_changes_anything(shape, case):
+def test_every_mesh_gives_the_same_results(shape, case):
     check(shape, case)
 
 
@@ -80,7 +80,7 @@ def test_balanced_training_fills_every_slot_and_drops_nothing(fields, group):
 
 
 @pytest.mark.slow
-def test_base_balances_the_whole_batch_where_sequences_are_unlike():
+def test_base_balances_the_whole_batch_when_sequences_differ():
     """One sequence per expert's taste: balancing sequences must overrule it, the batch need not."""
     x = tokens() + 20 * jax.random.normal(jax.random.key(9), (B, 1, D))
     whole = make("base", transport="dropless", group="batch")(x, context())[1]
@@ -124,7 +124,7 @@ def test_the_task_gradient_reaches_every_parameter_of_the_gate(gate, fields):
         assert (jnp.abs(grad).max() > 1e-5) or (fields.get("k") == 1 and "mix" in name), name
 
 
-def test_the_average_bias_balances_evaluation_and_is_the_only_thing_that_changes():
+def test_the_average_bias_balances_evaluation_and_nothing_else_changes():
     layer = make("sbase", transport="dropless", gate_fields={"evaluation": "ema", "ema_decay": 0.5})
     layer.router["router_DE"][...] = jax.random.normal(jax.random.key(4), (D, E))
     x = tokens() + 1.0  # a common direction makes some experts everyone's favourite
@@ -161,12 +161,12 @@ def test_residual_imbalance_is_reported_and_falls_with_epsilon():
     ("base", "sequence", "train:future"), ("base", "batch", "train:future+others"),
     ("sbase", "4", "train:future+others"), ("dselect_k", "batch", ""),
 ])  # fmt: skip
-def test_balancing_leaks_in_training_and_says_so_and_not_in_evaluation(gate, group, mark):
+def test_balancing_leaks_in_training_as_declared_and_not_in_evaluation(gate, group, mark):
     config = DispatchOptions(num_experts=E, transport="dropless", group=group).config
     assert make(gate).gate.visibility(config).mark == mark
 
 
-def test_the_gap_of_an_assignment_is_told_per_token(monkeypatch):
+def test_the_gap_of_an_assignment_is_reported_per_token(monkeypatch):
     """Groups of three and of two tokens, each 6 away from the optimum."""
     solve = base.balanced_assignments
 
@@ -182,7 +182,7 @@ def test_the_gap_of_an_assignment_is_told_per_token(monkeypatch):
     np.testing.assert_array_equal(means["assignment_gap"], [2.0, 3.0])
 
 
-def test_the_error_of_sinkhorns_columns_is_that_of_valid_tokens():
+def test_the_column_error_of_sinkhorn_counts_valid_tokens_only():
     """Padding that would all go to one expert is no part of the plan, which has converged."""
     gate = gating.make("sbase", num_iters=200, tol=0.0)
     x = jax.random.normal(jax.random.key(0), (2, 12, 4))
@@ -215,7 +215,7 @@ def test_one_expert_needs_no_balancing():
     ("dselect_k", {"max_active": 9}, "gate.max_active=9"),
     ("dselect_k", {"entropy_weight": -1.0}, "gate.entropy_weight=-1.0"),
 ])  # fmt: skip
-def test_values_out_of_range_are_refused_by_field(gate, fields, message):
+def test_values_out_of_range_are_refused_with_their_field(gate, fields, message):
     with pytest.raises(ValueError, match=message):
         make(gate, gate_fields=fields)
 
@@ -235,7 +235,7 @@ def test_state_is_read_and_never_written_by_the_layer():
     ("gate", "fields"),
     [("sbase", {"evaluation": "ema"}), ("expert_choice_causal", {}), ("loss_free", {})],
 )
-def test_statistics_of_an_evaluation_move_no_state(gate, fields):
+def test_statistics_of_an_evaluation_cannot_update_the_state(gate, fields):
     layer = make(gate, transport="dropless", gate_fields=fields)
     state = layer.init_gate_state()
     _, info = layer(tokens(), context(), gate_state=state, train=False)

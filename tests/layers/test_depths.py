@@ -107,7 +107,9 @@ def test_the_best_valid_tokens_are_chosen_in_ascending_order_and_ties_go_to_the_
 
 @pytest.mark.parametrize("predictor", ["mlp", "router"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_routed_block_is_a_loop_over_the_chosen_tokens_at_their_own_positions(predictor, train):
+def test_a_routed_block_equals_a_loop_over_the_chosen_tokens_at_their_own_positions(
+    predictor, train
+):
     (_, params), config = built(predictor)
     x_BLD, position_BL = tokens(), np.asarray(context().position_BL)
     y_BLD, aux = program(predictor, train)(params, x_BLD)
@@ -137,7 +139,7 @@ def test_a_routed_block_is_a_loop_over_the_chosen_tokens_at_their_own_positions(
     CLOSE(aux.losses["mod_predictor"], np.mean(nats))
 
 
-def test_with_room_for_all_and_weights_of_one_it_is_the_plain_block():
+def test_with_full_capacity_and_unit_weights_a_routed_block_equals_a_plain_one():
     x_BLD = tokens().at[..., 0].set(1.0)
     (_, params), _ = built(capacity=1.0)
     params = jax.tree.map(jnp.asarray, params)
@@ -156,7 +158,7 @@ def test_with_room_for_all_and_weights_of_one_it_is_the_plain_block():
 
 
 @pytest.mark.parametrize("predictor", ["mlp", "router"])
-def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predictor):
+def test_the_task_trains_the_router_and_the_cross_entropy_the_predictor(predictor):
     @jax.jit
     def gradients(params, x_BLD):
         def of(loss):
@@ -182,7 +184,7 @@ def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predic
     assert largest({k: v for k, v in entropy.items() if k not in ("depths", "router")}) == 0
 
 
-def test_a_token_with_even_odds_goes_around_the_block_in_evaluation():
+def test_a_token_with_even_odds_skips_the_block_in_evaluation():
     """Of zeros both predictors say sigmoid(0), which is not above 1/2."""
     for predictor in ("mlp", "router"):
         y_BLD, aux = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))
@@ -214,7 +216,7 @@ def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
 
 
 @pytest.mark.parametrize("predictor", ["mlp", "router"])
-def test_padding_may_hold_nan_backwards_too(predictor):
+def test_padding_may_hold_nan_forwards_and_backwards(predictor):
     """Three of four tokens are chosen, of which the second sequence has two."""
     depths = Depths(4, DepthsOptions(0.75, predictor=predictor), rngs=nnx.Rngs(0))
     graph, params = nnx.split(depths)
@@ -234,7 +236,7 @@ def test_padding_may_hold_nan_backwards_too(predictor):
     assert np.isfinite(by_x).all() and (by_x[1, 2:] == 0).all()
 
 
-def test_capacity_is_rounded_up_and_has_room_for_someone():
+def test_capacity_is_rounded_up_and_is_at_least_one():
     def chosen(capacity, length):
         return DepthsOptions(capacity).chosen(length)
 
@@ -242,7 +244,7 @@ def test_capacity_is_rounded_up_and_has_room_for_someone():
     assert chosen(0.1, 30) == 3 and chosen(1.0, 7) == 7 and chosen(1e-6, 5) == 1
 
 
-def test_choices_that_do_not_fit_are_named():
+def test_options_that_do_not_fit_are_refused_by_name():
     for fields, every, text in (
         ({"mod_capacity": 1.5}, 0, "capacity=1.5 must be >= 0 and <= 1"),
         ({"mod_every": 0}, 0, "every=0 must be >= 1"),

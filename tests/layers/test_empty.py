@@ -19,7 +19,7 @@ GATES = ["mixtral", "base", "expert_choice", "soft", "lory"]
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_batch_of_nothing_gives_zeros_and_finite_numbers(gate, shape, train):
+def test_a_batch_without_valid_tokens_gives_zeros_and_finite_numbers(gate, shape, train):
     layer = moejax.MoE(8, 12, 4, gate=gating.make(gate), num_shared=1, rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
     x_BLD = jnp.full((*shape, 8), jnp.nan)

@@ -24,7 +24,7 @@ def values(prob, valid=VALID, task=TASK, floor=FLOOR):
     return losses.task_entropies(prob, valid, task, jnp.asarray(floor, jnp.float32))
 
 
-def test_both_losses_of_both_tasks_are_scipys_entropies_of_the_valid_tokens():
+def test_both_losses_of_both_tasks_equal_scipys_entropies_over_valid_tokens():
     prob, found = probabilities(), values(probabilities())
     # A floor that is reached, so that the loss is 0, and one that is not.
     assert float(found["global_entropy_0"]) == 0.0 < float(found["global_entropy_1"])
@@ -63,7 +63,7 @@ def test_the_losses_are_largest_where_the_router_is_undecided_and_where_it_sends
     )
 
 
-def test_padding_may_hold_nan_and_a_task_without_tokens_has_losses_and_gradients_of_0():
+def test_padding_may_hold_nan_and_a_task_without_tokens_has_zero_losses_and_gradients():
     logits = jax.random.normal(jax.random.key(0), (B, L, E))
 
     def total(logits, task):
@@ -109,7 +109,7 @@ def served(logits, task):
 
 
 @pytest.mark.slow
-def test_text_that_all_goes_to_one_expert_is_pulled_apart_by_its_losses_and_not_without():
+def test_entropy_losses_alone_spread_text_that_all_goes_to_one_expert():
     first, before, after = descended((0.0, 1.0, 0.0, 1.0))
     assert served(before, 1) == 1
     assert first["bias"][1, 0] > 0, "away from the expert that has it all"
@@ -125,7 +125,7 @@ def layer_run(**choices):
     return jax.jit(lambda x: layer(x, context(valid_BL=VALID, task_B=TASK))[1])(tokens())
 
 
-def test_a_layer_with_floors_has_the_losses_of_its_own_probabilities_and_counts_by_task():
+def test_a_layer_with_floors_reports_entropy_losses_and_counts_per_task():
     info = layer_run(entropy_floors=FLOOR, group="2")
     wanted = values(info.router.probs_GTE.reshape(B, L, E))
     for name, loss in wanted.items():
@@ -139,7 +139,7 @@ def test_a_layer_with_floors_has_the_losses_of_its_own_probabilities_and_counts_
         np.testing.assert_array_equal(load[task], np.bincount(own, minlength=E))
 
 
-def test_a_layer_of_one_task_has_neither_and_wants_a_floor_for_every_task():
+def test_a_layer_with_one_task_has_no_entropy_losses_and_every_task_needs_a_floor():
     layer = make("switch")
     info = jax.eval_shape(lambda x: layer(x, context())[1], tokens())
     assert info.stats.load_ME is None and not any("entropy" in name for name in info.losses)

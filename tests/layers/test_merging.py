@@ -35,7 +35,7 @@ def context(**known):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", [Smear(), Lory(4), Lory(4, "paper")], ids=str)
-def test_one_expert_is_an_ffn(gate):
+def test_one_expert_equals_an_ffn(gate):
     made = layer(gate, experts=1)
     y = output(made, gates.tokens(), context())
     one = jax.tree.map(lambda w: w[0], made.expert_weights())
@@ -43,7 +43,7 @@ def test_one_expert_is_an_ffn(gate):
     assert not any(gate.visibility(made.config))
 
 
-def test_one_uniform_segment_is_the_mean_expert():
+def test_one_uniform_segment_uses_the_mean_expert():
     made = layer(Lory(T, "uniform"))
     y = output(made, gates.tokens(), context())
     mean = jax.tree.map(lambda w: w.mean(0), made.expert_weights())
@@ -53,9 +53,7 @@ def test_one_uniform_segment_is_the_mean_expert():
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_later_token_moves_earlier_ones_in_the_papers_first_segment_and_nowhere_else(
-    policy, train
-):
+def test_a_later_token_affects_earlier_ones_only_in_the_papers_first_segment(policy, train):
     """Every position in turn is another token; what comes before it must not move."""
     made = layer(Lory(6, policy))
     x, other = gates.tokens(), gates.tokens(5)
@@ -77,7 +75,7 @@ def test_a_later_token_moves_earlier_ones_in_the_papers_first_segment_and_nowher
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("policy", ["learned", "bos"])
-def test_the_output_of_a_prefix_is_the_prefix_of_the_output(policy):
+def test_the_output_of_a_prefix_equals_the_prefix_of_the_output(policy):
     made = layer(Lory(4, policy))
     whole = output(made, gates.tokens(), context())
     for n in (1, 4, 6):
@@ -85,7 +83,7 @@ def test_the_output_of_a_prefix_is_the_prefix_of_the_output(policy):
         close(part, whole[:, :n])
 
 
-def test_every_token_of_a_smeared_sequence_sees_every_other_and_no_other_sequence():
+def test_every_token_under_smear_depends_on_its_whole_sequence_and_on_no_other():
     made = layer(Smear())
     run = jax.jit(lambda x: made(x, context(), train=False)[0])
     y, other = run(gates.tokens()), gates.tokens(5)
@@ -96,7 +94,7 @@ def test_every_token_of_a_smeared_sequence_sees_every_other_and_no_other_sequenc
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", [Smear(), Lory(4, "bos")], ids=str)
-def test_padding_may_hold_nan_backwards_too(gate):
+def test_padding_may_hold_nan_forwards_and_backwards(gate):
     made, valid = layer(gate), padded()
     graph, params = nnx.split(made)
 
@@ -127,7 +125,7 @@ MESHES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "gate"), MESHES)
-def test_no_mesh_changes_anything(shape, gate):
+def test_every_mesh_gives_the_same_results(shape, gate):
     fields = (("segment", 4),) if gate == "lory" else ()
     place, late = jnp.arange(moes.L), jnp.asarray([0, 1, 3, 0, 0, 2, 0, 0])[:, None]
     valid = (place >= late) & (place < jnp.asarray([6, 6, 5, 6, 3, 6, 6, 0])[:, None])

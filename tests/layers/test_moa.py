@@ -70,7 +70,7 @@ def loop(layer, k, x_BLD, valid_BL, position_BL):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
-def test_every_token_is_attended_to_by_its_k_best_heads(causal):
+def test_every_token_uses_its_k_best_heads(causal):
     layer, x_BLD, given = make(causal=causal), tokens(), context()
     y_BLD, aux = run(layer, x_BLD, given)
     wanted, load = loop(layer, 2, x_BLD, VALID, np.asarray(given.position_BL))
@@ -101,7 +101,7 @@ def test_padding_between_valid_tokens_is_masked():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [1, 3])
-def test_with_all_heads_and_equal_weights_it_is_multi_query_attention(heads):
+def test_moa_with_all_heads_and_equal_weights_equals_multi_query_attention(heads):
     """Of weight 1 / heads each: 1 where there is a single head."""
     layer = make(heads, heads)
     layer.router["router_DE"][...] = jnp.zeros((D, heads))
@@ -130,7 +130,7 @@ def test_a_token_costs_k_heads_however_many_there_are(k):
     assert count_flops(jaxpr, grouped=False) == count_flops(jaxpr)
 
 
-def test_the_router_learns_from_the_task_with_a_single_head_and_everything_has_a_gradient():
+def test_the_router_learns_from_the_task_with_one_head_and_every_parameter_has_a_gradient():
     """The denominator is a constant: a weight of 1 still pulls at its logit."""
     graph, params = nnx.split(make(5, 1))
 
@@ -143,7 +143,7 @@ def test_the_router_learns_from_the_task_with_a_single_head_and_everything_has_a
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-4, path
 
 
-def test_the_routers_losses_have_finite_gradients_though_padding_holds_nan():
+def test_router_losses_have_finite_gradients_when_padding_holds_nan():
     graph, params = nnx.split(make())
     x_BLD = jnp.where(VALID[..., None], tokens(), jnp.nan)
 
@@ -155,6 +155,6 @@ def test_the_routers_losses_have_finite_gradients_though_padding_holds_nan():
     assert np.isfinite(by_x).all() and (by_x[~VALID] == 0).all()
 
 
-def test_more_heads_per_token_than_there_are_is_an_error():
+def test_choosing_more_heads_per_token_than_exist_is_an_error():
     with pytest.raises(ValueError, match="k=3 must be at most experts=2"):
         make(2, 3)

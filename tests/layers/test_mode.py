@@ -29,7 +29,7 @@ def dropped(layer, **call):
     return int(layer(tokens(), context(), **call)[1].stats.dropped_E.sum())
 
 
-def test_eval_and_train_switch_what_capacity_and_noise_do():
+def test_eval_and_train_switch_capacity_and_noise():
     layer = make("mixtral", capacity_factor=0.5)
     assert dropped(layer) > 0
     layer.eval()
@@ -42,7 +42,7 @@ def test_eval_and_train_switch_what_capacity_and_noise_do():
     np.testing.assert_array_equal(noisy(tokens())[0], quiet(tokens())[0])
 
 
-def test_the_argument_of_a_call_goes_before_the_switch():
+def test_the_train_argument_of_a_call_overrides_the_switch():
     layer = make("mixtral", capacity_factor=0.5)
     assert dropped(layer, train=False) == 0
     layer.eval()
@@ -59,7 +59,7 @@ def test_a_view_and_set_attributes_set_the_switch():
     assert dropped(layer) == 0
 
 
-def test_the_switch_survives_split_merge_and_clone_and_tells_programs_apart():
+def test_the_switch_survives_split_merge_and_clone_and_distinguishes_programs():
     layer = make("mixtral", capacity_factor=0.5)
     run = nnx.jit(lambda layer: layer(tokens())[1].stats.dropped_E.sum())
     assert run(layer) > 0
@@ -68,7 +68,7 @@ def test_the_switch_survives_split_merge_and_clone_and_tells_programs_apart():
     assert dropped(nnx.merge(*nnx.split(layer))) == dropped(nnx.clone(layer)) == 0
 
 
-def test_the_statistics_of_an_evaluation_by_the_switch_move_no_state():
+def test_statistics_gathered_after_eval_cannot_update_the_state():
     layer = make("loss_free")
     layer.eval()
     _, info = layer(tokens())
@@ -78,7 +78,7 @@ def test_the_statistics_of_an_evaluation_by_the_switch_move_no_state():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", ["soft", "smear", "expert_choice_causal", "evomoe"])
-def test_every_kind_of_gate_evaluates_after_eval(gate):
+def test_every_kind_of_gate_is_in_evaluation_mode_after_eval(gate):
     layer = make(gate, gate_fields={"noise_std": 1.0} if gate == "soft" else {})
     ctx = dataclasses.replace(context(), step=jnp.int32(1))
     wanted, _ = layer(tokens(), ctx, train=False)
@@ -90,7 +90,7 @@ def test_every_kind_of_gate_evaluates_after_eval(gate):
 
 
 @pytest.mark.slow
-def test_the_multi_gate_layer_and_the_heads_evaluate_after_eval():
+def test_the_multi_gate_layer_and_the_heads_are_in_evaluation_mode_after_eval():
     tables = MultiGateMoE(D, F, 3, 4, 2, gate=gating.make("shazeer"), rngs=nnx.Rngs(0))
     x_BD = tokens()[:, 0]
     with pytest.raises(ValueError, match="PRNG key"):
@@ -125,7 +125,7 @@ def test_mixture_of_depths_chooses_in_training_and_predicts_after_eval():
 
 
 @pytest.mark.slow
-def test_a_model_hands_the_switch_to_its_layers():
+def test_a_model_passes_the_switch_to_its_layers():
     model = lms.LM(lms.config("mixtral", moe={"capacity_factor": 0.5}), rngs=nnx.Rngs(0))
     ids = jax.random.randint(jax.random.key(0), (2, 16), 0, 16)
     ctx = moejax.Context.of(2, 16, token_BL=ids)
@@ -141,7 +141,7 @@ def test_a_model_hands_the_switch_to_its_layers():
 
 
 @pytest.mark.slow
-def test_tabulate_shows_the_layer_and_leaves_it_as_it_is():
+def test_tabulate_shows_the_layer_without_changing_it():
     layer = make("loss_free", num_shared=1)
     shown = {"console_kwargs": {"width": 240}, "compute_flops": True}
     table = nnx.tabulate(layer, tokens(), context=context(), **shown)
@@ -174,7 +174,7 @@ def test_layers_are_stacked_by_vmap_and_run_by_scan():
 
 
 @pytest.mark.slow
-def test_the_layer_is_a_pytree_for_jax_itself():
+def test_the_layer_is_a_jax_pytree():
     layer, x = make(), tokens()
     wanted, _ = layer(x)
     y, _ = jax.jit(lambda layer, x: layer(x))(layer, x)
@@ -203,7 +203,7 @@ def test_orbax_saves_and_restores_the_state_of_a_layer(tmp_path):
     )
 
 
-def test_rngs_of_the_call_are_where_noise_comes_from():
+def test_noise_comes_from_the_rngs_of_the_call():
     layer, x = make("switch", gate_fields={"jitter": 0.5}), tokens()
     first, again = layer(x, rngs=nnx.Rngs(0))[0], layer(x, rngs=nnx.Rngs(0))[0]
     other = layer(x, rngs=nnx.Rngs(gate=1))[0]

@@ -37,7 +37,7 @@ def test_a_mesh_changes_nothing(shape, gate):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(("gate", "group"), [("mixtral", "4"), ("shazeer", "batch")])
-def test_groups_that_do_not_divide_over_the_mesh_change_nothing(gate, group):
+def test_groups_that_do_not_divide_over_the_mesh_give_the_same_results(gate, group):
     """Two groups, or one, on eight devices: selection works on gathered logits."""
     x, ctx = tokens(), context()
     choices = {"transport": "dropless", "group": group}
@@ -56,7 +56,7 @@ PAIRWISE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "gate", "priority"), PAIRWISE)
-def test_no_mesh_changes_anything(shape, gate, priority):
+def test_every_mesh_gives_the_same_results(shape, gate, priority):
     x, ctx = tokens(), context()
     choices = {"capacity_factor": 1.0, "priority": priority, "num_shared": 1}
     same(run(shape, gate, x, ctx, **choices), run(None, gate, x, ctx, **choices))
@@ -79,7 +79,7 @@ def test_permuting_the_batch_permutes_the_result(group):
     assert info.stats.dropped_E.sum() > 0
 
 
-def test_equals_the_reference_with_the_pairs_it_kept():
+def test_the_layer_equals_the_reference_on_the_pairs_it_kept():
     layer, x = make(capacity_factor=1.0), tokens()
     y, info = layer(x)
     wanted = reference.moe(x, info.routing, layer.expert_weights(), "swiglu", info.kept_GTK)
@@ -88,7 +88,7 @@ def test_equals_the_reference_with_the_pairs_it_kept():
 
 
 @pytest.mark.parametrize("transport", ["cells", "dropless", "gather", "all_experts"])
-def test_one_expert_is_an_ffn(transport):
+def test_one_expert_equals_an_ffn(transport):
     layer, x = make("top_k", experts=1, gate_fields={"k": 1}, transport=transport), tokens()
     y, _ = layer(x)
     one = jax.tree.map(lambda w: w[0], layer.expert_weights())
@@ -145,7 +145,7 @@ def test_a_router_without_task_gradient_is_refused_in_training_only(gate, fields
     layer(tokens(), context(), train=False)
 
 
-def test_padding_visits_nobody_and_counts_nowhere():
+def test_padding_visits_no_expert_and_is_never_counted():
     valid = jnp.arange(L) < jnp.asarray([6, 5, 4, 3, 2, 1, 0, 6])[:, None]
     layer, x = make(capacity_factor=8.0), tokens()
     poisoned = jnp.where(valid[..., None], x, 1e9)
@@ -213,7 +213,7 @@ def test_noise_without_a_key_is_refused():
         ({"gate_fields": {"k": 9}}, "k=9 must lie between 1 and num_experts=8"),
     ],
 )
-def test_choices_that_cannot_work_are_refused_at_construction(choices, message):
+def test_options_that_cannot_work_are_refused_at_construction(choices, message):
     with pytest.raises(ValueError, match=message):
         make(**choices)
 
@@ -224,7 +224,7 @@ def test_explicit_mesh_axes_are_refused_with_the_remedy():
         make()(tokens())
 
 
-def test_a_foreign_mesh_is_left_alone():
+def test_a_mesh_without_our_axes_changes_nothing():
     """A user's mesh without our axes: the layer is plain XLA code under it."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     layer, x = make(), tokens()

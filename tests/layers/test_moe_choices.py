@@ -75,7 +75,7 @@ CHOICES = [
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )
-def test_groups_and_scopes_are_those_of_the_global_batch_on_every_mesh(shape, choices):
+def test_groups_and_scopes_refer_to_the_global_batch_on_every_mesh(shape, choices):
     """A group may lie on several devices, and a device may hold several groups."""
     if "transport" not in choices:
         choices = {**choices, "capacity_factor": 1.0}
@@ -136,7 +136,7 @@ def half(transport, mesh_name):
     "transport",
     [pytest.param(t, marks=() if t == "dropless" else pytest.mark.slow) for t in TRANSPORTS],
 )
-def test_bfloat16_is_the_float32_layer_to_its_precision_on_a_mesh(transport):
+def test_a_bfloat16_layer_equals_the_float32_layer_within_its_precision_on_a_mesh(transport):
     x = tokens().astype(jnp.bfloat16)
     with meshes.entered(meshes.LARGE):
         step, graph, params = half(transport, meshes.name(meshes.LARGE))
@@ -175,7 +175,7 @@ def test_priority_random_needs_no_key_where_nothing_competes():
 
 
 @pytest.mark.parametrize(("train", "dropped"), [(True, 8), (False, 6)])
-def test_training_and_evaluation_have_a_capacity_factor_each(train, dropped):
+def test_training_and_evaluation_have_separate_capacity_factors(train, dropped):
     """A router of zeros sends all six tokens to experts 0 and 1, with slots for two or three."""
     choices = {"capacity_factor": 1.0, "eval_transport": "cells", "eval_capacity_factor": 2.0}
     layer = make("mixtral", **choices)
@@ -185,7 +185,7 @@ def test_training_and_evaluation_have_a_capacity_factor_each(train, dropped):
     assert isinstance(info.stats, EvalStats) != train
 
 
-def test_who_is_served_first_at_random_has_nothing_to_do_with_the_gates_own_draw():
+def test_random_priority_is_independent_of_the_gates_own_draw():
     """GShard keeps second experts where U < 2 g2: by the same U it would serve them last."""
     known = moejax.Context.of(64, 32, key=jax.random.key(0)).grouped(1, True)
     rules = moejax.types.SlotRules(priority="random")
@@ -198,7 +198,7 @@ def test_who_is_served_first_at_random_has_nothing_to_do_with_the_gates_own_draw
 
 class WithAndWithoutJit(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)  # pyright: ignore[reportCallIssue]
-    def test_a_layer_gives_one_result_called_plainly_and_compiled(self):
+    def test_a_layer_gives_the_same_result_eagerly_and_compiled(self):
         layer = make("shazeer", capacity_factor=1.0)
         call: Any = self.variant
         y, info = call(lambda x: layer(x, context()))(tokens())
@@ -208,7 +208,7 @@ class WithAndWithoutJit(chex.TestCase):
         assert wanted_info.stats.dropped_E.sum() > 0
 
 
-def test_arrays_that_do_not_belong_together_are_refused_at_the_layer():
+def test_arrays_of_inconsistent_shapes_are_refused_by_the_layer():
     layer = make()
     with pytest.raises(ValueError, match="shape"):
         layer(jnp.zeros((B, L, D + 1)))

@@ -54,6 +54,6 @@ def test_coefficients_and_both_branches_have_gradients():
 
 
 @pytest.mark.parametrize("choices", [{"num_shared": 0}, {"shared_gate": True}], ids=str)
-def test_there_must_be_a_shared_expert_without_a_weight_of_its_own(choices):
+def test_residual_needs_a_shared_expert_without_its_own_weight(choices):
     with pytest.raises(ValueError, match="residual=True"):
         make(residual=True, **choices)

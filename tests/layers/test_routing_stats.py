@@ -37,7 +37,7 @@ def stats():
     return collect_stats(ROUTING, PROBS, KEPT, VALID)
 
 
-def test_pairs_are_counted_by_expert_position_and_column_and_tokens_that_nobody_serves():
+def test_pairs_are_counted_by_expert_position_and_column_and_unserved_tokens_too():
     found = stats()
     assert found.tokens == 5
     np.testing.assert_array_equal(found.load_E, [4, 2, 1])
@@ -55,7 +55,7 @@ def test_pairs_are_counted_by_expert_position_and_column_and_tokens_that_nobody_
         ([0.0, 0.0], [True, True], 1),
     ],
 )
-def test_a_token_is_served_if_one_of_its_pairs_found_room(weight, kept, unserved):
+def test_a_token_is_served_if_one_of_its_pairs_was_kept(weight, kept, unserved):
     routing = Routing(jnp.asarray([[[0, 1]]], jnp.int32), jnp.asarray([[weight]]))
     valid = jnp.asarray([[True]])
     found = collect_stats(routing, jnp.full((1, 1, 2), 0.5), jnp.asarray([[kept]]), valid)
@@ -68,7 +68,7 @@ def test_probabilities_and_entropies_are_summed_over_valid_tokens():
     np.testing.assert_allclose(found.entropy, 4 * math.log(2), rtol=1e-6)  # 1.5 + 0 + 1.5 + 0 + 1
 
 
-def test_what_a_gate_cut_was_wanted_and_is_dropped():
+def test_pairs_cut_by_a_gate_count_as_wanted_and_dropped():
     cut = jnp.zeros((2, 3, 3), bool).at[0, 1, 1].set(True).at[1, 0, 1].set(True)
     found, before = with_cuts(stats(), cut), stats()
     np.testing.assert_array_equal(found.load_E, [4, 4, 1])
@@ -82,12 +82,12 @@ def test_what_a_gate_cut_was_wanted_and_is_dropped():
     assert changed == {"load_E", "dropped_E", "dropped_L"}
 
 
-def test_the_load_of_a_task_is_that_of_its_own_sequences():
+def test_the_load_of_a_task_counts_its_own_sequences_only():
     found = with_tasks(stats(), ROUTING, jnp.asarray([1, 0]), num_tasks=2)
     np.testing.assert_array_equal(found.load_ME, [[1, 0, 1], [3, 2, 0]])
 
 
-def test_means_of_groups_weigh_as_many_tokens_as_they_have():
+def test_group_means_are_weighted_by_their_valid_tokens():
     found = sum_over_groups(
         {"one": jnp.asarray([1.0, 10.0]), "two": jnp.asarray([[1.0, 2.0], [3.0, 4.0]])}, VALID
     )

@@ -62,14 +62,14 @@ def programs(slots):
 
 
 @pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_output_and_every_gradient_are_those_of_the_formula(slots):
+def test_output_and_every_gradient_equal_the_formula(slots):
     program, params = programs(slots)
     ours, theirs = program(params, tokens())
     jax.tree.map(CLOSE, ours, theirs)
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(ours))
 
 
-def test_padding_may_hold_anything_and_gets_and_gives_nothing():
+def test_padding_may_hold_anything_and_has_no_output_and_no_effect():
     program, params = programs(3)
     (y, grads), _ = program(params, tokens())
     (y_, grads_), _ = program(params, jnp.where(VALID[..., None], tokens(), jnp.nan))
@@ -84,7 +84,7 @@ def applied(slots, experts=E, train=True, **choices):
     return jax.jit(lambda x, context: layer(x, context, train=train)), layer
 
 
-def test_every_expert_has_every_token_and_nothing_is_dropped():
+def test_every_expert_receives_every_token_and_nothing_is_dropped():
     _, info = applied(3)[0](tokens(), context(valid_BL=VALID))
     stats, count = info.stats, VALID.sum()
     np.testing.assert_array_equal(stats.load_E, np.full(E, count))
@@ -96,7 +96,7 @@ def test_every_expert_has_every_token_and_nothing_is_dropped():
     CLOSE(info.losses["load_balance"], 1.0)  # loads are equal whatever the shares
 
 
-def test_one_slot_of_one_expert_gives_every_token_the_same():
+def test_one_slot_of_one_expert_gives_every_token_the_same_output():
     """f of the mean that the dispatch weights make."""
     run, layer = applied(1, experts=1)
     y, _ = run(tokens(), context(valid_BL=VALID))
@@ -113,7 +113,7 @@ def test_one_slot_of_one_expert_gives_every_token_the_same():
             CLOSE(y[b, :count], np.broadcast_to(wanted, (count, D)))
 
 
-def test_experts_that_change_nothing_keep_tokens_in_their_convex_hull():
+def test_identity_experts_keep_tokens_in_their_convex_hull():
     layer = moejax.MoE(D, 2 * D, E, gate=make("soft").gate, activation="relu", rngs=nnx.Rngs(0))
     both = jnp.concatenate([jnp.eye(D), -jnp.eye(D)], axis=1)  # relu(x) - relu(-x) = x
     layer.up_EDF[...] = jnp.broadcast_to(both, (E, D, 2 * D))
@@ -131,7 +131,7 @@ def test_experts_that_change_nothing_keep_tokens_in_their_convex_hull():
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(L)))
-def test_tokens_in_another_order_have_the_same_outputs(order):
+def test_permuting_tokens_permutes_the_outputs(order):
     run, order = applied(3)[0], np.asarray(order)
     y, _ = run(tokens(), context(valid_BL=VALID))
     moved, _ = run(tokens()[:, order], context(valid_BL=VALID[:, order]))
@@ -190,7 +190,7 @@ def test_a_mesh_changes_nothing(shape, group):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(got[1]))
 
 
-def test_groups_that_do_not_divide_over_the_mesh_change_nothing():
+def test_groups_that_do_not_divide_over_the_mesh_give_the_same_results():
     """Four groups of two sequences on eight shards."""
     known = {"group": "2", "gate_fields": FIELDS}
     x, ctx = tokens(), context(valid_BL=VALID)

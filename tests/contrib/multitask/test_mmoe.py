@@ -194,7 +194,7 @@ def test_a_mesh_changes_nothing(shape, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("shape", meshes.ALL, ids=meshes.name)
-def test_no_mesh_changes_anything(shape, name):
+def test_every_mesh_gives_the_same_results(shape, name):
     same(run(name, shape), run(name))
 
 
