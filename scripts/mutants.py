@@ -403,7 +403,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "& (prob_GTE > 0)",
         "& (prob_GTE >= 0)",
         "tests/dispatch/test_reroute.py",
-        "test_the_second_token_of_a_full_expert_moves_by_hand",
+        "test_the_second_token_of_a_full_expert_moves_as_worked_out_by_hand",
     ),
     Mutant(
         "reroute_inactive_columns_visit",
@@ -411,7 +411,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "jnp.any(hit_GTKE & active_GTK[..., None], axis=2)",
         "jnp.any(hit_GTKE, axis=2)",
         "tests/dispatch/test_reroute.py",
-        "test_the_second_token_of_a_full_expert_moves_by_hand",
+        "test_the_second_token_of_a_full_expert_moves_as_worked_out_by_hand",
     ),
     Mutant(
         "reroute_weight_underflows",
@@ -419,7 +419,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "jnp.maximum(scaled_GT, tiny)",
         "scaled_GT",
         "tests/dispatch/test_reroute.py",
-        "test_the_second_token_of_a_full_expert_moves_by_hand",
+        "test_the_second_token_of_a_full_expert_moves_as_worked_out_by_hand",
     ),
     Mutant(
         "plan_with_experts_below_0",
@@ -427,7 +427,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "(weight_tK > 0) & (expert_tK >= 0)",
         "(weight_tK > 0)",
         "tests/dispatch/test_pack.py",
-        "test_pairs_of_experts_that_are_not_there_have_no_row",
+        "test_pairs_of_experts_on_other_shards_have_no_row",
     ),
     Mutant(
         "plan_keys_overflow",
@@ -435,7 +435,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if (num_experts + 1) * pairs > jnp.iinfo(jnp.int32).max:",
         "if (num_experts + 1) * pairs < 0:",
         "tests/dispatch/test_pack.py",
-        "test_so_many_experts_that_a_pair_has_no_int32_of_its_own_are_sorted_all_the_same",
+        "test_pairs_are_sorted_even_if_their_keys_exceed_int32",
     ),
     Mutant(
         "thor_draws_for_the_last_token",
@@ -587,7 +587,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'lambda x: scoped(x, "sequence"), (output.routing,',
         'lambda x: scoped(x, "sequence"), (routing,',
         "tests/dispatch/test_reroute.py",
-        "test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose",
+        "test_a_layer_reports_the_routing_it_sent_and_counts_the_gates_choices",
     ),
     Mutant(
         "info_of_what_was_not_sent",
@@ -595,7 +595,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "routing=routing,",
         "routing=output.routing,",
         "tests/dispatch/test_reroute.py",
-        "test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose",
+        "test_a_layer_reports_the_routing_it_sent_and_counts_the_gates_choices",
     ),
     Mutant(
         "rerouted_tokens_in_place_of_pairs",
@@ -603,7 +603,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "jnp.sum(after.expert_GTK != before.expert_GTK, axis=-1)",
         "jnp.any(after.expert_GTK != before.expert_GTK, axis=-1)",
         "tests/dispatch/test_reroute.py",
-        "test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose",
+        "test_a_layer_reports_the_routing_it_sent_and_counts_the_gates_choices",
     ),
     Mutant(
         "shared_gate_without_sigmoid",
@@ -723,7 +723,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "Order() if merge.valid_BL is None else Order.of(merge.valid_BL)",
         "Order()",
         "tests/models/test_padding.py",
-        "test_a_layer_gives_tokens_the_same_behind_any_padding",
+        "test_the_outputs_of_a_layer_do_not_depend_on_leading_padding",
     ),
     Mutant(
         "depths_score_padding",

@@ -230,17 +230,17 @@ def test_each_remedy_for_a_leak_cures_it():
         assert not validate(config_with(*leaky, f"moe.{cure}")).eval_future
 
 
-def test_allowed_leak_carries_its_mark():
+def test_an_allowed_leak_is_marked():
     config = config_with(f"moe.gate.name={__name__}:Acausal", "moe.allow_future_leak=true")
     assert validate(config).mark == "train:future+others eval:future+others"
 
 
-def test_leak_in_training_only_runs_marked():
+def test_a_leak_in_training_only_is_accepted_and_marked():
     config = config_with(f"moe.gate.name={__name__}:TrainLeak")
     assert validate(config).mark == "train:future"
 
 
-def test_capacity_leak_in_training_only_runs_marked():
+def test_a_capacity_leak_in_training_only_is_accepted_and_marked():
     assert validate(config_with("moe.priority=choice")).mark == "train:future"
 
 
@@ -271,14 +271,14 @@ def test_paths_that_exist_are_accepted(tmp_path: Path):
     validate(config_with(f"data.path={tmp_path}", f"train.init_from={tmp_path}"))
 
 
-def test_gate_and_its_surroundings_come_from_the_config():
+def test_the_gate_and_its_options_come_from_the_config():
     config = config_with("moe.gate.k=3", "moe.capacity_factor=2", "moe.group=4")
     gate, moe = configs.make_gate(config), configs.moe_config(config)
     assert gate.columns(8) == 3
     assert (moe.transport, moe.group, moe.num_experts) == (Cells(2.0), "4", 8)
 
 
-def test_dense_model_has_no_visibility_of_a_gate():
+def test_a_dense_model_has_no_gate_visibility():
     config = default()
     set_gate(config, f"{__name__}:Acausal")
     config.moe.every = 0
@@ -291,7 +291,7 @@ def test_every_choice_of_remat_has_a_checkpoint_policy():
     assert set(FIELDS["model.remat"].choices) == set(stack.REMAT)
 
 
-def test_where_nothing_is_predicted_from_the_past_only_other_rows_are_marked():
+def test_a_task_without_causal_predictions_is_marked_for_other_rows_only():
     config = default("images")
     set_gate(config, "expert_choice")
     assert validate(config) == Visibility()

@@ -28,7 +28,7 @@ PAGE = f"{ROOT}/configs/lm.py"
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_default_has_every_field_the_task_uses_and_its_own_and_the_gates(task: str):
+def test_the_default_has_every_field_of_the_task_and_of_the_gate(task: str):
     config, entry = default(task), task_entry(task)
     used = {name for name in FIELDS if entry.has(name)}
     assert all(any(name.startswith(out) for name in FIELDS) for out in entry.without)
@@ -47,7 +47,7 @@ def test_every_default_is_allowed_and_has_a_comment(task: str):
         assert name.rpartition(".")[0] in configs.SECTIONS, name
 
 
-def test_the_task_is_the_pages_and_a_run_without_one_is_of_text():
+def test_the_config_page_chooses_the_task_and_a_config_without_one_is_for_language():
     with pytest.raises(UserError, match="task.name=pictures is chosen by the config page"):
         load(PAGE, ["task.name=pictures"])
     assert load(PAGE, ["task.name=language"]).config == load(PAGE).config
@@ -58,7 +58,7 @@ def test_the_task_is_the_pages_and_a_run_without_one_is_of_text():
         default("pictures")
 
 
-def test_unknown_field_cannot_be_set_and_a_wrong_type_neither():
+def test_neither_an_unknown_field_nor_a_wrong_type_can_be_set():
     config = default()
     with pytest.raises(AttributeError):
         config.moe.num_expert = 4
@@ -76,7 +76,7 @@ def test_every_gate_has_typed_fields_and_presets_that_exist(name: str):
     assert config == from_dict(json.loads(json.dumps(to_dict(config))))
 
 
-def test_set_gate_brings_fields_and_preset_and_takes_the_old_preset_back():
+def test_set_gate_applies_fields_and_preset_and_reverts_the_old_preset():
     config = default()
     set_gate(config, "dense")
     assert config.moe.transport == "all_experts"
@@ -93,7 +93,7 @@ def test_set_gate_keeps_what_was_changed_after_the_old_preset():
     assert config.moe.losses.load_balance == 0.5
 
 
-def test_gate_name_cannot_be_assigned_past_its_fields():
+def test_the_gate_name_cannot_be_assigned_without_its_fields():
     with pytest.raises(UserError, match="set_gate"):
         default().moe.gate.name = "switch"
 

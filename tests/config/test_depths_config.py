@@ -16,7 +16,7 @@ def validate(*overrides):
     return configs.validate(config)
 
 
-def test_a_routed_block_marks_training_with_the_future_with_and_without_experts():
+def test_a_routed_block_is_marked_as_a_future_leak_with_and_without_experts():
     depths = "model.mod_capacity=0.125"
     marked = Visibility(train_future=True)
     assert validate(depths, "moe.every=0") == validate(depths, "moe.every=2") == marked
@@ -51,7 +51,7 @@ def test_a_routed_block_marks_training_with_the_future_with_and_without_experts(
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(overrides, message):
+def test_options_that_do_not_fit_are_refused_in_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as error:
         validate(*overrides)
     assert "\n" not in str(error.value)
@@ -62,7 +62,7 @@ def test_residual_moe_is_a_preset_that_validates():
 
 
 @pytest.mark.slow
-def test_the_budget_counts_a_token_s_own_heads_and_no_head_as_an_expert():
+def test_the_budget_counts_the_chosen_heads_and_no_head_as_an_expert():
     plain, heads = (count_budget(steps.make({"data": 1}, model__moa_experts=e)) for e in (0, 8))
     unused = [b.parameters - b.active_parameters for b in (plain, heads)]
     width, head_dim, layers = 16, 4, 2

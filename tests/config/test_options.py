@@ -100,7 +100,7 @@ FITTING = {
 }
 
 
-def test_every_field_of_the_layers_reaches_its_own_option_and_no_other():
+def test_every_layer_field_sets_its_own_option_and_no_other():
     names = {name for options in PREFIXES for name in names_of(options).values()}
     wanted = {n: FITTING.get(n, OTHER[FIELDS[n].type]) for n in names}
     stack = stack_options(config_with(*(f"{name}={value}" for name, value in wanted.items())))
@@ -142,12 +142,12 @@ def test_a_task_without_a_field_decides_the_option_itself():
         (NESTED["heads"], {"experts": 2, "k": 3}, "^k=3 must be at most experts=2"),
     ],
 )
-def test_options_made_in_code_are_refused_in_the_layers_words(kind, fields, message):
+def test_invalid_options_made_in_code_are_refused_with_the_layers_names(kind, fields, message):
     with pytest.raises(ValueError, match=message):
         kind(**fields)
 
 
-def test_options_that_do_not_fit_are_refused_in_the_layers_words_and_in_the_configs():
+def test_invalid_options_are_refused_with_the_layers_names_or_the_configs():
     stack = stack_options(default())
     message = "^d_model=100 is not a multiple of num_heads=3; .* set head_dim$"
     with pytest.raises(ValueError, match=message):

@@ -43,7 +43,7 @@ def test_override_is_typed_by_its_default(override: str, name: str, value: objec
     assert found == value and type(found) is type(value)
 
 
-def test_override_leaves_the_files_config_as_it_was():
+def test_an_override_does_not_change_the_config_of_the_file():
     loaded = load(PAGE, ["--config.train.steps=7"])
     assert (loaded.file_config.train.steps, loaded.config.train.steps) == (300, 7)
     assert loaded.overrides == ("--config.train.steps=7",)
@@ -68,9 +68,7 @@ def test_naming_the_gate_a_page_has_changes_nothing(tmp_path: Path):
     assert load(source, ["moe.gate.name=mixtral"]).config.moe.gate.k == 2
 
 
-def test_gate_of_ones_own_has_its_fields_in_the_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_user_gate_has_its_fields_in_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "gate_of_test_config.py").write_text(
         "import dataclasses\nfrom moejax.gating import TopK\n"
         "@dataclasses.dataclass(frozen=True)\n"
@@ -93,7 +91,7 @@ def test_gate_of_ones_own_has_its_fields_in_the_config(
          ["field 'heat' needs a default", "it has none"]),
     ],
 )  # fmt: skip
-def test_mistake_in_a_gate_of_ones_own_is_one_line(
+def test_a_mistake_in_a_user_gate_is_reported_in_one_line(
     code: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     name = f"gate_with_mistake_{len(code)}"
@@ -143,13 +141,13 @@ BAD_OVERRIDES = {
 
 
 @pytest.mark.parametrize("override", BAD_OVERRIDES)
-def test_bad_override_is_one_line(override: str):
+def test_a_bad_override_is_reported_in_one_line(override: str):
     with pytest.raises(UserError) as caught:
         load(PAGE, [f"--config.{override}"])
     assert_one_line(caught.value, BAD_OVERRIDES[override])
 
 
-def test_synonyms_are_of_fields_and_of_one_each():
+def test_every_synonym_belongs_to_exactly_one_field():
     known = table_of(configs.default())
     words = [word for text in SYNONYMS.values() for word in text.split()]
     assert SYNONYMS.keys() <= known.keys()

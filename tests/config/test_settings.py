@@ -54,7 +54,7 @@ def numbers() -> list[Any]:
     return [jax.random.key_data(key).tolist(), x.tolist(), str(x.dtype)]
 
 
-def test_settings_of_the_environment_have_no_effect_and_that_is_said(capsys):
+def test_environment_settings_have_no_effect_and_are_reported(capsys):
     assert OTHER.keys() == settings.FIXED.keys() | {settings.PRECISION}
     before = {name: getattr(jax.config, name) for name in OTHER}
     expected = numbers()
@@ -73,7 +73,7 @@ def test_settings_of_the_environment_have_no_effect_and_that_is_said(capsys):
 
 
 @pytest.mark.parametrize("variable", ["JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL"])
-def test_a_variable_that_jax_cannot_read_is_one_line(variable):
+def test_a_variable_that_jax_cannot_read_is_reported_in_one_line(variable):
     """JAX reads them as it is imported, which the package does before its command line runs."""
     env = {**os.environ, variable: "maybe"}
     code = "import moejax"
@@ -116,7 +116,7 @@ def test_variables_that_change_how_programs_are_compiled_are_kept(monkeypatch, c
 
 
 @pytest.mark.slow
-def test_a_run_under_other_variables_is_the_same_bit_for_bit(tmp_path):
+def test_a_run_is_bit_equal_under_other_environment_variables(tmp_path):
     """Trained and evaluated under each other's environment; noise of the gate included."""
     plain = {name: value for name, value in os.environ.items() if name.lower() not in OTHER}
     odd = plain | {name.upper(): str(value) for name, value in OTHER.items()}

@@ -61,7 +61,7 @@ def test_page_is_found_as_a_module(page: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("shadowed", [False, True])
-def test_a_page_imports_from_the_folders_it_is_in_wherever_it_is_called(
+def test_a_page_imports_from_its_own_folders_whatever_the_current_folder(
     shadowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where the current folder has one of that name, without what the page wants."""
@@ -125,7 +125,7 @@ def test_a_page_is_read_as_python_reads_it(encoding: str, tmp_path: Path):
     assert load(f"{tmp_path}/own.py:experts=16").config.moe.num_experts == 16
 
 
-def test_a_page_may_define_classes_that_look_their_module_up(tmp_path: Path):
+def test_a_page_may_define_classes_that_look_up_their_module(tmp_path: Path):
     """Two pages of one name do not see each other, nor a module of the standard library."""
     for folder, width in (("a", 64), ("b", 32)):
         (tmp_path / folder).mkdir()
@@ -161,7 +161,7 @@ NUMBERS: dict[str, tuple[str, object]] = {
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_numbers_of_numpy_are_numbers(number: str, tmp_path: Path):
+def test_numpy_numbers_are_accepted(number: str, tmp_path: Path):
     name, expected = NUMBERS[number]
     imports = "import numpy as np; import jax.numpy as jnp"
     found = flatten(load(body(tmp_path, imports, f"config.{name} = {number}")).config)[name]
@@ -193,7 +193,7 @@ PAGE_ERRORS = {
 
 
 @pytest.mark.parametrize("case", PAGE_ERRORS)
-def test_source_mistake_is_one_line(case: str, page: str, tmp_path: Path):
+def test_a_mistake_in_a_source_is_reported_in_one_line(case: str, page: str, tmp_path: Path):
     source, parts = PAGE_ERRORS[case]
     with pytest.raises(UserError) as caught:
         load(source.format(dir=tmp_path, page=page))
@@ -211,7 +211,7 @@ BAD_PAGES = {
 }
 
 
-def test_page_that_is_not_text_is_one_line(tmp_path: Path):
+def test_a_page_that_is_not_text_is_reported_in_one_line(tmp_path: Path):
     (tmp_path / "own.py").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError) as caught:
         load(f"{tmp_path}/own.py")
@@ -245,7 +245,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_wrong_field_in_a_page_is_one_line(case: str, tmp_path: Path):
+def test_a_wrong_field_in_a_page_is_reported_in_one_line(case: str, tmp_path: Path):
     line, parts = BAD_LINES[case]
     with pytest.raises(UserError) as caught:
         load(body(tmp_path, line))

@@ -62,7 +62,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_output_and_gradients_are_those_of_per_token_merged_weights(activation):
+def test_output_and_gradients_equal_those_of_per_token_merged_weights(activation):
     args = case(activation == "swiglu")
     (_, y), grads = program(activation)(*args)
 
@@ -75,7 +75,7 @@ def test_output_and_gradients_are_those_of_per_token_merged_weights(activation):
     assert all(jnp.abs(g).max() > 1e-3 for g in jax.tree.leaves(wanted))
 
 
-def test_a_loop_in_numpy_gives_the_same():
+def test_merging_equals_a_loop_in_numpy():
     x, weight, weights = case(gated=False)
     (_, y), _ = program("gelu")(x, weight, weights)
     up_EDF, down_EFD = np.asarray(weights.up_EDF), np.asarray(weights.down_EFD)
@@ -101,7 +101,7 @@ def mixed_outputs(x, weight, weights, activation):
 
 
 @pytest.mark.parametrize("shared", ["up", "down"])
-def test_of_experts_that_are_linear_in_what_differs_merging_is_mixing_of_outputs(shared):
+def test_merging_equals_mixing_outputs_for_experts_linear_in_their_differences(shared):
     """Equal first matrices: linear in the second. Equal second ones: linear where relu is."""
     x, weight, weights = case(gated=False)
     same = lambda w: jnp.broadcast_to(w[:1], w.shape)
@@ -118,7 +118,7 @@ def test_of_experts_that_are_linear_in_what_differs_merging_is_mixing_of_outputs
     assert gap > 0.1, "of experts in general it is not"
 
 
-def test_all_weight_on_one_expert_is_that_expert():
+def test_full_weight_on_one_expert_gives_that_expert():
     x, _, weights = case()
     chosen_BN = np.random.default_rng(0).integers(0, E, (B, N))
     (_, y), _ = program("swiglu")(x, jax.nn.one_hot(chosen_BN, E), weights)
@@ -129,7 +129,7 @@ def test_all_weight_on_one_expert_is_that_expert():
 
 
 @pytest.mark.parametrize("at_once", [1, *(pytest.param(c, marks=pytest.mark.slow) for c in (3, 8))])
-def test_how_many_spans_are_merged_at_once_changes_nothing(at_once, monkeypatch):
+def test_the_number_of_spans_merged_at_once_changes_nothing(at_once, monkeypatch):
     """24 spans; three and eight divide them."""
     args = case()
     wanted = program("swiglu")(*args)
@@ -171,7 +171,7 @@ def test_merging_is_in_float32_when_tokens_are_bfloat16():
     assert 0 < error < 0.03 * np.abs(exact).max()
 
 
-def test_sequences_that_do_not_divide_over_the_mesh_give_what_they_give_without():
+def test_sequences_that_do_not_divide_over_the_mesh_give_the_same_results():
     x, weight, weights = case()
     wanted = mix(x[:6], Merge(weight[:6], SPAN), weights, "swiglu")
     with meshes.entered({"data": 2, "expert": 4}):
@@ -270,6 +270,6 @@ def test_memory_does_not_grow_with_the_number_of_spans(remat):
         assert bytes_many - bytes_few < MERGED_BYTES
 
 
-def test_the_measure_of_memory_sees_merged_weights_where_they_are_all_alive():
+def test_the_memory_measurement_detects_merged_weights_that_are_all_alive():
     alive, kept = memory(2, oracle=True)
     assert min(alive, kept) > 64 * MERGED_BYTES

@@ -106,7 +106,7 @@ def test_a_config_names_a_transport_from_outside(masked):
         validate(config)
 
 
-def test_a_config_becomes_values_with_a_capacity_factor_for_each_phase():
+def test_a_config_gives_transports_with_a_capacity_factor_for_each_phase():
     config = default()
     config.moe.update(eval_transport="cells", capacity_factor=2.0, eval_capacity_factor=3.0)
     config.moe.update(priority="gate", reroute=1)
@@ -133,12 +133,12 @@ def test_only_cells_have_slots():
         ({"transport": Dropless(), "priority": "vip"}, "^priority='vip' is unknown"),
     ],
 )  # fmt: skip
-def test_a_bad_name_or_option_is_refused_by_its_own_name(choices, message):
+def test_a_bad_name_or_option_is_named_in_the_error(choices, message):
     with pytest.raises(ValueError, match=message):
         assert DispatchOptions(num_experts=E, **choices).config
 
 
-def test_a_layer_takes_a_value_beside_a_name():
+def test_a_layer_accepts_transports_by_value_and_by_name():
     by_value = make(transport=Cells(2.0, "choice"), eval_transport=AllExperts())
     assert by_value.config.transport == Cells(2.0, "choice")
     by_name = make(
@@ -162,13 +162,13 @@ def test_an_option_that_a_value_would_ignore_is_refused(choices, message):
         make(**choices)
 
 
-def test_options_of_a_preset_stay_out_of_a_value():
+def test_preset_options_do_not_change_a_transport_value():
     layer = moejax.MoE(D, F, E, gate="stablemoe", vocab_size=9, transport=Cells(), rngs=nnx.Rngs(0))
     assert moejax.gating.preset_overrides("stablemoe")["capacity_factor"] == 2.0
     assert layer.config.transport == Cells(1.25)
 
 
-def test_where_values_are_wanted_a_name_is_refused(as_installed):
+def test_a_name_is_refused_where_a_transport_value_is_required(as_installed):
     name: Any = "cells"
     message = "transport='cells' is not a transport; use a value such as moejax.dispatch.Dropless()"
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -76,7 +76,9 @@ SLOW_CASES = [({"expert": 2}, 5), (TENSOR, 3)]
     [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
     ids=str,
 )
-def test_a_token_is_sent_once_to_each_shard_with_active_experts_of_it(shape, columns, monkeypatch):
+def test_a_token_is_sent_once_to_each_shard_that_holds_its_active_experts(
+    shape, columns, monkeypatch
+):
     routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, columns, EXPERTS))
     tokens, pairs = visits(routing, shape)
     (rows, about) = sends(DroplessOnce(), shape, routing, monkeypatch)
@@ -119,7 +121,7 @@ def both(shape, routing):
     [(meshes.LARGE, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
     ids=str,
 )
-def test_outputs_and_gradients_are_those_of_dropless(shape, columns):
+def test_outputs_and_gradients_equal_those_of_dropless(shape, columns):
     routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, columns, EXPERTS))
     got, wanted = both(shape, routing)
     # float32 sums of a token's pairs and of an expert's 48 rows at most, in another order.
@@ -129,6 +131,6 @@ def test_outputs_and_gradients_are_those_of_dropless(shape, columns):
 
 
 @pytest.mark.slow
-def test_without_an_expert_axis_it_is_dropless():
+def test_without_an_expert_axis_the_result_equals_dropless():
     routing = meshes.inactive(meshes.routing("zipf", GROUPS, TOKENS, 3, EXPERTS))
     jax.tree.map(np.testing.assert_array_equal, *both({"data": 2}, routing))

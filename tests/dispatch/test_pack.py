@@ -27,7 +27,7 @@ def plan_for(expert, weight, score, num_experts, capacity, priority):
         ("gate", [[(0, 1), (2, 2)], [(0, 0), (2, 1)], [(2, 0), (0, 2)]]),
     ],
 )
-def test_slots_are_those_published_with_vmoe(priority, slots):
+def test_slots_equal_those_published_with_vmoe(priority, slots):
     """(expert, slot) of every choice; slot 2 of 2 means dropped."""
     weight, expert = jax.lax.top_k(VMOE_GATES, 2)
     plan = plan_for(expert[None], weight[None], weight[None, :, 0], 3, 2, priority)
@@ -103,7 +103,7 @@ def test_sorted_plan_lists_pairs_by_expert_then_position():
     check_inverse(plan, 2)
 
 
-def test_pairs_of_experts_that_are_not_there_have_no_row():
+def test_pairs_of_experts_on_other_shards_have_no_row():
     """On a shard with experts 0 to 2: those before and after it are somebody else's."""
     expert, weight = jnp.asarray([[-1, 2], [3, 0], [-2, 7]]), jnp.ones((3, 2))
     plan, size = pack.plan_sorted(expert, weight, num_experts=3, rows=6)
@@ -112,7 +112,7 @@ def test_pairs_of_experts_that_are_not_there_have_no_row():
     np.testing.assert_array_equal(plan.pair_M, [3, 1, 6, 6, 6, 6])
 
 
-def test_so_many_experts_that_a_pair_has_no_int32_of_its_own_are_sorted_all_the_same():
+def test_pairs_are_sorted_even_if_their_keys_exceed_int32():
     many = 2**30
     expert, place = pack._stable_sort(jnp.asarray([many, 5, many, 0, 5, many - 1]), many)
     np.testing.assert_array_equal(expert, [0, 5, 5, many - 1, many, many])
@@ -162,7 +162,7 @@ def test_gather_and_combine_have_the_gradients_of_their_definitions():
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_that_belong_to_nobody_may_hold_anything():
+def test_unused_rows_may_hold_anything():
     plan, _ = pack.plan_sorted(
         jnp.asarray([[0], [1]]), jnp.asarray([[0.0], [1.0]]), num_experts=2, rows=2
     )

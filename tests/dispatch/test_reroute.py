@@ -62,7 +62,7 @@ def example(k):
 
 @pytest.mark.quick(3)
 @pytest.mark.parametrize(("k", "priority", "rounds"), CASES)
-def test_overflow_moves_as_in_a_plain_loop_and_nobody_else_is_displaced(k, priority, rounds):
+def test_rerouted_overflow_equals_a_plain_loop_and_displaces_no_other_token(k, priority, rounds):
     expert, weight, prob, score = example(k)
     capacity = T * k // E
     keywords = {"capacity": capacity, "priority": priority}
@@ -90,7 +90,9 @@ def test_overflow_moves_as_in_a_plain_loop_and_nobody_else_is_displaced(k, prior
         (2, 1e-20, [1.0, 1e-30, 0.0], 1, np.finfo(np.float32).tiny),  # not 0: it is sent
     ],
 )
-def test_the_second_token_of_a_full_expert_moves_by_hand(second, weight, prob, wanted, new_weight):
+def test_the_second_token_of_a_full_expert_moves_as_worked_out_by_hand(
+    second, weight, prob, wanted, new_weight
+):
     """Both want expert 0, which has one slot."""
     expert_GTK = jnp.asarray([[[0, 1], [0, second]]], jnp.int32)
     weight_GTK = jnp.asarray([[[0.5, 0.0], [weight, 0.0]]], jnp.float32)
@@ -101,7 +103,7 @@ def test_the_second_token_of_a_full_expert_moves_by_hand(second, weight, prob, w
     np.testing.assert_allclose(got_weight, [[[0.5, 0.0], [new_weight, 0.0]]], rtol=1e-6)
 
 
-def test_moved_top_1_tokens_weigh_the_probability_of_where_they_go():
+def test_rerouted_top_1_tokens_are_weighted_by_the_probability_of_their_new_expert():
     expert, weight, prob, score = example(1)
     got, got_weight = reroute(
         expert, weight, prob, score, capacity=3, priority="position", rounds=3
@@ -111,14 +113,14 @@ def test_moved_top_1_tokens_weigh_the_probability_of_where_they_go():
     np.testing.assert_allclose(got_weight, wanted, rtol=1e-6)  # float32: w p_j / p_e
 
 
-def test_nothing_moves_where_everything_has_room():
+def test_nothing_moves_if_every_pair_has_room():
     expert, weight, prob, score = example(2)
     got = reroute(expert, weight, prob, score, capacity=T, priority="choice", rounds=2)
     np.testing.assert_array_equal(got[0], expert)
     np.testing.assert_array_equal(got[1], weight)
 
 
-def test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose():
+def test_a_layer_reports_the_routing_it_sent_and_counts_the_gates_choices():
     """Four equal tokens want experts 0 and 1, with two slots each: two of them move to 2 and 3."""
     layer = moejax.MoE(
         4, 8, E, gate=gating.make("mixtral"), capacity_factor=1.0, reroute=1, rngs=nnx.Rngs(0)
@@ -135,7 +137,7 @@ def test_a_layer_reports_what_was_sent_and_counts_what_the_gate_chose():
 
 
 @pytest.mark.slow
-def test_a_layer_that_reroutes_drops_less_counts_it_and_is_the_same_on_a_mesh():
+def test_rerouting_drops_less_is_counted_and_is_the_same_on_a_mesh():
     choices = {"transport": "cells", "capacity_factor": 1.0}
     wanted = {
         rounds: moes.run(None, "switch", moes.tokens(), moes.context(), reroute=rounds, **choices)

@@ -67,12 +67,12 @@ CLOSE = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(("slots", "experts"), [(1, E), (P, E), (1, 1), (3, 1)])
-def test_outputs_are_those_of_loops(slots, experts):
+def test_outputs_equal_those_of_loops(slots, experts):
     args = problem(slots, experts)
     CLOSE(program(None)(*args)[0][1], by_hand(*args, slots))
 
 
-def test_outputs_without_a_gated_activation_are_those_of_loops():
+def test_outputs_without_a_gated_activation_equal_those_of_loops():
     x, mixing, weights = problem()
     y = mix(x, mixing, weights._replace(gate_EDF=None), "relu")
     wanted = 0
@@ -150,7 +150,7 @@ def test_bfloat16_tokens_give_bfloat16_close_to_float32():
     assert np.abs(y.astype(np.float32) - exact).max() < 0.05 * np.abs(exact).max()
 
 
-def test_groups_that_do_not_divide_over_the_mesh_give_what_they_give_without():
+def test_groups_that_do_not_divide_over_the_mesh_give_the_same_outputs():
     x, mixing, weights = problem()
     odd, odd_mixing = jax.tree.map(lambda a: a[:6], (x, mixing))
     wanted = mix(odd, odd_mixing, weights, "swiglu")

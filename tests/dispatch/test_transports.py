@@ -105,7 +105,7 @@ QUICK = [meshes.SMALL, meshes.LARGE]
     [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in meshes.ALL if s not in QUICK)],
     ids=meshes.name,
 )
-def test_equals_the_oracle_for_every_load(shape, name):
+def test_every_transport_equals_the_oracle_for_every_load(shape, name):
     """All pairs of mesh and transport: each pair sends in its own way. Loads share a program."""
     claims = Claims(f"{name} on {meshes.name(shape)}")
     for kind, routing in ROUTINGS.items():
@@ -130,7 +130,7 @@ def equals_the_oracle(shape, transport, kind, routing):
         for i, t in enumerate(TRANSPORTS)
     ],
 )
-def test_equals_the_oracle_for_experts_without_a_gate_branch(name, activation):
+def test_every_transport_equals_the_oracle_for_experts_without_a_gate_branch(name, activation):
     shape = {"data": 2, "expert": 2, "tensor": 2}
     check(shape, TRANSPORTS[name](), meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS), activation)
 
@@ -184,7 +184,7 @@ def test_more_than_one_device_receives_tokens():
     assert set(owner.ravel()) == {0, 1, 2, 3}
 
 
-def test_identical_experts_are_one_ffn():
+def test_identical_experts_equal_one_ffn():
     one = jax.tree.map(lambda w: w[:1], weights("swiglu"))
     same = jax.tree.map(lambda w: jnp.repeat(w, EXPERTS, axis=0), one)
     routing = meshes.routing("zipf", GROUPS, TOKENS, 2, EXPERTS)

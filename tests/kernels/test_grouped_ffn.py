@@ -88,7 +88,7 @@ def test_value_and_gradients_equal_one_network_per_group(sizes):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS))
-def test_any_partition_of_the_rows_is_computed(cuts):
+def test_any_partition_of_the_rows_is_computed_correctly(cuts):
     check(np.diff([0, *sorted(cuts)]).tolist())
 
 

@@ -80,7 +80,7 @@ def test_value_and_gradients_equal_one_product_per_group(case):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 203), min_size=6, max_size=6))
-def test_any_partition_of_the_rows_is_computed(cuts):
+def test_any_partition_of_the_rows_is_computed_correctly(cuts):
     """Splits of 203 rows into 6 groups and a rest, through one compiled program."""
     sizes = np.diff([0, *sorted(cuts)]).tolist()
     x, w, sizes_G, dy = operands(203, 5, 3, sizes)
@@ -91,7 +91,7 @@ def test_any_partition_of_the_rows_is_computed(cuts):
     assert_close(dw, expected_dw)
 
 
-def test_it_agrees_with_ragged_dot_and_its_gradients():
+def test_value_and_gradients_equal_those_of_ragged_dot():
     x, w, sizes, dy = operands(203, 5, 3, [31, 0, 60, 5, 0, 107])
     _, ragged_vjp = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)
     y, dx, dw = value_and_gradients(x, w, sizes, dy)

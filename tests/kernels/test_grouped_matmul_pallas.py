@@ -120,7 +120,7 @@ def test_gpu_without_tokamax_names_the_extra(monkeypatch):
         grouped_matmul(x, w, sizes, platform="gpu")
 
 
-def test_a_kernel_that_tokamax_lacks_is_an_error_and_nothing_else_is_tried(monkeypatch):
+def test_a_kernel_that_tokamax_lacks_is_an_error_without_a_fallback(monkeypatch):
     def ragged_dot_general(*args, implementation, **kwargs):
         raise ValueError(f"Unknown implementation: {implementation}")
 

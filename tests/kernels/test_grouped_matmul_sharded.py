@@ -47,7 +47,7 @@ def oracle(x, w, sizes, dy, num_expert_shards):
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("data,expert", [(1, 2), (2, 4), (8, 1), (1, 8)])
-def test_value_and_gradients_under_check_vma(eight_devices, data, expert):
+def test_value_and_gradients_are_correct_under_check_vma(eight_devices, data, expert):
     mesh = jax.make_mesh(
         (data, expert),
         ("data", "expert"),
@@ -80,7 +80,7 @@ def test_value_and_gradients_under_check_vma(eight_devices, data, expert):
     assert_close(dw, expected_dw)
 
 
-def test_the_answer_about_check_vma_is_true(eight_devices):
+def test_kernels_are_refused_under_check_vma_exactly_as_predicted(eight_devices):
     """The TPU kernels are refused exactly where `kernels_pass_check_vma` says so."""
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=eight_devices[:2])
 

@@ -93,20 +93,20 @@ def random_traffic(rng, num_devices, per_peer, shuffled=True):
     return vectors, max(rows for _, rows in placed), max(rows for _, rows in arrivals)
 
 
-def test_the_example_of_the_jax_documentation():
+def test_the_example_in_the_jax_documentation_is_reproduced():
     vectors = ([[0, 1], [0, 1]], [[1, 2], [1, 1]], [[0, 0], [1, 2]], [[1, 1], [2, 1]])
     result = exchange(np.array([[1, 2, 2], [3, 4, 0]]), np.zeros((2, 4), int), vectors)
     np.testing.assert_array_equal(result, [[1, 3, 0, 0], [2, 2, 4, 0]])
 
 
-def test_the_way_back_of_the_jax_documentation():
+def test_the_reverse_of_the_example_in_the_jax_documentation_restores_the_operands():
     """The same slices returned: each device has its operand again."""
     vectors = ([[0, 1], [0, 2]], [[1, 1], [2, 1]], [[0, 0], [1, 1]], [[1, 2], [1, 1]])
     result = exchange(np.array([[1, 3, 0, 0], [2, 2, 4, 0]]), np.zeros((2, 3), int), vectors)
     np.testing.assert_array_equal(result, [[1, 2, 2], [3, 4, 0]])
 
 
-def test_offsets_from_a_traffic_matrix_of_four_devices():
+def test_offsets_follow_from_a_traffic_matrix_of_four_devices():
     """Rows sorted by destination are received sorted by sender, for traffic[sender, receiver]."""
     traffic = np.array([[2, 0, 1, 3], [1, 1, 0, 0], [0, 4, 2, 1], [3, 0, 0, 0]])
     vectors = (
@@ -210,7 +210,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("rule", BROKEN)
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_a_call_that_breaks_a_rule_is_not_overlooked(rule, dtype):
+def test_a_call_that_breaks_a_rule_gives_an_unusable_output(rule, dtype):
     """On TPU and GPU such a call is undefined; on CPU a whole output is made unusable."""
     vectors = [[[0, 1], [0, 1]], [[1, 2], [1, 1]], [[0, 0], [1, 2]], [[1, 1], [2, 1]]]
     operand, output = np.array([[1, 2, 2], [3, 4, 0]], dtype), np.zeros((2, 4), dtype)

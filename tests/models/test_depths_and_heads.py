@@ -74,7 +74,7 @@ CASES = [
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize(("settings", "train"), CASES)
-def test_later_tokens_are_seen_where_that_is_declared_and_nowhere_else(settings, train):
+def test_logits_depend_on_later_tokens_only_where_declared(settings, train):
     """Routed blocks see them in training; nothing does in evaluation."""
     changed, run = [], forward(settings, train)
     for seed in range(4):
@@ -93,7 +93,7 @@ def test_later_tokens_are_seen_where_that_is_declared_and_nowhere_else(settings,
 @pytest.mark.parametrize(
     "settings", [DEPTHS, SPARSE, slow_unless(False, BY_ROUTER), HEADS], ids=label
 )
-def test_evaluated_whole_a_sequence_gets_the_logits_of_decoding(settings):
+def test_evaluating_a_whole_sequence_gives_the_logits_of_decoding(settings):
     run, token_BL, other_BL = forward(settings, False), tokens(1), tokens(2)
     whole = run(token_BL, L)
     for count in range(1, L):

@@ -99,7 +99,7 @@ def models():
 
 
 @pytest.mark.parametrize("padding", PADDING)
-def test_a_model_gives_the_logits_of_transformers_wherever_the_padding_lies(models, padding):
+def test_logits_equal_those_of_transformers_wherever_the_padding_lies(models, padding):
     import torch
 
     lm, mixtral = models

@@ -117,7 +117,7 @@ def same(got, valid, wanted):
 
 
 @pytest.mark.parametrize(("model", "train"), CASES)
-def test_a_padded_sequence_is_the_sequence_alone_wherever_its_padding_lies(model, train):
+def test_a_padded_sequence_gives_the_results_of_the_sequence_without_padding(model, train):
     """Beside rows of nothing but padding, which add nothing."""
     wanted = outcome(model, train, *padded(np.ones((2, L), bool)))
     claims = Claims(f"{model} in {'training' if train else 'evaluation'}")
@@ -138,7 +138,7 @@ def test_positions_count_from_the_first_valid_token_of_a_sequence_or_segment():
 
 
 @pytest.mark.parametrize("model", ["experts", "sentence"])
-def test_texts_packed_into_one_sequence_are_those_texts_alone(model):
+def test_texts_packed_into_one_sequence_give_the_results_of_separate_texts(model):
     token = np.concatenate([TOKENS[:1], TOKENS[1:]], axis=1)
     segment = jnp.repeat(jnp.array([[3, 1]]), L, axis=1)
     lm = model_of(MODELS[model])
@@ -151,7 +151,7 @@ def test_texts_packed_into_one_sequence_are_those_texts_alone(model):
 
 
 @pytest.mark.parametrize("gate", ["lory", "smear", "soft"])
-def test_texts_packed_into_one_row_are_refused_where_a_gate_would_mix_them(gate):
+def test_packed_texts_are_refused_where_a_gate_would_mix_them(gate):
     layer = moejax.MoE(D, 8, 4, gate=gate, rngs=nnx.Rngs(0))
     segment_L = jnp.repeat(jnp.array([3, 1]), L // 2)
     packed = Context.of(2, L, segment_BL=jnp.stack([segment_L, segment_L]))
@@ -180,7 +180,7 @@ def cutting():
 
 
 @pytest.mark.parametrize(("gate", "train"), list(cutting()))
-def test_a_layer_gives_tokens_the_same_behind_any_padding(gate, train):
+def test_the_outputs_of_a_layer_do_not_depend_on_leading_padding(gate, train):
     """One sequence behind 0, 1, ... places of padding that hold NaN: each a row of one batch."""
     pads, length = SEGMENT + 4, 2 * SEGMENT + 2
     layer = moejax.MoE(D, 8, 4, gate=gate, transport="dropless", rngs=nnx.Rngs(0))
