@@ -72,7 +72,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "(clean.outer_GTA[..., None] + clean.inner_GTAJ)",
         "(noisy.outer_GTA[..., None] + noisy.inner_GTAJ)",
         "tests/gating/test_hierarchical.py",
-        "test_in_training_too_probabilities_and_the_z_losses_logits_are_those_without_noise",
+        "test_probabilities_and_z_loss_logits_are_without_noise_even_in_training",
     ),
     Mutant(
         "gating_dropout_without_jitter",
@@ -112,7 +112,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'jnp.where(stats.tokens > 0, mean_E, state["price_E"])',
         "mean_E",
         "tests/gating/test_quantile.py",
-        "test_a_batch_without_valid_tokens_leaves_the_prices_as_they_are",
+        "test_a_batch_without_valid_tokens_leaves_the_prices_unchanged",
     ),
     Mutant(
         "policy_summed_over_layers",
@@ -371,7 +371,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'params["noise_DE"])) + self.min_std',
         'params["noise_DE"]))',
         "tests/gating/test_token_choice.py",
-        "test_shazeers_load_is_the_chance_to_be_chosen_under_noise_of_at_least_min_std",
+        "test_shazeers_load_is_the_selection_probability_under_noise_of_at_least_min_std",
     ),
     Mutant(
         "shazeer_z_loss_of_noisy_logits",
@@ -379,7 +379,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "RouterStats(clean_GTE, probs_GTE, load_GTE)",
         "RouterStats(noisy_GTE, probs_GTE, load_GTE)",
         "tests/gating/test_token_choice.py",
-        "test_shazeers_statistics_are_of_logits_without_noise",
+        "test_shazeers_statistics_use_logits_without_noise",
     ),
     Mutant(
         "shazeer_probabilities_of_noisy_logits",
@@ -387,7 +387,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "probs_GTE = jax.nn.softmax(clean_GTE, axis=-1)",
         "probs_GTE = jax.nn.softmax(noisy_GTE, axis=-1)",
         "tests/gating/test_token_choice.py",
-        "test_shazeers_statistics_are_of_logits_without_noise",
+        "test_shazeers_statistics_use_logits_without_noise",
     ),
     Mutant(
         "rl_entropy_is_a_penalty",
@@ -707,7 +707,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "return group_local(Order.of)(valid_BL)",
         "return Order()",
         "tests/gating/test_merging_gates.py",
-        "test_a_segment_is_merged_by_the_one_before",
+        "test_a_segment_is_merged_by_the_weights_of_the_one_before_it",
     ),
     Mutant(
         "sentence_pools_other_texts",
@@ -819,7 +819,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "dispatch_GTX=softmax_over_tokens(noisy_GTX",
         "dispatch_GTX=softmax_over_tokens(logits_GTX",
         "tests/gating/test_soft.py",
-        "test_noise_is_that_of_a_row_and_in_training_only",
+        "test_noise_depends_on_the_row_and_is_added_in_training_only",
     ),
     Mutant(
         "stablemoe_frozen_a_step_late",
@@ -835,7 +835,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "still_GTD = jax.lax.stop_gradient(x_GTD)",
         "still_GTD = x_GTD",
         "tests/gating/test_rl.py",
-        "test_the_baseline_learns_without_moving_what_the_router_sees",
+        "test_the_baseline_learns_without_a_gradient_to_the_tokens",
     ),
     Mutant(
         "smear_keeps_what_it_should_drop",
@@ -843,7 +843,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "keep_GRNE = drawn_GRNE >= self.expert_dropout",
         "keep_GRNE = drawn_GRNE < self.expert_dropout",
         "tests/gating/test_merging_gates.py",
-        "test_dropout_leaves_out_experts_of_a_sequence_and_the_rest_share_alike",
+        "test_dropout_removes_experts_per_sequence_and_keeps_the_proportions_of_the_rest",
     ),
     Mutant(
         "base_gap_of_a_group",

@@ -28,7 +28,7 @@ def tokens(groups=2, length=5, seed=0):
     return jax.random.normal(jax.random.key(seed), (groups, length, D))
 
 
-def test_the_worked_example():
+def test_the_worked_example_is_reproduced():
     """Five experts have codes of three bits."""
     z = jnp.asarray([0.1, -0.2, 0.3])
     np.testing.assert_allclose(gating.smooth_step(z, 1.0), [0.648, 0.216, 0.896], rtol=1e-6)
@@ -38,7 +38,7 @@ def test_the_worked_example():
     np.testing.assert_allclose(1 / got.sum(), 2.4701, atol=5e-5)
 
 
-def test_the_smooth_step_is_that_of_the_paper_and_flat_outside():
+def test_the_smooth_step_equals_the_papers_and_is_flat_outside():
     for gamma in (0.5, 1.0, 3.0):
         z = jnp.linspace(-0.49, 0.49, 21) * gamma
         wanted = -2 / gamma**3 * z**3 + 3 / (2 * gamma) * z + 0.5
@@ -87,7 +87,7 @@ def test_a_narrow_step_selects_exactly_one_expert_per_selector():
     assert (weight > 0).sum() == 2
 
 
-def test_all_experts_are_visited_until_bits_decide_and_only_real_ones_then():
+def test_all_experts_are_visited_until_bits_decide_and_then_only_existing_ones():
     gate, x = gating.make("dselect_k", k=2), tokens()
     assert (call(gate, x, 8).routing.weight_GTK > 0).all()
     params = gate.init(jax.random.key(1), GateSpec(D, 8))
@@ -97,7 +97,7 @@ def test_all_experts_are_visited_until_bits_decide_and_only_real_ones_then():
 
 
 @pytest.mark.slow
-def test_its_gradient_is_that_of_the_formula_through_every_transport():
+def test_the_gradient_equals_the_formula_through_every_transport():
     """Inactive pairs are not sent; their gradient is 0, as the formula has it."""
     x, grads = tokens(4, 8), {}
     for transport in ("dropless", "all_experts", "gather"):
@@ -120,7 +120,7 @@ def test_its_gradient_is_that_of_the_formula_through_every_transport():
 
 
 @pytest.mark.parametrize("per_example", [True, False])
-def test_a_static_gate_chooses_alike_for_all_tokens_and_an_example_one_does_not(per_example):
+def test_a_static_gate_chooses_the_same_for_all_tokens_and_a_per_example_gate_does_not(per_example):
     gate = gating.make("dselect_k", per_example=per_example)
     weight = call(gate, 5 * tokens(), 8).routing.weight_GTK
     assert bool((weight == weight[0, 0]).all()) != per_example

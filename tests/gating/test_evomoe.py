@@ -50,7 +50,7 @@ def test_a_high_temperature_visits_all_experts_with_the_clean_softmax():
     )
 
 
-def test_the_share_of_visited_experts_is_that_of_the_formula():
+def test_the_share_of_visited_experts_equals_the_formula():
     """Redrawn in numpy: mean and its standard error from 100 000 samples and 8000."""
     tau, rng = 0.15, np.random.default_rng(0)
     noisy = (LOGITS + rng.gumbel(size=(100_000, E))) / tau
@@ -75,7 +75,7 @@ def test_the_temperature_falls_as_scheduled(schedule, wanted):
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
-def test_from_the_hard_step_on_one_expert_is_visited_and_before_many():
+def test_many_experts_are_visited_before_the_hard_step_and_one_from_then_on():
     for step, hard in ((0, False), (6, False), (7, True), (50, True)):
         active = (call(step, 50, hard_step=7).routing.weight_GTK > 0).sum(-1)
         assert (active == 1).all() == hard
@@ -90,7 +90,7 @@ def test_evaluation_takes_the_best_expert_without_noise(fields):
     np.testing.assert_allclose(out.routing.weight_GTK[best], softmax(LOGITS)[0], rtol=1e-5)
 
 
-def test_gumbel_weights_are_the_noisy_shares():
+def test_gumbel_weights_are_the_noisy_softmax():
     """At a high threshold nothing but the shares above it is left, and all shares add up to 1."""
     out = call(weights="gumbel", temperature=1.0, hard_step=-1, threshold=0.1)
     weight = np.asarray(out.routing.weight_GTK)

@@ -27,7 +27,7 @@ def by_argsort(score_TE, count, valid_T):
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant", "lone tokens"])
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.1, 2.0, 8.0, 20.0])
-def test_columns_are_those_of_a_stable_argsort(kind, factor):
+def test_columns_equal_those_of_a_stable_argsort(kind, factor):
     rng = np.random.default_rng(0)
     choose = jax.jit(functools.partial(choose_tokens, factor=factor))
     for tokens in (1, 5, 40):
@@ -46,7 +46,7 @@ def test_columns_are_those_of_a_stable_argsort(kind, factor):
             np.testing.assert_array_equal(last, np.where(chosen, score, np.inf).min(0))
 
 
-def test_a_later_token_takes_the_place_of_an_earlier_one():
+def test_a_later_token_displaces_an_earlier_one():
     """Eight tokens, one expert with four slots (a published example of the leak)."""
     score = jnp.asarray([0.81, 0.22, 0.55, 0.19, 0.60, 0.91, 0.14, 0.58])[:, None]
 
@@ -202,13 +202,13 @@ DECLARED = {
 
 
 @pytest.mark.parametrize(("policy", "eval_policy", "group"), DECLARED)
-def test_each_phase_sees_what_its_policy_sees(policy, eval_policy, group):
+def test_each_phase_has_the_visibility_of_its_policy(policy, eval_policy, group):
     gate = ExpertChoice(policy=policy, eval_policy=eval_policy)
     moe = DispatchOptions(num_experts=E, transport="dropless", group=group).config
     assert gate.visibility(moe) == Visibility(*DECLARED[policy, eval_policy, group])
 
 
-def test_experts_that_take_all_tokens_reveal_nothing():
+def test_experts_that_take_all_tokens_leak_nothing():
     gate = ExpertChoice(factor=8.0)
     assert gate.visibility(DispatchOptions(num_experts=E, group="4").config) == Visibility()
     assert (

@@ -33,7 +33,7 @@ def test_a_gate_overrides_no_method_that_a_base_class_implements(gate):
 
 
 @pytest.mark.parametrize("gate", CLASSES)
-def test_base_classes_are_no_gates_and_never_implement_a_method_twice(gate):
+def test_base_classes_are_not_gates_and_never_implement_a_method_twice(gate):
     bases = [base for base in gate.__mro__[1:] if base is not object]
     assert bases and not set(bases) & set(CLASSES)
     implemented = [
@@ -131,12 +131,12 @@ def test_capacity_is_the_exact_ceiling_of_its_formula(tokens, num_experts, k, pe
         (2, "gate", "2", "train:future+others"),
     ],
 )
-def test_capacity_visibility_table(k, priority, group, mark):
+def test_visibility_by_capacity_follows_the_table(k, priority, group, mark):
     moe = DispatchOptions(num_experts=8, priority=priority, group=group).config
     assert capacity_visibility(k, moe).mark == mark
 
 
 @pytest.mark.parametrize("change", [{"transport": "dropless"}, {"capacity_factor": 4.0}])
-def test_capacity_that_never_binds_shows_nothing(change):
+def test_capacity_that_never_binds_leaks_nothing(change):
     moe = DispatchOptions(num_experts=8, priority="gate", group="2", **change).config
     assert capacity_visibility(2, moe).mark == ""

@@ -73,13 +73,13 @@ def test_a_local_step_routes_the_jittered_tokens_of_top_k():
     [({"local_share": 0.0}, True), ({"local_shards": 0}, True), ({"local_share": 1.0}, False)],
     ids=["share 0", "off", "evaluation"],
 )
-def test_other_steps_are_top_k(fields, train):
+def test_non_local_steps_equal_top_k(fields, train):
     ours, _ = route(gating.make("gating_dropout", **fields), train=train)
     plain, _ = route(gating.make("top_k"), train=train)
     jax.tree.map(np.testing.assert_array_equal, ours.routing, plain.routing)
 
 
-def test_the_coin_is_one_per_key_and_falls_with_the_given_probability():
+def test_each_key_draws_one_coin_with_the_given_probability():
     """Whole steps are local or not; 400 draws at 0.3 have a standard deviation of 0.023."""
     gate = gating.GatingDropout(local_share=0.3)
     contexts = jax.vmap(lambda seed: Context.of(2, 1, key=jax.random.key(seed)).grouped(1, True))(
@@ -179,7 +179,7 @@ def test_a_local_step_sends_nothing_and_another_step_most_of_its_pairs(shape, sh
         ({"local_rows": 0}, r"gate\.local_rows=0 must be above 0"),
     ],
 )
-def test_fields_that_contradict_each_other_are_one_line(fields, message):
+def test_fields_that_contradict_each_other_are_reported_in_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         gating.make("gating_dropout", **fields).check(E, train=True)
     assert "\n" not in str(caught.value)

@@ -49,7 +49,7 @@ def test_routing_is_a_lookup_in_one_dictionary_per_column(table, k):
 
 
 @pytest.mark.parametrize("table", ["random", "balanced"])
-def test_layers_columns_and_seeds_have_tables_of_their_own(table):
+def test_each_layer_column_and_seed_has_its_own_table(table):
     tables = {
         tuple(np.asarray(column % 4).tolist())  # within a block of 4
         for seed in (0, 1)

@@ -46,7 +46,7 @@ def by_level(params, groups):
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("groups", [1, 4])
-def test_dense_on_both_levels_it_is_the_flat_mixture_of_the_product(groups):
+def test_routing_densely_on_both_levels_equals_the_flat_mixture_of_the_product(groups):
     gate = gating.make("hierarchical", groups=groups, k_groups=groups, k=E // groups, noisy=False)
     layer = moejax.MoE(D, 8, E, gate=gate, transport="dropless", rngs=nnx.Rngs(0))
     params = drawn(gate)
@@ -65,7 +65,7 @@ def test_dense_on_both_levels_it_is_the_flat_mixture_of_the_product(groups):
     assert info.stats.load_E.sum() == G * T * E
 
 
-def test_it_keeps_the_best_of_the_best_groups_and_renormalises_each_level():
+def test_the_best_experts_of_the_best_groups_are_kept_and_each_level_renormalised():
     gate = gating.make("hierarchical", groups=2, k_groups=2, k=3)
     params = drawn(gate)
     outer, inner = by_level(params, 2)
@@ -139,7 +139,7 @@ def test_load_is_the_published_product_of_smooth_loads():
         assert (sent > 0).sum() >= 3
 
 
-def test_in_training_too_probabilities_and_the_z_losses_logits_are_those_without_noise():
+def test_probabilities_and_z_loss_logits_are_without_noise_even_in_training():
     gate = gating.make("hierarchical")
     params = drawn(gate)
     stats = jax.jit(lambda params: call(gate, params, train=True).stats)(params)
@@ -151,7 +151,7 @@ def test_in_training_too_probabilities_and_the_z_losses_logits_are_those_without
     np.testing.assert_allclose(stats.logits_GTE, h, rtol=1e-5, atol=1e-5)
 
 
-def test_its_routers_start_equal_and_noise_spreads_the_load():
+def test_routers_start_equal_and_noise_spreads_the_load():
     gate = gating.make("hierarchical")
     out = call(gate, gate.init(jax.random.key(0), GateSpec(D, E)), train=True)
     np.testing.assert_allclose(out.stats.probs_GTE, 1 / E, rtol=1e-6)

@@ -74,7 +74,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_experts_and_weights_are_the_published_ones(case):
+def test_experts_and_weights_equal_the_published_ones(case):
     fields = dict(CASES[case])
     fields["route_scale"] = fields.pop("scale")
     rng = np.random.default_rng(3)
@@ -94,7 +94,7 @@ def test_experts_and_weights_are_the_published_ones(case):
     assert moved > T, "bias and groups decide something"
 
 
-def test_a_constant_on_every_bias_changes_nothing():
+def test_adding_a_constant_to_every_bias_changes_nothing():
     gate = gating.make("loss_free", k=3, num_groups=4, top_groups=2)
     # Rounding moves a biased score by 1e-7 at most; no two of a token's are that close here.
     bias = np.random.default_rng(1).normal(size=E).astype(np.float32)
@@ -103,7 +103,7 @@ def test_a_constant_on_every_bias_changes_nothing():
     np.testing.assert_array_equal(one.weight_GTK, other.weight_GTK)
 
 
-def test_without_bias_softmax_scores_are_top_k():
+def test_softmax_scores_without_a_bias_equal_top_k():
     gate = gating.make("loss_free", k=3, score="softmax", renormalize=False)
     out = call(gate, logits(), np.zeros(E, np.float32)).routing
     expert, weight = gating.top_k_routing(jnp.asarray(logits()), 3)
@@ -117,7 +117,7 @@ def stats(load):
     return MoEStats(zero, load, 0 * load, zero, zero, zero, load, zero)
 
 
-def test_the_bias_rises_where_tokens_are_missing_and_by_the_same_step_everywhere():
+def test_the_bias_moves_towards_balance_by_the_same_step_for_every_expert():
     gate = gating.make("loss_free", bias_rate=0.25)
     state = {"bias_E": jnp.asarray([0.0, 1.0, -1.0, 0.5])}
     got = gate.update(state, stats([9, 1, 4, 2]))  # mean 4
@@ -258,7 +258,7 @@ def test_no_token_leaves_its_top_groups_even_when_all_scores_tie():
         ({"k": 1}, r"gate\.k=1 with gate\.renormalize=True"),
     ],
 )
-def test_fields_that_contradict_each_other_are_one_line(fields, message):
+def test_fields_that_contradict_each_other_are_reported_in_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         gating.make("loss_free", **fields).check(E, train=True)
     assert "\n" not in str(caught.value)

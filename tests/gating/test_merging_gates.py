@@ -52,7 +52,7 @@ def routed(gate, valid, rows=1, params=None, train=False, **known):
 # SMEAR
 
 
-def test_a_small_case_by_hand():
+def test_a_small_case_equals_its_result_by_hand():
     """Mean (3, 1), normalised (1, -1); columns (1, -1) and (-1, 1), halved: logits 1 and -1."""
     gate = Smear()
     params = {
@@ -75,7 +75,7 @@ def test_a_small_case_by_hand():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_sequence_is_merged_by_the_norm_of_its_mean(rows):
+def test_a_sequence_is_merged_by_its_normalised_mean(rows):
     gate, valid = Smear(), padded()
     params = gates.drawn(gate)
     mixing, routing = routed(gate, valid, rows)
@@ -92,7 +92,7 @@ def test_a_sequence_is_merged_by_the_norm_of_its_mean(rows):
         np.testing.assert_array_equal(of_tokens, valid[b][:, None] * mixing.weight_BNE[b])
 
 
-def test_dropout_leaves_out_experts_of_a_sequence_and_the_rest_share_alike():
+def test_dropout_removes_experts_per_sequence_and_keeps_the_proportions_of_the_rest():
     gate, whole = Smear(expert_dropout=0.5), Smear(expert_dropout=0.0)
     rows, valid = 64, jnp.ones((64, 2), bool)
     params = gates.drawn(gate, scale=0.5)
@@ -122,7 +122,7 @@ def test_dropout_leaves_out_experts_of_a_sequence_and_the_rest_share_alike():
         weights(gate, jnp.arange(rows), x, keyed=False)
 
 
-def test_dropout_that_would_take_all_experts_takes_none():
+def test_dropout_that_would_remove_all_experts_removes_none():
     gate = Smear(expert_dropout=0.999)
     mixing, _ = routed(gate, jnp.ones((G, T), bool), train=True)
     plain, _ = routed(gate, jnp.ones((G, T), bool))
@@ -156,7 +156,7 @@ POLICIES = ["learned", "bos", "uniform", "paper"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("segment", "rows"), [(4, 1), (5, 2), (40, 1)])
-def test_a_segment_is_merged_by_the_one_before(policy, segment, rows):
+def test_a_segment_is_merged_by_the_weights_of_the_one_before_it(policy, segment, rows):
     """Segments that divide the length, that do not, and that are longer."""
     gate, valid = Lory(segment, policy), padded()
     params = gates.drawn(gate)

@@ -25,7 +25,7 @@ def test_top_k_routing_agrees_with_a_stable_numpy_sort(num_experts, seed, data):
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_softmax_after_top_k_is_renormalised_softmax(k):
+def test_softmax_after_top_k_equals_renormalised_softmax(k):
     """Mixtral's order of operations and OLMoE's with norm_topk_prob give one result."""
     logits = jax.random.normal(jax.random.key(0), (50, 5)) * 3
     _, before = top_k_routing(logits, k)
@@ -52,9 +52,7 @@ def test_top_k_routing_is_float32_for_bfloat16_logits_and_survives_large_ones():
 
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_a_weight_that_underflows_is_still_that_of_a_pair_and_has_a_finite_gradient(
-    score, renormalize
-):
+def test_a_weight_that_underflows_keeps_its_pair_and_has_a_finite_gradient(score, renormalize):
     logits = jnp.asarray([[200.0, 0.0, -50.0, -100.0], [-200.0, -240.0, -400.0, -500.0]])
 
     def weights(logits):
@@ -70,14 +68,14 @@ def test_a_weight_that_underflows_is_still_that_of_a_pair_and_has_a_finite_gradi
         np.testing.assert_allclose(weight[1, 1], np.exp(-40.0), rtol=1e-4)  # float32 of 240
 
 
-def test_a_logit_of_minus_infinity_leaves_an_expert_out():
+def test_a_logit_of_minus_infinity_excludes_an_expert():
     for renormalize in (True, False):
         _, weight = top_k_routing(jnp.asarray([1.0, -jnp.inf]), 2, renormalize=renormalize)
         np.testing.assert_array_equal(weight, [1.0, 0.0])
 
 
 @pytest.mark.parametrize(("k", "score"), [(0, "softmax"), (4, "softmax"), (1, "relu")])
-def test_top_k_routing_refuses_what_it_cannot_do(k, score):
+def test_top_k_routing_refuses_invalid_arguments(k, score):
     with pytest.raises(ValueError, match="must lie in|is unknown"):
         top_k_routing(jnp.zeros((2, 3)), k, score=score)
 
@@ -93,7 +91,7 @@ def test_means_are_over_the_valid_tokens_and_0_where_there_are_none():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(), (3,)])
-def test_padding_moves_no_draw_of_a_valid_token(shape):
+def test_padding_does_not_change_the_draws_of_valid_tokens(shape):
     """Of one row, padded on the left, behind and in between."""
     valid = np.zeros((3, 12), bool)
     valid[0, :8], valid[1, 4:], valid[2, [0, 2, 3, 5, 6, 7, 9, 11]] = True, True, True

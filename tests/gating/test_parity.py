@@ -43,7 +43,7 @@ def stacked(layer):
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_mixtral_block(k):
+def test_the_mixtral_block_equals_that_of_transformers(k):
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     layer, x = layer_and_tokens(gating.make("mixtral", k=k))
@@ -92,7 +92,7 @@ def compare(block, layer, x, state=None):
     np.testing.assert_allclose(y, wanted.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_qwen_moe_block():
+def test_the_qwen_moe_block_equals_that_of_transformers():
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
     preset = gating.preset_overrides("qwen_moe")
@@ -116,7 +116,7 @@ def test_qwen_moe_block():
     compare(block, layer, x)
 
 
-def test_olmoe_block():
+def test_the_olmoe_block_equals_that_of_transformers():
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
     layer, x = layer_and_tokens(gating.make("olmoe", k=3))
@@ -129,7 +129,7 @@ def test_olmoe_block():
     compare(block, layer, x)
 
 
-def test_deepseek_v3_block():
+def test_the_deepseek_v3_block_equals_that_of_transformers():
     """With biases that leave every biased score positive: transformers masks groups with 0."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 

@@ -94,14 +94,14 @@ def test_a_preset_computes_the_published_layer(name, k, renormalize, shared, gat
     np.testing.assert_allclose(y, published(built, x, k, renormalize), rtol=1e-4, atol=1e-5)
 
 
-def test_deepseek_moe_without_shared_experts_and_with_whole_ones_is_top_k():
+def test_deepseek_moe_with_whole_and_no_shared_experts_equals_top_k():
     """K_s = 0, m = 1: nothing is left of the two ideas."""
     deepseek = gating.make("deepseek_moe", k=2)
     assert deepseek == gating.make("top_k", k=2, renormalize=False)
 
 
 @pytest.mark.slow
-def test_finer_experts_of_equal_probability_compute_what_the_whole_expert_did():
+def test_finer_experts_of_equal_probability_compute_the_same_as_the_whole_expert():
     """m = 2: both halves of an expert (columns of its hidden layer) are chosen together."""
     whole = moejax.MoE(D, F, 4, gate=gating.make("top_k", k=1, renormalize=False),
                        transport="dropless", rngs=nnx.Rngs(0))  # fmt: skip
@@ -225,7 +225,7 @@ RECIPES: dict[str, tuple[dict, dict]] = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_preset_sets_what_was_published(name):
+def test_a_preset_sets_the_published_values(name):
     gate, moe = RECIPES[name]
     made = gating.make(name)
     assert {field: getattr(made, field) for field in gate} == gate

@@ -17,7 +17,7 @@ def call(layer, x, context):
 
 
 @pytest.mark.slow
-def test_it_is_the_sum_of_k_switch_layers_of_a_kth_of_the_experts():
+def test_prototyping_equals_a_sum_of_k_switch_layers_with_a_kth_of_the_experts_each():
     """Outputs, drops and balance loss; the Switch layers hold slices of its weights."""
     k, factor = 3, 0.75
     whole = moejax.MoE(
@@ -58,7 +58,7 @@ def test_it_is_the_sum_of_k_switch_layers_of_a_kth_of_the_experts():
     np.testing.assert_allclose(info.losses["load_balance"], np.mean(balance), rtol=1e-5)
 
 
-def test_a_worked_example():
+def test_a_worked_example_is_reproduced():
     """Logits (0, log 3 | log 4, 0): experts 1 and 2 with weights 3/4 and 4/5."""
     gate = gating.make("prototypes", k=2)
     logits = jnp.log(jnp.asarray([[[1.0, 3.0, 4.0, 1.0]]]))
@@ -69,7 +69,7 @@ def test_a_worked_example():
     np.testing.assert_allclose(out.stats.probs_GTE, [[[0.125, 0.375, 0.4, 0.1]]], rtol=1e-6)
 
 
-def test_one_prototype_is_switch_and_one_expert_per_prototype_cannot_be_trained():
+def test_one_prototype_equals_switch_and_one_expert_per_prototype_cannot_be_trained():
     x = jax.random.normal(jax.random.key(1), (1, L, D))
     context = moejax.Context.of(1, L).grouped(1, False)
     params = {"router_DE": jax.random.normal(jax.random.key(2), (D, E))}

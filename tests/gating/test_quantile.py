@@ -29,7 +29,7 @@ def by_loops(h, price, k):
 
 
 @pytest.mark.parametrize(("tokens", "k"), [(30, 1), (30, 2), (31, 2), (4, 1), (17, 5)])
-def test_prices_are_the_quantiles_of_the_loops(tokens, k):
+def test_prices_equal_quantiles_computed_in_loops(tokens, k):
     rng = np.random.default_rng(tokens * k)
     h, price = rng.normal(size=(tokens, E)), rng.normal(size=E)
     padded = np.concatenate([h, np.full((9, E), 50.0)])
@@ -88,14 +88,14 @@ def test_the_next_prices_are_the_token_weighted_mean_over_groups():
     )
 
 
-def test_a_batch_without_valid_tokens_leaves_the_prices_as_they_are():
+def test_a_batch_without_valid_tokens_leaves_the_prices_unchanged():
     price_E = jnp.linspace(-1, 1, E)
     h = np.random.default_rng(6).normal(size=(2, 8, E))
     state, _ = step(gating.make("quantile"), {"price_E": price_E}, h, np.zeros((2, 8), bool))
     np.testing.assert_array_equal(state["price_E"], price_E)
 
 
-def test_a_batch_is_routed_by_the_prices_it_came_with():
+def test_a_batch_is_routed_by_the_prices_in_the_state():
     gate = gating.make("quantile")
     h = np.random.default_rng(3).normal(size=(1, 40, E))
     price = jnp.asarray([5.0, 0, 0, 0, 0, 0])
@@ -124,7 +124,7 @@ def test_skewed_logits_are_balanced_within_a_few_steps_on_fresh_tokens():
     assert violation[-1] < 0.1
 
 
-def test_repeated_on_one_batch_its_prices_separate_a_balanced_assignment():
+def test_prices_updated_repeatedly_on_one_batch_support_a_balanced_assignment():
     """k = 1: coordinate descent ends near the prices of BASE's solver; the load is theirs."""
     h = np.random.default_rng(5).normal(size=(120, E)).astype(np.float32) + np.linspace(0, 2, E)
     h = jnp.asarray(h, jnp.float32)

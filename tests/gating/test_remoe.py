@@ -133,7 +133,7 @@ def along(gate_name, **fields):
 
 
 @pytest.mark.slow
-def test_its_output_is_continuous_where_that_of_top_k_jumps():
+def test_the_output_is_continuous_where_that_of_top_k_jumps():
     """Ten times finer steps make ten times smaller changes, or the same jump."""
     fine, coarse, changes = along("remoe")
     assert changes >= 2, "experts come and go on the way"

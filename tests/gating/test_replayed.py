@@ -34,7 +34,7 @@ def layer(gate, **choices):
     ],
     ids=["base", "stablemoe", "switch, dropping", "top_k, rerouting"],
 )
-def test_a_layer_under_its_own_routing_gives_its_own_output(gate, choices, tmp_path):
+def test_a_layer_that_replays_its_own_routing_gives_the_same_output(gate, choices, tmp_path):
     x_BLD = jax.random.normal(jax.random.key(1), (2, LENGTH, 8))
     token_BL = np.zeros((2, LENGTH), np.int32)
     known = Context.of(2, LENGTH, token_BL=token_BL)

@@ -52,7 +52,7 @@ def test_the_estimate_is_unbiased():
     assert (np.abs(wanted) > 10 * error).any(), "the gradient stands out of the noise"
 
 
-def test_it_samples_in_training_and_is_greedy_in_evaluation():
+def test_routing_is_sampled_in_training_and_greedy_in_evaluation():
     gate = gating.make("rl")
     params = drawn(gate)
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(2), (D,)), (1, 5000, D))
@@ -116,7 +116,7 @@ def test_the_entropy_bonus_lowers_the_loss_by_its_weight_times_the_mean_entropy(
     np.testing.assert_allclose(losses["rl_entropy"], wanted, rtol=1e-5)  # float32
 
 
-def test_the_baseline_learns_without_moving_what_the_router_sees():
+def test_the_baseline_learns_without_a_gradient_to_the_tokens():
     gate = gating.make("rl")
     params = drawn(gate) | {"baseline_D": jnp.ones(D)}
     x = jax.random.normal(jax.random.key(2), (1, 3, D))
@@ -133,7 +133,7 @@ def test_the_baseline_learns_without_moving_what_the_router_sees():
 
 
 @pytest.mark.slow
-def test_the_trainer_weighs_the_policys_losses_and_moves_router_and_baseline():
+def test_the_trainer_weights_the_policy_losses_and_updates_router_and_baseline():
     run = steps.make({"data": 1}, "rl", model__num_layers=1)
     weights = run.config.moe.losses
     assert weights.policy > 0 and weights.baseline > 0

@@ -44,7 +44,7 @@ def same(routing, group, token, wanted):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(("k", "renormalize"), [(2, True), (1, False)])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_task_has_one_choice_of_experts_for_all_tokens_of_its_sequences(k, renormalize, rows):
+def test_all_tokens_of_a_task_go_to_the_same_experts(k, renormalize, rows):
     gate = gating.make("task", k=k, renormalize=renormalize)
     params, given = gates.drawn(gate), gates.context(False, rows=rows)
     x = gates.tokens().reshape(G // rows, rows * T, D)

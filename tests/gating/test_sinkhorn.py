@@ -31,14 +31,14 @@ def by_pot(score_TE, epsilon):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 5.0])
 @pytest.mark.parametrize("shape", [(40, 6), (7, 9), (12, 1)])
-def test_the_plan_is_that_of_pot(shape, epsilon):
+def test_the_plan_equals_that_of_pot(shape, epsilon):
     score = normal(*shape)
     plan = sinkhorn_plan(score, epsilon=epsilon, num_iters=2000)
     # float32 against float64 on entries of about 1 / (T E).
     np.testing.assert_allclose(plan, by_pot(score, epsilon), rtol=2e-4, atol=1e-7)
 
 
-def test_the_worked_example():
+def test_the_worked_example_is_reproduced():
     plan = sinkhorn_plan(WORKED, num_iters=500)
     wanted = [[0.0932, 0.1568], [0.1544, 0.0956], [0.2037, 0.0463], [0.0487, 0.2013]]
     np.testing.assert_allclose(plan, wanted, atol=5e-5)  # the digits given
@@ -71,7 +71,7 @@ def test_logits_far_beyond_the_range_of_exp_give_a_balanced_plan():
 
 @pytest.mark.parametrize("scale", [0.3, 3.0, 30.0, 300.0])
 @pytest.mark.parametrize("num_iters", [1, 2, 7, 40])
-def test_iterations_are_those_of_the_formula_at_every_scale_of_scores(scale, num_iters):
+def test_iterations_equal_the_formula_at_every_scale_of_scores(scale, num_iters):
     """With and without exponentials: at 300 most leave float32's range, at 0.3 none does."""
     score = normal(64, 8, scale=scale)
     bias = np.zeros(8)
@@ -94,7 +94,7 @@ def test_the_plan_routes_as_top_1_with_the_bias():
 
 
 @pytest.mark.slow
-def test_small_epsilon_is_the_balanced_assignment():
+def test_a_small_epsilon_gives_the_balanced_assignment():
     """The dual of the plan goes to that of the assignment, and so does its value."""
     score = normal(64, 4)
     exact = balanced_assignment(score)
@@ -106,7 +106,7 @@ def test_small_epsilon_is_the_balanced_assignment():
     assert agree > 0.95
 
 
-def test_large_epsilon_is_uniform():
+def test_a_large_epsilon_gives_a_uniform_plan():
     np.testing.assert_allclose(sinkhorn_plan(normal(8, 4), epsilon=1e6), 1 / 32, rtol=1e-4)
 
 
@@ -128,7 +128,7 @@ def test_invalid_tokens_take_no_part():
     assert (empty == 0).all()
 
 
-def test_a_tolerance_stops_early_and_each_group_on_its_own():
+def test_a_tolerance_stops_each_group_early_and_independently():
     easy, hard = normal(64, 8, scale=0.1), normal(64, 8, scale=8.0)
 
     def column_error(score, tol, num_iters=500):

@@ -67,7 +67,7 @@ def call(gate, x_GTD=None, valid=None, params=None, train=True) -> tuple:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_weights_are_those_of_the_two_softmaxes_written_out(slots, normalize):
+def test_weights_equal_the_two_softmaxes_written_out(slots, normalize):
     gate = Soft(slots=slots, normalize=normalize)
     out, mixing = call(gate, valid=VALID)
     wanted = by_hand(gates.drawn(gate), gates.tokens(), VALID, slots, normalize)
@@ -81,7 +81,7 @@ def test_weights_are_those_of_the_two_softmaxes_written_out(slots, normalize):
     CLOSE(out.stats.probs_GTE[VALID], out.routing.weight_GTK[VALID])
 
 
-def test_the_log_sum_exp_of_the_reported_logits_is_that_of_all_slots():
+def test_the_log_sum_exp_of_the_reported_logits_equals_that_of_all_slots():
     gate = Soft(slots=3, normalize=False)
     out, _ = call(gate)
     logits = np.asarray(gates.tokens()) @ np.asarray(gates.drawn(gate)["router_DX"])
@@ -100,7 +100,7 @@ def test_parameters_have_a_column_per_slot_and_start_as_in_the_authors_code():
     assert set(Soft(normalize=False).init(jax.random.key(0), gates.spec(5))) == {"router_DX"}
 
 
-def test_mean_cosines_are_the_published_ones_and_those_of_scipy():
+def test_mean_cosines_equal_the_published_ones_and_scipys():
     """The metrics of V-MoE's router_test.py (test_metrics), numbers from there."""
     weights = np.zeros((1, 4, 3, 2), np.float32)  # tokens, experts, slots
     for t, e, p in [(0, 0, 0), (0, 1, 1), (1, 1, 0), (2, 0, 1), (2, 2, 0), (3, 2, 1)]:
@@ -121,7 +121,7 @@ def test_mean_cosines_are_the_published_ones_and_those_of_scipy():
     )
 
 
-def test_the_gates_own_numbers_are_mean_cosines_of_what_counts():
+def test_the_reported_similarities_are_mean_cosines_over_valid_tokens_and_slots():
     out, mixing = call(Soft(), valid=VALID)
     dispatch, combine = (np.asarray(a)[1, :9] for a in (mixing.dispatch_GTX, mixing.combine_GTX))
     mu = np.asarray(gates.drawn(Soft())["router_DX"])
@@ -136,7 +136,7 @@ def test_the_gates_own_numbers_are_mean_cosines_of_what_counts():
 
 @settings(max_examples=30, deadline=None)
 @draws(st.permutations(range(T)), st.integers(0, T), st.integers(0, 2**31 - 1))
-def test_tokens_in_another_order_get_the_same_weights(order, count, seed):
+def test_permuting_tokens_permutes_the_weights(order, count, seed):
     order = np.asarray(order)
     x = gates.tokens(seed, 2)
     valid = np.broadcast_to(np.arange(T) < count, (2, T))
@@ -144,7 +144,7 @@ def test_tokens_in_another_order_get_the_same_weights(order, count, seed):
     jax.tree.map(lambda a, b: CLOSE(a[:, order], b), here, there)
 
 
-def test_padding_changes_nothing_and_is_the_same_as_not_being_there():
+def test_padding_changes_nothing_and_equals_a_group_without_it():
     gate = Soft(slots=2)
     x = jnp.where(VALID[..., None], gates.tokens(), 0)
     _, padded = call(gate, x, VALID)
@@ -168,7 +168,7 @@ def test_a_group_without_tokens_has_zeros_and_zero_gradients():
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gradients_are_those_of_finite_differences(normalize):
+def test_gradients_equal_finite_differences(normalize):
     """Of a random reading of both weights, in every parameter and some tokens, in float64."""
     gate = Soft(slots=2, normalize=normalize)
     params, x = gates.drawn(gate), gates.tokens()
@@ -203,7 +203,7 @@ def test_gradients_are_those_of_finite_differences(normalize):
         )
 
 
-def test_noise_is_that_of_a_row_and_in_training_only():
+def test_noise_depends_on_the_row_and_is_added_in_training_only():
     gate = Soft(noise_std=0.5)
     params = gates.drawn(gate)
     plain = program(Soft())(params, (), gates.tokens(), gates.context(True, keyed=False))
@@ -225,7 +225,7 @@ def test_noise_is_that_of_a_row_and_in_training_only():
     CLOSE(other.mixing.combine_GTX[::-1], noisy.mixing.combine_GTX)
 
 
-def test_a_token_sees_its_group_even_if_there_is_one_slot():
+def test_a_token_depends_on_its_group_even_with_one_slot():
     for experts in (1, E):
         assert Soft().visibility(DispatchOptions(num_experts=experts).config) == Visibility(
             True, False, True, False

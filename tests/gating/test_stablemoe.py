@@ -37,7 +37,7 @@ def call(gate, params, step=0, train=True, **known):
 
 
 @pytest.mark.parametrize(("step", "train"), [(STAGE, True), (999, True), (0, False), (999, False)])
-def test_stage_2_and_evaluation_are_a_table_over_the_vocabulary(step, train):
+def test_stage_2_and_evaluation_look_up_a_table_over_the_vocabulary(step, train):
     gate, params = made()
     table_V = np.argmax(
         np.asarray(params["embed_VR"], np.float64) @ np.asarray(params["distill_RE"]), -1
@@ -102,7 +102,7 @@ def test_the_distilled_router_is_frozen_from_the_first_step_of_stage_2_on():
         assert frozen(jnp.int32(step)) == {"embed_VR": still, "distill_RE": still}
 
 
-def test_distillation_moves_the_distilled_router_alone_and_no_gradient_does_in_stage_2():
+def test_distillation_trains_the_distilled_router_alone_and_stage_2_gives_it_no_gradient():
     gate, params = made(balance_weight=0.0)
 
     def losses(params, step):
@@ -119,7 +119,7 @@ def test_distillation_moves_the_distilled_router_alone_and_no_gradient_does_in_s
     assert moved == {"router_DE": True, "embed_VR": False, "distill_RE": False}
 
 
-def test_it_needs_a_vocabulary():
+def test_stablemoe_needs_a_vocabulary():
     with pytest.raises(ValueError, match="vocab_size"):
         gating.make("stablemoe").init(jax.random.key(0), GateSpec(D, E))
 
@@ -134,7 +134,7 @@ def test_values_out_of_range_are_refused(fields):
 
 
 @pytest.mark.slow
-def test_the_trainer_leaves_the_distilled_router_bit_for_bit_alone_in_stage_2():
+def test_the_trainer_keeps_the_distilled_router_bit_equal_in_stage_2():
     """Momentum of stage 1 would move it on for a while, and Lion's sign of it for ever."""
     changes = {"moe__gate__stage_steps": 2, "optim__name": "lion", "model__num_layers": 1}
     run = steps.make({"data": 1}, "stablemoe", **changes)

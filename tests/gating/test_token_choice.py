@@ -41,7 +41,7 @@ def test_every_router_breaks_ties_the_same_way_and_survives_extreme_logits(name)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(huge))
 
 
-def test_switch_weighs_its_one_expert_with_its_probability():
+def test_switch_weights_its_expert_by_its_probability():
     logits = np.array([[[1.0, 3.0, 2.0], [0.5, 0.0, -1.0]]])
     out = call("switch", logits, train=False)
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -76,7 +76,7 @@ def test_shazeer_starts_with_equal_probabilities_and_balanced_noise():
     np.testing.assert_allclose(out.stats.load_GTE.sum(-1).mean(), 2.0, atol=0.25)
 
 
-def test_shazeers_load_is_the_chance_to_be_chosen_under_noise_of_at_least_min_std():
+def test_shazeers_load_is_the_selection_probability_under_noise_of_at_least_min_std():
     """Without noise in evaluation; the others' second best is 0.5 for the two chosen, else 1."""
     logits = np.array([2.0, 1.0, 0.5, -1.0])
     load = call("shazeer", logits[None, None], train=False, min_std=0.25).stats.load_GTE[0, 0]
@@ -84,7 +84,7 @@ def test_shazeers_load_is_the_chance_to_be_chosen_under_noise_of_at_least_min_st
     np.testing.assert_allclose(load, wanted, rtol=1e-5)  # float32
 
 
-def test_shazeers_statistics_are_of_logits_without_noise():
+def test_shazeers_statistics_use_logits_without_noise():
     logits = np.broadcast_to([2.0, 1.0, 0.5, -1.0], (1, 300, 4))
     out = call("shazeer", logits)
     np.testing.assert_array_equal(out.stats.logits_GTE, logits)
@@ -106,7 +106,7 @@ def test_gshard_keeps_the_second_expert_with_twice_its_weight_as_probability():
         np.testing.assert_allclose(weight[:, 1][weight[:, 1] > 0], second, rtol=1e-5)
 
 
-def test_gshard_visits_both_in_evaluation():
+def test_gshard_visits_both_experts_in_evaluation():
     assert (call("gshard", train=False).routing.weight_GTK > 0).all()
 
 
@@ -115,7 +115,7 @@ def test_dense_visits_all_experts_with_softmax_weights():
     np.testing.assert_array_equal(out.routing.weight_GTK, out.stats.probs_GTE)
 
 
-def test_noise_depends_on_the_row_and_not_on_its_place():
+def test_noise_depends_on_the_row_id_and_not_on_its_position():
     gate = gating.make("shazeer")
     params = gate.init(jax.random.key(1), GateSpec(WIDTH, EXPERTS))
     x = jax.random.normal(jax.random.key(0), (4, TOKENS, WIDTH))
@@ -144,7 +144,7 @@ def test_noise_depends_on_the_row_and_not_on_its_place():
         ),
     ],
 )
-def test_unknown_names_and_fields_are_one_line(name, fields, message):
+def test_unknown_names_and_fields_are_reported_in_one_line(name, fields, message):
     with pytest.raises(UserError, match=message) as caught:
         gating.make(name, **fields)
     assert "\n" not in str(caught.value)

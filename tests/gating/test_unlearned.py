@@ -40,7 +40,7 @@ def test_random_draws_k_distinct_experts_uniformly(train, k):
     assert len(counts) == round(scipy.special.comb(E, k))
 
 
-def test_random_draws_anew_with_every_key_and_alike_with_the_same():
+def test_random_draws_differ_between_keys_and_repeat_with_the_same_key():
     one, again, other = (call("random", key=key).expert_GTK for key in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (one != other).mean() > 0.5
@@ -49,7 +49,7 @@ def test_random_draws_anew_with_every_key_and_alike_with_the_same():
 # thor
 
 
-def test_thor_sends_a_step_to_one_expert_and_steps_to_all_alike():
+def test_thor_uses_one_expert_per_step_and_all_experts_equally_often():
     drawn = [call("thor", batch=2, length=3, key=key).expert_GTK for key in range(200)]
     firsts = [int(expert.ravel()[0]) for expert in drawn]
     assert all((e == first).all() for e, first in zip(drawn, firsts, strict=True))
@@ -86,7 +86,7 @@ def test_thors_expert_of_a_sequence_does_not_depend_on_its_length():
     np.testing.assert_array_equal(short[:, 0], long[:, 0])
 
 
-def test_a_layer_of_thor_is_one_expert_in_training_and_their_mean_in_evaluation():
+def test_a_thor_layer_uses_one_expert_in_training_and_their_mean_in_evaluation():
     gate = gating.make("thor", evaluation="mean")
     layer = moejax.MoE(D, 6, 3, gate=gate, transport="dropless", rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 5, D))
@@ -113,7 +113,7 @@ def test_a_draw_needs_a_key(name, train):
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_balanced_loads_every_expert_alike_in_every_run_of_tokens(k):
+def test_balanced_loads_all_experts_equally_in_every_stretch_of_tokens(k):
     expert = np.asarray(call("forced", k=k, key=None).expert_GTK)
     for group in expert:
         for start in (0, 5, 40):
@@ -123,7 +123,7 @@ def test_balanced_loads_every_expert_alike_in_every_run_of_tokens(k):
 
 
 @pytest.mark.parametrize(("k", "exponent"), [(1, 1.0), (2, 1.0), (3, 2.0), (8, 1.0), (2, 0.0)])
-def test_skewed_follows_the_law_of_zipf_and_never_doubles(k, exponent):
+def test_skewed_follows_zipfs_law_and_never_repeats_an_expert(k, exponent):
     """The law by water-filling: whoever would pass 1 is held at 1, the rest share what is left."""
     wanted = np.zeros(E)
     share = 1.0 / np.arange(1, E + 1) ** exponent

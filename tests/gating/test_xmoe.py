@@ -39,7 +39,7 @@ def tutel(params, x, clamp=0.01):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("theta", [np.log(2), 3.0, 9.0])
-def test_logits_and_weights_are_those_of_tutel(bias, theta):
+def test_logits_and_weights_equal_those_of_tutel(bias, theta):
     gate = gating.make("xmoe", k=2, bias=bias, rank=5)
     params = drawn(gate) | {"log_scale": jnp.float32(theta)}
     out, wanted = call(gate, params), tutel(params, tokens())
@@ -53,7 +53,7 @@ def test_logits_and_weights_are_those_of_tutel(bias, theta):
     )
 
 
-def test_it_starts_with_the_given_temperature_and_half_as_many_dimensions_as_experts():
+def test_xmoe_starts_with_the_given_temperature_and_half_as_many_dimensions_as_experts():
     gate = gating.make("xmoe", temperature=0.3)
     params = drawn(gate)
     assert params["project_DR"].shape == (D, E // 2) and params["centroid_RE"].shape == (E // 2, E)
@@ -62,7 +62,7 @@ def test_it_starts_with_the_given_temperature_and_half_as_many_dimensions_as_exp
 
 
 @pytest.mark.parametrize("factor", [1e-2, 7.0, 1e4])
-def test_lengths_of_tokens_and_centroids_do_not_matter(factor):
+def test_the_norms_of_tokens_and_centroids_do_not_matter(factor):
     gate = gating.make("xmoe", k=3)
     params, wanted = drawn(gate), call(gate, drawn(gate))
     scale_E = factor ** jnp.linspace(0.1, 1, E)

@@ -80,13 +80,13 @@ def check(score_TE, valid_T=None):
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("tokens", "num_experts"), [(96, 8), (101, 8), (5, 8), (48, 3)])
-def test_it_is_optimal_by_scipy(kind, tokens, num_experts):
+def test_the_assignment_is_optimal_according_to_scipy(kind, tokens, num_experts):
     # 2^-29 of the spread per token is the solver's resolution; 1e-7 is that of the float32 input.
     assert abs(check(scores(kind, tokens, num_experts))) < 1e-7
 
 
 @pytest.mark.parametrize("kind", ["normal", "duplicates", "rank_one"])
-def test_it_is_optimal_at_a_size_where_much_is_exchanged(kind):
+def test_the_assignment_is_optimal_where_many_exchanges_are_needed(kind):
     assert abs(check(scores(kind, 512, 16))) < 1e-7
 
 
@@ -97,20 +97,20 @@ def test_it_is_optimal_at_a_size_where_much_is_exchanged(kind):
     st.integers(0, 2**31 - 1),
     st.floats(0, 1),
 )
-def test_any_ties_and_any_padding_are_balanced_and_optimal(shape, levels, seed, share):
+def test_assignments_with_ties_and_padding_are_balanced_and_optimal(shape, levels, seed, share):
     """Scores of few distinct values, so that most tokens tie; a random part of them valid."""
     rng = np.random.default_rng(seed)
     value = jnp.asarray(rng.integers(0, levels + 1, shape), jnp.float32)
     check(value, jnp.asarray(rng.random(shape[0]) < share))
 
 
-def test_the_worked_example():
+def test_the_worked_example_is_reproduced():
     result = balanced_assignment(jnp.asarray([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.5, 0.4]]))
     np.testing.assert_array_equal(result.expert_T, [1, 0, 0, 1])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_scores_are_solved_as_the_numbers_they_are(dtype):
+def test_half_precision_scores_are_solved_as_in_float32(dtype):
     """float16 made the reference auction stall: its increment fell below one ulp of the price."""
     half = jnp.asarray(scores("skewed", 96, 8), dtype)
     wide = solve(half.astype(jnp.float32), None)[0]
@@ -119,7 +119,7 @@ def test_half_precision_scores_are_solved_as_the_numbers_they_are(dtype):
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
-def test_scores_that_are_not_finite_are_the_lowest_or_the_highest(bad):
+def test_non_finite_scores_count_as_the_lowest_or_the_highest(bad):
     clean = scores("normal", 24, 4)
     value = clean.at[3, 1].set(bad)
     finite = value[jnp.isfinite(value)]
@@ -151,7 +151,7 @@ def test_without_ties_permuting_tokens_permutes_the_assignment():
     np.testing.assert_array_equal(solve(value[order], None)[0].expert_T, base[order])
 
 
-def test_a_batch_is_solved_as_its_members_alone():
+def test_solving_a_batch_equals_solving_its_members_alone():
     """Groups finish after different numbers of rounds; the others must not go on."""
     kinds = ["normal", "duplicates", "constant", "rank_one"]
     value = jnp.stack([scores(kind, 96, 8) for kind in kinds])
