@@ -755,7 +755,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "key = jax.random.fold_in(key, SECOND_PASS)",
         "pass",
         "tests/tasks/language/test_task.py",
-        "test_a_second_pass_has_another_key_and_half_a_say_in_training_only",
+        "test_a_second_pass_has_another_key_and_half_the_weight_in_training_only",
     ),
     Mutant(
         "consistency_of_one_token",
@@ -763,7 +763,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "{CONSISTENCY: divergence * first.items}",
         "{CONSISTENCY: divergence}",
         "tests/tasks/language/test_task.py",
-        "test_a_second_pass_has_another_key_and_half_a_say_in_training_only",
+        "test_a_second_pass_has_another_key_and_half_the_weight_in_training_only",
     ),
     Mutant(
         "second_pass_counts_whole",
@@ -771,7 +771,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "lambda a, b: (a + b) / 2",
         "lambda a, b: a + b",
         "tests/tasks/language/test_task.py",
-        "test_a_second_pass_has_another_key_and_half_a_say_in_training_only",
+        "test_a_second_pass_has_another_key_and_half_the_weight_in_training_only",
     ),
     Mutant(
         "noise_of_every_step_alike",
@@ -779,7 +779,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "key=jax.random.fold_in(key, step),",
         "key=jax.random.fold_in(key, 0),",
         "tests/tasks/language/test_task.py",
-        "test_a_model_is_told_inputs_rows_and_a_key_of_the_step",
+        "test_a_model_receives_the_inputs_the_rows_and_a_key_of_the_step",
     ),
     Mutant(
         "leak_sees_masked_tokens",
@@ -787,7 +787,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'jnp.where(batch["valid"], batch["tokens"][:, :-1], 0)',
         'batch["tokens"][:, :-1]',
         "tests/tasks/language/test_task.py",
-        "test_nats_of_masked_tokens_do_not_know_what_is_masked",
+        "test_nats_of_masked_tokens_do_not_depend_on_the_masked_ids",
     ),
     Mutant(
         "totals_of_padding",
@@ -795,7 +795,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "jnp.sum(jnp.where(valid_B, x_B, jnp.zeros_like(x_B)))",
         "jnp.sum(x_B)",
         "tests/tasks/language/test_task.py",
-        "test_a_batch_adds_up_the_valid_tokens_targets_and_nothing_else",
+        "test_the_totals_of_a_batch_sum_over_targets_of_valid_tokens_only",
     ),
     Mutant(
         "auxiliary_losses_not_times_items",
@@ -803,7 +803,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "lambda loss: loss * items, losses",
         "lambda loss: loss, losses",
         "tests/tasks/language/test_task.py",
-        "test_a_batch_adds_up_the_valid_tokens_targets_and_nothing_else",
+        "test_the_totals_of_a_batch_sum_over_targets_of_valid_tokens_only",
     ),
     Mutant(
         "held_by_name_anywhere",
@@ -811,7 +811,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'if "router" in nodes and name in still:',
         "if name in still:",
         "tests/tasks/language/test_task.py",
-        "test_only_a_gates_own_parameters_are_held_and_only_when_it_says_so",
+        "test_only_a_gates_own_parameters_are_frozen_and_only_when_it_asks_for_it",
     ),
     Mutant(
         "soft_dispatch_without_noise",

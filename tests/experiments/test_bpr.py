@@ -25,7 +25,7 @@ def test_gains_are_of_equal_seeds_with_their_interval():
     assert "| 0.5 | gate | 75.0 ± 190.6 | 1.000 ± 0.000 | 25.0 ± 0.0 |" in lines[3]
 
 
-def test_mistakes_are_one_line(tmp_path, capsys):
+def test_mistakes_are_reported_in_one_line(tmp_path, capsys):
     assert run.main([f"--out={tmp_path / 'x.json'}", "--seeds=0"]) == 2
     assert capsys.readouterr().err == "error: --seeds=0 must be at least 1\n"
 

@@ -67,7 +67,9 @@ def test_every_figure_of_the_report_is_plotlys(whole: Whole):
         assert not re.search(r'"(C\d|ink|quiet)"', json.dumps(figure.to_plotly_json(), default=str))
 
 
-def test_mistakes_are_one_line(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mistakes_are_reported_in_one_line(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "sweep.json").write_text("{}")
     run, real = moejax.load(whole.workdir), builtins.__import__
 

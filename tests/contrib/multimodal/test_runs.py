@@ -100,7 +100,7 @@ def test_the_router_of_lory_is_trained_on_the_unchanged_page():
     setup.prepare(load(f"{PAGE}:gate=lory").config).check_gate_data(train_steps=1)
 
 
-def test_a_segment_of_a_whole_caption_is_refused_since_its_router_would_learn_nothing(tmp_path):
+def test_a_segment_as_long_as_a_caption_is_refused_as_its_router_would_learn_nothing(tmp_path):
     """A pair has 52 tokens, and each of its two sequences 26."""
     refused(
         ["train", f"--config={PAGE}:size=debug,gate=lory", "--config.moe.gate.segment=32",
@@ -121,7 +121,7 @@ def test_images_that_differ_from_the_runs_are_refused(workdir, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_classifies_held_out_digits_by_their_names(tmp_path):
+def test_a_run_classifies_held_out_digits_by_their_names(tmp_path):
     """Chance is 0.1; 200 steps of the default page reached 0.95 and 0.96 with two seeds."""
     ended = call_as_a_user([
         "train", f"--config={PAGE}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=200",

@@ -238,7 +238,7 @@ def embedded():
     )
 
 
-def test_images_and_captions_do_not_see_each_other_and_vectors_have_length_1():
+def test_images_and_captions_do_not_affect_each_other_and_vectors_have_length_1():
     first, other = batch(0), batch(0)
     other["text"] = jnp.roll(other["text"], 1, axis=0)
     other["text_valid"] = jnp.roll(other["text_valid"], 1, axis=0)
@@ -279,7 +279,7 @@ def test_zero_shot_accuracy_uses_the_prompts_as_captions():
     assert "accuracy" not in in_training.metrics
 
 
-def test_the_temperature_starts_at_clips_and_its_gradient_passes_through_the_bound():
+def test_the_temperature_starts_at_clips_value_and_its_gradient_passes_the_bound():
     task, _ = built()
 
     def scale(raw):
@@ -371,7 +371,7 @@ def test_a_sharded_batch_trains_as_the_whole_batch(shape):
         "train__batch_size=3 moe__group=batch moe__transport=dropless",
     ],
 )
-def test_a_group_counts_sequences_two_for_each_pair(change):
+def test_a_group_counts_two_sequences_for_each_pair(change):
     """Each would be refused if pairs were counted."""
     validate(config_with(**{"moe__group": "8", **dict(one.split("=") for one in change.split())}))
 
@@ -402,7 +402,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_a_mistake_is_one_line_with_field_and_remedy(change):
+def test_a_mistake_is_reported_in_one_line_with_field_and_remedy(change):
     changes = dict(one.split("=") for one in change.split())
     with pytest.raises(UserError) as caught:
         config = config_with(**changes)

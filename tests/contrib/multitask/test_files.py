@@ -56,7 +56,7 @@ def heldout_of(rows=N, fraction=0.1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
-def test_every_value_equals_that_of_pandas(tmp_path, suffix):
+def test_every_value_equals_that_read_by_pandas(tmp_path, suffix):
     data = frame()
     table = load_table(write(data, tmp_path / f"t{suffix}"), **FIELDS)
     held = heldout_of()
@@ -221,7 +221,7 @@ def test_numbers_that_look_like_identifiers_must_be_named(tmp_path, values, caps
     [f"{10**18 + i}.0" for i in range(40)], ["041.9", "41.9"] * 20,
     ["007", "1.5"] * 20, ["0x1f", "0x20"] * 20, ["12E4", "120000"] * 20,
 ], ids=["floats", "padded fractions", "some padded", "hexadecimal", "exponents"])  # fmt: skip
-def test_columns_with_spellings_that_numbers_lose_must_be_named(tmp_path, values):
+def test_columns_whose_spellings_numbers_would_lose_must_be_named(tmp_path, values):
     path = tmp_path / "t.csv"
     path.write_text("who,y\n" + "".join(f"{v},{i % 7}\n" for i, v in enumerate(values * 2)))
     with pytest.raises(UserError, match=r"task.categorical: 'who' has numbers that look like iden"):
@@ -559,7 +559,7 @@ BAD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_fields_are_one_line(tmp_path, case):
+def test_bad_fields_are_reported_in_one_line(tmp_path, case):
     fields, message = BAD[case]
     with pytest.raises(UserError, match=message) as caught:
         load_table(write(frame(), tmp_path / "t.csv"), **{**FIELDS, **fields})
@@ -599,7 +599,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_bad_files_are_one_line(tmp_path, case):
+def test_bad_files_are_reported_in_one_line(tmp_path, case):
     content, message = FILES[case]
     path = tmp_path / "t.csv"
     path.write_bytes(content)
@@ -609,7 +609,7 @@ def test_bad_files_are_one_line(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_word_far_below_numbers_is_found_in_its_row(tmp_path):
+def test_a_word_far_down_a_column_of_numbers_is_reported_with_its_row(tmp_path):
     """Types are guessed from the first megabyte."""
     path, rows = tmp_path / "t.csv", 200_000
     lines = [f"{i % 7},{i % 5}.25" for i in range(rows)]
@@ -620,7 +620,7 @@ def test_a_word_far_below_numbers_is_found_in_its_row(tmp_path):
         load_table(str(path), targets=["y"], numeric=["x"])
 
 
-def test_other_paths_and_types_are_one_line(tmp_path):
+def test_other_paths_and_types_are_reported_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"data.path: '.*gone.csv' does not exist"):
         load_table(str(tmp_path / "gone.csv"), targets=["y"])
     with pytest.raises(UserError, match="is a folder without ratings.csv"):
@@ -636,7 +636,7 @@ def test_other_paths_and_types_are_one_line(tmp_path):
         load_table(str(tmp_path))
 
 
-def test_without_pyarrow_the_remedy_is_named(tmp_path, monkeypatch):
+def test_without_pyarrow_the_error_names_the_remedy(tmp_path, monkeypatch):
     path = write(frame(), tmp_path / "t.csv")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow; pip install 'moejax\[tables\]'"):

@@ -139,7 +139,7 @@ def alone(name):
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_identical_gates_are_one_gate_for_all_tasks(name):
+def test_identical_gates_equal_one_gate_for_all_tasks(name):
     one, router = alone(name)
     step, params = program(name, "none")
     alike = nnx.to_pure_dict(params)
@@ -231,7 +231,7 @@ def test_an_inactive_column_has_neither_weight_nor_gradient():
     np.testing.assert_array_equal(slope_GTK, [[[7, 0], [5, 0]]])
 
 
-def test_noise_belongs_to_the_example_and_to_the_gate():
+def test_noise_depends_on_the_example_and_on_the_gate():
     rows = jnp.arange(B)
     order = jnp.asarray(np.random.default_rng(0).permutation(B))
     (_, (_, info)), _ = run("shazeer", row_B=rows, valid_BL=valid_of(0))
@@ -240,7 +240,7 @@ def test_noise_belongs_to_the_example_and_to_the_gate():
     np.testing.assert_array_equal(moved.routing.expert_GTK, info.routing.expert_GTK[:, order])
 
 
-def test_states_of_gates_are_updated_each_from_its_own_counts():
+def test_each_gates_state_is_updated_from_its_own_counts():
     layer = layer_of("loss_free")
     _, info = nnx.jit(lambda layer: layer(examples()))(layer)
     state = layer.init_gate_state()
@@ -274,7 +274,7 @@ def test_gates_that_need_more_than_one_example_are_refused(gate, message):
         check_gate(gating.make(gate), E, "example")
 
 
-def test_wrong_choices_are_refused_by_name():
+def test_wrong_options_are_refused_by_name():
     with pytest.raises(ValueError, match="gate_input='always' is unknown"):
         check_gate(gating.make("dense"), E, "always")
     check_gate(gating.make("dselect_k", per_example=False), E, "constant")

@@ -110,7 +110,7 @@ def by_hand(model, dense, category):
     return value
 
 
-def test_a_shared_bottom_is_embeddings_a_network_and_towers():
+def test_a_shared_bottom_consists_of_embeddings_a_network_and_towers():
     model = model_of(sharing="shared_bottom", activation="relu", d_bottom=0)
     dense, category, _ = batch()
     value_BM, aux = evaluate(model, dense, category, context(0))
@@ -121,7 +121,7 @@ def test_a_shared_bottom_is_embeddings_a_network_and_towers():
 
 
 @pytest.mark.parametrize("sharing", ["mmoe", pytest.param("omoe", marks=pytest.mark.slow)])
-def test_one_expert_is_a_shared_bottom(sharing):
+def test_one_expert_equals_a_shared_bottom(sharing):
     """Its weight is a softmax over itself: 1 for every task."""
     one = {"moe": DispatchOptions(num_experts=1).config, "activation": "relu", "d_bottom": 0}
     mixed, shared = model_of(sharing=sharing, **one), model_of(sharing="shared_bottom", **one)

@@ -24,7 +24,7 @@ def pearson(y_NM) -> float:
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9, 1.0])
-def test_labels_are_the_papers_formula_plus_noise(rho):
+def test_labels_equal_the_papers_formula_plus_noise(rho):
     """By a loop: the project's sum over waves is vectorised over rows."""
     drawn = draw_correlated(0, 200, rho)
     for n in range(0, 200, 50):
@@ -174,7 +174,7 @@ def test_every_epoch_has_every_row_once(rows, batch_size, seed):
         assert sorted(epoch) == list(range(rows))
 
 
-def test_a_batch_is_a_function_of_the_step_and_a_share_of_it_is_a_slice():
+def test_a_batch_depends_on_the_step_alone_and_a_hosts_share_is_a_slice():
     one, other = (train_batches(30, 8, 5) for _ in range(2))
     for step in (7, 0, 3):
         whole, part = one.batch(step), other.batch(step, slice(2, 6))

@@ -244,7 +244,7 @@ def test_the_linear_baseline_is_at_the_optimum_of_its_loss():
     assert found["linear"] < found["mean"] and "ideal" not in found
 
 
-def test_the_loss_of_the_ideal_of_a_generated_table_is_its_noise():
+def test_the_ideal_loss_of_a_generated_table_is_its_noise():
     table = groups(0, 2000, 4)
     found = table_baselines(table, len(table.heldout))
     noise = sum(0.01**2 / target.scale**2 for target in table.targets)
@@ -450,7 +450,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line_and_leaves_nothing(case, tmp_path):
+def test_a_mistake_is_reported_in_one_line_and_leaves_nothing(case, tmp_path):
     arg, changes, parts = BAD[case]
     given = [f"--config.{name}={value}" for name, value in changes.items()]
     workdir = tmp_path / "run"
@@ -458,7 +458,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(case, tmp_path):
     assert not workdir.exists()
 
 
-def test_mistakes_in_a_file_are_one_line(sales, tmp_path):
+def test_mistakes_in_a_file_are_reported_in_one_line(sales, tmp_path):
     for targets, part in (
         ("prise", "no column 'prise'; did you mean 'price'"),
         ("shop", "task.targets: 'shop' is"),

@@ -57,7 +57,7 @@ def test_openmoe_prints_three_lines_and_writes_a_page_and_the_numbers(run, repor
 
 
 @pytest.mark.slow
-def test_drops_are_those_of_an_evaluation_with_the_same_slots(run, reported):
+def test_drops_equal_those_of_an_evaluation_with_the_same_slots(run, reported):
     _, numbers = reported
     own = drops(numbers, "held out", FIRST_COME)
     ended = runs.call(
@@ -120,7 +120,7 @@ def test_a_run_without_a_probe_is_compared_by_its_checkpoints(run, tmp_path):
         (["--rows=30"], ["--rows has no effect without --openmoe"]),
     ],
 )
-def test_a_mistake_is_one_line(run, flags, parts):
+def test_a_mistake_is_reported_in_one_line(run, flags, parts):
     ended = runs.call(["report", str(run / "run"), *flags])
     assert ended.status == 2 and ended.err.count("\n") == 1, ended.err
     for part in parts:

@@ -49,7 +49,7 @@ def test_with_room_for_all_nothing_is_dropped():
     assert found.rate.value == found.rise.value == 0 and set(found.choices) == {0.0}
 
 
-def test_a_token_is_dropped_by_any_of_its_choices_or_by_all():
+def test_tokens_with_any_and_with_all_choices_dropped_are_counted():
     """One layer, rows of two tokens with two choices: (both kept), (second dropped), ..."""
     kept = np.array([[[True, True], [True, False]], [[False, False], [False, True]]])
     kept = np.repeat(kept, 10, axis=0)[None]
@@ -73,7 +73,7 @@ def test_inactive_choices_are_neither_wanted_nor_dropped():
     assert found.rate.value == pytest.approx(2 / 3)
 
 
-def test_the_rise_is_that_of_numpys_line():
+def test_the_rise_equals_that_of_the_line_fitted_by_numpy():
     rng = np.random.default_rng(2)
     lost_L, wanted_L = rng.random(9), rng.integers(1, 5, 9).astype(float)
     place_L = np.arange(9)
@@ -81,7 +81,7 @@ def test_the_rise_is_that_of_numpys_line():
     assert rise(lost_L, wanted_L) == pytest.approx(8 * slope)
 
 
-def test_arms_have_names():
+def test_every_arm_has_a_name():
     names = [Arm(0.0).name, Arm(1.0).name, Arm(1.25, "gate").name, Arm(1.25, k=1).name]
     assert names == [
         "dropless", "first come, 1 x mean load", "batch-prioritised, 1.25 x mean load",

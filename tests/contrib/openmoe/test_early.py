@@ -21,7 +21,7 @@ def test_a_reversed_router_has_no_saturation_and_a_constant_one_has_all():
     assert found.chance == [1 / E] * 2
 
 
-def test_half_of_two_choices_and_no_first_choice_kept():
+def test_saturation_counts_all_choices_and_first_saturation_only_first_ones():
     token_NL = tokens()
     last = np.stack([token_NL % E, (token_NL + 1) % E], axis=-1)[None]
     then = np.stack([(token_NL + 1) % E, (token_NL + 2) % E], axis=-1)[None]
@@ -30,7 +30,7 @@ def test_half_of_two_choices_and_no_first_choice_kept():
     assert found.cosine == pytest.approx([0.5])  # (1/2, 1/2, 0) and (0, 1/2, 1/2)
 
 
-def test_cosines_are_those_of_a_loop():
+def test_cosines_equal_those_of_a_loop():
     rng = np.random.default_rng(0)
     then, last = rng.random((5, E)), rng.random((5, E))
 

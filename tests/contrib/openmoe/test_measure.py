@@ -37,7 +37,7 @@ def test_another_number_of_choices_is_tried_where_the_parameters_allow_it(gate, 
     assert found == ([other] if other else [])
 
 
-def test_an_arm_changes_how_slots_are_given_out_and_nothing_else():
+def test_an_arm_changes_only_how_slots_are_assigned():
     before = task("top_k", **{"moe.group": "4", "moe.priority": "choice", "moe.reroute": 1})
     moe = variant(before, Arm(2.0)).model.moe
     assert (moe.group, moe.eval_transport) == ("sequence", Cells(2.0, "position", reroute=0))

@@ -23,7 +23,7 @@ def test_the_largest_spreads_are_those_of_openmoes_axis():
     assert finding.largest_spread(32, 2) == pytest.approx(0.1210, abs=5e-5)
 
 
-def test_counts_are_those_of_a_loop_and_leave_out_inactive_columns():
+def test_counts_equal_those_of_a_loop_and_leave_out_inactive_columns():
     rng = np.random.default_rng(2)
     choice_TK, kind_T = rng.integers(NONE, E, (50, 2)), rng.integers(0, 3, 50)
     expected = np.zeros((3, E), int)
@@ -50,7 +50,7 @@ def test_the_first_choice_is_the_one_of_largest_weight():
     np.testing.assert_array_equal(found.choices(0), [[[1, 2], [NONE, NONE], [0, 3]]])
 
 
-def test_a_router_that_reads_the_token_id_only_spreads_and_tells_as_much_as_possible():
+def test_a_router_of_token_ids_reaches_the_largest_spread_and_information():
     token_NL = tokens()
     found = finding.specialisation(routed(token_NL, token_NL % E))
     layer = found.layers[0]
@@ -89,7 +89,7 @@ def test_a_random_router_is_at_chance_in_everything():
 
 
 @pytest.mark.parametrize("kind", [POSITION, PREVIOUS, DOMAIN])
-def test_a_router_that_reads_a_context_only_is_told_by_that_context(kind):
+def test_a_router_of_one_context_is_explained_by_that_context(kind):
     token_NL = tokens(rows=200)
     label_NL = np.random.default_rng(3).integers(0, E, token_NL.shape)
     kinds = finding.kinds_of(routed(token_NL, token_NL, label_NL=label_NL, names=tuple("abcd")))
@@ -100,7 +100,7 @@ def test_a_router_that_reads_a_context_only_is_told_by_that_context(kind):
     assert abs(found.information[TOKEN].value) < 0.02 and found.lead.high < -0.9
 
 
-def test_information_is_that_of_the_joint_distribution():
+def test_information_equals_that_of_the_joint_distribution():
     """Against the definition, term by term."""
     kind_T = np.array([0, 0, 0, 1, 1, 1, 1, 1])
     expert_T = np.array([0, 0, 1, 1, 1, 1, 0, NONE])
@@ -112,7 +112,7 @@ def test_information_is_that_of_the_joint_distribution():
     assert 0 < chance < whole
 
 
-def test_the_previous_token_of_a_row_is_its_own():
+def test_the_previous_token_comes_from_the_same_row():
     token_NL = np.array([[4, 5], [2, 3]])
     found = finding.kinds_of(routed(token_NL, token_NL))
     np.testing.assert_array_equal(found[PREVIOUS], [[0, 5], [0, 3]])

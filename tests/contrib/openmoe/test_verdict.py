@@ -37,7 +37,7 @@ def test_a_router_of_token_ids_specialises(token_NL):
     assert "tells 100.0% of its first expert" in verdict.because
 
 
-def test_a_router_of_positions_and_a_random_one_do_not(token_NL):
+def test_a_router_of_positions_and_a_random_router_do_not_specialise(token_NL):
     places = np.broadcast_to(np.arange(LENGTH), token_NL.shape) % E
     assert judged(token_NL, places).answer == ABSENT
     # A single id and single position: whatever the router does, it is chance.
@@ -79,7 +79,7 @@ def test_early_routing_learning_needs_the_last_shares_by_a_fifth_of_the_steps(fo
     assert early_verdict(found).answer == answer
 
 
-def test_the_recording_nearest_to_a_fifth_is_the_one_named(token_NL):
+def test_the_verdict_names_the_recording_nearest_to_a_fifth_of_the_steps(token_NL):
     recording = routed(token_NL, token_NL % E)
     found = early([(step, recording) for step in (0, 10, 20, 30, 100)], "checkpoints")
     assert "At step 20 of 100" in early_verdict(found).because
@@ -109,7 +109,7 @@ def test_drops_that_rise_only_on_another_text_are_out_of_domain():
     assert verdict.answer == "appears out of domain only"
 
 
-def test_a_part_of_the_own_text_is_not_out_of_domain():
+def test_a_part_of_the_held_out_text_is_not_out_of_domain():
     """It is told of, and the verdict is that of the whole texts."""
     flat = [*measured("held out", 0.25, 32), *measured("english", 0.25, 32)]
     part = measured("held out, mostly code", 0.9)

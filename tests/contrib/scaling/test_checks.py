@@ -21,7 +21,7 @@ def with_seeds(noise: float) -> list:
 
 
 @pytest.mark.parametrize("group", [checks.CELL, checks.SIZE, checks.EXPERTS])
-def test_a_held_out_run_is_predicted_by_a_fit_that_saw_none_of_its_group(group: checks.Coverage):
+def test_a_held_out_run_is_predicted_by_a_fit_without_its_group(group: checks.Coverage):
     runs = with_seeds(0.005)
     found = checks.held_out(runs, checks.fit_runs(runs), group)
     assert len(found) == len(runs)
@@ -55,7 +55,7 @@ def test_groups_without_which_the_law_is_not_determined_are_not_predicted():
     assert len(checks.held_out(runs, law, checks.CELL)) == len(runs)
 
 
-def test_errors_are_mean_and_largest_size_of_the_relative_error():
+def test_errors_are_the_mean_and_largest_absolute_relative_error():
     run = runs_of(LAW)[0]
     found = checks.errors([checks.Prediction(run, run.loss * x) for x in (1.01, 0.97)])
     assert found.mean == pytest.approx(0.02) and found.largest == pytest.approx(0.03)

@@ -69,13 +69,13 @@ def test_two_sources_give_one_page_of_numbers_and_the_same_in_json(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.csv.gz", "law.json"]
 
 
-def test_one_router_is_fitted_as_it_is_among_others(tmp_path: Path):
+def test_a_router_fitted_alone_has_the_same_fit_as_among_others(tmp_path: Path):
     source = read_source(str(curves(tmp_path / "c.csv")))
     alone, both = make_study(source, ["Hash"], 40), make_study(source, [], 40)
     assert alone.routers == (both.routers[1],) and alone.pairs == {} and alone.rankings == ()
 
 
-def test_a_sweep_of_one_size_gets_the_reduced_law_and_is_told_so(
+def test_a_sweep_of_one_size_gets_the_reduced_law_with_a_notice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder, out = sweep(tmp_path / "experts"), tmp_path / "law.json"
@@ -89,7 +89,7 @@ def test_a_sweep_of_one_size_gets_the_reduced_law_and_is_told_so(
     assert {c["half_width"] for c in numbers["pairs"][0]["cells"]} == {0.0}
 
 
-def test_the_papers_full_law_is_not_set_beside_a_reduced_one(tmp_path: Path):
+def test_the_papers_full_law_is_not_compared_with_a_reduced_one(tmp_path: Path):
     runs = [dataclasses.replace(run, router="Hash") for run in runs_of(LAW, sizes=SIZES[:1])]
     path = write_curves(tmp_path / "c.csv", [curve(n, run) for n, run in enumerate(runs)])
     (found,) = make_study(read_source(str(path)), resamples=40).routers
@@ -141,7 +141,7 @@ def test_losses_that_are_close_look_close():
     assert 0.004 / (high - low) < 0.1 and low < 2.0 < 2.004 < high
 
 
-def test_beside_each_other_losses_are_relative_to_one_expert_and_names_share_colours(
+def test_compared_losses_are_relative_to_one_expert_and_names_share_colours(
     tmp_path: Path,
 ):
     other = read_source(str(curves(tmp_path / "c.csv", noise=0)))
@@ -159,7 +159,7 @@ def test_beside_each_other_losses_are_relative_to_one_expert_and_names_share_col
     assert left["hash"] == right["Hash 15M"] != left["sbase"]
 
 
-def test_the_command_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_writes_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, picture = curves(tmp_path / "c.csv"), tmp_path / "law.png"
     words = ["scaling", str(sweep(tmp_path / "experts")), f"--figure={picture}", "--resamples=40"]
     assert cli.main([*words, f"--beside={path}"]) == 0
@@ -190,7 +190,7 @@ MISTAKES: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_one_line_and_creates_nothing(
+def test_a_mistake_is_reported_in_one_line_and_creates_nothing(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     routed = [curve(n, run) for n, run in enumerate(runs_of(LAW)) if run.experts > 1]

@@ -94,7 +94,7 @@ def test_the_effective_size_is_that_of_the_dense_model_with_the_same_loss():
     assert LAW.effective_size(size, 1) == pytest.approx(size, rel=1e-12)
 
 
-def test_at_the_cutoff_more_experts_do_not_help():
+def test_more_experts_do_not_help_at_the_cutoff():
     assert LAW.cutoff == pytest.approx(1e12)
     losses = LAW.loss(LAW.cutoff, [1, 8, 512])
     assert losses == pytest.approx(losses[0], rel=1e-12)

@@ -79,7 +79,7 @@ def test_held_out_cells_are_predicted_within_2_percent_but_for_one_run(router: s
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_size_never_seen_is_predicted_within_3_percent(router: str):
+def test_an_unseen_size_is_predicted_within_3_percent(router: str):
     found = study(router)
     assert found.size and found.size.runs == len(found.runs) and found.size.largest < 0.03
 
@@ -96,7 +96,9 @@ def test_the_papers_coefficients_lie_in_the_intervals(router: str):
     ("router", "mean", "largest"),
     [("S-Base", 0.4, 2.0), ("RL-R", 1.6, 3.6), ("Hash", -0.9, 3.0)],
 )
-def test_the_rounded_coefficients_err_as_was_measured_before(router, mean: float, largest: float):
+def test_the_rounded_coefficients_have_the_error_recorded_before(
+    router, mean: float, largest: float
+):
     """Signed mean and largest error of the routed runs, in percent, from an earlier evaluation."""
     runs = [run for run in study(router).runs if run.router == router]
     error_R = [100 * p.error for p in checks.predict(PUBLISHED[router], runs)]

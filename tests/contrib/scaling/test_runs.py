@@ -27,7 +27,7 @@ RUN = Run("R", 1e6, 8, 42, 2.5)
 
 
 @pytest.mark.parametrize("name", ["curves.csv", "curves.csv.gz"])
-def test_of_each_run_the_last_evaluation_with_a_loss_counts(tmp_path: Path, name: str):
+def test_the_last_evaluation_with_a_loss_counts_for_each_run(tmp_path: Path, name: str):
     rows = [
         curve(7, RUN, step=99, loss_validation=2.6),
         curve(7, RUN, step=100),
@@ -38,7 +38,7 @@ def test_of_each_run_the_last_evaluation_with_a_loss_counts(tmp_path: Path, name
     assert found == Run("R", 1e6, 8, 42, 2.5, "hyper_id=7")
 
 
-def test_runs_of_other_architectures_do_not_count(tmp_path: Path):
+def test_runs_of_other_architectures_are_ignored(tmp_path: Path):
     rows = [curve(0, RUN), curve(1, RUN, k=2), curve(2, RUN, routing_frequency=0.25)]
     rows.append(curve(3, Run(DENSE, 1e6, 1, 42, 2.9), flop_increase=4.0))
     source = read_source(str(write_curves(tmp_path / "c.csv", rows)))
@@ -89,7 +89,7 @@ def test_an_invalid_table_is_refused(tmp_path: Path):
         read_source(str(tmp_path / "nothing"))
 
 
-def test_a_table_that_was_cut_off_is_refused(tmp_path: Path):
+def test_a_truncated_table_is_refused(tmp_path: Path):
     path = write_curves(tmp_path / "c.csv", [curve(0, RUN), curve(1, RUN)])
     path.write_text(path.read_text()[:-30])
     with pytest.raises(UserError, match="fewer cells than columns"):
@@ -107,7 +107,7 @@ def loss(experts: int, seed: int) -> float:
     return 2.0 - 0.01 * experts + 0.001 * seed
 
 
-def test_a_trial_is_its_router_its_dense_size_its_experts_and_its_loss(tmp_path: Path):
+def test_a_trial_gives_its_router_dense_size_experts_and_loss(tmp_path: Path):
     """switch with 4 experts: the dense model and a router of 8 x 4 in two layers."""
     trials = [trial("a", "switch", 4), trial("b", "switch", 32), trial("c", "hash", 32)]
     source = read_source(str(write_sweep(tmp_path / "s", trials, loss, seeds=2)))

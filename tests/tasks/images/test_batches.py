@@ -60,7 +60,7 @@ def test_a_batch_depends_on_seed_and_step_alone(digits):
     assert (other["image"] != forward[0]["image"]).any()
 
 
-def test_a_shift_moves_every_image_on_its_own_and_fills_with_black(digits):
+def test_a_shift_moves_each_image_independently_and_fills_with_black(digits):
     pixels = digits.train_NHWC[:25]
     moves = np.array([(down, right) for down in range(-2, 3) for right in range(-2, 3)])
     for image, moved, (down, right) in zip(pixels, shifted(pixels, moves), moves, strict=True):
@@ -90,7 +90,7 @@ def test_a_hosts_share_is_a_slice_of_the_global_batch(digits, shift):
 
 
 @pytest.mark.parametrize("rows", [359, 10**6, 100])
-def test_evaluation_covers_the_heldout_side_up_to_so_many_rows(digits, rows):
+def test_evaluation_covers_the_held_out_side_up_to_the_row_limit(digits, rows):
     batches = image_eval_batches(digits, 64, rows)
     count = min(rows, 359)
     valid = np.concatenate([batch["valid"] for batch in batches])

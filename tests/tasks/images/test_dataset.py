@@ -151,7 +151,7 @@ def test_a_photograph_is_rotated_by_its_exif_orientation(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "bmp", "gif", "webp", "PNG"])
-def test_every_format_is_found_and_read(folder, suffix):
+def test_every_image_format_is_found_and_read(folder, suffix):
     Image.fromarray(np.full((6, 6), 77, np.uint8)).save(folder / "cat" / f"x.{suffix}")
     before = len(load_images(str(folder), 6, 1).train_label_N)
     assert before == 12 + 1  # of 5 cats, 5 dogs and 6 eels one each is held out
@@ -159,7 +159,7 @@ def test_every_format_is_found_and_read(folder, suffix):
     assert np.abs(read_image(str(folder / "cat" / f"x.{suffix}"), 6, 1).astype(int) - 77).max() < 4
 
 
-def test_hidden_files_other_files_and_deeper_folders(folder):
+def test_hidden_and_other_files_are_ignored_and_deeper_folders_are_read(folder):
     first = load_images(str(folder), 6, 3).fingerprint
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / ".cache").mkdir()

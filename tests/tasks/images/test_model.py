@@ -81,7 +81,7 @@ def initial():
     return to_tree(built()[1])
 
 
-def test_patches_are_those_of_a_loop():
+def test_patches_equal_those_of_a_loop():
     image_BHWC = np.random.default_rng(0).normal(size=(3, 6, 6, 2)).astype(np.float32)
     expected = np.zeros((3, 9, 8), np.float32)
     for b in range(3):
@@ -99,7 +99,7 @@ def test_an_image_that_is_no_multiple_of_the_patch_is_refused():
 
 
 @pytest.mark.slow
-def test_positions_tell_patches_apart():
+def test_position_embeddings_distinguish_patches():
     """Without them attention, experts (dropless) and the mean would take patches in any order."""
     batch, order = image_batch(), np.random.default_rng(0).permutation(L)
     patch_BLP = np.asarray(patches(batch["image"], 2))[:, order]
@@ -114,7 +114,7 @@ def test_positions_tell_patches_apart():
     assert changes[1] < 1e-5  # sums of 16 float32 in another order
 
 
-def test_patches_see_later_patches_and_no_other_image():
+def test_patches_attend_to_later_patches_and_to_no_other_image():
     batch = image_batch()
     changed = batch["image"].at[0, -1, -1].add(1.0)  # in the last patch of the first image
     first, second = (evaluate(initial(), {**batch, "image": x}) for x in (batch["image"], changed))
@@ -124,7 +124,7 @@ def test_patches_see_later_patches_and_no_other_image():
     np.testing.assert_array_equal(first[0][1:], second[0][1:])
 
 
-def test_filler_is_neither_routed_nor_counted_and_changes_nothing():
+def test_padding_images_are_neither_routed_nor_counted_and_change_nothing():
     batch = image_batch()
     valid = batch["valid"].at[-4:].set(False)
     clean_BV, clean = gradients(initial(), {**batch, "valid": valid})[0][1][1]
@@ -144,7 +144,7 @@ def test_every_parameter_has_a_gradient():
         assert np.isfinite(grad).all() and np.any(np.asarray(grad) != 0), path
 
 
-def test_axes_in_names_say_how_parameters_are_split():
+def test_axis_letters_in_names_determine_how_parameters_are_sharded():
     mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}, jax.devices())
     specs = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(initial()):
@@ -173,7 +173,7 @@ def alone():
     ],
     ids=meshes.name,
 )
-def test_every_mesh_gives_the_same_answer(shape):
+def test_every_mesh_gives_the_same_outputs(shape):
     (loss, (_, (logits_BV, aux))), grads = alone()
     with meshes.entered(shape):
         mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])

@@ -65,7 +65,7 @@ def drill(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_it_learns_and_reports_in_units_of_images(drill):
+def test_a_run_learns_and_reports_in_units_of_images(drill):
     workdir = drill[0]
     first, last = runs.rows(workdir, "eval")
     # Chance is 0.1 and 2.30 nats.
@@ -179,7 +179,7 @@ def test_every_mesh_trains_the_same(shape, alone):
     "arguments",
     ["priority=gate", "gate=switch", "gate=expert_choice", "gate=sbase", "gate=soft", "gate=hash"],
 )
-def test_gates_that_look_at_the_whole_image_train(arguments):
+def test_gates_that_route_by_the_whole_image_train(arguments):
     loss, held_out, _, _ = steps_of({"data": 1}, f"{PAGE},{arguments}", 30)
     assert loss[0] > 2.0 and held_out < 1.6
 
@@ -218,7 +218,7 @@ def test_the_router_of_lory_is_trained_on_the_unchanged_page():
     setup.prepare(load(f"{ROOT}/configs/vit.py:gate=lory").config).check_gate_data(train_steps=1)
 
 
-def test_bad_pictures_are_one_line_and_nothing_is_written(pictures, tmp_path):
+def test_bad_images_are_reported_in_one_line_and_nothing_is_written(pictures, tmp_path):
     argv = command(tmp_path / "run", data__path=pictures)
     damaged = pictures / "val" / "dog" / "0.png"
     whole = damaged.read_bytes()
@@ -236,7 +236,7 @@ def test_bad_pictures_are_one_line_and_nothing_is_written(pictures, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_changed_pictures_are_refused_when_a_run_resumes(pictures):
+def test_changed_images_are_refused_when_a_run_resumes(pictures):
     first = prepared(data__path=pictures).data.fingerprint
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(pictures / "train" / "cat" / "0.png")
     assert prepared(data__path=pictures).data.fingerprint != first

@@ -83,13 +83,13 @@ def test_logits_do_not_depend_on_later_tokens_in_evaluation(settings):
 @pytest.mark.parametrize(
     "priority", [slow_unless(p == "choice", p) for p in ("choice", "gate", "random")]
 )
-def test_priorities_that_let_later_tokens_in_are_seen_to_leak_in_training_only(priority):
+def test_priorities_that_admit_later_tokens_leak_in_training_only(priority):
     settings = config("mixtral", moe={"priority": priority})
     assert earlier_change(settings, train=True) > 1e-3
     assert earlier_change(settings, train=False) <= 1e-6
 
 
-def test_sequences_do_not_see_each_other():
+def test_sequences_do_not_affect_each_other():
     token_BL = tokens()
     changed = token_BL.at[1:].set(tokens(2)[1:])
     first, second = (run(MIXED, t)[0] for t in (token_BL, changed))

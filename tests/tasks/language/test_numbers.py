@@ -70,7 +70,7 @@ def test_bfloat16_compute_leaves_router_and_parameters_in_float32():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("train", [True, False], ids=["cells", "dropless"])
-def test_identical_experts_are_the_dense_model(train):
+def test_identical_experts_equal_the_dense_model(train):
     """Weights of a renormalised gate add up to 1, so equal experts are one FFN; none dropped."""
     sparse = config("mixtral", moe={"capacity_factor": E / 2})
     dense = changed(sparse, every=0, d_ff=sparse.experts.d_ff)
@@ -116,7 +116,7 @@ def test_the_untrained_model_starts_near_the_uniform_distribution(tied, excess):
     ],
     ids=label,
 )
-def test_the_number_of_parameters_is_the_formula(settings):
+def test_the_number_of_parameters_equals_the_formula(settings):
     c = settings
     matrices = {"swiglu": 3, "gelu": 2, "relu": 2}
     heads, own = c.attention, c.experts
@@ -131,7 +131,7 @@ def test_the_number_of_parameters_is_the_formula(settings):
     assert sum(x.size for x in jax.tree.leaves(built(settings)[1])) == wanted
 
 
-def test_shapes():
+def test_logits_and_statistics_have_their_documented_shapes():
     logits_BLV, aux = run(MIXED, tokens())
     assert logits_BLV.shape == (B, L, V) and set(aux.losses) >= {"load_balance", "z"}
     others = ("gate", "load_ME")

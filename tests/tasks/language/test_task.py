@@ -44,7 +44,7 @@ def logits(of_token: list[float]) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(of_token), (2, 3, len(of_token)))
 
 
-def test_a_batch_adds_up_the_valid_tokens_targets_and_nothing_else():
+def test_the_totals_of_a_batch_sum_over_targets_of_valid_tokens_only():
     """Targets 1, 0, 1 and 0, and logits log 3 and 0: shares of 3/4 and 1/4."""
     task = Fixed(None, (), **WEIGHTS)
     said = {"first": logits([math.log(3), 0.0]), "second": logits([0.0, 0.0])}
@@ -69,7 +69,7 @@ def test_a_policy_is_rewarded_by_the_log_likelihood_of_valid_targets():
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_second_pass_has_another_key_and_half_a_say_in_training_only(train: bool):
+def test_a_second_pass_has_another_key_and_half_the_weight_in_training_only(train: bool):
     task = Fixed(None, ((CONSISTENCY, 5.0),), **WEIGHTS)
     said = {"first": logits([1.0, 0.0]), "second": logits([0.0, 1.0])}
     totals = task.forward(said, (), BATCH, jnp.int32(0), KEY, train=train)
@@ -92,7 +92,7 @@ class Told(LanguageModel):
         return lambda token_BL, context, *rest: ((token_BL, context), None)
 
 
-def test_a_model_is_told_inputs_rows_and_a_key_of_the_step():
+def test_a_model_receives_the_inputs_the_rows_and_a_key_of_the_step():
     task = Told(None, (), **WEIGHTS)
     (token_BL, context), _ = task.apply({}, (), BATCH, jnp.int32(7), KEY, train=True)
     np.testing.assert_array_equal(token_BL, BATCH["tokens"][:, :3])
@@ -116,7 +116,7 @@ class Seeing(LanguageModel):
         return 9.0 * jax.nn.one_hot(batch["tokens"][:, :-1], 7), LayerAux()
 
 
-def test_nats_of_masked_tokens_do_not_know_what_is_masked():
+def test_nats_of_masked_tokens_do_not_depend_on_the_masked_ids():
     """Where nothing is valid the input is 0, whatever lies there; the target stays."""
     task = Seeing(None, (), **WEIGHTS)
     tokens = jnp.asarray([[5, 5, 4, 4], [6, 0, 3, 3]])
@@ -127,7 +127,7 @@ def test_nats_of_masked_tokens_do_not_know_what_is_masked():
     np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=2e-6)  # float32 of 9
 
 
-def test_only_a_gates_own_parameters_are_held_and_only_when_it_says_so():
+def test_only_a_gates_own_parameters_are_frozen_and_only_when_it_asks_for_it():
     traits = GateTraits(frozen=lambda step: {"embed_VR": step >= 2})
     gate = SimpleNamespace(traits=lambda: traits)
     task = Task(SimpleNamespace(gate=gate, num_moe_layers=1), (), 0.0)

@@ -48,7 +48,7 @@ def test_a_batch_is_a_function_of_the_step_alone(train):
             np.testing.assert_array_equal(values, forward[step][name])
 
 
-def test_the_order_is_grains_own_iteration_order(train):
+def test_the_order_equals_the_iteration_order_of_grain(train):
     import grain
 
     order = iter(grain.MapDataset.range(10).seed(3).shuffle().repeat())
