@@ -120,7 +120,7 @@ MUTANTS: tuple[Mutant, ...] = (
         " * policy.log_prob_GT.shape[0]",
         "",
         "tests/test_losses.py",
-        "test_the_policys_losses_are_means_over_layers_and_valid_tokens",
+        "test_the_policy_losses_are_means_over_layers_and_valid_tokens",
     ),
     Mutant(
         "ops_mean_over_padding",
@@ -155,7 +155,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         "share_QE = load_QE / _at_least_one(jnp.sum(load_QE, -1, keepdims=True))",
         "tests/test_losses.py",
-        "test_the_balance_loss_has_no_gradient_in_what_it_counts",
+        "test_the_balance_loss_has_no_gradient_through_its_counts",
     ),
     Mutant(
         "evaluation_has_the_training_capacity",

@@ -65,7 +65,7 @@ def test_the_gate_is_explained_and_trains_from_the_command_line(folder):
     assert (folder / "runs" / "greedy" / "summary.png").exists()
 
 
-def test_a_value_out_of_its_range_is_one_line(folder):
+def test_a_value_out_of_its_range_is_reported_in_one_line(folder):
     (train,) = commands("train")
     wrong = [w.replace("epsilon=0.2", "epsilon=2.0").replace("runs/", "no/") for w in train]
     ended = run(wrong, folder)
@@ -74,7 +74,7 @@ def test_a_value_out_of_its_range_is_one_line(folder):
 
 
 @pytest.mark.slow
-def test_it_passes_the_exam(folder):
+def test_the_gate_passes_the_exam(folder):
     exams = [words for words in COMMANDS if words[:2] == ["make", "exam"]]
     assert len(exams) == 2
     own = exams[1][2].removeprefix("GATE=")
@@ -107,7 +107,7 @@ def test_the_exam_names_the_phase_and_the_claim_that_a_gate_breaks(folder):
 
 
 @pytest.mark.slow
-def test_it_runs_in_a_sweep(folder):
+def test_the_gate_runs_in_a_sweep(folder):
     (sweep,) = commands("sweep")
     ended = run(sweep, folder)
     assert ended.returncode == 0, ended.stderr
@@ -127,7 +127,7 @@ print(moejax.__file__)
 """
 
 
-def test_one_file_and_one_line_make_it_part_of_moejax(tmp_path):
+def test_one_file_and_one_line_add_the_gate_to_moejax(tmp_path):
     """In a copy of the package: the page's file, and a line in ``GATES``."""
     shutil.copytree(ROOT / "moejax", tmp_path / "moejax", ignore=shutil.ignore_patterns("*.pyc"))
     (tmp_path / "moejax" / "gating" / "greedy.py").write_text(PYTHON[0])

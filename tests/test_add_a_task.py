@@ -80,7 +80,7 @@ def test_the_probe_names_its_tokens(workdir):
         ("image", "is unknown; did you mean 'images'"),
     ],
 )
-def test_a_name_that_is_no_task_is_refused_in_one_line(name: str, message: str):
+def test_an_unknown_task_name_is_refused_in_one_line(name: str, message: str):
     with pytest.raises(UserError, match=f"^task.name={name!r} {message}") as caught:
         default(name)
     assert "\n" not in str(caught.value)

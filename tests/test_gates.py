@@ -426,7 +426,7 @@ def mesh_cases():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "train", "shape"), list(mesh_cases()))
-def test_every_mesh_routes_alike(row, train, shape):
+def test_every_mesh_gives_the_same_routing(row, train, shape):
     exam, groups = Exam(row, train), 8
     x = np.concatenate([TOKENS, OTHERS])
     given = gates.context(train, step=row.step, keyed=train or row.noisy_eval, groups=groups)

@@ -171,7 +171,7 @@ def test_every_import_that_the_table_allows_exists():
     assert {room: may - used[room] for room, may in MAY_IMPORT.items() if may - used[room]} == {}
 
 
-def test_gates_and_dispatch_do_not_know_each_other():
+def test_gates_and_dispatch_do_not_import_each_other():
     """The seam that lets any gate use any transport."""
     for first, second in (("gating", "dispatch"), ("dispatch", "gating")):
         for file in FILES:
@@ -250,7 +250,7 @@ def test_import_moejax_takes_less_than_a_second_more_than_import_jax(measured):
     assert min(seconds) < 1.0
 
 
-def test_what_only_the_layer_needs_is_imported_with_the_layer(measured):
+def test_modules_that_only_the_layer_needs_are_imported_with_it(measured):
     assert not {"flax", "chex", "optax", "rich", "absl"} & set(measured["light"])
     assert {"flax", "chex"} <= set(measured["full"])
 

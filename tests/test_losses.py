@@ -33,14 +33,14 @@ def test_load_balance_gives_the_gshard_loss_published_with_vmoe():
     np.testing.assert_allclose(value, 1.0875, rtol=1e-6)  # float32 sums of 4 numbers
 
 
-def test_importance_is_one_plus_the_value_published_with_vmoe():
+def test_importance_equals_one_plus_the_value_published_with_vmoe():
     mass = jnp.sum(VMOE_PROBS, axis=1)
     value = losses.squared_share(mass, ALL)
     # The published number is a float32 CV^2; subtracting 1 costs its last digit.
     np.testing.assert_allclose(value - 1, 0.03874999, atol=2e-7)
 
 
-def test_load_is_one_plus_the_value_published_with_vmoe():
+def test_load_equals_one_plus_the_value_published_with_vmoe():
     logits = np.array([[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]])
     noise = np.array([[-0.037, 0.026, -0.018], [-0.074, 0.045, -0.015], [-0.067, -0.059, 0.073]])
     threshold = np.sort(logits + noise, axis=-1)[:, 1:2]  # V-MoE: the k-th noisy value, k = 2
@@ -59,7 +59,7 @@ def test_load_balance_gives_the_value_published_with_flaxformer():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_other_libraries_value_is_ours_times_their_scale(k):
+def test_the_value_of_other_libraries_equals_ours_times_their_scale(k):
     """Each formula written out as its library has it; docs/losses.md prints these factors."""
     rng = np.random.default_rng(0)
     tokens, num_experts = 64, 6
@@ -162,14 +162,14 @@ def test_a_share_does_not_depend_on_the_size_of_the_mass():
     np.testing.assert_allclose(small, losses.squared_share(mass, ALL), rtol=1e-5)
 
 
-def test_z_loss_is_the_value_published_with_flaxformer():
+def test_z_loss_equals_the_value_published_with_flaxformer():
     with jax.threefry_partitionable(False):  # the random bits of the time of its publication
         logits = jax.random.uniform(jax.random.PRNGKey(0), (2, 6, 4), minval=-5, maxval=5)
     value = losses.z_loss(logits, jnp.ones((2, 6), bool))
     np.testing.assert_allclose(value, 13.786719, rtol=1e-6)  # its last digit is float32's
 
 
-def test_z_loss_is_the_mean_square_log_partition():
+def test_z_loss_equals_the_mean_square_log_partition():
     logits = np.random.default_rng(2).normal(size=(2, 5, 3)).astype(np.float32)
     expected = np.mean(np.log(np.exp(logits).sum(-1)) ** 2)
     value = losses.z_loss(jnp.asarray(logits), jnp.ones((2, 5), bool))
@@ -201,7 +201,7 @@ def test_token_weighted_micro_batches_give_the_loss_of_the_batch(valid_tokens, s
     np.testing.assert_allclose(halves, whole, rtol=1e-5, atol=1e-6)  # sums in another order
 
 
-def test_the_policys_losses_are_means_over_layers_and_valid_tokens():
+def test_the_policy_losses_are_means_over_layers_and_valid_tokens():
     """By hand: advantages are (1, -2) and (0, 3); the third token is padding."""
     policy = Policy(
         log_prob_GT=jnp.asarray([[[-1.0, -0.5, -9.0]], [[-2.0, -0.25, -9.0]]]),
@@ -214,7 +214,7 @@ def test_the_policys_losses_are_means_over_layers_and_valid_tokens():
     assert found == {"policy": 0.1875, "baseline": 3.5}
 
 
-def test_the_balance_loss_has_no_gradient_in_what_it_counts():
+def test_the_balance_loss_has_no_gradient_through_its_counts():
     load, probs = jnp.asarray([[3.0, 1.0, 0.0]]), VMOE_PROBS
     assert losses.load_balance(load, probs, ALL) > 1, "other counts would have another loss"
     np.testing.assert_array_equal(jax.grad(losses.load_balance)(load, probs, ALL), 0.0)

@@ -37,7 +37,7 @@ def counted(found):
 # The reader of programs, on programs whose collectives are known.
 
 
-def test_the_reader_sees_every_collective_and_its_axes():
+def test_the_reader_of_programs_finds_every_collective_and_its_axes():
     def body(x):
         x = jax.lax.all_to_all(x, "expert", 0, 0, tiled=True)
         x = jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
@@ -254,7 +254,7 @@ def test_the_number_of_collectives_does_not_grow_with_depth():
 
 
 @pytest.mark.slow
-def test_layers_that_are_laid_out_exchange_what_they_do_in_a_loop():
+def test_unrolled_layers_exchange_the_same_as_layers_in_a_loop():
     """Four exchanges a layer of the same size, and no collective of another kind."""
     shape = tuple(meshes.LARGE.items())
     loop, flat = step_collectives(shape), step_collectives(shape, unrolled=8)

@@ -56,7 +56,9 @@ def test_a_dropless_step_runs_the_tpu_kernels(transport, exchanges, chips, monke
 
 
 @pytest.mark.parametrize(("remat", "products"), [("experts", 9), ("exchange", 11), ("full", 12)])
-def test_what_a_policy_keeps_is_not_computed_or_sent_again(remat, products, chips, monkeypatch):
+def test_values_that_a_remat_policy_keeps_are_not_computed_or_sent_again(
+    remat, products, chips, monkeypatch
+):
     """Two of the three forward products of an expert layer make its hidden layers."""
     text, found = compiled({"expert": 4}, chips, "dropless", monkeypatch, model__remat=remat)
     assert text.count('"tpu_custom_call"') == products

@@ -79,6 +79,6 @@ def test_no_docstring_opens_with_a_riddle_or_uses_a_coined_word(folder):
         ("Resume the run; a mendicant is no match.", 0),
     ],
 )
-def test_the_check_finds_what_it_is_for(tmp_path, text, count):
+def test_the_check_counts_the_offending_docstrings(tmp_path, text, count):
     (tmp_path / "module.py").write_text(f'x = 1\n"""{text}"""\n')
     assert sum(len(lines) for lines in offenders(tmp_path).values()) == count

@@ -76,11 +76,11 @@ def test_every_gate_is_named():
         assert f"`{name}`" in README
 
 
-def test_it_is_short():
+def test_the_readme_is_short():
     assert len(README.splitlines()) < 200
 
 
-def test_it_says_where_to_start_reading():
+def test_the_readme_names_where_to_start_reading():
     first_screen = README[: README.index("## Guarantees")]
     assert "experiments/minimal_lm.py" in first_screen and "make train" in first_screen
     tutorials = {path.name for path in (ROOT / "docs" / "tutorials").glob("*.md")}

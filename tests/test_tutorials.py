@@ -81,26 +81,26 @@ def first_run(tmp_path_factory):
     return folder
 
 
-def test_a_first_run_trains_resumes_and_opens(first_run):
+def test_the_tutorial_on_a_first_run_trains_and_resumes(first_run):
     workdir = first_run / "runs" / "first"
     assert {"summary.png", "config.json", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
     assert (workdir / "checkpoints" / "80").is_dir()
 
 
-def test_a_report_is_read(first_run):
+def test_the_tutorial_on_reading_a_report_works(first_run):
     follow("read-a-report.md", first_run)
     report = (first_run / "runs" / "first" / "report.html").read_text(encoding="utf-8")
     for page in ("Overview", "Load", "Drops", "Router", "Specialisation"):
         assert f">{page}<" in report
 
 
-def test_gates_are_compared(tmp_path):
+def test_the_tutorial_on_comparing_gates_works(tmp_path):
     follow("compare-gates.md", tmp_path)
     folder = tmp_path / "runs" / "compare"
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + 4
     assert (folder / "report.html").is_file() and (folder / "sweep.png").is_file()
 
 
-def test_a_gate_is_written(tmp_path):
+def test_the_tutorial_on_writing_a_gate_works(tmp_path):
     follow("write-a-gate.md", tmp_path)
     assert (tmp_path / "runs" / "cosine" / "summary.png").is_file()

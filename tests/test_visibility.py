@@ -124,12 +124,12 @@ def rerouted():
 
 
 @pytest.mark.parametrize(("row", "train"), list(rerouted()))
-def test_overflow_that_finds_another_expert_depends_on_later_tokens(row, train):
+def test_rerouted_overflow_depends_on_later_tokens(row, train):
     run, layer = program(row, "position", "sequence", train, reroute=2)
     check(run, layer.gate.visibility(layer.config), train)
 
 
-def test_only_a_gate_whose_overflow_finds_another_expert_declares_it():
+def test_only_gates_that_reroute_overflow_declare_that_it_leaks():
     flat = DispatchOptions(num_experts=E, capacity_factor=0.6, eval_transport="cells", reroute=2)
     for name, leaks in {"switch": True, "hash": False, "remoe": False, "dselect_k": False}.items():
         seen = gating.make(name).visibility(flat.config)
@@ -137,7 +137,7 @@ def test_only_a_gate_whose_overflow_finds_another_expert_declares_it():
 
 
 @pytest.mark.parametrize(("priority", "k"), [("choice", 1), ("gate", 2), ("random", 3)])
-def test_capacity_shows_tokens_to_each_other_below_e_over_k_and_not_from_there_on(k, priority):
+def test_capacity_shows_tokens_to_each_other_only_below_e_over_k(k, priority):
     """At the factor of perfect balance, and at the least that never binds."""
     row = gates.row("top_k", fields={"k": k, "renormalize": False})
     for factor, binds in ((1.0, True), (E / k, False)):
@@ -197,9 +197,7 @@ def check(run, declared, train):
 
 @both_phases
 @pytest.mark.parametrize(("gate", "fields"), [("base", {}), ("sbase", {"k": 1})])
-def test_a_balanced_batch_sees_every_sequence_in_training_and_none_in_evaluation(
-    gate, fields, train
-):
+def test_a_balanced_batch_mixes_sequences_in_training_and_not_in_evaluation(gate, fields, train):
     """Without capacity: the leak is the assignment's own."""
     layer = moejax.MoE(D, 8, E, gate=gating.make(gate, **fields), transport="dropless",
                        group="batch", rngs=nnx.Rngs(0))  # fmt: skip

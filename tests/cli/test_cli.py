@@ -123,7 +123,7 @@ def places(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_mistake_is_one_line_exits_2_and_creates_nothing(
+def test_a_mistake_is_reported_in_one_line_exits_2_and_creates_nothing(
     line: str, places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     before = sorted(tmp_path.iterdir())
@@ -207,11 +207,11 @@ def test_train_hands_config_and_origin_to_the_loop_and_returns_its_status(
     assert not (tmp_path / "run").exists()
 
 
-def test_config_file_may_stand_in_its_own_word(loop: Loop, tmp_path: Path):
+def test_the_config_file_may_be_a_separate_argument(loop: Loop, tmp_path: Path):
     assert cli.main(["train", "--config", LM.removeprefix("--config="), "--workdir", "x"]) == 75
 
 
-def test_a_tilde_is_the_home_folder_in_every_place(
+def test_a_tilde_means_the_home_folder_in_every_path(
     loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Shells leave it alone behind an equals sign; a folder called ~ is nobody's wish."""
@@ -296,7 +296,7 @@ def marks(text: str) -> dict[str, str]:
     return {line.split()[0 if line[0] == " " else 1]: line[0] for line in lines}
 
 
-def test_config_shows_every_field_and_marks_who_set_it(capsys: pytest.CaptureFixture[str]):
+def test_config_shows_every_field_and_marks_its_origin(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["config", f"{LM}:gate=switch", "--config.train.steps=500"]) == 0
     text = capsys.readouterr().out
     shown = marks(text)
@@ -322,7 +322,7 @@ def test_config_without_a_source_shows_the_defaults(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "every field is at its default\n"
 
 
-def test_config_shows_a_mark_for_what_leaks(capsys: pytest.CaptureFixture[str]):
+def test_config_shows_the_mark_of_a_leak(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["config", LM, "--diff", "--config.moe.priority=choice"]) == 0
     assert "train:future" in capsys.readouterr().out.splitlines()[-1]
 
@@ -376,7 +376,7 @@ def texts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_data_prepare_writes_shards_and_says_how_to_use_them(
+def test_data_prepare_writes_shards_and_prints_how_to_use_them(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "shards"
@@ -387,7 +387,7 @@ def test_data_prepare_writes_shards_and_says_how_to_use_them(
     assert "fingerprint" in text and f"--config.data.path={out}" in text
 
 
-def test_data_tokenizer_writes_a_file_and_says_how_to_use_it(
+def test_data_tokenizer_writes_a_file_and_prints_how_to_use_it(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "bpe.json"
@@ -398,7 +398,7 @@ def test_data_tokenizer_writes_a_file_and_says_how_to_use_it(
 
 
 @pytest.mark.parametrize("action", [["prepare"], ["tokenizer", "--vocab-size=260"]])
-def test_data_is_not_written_into_the_folder_it_is_made_of(
+def test_data_is_not_written_into_the_folder_it_is_made_from(
     action: list[str], texts: Path, capsys: pytest.CaptureFixture[str]
 ):
     before = sorted(texts.iterdir())
@@ -419,7 +419,7 @@ def test_module_form_takes_the_same_flags(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stream_that_is_closed_gets_no_file_and_its_lines_go_nowhere_else():
+def test_lines_for_a_closed_stream_reach_no_other_file():
     code = (
         "import os, sys\nfrom moejax import cli\n"
         "status = cli.main(['gates', 'nope'])\nlog = os.open('/dev/null', os.O_RDONLY)\n"

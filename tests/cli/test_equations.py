@@ -33,12 +33,12 @@ def test_latex_becomes_text_with_the_same_meaning(latex: str, text: list[str]):
     assert formulas(latex) == text
 
 
-def test_a_formula_on_the_directives_own_line_is_one_too():
+def test_a_formula_on_the_line_of_its_directive_is_recognised():
     text = readable("Head.\n\n.. math:: y = \\sum_e\n   f_e(x), \\quad\n   z = 1\n\nwith f.\n")
     assert text == "Head.\n\n    y = Σ_e f_e(x)\n    z = 1\n\nwith f."
 
 
-def test_every_gate_is_a_line_of_the_list_that_fits_and_is_not_cut_off():
+def test_every_gate_is_listed_in_one_line_that_fits_without_truncation():
     head, _ = gates_table().split("\n\n")
     lines = head.splitlines()[1:]
     assert [line.split()[0] for line in lines] == gating.names()
@@ -49,7 +49,7 @@ def test_every_gate_is_a_line_of_the_list_that_fits_and_is_not_cut_off():
 
 
 @pytest.mark.parametrize("name", gating.names())
-def test_the_page_of_a_gate_has_no_latex_and_fits(name: str):
+def test_the_page_of_a_gate_has_no_latex_and_fits_into_100_columns(name: str):
     page = gate_page(name)
     assert page.startswith(f"{name}: ") and "config.moe.gate:" in page
     assert not re.search(r"\\[A-Za-z{,;]|\.\. math|:math:|``", page)

@@ -16,7 +16,7 @@ def rows(*accuracies: float) -> dict[int, dict[str, float]]:
     }
 
 
-def test_gains_are_of_equal_seeds_with_their_interval():
+def test_gains_compare_equal_seeds_with_an_interval():
     found = {Arm("position", 0.5): rows(0.5, 0.7), Arm("gate", 0.5): rows(0.6, 0.9)}
     # Differences 10 and 20 points: mean 15, t(1) s / sqrt(2) = 12.706 * 7.071 / 1.414.
     assert run.gain(found, Arm("gate", 0.5), "position", "accuracy") == "+15.0 ± 63.5"
@@ -31,7 +31,7 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_it_runs_and_without_a_limit_nothing_is_dropped(tmp_path, monkeypatch, capsys):
+def test_the_experiment_runs_and_drops_nothing_without_a_limit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     target = tmp_path / "bpr.json"
     assert run.main([f"--out={target}", "--seeds=1", "--steps=2"]) == 0

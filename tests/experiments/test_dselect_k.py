@@ -36,13 +36,13 @@ def test_selected_are_the_heaviest_experts_with_any_weight():
     np.testing.assert_array_equal(metrics.selected(weight, 3), wanted)
 
 
-def test_the_jaccard_index_by_hand():
+def test_the_jaccard_index_equals_a_value_by_hand():
     one = np.asarray([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     other = np.asarray([[0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     np.testing.assert_array_equal(metrics.jaccard(one, other), [1 / 4, 1, 1])
 
 
-def test_variation_and_changes_along_a_path_by_hand():
+def test_variation_and_changes_along_a_path_equal_values_by_hand():
     path = np.asarray([[0.5, 0.5, 0.0], [0.25, 0.75, 0.0], [0.0, 0.75, 0.25], [0.0, 0.75, 0.25]])
     assert metrics.total_variation(path) == 0.5 + 0.5 + 0
     assert metrics.support_changes(path, 2) == 1
@@ -60,7 +60,7 @@ def test_steps_to_final_counts_until_the_error_stays(error, wanted):
     assert metrics.steps_to_final(np.asarray(error)) == wanted
 
 
-def test_intervals_are_those_of_the_books():
+def test_intervals_equal_textbook_values():
     # Student: t = 4.3027 for 2 degrees of freedom. Wilson: Newcombe 1998, table I, 81 of 263.
     mean, low, high = metrics.mean_interval(np.asarray([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(
@@ -79,7 +79,7 @@ def test_tuned_settings_are_chosen_and_judged_on_different_seeds():
     np.testing.assert_allclose(found[0], 1.0)
 
 
-def test_sharing_tells_halves_apart():
+def test_sharing_distinguishes_the_two_halves():
     alike = np.asarray([[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2, bool)
     assert tasks.sharing(alike) == (1.0, 0.0)
     mixed = np.asarray([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]], bool)
@@ -87,7 +87,7 @@ def test_sharing_tells_halves_apart():
 
 
 @pytest.mark.slow
-def test_the_data_are_what_the_page_says(problems):
+def test_the_data_match_the_description_on_the_page(problems):
     """Features of mean 0 and variance 1, four of 16 experts, targets off their mixture by noise."""
     features = problems.features_NE[:, : recovery.TRAIN]
     np.testing.assert_allclose(features.mean(axis=1), 0, atol=1e-4)  # float32 sums of 20,000
@@ -100,7 +100,7 @@ def test_the_data_are_what_the_page_says(problems):
     np.testing.assert_array_equal(halves, [[1] * 4 + [0] * 4] * 3 + [[0] * 4 + [1] * 4] * 3)
 
 
-def test_the_best_mixture_is_also_that_of_nonnegative_least_squares(problems, known):
+def test_the_best_mixture_equals_that_of_nonnegative_least_squares(problems, known):
     """The sum of 1 as a heavy row of nnls, another algorithm."""
     for seed in range(SEEDS):
         features = problems.features_NE[seed, : recovery.TRAIN].astype(np.float64)
@@ -123,7 +123,7 @@ def weights_in_float64(z, w, num_experts, gamma):
     return np.sum(share[..., None] * chosen, axis=-2)
 
 
-def test_along_a_line_the_loss_of_dselect_k_and_its_slope_have_no_jumps_and_top_k_has(known):
+def test_the_loss_of_dselect_k_has_no_jumps_along_a_line_and_that_of_top_k_has(known):
     """Three grids, each four times finer than the one before."""
     grids, found = (501, 2001, 8001), {}
     for name, gate in (("dselect_k", gates.dselect_k(1.0)), ("top_k", gates.top_k())):
@@ -142,7 +142,7 @@ def test_along_a_line_the_loss_of_dselect_k_and_its_slope_have_no_jumps_and_top_
     assert (found["top_k"][-1] > 20 * smooth[-1]).all()
 
 
-def test_the_line_is_the_same_in_float64_and_its_slope_that_of_differences(known):
+def test_the_line_agrees_with_float64_and_its_slope_with_finite_differences(known):
     """The library computes gates in float32; the formula in numpy, in float64, has its jumps."""
     weights, size = smoothness.flat_weights(gates.dselect_k(1.0), 16)
     start, direction = smoothness.random_line(size, seed=1)
@@ -195,7 +195,7 @@ def test_no_gate_is_better_than_the_best_mixture(trained, known):
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_the_librarys_functions():
+def test_weights_equal_those_of_the_library():
     """Of DSelect-k, whose gate object is used here, and of the others' evaluation."""
     gate, key = gates.dselect_k(1.0), jax.random.key(3)
     params = jax.tree.map(lambda leaf: 30 * leaf, gate.init(key, 16))
@@ -231,7 +231,7 @@ def test_unreachable_codes_end_with_little_mass_and_the_penalty_takes_it_sooner(
         (["--plot=/nowhere/x.png"], "--plot=/nowhere/x.png: make its folder first"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
+def test_a_mistake_is_reported_in_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
     out = tmp_path / "out.json"
     with pytest.raises(SystemExit) as stop:
         run.main([f"--out={out}", *arguments])
@@ -254,7 +254,7 @@ def test_every_protocol_prints_a_table_and_writes_every_seed(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_more_steps_are_as_smooth_and_leave_no_mass_on_unreachable_codes(problems):
+def test_longer_runs_are_as_smooth_and_leave_no_mass_on_unreachable_codes(problems):
     """As P1 and P5, with a fifth of their steps."""
     settings = [Setting(1e-3), Setting(1e-2)]
     calm, rough = (

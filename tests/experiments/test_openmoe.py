@@ -31,7 +31,7 @@ def texts(tmp_path_factory):
     return out
 
 
-def test_the_page_is_openmoe_in_small():
+def test_the_page_is_a_small_openmoe():
     config = load(f"{PAGE}:texts=/t,steps=40,k=1").config
     assert (config.moe.gate.name, config.moe.gate.k, config.moe.num_experts) == ("openmoe", 1, 16)
     assert (config.moe.transport, config.moe.priority, config.moe.group) == (

@@ -15,7 +15,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_every_question_of_the_readme_has_a_folder():
+def test_every_question_in_the_readme_has_a_folder():
     readme = (ROOT / "README.md").read_text()
     named = {path.parent.name for path in (ROOT / "experiments").glob("*/README.md")}
     assert {path.parent.name for path in SWEEPS} < named
@@ -32,7 +32,7 @@ def test_a_sweep_runs_every_variant_with_three_seeds_against_a_baseline(page: Pa
 
 
 @pytest.mark.parametrize("page", SWEEPS, ids=lambda page: page.parent.name)
-def test_the_longer_setting_changes_length_and_nothing_else(page: Path):
+def test_the_longer_setting_changes_the_length_only(page: Path):
     path = str(page.relative_to(ROOT))
     short, long = (expand(f"{path}:seeds=1{more}").trials for more in ("", ",longer=5"))
     for one, other in zip(short, long, strict=True):

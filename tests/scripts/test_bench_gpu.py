@@ -64,7 +64,7 @@ def test_layers_are_checked_and_timed_in_bfloat16(trial):
     assert trial["settings"]["dtype"] == "bfloat16"
 
 
-def test_without_a_gpu_every_row_is_not_measured_and_says_why(tmp_path, capsys):
+def test_without_a_gpu_no_row_is_measured_and_each_states_the_reason(tmp_path, capsys):
     result = run(tmp_path)
     shapes = {row["shape"] for row in result["rows"]}
     assert shapes == set(GPU_SHAPES)
@@ -80,7 +80,7 @@ def test_without_a_gpu_every_row_is_not_measured_and_says_why(tmp_path, capsys):
     assert "Not measured: this page was made without" in make_benchmark_docs.render([LAYER_RESULT])
 
 
-def test_the_kernels_of_tokamax_are_called_and_differentiated(monkeypatch):
+def test_tokamax_kernels_are_called_and_differentiated(monkeypatch):
     """tokamax replaced by `jax.lax.ragged_dot_general`, as in tests/kernels."""
     calls = []
 
@@ -129,7 +129,7 @@ def test_a_wrong_product_is_not_timed_and_the_script_fails(defect, tmp_path, mon
     assert "* tiny, product: `right`" in capsys.readouterr().out
 
 
-def test_a_wrong_layer_is_found_out():
+def test_a_wrong_layer_is_detected():
     right = layers.IMPLS["dropless"].build
 
     def build(shape):
@@ -161,7 +161,7 @@ def measured(impl, middle, spread=0.01, drops=False, kind=gpu_products.KIND):
     return {"kind": kind, "shape": "s", "impl": impl, "drops": drops, **both}
 
 
-def test_the_choice_names_the_fastest_and_by_what_margin():
+def test_the_choice_names_the_fastest_and_its_margin():
     one = measured("one", 1.2)
     (line,) = gpu_table.choices([one])
     assert line == "* s, product: `one`, 1.20 [1.19, 1.21], the only one measured."
@@ -171,7 +171,7 @@ def test_the_choice_names_the_fastest_and_by_what_margin():
     assert "a tie" in line
 
 
-def test_where_the_fastest_drops_pairs_the_fastest_that_does_not_is_named_too():
+def test_the_fastest_without_drops_is_named_too_if_the_fastest_drops_pairs():
     rows = [measured("cells", 1.0, drops=True), measured("kernel", 1.3), measured("slow", 9.0)]
     (line,) = gpu_table.choices(rows)
     assert "`cells`, 1.00" in line and "drop nothing: `kernel`, 1.30" in line
@@ -180,7 +180,9 @@ def test_where_the_fastest_drops_pairs_the_fastest_that_does_not_is_named_too():
 
 
 @pytest.mark.parametrize("options", [["--shapes=nonsense"], ["--out=missing/gpu.json"]])
-def test_a_mistake_is_one_line_and_nothing_is_written(options, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_reported_in_one_line_and_nothing_is_written(
+    options, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         bench_gpu.main(["--out=gpu.json", *options])

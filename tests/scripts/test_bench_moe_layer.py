@@ -22,7 +22,7 @@ def test_a_ratio_is_over_the_mean_of_the_two_runs_around_it(monkeypatch):
     assert (found["a"].low, found["a"].high) == tuple(np.quantile(ratios, [0.25, 0.75]))
 
 
-def test_what_is_slow_runs_in_fewer_rounds(monkeypatch):
+def test_slow_candidates_run_in_fewer_rounds(monkeypatch):
     runs = []
     monkeypatch.setattr(timing, "seconds", lambda run: run())
     timing.paired(lambda: 1.0, {"slow": lambda: runs.append("slow") or 4.0,
@@ -55,7 +55,7 @@ def test_capacity_drops_pairs_in_the_check_and_skewed_loads_are_skewed():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("defect", ["a token less", "weights swapped", "no gradient to the router"])
-def test_a_layer_that_does_less_work_is_found_out(defect):
+def test_a_layer_that_does_less_work_is_detected(defect):
     def build(shape):
         right = layers.IMPLS["sort-ragged_dot"].build(shape)
 
@@ -130,7 +130,7 @@ def test_a_trial_run_writes_rows_and_the_page_shows_them(tmp_path, monkeypatch, 
     assert result["versions"]["jax"] in page
 
 
-def test_what_needs_too_much_memory_is_a_row_that_says_so():
+def test_a_layer_that_needs_too_much_memory_gets_a_row_with_the_reason():
     rows = shapes_run.rows(TINY, ["sort-ragged_dot"], rounds=1, limit_gb=0.0, check_tokens=0)
     row = next(rows)
     assert row["impl"] == "sort-ragged_dot" and row["not_run"].startswith("needs 0.0 GB")
@@ -148,7 +148,7 @@ def test_missed_targets_are_listed_and_met_ones_are_not():
 
 
 @pytest.mark.parametrize("flag", ["--shapes", "--impls", "--parts"])
-def test_an_unknown_name_is_one_line_and_nothing_is_written(flag, tmp_path, capsys):
+def test_an_unknown_name_is_reported_in_one_line_and_nothing_is_written(flag, tmp_path, capsys):
     out = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as stopped:
         bench_moe_layer.main(["--out", str(out), flag, "nonsense"])

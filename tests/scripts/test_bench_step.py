@@ -28,7 +28,7 @@ def test_our_dense_step_and_the_plain_one_give_the_same_losses(against_plain):
 
 
 @pytest.mark.slow
-def test_steps_that_are_not_the_same_are_not_compared(bench, monkeypatch):
+def test_steps_with_different_losses_are_not_compared(bench, monkeypatch):
     ffn = bench.plain_lm.ffn
     monkeypatch.setattr(bench.plain_lm, "ffn", lambda layer, x: 1.001 * ffn(layer, x))
     with pytest.raises(SystemExit, match="our loss is"):
@@ -98,7 +98,7 @@ def test_a_start_is_timed_up_to_its_first_step(bench, tmp_path, monkeypatch):
     assert environment["JAX_ENABLE_COMPILATION_CACHE"] == "true"
 
 
-def test_the_page_shows_the_rows_and_names_what_misses_its_target():
+def test_the_page_shows_the_rows_and_names_the_missed_targets():
     spread = {"median": 0.8, "low": 0.7, "high": 0.9}
     result = {
         "machine": {"cpu": "x", "cores": 2, "jax": "0", "load": [0.5, 1, 1]},

@@ -25,7 +25,7 @@ def test_the_table_of_gates_is_current():
 
 
 @pytest.mark.slow
-def test_the_benchmark_compares_like_with_like(tmp_path, capsys):
+def test_the_benchmark_times_all_solvers_on_the_same_scores(tmp_path, capsys):
     bench = script("bench_gates")
     out, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     bench.main(["--quick", "--repeats=1", f"--out={out}", f"--plot={picture}"])
@@ -53,7 +53,7 @@ def test_the_reference_auction_balances_and_comes_near_the_optimum():
 
 
 @pytest.mark.parametrize("shape", ["64", "64xx4"])
-def test_a_shape_that_is_none_is_an_error(shape, tmp_path):
+def test_an_invalid_shape_is_an_error(shape, tmp_path):
     with pytest.raises(SystemExit) as caught:
         script("bench_gates").main([f"--out={tmp_path / 'x'}", f"--shapes={shape}"])
     assert caught.value.code == 2

@@ -45,7 +45,7 @@ def test_every_gate_is_timed_at_the_k_of_the_shape_and_at_its_own_if_that_is_1()
 
 
 @pytest.mark.slow
-def test_experts_get_as_many_pairs_as_the_gate_has(trial):
+def test_experts_receive_as_many_pairs_as_the_gate_routes(trial):
     pairs = {row["impl"]: row["pairs_per_token"] for row in trial["rows"]}
     assert pairs["dense"] == TINY.E
     assert 1 < pairs["dselect_k (decided)"] <= 2  # fewer where two selectors agree
@@ -53,7 +53,7 @@ def test_experts_get_as_many_pairs_as_the_gate_has(trial):
 
 
 @pytest.mark.slow
-def test_the_page_has_the_gates_and_what_falls_short(trial):
+def test_the_page_lists_the_gates_and_the_missed_targets(trial):
     page = make_benchmark_docs.render([trial])
     assert "## Gates" in page and "| tiny | `dselect_k` (decided) | 2 |" in page
     row = {**trial["rows"][0], "met": False, "shape": "Z"}
@@ -65,7 +65,7 @@ def test_the_page_has_the_gates_and_what_falls_short(trial):
 
 
 @pytest.mark.slow
-def test_a_part_of_equal_experts_is_timed_and_multiplied(monkeypatch):
+def test_equal_experts_are_timed_in_part_and_scaled_up(monkeypatch):
     loads = np.full(8, 64)
     np.testing.assert_array_equal(gate_share.timed_part(loads, 512), loads)
     np.testing.assert_array_equal(gate_share.timed_part(loads, 511), loads[:7])
@@ -80,7 +80,7 @@ def test_a_part_of_equal_experts_is_timed_and_multiplied(monkeypatch):
     assert row["experts_fwdbwd_ms"] == 100 and row["fwdbwd_ms"] == 10
 
 
-def test_a_gate_that_needs_more_than_the_shape_has_is_a_row_that_says_so(monkeypatch):
+def test_a_gate_that_does_not_fit_the_shape_gets_a_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(gate_share, "variants", lambda shape: [gate_share.Variant("replay", {})])
     (row,) = gate_share.rows(TINY, rounds=1)
     assert "gate.path=''" in row["not_run"] and "met" not in row
@@ -111,7 +111,7 @@ def test_the_gradients_timed_are_those_of_parameters_and_tokens(name):
         assert pairs == visits.get(name, variant.fields.get("k"))
 
 
-def test_a_gate_that_does_not_do_its_work_is_found_out():
+def test_a_gate_that_does_not_do_its_work_is_detected():
     variant = gate_share.Variant("base", {})
     call = gate_share.GateCall(variant, TINY, make_problem(TINY))
     gate_share.check(call, variant, TINY)

@@ -20,7 +20,7 @@ def test_names_are_unique_words():
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=IDS)
-def test_what_a_mutant_replaces_occurs_once_and_the_rest_is_still_python(mutant: Mutant):
+def test_replaced_text_occurs_once_and_every_mutant_is_valid_python(mutant: Mutant):
     source = (ROOT / mutant.file).read_text()
     changed = mutated(mutant, source)
     assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), "it changes a program"
@@ -33,19 +33,19 @@ def functions(test_file: str) -> list[ast.FunctionDef]:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=IDS)
-def test_the_test_that_must_notice_a_mutant_exists_and_is_fast(mutant: Mutant):
+def test_the_test_that_must_fail_for_a_mutant_exists_and_is_fast(mutant: Mutant):
     (found,) = [f for f in functions(mutant.test_file) if f.name == mutant.test]
     assert not any("mark.slow" in ast.unparse(mark) for mark in found.decorator_list)
 
 
-def test_text_that_is_gone_or_there_twice_is_named():
+def test_missing_and_repeated_text_is_reported():
     for source, count in (("", 0), ("x = 1\nx = 1\n", 2)):
         with pytest.raises(ValueError, match=f"^a: 'x = 1' occurs {count} times in b.py$"):
             mutated(Mutant("a", "b.py", "x = 1", "x = 2", "test_b.py", "test_x"), source)
 
 
 @pytest.mark.slow
-def test_what_no_test_notices_survives(tmp_path: Path, capsys, monkeypatch):
+def test_a_mutant_that_no_test_detects_survives(tmp_path: Path, capsys, monkeypatch):
     """A tree of one function, of whose two answers its test looks at one."""
     (tmp_path / "double.py").write_text("def double(x):\n    return 2 * x if x > 0 else 0\n")
     (tmp_path / "test_double.py").write_text(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_core_is_the_path_of_a_step_with_its_types(tmp_path):
+def test_the_reading_core_is_the_path_of_a_step_with_its_types(tmp_path):
     script, out = str(ROOT / "scripts" / "reading_core.py"), tmp_path / "core.json"
     subprocess.run([sys.executable, script, "--json", str(out)], check=True, cwd=tmp_path)
     core = json.loads(out.read_text())
