@@ -31,12 +31,12 @@ def test_a_converged_balanced_finished_run_has_no_warning(tmp_path: Path):
     assert found(run_of(tmp_path, losses(2.1, 2.001, 2.0))) == {}
 
 
-def test_an_unfinished_run_says_where_it_is(tmp_path: Path):
+def test_an_unfinished_run_shows_its_progress(tmp_path: Path):
     said = found(run_of(tmp_path, losses(2.0, 2.0)))
     assert list(said) == ["unfinished"] and "step 20 of 30" in said["unfinished"]
 
 
-def test_a_diverged_run_repeats_what_it_said(tmp_path: Path):
+def test_a_diverged_run_repeats_its_own_message(tmp_path: Path):
     run = run_of(tmp_path, losses(2.0))
     why = "moejax: diverged at step 17: the loss is finite but its gradient is not; lower it"
     (run.workdir / "log.txt").write_text(f"step 10/30\n{why}\n")
@@ -64,7 +64,7 @@ def test_a_loss_that_still_falls_is_compared_with_three_quarters_of_the_run(tmp_
     assert "fell by 9.1% since step 30 of 40, so that" in said
 
 
-def test_the_step_it_is_compared_with_is_said_where_no_quarter_ends(tmp_path: Path):
+def test_the_step_of_the_comparison_is_named_where_no_quarter_ends(tmp_path: Path):
     said = found(run_of(tmp_path, losses(3.0, 2.2, 2.0)))["not converged"]  # 30 steps
     assert "fell by 9.1% since step 20 of 30, so that" in said
     two = workdirs.config(train__steps=20)
@@ -115,7 +115,7 @@ def test_a_leak_is_explained(mark: str, said: str):
     assert health.explain(mark) == f"a token's output may depend on {said}"
 
 
-def test_a_leak_in_evaluation_asks_to_be_measured_and_a_measured_one_is_told(tmp_path: Path):
+def test_a_leak_in_evaluation_asks_for_a_measurement_and_a_measured_one_is_reported(tmp_path: Path):
     mark = "train:future eval:future"
     rows = [workdirs.row(30, leak=mark), workdirs.row(30, "eval", loss=2.0, leak=mark)]
     assert "--measure-leak" in found(run_of(tmp_path, rows))["leak"]

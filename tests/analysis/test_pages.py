@@ -70,7 +70,7 @@ def test_config_fields_that_differ_are_listed_and_the_gates_own_compared_with_th
     assert not {name for name in rows if name.startswith("moe.gate")} and set(rows) == preset
 
 
-def test_a_gate_of_the_users_is_shown_too(tmp_path: Path):
+def test_a_user_gate_is_shown_too(tmp_path: Path):
     config = workdirs.config()
     config["moe"]["gate"] = {"name": "their.module:Gate", "theirs": 3}
     run = RunData.read(workdirs.write(tmp_path / "run", about=workdirs.saved(config)))
@@ -296,7 +296,7 @@ FIELDS = ["mesh", "model", "moe", "moe.gate", "train", "optim", "data", "moe.num
     [("row", k) for k in ROW] + [("saved", k) for k in SAVED] + [("timing", k) for k in TIMING]
     + [("config", k) for k in FIELDS],
 )  # fmt: skip
-def test_whatever_one_thing_an_older_run_lacks_all_pages_are_made(
+def test_all_pages_are_made_if_an_older_run_lacks_any_one_value(
     tmp_path: Path, file: str, key: str
 ):
     workdir = workdirs.write(tmp_path / "run")

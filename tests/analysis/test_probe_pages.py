@@ -66,7 +66,7 @@ def test_a_run_without_a_probe_has_none_of_the_pages(tmp_path: Path):
     assert [page(dense).blocks for page in PAGES] == [[]] * len(PAGES)
 
 
-def test_what_is_not_finite_or_not_chosen_is_a_gap(tmp_path: Path):
+def test_non_finite_and_unchosen_values_are_gaps(tmp_path: Path):
     def broken(arrays: Step) -> Step:
         nan = {name: np.full_like(arrays[name], np.nan) for name in ("log_z", "collapse")}
         return arrays | nan | {"weight": np.zeros_like(arrays["weight"])}
@@ -103,7 +103,7 @@ def test_the_spread_is_quantiles_and_the_last_distribution_has_every_token(run: 
     assert mean == pytest.approx(margin_T.mean(), abs=bars["width"])
 
 
-def test_what_only_a_gate_measures_is_drawn_where_it_was_logged(tmp_path: Path, run: RunData):
+def test_measures_of_single_gates_are_drawn_where_they_were_logged(tmp_path: Path, run: RunData):
     assert not [b for b in walk(router.page(run).blocks) if getattr(b, "name", "") == "router-gate"]
     rows = [workdirs.row(step) | {"moe/gate/lambda": step / 10} for step in (10, 20)]
     workdirs.write(tmp_path / "remoe", rows)
@@ -113,7 +113,7 @@ def test_what_only_a_gate_measures_is_drawn_where_it_was_logged(tmp_path: Path, 
     assert (trace["x"], trace["y"]) == ([10, 20], [1.0, 2.0])
 
 
-def test_a_gate_without_logits_is_said_to_have_none(tmp_path: Path, run: RunData):
+def test_a_gate_without_logits_is_reported_to_have_none(tmp_path: Path, run: RunData):
     def bare(arrays: Step) -> Step:
         return arrays | {"log_z": 1e-6 * arrays["log_z"]}
 
@@ -141,7 +141,7 @@ def test_domain_shares_and_lifts_are_those_of_a_count(run: RunData):
     assert np.sum(np.array(cells["customdata"])[..., 1], axis=1) == pytest.approx([1, 1], abs=1e-4)
 
 
-def test_a_corpus_without_labels_has_no_domains_and_says_so(tmp_path: Path):
+def test_a_corpus_without_labels_has_no_domains_and_reports_it(tmp_path: Path):
     page = specialisation.page(run_of(tmp_path / "plain", labels=False))
     assert "no domain labels" in texts(page)
     assert {row[1] for row in tables(page)[-1].rows} == {"token", "next token"}
@@ -194,7 +194,7 @@ def test_coactivation_and_transitions_are_those_of_a_count(run: RunData):
     assert len(tables(page)[0].rows) == probes.E * (probes.E - 1) // 2
 
 
-def test_one_choice_per_token_and_all_choices_are_said_in_words(tmp_path: Path):
+def test_one_choice_per_token_and_all_choices_are_described_in_words(tmp_path: Path):
     def first_alone(arrays: Step) -> Step:
         weight = arrays["weight"].copy()
         weight[..., 1:] = 0
@@ -252,7 +252,7 @@ def test_similarity_and_representation_are_what_was_recorded(tmp_path: Path):
         assert panel(page, "representation", number)[1]["y"] == expected
 
 
-def test_one_recording_and_a_gate_without_vectors_are_said_in_words(tmp_path: Path):
+def test_one_recording_and_a_gate_without_vectors_are_described_in_words(tmp_path: Path):
     page = stability.page(run_of(tmp_path / "short", steps=(0,), router=False))
     assert "need two recordings" in texts(page) and "no vector per expert" in texts(page)
     names = {b.name for b in walk(page.blocks) if isinstance(b, Figure)}

@@ -38,7 +38,7 @@ def test_the_report_of_a_run_is_in_its_workdir_and_its_size_is_printed(tmp_path:
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
 
 
-def test_a_sweep_gets_one_too_under_the_name_asked_for(tmp_path: Path, capsys: Any):
+def test_a_sweep_gets_a_report_under_the_requested_name(tmp_path: Path, capsys: Any):
     folder = sweeps.write(tmp_path / "sweep", seeds=(0,))
     assert call(capsys, folder, "-o", tmp_path / "a.html")[0] == 0
     assert b"2 of 2 trials finished" in (tmp_path / "a.html").read_bytes()
@@ -78,7 +78,7 @@ def test_impossible_outputs_are_refused_before_anything_is_read(tmp_path: Path, 
     assert "is no folder" in refused(capsys, workdir, "-o", tmp_path / "file/a.html")
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_report(
+def test_a_full_disk_is_reported_in_one_line_and_leaves_the_old_report(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ):
     workdir = workdirs.write(tmp_path / "run")

@@ -266,7 +266,7 @@ def test_curves_are_means_over_seeds_where_all_seeds_have_rows(tmp_path: Path):
     assert [t["y"] for t in thin[:3]] == table.tolist()
 
 
-def test_of_many_variants_the_means_come_first_and_alone(
+def test_the_means_of_many_variants_come_first_and_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sweep_curves, "CLEAR", 1)

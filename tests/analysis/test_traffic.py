@@ -55,7 +55,7 @@ def test_half_precision_sends_half_the_bytes_and_groups_round_capacity_once():
     assert by_four.computed_over_kept * 60 == pytest.approx(4 * 18)
 
 
-def test_groups_of_pairs_are_of_sequences_two_for_each_pair():
+def test_groups_of_pairs_count_two_sequences_for_each_pair():
     config = default("multimodal")
     changes = {
         "train.batch_size": 8, "moe.group": "4", "moe.num_experts": 8, "moe.capacity_factor": 1.25,
@@ -69,7 +69,7 @@ def test_groups_of_pairs_are_of_sequences_two_for_each_pair():
     assert about is not None and about.computed_over_kept == pytest.approx(4 * 8 * 33 / 416)
 
 
-def test_what_is_not_in_the_counts_or_not_sent_is_not_claimed():
+def test_traffic_that_is_not_counted_or_not_sent_is_not_claimed():
     assert found(moe__transport="dropless_once").sent is None
     alone = found(mesh__expert=1)
     assert alone.sent is None and alone.computed_over_kept == 80 / 60

@@ -171,7 +171,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("body", MISTAKES)
-def test_a_mistake_is_one_line_exits_2_and_starts_nothing(
+def test_a_mistake_is_reported_in_one_line_exits_2_and_starts_nothing(
     body: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     command = ["sweep", f"--experiment={write(body)}", f"--workdir={tmp_path}/out"]

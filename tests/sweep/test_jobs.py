@@ -102,7 +102,7 @@ def test_a_filter_without_a_match_lists_the_trials_and_creates_nothing(tmp_path:
     assert not small.folder.exists()
 
 
-def test_a_dry_run_creates_nothing_and_says_what_would_run(tmp_path: Path):
+def test_a_dry_run_creates_nothing_and_lists_what_would_run(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2", "bad")
     ended = small.run("--dry-run")
     assert ended.status == 0 and "3 pending; 3 would be run" in ended.out

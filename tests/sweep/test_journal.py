@@ -166,7 +166,7 @@ def test_no_journal_and_one_that_is_just_being_made_have_no_rows(tmp_path: Path)
         assert record.entries() == {} and not record.repaired
 
 
-def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path, sweep: Sweep):
+def test_a_journal_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path, sweep: Sweep):
     with Journal(tmp_path) as record:
         sql(tmp_path, "drop table trials")
         with pytest.raises(UserError, match="cannot be written .*; running trials continue"):

@@ -71,7 +71,7 @@ def test_a_job_is_found_as_long_as_it_runs_and_can_be_stopped(local: Launcher, t
 
 
 @pytest.mark.parametrize("handle", ["", "elsewhere:{pid}"])
-def test_a_job_that_is_not_known_to_be_of_this_machine_is_seen_and_not_signalled(
+def test_a_job_that_may_be_on_another_machine_is_found_and_not_signalled(
     handle: str, local: Launcher, tmp_path: Path
 ):
     log = tmp_path / "log.txt"

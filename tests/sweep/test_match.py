@@ -138,7 +138,7 @@ def test_the_claimed_cost_is_the_one_that_is_matched(
     assert sweep.solved == (Solved("top_2", "moe.d_ff", width, ratio),)
 
 
-def test_a_width_is_a_multiple_of_8_and_says_by_how_much_it_misses(
+def test_a_width_is_a_multiple_of_8_and_reports_how_far_it_misses(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(match, "count", linear)

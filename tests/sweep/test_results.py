@@ -144,7 +144,7 @@ def test_a_trial_of_another_version_is_refused_by_name(tmp_path: Path):
         read_sweep(tmp_path, sweep)
 
 
-def test_a_loss_of_text_is_divided_by_the_bytes_of_the_targets_it_is_of(tmp_path: Path):
+def test_a_loss_of_text_is_divided_by_the_bytes_of_its_own_targets(tmp_path: Path):
     per_token = evaluated_bytes_per_token
     saved = {"evaluated": {"rows": 2, "tokens": 32, "bytes": 120}, "heldout_bytes_per_token": 3.0}
     assert per_token(saved, tmp_path) == 120 / 32

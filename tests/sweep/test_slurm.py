@@ -107,7 +107,7 @@ def wait(jobs: Sequence[Job], seconds: float = 150) -> list[int | None]:
     return [job.poll() for job in jobs]
 
 
-def test_trials_that_start_together_are_one_array_of_which_so_many_run_at_once(
+def test_trials_that_start_together_form_one_array_with_a_limit_on_running_jobs(
     cluster: Cluster, tmp_path: Path
 ):
     sweep = Sweep(tmp_path)
@@ -130,9 +130,7 @@ def test_the_process_beside_a_trial_has_no_jax(cluster: Cluster, tmp_path: Path)
     assert wait([job]) == [0] and sweep.said() == "False\n"
 
 
-def test_when_its_time_is_up_a_trial_saves_goes_back_to_the_queue_and_goes_on(
-    cluster: Cluster, tmp_path: Path
-):
+def test_a_trial_whose_time_is_up_saves_is_requeued_and_resumes(cluster: Cluster, tmp_path: Path):
     sweep = Sweep(tmp_path, time=1, save_seconds=50)
     job = sweep.start(lives=2, seconds=1)
     assert wait([job]) == [0]
@@ -211,7 +209,9 @@ def test_a_second_stop_aborts_the_trial(cluster: Cluster, tmp_path: Path):
     assert wait([job]) == [99]
 
 
-def test_a_cancelled_job_is_a_stopped_trial_and_its_log_says_so(cluster: Cluster, tmp_path: Path):
+def test_a_cancelled_job_is_a_stopped_trial_and_its_log_records_it(
+    cluster: Cluster, tmp_path: Path
+):
     sweep = Sweep(tmp_path)
     job = sweep.start(lives=9)
     sweep.wait_for_step(1)
@@ -221,7 +221,7 @@ def test_a_cancelled_job_is_a_stopped_trial_and_its_log_says_so(cluster: Cluster
     assert sweep.said().endswith(f"SLURM job {job.handle} ended: CANCELLED\n")
 
 
-def test_a_job_that_dies_has_failed_with_its_status_and_what_slurm_said(
+def test_a_job_that_dies_fails_with_its_status_and_the_message_of_slurm(
     cluster: Cluster, tmp_path: Path
 ):
     sweep = Sweep(tmp_path)
@@ -236,9 +236,7 @@ def test_a_job_that_dies_has_failed_with_its_status_and_what_slurm_said(
     assert "no such module" in sweep.said("other")
 
 
-def test_a_runner_that_is_begun_again_finds_the_jobs_of_the_last_one(
-    cluster: Cluster, tmp_path: Path
-):
+def test_a_restarted_runner_finds_the_jobs_of_the_previous_one(cluster: Cluster, tmp_path: Path):
     sweep = Sweep(tmp_path)
     first, second = sweep.start_all({name: sweep.slow(name, lives=9) for name in "ab"})
     other = Sweep(tmp_path / "other")
@@ -266,7 +264,7 @@ def test_a_runner_that_is_begun_again_finds_the_jobs_of_the_last_one(
         ({"slurm_nonsense": "1"}, "nonsense"),
     ],
 )
-def test_what_the_cluster_would_refuse_is_one_line_before_anything_is_made(
+def test_options_the_cluster_would_refuse_are_reported_before_anything_is_created(
     options: dict[str, str], said: str, cluster: Cluster, tmp_path: Path
 ):
     with pytest.raises(UserError, match=said) as raised:

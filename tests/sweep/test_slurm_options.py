@@ -49,13 +49,15 @@ def test_options_become_long_options_of_sbatch():
         ({"slurm_wrap x": "gpu"}, "followed by a long option of sbatch"),
     ],
 )
-def test_a_mistake_in_an_option_is_one_line_that_names_it(words: dict[str, str], said: str):
+def test_a_mistake_in_an_option_is_reported_in_one_line_that_names_it(
+    words: dict[str, str], said: str
+):
     with pytest.raises(UserError, match=said) as raised:
         parse(words)
     assert "\n" not in str(raised.value)
 
 
-def test_without_submitit_or_slurm_the_launcher_says_what_is_missing(
+def test_without_submitit_or_slurm_the_launcher_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = tmp_path / "sweep"
@@ -69,7 +71,7 @@ def test_without_submitit_or_slurm_the_launcher_says_what_is_missing(
     assert not folder.exists()
 
 
-def test_what_sbatch_complains_of_is_one_line():
+def test_an_error_of_sbatch_is_reported_in_one_line():
     said = (
         "sbatch: error: invalid partition: nope\nsbatch: error: Batch job submission failed: no\n"
     )

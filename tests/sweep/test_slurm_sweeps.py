@@ -75,7 +75,7 @@ def test_a_runner_killed_before_it_noted_its_job_does_not_start_the_trial_twice(
         assert small.log(name).count("begins") == 1 and small.steps(name) == ALL
 
 
-def test_a_runner_that_is_stopped_stops_its_jobs_and_the_same_command_goes_on(
+def test_a_stopped_runner_stops_its_jobs_and_the_same_command_resumes(
     cluster: Cluster, tmp_path: Path
 ):
     small = Small(tmp_path, "slow_1", "slow_2")
@@ -90,9 +90,7 @@ def test_a_runner_that_is_stopped_stops_its_jobs_and_the_same_command_goes_on(
     assert small.steps("slow_1") == small.steps("slow_2") == ALL
 
 
-def test_a_partition_that_is_none_is_a_mistake_that_creates_nothing(
-    cluster: Cluster, tmp_path: Path
-):
+def test_an_unknown_partition_is_a_mistake_that_creates_nothing(cluster: Cluster, tmp_path: Path):
     small = Small(tmp_path, "quick")
     for more in ((), ("--dry-run",)):
         ended = small.run(*SLURM, "--launcher-option=partition=nope", *more)
@@ -100,7 +98,7 @@ def test_a_partition_that_is_none_is_a_mistake_that_creates_nothing(
         assert "nvalid partition" in ended.err and not small.folder.exists()
 
 
-def test_a_real_run_whose_time_is_up_is_requeued_and_goes_on_also_without_its_runner(
+def test_a_real_run_whose_time_is_up_is_requeued_and_resumes_without_its_runner(
     cluster: Cluster, tmp_path: Path
 ):
     body = '    yield {"name": "top_2", "moe.gate.name": "top_k"}\n'

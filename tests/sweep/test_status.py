@@ -85,7 +85,7 @@ def test_the_time_left_is_that_of_running_steps_and_of_waiting_trials(tmp_path: 
     assert status.summary([*done, line(FAILED)]) == "1 failed, 2 done"
 
 
-def test_a_line_says_state_attempts_host_time_step_loss_and_what_is_left():
+def test_a_line_shows_state_attempts_host_time_step_loss_and_the_time_left():
     cells = line(RUNNING, step=60, rate=3.0, seconds=185.2).cells
     assert cells == ("running-seed0", "running", "1", "here", "3m05s", "60/100", "1.5000", "2m00s")
     assert line(DONE, step=100, rate=3.0).cells[-1] == "-"
@@ -96,7 +96,7 @@ def test_a_line_says_state_attempts_host_time_step_loss_and_what_is_left():
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "run"])
-def test_a_folder_without_a_sweep_is_one_line_and_status_2(name: str, tmp_path: Path):
+def test_a_folder_without_a_sweep_is_reported_in_one_line_with_status_2(name: str, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text("{}")
     refused(["sweep", "status", f"--workdir={tmp_path / name}"], "holds no sweep")
@@ -137,7 +137,7 @@ def test_status_of_a_running_sweep_is_that_of_its_journal_and_its_runs(tmp_path:
 
 
 @small_sweep
-def test_status_after_the_sweep_changes_nothing_and_says_how_it_ended(tmp_path: Path):
+def test_status_after_the_sweep_changes_nothing_and_shows_how_it_ended(tmp_path: Path):
     small = Small(tmp_path, "quick", "bad")
     small.run()
     small.run()
@@ -183,7 +183,7 @@ def test_workdirs_override_the_journal_in_the_status(tmp_path: Path):
 
 
 @small_sweep
-def test_damaged_rows_and_configs_are_said_in_a_line_by_status_and_by_the_runner(tmp_path: Path):
+def test_status_and_the_runner_report_damaged_rows_and_configs_in_one_line(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2", "quick_3")
     small.run()
     whole = (small.workdir("quick_1") / "metrics.jsonl").read_text()
@@ -239,7 +239,7 @@ def test_on_a_terminal_the_table_is_live_and_lines_stay_above_it(
     assert "5/5" in last and "1 failed, 1 done" in last and "the table" in last
 
 
-def test_a_low_terminal_shows_the_trials_that_run_and_says_how_many_it_does_not():
+def test_a_low_terminal_shows_running_trials_and_the_number_of_hidden_ones():
     found = [line(DONE) for _ in range(40)] + [line(RUNNING), line(FAILED)]
     file = io.StringIO()
     Console(file=file, width=120, height=12).print(screen.render(found, height=12))

@@ -172,7 +172,7 @@ def test_active_flops_are_those_of_the_pairs_that_were_counted(swept: Swept):
 
 
 @pytest.mark.slow
-def test_the_table_says_what_the_csv_holds(swept: Swept):
+def test_the_table_agrees_with_the_csv(swept: Swept):
     # The last lines that begin with a variant's name.
     lines = {line.split()[0]: line.split() for line in swept.out.splitlines() if line}
     for variant in ("dense_ffn", "top_2"):
@@ -191,7 +191,7 @@ def test_the_table_says_what_the_csv_holds(swept: Swept):
 
 
 @pytest.mark.slow
-def test_the_budget_is_said_before_the_first_trial(swept: Swept):
+def test_the_budget_is_printed_before_the_first_trial(swept: Swept):
     before, _, _ = swept.out.partition("[1/3]")
     assert f"to run: 3 trials, {3 * SETTINGS['train.steps']} steps, " in before
     assert "FLOP (counted, nothing dropped)" in before

@@ -29,7 +29,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
 """Workdirs that older versions wrote, and the fields whose defaults were different then."""
 
 
-def test_the_fields_that_may_change_are_these():
+def test_exactly_the_listed_fields_may_change():
     sections = ("mesh.", "distributed.", "report.")
     assert {name for name in MAY_CHANGE if not name.startswith(sections)} == {
         "train.steps", "train.log_every", "train.eval_every", "train.eval_rows",

@@ -41,7 +41,7 @@ def test_the_innermost_scope_counts(op_name, part):
     assert part_of(op_name) == part
 
 
-def test_a_compiled_program_says_which_part_its_operations_came_from_forward_and_backward():
+def test_a_compiled_program_names_the_part_its_operations_came_from_both_ways():
     def loss(w, x):
         with jax.named_scope("attention"):
             x = jnp.tanh(x @ w)

@@ -180,7 +180,7 @@ def test_a_truncated_or_garbled_file_is_a_value_error(recorded, tmp_path):
     assert refusals > 100
 
 
-def test_a_truncated_file_and_a_single_array_are_one_line_of_the_command(text, file):
+def test_a_truncated_file_and_a_single_array_are_reported_in_one_line_by_the_command(text, file):
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     refused(text, file, "is not a routing that")
