@@ -627,7 +627,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "task.objective(totals, items), totals",
         "task.objective(totals, totals.items), totals",
         "tests/train/test_step.py",
-        "test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_parts",
+        "test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts",
     ),
     Mutant(
         "learning_rate_of_the_next_update",
@@ -635,7 +635,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "schedule(state.step)",
         "schedule(state.step + 1)",
         "tests/train/test_step.py",
-        "test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_parts",
+        "test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts",
     ),
     Mutant(
         "norm_of_the_update",
@@ -643,7 +643,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "optax.tree.norm(grads)",
         "optax.tree.norm(updates)",
         "tests/train/test_step.py",
-        "test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_parts",
+        "test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts",
     ),
     Mutant(
         "held_a_step_too_late",
@@ -651,7 +651,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "task.hold(updates, state.step)",
         "task.hold(updates, state.step + 1)",
         "tests/train/test_step.py",
-        "test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_parts",
+        "test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts",
     ),
     Mutant(
         "evaluation_as_training",
@@ -675,7 +675,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "loss = totals.loss + self.output_z_loss * totals.log_z_square",
         "loss = totals.loss",
         "tests/train/test_step.py",
-        "test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_parts",
+        "test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts",
     ),
     Mutant(
         "losses_without_weight_count_nothing",
@@ -683,7 +683,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "weights.get(name, 1.0)",
         "weights.get(name, 0.0)",
         "tests/train/test_step.py",
-        "test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_parts",
+        "test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts",
     ),
     Mutant(
         "depths_without_segments",

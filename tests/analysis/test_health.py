@@ -76,7 +76,7 @@ def with_load(load: list[list[int]], step: int) -> dict[str, Any]:
     return workdirs.row(step) | {"moe/load": load}
 
 
-def test_dead_experts_and_collapse_are_those_of_the_last_quarter(tmp_path: Path):
+def test_dead_experts_and_collapse_are_measured_over_the_last_quarter(tmp_path: Path):
     even, uneven = [[16] * 4, [16] * 4], [[0, 0, 60, 4], [16] * 4]
     rows = [with_load(even, step) for step in (1, 2, 3, 4, 5, 6)]
     rows += [with_load(uneven, 7), with_load(uneven, 8), workdirs.row(30, "eval", loss=2.0)]

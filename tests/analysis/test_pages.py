@@ -135,7 +135,7 @@ def test_an_expert_without_tokens_is_a_gap(tmp_path: Path):
     assert np.isnan(trace["z"][0][0]) and trace["z"][0][1:] == [0, 0, 1]
 
 
-def test_measures_of_balance_are_those_of_each_row(run: RunData):
+def test_measures_of_balance_are_computed_for_each_row(run: RunData):
     page = load.page(run)
     loads = [np.asarray(row["moe/load"], float) for row in run.train]
     for name, measure in (
@@ -222,7 +222,7 @@ def test_rows_without_a_pair_have_no_share_dropped(tmp_path: Path):
         assert not np.any(lines(page, f"drops-{name}-train")["layer 0"][1])
 
 
-def test_a_split_without_drops_says_so(run: RunData):
+def test_a_split_without_drops_is_reported_as_such(run: RunData):
     page = drops.page(run)
     assert "No pair was dropped, held out (transport dropless)." in blocks.said(page)
     assert not [name for name in blocks.figures(page) if name.endswith("-eval")]
@@ -231,7 +231,7 @@ def test_a_split_without_drops_says_so(run: RunData):
 # Cost.
 
 
-def test_times_are_those_of_the_timings(run: RunData):
+def test_times_equal_the_recorded_timings(run: RunData):
     page = cost.page(run)
     assert lines(page, "time-seconds_per_step")["step time"] == ([10, 20, 30], [500.0] * 3)
     assert "moejax profile" in blocks.said(page)

@@ -124,7 +124,7 @@ def test_a_gate_without_logits_is_reported_to_have_none(tmp_path: Path, run: Run
 # Specialisation.
 
 
-def test_domain_shares_and_lifts_are_those_of_a_count(run: RunData):
+def test_domain_shares_and_lifts_equal_those_of_a_count(run: RunData):
     found = tokens_of(run, STEPS[-1], layer=1)
     [cells] = spec(specialisation.page(run), "domains-1")["data"]
     pairs = [(label, expert) for chosen, _, _, label in found for expert in chosen]
@@ -174,7 +174,7 @@ def test_tokens_that_decide_their_expert_explain_everything(tmp_path: Path):
 # Co-activation and transitions.
 
 
-def test_coactivation_and_transitions_are_those_of_a_count(run: RunData):
+def test_coactivation_and_transitions_equal_those_of_a_count(run: RunData):
     page = coactivation.page(run)
     layers = [tokens_of(run, STEPS[-1], layer) for layer in range(probes.M)]
     [together] = spec(page, "coactivation-0")["data"]
@@ -215,7 +215,7 @@ def test_one_choice_per_token_and_all_choices_are_described_in_words(tmp_path: P
 # Stability.
 
 
-def test_churn_and_saturation_are_those_of_a_count(run: RunData):
+def test_churn_and_saturation_equal_those_of_a_count(run: RunData):
     page = stability.page(run)
     for layer in range(probes.M):
         then = [[chosen for chosen, *_ in tokens_of(run, step, layer)] for step in STEPS]

@@ -157,7 +157,7 @@ def test_the_menu_shows_one_page_at_a_time_and_back_goes_back(chromium: Browser,
     assert shown() == ["drops"]
 
 
-def test_numbers_in_figures_are_those_of_the_rows(chromium: Browser, run: RunData):
+def test_numbers_in_figures_equal_those_in_the_rows(chromium: Browser, run: RunData):
     rows = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] == "eval"]

@@ -62,7 +62,7 @@ def test_a_run_that_has_written_its_config_alone_is_read(tmp_path: Path):
     assert run.series("train", "loss")[0].size == 0 and not run.has_experts
 
 
-def test_a_run_of_another_version_says_what_is_missing(tmp_path: Path):
+def test_a_run_of_another_version_names_what_is_missing(tmp_path: Path):
     workdir = workdirs.write(tmp_path / "a", about={"config": {"train": {}}, "version": "0.0.1"})
     run = RunData.read(workdir)
     assert len(run.problems) == 1 and "moejax 0.0.1 wrote it" in run.problems[0]

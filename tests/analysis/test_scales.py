@@ -89,7 +89,7 @@ def test_every_figure_of_a_run_has_units_and_a_scale(tmp_path: Path, change: Any
         check(name, figure)
 
 
-def test_every_figure_of_a_run_whose_numbers_never_move_has_them_too(tmp_path: Path):
+def test_every_figure_of_a_run_with_constant_numbers_has_units_and_a_scale(tmp_path: Path):
     zeros: dict[str, Any] = {
         "loss": 2.0, "grad_norm": 0.0, "learning_rate": 0.0, "accuracy": 0.0, "mse/a": 0.0,
         "auc/a": 1.0, "log_loss/a": 0.1, "moe/gate/own": 0.0, "moe/max_vio": 0.0,
@@ -232,7 +232,7 @@ def test_a_report_has_one_unit_of_loss(tmp_path: Path):
 # The pictures of matplotlib.
 
 
-def test_the_axes_of_a_runs_summary_span_what_is_worth_seeing(tmp_path: Path):
+def test_the_axes_of_a_runs_summary_span_its_values(tmp_path: Path):
     flat = {"loss": 2.0, "moe/drop_rate": 0.0, "moe/max_vio": 0.0}
     rows = [workdirs.row(s, side) | flat for s in (10, 20) for side in ("train", "eval")]
     about = workdirs.saved(baselines={})
@@ -244,7 +244,7 @@ def test_the_axes_of_a_runs_summary_span_what_is_worth_seeing(tmp_path: Path):
     assert found["Imbalance"] >= 0.499
 
 
-def test_the_axes_of_a_sweeps_picture_span_what_is_worth_seeing(tmp_path: Path):
+def test_the_axes_of_a_sweeps_picture_span_its_values(tmp_path: Path):
     sweep = SweepData.read(sweeps.write(tmp_path / "sweep", (0,)))
     results = sweep.results
     from moejax.sweep.definition import Sweep

@@ -114,7 +114,7 @@ def test_every_layer_field_sets_its_own_option_and_no_other():
     assert set(names) - set(changed) == {"moe.residual"}
 
 
-def test_defaults_are_those_of_the_options_and_a_default_config_builds_them():
+def test_config_defaults_equal_option_defaults_and_a_default_config_builds_them():
     stack = stack_options(default())
     given = {"gate": stack.gate, "config": stack.moe}
     for field, kind in NESTED.items():

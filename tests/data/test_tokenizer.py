@@ -152,7 +152,7 @@ def test_the_usual_end_of_document_tokens_separate_documents(bpe, folder, tmp_pa
     assert (stream(folder, loaded)[0] == loaded.separator).sum() == 3
 
 
-def test_the_first_such_token_of_the_list_is_the_separator(bpe, tmp_path):
+def test_the_first_end_of_document_token_of_the_list_is_the_separator(bpe, tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(bpe)
     tokenizer.add_special_tokens(["</s>", "<|endoftext|>"])
     assert JsonTokenizer(save(tokenizer, tmp_path / "t.json")).separator_token == DOCUMENT_TOKEN

@@ -80,7 +80,7 @@ def test_the_check_takes_whole_groups():
     assert checks.shrunk(SHAPES["A"], 9999) == SHAPES["A"]
 
 
-def test_the_floor_of_kept_floats_is_that_of_the_dense_ffn_with_packed_rows():
+def test_the_floor_of_kept_floats_counts_the_dense_ffn_with_packed_rows():
     """The dense FFN keeps its input, gate and up, and what its activation's derivative needs."""
     problem = make_problem(TINY)
     kept = memory.saved_per_token(layers.dense_2d, problem._replace(params=problem.dense)) / 4

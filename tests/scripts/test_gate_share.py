@@ -97,7 +97,7 @@ LEARNED = (
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("name", LEARNED)
-def test_the_gradients_timed_are_those_of_parameters_and_tokens(name):
+def test_gradients_by_parameters_and_tokens_are_timed(name):
     variant = next(v for v in gate_share.variants(TINY) if v.name == name and v.scale == 1.0)
     call = gate_share.GateCall(variant, TINY, make_problem(TINY))
     d_params, d_x = call.gradients

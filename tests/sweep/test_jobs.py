@@ -12,7 +12,7 @@ from tests.sweep.small import ALL, Small, at, wait_until
 pytestmark = [pytest.mark.multiprocess, pytest.mark.usefixtures("small_trials")]
 
 
-def test_several_run_at_once_and_never_more_than_asked_for(tmp_path: Path):
+def test_several_trials_run_at_once_and_never_more_than_requested(tmp_path: Path):
     names = ["slow_1", "slow_2", "quick", "bad"]
     small, most = Small(tmp_path, *names), []
     done = threading.Event()
@@ -83,7 +83,7 @@ def test_sigterm_to_a_whole_process_group_reaches_the_trial_once(how: str, tmp_p
 # Some of the trials, and none.
 
 
-def test_a_filter_runs_what_it_names_and_leaves_the_rest_for_later(tmp_path: Path):
+def test_a_filter_runs_the_trials_it_matches_and_leaves_the_rest_for_later(tmp_path: Path):
     small = Small(tmp_path, "quick_1", "quick_2", "other_1")
     ended = small.run("--filter=quick_2-*,oth*")
     assert ended.status == 0 and "[1/2] quick_2-seed0 done" in ended.out

@@ -86,7 +86,7 @@ def test_workdirs_decide_what_is_done_and_the_history_is_kept(tmp_path: Path, sw
         assert [e.state for e in record.entries().values()] == ["pending", "done"]
 
 
-def test_rows_of_other_trials_of_the_same_names_go(tmp_path: Path, sweep: Sweep):
+def test_rows_of_other_trials_with_the_same_names_are_removed(tmp_path: Path, sweep: Sweep):
     """As when sweep.json was removed and the variants were renamed crosswise."""
     begun(tmp_path, sweep)
     first, second = sweep.trials

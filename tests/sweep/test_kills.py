@@ -86,7 +86,7 @@ def test_a_trial_that_outlived_its_runner_is_stopped_with_the_next_one(tmp_path:
     assert small.run().status == 0 and small.steps("slow") == ALL
 
 
-def test_killed_again_and_again_every_trial_does_every_step_once(tmp_path: Path):
+def test_every_trial_of_a_sweep_killed_repeatedly_does_every_step_once(tmp_path: Path):
     """Six lives of a runner of two trials at once end at moments that timing chooses."""
     names = [f"slow_{i}" for i in range(4)] + ["bad_then_good", "quick"]
     small = Small(tmp_path, *names)

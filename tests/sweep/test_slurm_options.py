@@ -142,7 +142,7 @@ def test_while_slurm_does_not_answer_no_job_has_ended(
         (None, 75),
     ],
 )
-def test_a_job_that_left_no_result_ends_as_slurm_says(
+def test_a_job_that_left_no_result_ends_with_the_state_slurm_reports(
     said: str | None, status: int, commands: FakeCommands, launcher: launch.Launcher, tmp_path: Path
 ):
     """Where SLURM knows nothing of it and it has said nothing, it never began."""

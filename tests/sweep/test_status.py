@@ -248,7 +248,7 @@ def test_a_low_terminal_shows_running_trials_and_the_number_of_hidden_ones():
     assert "running-seed0" in out and "failed-seed0" in out and "(35 not shown)" in out
 
 
-def test_the_time_of_a_running_trial_is_that_of_its_attempt(tmp_path: Path):
+def test_the_time_of_a_running_trial_counts_its_current_attempt(tmp_path: Path):
     small = Small(tmp_path, "a")
     (trial,) = expand(str(small.page)).trials
     started = datetime.now().astimezone().replace(microsecond=0)

@@ -144,7 +144,7 @@ def test_the_csv_holds_the_last_evaluation_and_the_means_of_the_run(swept: Swept
 
 
 @pytest.mark.slow
-def test_active_flops_are_those_of_the_pairs_that_were_counted(swept: Swept):
+def test_active_flops_count_the_counted_pairs(swept: Swept):
     """By hand: products outside the experts, plus one expert on each kept pair of the rows."""
     attention, head = LAYERS * (4 * 2 * D * D + 2 * 2 * L * D), 2 * D * V
     dense = attention + head + LAYERS * 3 * 2 * D * D_FF
@@ -215,7 +215,7 @@ def test_the_summary_holds_the_csvs_numbers(swept: Swept):
 
 
 @pytest.mark.slow
-def test_a_trial_by_hand_is_the_trial_of_the_sweep(swept: Swept, tmp_path: Path):
+def test_a_trial_run_by_hand_equals_the_trial_of_the_sweep(swept: Swept, tmp_path: Path):
     """Same rows from ``moejax train`` in this process: a sweep adds nothing to a run."""
     words = (swept.workdir("top_2") / "log.txt").read_text().splitlines()[0].split()
     assert words[2:5] == [sys.executable, "-m", "moejax"] and words[-1].startswith("--workdir=")
@@ -229,7 +229,7 @@ def test_a_trial_by_hand_is_the_trial_of_the_sweep(swept: Swept, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_again_and_again_ends_as_one_left_alone(
+def test_a_sweep_killed_repeatedly_ends_like_an_uninterrupted_one(
     tmp_path_factory: pytest.TempPathFactory,
 ):
     """Runner and trial are killed -9 in the middle; their rows are those of a quiet run."""

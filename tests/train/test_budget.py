@@ -239,7 +239,7 @@ def test_a_pair_costs_the_same_in_a_block_that_only_some_tokens_pass_through():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_measured_flops_of_routed_blocks_are_those_of_the_pairs_that_were_computed(train: bool):
+def test_measured_flops_of_routed_blocks_count_the_computed_pairs(train: bool):
     """Pairs are counted in the experts' layer, which some of the tokens reach; FLOPs are per token
     of the rows."""
     run = routed_blocks()

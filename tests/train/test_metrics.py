@@ -102,7 +102,7 @@ def test_a_fresh_run_refuses_a_workdir_with_rows_and_accepts_an_empty_file(tmp_p
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_reader_sees_whole_rows_while_the_run_writes(tmp_path):
+def test_a_reader_gets_whole_rows_while_the_run_writes(tmp_path):
     with MetricsLog(tmp_path, None) as log:
         log.write(train_row(1))
         assert read_rows(tmp_path / "metrics.jsonl") == [train_row(1)]  # without a flush

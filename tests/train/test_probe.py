@@ -56,7 +56,7 @@ def test_a_run_records_before_its_first_step_and_at_every_evaluation_with_one_pr
 
 
 @pytest.mark.slow
-def test_the_recorded_routing_is_that_of_the_evaluation(finished):
+def test_the_recorded_routing_equals_that_of_the_evaluation(finished):
     """Row by row what `moejax eval --record-routing` writes of the last checkpoint."""
     folder, _ = finished
     file = folder / "routing.npz"

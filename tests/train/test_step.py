@@ -63,7 +63,7 @@ def state() -> TrainState:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_an_update_is_that_of_the_mean_over_the_whole_batch_in_any_number_of_parts(parts: int):
+def test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts(parts: int):
     """Three items; of two parts one has two of them and the other one."""
     after, metrics = train_step(
         state(),

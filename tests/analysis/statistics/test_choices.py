@@ -38,7 +38,7 @@ def test_inactive_columns_choose_nothing_and_the_largest_weight_comes_first(seed
         assert first_T[t] == (max(active, key=lambda e: active[e]) if active else NONE)
 
 
-def test_of_equal_weights_the_first_column_is_the_first_choice():
+def test_the_first_column_of_equal_weights_is_the_first_choice():
     assert first_choice(np.array([[3, 1]]), np.array([[0.5, 0.5]])).tolist() == [3]
 
 

@@ -29,7 +29,7 @@ def drawn(seed: int, num_tokens: int = 60, num_experts: int = 4, num_kinds: int 
 
 
 @given(SEEDS)
-def test_pair_counts_are_those_of_a_loop_in_any_order(seed):
+def test_pair_counts_equal_those_of_a_loop_in_any_order(seed):
     selected_TE, kind_T = drawn(seed)
     counts_CE = pair_counts(selected_TE, kind_T, 3)
     expected = np.zeros((3, 4), int)

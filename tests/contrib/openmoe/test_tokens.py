@@ -64,7 +64,7 @@ def test_a_router_of_token_ids_reaches_the_largest_spread_and_information():
     assert found.lead.low > 0.9
 
 
-def test_two_choices_of_every_token_id_spread_by_their_own_largest_value():
+def test_the_spread_of_two_choices_is_relative_to_its_own_largest_value():
     token_NL = tokens()
     expert = np.stack([token_NL % E, (token_NL + 1) % E], axis=-1)[None]
     layer = finding.specialisation(routed(token_NL, expert)).layers[0]
