@@ -1,4 +1,4 @@
-"""Several named claims about one subject in one test: all are tried, and those that fail named."""
+"""Several named claims about one subject in one test: all are checked, failures are named."""
 
 import traceback
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The gates that every exam examines, one row each, and how to call one.
+"""The gates under examination, one row each, and a function that calls one.
 
 A row of a gate of your own goes in ``ROWS`` like any other; what its file must promise is read off
 the gate itself (``trained_by``, ``visibility``, ``columns``) and off the claims of its row.

@@ -1,4 +1,4 @@
-"""The memory mappings of this process, and when compiled programs have made too many of them."""
+"""The memory mappings of this process, and a limit on those of compiled programs."""
 
 import gc
 from pathlib import Path

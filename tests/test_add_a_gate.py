@@ -91,7 +91,7 @@ def test_the_gate_passes_the_exam(folder):
 
 @pytest.mark.slow
 def test_the_exam_names_the_phase_and_the_claim_that_a_gate_breaks(folder):
-    """Padding that is routed."""
+    """A gate that routes padding breaks a claim in both phases."""
     broken = PYTHON[0].replace("ops.masked(expert_GTK, weight_GTK, context.valid_GT)",
                                "Routing(expert_GTK, weight_GTK)")  # fmt: skip
     broken = broken.replace("import GateOutput", "import GateOutput, Routing")

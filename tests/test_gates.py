@@ -407,7 +407,7 @@ def test_a_gate_keeps_its_contract(row, train):
 @both_phases
 @every_row
 def test_a_gate_without_jit_and_in_other_precision_computes_the_same(row, train):
-    """Claims that compile much, operation by operation, or once more."""
+    """The claims that need many compilations: without jit, or in another precision."""
     exam, claims = Exam(row, train), Claims(subject(row, train))
     claims.check(jit_changes_nothing, exam)
     if not train:

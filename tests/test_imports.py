@@ -1,4 +1,4 @@
-"""Who may import whom, where collectives live, and what `import moejax` costs."""
+"""Allowed imports between rooms, the places of collectives, and the cost of `import moejax`."""
 
 import ast
 import json
@@ -172,7 +172,7 @@ def test_every_import_that_the_table_allows_exists():
 
 
 def test_gates_and_dispatch_do_not_import_each_other():
-    """The seam that lets any gate use any transport."""
+    """Their independence lets any gate use any transport."""
     for first, second in (("gating", "dispatch"), ("dispatch", "gating")):
         for file in FILES:
             if room_of(path_of(file)) == first:
@@ -243,7 +243,7 @@ def measured() -> dict:
 
 
 def test_import_moejax_takes_less_than_a_second_more_than_import_jax(measured):
-    """Processor time, which other work on the machine adds little to; the best of three."""
+    """Processor time, on which other work has little effect; the best of three."""
     seconds = [measured["cpu"]]
     while min(seconds) >= 1.0 and len(seconds) < 3:
         seconds.append(measure()["cpu"])

@@ -1,4 +1,4 @@
-"""What the compiled programs send, counted: collectives, their participants and their bytes."""
+"""The traffic of compiled programs: collectives, their participants and their bytes."""
 
 import collections
 import functools
@@ -239,7 +239,7 @@ def test_fsdp_gathers_weights_over_fsdp_only():
 
 @pytest.mark.slow
 def test_the_embedding_is_looked_up_where_the_tokens_are():
-    """Not by every device for the whole batch, in its own columns of a split table."""
+    """No device looks up the whole batch in its own columns of a split table."""
     found = step_collectives((("fsdp", 8),))
     assert {c.kind for c in found} == {"all-gather", "all-reduce"}
     table = steps.VOCAB * 16
@@ -255,7 +255,7 @@ def test_the_number_of_collectives_does_not_grow_with_depth():
 
 @pytest.mark.slow
 def test_unrolled_layers_exchange_the_same_as_layers_in_a_loop():
-    """Four exchanges a layer of the same size, and no collective of another kind."""
+    """Each layer has four exchanges of the same size, and no other kind of collective."""
     shape = tuple(meshes.LARGE.items())
     loop, flat = step_collectives(shape), step_collectives(shape, unrolled=8)
     exchanges = [[c for c in found if c.kind == "all-to-all"] for found in (loop, flat)]

@@ -1,4 +1,4 @@
-"""The README's code and commands work as printed, and its links lead somewhere."""
+"""The README's code and commands work as printed, and its links resolve."""
 
 import ast
 import re

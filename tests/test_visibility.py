@@ -1,4 +1,4 @@
-"""What a token may see, proven by perturbation in both directions.
+"""The tokens that an output depends on, found by perturbation in both directions.
 
 Routing is piecewise constant, so gradients show nothing: later tokens (or other sequences) are
 replaced by unrelated ones and earlier outputs must not move at all; where a leak is declared, they
@@ -106,7 +106,7 @@ def test_a_token_depends_on_what_its_gate_declares(row, train):
 @both_phases
 @pytest.mark.parametrize("row", gates.PARAMS)
 def test_a_token_depends_on_what_its_gate_declares_with_other_choices(row, train):
-    """Each of the slow choices for a quarter of the rows; none where the code is another row's."""
+    """Each slow option for a quarter of the rows, and none for rows that share their code."""
     i = ROWS.index(row)
     done = quick(row) if train else QUICK[:1]
     more = [] if row.slow else [SLOW[(i if train else i + 1 + i // 4) % len(SLOW)]]

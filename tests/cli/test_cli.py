@@ -1,4 +1,4 @@
-"""The command line: what users type, what they get wrong, and what they are told."""
+"""The command line: commands, mistakes and messages."""
 
 import io
 import json
@@ -214,7 +214,7 @@ def test_the_config_file_may_be_a_separate_argument(loop: Loop, tmp_path: Path):
 def test_a_tilde_means_the_home_folder_in_every_path(
     loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Shells leave it alone behind an equals sign; a folder called ~ is nobody's wish."""
+    """Shells do not expand it after an equals sign, and nobody wants a folder called ~."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "page.py").write_text((ROOT / "configs/lm.py").read_text())
     assert cli.main(["train", "--config=~/page.py:gate=switch", "--workdir=~/run"]) == 75

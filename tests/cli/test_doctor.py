@@ -1,4 +1,4 @@
-"""The doctor reports what works, what does not, and wrong results."""
+"""The doctor reports working parts, missing parts and wrong results."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Semantic checks: every mistake names its numbers and the way out."""
+"""Semantic checks: every error names its numbers and a remedy."""
 
 import dataclasses
 import json

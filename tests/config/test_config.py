@@ -1,4 +1,4 @@
-"""Loading configs: defaults, pages, overrides, typing, gates, and the way through JSON."""
+"""Loading configs: defaults, pages, overrides, typing, gates, and the JSON round trip."""
 
 import importlib.util
 import json

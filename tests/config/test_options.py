@@ -1,4 +1,4 @@
-"""Options of layers as config fields, and what it takes to add one."""
+"""Options of layers as config fields, and the one line that adds an option."""
 
 import dataclasses
 import shutil

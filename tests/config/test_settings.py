@@ -74,7 +74,7 @@ def test_environment_settings_have_no_effect_and_are_reported(capsys):
 
 @pytest.mark.parametrize("variable", ["JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL"])
 def test_a_variable_that_jax_cannot_read_is_reported_in_one_line(variable):
-    """JAX reads them as it is imported, which the package does before its command line runs."""
+    """JAX reads them at import, which happens before the command line runs."""
     env = {**os.environ, variable: "maybe"}
     code = "import moejax"
     for command, status in ((["-m", "moejax", "gates"], 2), (["-c", code], 1)):

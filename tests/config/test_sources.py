@@ -1,4 +1,4 @@
-"""Where configs come from: pages, modules and workdirs, and what is said of broken ones."""
+"""Sources of configs: pages, modules and workdirs, and messages about broken ones."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def test_page_is_found_as_a_module(page: str, monkeypatch: pytest.MonkeyPatch):
 def test_a_page_imports_from_its_own_folders_whatever_the_current_folder(
     shadowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also where the current folder has one of that name, without what the page wants."""
+    """Also if the current folder has a module of that name without the imported objects."""
     package = f"own_pages_{shadowed}"
     page = tmp_path / "root" / package / "balance/sweep.py"
     page.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Transports by name and by value: what a name means, and a transport from outside the package."""
+"""Transports by name and by value, and a transport from outside the package."""
 
 import dataclasses
 import functools

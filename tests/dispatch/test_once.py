@@ -1,4 +1,4 @@
-"""Sending each token once per shard: what is sent, and that the answer is that of dropless."""
+"""Sending each token once per shard: the traffic, and outputs equal to those of dropless."""
 
 import functools
 

@@ -104,7 +104,7 @@ def test_sorted_plan_lists_pairs_by_expert_then_position():
 
 
 def test_pairs_of_experts_on_other_shards_have_no_row():
-    """On a shard with experts 0 to 2: those before and after it are somebody else's."""
+    """On a shard with experts 0 to 2: experts before and after these belong to other shards."""
     expert, weight = jnp.asarray([[-1, 2], [3, 0], [-2, 7]]), jnp.ones((3, 2))
     plan, size = pack.plan_sorted(expert, weight, num_experts=3, rows=6)
     np.testing.assert_array_equal(size, [1, 0, 1])

@@ -1,4 +1,4 @@
-"""Overflow finds another expert: against a plain loop, and through the layer."""
+"""Rerouted overflow: against a plain loop, and through the layer."""
 
 import functools
 

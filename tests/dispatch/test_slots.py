@@ -1,4 +1,4 @@
-"""Tokens mixed into slots and back: loops in numpy, every mesh, and what the program sends."""
+"""Tokens mixed into slots and back: numpy loops, every mesh, and the program's traffic."""
 
 import math
 from functools import cache, partial

@@ -153,8 +153,8 @@ def test_the_dropped_set_of_every_priority_is_the_same_on_a_mesh(priority):
     ],
 )
 def test_unwritten_buffer_rows_are_never_read(name, routing_content, monkeypatch):
-    """Receive buffers start as NaN; on TPU and GPU they hold whatever memory held. In a buffer of
-    experts and weights that may read as expert 1 with weight 1."""
+    """Receive buffers start as NaN here; on TPU and GPU they hold arbitrary contents,
+    which may read as expert 1 with weight 1 in a buffer of experts and weights."""
     real, filled = exchange.buffer_like, []
 
     def poisoned(rows_ND, capacity):
@@ -178,7 +178,7 @@ def forget_programs():
 
 
 def test_more_than_one_device_receives_tokens():
-    """The meshes above are no formality: on a balanced routing every expert shard has rows."""
+    """Every expert shard has rows under a balanced routing, so the meshes above are exercised."""
     routing = meshes.routing("balanced", GROUPS, TOKENS, 2, EXPERTS)
     owner = np.asarray(routing.expert_GTK) // (EXPERTS // 4)
     assert set(owner.ravel()) == {0, 1, 2, 3}

@@ -1,4 +1,4 @@
-"""The experiment on batch-prioritised routing: what its table says, and that it runs."""
+"""The experiment on batch-prioritised routing: its table, and a run of it."""
 
 import json
 

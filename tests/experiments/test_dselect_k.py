@@ -1,4 +1,4 @@
-"""experiments/dselect_k: its measures by hand, its oracle, and the one claim that is asserted.
+"""experiments/dselect_k: its measures by hand, its oracle, and its main claim.
 
 Asserted is that DSelect-k moves smoothly. Which gate finds the right experts is reported by the
 experiment and depends on rates and widths; a test that demanded an order would test luck.
@@ -101,7 +101,7 @@ def test_the_data_match_the_description_on_the_page(problems):
 
 
 def test_the_best_mixture_equals_that_of_nonnegative_least_squares(problems, known):
-    """The sum of 1 as a heavy row of nnls, another algorithm."""
+    """The constraint that weights sum to 1 is a heavy row of nnls, another algorithm."""
     for seed in range(SEEDS):
         features = problems.features_NE[seed, : recovery.TRAIN].astype(np.float64)
         target = problems.target_NM[seed, : recovery.TRAIN, 0].astype(np.float64)
@@ -196,7 +196,7 @@ def test_no_gate_is_better_than_the_best_mixture(trained, known):
 
 @pytest.mark.slow
 def test_weights_equal_those_of_the_library():
-    """Of DSelect-k, whose gate object is used here, and of the others' evaluation."""
+    """Weights of DSelect-k by its gate object, and of the others in evaluation."""
     gate, key = gates.dselect_k(1.0), jax.random.key(3)
     params = jax.tree.map(lambda leaf: 30 * leaf, gate.init(key, 16))
     wanted = dselect_k_weights(params["code_MZ"].reshape(4, 4), params["mix_MS"][0], 16, 1.0)

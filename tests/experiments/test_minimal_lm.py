@@ -41,7 +41,7 @@ def test_a_step_keeps_the_shapes_of_its_state():
 
 @pytest.mark.slow
 def test_300_steps_reach_the_stated_loss_and_beat_a_trigram_model(tmp_path):
-    """In a process of its own, with the flags and the one device that a reader has."""
+    """In its own process, with the flags and the single device of a reader."""
     plain = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     ended = subprocess.run(
         [sys.executable, str(ROOT / "experiments" / "minimal_lm.py"), "--steps", "300"],

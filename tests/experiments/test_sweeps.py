@@ -1,4 +1,4 @@
-"""The sweeps that ship: they expand, say what they compare, and their pages say how to run them."""
+"""The sweeps that ship expand, and their pages state what they compare and how to run them."""
 
 from pathlib import Path
 

@@ -98,7 +98,7 @@ def test_all_experts_are_visited_until_bits_decide_and_then_only_existing_ones()
 
 @pytest.mark.slow
 def test_the_gradient_equals_the_formula_through_every_transport():
-    """Inactive pairs are not sent; their gradient is 0, as the formula has it."""
+    """Inactive pairs are not sent; their gradient is 0, as in the formula."""
     x, grads = tokens(4, 8), {}
     for transport in ("dropless", "all_experts", "gather"):
         gate = gating.make("dselect_k", gamma=0.1)

@@ -157,7 +157,7 @@ def test_the_threshold_is_the_moving_average_of_the_last_score_that_is_chosen(po
 
 
 def test_a_probability_at_the_threshold_passes_it():
-    """Before the first step both are 1 / E: exactly, where a router of zeros is asked."""
+    """Before the first step both are exactly 1 / E with a router of zeros."""
     gate = ExpertChoice(eval_policy="threshold")
     params = jax.tree.map(jnp.zeros_like, gates.drawn(gate))
     state = gate.init_state(gates.spec())

@@ -1,4 +1,4 @@
-"""Gating dropout: one coin per step, tokens at home on local steps, and the bytes that saves."""
+"""Gating dropout: one coin per step, local tokens on local steps, and the bytes saved."""
 
 import functools
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Two levels: the flat mixture they add up to, the published load, and what they choose."""
+"""Hierarchical gates: the equivalent flat mixture, the published load, and the choices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Expert prototyping against the Switch layers it is the sum of."""
+"""Expert prototyping against the sum of Switch layers that it equals."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Quantile balancing against loops, and against the assignment whose prices it looks for."""
+"""Quantile balancing against loops and against the assignment whose prices it approximates."""
 
 import functools
 

@@ -71,7 +71,7 @@ def test_routing_is_sampled_in_training_and_greedy_in_evaluation():
 
 @pytest.mark.slow
 def test_a_bandit_is_learned_with_its_baseline():
-    """Each kind of token has its own best expert; only rewards tell which."""
+    """Each kind of token has its own best expert; only rewards reveal it."""
     gate = gating.make("rl")
     kinds = jnp.eye(D)
     best_D = jnp.asarray([2, 0, 1, 0])

@@ -96,7 +96,7 @@ FIELDS = [
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_tokens_are_routed_by_the_mean_of_their_text_segment_or_past(fields, rows, packed):
-    """Padding before, in and behind a sequence is not there; nor is another text in the row."""
+    """Padding before, in and after a sequence is ignored, and so is another text in the row."""
     gate = Sentence(**fields)
     params, valid = gates.drawn(gate), padded()
     text = np.repeat([[7, 2, 9]], G, axis=0).repeat([7, 3, T - 10], axis=1)

@@ -1,4 +1,4 @@
-"""StableMoE: the table of stage 2, the losses of stage 1, and what stands still from then on."""
+"""StableMoE: the table of stage 2, the losses of stage 1, and the router frozen after it."""
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def test_values_out_of_range_are_refused(fields):
 
 @pytest.mark.slow
 def test_the_trainer_keeps_the_distilled_router_bit_equal_in_stage_2():
-    """Momentum of stage 1 would move it on for a while, and Lion's sign of it for ever."""
+    """Momentum from stage 1 would keep moving it for a while, and Lion's sign would for ever."""
     changes = {"moe__gate__stage_steps": 2, "optim__name": "lion", "model__num_layers": 1}
     run = steps.make({"data": 1}, "stablemoe", **changes)
     seen = []

@@ -1,4 +1,4 @@
-"""What is particular to each gate, on routings small enough to check by hand or by counting."""
+"""Properties of single gates, on routings small enough to check by hand or by counting."""
 
 import jax
 import jax.numpy as jnp

@@ -124,7 +124,7 @@ def test_balanced_loads_all_experts_equally_in_every_stretch_of_tokens(k):
 
 @pytest.mark.parametrize(("k", "exponent"), [(1, 1.0), (2, 1.0), (3, 2.0), (8, 1.0), (2, 0.0)])
 def test_skewed_follows_zipfs_law_and_never_repeats_an_expert(k, exponent):
-    """The law by water-filling: whoever would pass 1 is held at 1, the rest share what is left."""
+    """The law by water-filling: shares are capped at 1, and the rest divide the remainder."""
     wanted = np.zeros(E)
     share = 1.0 / np.arange(1, E + 1) ** exponent
     for _ in range(E + 1):

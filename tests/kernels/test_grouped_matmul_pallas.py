@@ -1,4 +1,4 @@
-"""The TPU and GPU forms of grouped_matmul, as far as a CPU can tell.
+"""The TPU and GPU forms of grouped_matmul, as far as a CPU can test them.
 
 The megablox kernels run in Pallas' interpreter, and compile ahead of time for a TPU v5e where the
 compiler (libtpu) is installed. Of the GPU form the call to tokamax is checked, against a stand-in.

@@ -100,7 +100,7 @@ def test_the_example_in_the_jax_documentation_is_reproduced():
 
 
 def test_the_reverse_of_the_example_in_the_jax_documentation_restores_the_operands():
-    """The same slices returned: each device has its operand again."""
+    """Sending the same slices back gives each device its operand again."""
     vectors = ([[0, 1], [0, 2]], [[1, 1], [2, 1]], [[0, 0], [1, 1]], [[1, 2], [1, 1]])
     result = exchange(np.array([[1, 3, 0, 0], [2, 2, 4, 0]]), np.zeros((2, 3), int), vectors)
     np.testing.assert_array_equal(result, [[1, 2, 2], [3, 4, 0]])
@@ -188,7 +188,7 @@ def test_the_gradient_returns_to_the_rows_that_were_sent(num_devices, per_peer):
 
 
 def test_other_mesh_axes_exchange_separately(eight_devices):
-    """On a (data, expert) mesh each data row is an exchange of its own."""
+    """On a (data, expert) mesh each data row exchanges separately."""
     rng = np.random.default_rng(0)
     halves = [random_traffic(rng, 4, 2)[0] for _ in range(2)]
     operand = rng.normal(size=(2, 4, 60, 3)).astype(np.float32)

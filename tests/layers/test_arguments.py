@@ -1,4 +1,4 @@
-"""The layer in other people's code: names, dtypes, odd batches on a mesh, and their mistakes."""
+"""The layer in user code: preset names, dtypes, uneven batches on a mesh, and wrong arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ ODD_SLOW += [("smear", "cells"), ("base", "cells"), ("sbase", "cells"), ("shazee
 def test_a_batch_that_does_not_divide_over_the_mesh_gives_the_same_numbers_as_without_a_mesh(
     gate, transport
 ):
-    """Five sequences on eight shards: what fills the rest is computed, and never counted."""
+    """Five sequences on eight shards: the padding sequences are computed and never counted."""
     x = jax.random.normal(jax.random.key(1), (5, L, D))
     ctx = moejax.Context.of(5, L, key=jax.random.key(3))
     layer = make(gate, transport=transport, capacity_factor=0.75)
@@ -178,7 +178,7 @@ def test_a_wrong_call_argument_is_reported_in_one_line(name):
 
 @pytest.mark.parametrize("gate", ["hash", "stablemoe"])
 def test_a_gate_that_routes_by_token_ids_refuses_calls_without_them(gate):
-    """It would send every token to one expert."""
+    """Zeros in their place would send every token to one expert."""
     layer, ids = make_by_name(gate, vocab_size=11), jnp.arange(4 * L).reshape(4, L) % 11
     for context in (None, of(key=jax.random.key(0))):
         with pytest.raises(ValueError, match=r"routes by token ids: pass .* token_BL=\.\.\.\)"):

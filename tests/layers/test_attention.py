@@ -156,7 +156,7 @@ def test_gradients_of_padding_are_zero_and_fully_masked_queries_have_finite_ones
 def test_the_fused_kernel_gets_a_supported_mask_or_none_if_nothing_is_hidden(
     causal, behind, monkeypatch
 ):
-    """Traced as for a GPU: cuDNN checks the shapes of its operands there."""
+    """Traced as for a GPU, where cuDNN checks the shapes of its operands."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91400)
     monkeypatch.setattr(f"{cudnn}.is_cuda_compute_capability_equal", lambda *_: False)

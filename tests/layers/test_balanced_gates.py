@@ -81,7 +81,7 @@ def test_balanced_training_fills_every_slot_and_drops_nothing(fields, group):
 
 @pytest.mark.slow
 def test_base_balances_the_whole_batch_when_sequences_differ():
-    """One sequence per expert's taste: balancing sequences must overrule it, the batch need not."""
+    """Each sequence prefers one expert: balancing per sequence must overrule it, per batch not."""
     x = tokens() + 20 * jax.random.normal(jax.random.key(9), (B, 1, D))
     whole = make("base", transport="dropless", group="batch")(x, context())[1]
     alone = make("base", transport="dropless")(x, context())[1]
@@ -144,7 +144,7 @@ def test_the_average_bias_balances_evaluation_and_nothing_else_changes():
 
 @pytest.mark.slow
 def test_residual_imbalance_is_reported_and_falls_with_epsilon():
-    """The plan is balanced; its largest entries are the more so the sharper it is."""
+    """The plan is balanced; the balance of its largest entries improves as it becomes sharper."""
     imbalance = {}
     for epsilon in (2.0, 0.05):
         sharp = make("sbase", transport="dropless", group="batch",
@@ -183,7 +183,7 @@ def test_the_gap_of_an_assignment_is_reported_per_token(monkeypatch):
 
 
 def test_the_column_error_of_sinkhorn_counts_valid_tokens_only():
-    """Padding that would all go to one expert is no part of the plan, which has converged."""
+    """Padding that would all go to one expert does not enter the plan, which has converged."""
     gate = gating.make("sbase", num_iters=200, tol=0.0)
     x = jax.random.normal(jax.random.key(0), (2, 12, 4))
     valid = jnp.arange(12) < jnp.asarray([[12], [8]])

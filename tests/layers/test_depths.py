@@ -1,4 +1,4 @@
-"""Mixture-of-Depths: who passes through a block, what that computes, and what learns from what."""
+"""Mixture-of-Depths: the choice of tokens, the output of a block, and its gradients."""
 
 import dataclasses
 import functools
@@ -185,7 +185,7 @@ def test_the_task_trains_the_router_and_the_cross_entropy_the_predictor(predicto
 
 
 def test_a_token_with_even_odds_skips_the_block_in_evaluation():
-    """Of zeros both predictors say sigmoid(0), which is not above 1/2."""
+    """Both predictors give sigmoid(0) for zeros, which is not above 1/2."""
     for predictor in ("mlp", "router"):
         y_BLD, aux = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))
         np.testing.assert_array_equal(y_BLD, 0.0)
@@ -193,7 +193,7 @@ def test_a_token_with_even_odds_skips_the_block_in_evaluation():
 
 
 def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
-    """Scores are the tokens themselves: of six the second, the fourth and the sixth are chosen."""
+    """Scores are the tokens themselves: the second, fourth and sixth of six tokens are chosen."""
     depths = Depths(1, DepthsOptions(0.5, predictor="router"), rngs=nnx.Rngs(0))
     depths.router["weight_D"][...] = jnp.ones(1)
     x_BLD = jnp.asarray([[1.0, 5.0, 2.0, 7.0, 3.0, 6.0]])[..., None]

@@ -1,4 +1,4 @@
-"""LIMoE's entropy losses against scipy, and the layer that has them and counts by task."""
+"""LIMoE's entropy losses against scipy, and the layer with these losses and counts per task."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A layer with SMEAR or Lory: what it computes, what a token sees, on any mesh."""
+"""A layer with SMEAR or Lory: its outputs and what a token depends on, on any mesh."""
 
 import functools
 
@@ -54,7 +54,7 @@ def test_one_uniform_segment_uses_the_mean_expert():
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_later_token_affects_earlier_ones_only_in_the_papers_first_segment(policy, train):
-    """Every position in turn is another token; what comes before it must not move."""
+    """Each position in turn gets another token; earlier outputs must not change."""
     made = layer(Lory(6, policy))
     x, other = gates.tokens(), gates.tokens(5)
     run = jax.jit(lambda x: made(x, context(), train=train)[0])

@@ -102,7 +102,7 @@ def test_padding_between_valid_tokens_is_masked():
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [1, 3])
 def test_moa_with_all_heads_and_equal_weights_equals_multi_query_attention(heads):
-    """Of weight 1 / heads each: 1 where there is a single head."""
+    """Each head has weight 1 / heads: 1 for a single head."""
     layer = make(heads, heads)
     layer.router["router_DE"][...] = jnp.zeros((D, heads))
     options = dataclasses.replace(ATTENTION, num_heads=heads, num_kv_heads=1)
@@ -131,7 +131,7 @@ def test_a_token_costs_k_heads_however_many_there_are(k):
 
 
 def test_the_router_learns_from_the_task_with_one_head_and_every_parameter_has_a_gradient():
-    """The denominator is a constant: a weight of 1 still pulls at its logit."""
+    """The denominator is a constant, so the logit of a weight of 1 still has a gradient."""
     graph, params = nnx.split(make(5, 1))
 
     def loss(params, x_BLD):

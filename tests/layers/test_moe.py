@@ -1,4 +1,4 @@
-"""The layer as a user meets it: alone, in a model, under any mesh."""
+"""The layer as a user calls it: alone, in a model, under any mesh."""
 
 import dataclasses
 

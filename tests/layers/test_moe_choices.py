@@ -1,4 +1,4 @@
-"""What a layer does under every choice around its gate: padding, groups, scopes, precision."""
+"""A layer under every option around its gate: padding, groups, scopes, precision."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ QUICK = [("cells", "shazeer"), ("all_experts", "mixtral")]
     ],
 )
 def test_padding_may_hold_nan(transport, gate):
-    """As attention leaves behind where everything is masked: 0 times NaN is NaN, backwards too."""
+    """Fully masked attention outputs NaN, and 0 times NaN is NaN, also in the backward pass."""
     step, params = padded(gate, transport)
     x = jnp.where(VALID[..., None], tokens(), 0.0)
     got, wanted = step(params, jnp.where(VALID[..., None], x, jnp.nan)), step(params, x)
@@ -104,7 +104,7 @@ def by_hand(info, probs, rows):
 @pytest.mark.quick(2)
 @pytest.mark.parametrize(("scope", "rows"), [("sequence", 1), ("group", 2), ("batch", B)])
 def test_the_balance_loss_counts_the_pairs_that_were_routed(scope, rows):
-    """Not the top-k once more: GShard skips second experts at random, and padding visits nobody."""
+    """Not the plain top-k: GShard skips second experts at random, and padding visits no expert."""
     layer = make("gshard", gate_fields={"threshold": 1.0}, group="2", balance_scope=scope)
     _, info = layer(tokens(), context(valid_BL=VALID))
     probs = np.asarray(jax.nn.softmax(tokens() @ layer.router["router_DE"][...]))
@@ -186,7 +186,7 @@ def test_training_and_evaluation_have_separate_capacity_factors(train, dropped):
 
 
 def test_random_priority_is_independent_of_the_gates_own_draw():
-    """GShard keeps second experts where U < 2 g2: by the same U it would serve them last."""
+    """GShard keeps second experts where U < 2 g2; the same U as priority would serve them last."""
     known = moejax.Context.of(64, 32, key=jax.random.key(0)).grouped(1, True)
     rules = moejax.types.SlotRules(priority="random")
     routing = moejax.Routing(jnp.zeros((64, 32, 2), jnp.int32), jnp.ones((64, 32, 2)))

@@ -1,4 +1,4 @@
-"""Residual MoE: routed and shared experts weighed against each other, token by token."""
+"""Residual MoE: routed and shared experts mixed with weights per token."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A layer's counts and losses, all worked by hand on six tokens of which one is padding."""
+"""Counts and losses of a layer, worked out by hand on six tokens, one of them padding."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Soft MoE in the layer: against the formulas, where it must degenerate, padding, every mesh."""
+"""Soft MoE in the layer: formulas, degenerate cases, padding, every mesh."""
 
 import functools
 import itertools
@@ -97,7 +97,7 @@ def test_every_expert_receives_every_token_and_nothing_is_dropped():
 
 
 def test_one_slot_of_one_expert_gives_every_token_the_same_output():
-    """f of the mean that the dispatch weights make."""
+    """The output is f of the mean under the dispatch weights."""
     run, layer = applied(1, experts=1)
     y, _ = run(tokens(), context(valid_BL=VALID))
     x = np.asarray(tokens(), np.float64)

@@ -75,7 +75,7 @@ CASES = [
 @pytest.mark.quick(2)
 @pytest.mark.parametrize(("settings", "train"), CASES)
 def test_logits_depend_on_later_tokens_only_where_declared(settings, train):
-    """Routed blocks see them in training; nothing does in evaluation."""
+    """Routed blocks depend on them in training; nothing does in evaluation."""
     changed, run = [], forward(settings, train)
     for seed in range(4):
         token_BL, other_BL = tokens(seed), tokens(seed + 100)

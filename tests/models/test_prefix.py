@@ -1,4 +1,4 @@
-"""Evaluated whole, a sequence gets the logits that decoding it token by token would give."""
+"""Evaluating a whole sequence gives the logits of decoding it token by token."""
 
 import functools
 

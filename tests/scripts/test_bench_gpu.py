@@ -1,4 +1,4 @@
-"""The benchmark for GPUs on tiny shapes: it checks before it times, and says what it cannot do."""
+"""The GPU benchmark on tiny shapes: it checks before it times, and reports what it cannot run."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark of the layer: its arithmetic, its checks and its page. Nothing here is a speed."""
+"""The benchmark of the layer: its arithmetic, checks and page. No test depends on speed."""
 
 import json
 

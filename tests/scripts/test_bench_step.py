@@ -1,4 +1,4 @@
-"""The benchmark of the step compares what it says it does. Nothing here depends on a time."""
+"""The benchmark of the step compares what it claims to. No test depends on speed."""
 
 import itertools
 import json
@@ -78,7 +78,7 @@ def test_every_row_has_a_target_and_a_line(bench, against_plain):
 
 
 def test_a_start_is_timed_up_to_its_first_step(bench, tmp_path, monkeypatch):
-    """A stand-in process: what is timed ends with the line, and it gets SIGTERM."""
+    """A stand-in process: the timing ends with the line, and the process gets SIGTERM."""
     stand_in = tmp_path / "moejax"
     stand_in.mkdir()
     (stand_in / "__main__.py").write_text(

@@ -1,4 +1,4 @@
-"""The scripts about gates: the documented table is current, the benchmark measures what it says."""
+"""The scripts about gates: the documented table is current, the benchmark measures its claims."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The gates' part of the benchmark: what is compared with what. Nothing here is a speed."""
+"""The benchmark of gates: its comparisons and its page. No test depends on speed."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The table of mutants fits the tree as it is, and a mutant is told from what is noticed."""
+"""The table of mutants fits the present sources, and a surviving mutant is detected."""
 
 import ast
 import functools
@@ -46,7 +46,7 @@ def test_missing_and_repeated_text_is_reported():
 
 @pytest.mark.slow
 def test_a_mutant_that_no_test_detects_survives(tmp_path: Path, capsys, monkeypatch):
-    """A tree of one function, of whose two answers its test looks at one."""
+    """A source tree of one function with two outputs, only one of which its test checks."""
     (tmp_path / "double.py").write_text("def double(x):\n    return 2 * x if x > 0 else 0\n")
     (tmp_path / "test_double.py").write_text(
         "from double import double\n\n\ndef test_double():\n    assert double(3) == 6\n"

@@ -1,4 +1,4 @@
-"""The image-text tower: its loss against loops, what a pair sees, one answer on every mesh."""
+"""The image-text tower: its loss against loops, what a pair depends on, equality on every mesh."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Tables from files: against pandas, and what is refused with which words."""
+"""Tables from files: values against pandas, and messages about refused files."""
 
 import csv
 import datetime
@@ -189,7 +189,7 @@ def test_categories_of_a_csv_are_the_text_as_written(tmp_path, values):
 
 
 def test_numbers_as_categories_keep_their_order(tmp_path):
-    """Ids of text that is numbers are in the order of these, as they are in a Parquet file."""
+    """Ids of numeric text follow the order of the numbers, as in a Parquet file."""
     data = pd.DataFrame({"code": [2, 10, 1, 300] * 20, "y": range(80)})
     tables = [
         load_table(write(data, tmp_path / f"t{suffix}"), targets=["y"], categorical=["code"])
@@ -238,7 +238,7 @@ def test_quantities_with_exponents_and_fractions_are_numbers(tmp_path):
 
 
 def test_identifiers_stored_as_floats_give_a_warning(tmp_path, capsys):
-    """pandas makes floats of whole numbers of which one is missing, and 40 ids become two."""
+    """pandas turns whole numbers with a missing one into floats, and 40 ids become two."""
     who: list[Any] = [2**60 + i for i in range(40)] * 4
     who[5] = None
     data = pd.DataFrame({"who": pd.Series(who, dtype="float64"), "y": range(160)})
@@ -341,7 +341,7 @@ def test_the_start_of_a_run_warns_about_constant_and_rare_features(tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize("kind", ["int", "time"])
 def test_times_one_nanosecond_apart_are_sorted_exactly(tmp_path, kind, suffix):
-    """As float64 64 of them would be one."""
+    """In float64, 64 of them would be equal."""
     order = np.random.default_rng(0).permutation(N)
     when = 1_500_000_000_000_000_000 + order
     data = frame().assign(when=when if kind == "int" else pd.to_datetime(when, unit="ns"))

@@ -156,7 +156,7 @@ def test_identical_gates_equal_one_gate_for_all_tasks(name):
 
 @pytest.mark.parametrize("name", TWO)
 def test_statistics_and_losses_of_a_gate_equal_those_of_the_gate_alone(name):
-    """Leading with tasks: what one gate says does not depend on the others."""
+    """Arrays lead with tasks: one gate's numbers do not depend on the other gates."""
     one, router = alone(name)
     (_, (_, info)), _ = run(name)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
@@ -217,7 +217,7 @@ def test_padding_is_neither_computed_nor_counted():
 
 
 def test_an_inactive_column_has_neither_weight_nor_gradient():
-    """Of experts 2 and 0 the second column has weight 0; both columns may name one expert."""
+    """The second column of experts 2 and 0 has weight 0; both columns may name one expert."""
     expert_GTK = jnp.asarray([[[2, 0], [1, 1]]], jnp.int32)
     weight_GTK = jnp.asarray([[[0.5, 0.0], [0.25, 0.0]]])
     worth_E = jnp.asarray([3.0, 5.0, 7.0])

@@ -1,4 +1,4 @@
-"""The task multitask: its sums and metrics, what it learns, and what it refuses."""
+"""The task multitask: its sums, metrics and learning, and refused configs."""
 
 import copy
 import dataclasses
@@ -221,7 +221,7 @@ def test_a_gates_losses_have_the_same_gradient_beside_one_task_and_sixteen(arg):
 
 
 def test_the_linear_baseline_is_at_the_optimum_of_its_loss():
-    """Least squares against numpy's; of logistic regression the gradient is 0."""
+    """Least squares equals numpy's; the gradient of logistic regression is 0."""
     table = table_with_gaps()
     found = table_baselines(table, len(table.heldout))
     x_NX = design(table.train, ())
@@ -472,7 +472,7 @@ def test_mistakes_in_a_file_are_reported_in_one_line(sales, tmp_path):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("gate", ["dense", "top_k", "dselect_k", "shazeer"])
 def test_a_static_gate_has_no_duplicated_parameters(gate):
-    """Two with the same gradients would be one that the optimizer moves twice as far."""
+    """Two with the same gradients would act as one that the optimizer moves twice as far."""
     run, grads = run_of(f"data=groups,gate={gate},gate_input=constant", task__tasks=4), {}
     state = run.task.init_gate_state()
     batch = jax.device_put(run.data.train_batch(0))

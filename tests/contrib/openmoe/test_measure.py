@@ -1,4 +1,4 @@
-"""Which ways to give out slots are tried."""
+"""The arms of the experiment: ways to assign slots."""
 
 from typing import Any
 

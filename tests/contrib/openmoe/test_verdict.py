@@ -1,4 +1,4 @@
-"""What appears, by the stated criteria."""
+"""The verdicts, by the stated criteria."""
 
 import dataclasses
 
@@ -110,7 +110,7 @@ def test_drops_that_rise_only_on_another_text_are_out_of_domain():
 
 
 def test_a_part_of_the_held_out_text_is_not_out_of_domain():
-    """It is told of, and the verdict is that of the whole texts."""
+    """It is mentioned, and the verdict is that of the whole texts."""
     flat = [*measured("held out", 0.25, 32), *measured("english", 0.25, 32)]
     part = measured("held out, mostly code", 0.9)
     verdict = drops_verdict([*flat, *part])

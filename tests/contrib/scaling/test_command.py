@@ -1,4 +1,4 @@
-"""The command: what it prints, writes, draws and refuses."""
+"""The scaling command: its output, files, figure and refusals."""
 
 import dataclasses
 import json

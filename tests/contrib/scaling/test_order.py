@@ -1,4 +1,4 @@
-"""Which router is lower, and where seeds cannot tell."""
+"""The order of routers by loss, and differences that seeds cannot resolve."""
 
 import math
 

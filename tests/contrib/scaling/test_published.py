@@ -1,4 +1,4 @@
-"""The fit to the published curves, where they are: numbers that docs/scaling.md states."""
+"""The fit to the published curves, if present: the numbers that docs/scaling.md states."""
 
 import csv
 import functools

@@ -1,4 +1,4 @@
-"""Images: the built-in digits, folders of pictures, and what is refused."""
+"""Images: the built-in digits, folders of images, and refused inputs."""
 
 import sys
 from typing import Any

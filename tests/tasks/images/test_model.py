@@ -1,4 +1,4 @@
-"""The vision transformer: its patches, positions, meshes and gradients, and that it learns."""
+"""The vision transformer: its patches, positions, meshes, gradients and learning."""
 
 import dataclasses
 import functools

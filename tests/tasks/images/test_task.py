@@ -1,4 +1,4 @@
-"""The task "images": it learns, resumes bit for bit, is the same on every mesh, and refuses what it
+"""The task "images": it learns, resumes bit-equal, is the same on every mesh, and refuses what it
 cannot read."""
 
 import json

@@ -1,4 +1,4 @@
-"""The language model: what a token sees, and that depth is a scan of ordinary blocks."""
+"""The language model: what a token depends on, and depth as a scan over ordinary blocks."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Ratios of an evaluation: numerator and denominator are of the very same targets."""
+"""Ratios of an evaluation: numerator and denominator cover the same targets."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What language modelling tells its model and makes of what it says, by hand: no model is built."""
+"""Inputs and losses of the language task, worked out by hand: no model is built."""
 
 import dataclasses
 import math
@@ -57,7 +57,7 @@ def test_the_totals_of_a_batch_sum_over_targets_of_valid_tokens_only():
 
 
 def test_a_policy_is_rewarded_by_the_log_likelihood_of_valid_targets():
-    """Of one layer; three of four choices have the log-probability 0, the fourth -2."""
+    """One layer; three of four choices have log-probability 0, the fourth -2."""
     log_prob_BL = jnp.asarray([[0.0, -2.0, 0.0], [0.0, -5.0, -5.0]])
     policy = Policy(log_prob_BL[None], jnp.zeros((1, 2, 3)))
     aux = LayerAux(policy=policy, mean_square=jnp.ones(1))
@@ -117,7 +117,7 @@ class Seeing(LanguageModel):
 
 
 def test_nats_of_masked_tokens_do_not_depend_on_the_masked_ids():
-    """Where nothing is valid the input is 0, whatever lies there; the target stays."""
+    """Inputs are 0 at invalid positions, whatever lies there; targets stay."""
     task = Seeing(None, (), **WEIGHTS)
     tokens = jnp.asarray([[5, 5, 4, 4], [6, 0, 3, 3]])
     got = task.nats({}, (), {**BATCH, "tokens": tokens}, jnp.int32(0), KEY)
