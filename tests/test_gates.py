@@ -109,7 +109,7 @@ def active_experts(routing):
 # ---------------------------------------------------------------- claims in both phases
 
 
-def shapes_dtypes_and_ranges_are_those_of_the_contract(exam):
+def shapes_dtypes_and_ranges_follow_the_contract(exam):
     gate, out = exam.gate, exam.out
     assert isinstance(gate, Gate)
     expert, weight = out.routing.expert_GTK, out.routing.weight_GTK
@@ -132,7 +132,7 @@ def no_token_visits_an_expert_twice(exam):
     assert visits(exam.out.routing).max() == 1
 
 
-def large_logits_take_no_pair_from_a_token(exam):
+def large_logits_do_not_remove_a_pair_from_a_token(exam):
     """A weight that underflows to 0 would be a pair that does not exist."""
     few, many = (exam.run(scale * TOKENS)[0].routing.weight_GTK for scale in (0.01, 100.0))
     assert np.isfinite(few).all() and np.isfinite(many).all()
@@ -171,7 +171,7 @@ def padding_is_never_routed_and_its_tokens_change_nothing(exam):
     np.testing.assert_array_equal(active_experts(out.routing), active_experts(other.routing))
 
 
-def padding_before_a_sequence_is_like_padding_behind_it(exam):
+def padding_before_a_sequence_acts_like_padding_behind_it(exam):
     """The i-th valid token is routed alike, and noise, losses and the gate's means are equal."""
     count = (T, T - 3, T - 8, T - 5)
     behind, before = exam.given(count), exam.given(count, shift=1)
@@ -194,7 +194,7 @@ def padding_before_a_sequence_is_like_padding_behind_it(exam):
     jax.tree.map(near, (got.losses, got.means), (wanted.losses, wanted.means))
 
 
-def ties_are_broken_alike_wherever_a_sequence_lies(exam):
+def ties_are_broken_alike_in_any_order_of_the_sequences(exam):
     """Equal tokens in every sequence, and the sequences in another order."""
     x, order = np.zeros_like(TOKENS), np.asarray([2, 0, 3, 1])
     whole = exam.run(x)[0].routing
@@ -203,14 +203,14 @@ def ties_are_broken_alike_wherever_a_sequence_lies(exam):
     np.testing.assert_allclose(got.weight_GTK, whole.weight_GTK[order], rtol=1e-6)
 
 
-def nan_tokens_make_no_expert_that_does_not_exist(exam):
+def nan_tokens_never_give_an_invalid_expert(exam):
     x = TOKENS.copy()
     x[0, 3] = np.nan
     expert = exam.run(x)[0].routing.expert_GTK
     assert (expert >= 0).all() and (expert < E).all()
 
 
-def nan_parameters_show_in_the_statistics(exam):
+def nan_parameters_appear_in_the_statistics(exam):
     """A NaN weight sends nothing: by the output alone a broken router goes unnoticed."""
     params = jax.tree.map(lambda x: np.full_like(x, np.nan), exam.params)
     stats = exam.run(params=params)[1]
@@ -230,20 +230,20 @@ def the_order_of_tokens_does_not_matter_where_promised(exam):
     np.testing.assert_allclose(routing.weight_GTK[:, order], other.weight_GTK, rtol=1e-5, atol=1e-6)
 
 
-def all_of_this_was_traced_once(exam):
+def the_gate_is_traced_once(exam):
     assert len(exam.traces) == 1, "values of the inputs decided what is compiled"
 
 
 BOTH = (
-    shapes_dtypes_and_ranges_are_those_of_the_contract,
+    shapes_dtypes_and_ranges_follow_the_contract,
     no_token_visits_an_expert_twice,
-    large_logits_take_no_pair_from_a_token,
+    large_logits_do_not_remove_a_pair_from_a_token,
     a_gate_that_merges_experts_declares_it_and_routes_by_the_merged_weights,
     padding_is_never_routed_and_its_tokens_change_nothing,
-    padding_before_a_sequence_is_like_padding_behind_it,
-    ties_are_broken_alike_wherever_a_sequence_lies,
-    nan_tokens_make_no_expert_that_does_not_exist,
-    nan_parameters_show_in_the_statistics,
+    padding_before_a_sequence_acts_like_padding_behind_it,
+    ties_are_broken_alike_in_any_order_of_the_sequences,
+    nan_tokens_never_give_an_invalid_expert,
+    nan_parameters_appear_in_the_statistics,
     the_order_of_tokens_does_not_matter_where_promised,
 )
 
@@ -279,7 +279,7 @@ def later_steps_run_the_same_program(exam):
 
 def gradients_are_finite_and_reach_each_parameter_from_the_declared_source(exam):
     row, gate = exam.row, exam.gate
-    grads = pull(exam)
+    grads = gradients_by_source(exam)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     paths = jax.tree_util.tree_leaves_with_path(grads[0])
     names = {jax.tree_util.keystr(path) for path, _ in paths}
@@ -297,7 +297,7 @@ def gradients_are_finite_and_reach_each_parameter_from_the_declared_source(exam)
         assert not moved["task"]
 
 
-def pull(exam):
+def gradients_by_source(exam):
     """Gradients of parameters and input, of the task, the losses and the policy: [3, ...]."""
     gate, state, given = exam.gate, exam.state, exam.given()
     valid = given.valid_GT
@@ -380,7 +380,7 @@ TRAINING = (
     load_is_exact_where_promised,
     state_is_float32_or_int32_finite_and_keeps_its_structure,
     later_steps_run_the_same_program,
-    all_of_this_was_traced_once,
+    the_gate_is_traced_once,
     gradients_are_finite_and_reach_each_parameter_from_the_declared_source,
     small_numbers_of_experts_and_tokens_are_refused_or_keep_the_contract,
     bfloat16_tokens_are_routed_in_float32,
@@ -396,7 +396,7 @@ def subject(row, train):
 @every_row
 def test_a_gate_keeps_its_contract(row, train):
     exam, claims = Exam(row, train), Claims(subject(row, train))
-    for claim in BOTH + (TRAINING if train else (all_of_this_was_traced_once,)):
+    for claim in BOTH + (TRAINING if train else (the_gate_is_traced_once,)):
         claims.check(claim, exam)
     if row == ROWS[0]:
         claims.check(jit_changes_nothing, exam)
