@@ -1,6 +1,7 @@
 """Allowed imports between rooms, the places of collectives, and the cost of `import moejax`."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -120,6 +121,11 @@ def room_of(path: str) -> str:
     return "moejax" if first.startswith("__") else first
 
 
+@functools.cache
+def parsed(file: Path) -> ast.AST:
+    return ast.parse(file.read_text())
+
+
 def imported(tree: ast.AST) -> Iterator[str]:
     """Dotted names of everything imported anywhere in a file, also inside functions."""
     for node in ast.walk(tree):
@@ -132,7 +138,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def imported_rooms(file: Path) -> set[str]:
     rooms = set()
-    for name in imported(ast.parse(file.read_text())):
+    for name in imported(parsed(file)):
         first, *rest = name.split(".")
         if first == "moejax":
             room = room_of("/".join(rest) + ("/" if len(rest) > 1 else ""))
@@ -181,7 +187,7 @@ def test_gates_and_dispatch_do_not_import_each_other():
 
 def test_flax_is_imported_from_layers_upwards_only():
     users = {room_of(path_of(f)) for f in FILES if any(
-        name.split(".")[0] == "flax" for name in imported(ast.parse(f.read_text()))
+        name.split(".")[0] == "flax" for name in imported(parsed(f))
     )}  # fmt: skip
     assert "layers" in users and users <= FLAX
 
@@ -202,7 +208,7 @@ def collectives_in(tree: ast.AST) -> set[str]:
 def test_collectives_live_in_dispatch_and_kernels():
     found = {}
     for file in FILES:
-        names = collectives_in(ast.parse(file.read_text()))
+        names = collectives_in(parsed(file))
         if names:
             found[path_of(file)] = names
     assert found["dispatch/exchange.py"] >= {"all_to_all", "all_gather", "psum", "psum_scatter"}
@@ -212,7 +218,7 @@ def test_collectives_live_in_dispatch_and_kernels():
 
 def test_processes_agree_in_few_places():
     users = {path_of(f) for f in FILES if any(
-        "multihost_utils" in name for name in imported(ast.parse(f.read_text()))
+        "multihost_utils" in name for name in imported(parsed(f))
     )}  # fmt: skip
     assert users == MAY_AGREE
 

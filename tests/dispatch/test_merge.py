@@ -128,6 +128,7 @@ def test_full_weight_on_one_expert_gives_that_expert():
             close(y[b, t], ffn_one(one, x[b, t][None], "swiglu")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, *(pytest.param(c, marks=pytest.mark.slow) for c in (3, 8))])
 def test_the_number_of_spans_merged_at_once_changes_nothing(at_once, monkeypatch):
     """24 spans; three and eight divide them."""

@@ -51,7 +51,7 @@ def serving_order_by_loop(priority, score, columns):
     return [(t, k) for k in range(columns) for t in order]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(["position", "choice", "gate", "random"]),
     st.integers(1, 3),

@@ -44,6 +44,7 @@ def by_level(params, groups):
     return softmax(x @ np.asarray(params["outer_DA"])), softmax(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_routing_densely_on_both_levels_equals_the_flat_mixture_of_the_product(groups):

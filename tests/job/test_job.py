@@ -181,6 +181,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, words", MISTAKES.values(), ids=MISTAKES)
 def test_a_wrong_job_spec_is_refused_at_once(change, words, make, capfd):
     processes = make(2)

@@ -66,6 +66,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("shape", "choices"),

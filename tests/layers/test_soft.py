@@ -61,6 +61,7 @@ def programs(slots):
     return jax.jit(lambda params, x: list(both(params, x))), pure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_output_and_every_gradient_equal_the_formula(slots):
     program, params = programs(slots)
@@ -96,6 +97,7 @@ def test_every_expert_receives_every_token_and_nothing_is_dropped():
     CLOSE(info.losses["load_balance"], 1.0)  # loads are equal whatever the shares
 
 
+@pytest.mark.slow
 def test_one_slot_of_one_expert_gives_every_token_the_same_output():
     """The output is f of the mean under the dispatch weights."""
     run, layer = applied(1, experts=1)
@@ -138,6 +140,7 @@ def test_permuting_tokens_permutes_the_outputs(order):
     CLOSE(moved, np.asarray(y)[:, order])
 
 
+@pytest.mark.slow
 def test_transport_capacity_and_phase_change_nothing():
     wanted, _ = applied(3)[0](tokens(), context())
     for choices in (
@@ -190,6 +193,7 @@ def test_a_mesh_changes_nothing(shape, group):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(got[1]))
 
 
+@pytest.mark.slow
 def test_groups_that_do_not_divide_over_the_mesh_give_the_same_results():
     """Four groups of two sequences on eight shards."""
     known = {"group": "2", "gate_fields": FIELDS}

@@ -60,9 +60,9 @@ def outcome(model, train, token, valid, position):
 TOKENS = np.random.default_rng(0).integers(0, V, (2, L)).astype(np.int32)
 NO_TOKEN = 10**6
 """An id beyond the vocabulary, which is looked up as NaN."""
-CASES = [("experts", True), ("some_depths", True), ("predicted_depths", False)]
+CASES = [("experts", True), ("predicted_depths", False)]
 SLOW = [("experts", False), ("cells", True), ("heads", True), ("depths", True), ("lory", True)]
-SLOW += [("sentence", True)]
+SLOW += [("sentence", True), ("some_depths", True)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 TWO_ROWS = np.repeat([True, False], 2)[:, None]
 

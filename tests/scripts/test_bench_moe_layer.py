@@ -37,6 +37,7 @@ def test_ratios_are_over_the_faster_form_of_the_dense_ffn():
     assert timing.over_fastest(slower, "3d")["ours"] == found["ours"]
 
 
+@pytest.mark.slow
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("name", layers.IMPLS)
 def test_every_layer_of_the_table_equals_the_oracle_in_float64(name):

@@ -57,6 +57,7 @@ def whole(saving: Child, whole: Whole) -> Whole:
 # ---------------------------------------------------------------- kill -9
 
 
+@pytest.mark.slow
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_between_steps_resumes_and_ends_bit_equal(

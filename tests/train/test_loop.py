@@ -22,6 +22,7 @@ NAN, INF = np.float32("nan"), np.float32("inf")
 TOKENS = SETTINGS["train.batch_size"] * SETTINGS["train.seq_len"]
 
 
+@pytest.mark.slow
 def test_the_run_is_the_plain_loop_over_the_corpus(whole: Whole, text: Path):
     """Losses, learning rates and the final state, bit for bit, of a loop of ten lines."""
     run = whole.run

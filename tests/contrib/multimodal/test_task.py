@@ -207,6 +207,7 @@ def test_every_parameter_has_a_gradient():
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-6, path
 
 
+@pytest.mark.slow
 def test_padding_may_hold_anything():
     clean = batch()
     valid = clean["valid"]
