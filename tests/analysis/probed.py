@@ -1,4 +1,4 @@
-"""Runs whose probe a test chooses, and what their pages say of it."""
+"""Runs whose probe a test chooses, and readers of their pages."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -68,7 +68,7 @@ def run_of(
 
 
 def tokens_of(run: RunData, step: int, layer: int) -> list[tuple[tuple[int, ...], int, int, int]]:
-    """Of each valid token its experts by falling weight, its id, its target and its label."""
+    """For each valid token: its experts by falling weight, id, target and label."""
     tokens, arrays, found = probe_of(run).tokens, probe_of(run).at(step), []
     for n in range(probes.N):
         for position in range(probes.L):

@@ -1,4 +1,4 @@
-"""Which runs are warned of, and which are not."""
+"""Runs with warnings and runs without."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``moejax report``: what it writes, says and refuses."""
+"""``moejax report``: its files, messages and refusals."""
 
 import builtins
 import json

@@ -1,4 +1,4 @@
-"""No picture's scale says more than its data: units, fixed colours, least spans, n of seeds."""
+"""The scales of pictures do not exaggerate: units, fixed colours, least spans, n of seeds."""
 
 import json
 import math

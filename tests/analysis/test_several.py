@@ -1,4 +1,4 @@
-"""``moejax report A B``: runs, or sweeps, compared; and what cannot be."""
+"""``moejax report A B``: comparisons of runs or sweeps, and refused comparisons."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the pages of a sweep show is what its folder says."""
+"""The pages of a sweep agree with its folder."""
 
 import json
 import math

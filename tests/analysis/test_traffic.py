@@ -1,4 +1,4 @@
-"""What transports compute and send, against hand counts and against compiled programs."""
+"""The work and traffic of transports, against hand counts and compiled programs."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which documents are held out."""
+"""The split of documents into training and held-out text."""
 
 import hashlib
 import pathlib

@@ -1,4 +1,4 @@
-"""Devices and processes are set up before JAX starts, and left alone afterwards."""
+"""Devices and processes are set up before JAX starts, and not changed afterwards."""
 
 import importlib.util
 import os
@@ -120,7 +120,7 @@ def test_waiting_for_processes_is_reported_at_once_and_ends_with_one_line(rank):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("platform", ["cuda", "gpux"])
 def test_an_absent_accelerator_is_reported_in_one_line(platform, tmp_path):
-    """Of the doctor too, which says what is there; and no folder is made."""
+    """The doctor reports it too, with the devices present; no folder is created."""
     if platform == "cuda" and importlib.util.find_spec("jax_plugins"):
         pytest.skip("this installation has the plugin")
     env = os.environ | {"JAX_PLATFORMS": platform}

@@ -1,4 +1,4 @@
-"""A full disk is one line, wherever a file is written; what was there stays as it was."""
+"""A full disk is reported in one line wherever a file is written; existing files stay unchanged."""
 
 import contextlib
 import errno

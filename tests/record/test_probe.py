@@ -1,4 +1,4 @@
-"""The files of a probe: what is written is read, and what is damaged is named."""
+"""The files of a probe: they are read as written, and damaged ones are named."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""From an experiment file to trials, and what is wrong with one, before anything starts."""
+"""From an experiment file to trials, and the mistakes found before anything starts."""
 
 import json
 import re

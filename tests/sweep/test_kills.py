@@ -44,7 +44,7 @@ def test_a_trial_killed_with_its_runner_resumes(tmp_path: Path):
 
 @pytest.mark.parametrize("moment", ["reconcile", "begin", "locate", "end"])
 def test_a_runner_killed_just_before_it_writes_loses_nothing(moment: str, tmp_path: Path):
-    """`place`: the process is there, and nothing says which it is."""
+    """`place`: the process exists, and no record identifies it."""
     small = Small(tmp_path, "slow", "quick")
     process = small.start(die=moment)
     assert process.wait(60) == -signal.SIGKILL

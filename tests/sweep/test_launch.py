@@ -137,7 +137,7 @@ class Elsewhere:
 def test_a_trial_is_polled_by_the_launcher_that_started_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With another launcher than this time's; the journal says with which."""
+    """A trial started by another launcher than the present one; the journal records which."""
     small = Small(tmp_path, "quick")
     assert small.run().status == 0
     (small.workdir("quick") / "summary.png").unlink()

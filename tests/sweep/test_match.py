@@ -1,4 +1,4 @@
-"""Equal cost: what a page may claim, the widths that are solved for, and FLOPs counted by hand."""
+"""Equal cost: the claims of a page, the widths that are solved for, and FLOPs by hand."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -163,7 +163,7 @@ def test_elapsed_seconds_are_summed_over_all_starts():
 
 
 def test_a_start_that_took_longer_than_the_previous_one_counts_as_a_start():
-    """The second row of the new one's is past the old one's last; so is a first."""
+    """The second row of the new start is past the last of the old one; so may be the first."""
     rows = timings((10, 1.0, 10), (20, 1.0, 20), (30, 9.0, 25), (40, 1.5, 30))
     starts = [row | {"from_step": start} for row, start in zip(rows, (0, 0, 20, 20), strict=True)]
     assert elapsed_seconds(starts) == 20 + 30

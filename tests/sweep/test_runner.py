@@ -1,4 +1,4 @@
-"""Trials as processes: failures, signals, kills and going on. What runs in them is trial.py."""
+"""Trials as processes: failures, signals, kills and resuming. The processes run trial.py."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Options of --launcher=slurm and what SLURM's commands say, without a SLURM."""
+"""Options of --launcher=slurm and messages of SLURM's commands, without a SLURM."""
 
 import sys
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_while_slurm_does_not_answer_no_job_has_ended(
 def test_a_job_that_left_no_result_ends_with_the_state_slurm_reports(
     said: str | None, status: int, commands: FakeCommands, launcher: launch.Launcher, tmp_path: Path
 ):
-    """Where SLURM knows nothing of it and it has said nothing, it never began."""
+    """A job that SLURM does not know and that left no record never began."""
     job = submit(launcher, commands, tmp_path / "log.txt")
     commands.say("squeue", "")
     if said is not None:

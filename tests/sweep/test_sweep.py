@@ -1,4 +1,4 @@
-"""A whole sweep of real runs: what its table, CSV and picture say is what the runs wrote."""
+"""A whole sweep of real runs: its table, CSV and picture agree with the rows of the runs."""
 
 import csv
 import dataclasses

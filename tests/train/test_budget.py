@@ -1,4 +1,4 @@
-"""What a token costs, counted on the traced model, against products written out by hand."""
+"""The cost of a token, counted on the traced model, against products written out by hand."""
 
 import functools
 import types
@@ -27,7 +27,7 @@ PASSES = 3  # forward, gradient of the input, gradient of the weights
 
 @pytest.fixture
 def gib(monkeypatch: pytest.MonkeyPatch) -> float:
-    """What this machine has, for tests on machines of any size."""
+    """The memory of this machine, for tests on machines of any size."""
     monkeypatch.setattr(budgets, "host_memory", lambda: 16 * 2**30)
     monkeypatch.setattr(budgets, "memory_of", lambda device, sharing: 16 * 2**30 // sharing)
     return 16.0
@@ -87,7 +87,7 @@ def test_a_run_that_fits_is_accepted_and_the_user_may_set_the_limit(gib: float):
 
 @pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_refused_before_it_compiles(gib: float):
-    """It is of whole batches, whatever training does to theirs."""
+    """An evaluation runs whole batches, even if training splits its own."""
     run = steps.make({"expert": 2}, train__seq_len=15_000, train__grad_accum=4, model__remat="full")
     for check in (check_evaluation, checked_budget):
         with pytest.raises(UserError, match="seq_len=15000 in evaluation needs .*; lower one") as e:

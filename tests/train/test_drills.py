@@ -1,4 +1,4 @@
-"""Long drills: every process is a real one, and so is every kill."""
+"""Long drills with real processes and real kills."""
 
 import signal
 import time

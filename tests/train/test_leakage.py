@@ -1,4 +1,4 @@
-"""The measured leak: what an evaluation owes to later tokens, against sequences cut short."""
+"""The measured leak: what an evaluation gains from later tokens, against truncated sequences."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What recomputation policies change (memory, what is computed and sent twice) and what not."""
+"""Recomputation policies change memory and repeated work, and no results."""
 
 import collections
 import functools
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
     @property
     def sent(self) -> collections.Counter:
-        """How many collectives there are of each kind."""
+        """The number of collectives of each kind."""
         return collections.Counter(c.kind for c in self.collectives)
 
 

@@ -1,4 +1,4 @@
-"""What gate `replay` asks of a recording and of a run before anything is compiled."""
+"""The requirements of gate `replay` on a recording and a run, checked before compilation."""
 
 import json
 import zipfile

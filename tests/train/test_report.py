@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints, and what it says."""
+"""The files of a run besides its checkpoints, and its messages."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Signals to one process: what is asked of a run, and what ends it."""
+"""Signals to one process: requests to stop, and signals that end it."""
 
 import os
 import pty

@@ -1,4 +1,4 @@
-"""What the same command, or another, does with a workdir that holds something already."""
+"""The same command, or another one, in a workdir that is not empty."""
 
 import dataclasses
 import json

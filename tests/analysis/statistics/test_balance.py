@@ -1,4 +1,4 @@
-"""How evenly loads are spread: hand arithmetic, scipy, loops over pairs of experts."""
+"""Measures of balance against hand arithmetic, scipy, and loops over pairs of experts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What kinds of tokens experts get, and how much a kind says about the expert."""
+"""The kinds of tokens that experts get, and the information of a kind about the expert."""
 
 import math
 
