@@ -226,7 +226,7 @@ def _percent(share: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One chart: its axes as ``chart`` takes them, traces, what else is said of y."""
+    """One chart: its axes as ``chart`` takes them, its traces, and further options of y."""
 
     x: str | Scale
     y: str | Scale

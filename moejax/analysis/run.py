@@ -162,7 +162,7 @@ class RunData:
 
     @property
     def has_experts(self) -> bool:
-        """Whether any row of the run has the load of experts."""
+        """True if any row of the run has the load of experts."""
         return any(row.get("moe/load") for row in [*self.train, *self.held_out])
 
     @property
@@ -172,7 +172,7 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step of the config has been evaluated."""
+        """True if the last step of the config has been evaluated."""
         return any(row["step"] == self.field("train.steps") for row in self.held_out)
 
 
@@ -206,7 +206,7 @@ def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
 
 
 def _fits(row: Row, needs: tuple[str, ...]) -> bool:
-    """Whether a row has the fields that it needs: numbers, tables of numbers and its split."""
+    """True if a row has the fields it needs: numbers, tables of numbers and its split."""
     kinds = {name: str if name == "split" else int | float for name in needs}
     if not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
         return False

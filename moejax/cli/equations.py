@@ -95,7 +95,7 @@ class _Parser:
         return self.until("}") if token == "{" else self._said(token)
 
     def _multiplies(self) -> bool:
-        """Whether a factor follows: neither the end, nor punctuation, nor a wider space."""
+        """True if a factor follows: neither the end, nor punctuation, nor a wider space."""
         rest = [token for token in self._tokens[self._at :] if not token.isspace()]
         return bool(rest) and rest[0] not in (*",.;+-=})&", *_WIDE)
 
@@ -134,7 +134,7 @@ def _grouped(text: str, product: bool = False) -> str:
 
 
 def _closes_last(text: str) -> bool:
-    """Whether the bracket that opens the text is closed by its last character."""
+    """True if the bracket that opens the text is closed by its last character."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

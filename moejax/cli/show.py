@@ -151,7 +151,7 @@ def gates_table() -> str:
 
 
 def sees(name: str) -> str:
-    """What tokens see in training and in evaluation; a single word if both are equal."""
+    """The visibility of tokens in training and in evaluation; a single word if both are equal."""
     config = default()
     set_gate(config, name)
     return "/".join(dict.fromkeys(phases(gating.make(name).visibility(moe_config(config)))))

@@ -51,7 +51,7 @@ def read(source: str) -> Config:
 
 
 def is_workdir(source: str) -> bool:
-    """Whether ``source`` is a folder or a config.json.
+    """True if ``source`` is a folder or a config.json.
 
     A folder with the name of a page counts only if it is the workdir of a run.
     """

@@ -142,7 +142,7 @@ class JsonTokenizer:
 
     @functools.cached_property
     def is_byte_level(self) -> bool:
-        """Whether its tokens are strings of bytes."""
+        """True if its tokens are strings of bytes."""
         decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
         return "ByteLevel" in [d.get("type") for d in (decoder, *decoder.get("decoders", ()))]
 

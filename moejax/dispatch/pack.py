@@ -20,7 +20,7 @@ _UNROLLED_COLUMNS = 8
 
 
 class Plan(NamedTuple):
-    """Where each pair goes. Pair id p = t * K + k; t counts this device's tokens, group by group.
+    """The row of each pair. Pair id p = t * K + k; t counts this device's tokens, group by group.
 
     ``pair_M``: the pair in each row of the buffer, t * K (one past the last) where a row is empty.
     ``row_tK``: the row of each pair, 0 where the pair has none. ``kept_tK``: whether it has one.

@@ -151,7 +151,7 @@ def dw(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_G: jax.Array) -> jax.Array
 
 
 def in_range(top, height, start, end):
-    """Which of the rows top, top + 1, ... lie in [start, end)."""
+    """A mask of the rows top, top + 1, ... that lie in [start, end)."""
     row = top + jnp.arange(height)
     return (row >= start) & (row < end)
 

@@ -56,7 +56,7 @@ def _solved(sweep: Sweep) -> str:
 
 
 def _may_drop(moe: dict[str, Any]) -> bool:
-    """Whether pairs may find no slot, from the ``moe`` section of a resolved config."""
+    """True if pairs may find no slot, by the ``moe`` section of a resolved config."""
     return "transport" in moe and TRANSPORTS[moe["transport"]]().slot_rules is not None
 
 

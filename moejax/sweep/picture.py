@@ -61,7 +61,7 @@ class Drawn:
 
     @property
     def marked(self) -> bool:
-        """Whether it has a mark, and so an open symbol."""
+        """True if it has a mark, and so an open symbol."""
         return self.leaks or self.missed_match
 
     @property

@@ -63,7 +63,7 @@ class Result:
     eval_drop_rate: float | None
     total_parameters: int
     leak: str
-    """What a token's output may depend on besides its past; empty if nothing."""
+    """The tokens besides its past on which a token's output may depend; empty if none."""
     unit: str = PER_BYTE
     """The unit of the loss."""
     missing_steps: int = 0

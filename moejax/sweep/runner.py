@@ -113,8 +113,8 @@ def report(sweep: Sweep, folder: Path) -> None:
 def keep(sweep: Sweep, folder: Path) -> None:
     """After a stop: writes what `report` writes if a trial has finished, and prints no table.
 
-    It may be long before the sweep goes on. Files that cannot be read are said; they are no reason
-    for another exit status, since going on does not need them.
+    It may be long before the sweep resumes. Files that cannot be read are reported; they are no
+    reason for another exit status, since resuming does not need them.
     """
     try:
         if any(folders.finished(folder, trial) for trial in sweep.trials):

@@ -328,7 +328,7 @@ def _codes(path: str, columns: dict[str, Column], asked: Choice) -> dict[str, Co
 
 
 def _reaches(column: Column, bound: int) -> bool:
-    """Whether a column of floats has an absolute value of at least ``bound``."""
+    """True if a column of floats has an absolute value of at least ``bound``."""
     values = column.array.to_numpy(zero_copy_only=False)
     return bool((np.abs(values) >= bound).any())  # False for NaN
 

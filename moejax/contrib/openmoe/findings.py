@@ -26,7 +26,7 @@ class Measured(NamedTuple):
     """The number of steps of the whole run, from its config."""
     num_experts: int
     leak: str
-    """What a token may see besides its past, as in the metrics; empty if nothing."""
+    """The tokens visible to a token besides its past, as in the metrics; empty if none."""
     specialisation: Specialisation
     early: Early
     drops: list[Drops]

@@ -52,7 +52,7 @@ class Spread:
 
     @property
     def excess(self) -> float:
-        """What is not chance."""
+        """The part that is not chance."""
         return self.mean - self.chance
 
 

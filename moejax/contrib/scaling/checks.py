@@ -51,7 +51,7 @@ def check_enough(router: str, runs: Sequence[Run]) -> None:
 
 
 def determined(runs: Sequence[Run], reduced: bool) -> bool:
-    """Whether some of a router's runs still determine each coefficient of the law fitted to all."""
+    """True if these runs of a router determine each coefficient of the law fitted to all."""
     coefficients = len(REDUCED if reduced else FULL) + len(SATURATION)
     sizes, experts = {run.size for run in runs}, {run.experts for run in runs}
     enough = reduced or len(sizes) > 1
