@@ -235,11 +235,11 @@ class Panel:
     x_axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
+def panels(charts: Sequence[Panel], columns: int = 2) -> Spec:
     """Panels in rows of ``columns``; a name is in the legend once."""
     layout: dict[str, Any] = {
         "grid": {
-            "rows": -(-len(found) // columns),
+            "rows": -(-len(charts) // columns),
             "columns": columns,
             "pattern": "independent",
             "xgap": 0.22,
@@ -247,7 +247,7 @@ def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
         }
     }
     data, named = [], set()
-    for number, panel in enumerate(found, start=1):
+    for number, panel in enumerate(charts, start=1):
         suffix = "" if number == 1 else str(number)
         layout[f"xaxis{suffix}"] = {
             **axis_of(panel.x, panel.traces, "x"), **panel.x_axis,

@@ -128,7 +128,7 @@ def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
     )
 
 
-def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Page] = ()) -> int:
+def write(data: RunData | SweepData | Several, target: Path, more: Sequence[Page] = ()) -> int:
     """Write the report atomically and return its size in bytes.
 
     ``more``: pages of a run that do not come from its recorded files.
@@ -136,10 +136,10 @@ def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Pag
     Raises:
       UserError: it cannot be written.
     """
-    if isinstance(found, Several):
-        text = of_several(found)
+    if isinstance(data, Several):
+        text = of_several(data)
     else:
-        text = of_run(found, more) if isinstance(found, RunData) else of_sweep(found)
+        text = of_run(data, more) if isinstance(data, RunData) else of_sweep(data)
     # A folder's name may hold bytes that are no UTF-8.
     content = text.encode("utf-8", "backslashreplace")
     try:

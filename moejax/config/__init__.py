@@ -86,7 +86,7 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[s
 
     See `all_differences`.
     """
-    return [found for found in all_differences(old, new) if found[0] not in MAY_CHANGE]
+    return [change for change in all_differences(old, new) if change[0] not in MAY_CHANGE]
 
 
 def all_differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -140,7 +140,7 @@ def _show(value: Any) -> str:
 
 
 def unknown_field(name: str, table: Mapping[str, Field], config: Config) -> str:
-    """The message about a dotted name that is not a field: the nearest name, or those that exist."""
+    """The message about a dotted name that is no field: the nearest name, or those that exist."""
     gate, task = config.moe.gate.name, config.task.name
     if name in FIELDS:
         return f"{name} means nothing to task {task!r}, which does not use it; leave it out"

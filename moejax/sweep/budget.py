@@ -30,17 +30,17 @@ def announce(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) 
 
 def lines(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> list[str]:
     """The budget, as lines of text."""
-    found = read_sweep(folder, sweep)
-    finished = {(result.variant, result.seed) for result in found}
+    results = read_sweep(folder, sweep)
+    finished = {(result.variant, result.seed) for result in results}
     waiting = [
         trial
         for trial in (sweep.trials if chosen is None else chosen)
         if (trial.variant, trial.seed) not in finished
     ]
-    said = [_solved(sweep)] if sweep.solved else []
+    budget = [_solved(sweep)] if sweep.solved else []
     if waiting:
-        said += [_work(waiting), _time(sweep, waiting, found)]
-    return [*said, _detectable(sweep, found)]
+        budget += [_work(waiting), _time(sweep, waiting, results)]
+    return [*budget, _detectable(sweep, results)]
 
 
 def _solved(sweep: Sweep) -> str:
@@ -106,9 +106,9 @@ def _seconds(trial: Result | Pilot, steps: int) -> float:
 
 def _detectable(sweep: Sweep, finished: Sequence[Result]) -> str:
     known = seed_variance(sweep, finished)
-    found = detectable_difference(sweep, known)
-    if found:
-        return detectable_note(found, unit_of(finished))
+    detectable = detectable_difference(sweep, known)
+    if detectable:
+        return detectable_note(detectable, unit_of(finished))
     if known is None:
         first = sweep.comparison.baseline or sweep.variants[0]
         return (
