@@ -350,7 +350,7 @@ class MoEConfig:
 
 
 def _check_above_0(field: str, value: Any) -> None:
-    if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
+    if not (isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{field}={value!r} must be a finite number above 0")
 
 
@@ -597,5 +597,5 @@ class LayerAux:
             sparse,
             losses=means([layer.losses for layer in layers]),
             means=means([layer.means for layer in layers]),
-            mean_square=jnp.stack([layer.mean_square for layer in layers]),
+            mean_square=jnp.stack([x for layer in layers if (x := layer.mean_square) is not None]),
         )

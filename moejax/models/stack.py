@@ -69,9 +69,9 @@ class Block(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        width, attention, repeats = options.d_model, options.attention, place is not None
+        width, attention = options.d_model, options.attention
         self.attention_norm = RMSNorm(width, options.norm_eps)
-        if options.heads.experts and repeats:
+        if options.heads.experts and place is not None:
             self.attention = MixtureOfHeads(width, options.heads, attention, rngs=rngs)
         else:
             self.attention = Attention(width, attention, rngs=rngs)
@@ -80,7 +80,7 @@ class Block(nnx.Module):
             self.ffn = MoELayer(width, options.experts, layer, rngs=rngs)
         else:
             self.ffn = FFN(width, options.ffn, rngs=rngs)
-        routed = repeats and options.depths.routes(place)
+        routed = place is not None and options.depths.routes(place)
         self.depths = Depths(width, options.depths, rngs=rngs) if routed else None
 
     def __call__(

@@ -189,6 +189,7 @@ class Task:
 
         ``reward_BL``: the reward of gates trained by policy for each of the ``valid_BL`` tokens.
         """
+        assert aux.mean_square is not None, "every model reports it"
         items = jnp.sum(valid_B, dtype=jnp.int32)
         losses = dict(aux.losses)
         if aux.policy is not None:

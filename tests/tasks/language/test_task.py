@@ -13,7 +13,7 @@ import pytest
 from moejax.losses import CONSISTENCY
 from moejax.tasks.language.task import LanguageModel
 from moejax.tasks.task import Task
-from moejax.types import LayerAux, Policy
+from moejax.types import GateTraits, LayerAux, Policy
 
 KEY = jax.random.key(3)
 BATCH = {
@@ -128,7 +128,8 @@ def test_nats_of_masked_tokens_do_not_know_what_is_masked():
 
 
 def test_only_a_gates_own_parameters_are_held_and_only_when_it_says_so():
-    gate = SimpleNamespace(frozen=lambda step: {"embed_VR": step >= 2})
+    traits = GateTraits(frozen=lambda step: {"embed_VR": step >= 2})
+    gate = SimpleNamespace(traits=lambda: traits)
     task = Task(SimpleNamespace(gate=gate, num_moe_layers=1), (), 0.0)
     router = {"embed_VR": jnp.ones(2), "router_DE": jnp.ones(2)}
     updates = {"router": router, "embed_VR": jnp.ones(2)}
