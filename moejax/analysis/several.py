@@ -22,7 +22,7 @@ class Several:
     """Runs or sweeps of one kind, with names that differ; losses are in ``unit``."""
 
     names: tuple[str, ...]
-    found: tuple[RunData, ...] | tuple[SweepData, ...]
+    members: tuple[RunData, ...] | tuple[SweepData, ...]
     unit: str
     same_data: bool
 
@@ -31,7 +31,7 @@ class Several:
         """The runs by name; empty for sweeps."""
         return {
             name: each
-            for name, each in zip(self.names, self.found, strict=True)
+            for name, each in zip(self.names, self.members, strict=True)
             if isinstance(each, RunData)
         }
 
@@ -40,7 +40,7 @@ class Several:
         """The sweeps by name; empty for runs."""
         return {
             name: each
-            for name, each in zip(self.names, self.found, strict=True)
+            for name, each in zip(self.names, self.members, strict=True)
             if isinstance(each, SweepData)
         }
 

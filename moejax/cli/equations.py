@@ -29,8 +29,8 @@ _BLOCK = re.compile(r"^\.\. math::(.*\n(?:[ ]+.*\n?|\n(?=[ ]))*)", re.MULTILINE)
 
 def readable(docstring: str) -> str:
     """The docstring with its equations one below the other, indented, and plain quotes."""
-    text = _BLOCK.sub(lambda found: _block(found[1]), docstring.rstrip() + "\n")
-    text = re.sub(r":math:`([^`]*)`", lambda found: " ".join(_formulas(found[1])), text)
+    text = _BLOCK.sub(lambda match: _block(match[1]), docstring.rstrip() + "\n")
+    text = re.sub(r":math:`([^`]*)`", lambda match: " ".join(_formulas(match[1])), text)
     return text.replace("``", "`").rstrip()
 
 

@@ -171,8 +171,8 @@ def detectable_note(detectable: Detectable, unit: str) -> str:
     """The smallest detectable difference in words, with its uncertainty if that is large."""
     digits = decimals(detectable.difference)
     text = (
-        f"{detectable.seeds} seeds detect a difference of {detectable.difference:.{digits}f} {unit} "
-        "in 80 % of sweeps"
+        f"{detectable.seeds} seeds detect a difference of {detectable.difference:.{digits}f} "
+        f"{unit} in 80 % of sweeps"
     )
     if detectable.comparisons > 1:
         text += (
