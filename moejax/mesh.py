@@ -77,7 +77,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def ambient() -> AbstractMesh | None:
-    """The mesh entered with ``jax.set_mesh`` if any of its axes is ours, else None."""
+    """The mesh entered with ``jax.set_mesh`` if any of its axes is ours, otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None

@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open_closed_streams() -> None:
     """Replace a stream that was closed (`2>&-`) by one that discards its output.
 
-    Else the next file to be opened, a log or a checkpoint, would get the stream's number and what
-    libraries write there; and `print` to a stderr that is None goes to stdout.
+    Otherwise the next file to be opened, a log or a checkpoint, would get the stream's number and
+    the messages that libraries write there; and `print` to a stderr that is None goes to stdout.
     """
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

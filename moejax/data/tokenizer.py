@@ -198,12 +198,12 @@ Tokenizer = ByteTokenizer | JsonTokenizer
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: bytes if it is empty, else a `tokenizers` JSON file."""
+    """The tokenizer of `data.tokenizer`: bytes if it is empty, or a `tokenizers` JSON file."""
     return JsonTokenizer(os.path.expanduser(path)) if path else ByteTokenizer()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Little-endian uint16 where all ids fit, else uint32."""
+    """Little-endian uint16 where all ids fit, otherwise uint32."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 

@@ -113,7 +113,7 @@ def check_gate_state(state: GateState, wanted: GateState, gate: str) -> None:
     has, takes = _described(state) or "nothing", _described(wanted) or "none"
     raise ValueError(
         f"gate_state has {has}, but gate {gate} takes {takes}; start with "
-        "layer.init_gate_state() and go on with layer.update_gate_state(state, info.stats)"
+        "layer.init_gate_state() and continue with layer.update_gate_state(state, info.stats)"
     )
 
 

@@ -62,7 +62,7 @@ class Job(Protocol):
         ...
 
     def terminate(self) -> None:
-        """Send the trial one SIGTERM, upon which it saves and exits; a second one aborts it.
+        """Send the trial one SIGTERM, after which it saves and exits; a second one aborts it.
 
         A job still waiting in a queue is removed from it and has ended with 75. Does nothing to a
         job that has ended.

@@ -42,8 +42,8 @@ def favourites(
 ) -> list[list[Favourite]]:
     """For each expert up to `most` kinds of lift above 1, the largest lift first.
 
-    Only kinds seen `least` times or more: the lift of a rare one is chance. Of equal lifts, the
-    kind with more pairs comes first, then the smaller id.
+    Only kinds seen `least` times or more: the lift of a rare one is chance. Equal lifts are
+    ordered by pairs, the larger number first, then by id.
     """
     lift_CE = lift(counts_CE)
     kinds = np.flatnonzero(tokens_C >= least)
