@@ -31,7 +31,7 @@ def page(run: RunData) -> Page:
     if run.problems:
         blocks.append(Warning("Not everything could be read. " + " ".join(run.problems)))
     blocks += [
-        Table(("what ran", ""), _what(run)),
+        Table(("what ran", ""), _settings(run)),
         Table(("cost", ""), _cost(run)),
         _differences(run.config),
     ]
@@ -127,7 +127,7 @@ def _made(run: RunData) -> list[tuple[str, str]]:
     ]
 
 
-def _what(run: RunData) -> list[tuple[str, str]]:
+def _settings(run: RunData) -> list[tuple[str, str]]:
     field = run.field
     mesh = [
         f"{axis}={size}" for axis, size in (field("mesh") or {}).items() if axis != "cpu_devices"

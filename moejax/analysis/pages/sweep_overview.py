@@ -34,7 +34,7 @@ def page(sweep: SweepData) -> Page:
         blocks.append(Warning("Not everything could be read. " + " ".join(_problems(sweep))))
     blocks += _findings(sweep)
     blocks += _unfinished(sweep)
-    blocks += [Table(("what ran", ""), _what(sweep)), _variants(sweep)]
+    blocks += [Table(("what ran", ""), _settings(sweep)), _variants(sweep)]
     return Page("Overview", blocks)
 
 
@@ -167,7 +167,7 @@ def _unfinished(sweep: SweepData) -> list[Block]:
     return blocks
 
 
-def _what(sweep: SweepData) -> list[tuple[str, str]]:
+def _settings(sweep: SweepData) -> list[tuple[str, str]]:
     rows = [("experiment", sweep.experiment), ("folder", str(sweep.folder))]
     runs = sweep_runs(sweep)
     if runs:
