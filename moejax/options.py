@@ -113,7 +113,7 @@ class AttentionOptions(Options):
         "auto", "implementation of attention", choices=("auto", "xla", "cudnn")
     )
     causal: bool = True
-    """A token sees itself and what is before it; otherwise all tokens."""
+    """A token attends to itself and earlier tokens; otherwise to all tokens."""
 
     def width(self, d_model: int) -> int:
         """The width of one head."""

@@ -19,11 +19,11 @@ TITLE = 34
 OCTAVES = 3
 """The colour scale always ends at lifts of 1/8 and 8."""
 WRITTEN = 16
-"""Maps of at most so many columns have shares written into their cells."""
+"""The most columns of a map whose shares are written into its cells."""
 DIGITS = 5
 """Decimals of the numbers of a map: full precision would dominate the report's size."""
 MARKED = 12
-"""Lines of at most so many points have markers."""
+"""The most points of a line that has markers."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def read(folder: Path) -> RunData | SweepData:
     """The run or the sweep in a folder.
 
     Raises:
-      UserError: it holds neither, or what it holds cannot be read at all.
+      UserError: it holds neither, or one that cannot be read at all.
     """
     if (folder / INDEX).exists():
         return SweepData.read(folder)
@@ -106,7 +106,7 @@ def read(folder: Path) -> RunData | SweepData:
 
 
 def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
-    """The run with the leak of its newest checkpoint, measured on so many sequences.
+    """The run with the leak of its newest checkpoint, measured on ``sequences`` held-out rows.
 
     Raises:
       UserError: a sweep; no checkpoint, or one that cannot be evaluated here.

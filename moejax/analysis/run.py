@@ -220,7 +220,7 @@ def _fits(row: Row, needs: tuple[str, ...]) -> bool:
 def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[Row]:
     """The rows of a file of JSON lines; lines that are none are counted among the problems.
 
-    So are rows without what they ``needs``.
+    So are rows without the fields in ``needs``.
 
     The torn last line of a killed run is no problem: the run writes it again when it resumes.
     """

@@ -75,7 +75,7 @@ def _exit_status(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _leave(argv, INTERRUPTED, "interrupted", "was interrupted")
     except BrokenPipeError:
-        # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
+        # The reader of stdout (`head`) has left; buffered text must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
         return FAILED if stopped_short else 0

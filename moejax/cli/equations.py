@@ -43,7 +43,7 @@ def _block(latex: str) -> str:
 
 
 def _formulas(latex: str) -> list[str]:
-    """The formulas between wide spaces; the lines of cases belong to what is before them."""
+    """The formulas between wide spaces; the lines of cases belong to the formula before them."""
     cases: list[str] = []
 
     def kept(match: re.Match[str]) -> str:

@@ -73,7 +73,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Loaded:
         ``moe.gate.name`` is applied first, wherever it stands.
 
     Raises:
-      UserError: in one line: what is wrong with the page, a field or a value.
+      UserError: in one line: the fault of the page, a field or a value.
     """
     config = read(source)
     file_config = config.copy_and_resolve_references()

@@ -26,7 +26,7 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     With ``num_devices`` (all processes together), also checks that the mesh fits them. A mesh axis
     of -1 is then filled; without, it counts as small as possible.
 
-    Returns what a token's output may depend on, for the marks on results.
+    Returns the visibility of tokens, for the marks on results.
 
     Raises:
       UserError: the first mistake.

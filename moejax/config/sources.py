@@ -75,7 +75,7 @@ class Page:
         """``function(arg)``, or ``function()`` if it takes nothing; a generator is run to its end.
 
         Raises:
-          UserError: what the page raises, in one line with its file and line.
+          UserError: an exception of the page, in one line with its file and line.
         """
 
         def run() -> Any:

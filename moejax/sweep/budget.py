@@ -100,7 +100,7 @@ def _time(sweep: Sweep, waiting: Sequence[Trial], finished: Sequence[Result]) ->
 
 
 def _seconds(trial: Result | Pilot, steps: int) -> float:
-    """The duration of a finished trial if it had taken so many steps."""
+    """The duration of a finished trial if it had taken ``steps`` steps."""
     return trial.elapsed_seconds + (steps - trial.step) * trial.seconds_per_step
 
 

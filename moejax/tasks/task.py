@@ -1,4 +1,4 @@
-"""A model with its loss: the contract between what is trained and the training loop."""
+"""A model with its loss: the contract between the trained function and the training loop."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Effects of recomputation policies: on memory and values computed or sent twice, not on results.
+"""Effects of recomputation policies: on memory and values computed or sent twice, no others."""
 
 import collections
 import functools

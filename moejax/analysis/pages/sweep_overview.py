@@ -1,4 +1,4 @@
-"""The outcome of a sweep in a picture and a table, with warnings and what it ran."""
+"""The outcome of a sweep in a picture and a table, with warnings and its trials."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""Finding 2, early routing learning: routing soon becomes what it is at the end.
+"""Finding 2, early routing learning: routing soon reaches its final state.
 
 The same rows, routed at several steps of one run, against their routing at the last:
 

@@ -16,7 +16,7 @@ from moejax.contrib.openmoe.verdict import Verdict
 from moejax.record.counts import choice_counts
 
 SHOWN = 24
-"""Token ids of which the figure shows the experts: the most frequent ones."""
+"""The number of token ids in the figure of experts: the most frequent ones."""
 BINS = 32
 """Points of a curve over positions."""
 

@@ -49,7 +49,7 @@ class Text:
         return np.concatenate([x["valid"][x["valid"].any(axis=1)] for x in self.batches])
 
     def head(self, rows: int) -> "Text":
-        """About so many rows, whole batches spread over the text."""
+        """About ``rows`` rows: whole batches spread over the text."""
         size = len(self.batches[0]["row"])
         count = min(max(rows // size, 1), len(self.batches))
         chosen = [self.batches[i * len(self.batches) // count] for i in range(count)]
@@ -107,7 +107,7 @@ def _name(path: str) -> str:
 
 
 def _tokens(run: Run, path: str) -> np.ndarray:
-    """The whole text at a path as the run's tokens; of prepared shards, what they hold out.
+    """The whole text at a path as the run's tokens; for prepared shards, their held-out part.
 
     Raises:
       UserError: see `all_texts`.

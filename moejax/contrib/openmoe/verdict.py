@@ -16,7 +16,7 @@ EARLY = 0.2
 """Finding 2 looks at the recording nearest before this share of the steps: the paper's first of
 five checkpoints."""
 ALIKE = 0.9
-"""Finding 2: the cosine from which on r of a token then and at last count as the same."""
+"""Finding 2: the least cosine of r of a token at two steps that counts as the same routing."""
 TYPICAL = Arm(1.25)
 FLAT = Arm(1.25, "gate")
 
