@@ -119,7 +119,7 @@ def _in_one_unit(runs: Sequence[RunData]) -> Sequence[RunData]:
         if run.units.loss == PER_TOKEN:
             raise UserError(
                 f"the losses of {run.workdir} are in {PER_TOKEN} of tokens that the others do not "
-                "have, and no evaluation of it says bits per byte: they cannot be compared"
+                "have, and none of its evaluations has bits per byte: they cannot be compared"
             )
     return shown
 

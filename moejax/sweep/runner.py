@@ -70,7 +70,7 @@ def run(sweep: Sweep, folder: Path, execution: Execution | None = None) -> int:
 
 
 def dry_run(sweep: Sweep, folder: Path, execution: Execution) -> None:
-    """Print what `run` would do with each chosen trial. Writes nothing.
+    """Print the plan of `run` for each chosen trial. Writes nothing.
 
     Raises:
       UserError: as `run` does.
@@ -91,7 +91,7 @@ def dry_run(sweep: Sweep, folder: Path, execution: Execution) -> None:
 
 
 def warn(sweep: Sweep, execution: Execution) -> None:
-    """Warn if step times are to be compared of trials that share this machine."""
+    """Warn if the step times of trials that share this machine are compared."""
     jobs = execution.jobs or 1
     if sweep.comparison.match == "step_time" and execution.launcher == "local" and jobs > 1:
         print(

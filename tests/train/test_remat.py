@@ -1,4 +1,4 @@
-"""Effects of recomputation policies: on memory and values computed or sent twice, no others."""
+"""Effects of recomputation policies: memory, values computed or sent twice; results are equal."""
 
 import collections
 import functools

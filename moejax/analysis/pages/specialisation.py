@@ -26,7 +26,7 @@ from moejax.record.probe import Probe
 from moejax.record.routing import Routed
 
 LEAST = 10
-"""Token ids seen less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
+"""Token ids that occur less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
 FAVOURITES = 12
 SHUFFLES = 20
 LABELS = ("domain", "label")
@@ -34,7 +34,7 @@ LABELS = ("domain", "label")
 
 @dataclasses.dataclass(frozen=True)
 class Kinds:
-    """A way to sort tokens: of each token the id of its kind, and the kinds' names."""
+    """A way to sort tokens: the id of each token's kind, and the kinds' names."""
 
     name: str
     kind_T: np.ndarray
@@ -64,9 +64,9 @@ def page(run: RunData) -> Page:
     last, kinds = probe.routed(probe.steps[-1]), kinds_of(probe, run.units.item)
     blocks: list[Block] = [
         Text(
-            f"Of the probe's {last.first_MT.shape[1]} tokens, what each expert was chosen for at "
-            f"step {last.step}. Lift is a share over what it would be if experts did not care: 1 "
-            "is indifference, 2 is twice as much as that."
+            f"The kinds of tokens that chose each expert, among the probe's "
+            f"{last.first_MT.shape[1]} tokens at step {last.step}. Lift is a share over its value "
+            "if the choice were independent of the kind: 1 is independence, 2 is twice that share."
         )
     ]
     labels = next((each for each in kinds if each.name in LABELS), None)
@@ -128,8 +128,8 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
         share = load_E[expert] / max(load_E.sum(), 1)
         rows.append((str(expert), f"{share:.1%}", ", ".join(map(label, best)), " ".join(frequent)))
     caption = (
-        f"Layer {layer}. Tokens by lift: what the expert is chosen for more than for other tokens, "
-        f"with the lift, of tokens seen {LEAST} times or more. Most frequent: what it mostly sees."
+        f"Layer {layer}. Tokens by lift: those that choose the expert more often than others do, "
+        f"with the lift, if they occur {LEAST} times or more. Most frequent: its commonest tokens."
     )
     return Table(("expert", "share of pairs", "tokens by lift", "most frequent"), rows, caption)
 
