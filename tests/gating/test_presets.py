@@ -63,7 +63,7 @@ def published(built, x, k, renormalize):
             shared = [np.asarray(w[...], np.float64) for w in
                       (built.shared.gate_DF, built.shared.up_DF, built.shared.down_FD)]  # fmt: skip
             y = swiglu(token, *shared)
-            if built.shared_gate:
+            if built.options.shared_gate:
                 weight = np.asarray(built.shared_gate_D[...], np.float64)
                 y = y / (1 + np.exp(-token @ weight))
             out[place] += y

@@ -138,7 +138,7 @@ def test_noise_depends_on_the_row_and_not_on_its_place():
         ("no.such.module:Gate", {}, "cannot be imported"),
         ("math:pi", {}, "must be a dataclass"),
         (
-            "moejax.dispatch:FlatMoEConfig",
+            "moejax.options:DispatchOptions",
             {"num_experts": 4},
             "lacks check, .*trained_by, __call__",
         ),
