@@ -1,4 +1,4 @@
-"""What the compiled programs send, counted: collectives, their participants and their bytes."""
+"""Communication of compiled programs, counted: collectives, their participants and their bytes."""
 
 import collections
 import functools

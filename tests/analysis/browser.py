@@ -11,7 +11,7 @@ from typing import Any
 
 
 def missing() -> str:
-    """What the browser tests lack on this machine; "" if nothing."""
+    """The missing requirements of the browser tests on this machine; "" if none."""
     lacks = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     lacks += [] if importlib.util.find_spec("selenium") else ["selenium (extra 'browser')"]
     return ", ".join(lacks)
@@ -86,7 +86,7 @@ class Browser:
         self.settle()
 
     def data(self, figure: str) -> list[dict[str, Any]]:
-        """What plotly holds of a figure that is drawn."""
+        """Plotly's data of a drawn figure."""
         text = self.js(
             "const gd = document.getElementById(arguments[0]);"
             "return JSON.stringify(gd.data)", figure
@@ -94,7 +94,7 @@ class Browser:
         return json.loads(text)
 
     def problems(self) -> list[str]:
-        """What the console has said since the last call, of any level."""
+        """The messages of the console since the last call, at any level."""
         return [f"{e['level']}: {e['message']}" for e in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which runs are warned of, and which are not."""
+"""Runs with and without warnings."""
 
 import math
 from pathlib import Path

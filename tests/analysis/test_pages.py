@@ -1,4 +1,4 @@
-"""What the pages of a run show is what its files say."""
+"""The pages of a run show the numbers of its files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the pages of a sweep show is what its folder says."""
+"""The pages of a sweep show the numbers of its folder."""
 
 import json
 import math

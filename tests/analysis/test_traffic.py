@@ -1,4 +1,4 @@
-"""What transports compute and send, against hand counts and against compiled programs."""
+"""Rows that transports compute and send, against hand counts and against compiled programs."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The command line: what users type, what they get wrong, and what they are told."""
+"""The command line: arguments, mistakes and error messages."""
 
 import io
 import json

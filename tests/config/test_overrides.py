@@ -1,4 +1,4 @@
-"""Overrides and config arguments: typing, gates, and what is said of wrong ones."""
+"""Overrides and config arguments: typing, gates, and error messages."""
 
 import json
 from pathlib import Path

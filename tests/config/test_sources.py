@@ -1,4 +1,4 @@
-"""Where configs come from: pages, modules and workdirs, and what is said of broken ones."""
+"""Sources of configs: pages, modules and workdirs, and the errors of broken ones."""
 
 import json
 import sys

@@ -183,7 +183,7 @@ def test_the_task_moves_the_router_and_the_cross_entropy_whoever_predicts(predic
 
 
 def test_a_token_with_even_odds_goes_around_the_block_in_evaluation():
-    """Of zeros both predictors say sigmoid(0), which is not above 1/2."""
+    """For zeros both predictors give sigmoid(0), which is not above 1/2."""
     for predictor in ("mlp", "router"):
         y_BLD, aux = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))
         np.testing.assert_array_equal(y_BLD, 0.0)

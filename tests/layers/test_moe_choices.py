@@ -1,4 +1,4 @@
-"""What a layer does under every choice around its gate: padding, groups, scopes, precision."""
+"""A layer under every choice around its gate: padding, groups, scopes, precision."""
 
 import functools
 import itertools

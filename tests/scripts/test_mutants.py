@@ -1,4 +1,4 @@
-"""The table of mutants fits the tree as it is, and a mutant is told from what is noticed."""
+"""The table of mutants fits the tree, and a surviving mutant is distinguished from a killed one."""
 
 import ast
 import functools

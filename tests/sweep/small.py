@@ -107,7 +107,7 @@ class Small:
         return (self.workdir(name) / "log.txt").read_text()
 
     def steps(self, name: str) -> list[str]:
-        """What the trial did: every step once, however often it was begun."""
+        """The trial's steps: each once, however often it was started."""
         path = self.workdir(name) / "steps"
         return path.read_text().split() if path.exists() else []
 

@@ -143,7 +143,7 @@ def test_while_slurm_does_not_answer_no_job_has_ended(
 def test_a_job_that_left_no_result_ends_as_slurm_says(
     said: str | None, status: int, commands: FakeCommands, launcher: launch.Launcher, tmp_path: Path
 ):
-    """Where SLURM knows nothing of it and it has said nothing, it never began."""
+    """A job unknown to SLURM and without output never began."""
     job = submit(launcher, commands, tmp_path / "log.txt")
     commands.say("squeue", "")
     if said is not None:

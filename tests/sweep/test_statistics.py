@@ -165,7 +165,7 @@ def test_holms_correction_by_hand():
 
 
 def test_holm_rejects_what_the_stepwise_procedure_rejects():
-    """The procedure as published: go on while p_(i) <= level / (m - i + 1)."""
+    """The procedure as published: continue while p_(i) <= level / (m - i + 1)."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         p = rng.beta(0.3, 2, size=rng.integers(1, 9))

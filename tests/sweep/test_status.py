@@ -1,4 +1,4 @@
-"""What is said of a sweep while it runs and after: its status, how far a run is, the live table."""
+"""Reports on a sweep while it runs and after: its status, the progress of a run, the live table."""
 
 import io
 import json

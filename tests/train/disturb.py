@@ -94,7 +94,7 @@ def start(
 
 
 def until(line: str, process: Popen[str]) -> list[str]:
-    """What the process prints before it prints `line`."""
+    """The output of the process before it prints `line`."""
     said = []
     assert process.stdout is not None
     for found in process.stdout:

@@ -1,4 +1,4 @@
-"""What a token costs, counted on the traced model, against products written out by hand."""
+"""The cost of a token, counted on the traced model, against products written out by hand."""
 
 import functools
 import types
@@ -27,7 +27,7 @@ PASSES = 3  # forward, gradient of the input, gradient of the weights
 
 @pytest.fixture
 def gib(monkeypatch: pytest.MonkeyPatch) -> float:
-    """What this machine has, for tests on machines of any size."""
+    """The memory of this machine, for tests on machines of any size."""
     monkeypatch.setattr(budgets, "host_memory", lambda: 16 * 2**30)
     monkeypatch.setattr(budgets, "memory_of", lambda device, sharing: 16 * 2**30 // sharing)
     return 16.0

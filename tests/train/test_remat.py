@@ -1,4 +1,4 @@
-"""What recomputation policies change (memory, what is computed and sent twice) and what not."""
+"""Effects of recomputation policies: memory, values computed or sent twice; results are equal."""
 
 import collections
 import functools
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
     @property
     def sent(self) -> collections.Counter:
-        """How many collectives there are of each kind."""
+        """The number of collectives of each kind."""
         return collections.Counter(c.kind for c in self.collectives)
 
 
@@ -125,7 +125,7 @@ def test_sinkhorn_over_the_batch_is_not_run_twice(remat):
 
 @pytest.mark.slow
 def test_experts_keeps_the_hidden_layers_on_top_of_what_exchange_keeps():
-    """Of every row gate and up; its output has come back by the exchange, which both keep."""
+    """Gate and up of every row; the output has come back by the exchange, which both keep."""
     layers, rows = 2, steps.BATCH * steps.LENGTH * 2 // 8
     hidden = layers * rows * 2 * steps.F * 4
     kept = [

@@ -1,4 +1,4 @@
-"""What gate `replay` asks of a recording and of a run before anything is compiled."""
+"""Requirements of gate `replay` on a recording and a run, before anything is compiled."""
 
 import json
 import zipfile

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints, and what it says."""
+"""The files and the messages of a run, besides its checkpoints."""
 
 import io
 import json

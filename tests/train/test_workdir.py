@@ -1,4 +1,4 @@
-"""What the same command, or another, does with a workdir that holds something already."""
+"""The effect of the same command, or another, on a workdir that is not empty."""
 
 import dataclasses
 import json

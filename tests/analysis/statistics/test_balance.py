@@ -1,4 +1,4 @@
-"""How evenly loads are spread: hand arithmetic, scipy, loops over pairs of experts."""
+"""Balance of loads: hand arithmetic, scipy, loops over pairs of experts."""
 
 import math
 

@@ -25,7 +25,7 @@ def captions(batch) -> list[str]:
 
 
 def test_every_caption_names_the_digit_of_its_image():
-    """Images are told apart by their pixels: those of a class are scikit-learn's of that class."""
+    """Images are identified by their pixels: those of a class are scikit-learn's of that class."""
     from sklearn import datasets
 
     raw: Any = datasets.load_digits()

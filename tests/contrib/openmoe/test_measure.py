@@ -1,4 +1,4 @@
-"""Which ways to give out slots are tried."""
+"""The arms: ways to assign slots."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which router is lower, and where seeds cannot tell."""
+"""The order of routers by loss, and cells where it is within the noise of seeds."""
 
 import math
 

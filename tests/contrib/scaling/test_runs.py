@@ -1,4 +1,4 @@
-"""Which rows of a table count, and what a sweep's trials are to the law."""
+"""The rows of a table that count, and the runs that a sweep's trials give the law."""
 
 import json
 from collections.abc import Callable
