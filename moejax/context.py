@@ -86,7 +86,7 @@ class Context:
 
 
 def are_whole(x: Any) -> bool:
-    """Whether an array holds booleans or whole numbers."""
+    """True if an array holds booleans or whole numbers."""
     kind = jnp.result_type(x)
     return jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.bool_)
 

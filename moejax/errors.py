@@ -40,7 +40,7 @@ def starting_jax() -> Iterator[None]:
 
 
 def _is_command() -> bool:
-    """Whether this process is ``moejax ...`` or ``python -m moejax...``."""
+    """True if this process is ``moejax ...`` or ``python -m moejax...``."""
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     return "moejax" in (os.path.basename(sys.argv[0]), module.partition(".")[0])

@@ -18,7 +18,7 @@ ACTIVATIONS: tuple[str, ...] = ("swiglu", "gelu", "relu")
 
 
 def is_gated(activation: str) -> bool:
-    """Whether the activation has a gate branch, hence a third weight matrix."""
+    """True if the activation has a gate branch, hence a third weight matrix."""
     return activation == "swiglu"
 
 

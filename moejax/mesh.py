@@ -77,7 +77,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def ambient() -> AbstractMesh | None:
-    """The mesh entered with ``jax.set_mesh`` if any of its axes is ours, else None."""
+    """The mesh entered with ``jax.set_mesh`` if any of its axes is ours, otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
@@ -108,7 +108,7 @@ def axis_size(mesh: AbstractMesh | None, *names: str) -> int:
 
 
 def batch_spec(mesh: AbstractMesh | None = None) -> PartitionSpec:
-    """How an array that leads with sequences or groups is laid out."""
+    """The layout of an array that leads with sequences or groups."""
     return PartitionSpec(BATCH_AXES if mesh is None else axes_in(mesh, BATCH_AXES))
 
 
@@ -133,7 +133,7 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 
 
 def spreads(groups: int) -> bool:
-    """Whether ``groups`` routing groups divide over the ambient mesh, each on one device."""
+    """True if ``groups`` routing groups divide over the ambient mesh, each on one device."""
     return groups % axis_size(ambient(), *BATCH_AXES) == 0
 
 

@@ -49,7 +49,7 @@ class Range:
         return " and ".join(part for part in (low, high) if part)
 
     def allows(self, value: Any) -> bool:
-        """Whether a value of the right type is a choice or within the range."""
+        """True if a value of the right type is a choice or within the range."""
         if self.choices:
             return value in self.choices
         return (
@@ -98,7 +98,7 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
     """
     longest_first = sorted(names, key=len, reverse=True)
     parts = (re.escape(n) + (r"\b" if re.search(r"[_.]", n) else "(?==)") for n in longest_first)
-    return re.sub(rf"(?<![\w.])(?:{'|'.join(parts)})", lambda found: names[found[0]], text)
+    return re.sub(rf"(?<![\w.])(?:{'|'.join(parts)})", lambda match: names[match[0]], text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class AttentionOptions(Options):
         "auto", "implementation of attention", choices=("auto", "xla", "cudnn")
     )
     causal: bool = True
-    """A token sees itself and what is before it; otherwise all tokens."""
+    """A token attends to itself and earlier tokens; otherwise to all tokens."""
 
     def width(self, d_model: int) -> int:
         """The width of one head."""
@@ -175,7 +175,7 @@ class DepthsOptions(Options):
     )
 
     def routes(self, block: int) -> bool:
-        """Whether the block at this place of a period, from 0, is routed."""
+        """True if the block at this position of a period, from 0, is routed."""
         return self.capacity > 0 and (block + 1) % self.every == 0
 
     def chosen(self, length: int) -> int:
@@ -185,7 +185,7 @@ class DepthsOptions(Options):
 
     @property
     def visibility(self) -> Visibility:
-        """Who is among the best C of a sequence depends on later tokens; a prediction does not."""
+        """The best C tokens of a sequence depend on later tokens; a prediction does not."""
         return Visibility(train_future=0.0 < self.capacity < 1.0)
 
 

@@ -37,7 +37,7 @@ def kept_in_order(
     capacity: int,
     order: list[tuple[int, int]],
 ) -> list[list[bool]]:
-    """Which pairs of one group find room when (t, k) pairs are served in ``order``."""
+    """A mask of the pairs of one group that find room when (t, k) pairs are served in ``order``."""
     used: dict[int, int] = {}
     kept = [[False] * len(row) for row in expert_TK]
     for t, k in order:

@@ -41,7 +41,7 @@ GateState = PyTree
 TrainedBy = Literal["task", "aux", "policy", "none"]
 
 Priority = str
-"""Who keeps a slot of a full expert: one of ``PRIORITIES``."""
+"""The order in which pairs get the slots of an expert: one of ``PRIORITIES``."""
 PRIORITIES: tuple[str, ...] = ("position", "choice", "gate", "random")
 
 
@@ -220,14 +220,14 @@ class Counts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SlotRules:
-    """How many slots an expert has, and which pairs get them."""
+    """The number of slots of an expert, and the pairs that get them."""
 
     capacity_factor: float = 1.25
     """Slots per expert over the mean number of pairs."""
     priority: Priority = "position"
-    """Who keeps a slot of a full expert: one of ``PRIORITIES``."""
+    """The order in which pairs get the slots of an expert: one of ``PRIORITIES``."""
     reroute: int = 0
-    """How often a pair that finds its expert full tries its token's next-best one."""
+    """The number of further experts that a pair tries in turn when its expert is full."""
 
     def __post_init__(self) -> None:
         if self.priority not in PRIORITIES:
@@ -240,31 +240,31 @@ class SlotRules:
 
     @property
     def draws_score(self) -> bool:
-        """Whether tokens are served by a score that is drawn, not by their largest weight."""
+        """True if tokens are served by a random score, not by their largest weight."""
         return self.priority == "random"
 
     @property
     def ranks_tokens(self) -> bool:
-        """Whether a token's slot depends on all tokens of its group, later ones too."""
-        # Who has room for overflow is known when all tokens have been served.
+        """True if a token's slot depends on all tokens of its group, later ones too."""
+        # The experts with room for overflow are known when all tokens have been served.
         return self.priority in ("gate", "random") or self.reroute > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Transport(abc.ABC):
-    """How tokens travel to their experts and back: a frozen dataclass with its options as fields.
+    """The way of tokens to their experts and back: a frozen dataclass with its options as fields.
 
     Every field has a default: a config that names the transport may give none of them. The names
     are those of ``moejax.dispatch.TRANSPORTS``.
     """
 
     calls_grouped_matmul: ClassVar[bool] = False
-    """Whether experts run in ``kernels.grouped_matmul`` or ``grouped_ffn`` on every platform. The
+    """True if experts run in ``kernels.grouped_matmul`` or ``grouped_ffn`` on every platform. The
     kernels of TPU and GPU do not pass ``check_vma``, which is then off."""
 
     @property
     def slot_rules(self) -> SlotRules | None:
-        """How pairs get slots; None where every pair has room.
+        """The rules by which pairs get slots; None where every pair has room.
 
         Without slots nothing is dropped, and a result does not depend on groups.
         """
@@ -288,7 +288,7 @@ class Transport(abc.ABC):
 
 
 class Visibility(NamedTuple):
-    """What a token's output may depend on besides its own sequence up to itself.
+    """The inputs of a token's output besides its own sequence up to itself.
 
     ``future``: later tokens of its own sequence. ``others``: other sequences of the batch.
     """
@@ -303,13 +303,13 @@ class Visibility(NamedTuple):
         """The mark that metrics, tables and figures carry; empty when nothing leaks."""
         parts = []
         for phase in ("train", "eval"):
-            seen = [w for w in ("future", "others") if getattr(self, f"{phase}_{w}")]
-            if seen:
-                parts.append(f"{phase}:{'+'.join(seen)}")
+            visible = [w for w in ("future", "others") if getattr(self, f"{phase}_{w}")]
+            if visible:
+                parts.append(f"{phase}:{'+'.join(visible)}")
         return " ".join(parts)
 
     def union(self, other: "Visibility") -> "Visibility":
-        """Sees whatever either of the two sees."""
+        """The dependences of either of the two."""
         return Visibility(*(a or b for a, b in zip(self, other, strict=True)))
 
 
@@ -485,7 +485,7 @@ FORMER_MEMBERS = (
     "check_data", "check_rows",
 )  # fmt: skip
 """Members by which gates stated these things before ``GateTraits``: refused, or they would be
-ignored without a word."""
+ignored silently."""
 
 
 @jax.tree_util.register_dataclass
@@ -557,9 +557,9 @@ Tap = Callable[[Float[Array, "B L D"], MoEInfo], dict[str, Array]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerAux:
-    """What layers report besides their output: of one layer, or of all layers of a model.
+    """The report of one layer, or of all layers of a model, besides the output.
 
-    Of several layers, ``losses`` and ``means`` are means over the layers that have them,
+    For several layers, ``losses`` and ``means`` are means over the layers that have them,
     ``mean_square`` has one value per layer, and the rest leads with the MoE layers.
     """
 

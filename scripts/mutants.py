@@ -880,8 +880,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "binary_tasks_say_one_above_a_half",
         "moejax/contrib/multitask/task.py",
-        "right_B = (said_BM[:, m] > 0) ==",
-        "right_B = (said_BM[:, m] > 0.5) ==",
+        "right_B = (value_BM[:, m] > 0) ==",
+        "right_B = (value_BM[:, m] > 0.5) ==",
         "tests/contrib/multitask/test_task.py",
         "test_a_binary_task_predicts_one_where_its_logit_is_above_0",
     ),

@@ -55,7 +55,7 @@ PartitionName=urgent Nodes=localhost MaxTime=60 PriorityTier=2
 
 
 def missing() -> str:
-    """Why there can be no cluster here; "" if there can."""
+    """The reason why no cluster can run here; "" if one can."""
     gone = [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
     return f"no {', '.join(gone)} (Debian: slurm-wlm, munge)" if gone else ""
 
@@ -68,7 +68,7 @@ class Cluster:
         self.environment = {"SLURM_CONF": f"{folder}/slurm.conf"}
 
     def ask(self, *command: str) -> str:
-        """What a command of SLURM says."""
+        """The output of a command of SLURM."""
         return subprocess.run(
             command,
             env={**os.environ, **self.environment},

@@ -97,7 +97,7 @@ OF_GROUPS = (*OF_TOKENS, "row_GR", "task_GR")
 
 
 def visits(routing, experts=E):
-    """How often each token visits each expert: [G, T, E]."""
+    """Visits of each token to each expert: [G, T, E]."""
     hits = routing.expert_GTK[..., None] == np.arange(experts)
     return (hits & (routing.weight_GTK > 0)[..., None]).sum(2)
 

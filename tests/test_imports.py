@@ -1,4 +1,4 @@
-"""Allowed imports between rooms, the places of collectives, and the cost of `import moejax`."""
+"""Allowed imports, the places of collectives, and the cost of `import moejax`."""
 
 import ast
 import functools
@@ -104,7 +104,7 @@ MAY_COMMUNICATE = {"dispatch", "kernels", "train/checkpoint/checksum.py", "cli/m
 """Tokens travel in dispatch; checksums are sums over devices; doctor tries each collective."""
 
 MAY_AGREE = {"train/processes.py", "train/checkpoint/checkpointer.py"}
-"""Where processes agree on something or wait for each other, through ``multihost_utils``."""
+"""Modules where processes agree or wait for each other, through ``multihost_utils``."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

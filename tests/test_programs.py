@@ -1,4 +1,4 @@
-"""The traffic of compiled programs: collectives, their participants and their bytes."""
+"""Communication of compiled programs, counted: collectives, their participants and their bytes."""
 
 import collections
 import functools

@@ -22,7 +22,7 @@ def chips():
 
 
 def compiled(shape, chips, transport, monkeypatch, **changes):
-    """Of a step with its layers in a loop, so that each operation is there once."""
+    """A step with its layers in a loop, so that each operation is there once."""
     # What is traced asks for the default backend to choose its kernels; here that is the CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(stack, "MOST_UNROLLED", 0)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def execute(words: list[str], folder: Path) -> str:
-    """What a command prints, in an environment without the flags of the tests."""
+    """The output of a command, in an environment without the flags of the tests."""
     ours = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
     plain = {name: value for name, value in os.environ.items() if name not in ours}
     path = os.pathsep.join([str(ROOT), str(folder)])

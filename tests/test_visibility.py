@@ -1,4 +1,4 @@
-"""The tokens that an output depends on, found by perturbation in both directions.
+"""The visibility of each gate, proven by perturbation in both directions.
 
 Routing is piecewise constant, so gradients show nothing: later tokens (or other sequences) are
 replaced by unrelated ones and earlier outputs must not move at all; where a leak is declared, they

@@ -19,11 +19,11 @@ TITLE = 34
 OCTAVES = 3
 """The colour scale always ends at lifts of 1/8 and 8."""
 WRITTEN = 16
-"""Maps of at most so many columns have shares written into their cells."""
+"""The most columns of a map whose shares are written into its cells."""
 DIGITS = 5
 """Decimals of the numbers of a map: full precision would dominate the report's size."""
 MARKED = 12
-"""Lines of at most so many points have markers."""
+"""The most points of a line that has markers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _percent(share: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One chart: its axes as ``chart`` takes them, traces, what else is said of y."""
+    """One chart: its axes as ``chart`` takes them, its traces, and further options of y."""
 
     x: str | Scale
     y: str | Scale
@@ -235,11 +235,11 @@ class Panel:
     x_axis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
+def panels(charts: Sequence[Panel], columns: int = 2) -> Spec:
     """Panels in rows of ``columns``; a name is in the legend once."""
     layout: dict[str, Any] = {
         "grid": {
-            "rows": -(-len(found) // columns),
+            "rows": -(-len(charts) // columns),
             "columns": columns,
             "pattern": "independent",
             "xgap": 0.22,
@@ -247,7 +247,7 @@ def panels(found: Sequence[Panel], columns: int = 2) -> Spec:
         }
     }
     data, named = [], set()
-    for number, panel in enumerate(found, start=1):
+    for number, panel in enumerate(charts, start=1):
         suffix = "" if number == 1 else str(number)
         layout[f"xaxis{suffix}"] = {
             **axis_of(panel.x, panel.traces, "x"), **panel.x_axis,

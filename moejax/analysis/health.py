@@ -45,10 +45,10 @@ def _unfinished(run: RunData) -> list[Finding]:
         return []
     steps = run.field("train.steps", "?")
     log = run.workdir / OUTPUT
-    said = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
-    why = next((line for line in reversed(said) if "diverged at" in line), "")
-    if why:
-        text = f"The run diverged after step {run.last_step} of {steps}. Its log: {why.strip()}"
+    lines = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
+    reason = next((line for line in reversed(lines) if "diverged at" in line), "")
+    if reason:
+        text = f"The run diverged after step {run.last_step} of {steps}. Its log: {reason.strip()}"
         return [Finding("diverged", text)]
     text = (
         f"The run is not finished: it has logged step {run.last_step} of {steps}. It is running, "
@@ -58,18 +58,18 @@ def _unfinished(run: RunData) -> list[Finding]:
 
 
 def _not_finite(run: RunData) -> list[Finding]:
-    found = []
+    findings = []
     for split, key in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):
         steps, values = run.series(split, key)
         bad = steps[~np.isfinite(values)]
         if bad.size:
             text = f"{split} {key} is not finite at step {bad[0]} ({bad.size} rows)."
-            found.append(Finding("not finite", text))
-    return found
+            findings.append(Finding("not finite", text))
+    return findings
 
 
 def leak(run: RunData) -> list[Finding]:
-    """The leak: what a token's output may depend on besides its past."""
+    """The leak: the tokens besides its past on which a token's output may depend."""
     marks = [row["leak"] for row in [*run.train, *run.held_out] if row.get("leak")]
     if not marks and not run.leak:
         return []
@@ -94,8 +94,8 @@ def explain(mark: str) -> str:
     phases = {"train": "in training", "eval": "in evaluation"}
     parts = []
     for word in mark.split():
-        phase, _, seen = word.partition(":")
-        names = " and ".join(what.get(name, name) for name in seen.split("+"))
+        phase, _, visible = word.partition(":")
+        names = " and ".join(what.get(name, name) for name in visible.split("+"))
         parts.append(f"on {names} {phases.get(phase, phase)}")
     return f"a token's output may depend {' and '.join(parts)}."
 
@@ -185,7 +185,7 @@ def _collapse(run: RunData) -> list[Finding]:
 
 
 def _drops(run: RunData) -> list[Finding]:
-    found = []
+    findings = []
     for split, when in (("train", "in training"), ("eval", "in evaluation")):
         for key, limit, kind, what in (
             ("moe/drop_rate", DROPS, "drops", "of (token, expert) pairs are dropped"),
@@ -195,5 +195,5 @@ def _drops(run: RunData) -> list[Finding]:
             share = float(recent(values).mean()) if len(values) else 0.0
             if share > limit:
                 text = f"{share:.1%} {what} {when} (mean of the last quarter of rows)."
-                found.append(Finding(kind, text))
-    return found
+                findings.append(Finding(kind, text))
+    return findings

@@ -21,7 +21,7 @@ TABS = 6
 """More alternatives than this get a drop-down list instead of buttons."""
 
 SHORT = 26
-"""Cells of at most so many characters are not broken into lines."""
+"""The most characters of a cell that is not broken into lines."""
 
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?[\d.,]+(e[-+]?\d+)?([ \N{NO-BREAK SPACE}]?\S{1,12})?")
 _ABSENT = ("", "-")

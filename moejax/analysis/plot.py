@@ -15,18 +15,18 @@ THEMES = "themes.json"
 """Colours by theme, shared with the script of the report."""
 
 
-def figures(found: RunData | SweepData) -> dict[str, Figure]:
+def figures(data: RunData | SweepData) -> dict[str, Figure]:
     """The figures of the report of a run or a sweep by name, in the order of the pages."""
     from moejax.analysis.report import PAGES, SWEEP_PAGES
 
-    if isinstance(found, RunData):
-        pages = [page(found) for page in PAGES]
+    if isinstance(data, RunData):
+        pages = [page(data) for page in PAGES]
     else:
-        pages = [page(found) for page in SWEEP_PAGES]
+        pages = [page(data) for page in SWEEP_PAGES]
     return {figure.name: figure for page in pages for figure in _walk(page.blocks)}
 
 
-def figure(found: RunData | SweepData, name: str, theme: str = "light") -> Any:
+def figure(data: RunData | SweepData, name: str, theme: str = "light") -> Any:
     """One figure as a ``plotly.graph_objects.Figure``, with its caption in ``layout.meta``.
 
     ``name``: a name from ``figures``, or a prefix, which selects the first match.
@@ -34,7 +34,7 @@ def figure(found: RunData | SweepData, name: str, theme: str = "light") -> Any:
     Raises:
       UserError: there is no such figure.
     """
-    known = figures(found)
+    known = figures(data)
     chosen = known.get(name) or next((f for n, f in known.items() if n.startswith(name)), None)
     if chosen is None or not name:
         raise UserError(f"no figure is called {name!r}; choose from {', '.join(known)}")

@@ -92,7 +92,7 @@ def read(folder: Path) -> RunData | SweepData:
     """The run or the sweep in a folder.
 
     Raises:
-      UserError: it holds neither, or what it holds cannot be read at all.
+      UserError: it holds neither, or one that cannot be read at all.
     """
     if (folder / INDEX).exists():
         return SweepData.read(folder)
@@ -106,7 +106,7 @@ def read(folder: Path) -> RunData | SweepData:
 
 
 def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
-    """The run with the leak of its newest checkpoint, measured on so many sequences.
+    """The run with the leak of its newest checkpoint, measured on ``sequences`` held-out rows.
 
     Raises:
       UserError: a sweep; no checkpoint, or one that cannot be evaluated here.
@@ -128,7 +128,7 @@ def with_leak(run: RunData | SweepData, sequences: int) -> RunData:
     )
 
 
-def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Page] = ()) -> int:
+def write(data: RunData | SweepData | Several, target: Path, more: Sequence[Page] = ()) -> int:
     """Write the report atomically and return its size in bytes.
 
     ``more``: pages of a run that do not come from its recorded files.
@@ -136,10 +136,10 @@ def write(found: RunData | SweepData | Several, target: Path, more: Sequence[Pag
     Raises:
       UserError: it cannot be written.
     """
-    if isinstance(found, Several):
-        text = of_several(found)
+    if isinstance(data, Several):
+        text = of_several(data)
     else:
-        text = of_run(found, more) if isinstance(found, RunData) else of_sweep(found)
+        text = of_run(data, more) if isinstance(data, RunData) else of_sweep(data)
     # A folder's name may hold bytes that are no UTF-8.
     content = text.encode("utf-8", "backslashreplace")
     try:

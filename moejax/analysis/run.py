@@ -115,10 +115,10 @@ class RunData:
 
         Rows whose array has another shape than the last one's are left out.
         """
-        found = [(r["step"], np.asarray(r[key])) for r in self.rows(split) if r.get(key)]
-        found = [(step, x) for step, x in found if x.shape == found[-1][1].shape]
-        steps = np.asarray([step for step, _ in found], np.int64)
-        return steps, np.stack([x for _, x in found]) if found else np.zeros((0, 0, 0))
+        rows = [(r["step"], np.asarray(r[key])) for r in self.rows(split) if r.get(key)]
+        rows = [(step, x) for step, x in rows if x.shape == rows[-1][1].shape]
+        steps = np.asarray([step for step, _ in rows], np.int64)
+        return steps, np.stack([x for _, x in rows]) if rows else np.zeros((0, 0, 0))
 
     @property
     def units(self) -> Units:
@@ -162,7 +162,7 @@ class RunData:
 
     @property
     def has_experts(self) -> bool:
-        """Whether any row of the run has the load of experts."""
+        """True if any row of the run has the load of experts."""
         return any(row.get("moe/load") for row in [*self.train, *self.held_out])
 
     @property
@@ -172,13 +172,13 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step of the config has been evaluated."""
+        """True if the last step of the config has been evaluated."""
         return any(row["step"] == self.field("train.steps") for row in self.held_out)
 
 
 def _gaps(folder: Path, about: dict[str, Any], rows: list[Row], timings: list[Row]) -> list[str]:
-    """Sentences on the steps whose rows are not there, although the run went on after them."""
-    upto, found = max([0, *noted_steps(folder)]), []
+    """Sentences on the steps whose rows are not there, although the run continued after them."""
+    last, sentences = max([0, *noted_steps(folder)]), []
     for name, what, field, logged in (
         (METRICS, "training", "train.log_every", [r for r in rows if r.get("split") == "train"]),
         (METRICS, "evaluation", "train.eval_every", [r for r in rows if r.get("split") == "eval"]),
@@ -187,12 +187,12 @@ def _gaps(folder: Path, about: dict[str, Any], rows: list[Row], timings: list[Ro
         section, _, leaf = field.partition(".")
         if leaf not in about["config"].get(section, {}):
             continue
-        gaps = missing_steps([row["step"] for row in logged], about, field, upto)
+        gaps = missing_steps([row["step"] for row in logged], about, field, last)
         if gaps:
             where = ", ".join(f"{first} to {last}" for first, last in gaps[:5])
             more = ", ..." if len(gaps) > 5 else ""
-            found.append(f"{name} has no rows of {what} for the steps {where}{more}.")
-    return found
+            sentences.append(f"{name} has no rows of {what} for the steps {where}{more}.")
+    return sentences
 
 
 def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
@@ -206,7 +206,7 @@ def _read_probe(folder: Path, problems: list[str]) -> Probe | None:
 
 
 def _fits(row: Row, needs: tuple[str, ...]) -> bool:
-    """Whether a row has the fields that it needs: numbers, tables of numbers and its split."""
+    """True if a row has the fields it needs: numbers, tables of numbers and its split."""
     kinds = {name: str if name == "split" else int | float for name in needs}
     if not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
         return False
@@ -220,7 +220,7 @@ def _fits(row: Row, needs: tuple[str, ...]) -> bool:
 def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[Row]:
     """The rows of a file of JSON lines; lines that are none are counted among the problems.
 
-    So are rows without what they ``needs``.
+    So are rows without the fields in ``needs``.
 
     The torn last line of a killed run is no problem: the run writes it again when it resumes.
     """

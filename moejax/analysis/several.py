@@ -22,7 +22,7 @@ class Several:
     """Runs or sweeps of one kind, with names that differ; losses are in ``unit``."""
 
     names: tuple[str, ...]
-    found: tuple[RunData, ...] | tuple[SweepData, ...]
+    members: tuple[RunData, ...] | tuple[SweepData, ...]
     unit: str
     same_data: bool
 
@@ -31,7 +31,7 @@ class Several:
         """The runs by name; empty for sweeps."""
         return {
             name: each
-            for name, each in zip(self.names, self.found, strict=True)
+            for name, each in zip(self.names, self.members, strict=True)
             if isinstance(each, RunData)
         }
 
@@ -40,34 +40,34 @@ class Several:
         """The sweeps by name; empty for runs."""
         return {
             name: each
-            for name, each in zip(self.names, self.found, strict=True)
+            for name, each in zip(self.names, self.members, strict=True)
             if isinstance(each, SweepData)
         }
 
 
-def beside(found: Sequence[RunData | SweepData]) -> Several:
+def beside(data: Sequence[RunData | SweepData]) -> Several:
     """Prepare the runs or sweeps of several folders for a comparison.
 
     Raises:
       UserError: they cannot be compared, or they are too many.
     """
-    if len(found) > MOST:
-        raise UserError(f"{len(found)} folders are too many to compare; name at most {MOST}")
-    folders = [_folder(each) for each in found]
+    if len(data) > MOST:
+        raise UserError(f"{len(data)} folders are too many to compare; name at most {MOST}")
+    folders = [_folder(each) for each in data]
     for place, folder in enumerate(folders):
         if folder.resolve() in {other.resolve() for other in folders[:place]}:
             raise UserError(f"{folder} is named twice; name different folders to compare them")
-    runs = [each for each in found if isinstance(each, RunData)]
-    if len(runs) not in (0, len(found)):
+    runs = [each for each in data if isinstance(each, RunData)]
+    if len(runs) not in (0, len(data)):
         run = runs[0].workdir
-        sweep = next(each.folder for each in found if isinstance(each, SweepData))
+        sweep = next(each.folder for each in data if isinstance(each, SweepData))
         raise UserError(
             f"{run} is a run and {sweep} is a sweep, which cannot be compared; name one of the "
             f"sweep's trials, below {sweep}/trials/, or two sweeps"
         )
-    samples = [_samples(each) for each in found]
-    for folder, of_it in zip(folders, samples, strict=True):
-        if not of_it:
+    samples = [_samples(each) for each in data]
+    for folder, sample in zip(folders, samples, strict=True):
+        if not sample:
             raise UserError(f"{folder} has no trial that has started: there is nothing to compare")
     _check_tasks(folders, samples)
     if runs:
@@ -75,9 +75,9 @@ def beside(found: Sequence[RunData | SweepData]) -> Several:
         unit = _one_unit(folders, [run.units.loss for run in shown])
         named: tuple[RunData, ...] | tuple[SweepData, ...] = shown
     else:
-        named = tuple(each for each in found if isinstance(each, SweepData))
+        named = tuple(each for each in data if isinstance(each, SweepData))
         unit = _one_unit(folders, [each.summary.get("unit", "?") for each in named])
-    prints = [{str(run.saved.get("fingerprint")) for run in of_it} for of_it in samples]
+    prints = [{str(run.saved.get("fingerprint")) for run in sample} for sample in samples]
     return Several(_names(folders), named, unit, len(set.union(*prints)) == 1)
 
 
@@ -119,7 +119,7 @@ def _in_one_unit(runs: Sequence[RunData]) -> Sequence[RunData]:
         if run.units.loss == PER_TOKEN:
             raise UserError(
                 f"the losses of {run.workdir} are in {PER_TOKEN} of tokens that the others do not "
-                "have, and no evaluation of it says bits per byte: they cannot be compared"
+                "have, and none of its evaluations has bits per byte: they cannot be compared"
             )
     return shown
 

@@ -137,28 +137,28 @@ def _trial(folder: Path, trial: Trial, problems: list[str]) -> TrialData:
 
 def _diverged(folder: Path, sweep: Sweep, trials: Iterable[TrialData]) -> set[tuple[str, int]]:
     """Variant and seed of trials that ended at a value that was not finite."""
-    found = set()
+    diverged = set()
     for trial in trials:
         if not trial.finished:
             alone = dataclasses.replace(sweep, trials=(trial.trial,))
             try:
-                found |= read_diverged(folder, alone)
+                diverged |= read_diverged(folder, alone)
             except UserError:
                 pass  # a damaged file, which is among the problems of the sweep or of its run
-    return found
+    return diverged
 
 
 def _results(folder: Path, trials: Iterable[TrialData], problems: list[str]) -> list[Result]:
-    found = []
+    results = []
     for trial in trials:
         if trial.finished:
             try:
-                found.append(read_trial(folder, trial.trial))
+                results.append(read_trial(folder, trial.trial))
             except (UserError, OSError) as error:
                 problems.append(f"{trial.name} is not in the comparison: {error}.")
             except KeyError as error:
                 problems.append(f"{trial.name} is not in the comparison: it has no {error}.")
-    return found
+    return results
 
 
 def _up_to_date(

@@ -14,7 +14,7 @@ SUFFIX = ".report"
 """The suffix of files written here; a new export replaces them."""
 
 
-def export(found: RunData | SweepData) -> list[str]:
+def export(data: RunData | SweepData) -> list[str]:
     """Write tensorboard/ into the workdir of the run, or of every trial; return a line for each.
 
     Events that a run wrote itself while it trained are left alone.
@@ -22,9 +22,9 @@ def export(found: RunData | SweepData) -> list[str]:
     Raises:
       UserError: tensorboardX is not installed.
     """
-    if isinstance(found, RunData):
-        return [_export(found)]
-    return [_export(trial.run) for trial in found.trials if trial.run is not None]
+    if isinstance(data, RunData):
+        return [_export(data)]
+    return [_export(trial.run) for trial in data.trials if trial.run is not None]
 
 
 def _export(run: RunData) -> str:

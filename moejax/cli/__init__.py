@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open_closed_streams() -> None:
     """Replace a stream that was closed (`2>&-`) by one that discards its output.
 
-    Else the next file to be opened, a log or a checkpoint, would get the stream's number and what
-    libraries write there; and `print` to a stderr that is None goes to stdout.
+    Otherwise the next file to be opened, a log or a checkpoint, would get the stream's number and
+    the messages that libraries write there; and `print` to a stderr that is None goes to stdout.
     """
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -75,7 +75,7 @@ def _exit_status(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _leave(argv, INTERRUPTED, "interrupted", "was interrupted")
     except BrokenPipeError:
-        # The reader of stdout (`head`) has left; what is buffered must not raise again at exit.
+        # The reader of stdout (`head`) has left; buffered text must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopped_short = argv[0] == "train" or (argv[0] == "sweep" and "status" not in argv)
         return FAILED if stopped_short else 0

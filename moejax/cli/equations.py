@@ -29,8 +29,8 @@ _BLOCK = re.compile(r"^\.\. math::(.*\n(?:[ ]+.*\n?|\n(?=[ ]))*)", re.MULTILINE)
 
 def readable(docstring: str) -> str:
     """The docstring with its equations one below the other, indented, and plain quotes."""
-    text = _BLOCK.sub(lambda found: _block(found[1]), docstring.rstrip() + "\n")
-    text = re.sub(r":math:`([^`]*)`", lambda found: " ".join(_formulas(found[1])), text)
+    text = _BLOCK.sub(lambda match: _block(match[1]), docstring.rstrip() + "\n")
+    text = re.sub(r":math:`([^`]*)`", lambda match: " ".join(_formulas(match[1])), text)
     return text.replace("``", "`").rstrip()
 
 
@@ -43,23 +43,23 @@ def _block(latex: str) -> str:
 
 
 def _formulas(latex: str) -> list[str]:
-    """The formulas between wide spaces; the lines of cases belong to what is before them."""
+    """The formulas between wide spaces; the lines of cases belong to the formula before them."""
     cases: list[str] = []
 
-    def kept(found: re.Match[str]) -> str:
-        rows = [row.split("&") for row in found[1].split(r"\\") if row.strip()]
+    def kept(match: re.Match[str]) -> str:
+        rows = [row.split("&") for row in match[1].split(r"\\") if row.strip()]
         cells = [[" ".join(_convert(cell).split()) for cell in row] for row in rows]
         width = max(len(row[0]) for row in cells)
         cases.append("".join(f"\n      {row[0]:<{width}}   {' '.join(row[1:])}" for row in cells))
         return f"\0{len(cases) - 1}\0"
 
     text = _convert(_CASES.sub(kept, latex))
-    found = []
+    formulas = []
     for part in text.split("\n"):
         formula = " ".join(part.split()).removesuffix(",").replace(" ,", ",")
         if formula:
-            found.append(re.sub(r" ?\0(\d+)\0,?", lambda at: cases[int(at[1])], formula))
-    return found
+            formulas.append(re.sub(r" ?\0(\d+)\0,?", lambda match: cases[int(match[1])], formula))
+    return formulas
 
 
 def _convert(latex: str) -> str:
@@ -79,7 +79,7 @@ class _Parser:
             token = self._next()
             if token == end:
                 break
-            parts.append(self._said(token))
+            parts.append(self._text_of(token))
         return "".join(parts)
 
     def _next(self) -> str:
@@ -92,14 +92,14 @@ class _Parser:
         if self._at == len(self._tokens):
             return ""
         token = self._next()
-        return self.until("}") if token == "{" else self._said(token)
+        return self.until("}") if token == "{" else self._text_of(token)
 
     def _multiplies(self) -> bool:
-        """Whether a factor follows: neither the end, nor punctuation, nor a wider space."""
+        """True if a factor follows: neither the end, nor punctuation, nor a wider space."""
         rest = [token for token in self._tokens[self._at :] if not token.isspace()]
         return bool(rest) and rest[0] not in (*",.;+-=})&", *_WIDE)
 
-    def _said(self, token: str) -> str:
+    def _text_of(self, token: str) -> str:
         if token == "{":
             return self.until("}")
         if token in "_^":
@@ -110,9 +110,9 @@ class _Parser:
         name = token[1:]
         if name == "frac":
             above, below = self._argument().strip(), self._argument().strip()
-            whole = f"{_grouped(above, product=True)} / {_grouped(below)}"
+            fraction = f"{_grouped(above, product=True)} / {_grouped(below)}"
             # Before another factor, brackets: a / b c could be read as a / (b c).
-            return f"({whole})" if self._multiplies() else whole
+            return f"({fraction})" if self._multiplies() else fraction
         if name == "sqrt":
             return f"√{_grouped(self._argument().strip())}"
         if name in _ACCENTS:
@@ -134,7 +134,7 @@ def _grouped(text: str, product: bool = False) -> str:
 
 
 def _closes_last(text: str) -> bool:
-    """Whether the bracket that opens the text is closed by its last character."""
+    """True if the bracket that opens the text is closed by its last character."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

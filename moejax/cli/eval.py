@@ -110,24 +110,24 @@ def _lines(row: dict[str, Any], workdir: str, config: Any) -> list[str]:
     saved = read_config(Path(workdir))
     unit, loss = units.loss_unit(saved), row["loss"]
     bits = [f"{row['bits_per_byte']:.4f} bits/byte"] if "bits_per_byte" in row else []
-    said = [("held-out loss", "  ".join([f"{loss:.4f} {unit}", *bits, f"at step {row['step']}"]))]
+    rows = [("held-out loss", "  ".join([f"{loss:.4f} {unit}", *bits, f"at step {row['step']}"]))]
     own_data = to_dict(config)["data"] == saved["config"]["data"]
     for name, value in saved.get("baselines", {}).items() if own_data else ():
         side = "above" if value > loss else "below"
-        said.append(
+        rows.append(
             (f"  {name}", f"{value:.4f} {unit}  {abs(value - loss):.4f} {side} the model's")
         )
     if "accuracy" in row:
-        said.append(("accuracy", f"{row['accuracy']:.2%}"))
+        rows.append(("accuracy", f"{row['accuracy']:.2%}"))
     if "moe/drop_rate" in row:
         transport = config.moe.get("eval_transport", "")
-        said += [
+        rows += [
             ("drops", f"{row['moe/drop_rate']:.2%} of pairs in this evaluation ({transport})"),
             ("balance", f"busiest expert at {1 + row['moe/max_vio']:.2f}x the mean load"),
         ]
     if row.get("leak"):
-        said.append(("leaks", row["leak"]))
+        rows.append(("leaks", row["leak"]))
     if "leak/nats_per_token" in row:
-        said.append(("measured leak", f"{row['leak/nats_per_token']:.4f} {unit}"))
-    said.append(("more", "--json prints every number"))
-    return [f"{name:<14}  {text}" for name, text in said]
+        rows.append(("measured leak", f"{row['leak/nats_per_token']:.4f} {unit}"))
+    rows.append(("more", "--json prints every number"))
+    return [f"{name:<14}  {text}" for name, text in rows]

@@ -71,17 +71,17 @@ def _report(args: argparse.Namespace) -> int:
     if args.measure_leak is not None and args.measure_leak < 1:
         raise UserError(f"--measure-leak={args.measure_leak} must be a number of sequences")
     openmoe.check(args)
-    found = report.read(folder)
+    data = report.read(folder)
     check_target(target)
     if args.measure_leak:
         try:
-            found = report.with_leak(found, args.measure_leak)
+            data = report.with_leak(data, args.measure_leak)
         except Divergence as problem:
             print(f"moejax: the evaluation is not finite at {problem}", file=sys.stderr)
             return FAILED
-    lines = tensorboard.export(found) if args.tensorboard else []
-    more = findings.pages(found, args, target.parent, print)
-    size = report.write(found, target, more)
+    lines = tensorboard.export(data) if args.tensorboard else []
+    more = findings.pages(data, args, target.parent, print)
+    size = report.write(data, target, more)
     print("\n".join([f"{target}  {size / 1e6:.1f} MB", *lines]))
     return 0
 

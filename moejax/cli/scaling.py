@@ -84,6 +84,6 @@ def _new_file(flag: str, text: str | None) -> Path | None:
 
 
 def _replace(path: Path, write: Any) -> None:
-    """Writes a file that is there as a whole or not at all."""
+    """Writes a file atomically."""
     with replaced(path) as temporary:
         write(temporary)

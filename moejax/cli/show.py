@@ -22,7 +22,7 @@ LEGEND = "* set on the command line    ~ set by the config page    (others: defa
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One field of a resolved config; ``mark`` says who set it."""
+    """One field of a resolved config; ``mark`` shows its source, as in `LEGEND`."""
 
     name: str
     value: Any
@@ -131,12 +131,12 @@ WIDTH = 100
 def gates_table() -> str:
     """A line for each gate: its name, what its tokens may see, and what it does."""
     rows = [("name", "sees", "what it does")]
-    rows += [(name, sees(name), "") for name in gating.names()]
+    rows += [(name, visibility(name), "") for name in gating.names()]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     room = WIDTH - first - second - 4
     lines = [
-        f"{name:<{first}}  {seen:<{second}}  {text or told(name, room)}"
-        for name, seen, text in rows
+        f"{name:<{first}}  {visible:<{second}}  {text or description(name, room)}"
+        for name, visible, text in rows
     ]
     return "\n".join(
         [
@@ -150,14 +150,14 @@ def gates_table() -> str:
     )
 
 
-def sees(name: str) -> str:
-    """What tokens see in training and in evaluation; a single word if both are equal."""
+def visibility(name: str) -> str:
+    """The visibility of tokens in training and in evaluation; a single word if both are equal."""
     config = default()
     set_gate(config, name)
     return "/".join(dict.fromkeys(phases(gating.make(name).visibility(moe_config(config)))))
 
 
-def told(name: str, room: int) -> str:
+def description(name: str, room: int) -> str:
     """A description in at most ``room`` characters; for a preset, its gate and model."""
     text = inspect.getdoc(type(gating.make(name))) or ""
     text = " ".join(text.partition("\n\n")[0].split())
@@ -237,26 +237,26 @@ def router_flops(gate: Gate) -> float:
 
 
 def papers(name: str) -> list[str]:
-    """The arXiv numbers in a preset's source or else in its gate's description, in their order."""
+    """The arXiv numbers in a preset's source, otherwise in its gate's description, in order."""
     text = gating.source(name) or inspect.getdoc(type(gating.make(name))) or ""
     return list(dict.fromkeys(re.findall(r"arXiv\s+(\d{4}\.\d{4,5})", text)))
 
 
-def phases(seen: Visibility) -> tuple[str, str]:
+def phases(visibility: Visibility) -> tuple[str, str]:
     """The visibility of a gate in training and in evaluation, in words."""
 
     def label(future: bool, others: bool) -> str:
-        parts = [word for word, is_seen in (("future", future), ("others", others)) if is_seen]
+        parts = [word for word, visible in (("future", future), ("others", others)) if visible]
         return "+".join(parts) or "causal"
 
     return (
-        label(seen.train_future, seen.train_others),
-        label(seen.eval_future, seen.eval_others),
+        label(visibility.train_future, visibility.train_others),
+        label(visibility.eval_future, visibility.eval_others),
     )
 
 
 def gate_page(name: str) -> str:
-    """One gate: equation, paper and cost, its fields, and what else its preset sets."""
+    """One gate: equation, paper and cost, its fields, and the other fields that its preset sets."""
     fields, preset = gating.fields(name), gating.preset_overrides(name)
     width = max((len(field) for field in fields), default=0)
     facts = [f"{column}: {cell}" for column, cell in zip(COLUMNS, gate_row(name), strict=True)]

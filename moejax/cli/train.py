@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    with stopping():  # what is imported and read below takes seconds
+    with stopping():  # the imports and reads below take seconds
         from moejax.config import load, validate
 
         loaded = load(args.config, args.overrides)

@@ -73,7 +73,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Loaded:
         ``moe.gate.name`` is applied first, wherever it stands.
 
     Raises:
-      UserError: in one line: what is wrong with the page, a field or a value.
+      UserError: in one line: the fault of the page, a field or a value.
     """
     config = read(source)
     file_config = config.copy_and_resolve_references()
@@ -86,7 +86,7 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[s
 
     See `all_differences`.
     """
-    return [found for found in all_differences(old, new) if found[0] not in MAY_CHANGE]
+    return [change for change in all_differences(old, new) if change[0] not in MAY_CHANGE]
 
 
 def all_differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

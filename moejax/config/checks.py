@@ -26,7 +26,7 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     With ``num_devices`` (all processes together), also checks that the mesh fits them. A mesh axis
     of -1 is then filled; without, it counts as small as possible.
 
-    Returns what a token's output may depend on, for the marks on results.
+    Returns the visibility of tokens, for the marks on results.
 
     Raises:
       UserError: the first mistake.
@@ -53,12 +53,12 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
 
 
 def is_causal(config: Config) -> bool:
-    """Whether the task predicts from earlier tokens; otherwise there is no future to see."""
+    """True if the task predicts from earlier tokens; otherwise no token counts as future."""
     return "allow_future_leak" in config.moe
 
 
 def has_experts(config: Config) -> bool:
-    """Whether the model has MoE layers."""
+    """True if the model has MoE layers."""
     return bool(config.moe.get("every", 1))
 
 
@@ -185,9 +185,9 @@ def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
 
 def _check_visibility(config: Config, gate: Gate, moe: MoEConfig) -> Visibility:
     """Refuses a language model whose evaluation would see the tokens it predicts."""
-    seen = gate.visibility(moe)
-    if not (seen.eval_future and is_causal(config)) or config.moe.allow_future_leak:
-        return seen
+    visibility = gate.visibility(moe)
+    if not (visibility.eval_future and is_causal(config)) or config.moe.allow_future_leak:
+        return visibility
     roomy = without_slots()[0]
     around = {
         "moe.priority=position": moe_config(config, priority="position"),

@@ -1,4 +1,4 @@
-"""A field of the config: its default, what it means, and the values it may take."""
+"""A field of the config: its default, its meaning, and the values it may take."""
 
 import dataclasses
 from typing import Any

@@ -69,7 +69,7 @@ def workdir(text: str) -> str:
 def not_text(path: str) -> str:
     """The problem with a path that is not UTF-8; empty if it is.
 
-    Such names exist on disks written under Latin-1. What writes checkpoints cannot take them.
+    Such names exist on disks written under Latin-1. Checkpoints cannot be written to them.
     """
     try:
         os.path.abspath(path).encode()

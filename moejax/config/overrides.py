@@ -57,8 +57,8 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
     """Set the fields that overrides name, in order, but ``moe.gate.name`` first.
 
-    A new gate brings its own fields and its preset; what else is overridden is set afterwards and
-    wins. Naming the gate that the config already has changes nothing.
+    A new gate brings its own fields and its preset; the other overrides are set afterwards and
+    win. Naming the gate that the config already has changes nothing.
 
     Raises:
       UserError: an unknown field, a section, or a value of the wrong type.
@@ -140,7 +140,7 @@ def _show(value: Any) -> str:
 
 
 def unknown_field(name: str, table: Mapping[str, Field], config: Config) -> str:
-    """The message about a dotted name that is not a field: the nearest name, or what exists."""
+    """The message about a dotted name that is no field: the nearest name, or those that exist."""
     gate, task = config.moe.gate.name, config.task.name
     if name in FIELDS:
         return f"{name} means nothing to task {task!r}, which does not use it; leave it out"
@@ -181,8 +181,8 @@ def known_as(name: str, table: Mapping[str, Field]) -> str:
     for field in table:
         if field.rpartition(".")[2] == leaf:
             return field
-    found = next((field for field, words in SYNONYMS.items() if leaf in words.split()), "")
-    return found if found in table else ""
+    synonym = next((field for field, words in SYNONYMS.items() if leaf in words.split()), "")
+    return synonym if synonym in table else ""
 
 
 SYNONYMS: dict[str, str] = {

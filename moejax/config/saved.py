@@ -92,7 +92,7 @@ def _values(config: dict[str, Any], names: list[str]) -> str:
 
 
 def write_config(folder: Path, content: dict[str, Any]) -> None:
-    """Writes config.json, whole or not at all."""
+    """Writes config.json atomically."""
     files.write_json(folder / CONFIG, content)
 
 
@@ -140,7 +140,7 @@ def manifest_metas(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def noted_steps(folder: Path) -> list[int]:
-    """The checkpoints that a run has written down, ascending; empty if it wrote none down."""
+    """The checkpoints that a run has recorded, ascending; empty if it recorded none."""
     try:
         return sorted(map(int, files.parsed((folder / SAVED).read_bytes())["steps"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

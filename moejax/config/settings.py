@@ -41,7 +41,7 @@ FIXED: dict[str, Any] = {
     "jax_transfer_guard_host_to_device": None,
     "jax_transfer_guard_device_to_device": None,
     "jax_transfer_guard_device_to_host": None,
-    "jax_transfer_guard": None,  # which sets all three
+    "jax_transfer_guard": None,  # sets all three
 }
 """JAX's own defaults, by name: random numbers, element types, rules for combining arrays; then
 settings under which a run would not be traced, compiled and executed as written (debugging
@@ -66,7 +66,7 @@ def fix(config: Config | None = None) -> None:
     """
     wanted = FIXED | {PRECISION: _precision(config)}
     for name, value in wanted.items():
-        if not hasattr(jax.config, name):  # of another version of JAX
+        if not hasattr(jax.config, name):  # a setting of another version of JAX
             continue
         present = getattr(jax.config, name)
         present = present.name.lower() if isinstance(present, enum.Enum) else present

@@ -51,7 +51,7 @@ def read(source: str) -> Config:
 
 
 def is_workdir(source: str) -> bool:
-    """Whether ``source`` is a folder or a config.json.
+    """True if ``source`` is a folder or a config.json.
 
     A folder with the name of a page counts only if it is the workdir of a run.
     """
@@ -75,7 +75,7 @@ class Page:
         """``function(arg)``, or ``function()`` if it takes nothing; a generator is run to its end.
 
         Raises:
-          UserError: what the page raises, in one line with its file and line.
+          UserError: an exception of the page, in one line with its file and line.
         """
 
         def run() -> Any:

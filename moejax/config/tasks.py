@@ -47,7 +47,7 @@ class TaskEntry:
     sequences_per_row: int = 1
 
     def has(self, name: str) -> bool:
-        """Whether the task uses this field of the common table."""
+        """True if the task uses this field of the common table."""
         sections = tuple(out for out in self.without if out.endswith("."))
         return name in self.uses or not (name in self.without or name.startswith(sections))
 

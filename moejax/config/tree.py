@@ -66,10 +66,10 @@ def _gate_fields(gate: str) -> dict[str, Field]:
     table = {}
     for name, (default, comment) in gating.fields(gate).items():
         if not isinstance(default, (bool, int, float, str, tuple)):
-            found = "none" if default is dataclasses.MISSING else repr(default)
+            given = "none" if default is dataclasses.MISSING else repr(default)
             raise UserError(
                 f"gate {gate!r}: field {name!r} needs a default that is a bool, int, float, str or "
-                f"tuple, so that overrides can be typed; it has {found}"
+                f"tuple, so that overrides can be typed; it has {given}"
             )
         table[f"moe.gate.{name}"] = Field(default, comment)
     return table

@@ -197,7 +197,7 @@ def kind_of_bytes(file: io.BufferedIOBase, lists: bool = True) -> Kind | None:
 
 
 def _is_json_lines(head: bytes, file: io.BufferedIOBase) -> bool:
-    """Whether the first line is a JSON object and the next one begins another."""
+    """True if the first line is a JSON object and the next one begins another."""
     if b"\n" not in head:
         head += file.read(LONGEST_LINE)
     first, _, rest = head.partition(b"\n")

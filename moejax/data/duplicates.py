@@ -20,9 +20,9 @@ from moejax.data.documents import Document
 
 SHINGLE, SAMPLED_BITS = 32, 4
 COPY = 0.8
-"""Containment from which a document is a near copy."""
+"""The least containment of a near copy."""
 RELATED = 1000
-"""Number of shared shingles, about, from which two documents belong to one group."""
+"""The least number of shared shingles, about, of two documents in one group."""
 WINDOW = 50
 MOST_TRAIN, MOST_HELDOUT = 1 << 27, 1 << 22
 """Most bytes of each side that ``overlap`` compares, in evenly spread stretches of longer text."""

@@ -12,8 +12,8 @@ def prefetch(
 ) -> Iterator[Iterator[Any]]:
     """Iterate over ``fn(start), fn(start + 1), ..., fn(stop - 1)``, computed ahead in one thread.
 
-    At most ``depth`` results are computed ahead. What ``fn`` raises is raised by ``next()`` in its
-    place in the order, and the iteration ends there. On leaving the context no further call is
+    At most ``depth`` results are computed ahead. An exception of ``fn`` is raised by ``next()`` at
+    its place in the order, and the iteration ends there. On leaving the context no further call is
     started, and the thread is awaited for ``timeout`` seconds if it is inside ``fn``.
     """
     import grain  # slow to import

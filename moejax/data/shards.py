@@ -108,7 +108,7 @@ def write_index(folder: str, index: Index) -> None:
 
 
 def is_prepared(path: str) -> bool:
-    """Whether `path` is a folder of token shards (by its `index.json`), however damaged."""
+    """True if `path` is a folder of token shards (by its `index.json`), however damaged."""
     index = os.path.join(path, INDEX)
     if not os.path.isfile(index):
         return False

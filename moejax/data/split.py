@@ -126,7 +126,7 @@ def named_sides(documents: Sequence[Document]) -> Split | None:
 
 
 def _side(name: str) -> str:
-    """The side in a document's name: that of the outermost folder with one, else of the file."""
+    """The side in a document's name: that of its outermost folder with one, or of the file."""
     *folders, file = name.lower().split("/")
     for folder in folders:
         if folder in (*TRAIN_NAMES, *EVAL_FOLDERS):

@@ -142,7 +142,7 @@ class JsonTokenizer:
 
     @functools.cached_property
     def is_byte_level(self) -> bool:
-        """Whether its tokens are strings of bytes."""
+        """True if its tokens are strings of bytes."""
         decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
         return "ByteLevel" in [d.get("type") for d in (decoder, *decoder.get("decoders", ()))]
 
@@ -198,12 +198,12 @@ Tokenizer = ByteTokenizer | JsonTokenizer
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: bytes if it is empty, else a `tokenizers` JSON file."""
+    """The tokenizer of `data.tokenizer`: bytes if it is empty, or a `tokenizers` JSON file."""
     return JsonTokenizer(os.path.expanduser(path)) if path else ByteTokenizer()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Little-endian uint16 where all ids fit, else uint32."""
+    """Little-endian uint16 where all ids fit, otherwise uint32."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 

@@ -94,7 +94,7 @@ def check_divides(mesh: AbstractMesh | None, num_experts: int) -> None:
 
 
 def site_on(mesh: AbstractMesh | None) -> Site:
-    """Where a computation inside ``shard_map`` on this mesh finds its experts."""
+    """The location of the experts for a computation inside ``shard_map`` on this mesh."""
     shards = meshes.axis_size(mesh, "expert")
     return Site(
         shards=shards,

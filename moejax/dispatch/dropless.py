@@ -71,7 +71,7 @@ class DroplessOnce(Transport):
         received_MD = exchange.send_rows(rows_ND, traffic, room, site)
         about_MJ = exchange.send_rows(about_NJ, traffic, room, site)
         with jax.named_scope("pack"):
-            # Rows that nobody sent may look like a token with experts.
+            # Rows that no shard sent may look like a token with experts.
             about_MJ = jnp.where(jnp.arange(room)[:, None] < traffic.size_e, about_MJ, 0.0)
             sent_MK, weight_MK = jnp.split(about_MJ, 2, axis=1)
             expert_MK = sent_MK.astype(jnp.int32) - exchange.shard_index(site) * own

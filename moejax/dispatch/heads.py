@@ -74,7 +74,7 @@ FIXED_ROWS = (
     head_queries.__name__,  # pyright: ignore[reportAttributeAccessIssue]
     head_outputs.__name__,  # pyright: ignore[reportAttributeAccessIssue]
 )
-"""Names by which a count of FLOPs knows that the grouped matmuls inside do not depend on the
+"""Names from which a count of FLOPs infers that the grouped matmuls inside do not depend on the
 routing: a token has k heads, whichever they are."""
 
 

@@ -20,7 +20,7 @@ _UNROLLED_COLUMNS = 8
 
 
 class Plan(NamedTuple):
-    """Where each pair goes. Pair id p = t * K + k; t counts this device's tokens, group by group.
+    """The row of each pair. Pair id p = t * K + k; t counts this device's tokens, group by group.
 
     ``pair_M``: the pair in each row of the buffer, t * K (one past the last) where a row is empty.
     ``row_tK``: the row of each pair, 0 where the pair has none. ``kept_tK``: whether it has one.
@@ -121,7 +121,7 @@ def plan_visits(
 ) -> tuple[Plan, Int[Array, "S"]]:
     """Rows sorted by shard, one for each shard on which a token has active pairs; and their counts.
 
-    A shard has ``own`` experts. Of a token's pairs on a shard the first one stands for all.
+    A shard has ``own`` experts. The first of a token's pairs on a shard stands for all.
     """
     tokens, columns = expert_tK.shape
     shard_tK = jnp.where(weight_tK > 0, expert_tK // own, shards)
@@ -217,7 +217,7 @@ def _combine(rows_MD: Array, weight_tK: Array, plan: Plan) -> Array:
 def _rows_of_column(rows_MD: Array, plan: Plan, column: Array | int) -> Float[Array, "t D"]:
     """The row of each token's pair in one column, in float32; zeros where it has none."""
     rows_tD = jnp.take(rows_MD, plan.row_tK[:, column], axis=0, mode="clip").astype(jnp.float32)
-    # A select, not a product with 0: rows that belong to nobody may hold anything.
+    # A select, not a product with 0: rows that belong to no pair may hold anything.
     return jnp.where(plan.kept_tK[:, column, None], rows_tD, 0.0)
 
 

@@ -11,7 +11,7 @@ from moejax.types import Priority
 
 
 class _Moved(NamedTuple):
-    """A routing on its way, which of its pairs have no room, and what is known of the experts."""
+    """A routing between two rounds: its pairs without room, and the load of the experts."""
 
     expert_GTK: Int[Array, "G T K"]
     weight_GTK: Float[Array, "G T K"]
@@ -36,7 +36,7 @@ def reroute(
     one that the token does not visit yet, that was not too full before the round, and whose
     probability is above 0. Room is given out column by column, tokens in the order of ``priority``.
     A pair that moved from expert e to j weighs w p_j / p_e: for Switch's weights p_e that is p_j.
-    Who had room keeps it; a pair that never finds any stays as it was (and will be dropped).
+    Pairs that had room keep it; a pair that never finds any stays as it was (and will be dropped).
 
     As "No-Token-Left-Behind" in Fedus, Zoph, Shazeer, arXiv 2101.03961, appendix B.
     """

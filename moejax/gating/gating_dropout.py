@@ -113,7 +113,7 @@ class GatingDropout(Stateless, LinearRouter, TokenChoice):
         return GateOutput(routing, ops.softmax_stats(logits_GTE), means={"local": local_G})
 
     def is_local(self, context: GateContext) -> Bool[Array, ""]:
-        """Whether the step is local: one draw for all its tokens and micro-batches.
+        """True if the step is local: one draw for all its tokens and micro-batches.
 
         Raises:
           ValueError: the context has no key.

@@ -23,8 +23,8 @@ from moejax.types import (
 SMALLEST, LARGEST = 1e-20, 1e20
 """Bounds of lambda, which could not rise again from 0."""
 TINY = 1e-6
-"""Where weights sum to less, their shares get no gradient, which would be huge. Where all weights
-are 0, the shares are uniform."""
+"""The least sum of weights whose shares get a gradient, which would be huge below it. Where all
+weights are 0, the shares are uniform."""
 
 
 @dataclasses.dataclass(frozen=True)

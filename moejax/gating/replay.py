@@ -58,11 +58,11 @@ class Replay(ConstantState):
                 "gate.path='' must name a recorded routing; `moejax eval --record-routing=FILE` "
                 "writes one"
             )
-        found = self._recording().num_experts
-        if found != num_experts:
+        recorded = self._recording().num_experts
+        if recorded != num_experts:
             raise ValueError(
-                f"gate.path={self.path!r} was recorded with {found} experts, but num_experts="
-                f"{num_experts}; use num_experts={found}"
+                f"gate.path={self.path!r} was recorded with {recorded} experts, but num_experts="
+                f"{num_experts}; use num_experts={recorded}"
             )
 
     def _check_data(self, layers: int, length: int, train_rows: int, eval_rows: int) -> None:
@@ -71,12 +71,12 @@ class Replay(ConstantState):
             ("train", train_rows, "record training rows with --record-steps"),
             ("eval", eval_rows, "record with the same train.eval_rows"),
         ):
-            found = getattr(self._recording(), split).expert_MNLK.shape[:3]
-            short = found[1] < rows
-            if rows and (short or found[0] != layers or found[2] < length):
+            shape = getattr(self._recording(), split).expert_MNLK.shape[:3]
+            short = shape[1] < rows
+            if rows and (short or shape[0] != layers or shape[2] < length):
                 raise ValueError(
-                    f"gate.path={self.path!r} has {found[0]} layers x {found[1]} {split} rows x "
-                    f"{found[2]} positions, but {layers} x {rows} x {length} are needed; "
+                    f"gate.path={self.path!r} has {shape[0]} layers x {shape[1]} {split} rows x "
+                    f"{shape[2]} positions, but {layers} x {rows} x {length} are needed; "
                     f"{remedy if short else 'record with the same model and train.seq_len'}"
                 )
 
@@ -103,9 +103,9 @@ class Replay(ConstantState):
 
     def init_state(self, spec: GateSpec) -> GateState:
         """This layer's tables, without those that are 0 everywhere in the file."""
-        found = self._recording()
+        recording = self._recording()
         states = {}
-        for split, routed in (("eval", found.eval), ("train", found.train)):
+        for split, routed in (("eval", recording.eval), ("train", recording.train)):
             weight = np.where(routed.kept_MNLK, routed.weight_MNLK, 0.0)
             dropped = np.where(routed.kept_MNLK, 0.0, routed.weight_MNLK) > 0
             tables = {

@@ -22,7 +22,7 @@ from moejax.types import (
 )
 
 EPSILON = 1e-5
-"""Of the layer norms, as in the authors' code."""
+"""The epsilon of the layer norms, as in the authors' code."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _launched_processes() -> int | None:
 
 
 def _check_no_other_launcher() -> None:
-    """Refuses to be one of several processes that know nothing of each other.
+    """Refuses to be one of several processes that are not connected to each other.
 
     Raises:
       UserError: a launcher that JAX does not know has started several.

@@ -1,7 +1,7 @@
 """Grouped FFN for CPU: expert by expert, and in each tile by tile, all products of a tile at once.
 
-Of the hidden layer only what the backward pass needs leaves the cache, and without a backward pass
-nothing. `grouped_matmul_cpu` says what the form of the loops rests on; the backward pass adds:
+Only the part of the hidden layer that the backward pass needs leaves the cache; without a backward
+pass, none. `grouped_matmul_cpu` gives reasons for the form of the loops; the backward pass adds:
 
 * A matrix's gradient sums over the rows of a tile, and XLA:CPU is faster at such a product where
   its left operand has been copied transposed. The input's copy serves all matrices into the hidden
@@ -66,7 +66,7 @@ def forward(x_ND, weights: Weights, group_sizes_G, *, activate: Callable, save: 
 
         def visit_tile(carry):
             row, buffers = carry
-            # Where the greatest tile would leave the buffer, masked tiles take over.
+            # Masked tiles take over where the greatest tile would leave the buffer.
             at_edge = row > num_rows - heights[-1]
             buffers = run_if(at_edge, partial(write_masked_tile, row), buffers)
             wanted = least_height(heights, end - row)

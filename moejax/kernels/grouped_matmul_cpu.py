@@ -1,7 +1,7 @@
 """Grouped matmul for CPU: a loop over the groups, and in each over tiles of its rows.
 
 XLA:CPU has no grouped matmul: it expands `jax.lax.ragged_dot` to one masked copy of the rows per
-group, G times the work. Here the work follows the rows. What the form of the loops rests on
+group, G times the work. Here the work follows the rows. Reasons for the form of the loops
 (measured on XLA:CPU of jax 0.10):
 
 * Matmuls of fewer than about 256 rows are slower per row (a tile of 32 rows takes almost twice its
@@ -72,7 +72,7 @@ def _rows_times_matrix(rows, w_GDF, group_sizes_G, *, contract_w: int) -> jax.Ar
 
         def visit_tile(carry):
             row, out = carry
-            # Where the greatest tile would leave the buffer, masked tiles take over.
+            # Masked tiles take over where the greatest tile would leave the buffer.
             at_edge = row > num_rows - heights[-1]
             write = partial(_write_masked_tile, rows, w, contract_w, edge, row, end)
             out = run_if(at_edge, write, out)
@@ -151,7 +151,7 @@ def dw(x_ND: jax.Array, dy_NF: jax.Array, group_sizes_G: jax.Array) -> jax.Array
 
 
 def in_range(top, height, start, end):
-    """Which of the rows top, top + 1, ... lie in [start, end)."""
+    """A mask of the rows top, top + 1, ... that lie in [start, end)."""
     row = top + jnp.arange(height)
     return (row >= start) & (row < end)
 

@@ -1,7 +1,7 @@
 """Grouped matmul for NVIDIA GPUs: the kernels of the package tokamax.
 
 `jax.lax.ragged_dot` is not used: on NVIDIA it materialises one masked copy of the rows per group.
-Of tokamax's kernels the Triton one is the default: it takes float32 and bfloat16 and any width.
+The default is tokamax's Triton kernel, which takes float32 and bfloat16 and any width.
 ``implementation="mosaic_gpu"`` names the Hopper and Blackwell kernel (bfloat16, widths in whole
 tiles); benchmarks compare the two. An implementation that cannot run raises, nothing falls back.
 """

@@ -40,7 +40,7 @@ def ragged_exchange(
       recv_sizes equals ``jax.lax.all_to_all(send_sizes, axis_name, 0, 0, tiled=True)``.
 
     Returns:
-      `output_MD` with the received rows written into it. Rows that nobody sends keep the value of
+      `output_MD` with the received rows written into it. Rows that are not sent keep the value of
       `output_MD`, whatever it is.
 
     Slices received by one device must not overlap. On CPU a call that breaks a rule (sizes of the

@@ -1,4 +1,4 @@
-"""What the kernels share with their callers: platforms, varying mesh axes, forward mode's error.
+"""Facts about the kernels for their callers: platforms, varying mesh axes, forward mode's error.
 
 Each is about a limit of a kernel: where it runs, what `jax.shard_map` may check about it, and what
 JAX can differentiate through it.
@@ -39,7 +39,7 @@ def resolve_platform(platform: str | None) -> Platform:
 
 
 def kernels_pass_check_vma(platform: str | None = None) -> bool:
-    """Whether `grouped_matmul` may be used in ``jax.shard_map(..., check_vma=True)``.
+    """True if `grouped_matmul` may be used in ``jax.shard_map(..., check_vma=True)``.
 
     False on TPU and GPU: the Pallas kernels used there (megablox, tokamax) declare output shapes
     without the mesh axes they vary over, which `pallas_call` refuses when the check is on.

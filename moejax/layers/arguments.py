@@ -71,10 +71,10 @@ def check_context(context: Any, batch: int, length: int) -> None:
         wanted = shapes.get(field.name[max(field.name.rfind("_"), 0) :])
         if wanted is None or (field.name == "segment_BL" and context.segment_BL is None):
             continue
-        found = jnp.shape(getattr(context, field.name))
-        if found != wanted:
+        shape = jnp.shape(getattr(context, field.name))
+        if shape != wanted:
             raise ValueError(
-                f"context.{field.name} has shape {found}, but x has {batch} sequences of {length} "
+                f"context.{field.name} has shape {shape}, but x has {batch} sequences of {length} "
                 f"tokens; make the context with moejax.Context.of({batch}, {length}, ...)"
             )
         if not are_whole(value := getattr(context, field.name)):
@@ -113,7 +113,7 @@ def check_gate_state(state: GateState, wanted: GateState, gate: str) -> None:
     has, takes = _described(state) or "nothing", _described(wanted) or "none"
     raise ValueError(
         f"gate_state has {has}, but gate {gate} takes {takes}; start with "
-        "layer.init_gate_state() and go on with layer.update_gate_state(state, info.stats)"
+        "layer.init_gate_state() and continue with layer.update_gate_state(state, info.stats)"
     )
 
 

@@ -29,9 +29,9 @@ def layer_info(
     train: bool,
     means: dict[str, Array],
 ) -> MoEInfo:
-    """What a layer returns beside its output.
+    """The report of a layer beside its output.
 
-    Losses and counts are of ``output.routing``, the gate's choice: rerouting must not hide an
+    Losses and counts describe ``output.routing``, the gate's choice: rerouting must not hide an
     imbalance. ``routing`` is the one that was followed, and ``means`` joins the gate's own.
     """
     batch, length = context.valid_BL.shape

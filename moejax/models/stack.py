@@ -238,7 +238,7 @@ class Stack(TrainOrEval):
         periods = self.config.num_periods
         unroll = is_training(self, train) and periods <= MOST_UNROLLED
         if self.config.remat != "none":
-            # Outside a loop XLA would merge what is recomputed with what it recomputes.
+            # Outside a loop XLA would merge recomputed values with the original ones.
             unroll = False
             body = jax.checkpoint(body, policy=REMAT[self.config.remat], prevent_cse=False)
         layers = (params, gate_state, jnp.arange(periods))

@@ -30,17 +30,17 @@ def announce(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) 
 
 def lines(sweep: Sweep, folder: Path, chosen: Sequence[Trial] | None = None) -> list[str]:
     """The budget, as lines of text."""
-    found = read_sweep(folder, sweep)
-    finished = {(result.variant, result.seed) for result in found}
+    results = read_sweep(folder, sweep)
+    finished = {(result.variant, result.seed) for result in results}
     waiting = [
         trial
         for trial in (sweep.trials if chosen is None else chosen)
         if (trial.variant, trial.seed) not in finished
     ]
-    said = [_solved(sweep)] if sweep.solved else []
+    budget = [_solved(sweep)] if sweep.solved else []
     if waiting:
-        said += [_work(waiting), _time(sweep, waiting, found)]
-    return [*said, _detectable(sweep, found)]
+        budget += [_work(waiting), _time(sweep, waiting, results)]
+    return [*budget, _detectable(sweep, results)]
 
 
 def _solved(sweep: Sweep) -> str:
@@ -56,7 +56,7 @@ def _solved(sweep: Sweep) -> str:
 
 
 def _may_drop(moe: dict[str, Any]) -> bool:
-    """Whether pairs may find no slot, from the ``moe`` section of a resolved config."""
+    """True if pairs may find no slot, by the ``moe`` section of a resolved config."""
     return "transport" in moe and TRANSPORTS[moe["transport"]]().slot_rules is not None
 
 
@@ -100,15 +100,15 @@ def _time(sweep: Sweep, waiting: Sequence[Trial], finished: Sequence[Result]) ->
 
 
 def _seconds(trial: Result | Pilot, steps: int) -> float:
-    """The duration of a finished trial if it had taken so many steps."""
+    """The duration of a finished trial if it had taken ``steps`` steps."""
     return trial.elapsed_seconds + (steps - trial.step) * trial.seconds_per_step
 
 
 def _detectable(sweep: Sweep, finished: Sequence[Result]) -> str:
     known = seed_variance(sweep, finished)
-    found = detectable_difference(sweep, known)
-    if found:
-        return detectable_note(found, unit_of(finished))
+    detectable = detectable_difference(sweep, known)
+    if detectable:
+        return detectable_note(detectable, unit_of(finished))
     if known is None:
         first = sweep.comparison.baseline or sweep.variants[0]
         return (

@@ -100,7 +100,7 @@ def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, in
     baseline = sweep.comparison.baseline
     cost = sweep.comparison.match or "active_flops"
     own = {name: [r for r in results if r.variant == name] for name in sweep.variants}
-    losses = {name: {r.seed: r.loss for r in found} for name, found in own.items()}
+    losses = {name: {r.seed: r.loss for r in finished} for name, finished in own.items()}
     reference = _mean([COSTS[cost](r) for r in own[baseline]]) if baseline else None
     differences = {
         name: paired(losses[name], losses[baseline])
@@ -115,8 +115,8 @@ def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, in
         points = [_point(sweep, r, COSTS[cost](r), reference, others) for r in own[name]]
         lost = [seed for seed in _seeds(sweep, name) if (name, seed) in diverged]
         leak = own[name][0].leak if own[name] else ""
-        said = differences.get(name), corrected.get(name), unit_of(results)
-        variants.append(_compared(sweep, name, points, lost, leak, *said))
+        decision = differences.get(name), corrected.get(name), unit_of(results)
+        variants.append(_compared(sweep, name, points, lost, leak, *decision))
     return Summary(
         source=sweep.source,
         baseline=baseline,
@@ -208,18 +208,18 @@ def _verdict(
     """The verdict, with the diverged seeds: without them the sample is biased."""
     baseline = sweep.comparison.baseline
     if baseline is None or name == baseline:
-        said = BASELINE if baseline else ""
+        text = BASELINE if baseline else ""
     else:
-        said = verdict(difference, p_holm, unit) if finished else "no finished seed: no verdict"
+        text = verdict(difference, p_holm, unit) if finished else "no finished seed: no verdict"
     if not diverged:
-        return said
+        return text
     lost = f"{len(diverged)} diverged (seed {', '.join(map(str, diverged))})"
-    return f"{said}; {lost}" if said else lost
+    return f"{text}; {lost}" if text else lost
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
     """The tree of summary.json."""
-    found = summary.detectable
+    detectable = summary.detectable
     return {
         "format": FORMAT,
         "experiment": summary.source,
@@ -229,7 +229,8 @@ def to_json(summary: Summary) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "unit": summary.unit,
         "cost": {"name": summary.cost, "unit": MATCHES[summary.cost]},
-        "detectable": found and {**dataclasses.asdict(found), "power": POWER, "level": LEVEL},
+        "detectable": detectable
+        and {**dataclasses.asdict(detectable), "power": POWER, "level": LEVEL},
         "variants": [_variant_to_json(variant) for variant in summary.variants],
     }
 

@@ -195,8 +195,8 @@ def _solve_and_expand(
     solved = solve(f"experiment {source!r}", comparison, given, config_of)
     trials = []
     for variant in variants:
-        found = solved.get(variant.name)
-        fields = {**variant.fields, found.field: found.width} if found else variant.fields
+        match = solved.get(variant.name)
+        fields = {**variant.fields, match.field: match.width} if match else variant.fields
         own = dataclasses.replace(variant, fields=fields)
         trials += [_trial(source, own, seed) for seed in variant.seeds or [None]]
     return tuple(trials), tuple(solved.values())

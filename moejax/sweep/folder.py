@@ -34,7 +34,7 @@ def log_of(folder: Path, trial: Trial) -> Path:
 
 
 def finished(folder: Path, trial: Trial) -> bool:
-    """Whether the trial has its last evaluation and its picture, which a run draws at its end.
+    """True if the trial has its last evaluation and its picture, which a run draws at its end.
 
     A run with another config does not count.
     """
@@ -101,7 +101,7 @@ class Index:
     trials: tuple[Trial, ...]
     """With configs migrated to this version."""
     intact: bool
-    """Whether every recorded name and id matches its config."""
+    """True if every recorded name and id matches its config."""
 
 
 def read_index(folder: Path) -> Index:

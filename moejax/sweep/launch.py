@@ -62,7 +62,7 @@ class Job(Protocol):
         ...
 
     def terminate(self) -> None:
-        """Send the trial one SIGTERM, upon which it saves and exits; a second one aborts it.
+        """Send the trial one SIGTERM, after which it saves and exits; a second one aborts it.
 
         A job still waiting in a queue is removed from it and has ended with 75. Does nothing to a
         job that has ended.
@@ -93,7 +93,7 @@ class Launcher(Protocol):
 
     @property
     def queues(self) -> bool:
-        """Whether it queues trials beyond those that may run at once.
+        """True if it queues trials beyond those that may run at once.
 
         If so, the runner hands over all missing trials together and does not limit them.
         """
@@ -184,7 +184,7 @@ class LocalLauncher:
 
 
 def may_live(handle: str) -> bool:
-    """Whether a local job may still be running, as far as this machine can tell."""
+    """True if a local job may still be running, as far as this machine can tell."""
     host, _, number = handle.rpartition(":")
     if host != socket.gethostname():
         return True

@@ -67,17 +67,17 @@ def comparison_of(page: Page, variants: Sequence[str]) -> Comparison:
     """
     where = f"experiment {page.path!r}"
     names = [field.name for field in dataclasses.fields(Comparison)]
-    said = {name: getattr(page.module, name.upper(), None) for name in names}
+    settings = {name: getattr(page.module, name.upper(), None) for name in names}
     function = getattr(page.module, "comparison", None)
     if function is not None:
-        found = page.call(function) if callable(function) else function
-        if not isinstance(found, dict) or not set(found) <= set(names):
+        returned = page.call(function) if callable(function) else function
+        if not isinstance(returned, dict) or not set(returned) <= set(names):
             raise UserError(
-                f"{where}: comparison() gives {found!r}; return a dict with some of "
+                f"{where}: comparison() gives {returned!r}; return a dict with some of "
                 f"{', '.join(names)}"
             )
-        said |= found
-    comparison = Comparison(**said)
+        settings |= returned
+    comparison = Comparison(**settings)
     _check_names(where, comparison, variants)
     _check_pilot(where, comparison.pilot)
     return comparison

@@ -61,7 +61,7 @@ class Drawn:
 
     @property
     def marked(self) -> bool:
-        """Whether it has a mark, and so an open symbol."""
+        """True if it has a mark, and so an open symbol."""
         return self.leaks or self.missed_match
 
     @property
@@ -110,7 +110,7 @@ def _drawn(variant: Mapping[str, Any]) -> Drawn:
 
 def with_costs(variants: Iterable[Drawn], costs: Mapping[tuple[str, int], float]) -> list[Drawn]:
     """The variants at other costs, given by variant and seed; a cost that is not finite is None."""
-    found = []
+    priced = []
     for variant in variants:
         seeds = tuple(
             dataclasses.replace(seed, cost=cost if _finite(cost) else None)
@@ -119,8 +119,8 @@ def with_costs(variants: Iterable[Drawn], costs: Mapping[tuple[str, int], float]
         )
         known = [seed.cost for seed in seeds if seed.cost is not None]
         mean = sum(known) / len(known) if known else None
-        found.append(dataclasses.replace(variant, cost=mean, seeds=seeds))
-    return found
+        priced.append(dataclasses.replace(variant, cost=mean, seeds=seeds))
+    return priced
 
 
 def least_span(variants: Iterable[Drawn], unit: str) -> float:

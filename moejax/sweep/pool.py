@@ -52,7 +52,7 @@ class _Attempt:
     log_begin: int
     """The byte of the log at which the output of this attempt begins."""
     own: bool
-    """Whether this runner started it, rather than one that was killed."""
+    """True if this runner started it, and not an earlier one that was killed."""
 
 
 class Pool:

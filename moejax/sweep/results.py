@@ -63,7 +63,7 @@ class Result:
     eval_drop_rate: float | None
     total_parameters: int
     leak: str
-    """What a token's output may depend on besides its past; empty if nothing."""
+    """The tokens besides its past on which a token's output may depend; empty if none."""
     unit: str = PER_BYTE
     """The unit of the loss."""
     missing_steps: int = 0
@@ -78,9 +78,9 @@ def unit_of(results: Sequence[Result]) -> str:
     """
     units = {result.unit: result for result in results}
     if len(units) > 1:
-        found = ", ".join(f"{unit} of {result.variant}" for unit, result in units.items())
+        listing = ", ".join(f"{unit} of {result.variant}" for unit, result in units.items())
         raise UserError(
-            f"losses of several units cannot be compared: {found}; shards of an older version do "
+            f"losses of several units cannot be compared: {listing}; shards of an older version do "
             "not record how many bytes their tokens stand for, so prepare them again"
         )
     return next(iter(units), PER_BYTE)
@@ -244,7 +244,7 @@ def read_sweep(folder: Path, sweep: Sweep) -> list[Result]:
 
 def read_diverged(folder: Path, sweep: Sweep) -> set[tuple[str, int]]:
     """Variant and seed of the trials whose last attempt diverged."""
-    found = set()
+    diverged = set()
     for trial in sweep.trials:
         path = folders.log_of(folder, trial)
         if path.exists() and not folders.finished(folder, trial):
@@ -252,8 +252,8 @@ def read_diverged(folder: Path, sweep: Sweep) -> set[tuple[str, int]]:
             lines = path.read_text(errors="replace").splitlines()
             begin = max((i for i, line in enumerate(lines) if line.startswith("# ")), default=0)
             if any(line.startswith(DIVERGED) for line in lines[begin:]):
-                found.add((trial.variant, trial.seed))
-    return found
+                diverged.add((trial.variant, trial.seed))
+    return diverged
 
 
 def write_csv(

@@ -70,7 +70,7 @@ def run(sweep: Sweep, folder: Path, execution: Execution | None = None) -> int:
 
 
 def dry_run(sweep: Sweep, folder: Path, execution: Execution) -> None:
-    """Print what `run` would do with each chosen trial. Writes nothing.
+    """Print the plan of `run` for each chosen trial. Writes nothing.
 
     Raises:
       UserError: as `run` does.
@@ -79,11 +79,11 @@ def dry_run(sweep: Sweep, folder: Path, execution: Execution) -> None:
     folders.check(folder, sweep)
     launch.make(execution.launcher, folder, execution.options)
     entries, problems = status.known(folder, chosen)
-    found = status.lines(folder, chosen, entries)
+    lines = status.lines(folder, chosen, entries)
     print(f"{sweep.source}: {len(chosen)} of {len(sweep.trials)} trials in {folder}")
-    print(status.table(found))
-    run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in found)
-    print(f"\n{status.summary(found)}; {run} would be run")
+    print(status.table(lines))
+    run = sum(line.entry.state not in (journal.DONE, journal.RUNNING) for line in lines)
+    print(f"\n{status.summary(lines)}; {run} would be run")
     budget.announce(sweep, folder, chosen)
     warn(sweep, execution)
     for problem in problems:
@@ -91,7 +91,7 @@ def dry_run(sweep: Sweep, folder: Path, execution: Execution) -> None:
 
 
 def warn(sweep: Sweep, execution: Execution) -> None:
-    """Warn if step times are to be compared of trials that share this machine."""
+    """Warn if the step times of trials that share this machine are compared."""
     jobs = execution.jobs or 1
     if sweep.comparison.match == "step_time" and execution.launcher == "local" and jobs > 1:
         print(
@@ -113,8 +113,8 @@ def report(sweep: Sweep, folder: Path) -> None:
 def keep(sweep: Sweep, folder: Path) -> None:
     """After a stop: writes what `report` writes if a trial has finished, and prints no table.
 
-    It may be long before the sweep goes on. Files that cannot be read are said; they are no reason
-    for another exit status, since going on does not need them.
+    It may be long before the sweep resumes. Files that cannot be read are reported; they are no
+    reason for another exit status, since resuming does not need them.
     """
     try:
         if any(folders.finished(folder, trial) for trial in sweep.trials):

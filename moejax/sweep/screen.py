@@ -83,18 +83,18 @@ class _Table:
         self._drawn = time.monotonic()
 
 
-def render(found: Sequence[status.Line], height: int) -> "Table":
+def render(lines: Sequence[status.Line], height: int) -> "Table":
     """The trials that fit into ``height`` lines, running ones first if not all do."""
     from rich.table import Table
     from rich.text import Text
 
     room = max(1, height - 5)  # head, rule, caption and the cursor's line
-    shown, hidden = list(found), ""
-    if len(found) > room:
-        order = sorted(range(len(found)), key=lambda i: _FIRST.index(found[i].entry.state))
-        shown = [found[i] for i in sorted(order[:room])]
-        hidden = f" ({len(found) - room} not shown)"
-    table = Table(box=None, caption=status.summary(found) + hidden, caption_justify="left")
+    shown, hidden = list(lines), ""
+    if len(lines) > room:
+        order = sorted(range(len(lines)), key=lambda i: _FIRST.index(lines[i].entry.state))
+        shown = [lines[i] for i in sorted(order[:room])]
+        hidden = f" ({len(lines) - room} not shown)"
+    table = Table(box=None, caption=status.summary(lines) + hidden, caption_justify="left")
     for name, side in zip(status.HEAD, status.SIDES, strict=True):
         table.add_column(name, justify="left" if side == "<" else "right", no_wrap=True)
     for line in shown:

@@ -71,23 +71,23 @@ def seed_variance(sweep: Sweep, finished: Sequence[Result]) -> SeedVariance | No
       UserError: the pilot's file cannot be read.
     """
     baseline, pilot = sweep.comparison.baseline, sweep.comparison.pilot
-    found = estimates(losses_of(finished), baseline, "this sweep")
+    variances = estimates(losses_of(finished), baseline, "this sweep")
     if isinstance(pilot, str):
-        found += estimates(losses_of(read_pilot(pilot)), baseline, pilot)
+        variances += estimates(losses_of(read_pilot(pilot)), baseline, pilot)
     elif pilot is not None:
         text = f"PILOT = {pilot:g}, the deviation over seeds, times \N{SQUARE ROOT}2"
-        found.append(SeedVariance(math.sqrt(2) * pilot, False, 0, text))
-    return best(found)
+        variances.append(SeedVariance(math.sqrt(2) * pilot, False, 0, text))
+    return best(variances)
 
 
-def best(found: Sequence[SeedVariance]) -> SeedVariance | None:
+def best(variances: Sequence[SeedVariance]) -> SeedVariance | None:
     """The most reliable estimate: more degrees of freedom are better.
 
     Paired differences are preferred to the deviation over seeds, unless they have fewer than
     `ENOUGH` degrees of freedom and the seeds have more: with a single degree of freedom an estimate
     can be wrong by a factor of 30.
     """
-    by_freedom = sorted(found, key=lambda each: each.freedom, reverse=True)
+    by_freedom = sorted(variances, key=lambda each: each.freedom, reverse=True)
     paired = next((each for each in by_freedom if each.paired), None)
     if paired and (paired.freedom >= ENOUGH or paired.freedom == by_freedom[0].freedom):
         return paired
@@ -102,7 +102,7 @@ def estimates(losses: Losses, baseline: str | None, where: str) -> list[SeedVari
     reference = baseline if baseline in losses else next(iter(losses), None)
     if reference is None:
         return []
-    found = []
+    variances = []
     pairs = [
         [loss - losses[reference][seed] for seed, loss in own.items() if seed in losses[reference]]
         for variant, own in losses.items()
@@ -112,12 +112,12 @@ def estimates(losses: Losses, baseline: str | None, where: str) -> list[SeedVari
     if freedom:
         count = freedom + sum(len(differences) > 1 for differences in pairs)
         text = f"{count} differences to {reference} in {where}"
-        found.append(SeedVariance(deviation, True, freedom, text))
+        variances.append(SeedVariance(deviation, True, freedom, text))
     deviation, freedom = _pooled([list(own.values()) for own in losses.values()])
     if freedom:
         text = f"the deviation over seeds in {where}, {deviation:.2g}, times \N{SQUARE ROOT}2"
-        found.append(SeedVariance(math.sqrt(2) * deviation, False, freedom, text))
-    return found
+        variances.append(SeedVariance(math.sqrt(2) * deviation, False, freedom, text))
+    return variances
 
 
 def _pooled(groups: Iterable[list[float]]) -> tuple[float, int]:
@@ -129,7 +129,7 @@ def _pooled(groups: Iterable[list[float]]) -> tuple[float, int]:
 
 
 def losses_of(trials: Sequence[Result | Pilot]) -> Losses:
-    """Those that are finite: the others say nothing of how much seeds vary."""
+    """The finite losses: the others give no variance over seeds."""
     losses: dict[str, dict[int, float]] = {}
     for trial in filter(lambda trial: math.isfinite(trial.loss), trials):
         losses.setdefault(trial.variant, {})[trial.seed] = trial.loss
@@ -158,7 +158,7 @@ def read_pilot(folder: str) -> list[Pilot]:
         ) from error
 
 
-def detectable_difference(sweep: Sweep, found: SeedVariance | None) -> Detectable | None:
+def detectable_difference(sweep: Sweep, variance: SeedVariance | None) -> Detectable | None:
     """The difference that the sweep can detect; None for one seed or variant, or no estimate."""
     seeds = {
         variant: {trial.seed for trial in sweep.trials if trial.variant == variant}
@@ -166,16 +166,16 @@ def detectable_difference(sweep: Sweep, found: SeedVariance | None) -> Detectabl
     }
     reference = sweep.comparison.baseline or sweep.variants[0]
     common = [len(own & seeds[reference]) for name, own in seeds.items() if name != reference]
-    if found is None or not common or min(common) < 2:
+    if variance is None or not common or min(common) < 2:
         return None
     least, many = min(common), len(common)
     return Detectable(
-        difference=found.deviation * detectable(least),
-        difference_holm=found.deviation * detectable(least, LEVEL / many),
+        difference=variance.deviation * detectable(least),
+        difference_holm=variance.deviation * detectable(least, LEVEL / many),
         seeds=least,
         comparisons=many,
-        deviation=found.deviation,
-        freedom=found.freedom,
-        factors=deviation_factors(found.freedom) if found.freedom else None,
-        source=found.source,
+        deviation=variance.deviation,
+        freedom=variance.freedom,
+        factors=deviation_factors(variance.freedom) if variance.freedom else None,
+        source=variance.source,
     )

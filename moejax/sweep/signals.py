@@ -27,7 +27,7 @@ class Signals:
         self._signals.__exit__()
 
     def to_pass_on(self) -> bool:
-        """Whether to signal the trials now; true once for each request."""
+        """True if the trials should be signalled now: once for each request."""
         now = time.monotonic()
         if self._passed == self.asked or now - self._last_passed < BETWEEN:
             return False

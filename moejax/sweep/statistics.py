@@ -101,14 +101,14 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     seeds = tuple(sorted(values.keys() & baseline.keys()))
     if not seeds:
         return None
-    found = estimate([values[seed] - baseline[seed] for seed in seeds])
+    difference = estimate([values[seed] - baseline[seed] for seed in seeds])
     p = None
-    if found.deviation is not None:
-        error = found.deviation / math.sqrt(len(seeds))
+    if difference.deviation is not None:
+        error = difference.deviation / math.sqrt(len(seeds))
         # Differences without any spread are certain either way.
-        t = abs(found.mean) / error if error else math.inf if found.mean else 0.0
+        t = abs(difference.mean) / error if error else math.inf if difference.mean else 0.0
         p = float(2 * stats.t.sf(t, len(seeds) - 1))
-    return Difference(seeds, found.mean, found.half_width, found.deviation, p)
+    return Difference(seeds, difference.mean, difference.half_width, difference.deviation, p)
 
 
 def outcome(difference: Difference | None, p_holm: float | None) -> str:
@@ -125,19 +125,19 @@ def verdict(difference: Difference | None, p_holm: float | None, unit: str) -> s
     """``outcome`` as a sentence, with numbers in the ``unit`` of the losses."""
     if difference is None:
         return f"no seed in common with the baseline: {NONE}"
-    said = outcome(difference, p_holm)
+    decision = outcome(difference, p_holm)
     if not math.isfinite(difference.mean):
         return f"a difference is not finite: {NONE}"
-    if difference.half_width is None or said == NONE:
+    if difference.half_width is None or decision == NONE:
         return f"one seed: {NONE}"
     undecided = f"{SAME} at {len(difference.seeds)} seeds"
-    if said == SAME:
+    if decision == SAME:
         return undecided
     digits = decimals(difference.half_width)
     size, error = abs(difference.mean), difference.half_width
-    side, _, _ = said.partition(ALONE)
+    side, _, _ = decision.partition(ALONE)
     by = f"{side} by {size:.{digits}f} \N{PLUS-MINUS SIGN} {error:.{digits}f} {unit}"
-    return f"{undecided} among so many variants (alone {by})" if said != side else by
+    return f"{undecided} among so many variants (alone {by})" if decision != side else by
 
 
 def decimals(half_width: float) -> int:

@@ -105,9 +105,9 @@ def show(folder: Path) -> None:
     entries, problems = known(folder, trials)
     if not (folder / journal.NAME).exists():
         problems.append(f"there is no {journal.NAME}; states are those of the workdirs")
-    found = lines(folder, trials, entries)
-    print(table(found))
-    print(f"\n{summary(found)}")
+    progress = lines(folder, trials, entries)
+    print(table(progress))
+    print(f"\n{summary(progress)}")
     for problem in problems:
         print(problem)
 
@@ -143,7 +143,7 @@ def _state(folder: Path, trial: Trial, entry: Entry) -> str:
 
 def lines(folder: Path, trials: Iterable[Trial], entries: Mapping[str, Entry]) -> list[Line]:
     """Every trial with its state and the progress of its run."""
-    now, found = datetime.now().astimezone(), []
+    now, progress = datetime.now().astimezone(), []
     for trial in trials:
         entry, seconds = entries[trial.name], None
         if entry.state == journal.RUNNING and entry.started:
@@ -151,13 +151,13 @@ def lines(folder: Path, trials: Iterable[Trial], entries: Mapping[str, Entry]) -
         elif entry.seconds:
             seconds = entry.seconds
         done = read_progress(folders.workdir_of(folder, trial))
-        found.append(Line(entry, trial.steps, done, seconds))
-    return found
+        progress.append(Line(entry, trial.steps, done, seconds))
+    return progress
 
 
-def table(found: Sequence[Line]) -> str:
+def table(progress: Sequence[Line]) -> str:
     """A table with a line per trial."""
-    rows = [HEAD, *(line.cells for line in found)]
+    rows = [HEAD, *(line.cells for line in progress)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, SIDES, widths, strict=True)).rstrip()
@@ -165,17 +165,17 @@ def table(found: Sequence[Line]) -> str:
     )
 
 
-def summary(found: Sequence[Line]) -> str:
+def summary(progress: Sequence[Line]) -> str:
     """A summary: ``3 done, 1 running, 8 pending; about 12m00s left``.
 
     The time left counts the remaining steps of running trials at their rates, and the mean time of
     finished trials for each waiting one, divided by the number of running trials.
     """
-    counts = Counter(line.entry.state for line in found)
+    counts = Counter(line.entry.state for line in progress)
     order = [state for state in (*journal.STATES[::-1], KILLED, UNREADABLE) if counts[state]]
     text = ", ".join(f"{counts[state]} {state}" for state in order)
-    running = [line.left for line in found if line.entry.state == journal.RUNNING]
-    done = [line.seconds for line in found if line.entry.state == journal.DONE and line.seconds]
+    running = [line.left for line in progress if line.entry.state == journal.RUNNING]
+    done = [line.seconds for line in progress if line.entry.state == journal.DONE and line.seconds]
     waiting = counts[journal.PENDING]
     if not running or None in running or (waiting and not done):
         return text

@@ -16,15 +16,15 @@ def write(sweep: Sweep, folder: Path) -> str:
     Raises:
       UserError: a file of a trial, or the pilot's, cannot be read.
     """
-    found = read_sweep(folder, sweep)
-    summary = compare(sweep, found, read_diverged(folder, sweep))
-    write_csv(folder, sweep, found, columns(summary))
+    results = read_sweep(folder, sweep)
+    summary = compare(sweep, results, read_diverged(folder, sweep))
+    write_csv(folder, sweep, results, columns(summary))
     tree = json.dumps(to_json(summary), indent=1, allow_nan=False)
     write_whole(folder / "summary.json", tree + "\n")
-    if not found:
+    if not results:
         return ""
-    figure.write_figure(folder, f"{sweep.source} in {folder}", found, summary)
-    return table.render(found, summary)
+    figure.write_figure(folder, f"{sweep.source} in {folder}", results, summary)
+    return table.render(results, summary)
 
 
 def columns(summary: Summary) -> dict[tuple[str, int], dict[str, Any]]:

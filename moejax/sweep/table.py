@@ -59,8 +59,8 @@ def render(results: Sequence[Result], summary: Summary) -> str:
 
 
 def _seeds(variant: Compared) -> str:
-    wanted, found = variant.wanted, len(variant.seeds)
-    return str(wanted) if found == wanted else f"{found}/{wanted}"
+    wanted, finished = variant.wanted, len(variant.seeds)
+    return str(wanted) if finished == wanted else f"{finished}/{wanted}"
 
 
 def _measured(results: Sequence[Result], summary: Summary) -> list[Column]:
@@ -75,7 +75,7 @@ def _measured(results: Sequence[Result], summary: Summary) -> list[Column]:
     ]
     own = [[r for r in results if r.variant == v.variant] for v in summary.variants]
     return [
-        (above, below, [number(_mean([value(r) for r in found]), digits) for found in own])
+        (above, below, [number(_mean([value(r) for r in finished]), digits) for finished in own])
         for above, below, value, digits in measured
     ]
 
@@ -134,10 +134,10 @@ def _notes(summary: Summary) -> list[str]:
 def _missing(results: Sequence[Result]) -> list[str]:
     """Notes on trials with missing rows."""
     return [
-        f"{found.variant}, seed {found.seed}: metrics.jsonl has no rows for {found.missing_steps} "
-        f"of {found.step} steps; means over training leave them out"
-        for found in results
-        if found.missing_steps
+        f"{result.variant}, seed {result.seed}: metrics.jsonl has no rows for "
+        f"{result.missing_steps} of {result.step} steps; means over training leave them out"
+        for result in results
+        if result.missing_steps
     ]
 
 
@@ -147,7 +147,7 @@ def mark_notes(summary: Summary) -> list[str]:
         mark: [v for v in summary.variants if mark in v.marks]
         for mark in (LEAK, MISSED, DIVERGED, UNFINISHED)
     }
-    said: dict[str, Callable[[Compared], str]] = {
+    entries: dict[str, Callable[[Compared], str]] = {
         LEAK: lambda v: f"{v.variant} ({v.leak})",
         MISSED: lambda v: f"{v.variant} ({number(v.cost_ratio, '.3f')})",
         DIVERGED: lambda v: f"{v.variant} (seed {', '.join(map(str, v.diverged))})",
@@ -161,30 +161,32 @@ def mark_notes(summary: Summary) -> list[str]:
         UNFINISHED: "left out of all means",
     }
     return [
-        f"{mark}: {', '.join(said[mark](v) for v in found)}: {meaning[mark]}."
-        for mark, found in marked.items()
-        if found
+        f"{mark}: {', '.join(entries[mark](v) for v in variants)}: {meaning[mark]}."
+        for mark, variants in marked.items()
+        if variants
     ]
 
 
-def detectable_note(found: Detectable, unit: str) -> str:
+def detectable_note(detectable: Detectable, unit: str) -> str:
     """The smallest detectable difference in words, with its uncertainty if that is large."""
-    digits = decimals(found.difference)
+    digits = decimals(detectable.difference)
     text = (
-        f"{found.seeds} seeds detect a difference of {found.difference:.{digits}f} {unit} in 80 % "
-        "of sweeps"
+        f"{detectable.seeds} seeds detect a difference of {detectable.difference:.{digits}f} "
+        f"{unit} in 80 % of sweeps"
     )
-    if found.comparisons > 1:
+    if detectable.comparisons > 1:
         text += (
-            f" ({found.difference_holm:.{digits}f} with Holm's correction for "
-            f"{found.comparisons} variants)"
+            f" ({detectable.difference_holm:.{digits}f} with Holm's correction for "
+            f"{detectable.comparisons} variants)"
         )
-    text += f"; from {found.source}"
-    if found.factors is None or found.freedom >= SURE:
+    text += f"; from {detectable.source}"
+    if detectable.factors is None or detectable.freedom >= SURE:
         return f"{text}."
-    low, high = found.factors
-    ends = " to ".join(f"{found.difference * factor:.{digits}f}" for factor in found.factors)
+    low, high = detectable.factors
+    ends = " to ".join(
+        f"{detectable.difference * factor:.{digits}f}" for factor in detectable.factors
+    )
     return (
-        f"{text}, {found.freedom} degree{'s' * (found.freedom > 1)} of freedom: the true value may "
-        f"be {low:.2g} to {high:.2g} times that, {ends} {unit} (95 % interval)."
+        f"{text}, {detectable.freedom} degree{'s' * (detectable.freedom > 1)} of freedom: "
+        f"the true value may be {low:.2g} to {high:.2g} times that, {ends} {unit} (95 % interval)."
     )

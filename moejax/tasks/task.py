@@ -1,4 +1,4 @@
-"""A model with its loss: the contract between what is trained and the training loop."""
+"""A model with its loss: the contract between the trained function and the training loop."""
 
 import dataclasses
 import math
@@ -79,7 +79,7 @@ class Task:
     output_z_loss: float
 
     causal: ClassVar[bool] = False
-    """Whether a prediction may not depend on what comes later."""
+    """True if a prediction must not depend on later tokens."""
 
     @property
     def units(self) -> Units:

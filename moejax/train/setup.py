@@ -32,7 +32,7 @@ from moejax.types import GateTraits
 class Run:
     """A validated run, ready to compile. Everything here follows from the config.
 
-    ``leak`` lists what a token's output depends on besides earlier tokens; "" if nothing.
+    ``leak`` lists the inputs of a token's output besides earlier tokens; "" if none.
     """
 
     config: Config

@@ -14,7 +14,7 @@ from moejax.job.member import say
 
 MERGE_WITHIN = 1.0
 """Seconds within which SIGTERMs and SIGHUPs are one request: a cluster stops every process of a
-job, `moejax sweep` and `timeout` pass on what they get, a service manager sends both signals."""
+job, `moejax sweep` and `timeout` forward their signals, a service manager sends both signals."""
 
 GRACE = 0.3
 """Seconds that the main thread has to end the process by the second signal itself."""

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def missing() -> str:
-    """The requirements of the browser tests missing on this machine; "" if none."""
+    """The missing requirements of the browser tests on this machine; "" if none."""
     lacks = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     lacks += [] if importlib.util.find_spec("selenium") else ["selenium (extra 'browser')"]
     return ", ".join(lacks)
@@ -94,7 +94,7 @@ class Browser:
         return json.loads(text)
 
     def problems(self) -> list[str]:
-        """The console messages of any level since the last call."""
+        """The messages of the console since the last call, at any level."""
         return [f"{e['level']}: {e['message']}" for e in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:

@@ -68,7 +68,7 @@ def run_of(
 
 
 def tokens_of(run: RunData, step: int, layer: int) -> list[tuple[tuple[int, ...], int, int, int]]:
-    """For each valid token: its experts by falling weight, id, target and label."""
+    """For each valid token: its experts by falling weight, its id, its target and its label."""
     tokens, arrays, found = probe_of(run).tokens, probe_of(run).at(step), []
     for n in range(probes.N):
         for position in range(probes.L):

@@ -1,4 +1,4 @@
-"""Runs with warnings and runs without."""
+"""Runs with and without warnings."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pages of a run agree with its files."""
+"""The pages of a run show the numbers of its files."""
 
 import json
 from pathlib import Path

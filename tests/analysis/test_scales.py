@@ -28,7 +28,7 @@ INDEX = re.compile(
     r"step|position|position in the sequence|expert( [ij])?|MoE layer|first choice in layer \d+|"
     r"column of the routing|variant|part of a step|domain|label|token id"
 )
-"""What has no unit: places in an order, and names."""
+"""Quantities without a unit: ranks and names."""
 
 UNIT = re.compile(
     r"nats(/\w+)?|nats squared|share( .*)?|ratio|number|0 to 1|-1 to 1|1 at balance|L2|per step|"
@@ -68,7 +68,7 @@ def check(name: str, figure: Figure) -> None:
 
 
 ENDS = {(0.0, 1.0), (-1.0, 1.0), (-3, 3), (-scales.LOAD_OCTAVES, scales.LOAD_OCTAVES)}
-"""Of every colour scale: shares, cosines, lifts, loads over the mean."""
+"""Ends of every colour scale: shares, cosines, lifts, loads over the mean."""
 
 
 def still(arrays: dict[str, Any]) -> dict[str, Any]:

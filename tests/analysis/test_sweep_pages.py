@@ -1,4 +1,4 @@
-"""The pages of a sweep agree with its folder."""
+"""The pages of a sweep show the numbers of its folder."""
 
 import json
 import math

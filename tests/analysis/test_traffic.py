@@ -1,4 +1,4 @@
-"""The work and traffic of transports, against hand counts and compiled programs."""
+"""Rows that transports compute and send, against hand counts and against compiled programs."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The command line: commands, mistakes and messages."""
+"""The command line: arguments, mistakes and error messages."""
 
 import io
 import json

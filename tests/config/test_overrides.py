@@ -1,4 +1,4 @@
-"""Overrides and config arguments: typing, gates, and messages about wrong ones."""
+"""Overrides and config arguments: typing, gates, and error messages."""
 
 import json
 from pathlib import Path

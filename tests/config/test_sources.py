@@ -1,4 +1,4 @@
-"""Sources of configs: pages, modules and workdirs, and messages about broken ones."""
+"""Sources of configs: pages, modules and workdirs, and the errors of broken ones."""
 
 import json
 import sys

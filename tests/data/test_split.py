@@ -1,4 +1,4 @@
-"""The split of documents into training and held-out text."""
+"""The choice of held-out documents."""
 
 import hashlib
 import pathlib
@@ -163,7 +163,7 @@ def test_with_a_separate_held_out_text_only_the_train_folder_is_trained_on(tmp_p
 
 
 def test_a_split_by_documents_equals_that_of_version_0_1_0(tmp_path: pathlib.Path):
-    """Of version 0.1.0's own rule: the smallest SHA-256 of its salt and the names, whatever the
+    """The rule of version 0.1.0: the smallest SHA-256 of its salt and the names, whatever the
     names say and however large the documents are."""
     paths = [f"train/{n}.txt" for n in range(12)] + ["validation/a.txt", "b.txt"]
     write(tmp_path, {path: "x" * (1 + 50 * n) for n, path in enumerate(paths)})

@@ -93,7 +93,7 @@ def expert(weights, e):
 
 
 def mixed_outputs(x, weight, weights, activation):
-    """What sending a token to all experts would give: a mean of outputs."""
+    """The result of sending a token to all experts: a mean of outputs."""
     weight_BLE = jnp.repeat(weight, SPAN, axis=1)[:, :L]
     x_XD = x.reshape(-1, D)
     outputs = [ffn_one(expert(weights, e), x_XD, activation) for e in range(E)]

@@ -23,7 +23,7 @@ def inputs():
 
 
 def sends(transport, shape, routing, monkeypatch):
-    """What the transport hands to its exchange: rows from each device to each shard, their widths
+    """The arguments of the transport's exchange: rows from each device to each shard, their widths
     and the room in the receive buffer, for each of its sends."""
     shards, found = shape["expert"], []
 

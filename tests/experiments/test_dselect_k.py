@@ -195,8 +195,8 @@ def test_no_gate_is_better_than_the_best_mixture(trained, known):
 
 
 @pytest.mark.slow
-def test_weights_equal_those_of_the_library():
-    """Weights of DSelect-k by its gate object, and of the others in evaluation."""
+def test_weights_are_those_of_the_librarys_functions():
+    """The weights of DSelect-k, whose gate object is used here, and of the others in evaluation."""
     gate, key = gates.dselect_k(1.0), jax.random.key(3)
     params = jax.tree.map(lambda leaf: 30 * leaf, gate.init(key, 16))
     wanted = dselect_k_weights(params["code_MZ"].reshape(4, 4), params["mix_MS"][0], 16, 1.0)

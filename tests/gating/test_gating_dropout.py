@@ -96,7 +96,7 @@ def test_each_key_draws_one_coin_with_the_given_probability():
 
 
 def test_a_rows_shard_follows_from_its_id_and_not_from_its_position():
-    """Micro-batches, and later steps, whose row ids go on from those of the step before."""
+    """Micro-batches, and later steps, whose row ids continue those of the step before."""
     gate = gating.make("gating_dropout", **ALWAYS)
     whole, _ = route(gate)
     later, _ = route(gate, row_B=jnp.arange(B) + 7 * B)

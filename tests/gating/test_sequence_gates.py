@@ -74,7 +74,7 @@ def test_the_embedding_of_a_task_learns_from_its_own_sequences_only():
 
 
 def pooled(gate, x_ND, first_D):
-    """What each of the valid tokens of one text is routed by, in a Python loop over them."""
+    """The router's input for each valid token of one text, in a Python loop over them."""
     out = []
     for i in range(len(x_ND)):
         end = {"mean": len(x_ND), "running": i + 1}.get(gate.pool, i // gate.segment * gate.segment)

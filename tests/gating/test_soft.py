@@ -168,8 +168,8 @@ def test_a_group_without_tokens_has_zeros_and_zero_gradients():
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gradients_equal_finite_differences(normalize):
-    """A random linear function of both weights, by every parameter and some tokens, in float64."""
+def test_gradients_are_those_of_finite_differences(normalize):
+    """A random function of both weights, in every parameter and some tokens, in float64."""
     gate = Soft(slots=2, normalize=normalize)
     params, x = gates.drawn(gate), gates.tokens()
     read = np.random.default_rng(0).normal(size=(2, G, T, 2 * E))

@@ -1,4 +1,4 @@
-"""Properties of single gates, on routings small enough to check by hand or by counting."""
+"""The particular behaviour of each gate, on routings that can be checked by hand or by counting."""
 
 import jax
 import jax.numpy as jnp

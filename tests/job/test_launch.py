@@ -120,7 +120,7 @@ def test_waiting_for_processes_is_reported_at_once_and_ends_with_one_line(rank):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("platform", ["cuda", "gpux"])
 def test_an_absent_accelerator_is_reported_in_one_line(platform, tmp_path):
-    """The doctor reports it too, with the devices present; no folder is created."""
+    """The doctor, which lists the devices, reports it too; and no folder is made."""
     if platform == "cuda" and importlib.util.find_spec("jax_plugins"):
         pytest.skip("this installation has the plugin")
     env = os.environ | {"JAX_PLATFORMS": platform}

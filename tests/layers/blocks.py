@@ -28,7 +28,7 @@ def head(query_LI, key_LI, value_LI, position_L, seen_L, theta, causal=True):
 
 
 def change(block, x_LD, position_L, config):
-    """What the block adds to a sequence of valid tokens at these positions."""
+    """The block's update of a sequence of valid tokens at these positions."""
     leaf = lambda p: np.asarray(p[...], np.float64)
     attention, ffn = block.attention, block.ffn
     at_first = normed(x_LD, leaf(block.attention_norm.scale_D), config.norm_eps)

@@ -1,4 +1,4 @@
-"""A layer under every option around its gate: padding, groups, scopes, precision."""
+"""A layer under every choice around its gate: padding, groups, scopes, precision."""
 
 import functools
 import itertools

@@ -63,7 +63,7 @@ def test_the_same_weights_under_their_own_routing_give_the_same_loss(recorded):
 
 @pytest.mark.slow
 def test_older_weights_under_the_last_routing_equal_neither_checkpoint(recorded):
-    """The cost of router drift: the loss differs from that of either checkpoint."""
+    """The cost of a router's drift: the other checkpoint's own loss differs from it."""
     folder, file, row = recorded
     workdir, older = f"--workdir={folder / 'run'}", "--step=2"
     replay = ["--config.moe.gate.name=replay", f"--config.moe.gate.path={file}"]

@@ -18,7 +18,7 @@ TIMED = ("gshard", "dense", "dselect_k (decided)")
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    """Three gates: each compiles four programs; the others are called below."""
+    """Three gates: each compiles four programs, and the others are called below."""
     out = tmp_path_factory.mktemp("gates") / "bench.json"
     some = [v for v in gate_share.variants(TINY) if v.label in TIMED]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The table of mutants fits the present sources, and a surviving mutant is detected."""
+"""The table of mutants fits the tree, and a surviving mutant is distinguished from a killed one."""
 
 import ast
 import functools

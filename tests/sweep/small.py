@@ -107,7 +107,7 @@ class Small:
         return (self.workdir(name) / "log.txt").read_text()
 
     def steps(self, name: str) -> list[str]:
-        """The steps of the trial: each once, however often it was started."""
+        """The trial's steps: each once, however often it was started."""
         path = self.workdir(name) / "steps"
         return path.read_text().split() if path.exists() else []
 

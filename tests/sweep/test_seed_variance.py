@@ -1,4 +1,4 @@
-"""The variance over seeds and the differences a sweep can detect, against scipy."""
+"""The variance over seeds, and the difference that a sweep can detect: numbers by scipy."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_paired_differences_are_preferred_unless_they_are_few(
 
 
 def test_two_seeds_of_two_variants_use_the_deviation_over_seeds():
-    """One difference of differences has no variance; the seeds have one degree more."""
+    """The paired differences have one degree of freedom, the deviations over seeds two."""
     losses = {"top_2": (2.0, 2.3), "close": (2.01, 2.311)}
     found = seed_variance(sweep_with(losses, baseline="top_2"), results_of(losses))
     assert found is not None and (found.paired, found.freedom) == (False, 2)

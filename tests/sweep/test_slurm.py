@@ -83,7 +83,7 @@ class Sweep:
         return self.log(name).read_text()
 
     def steps(self, name: str = "trial") -> int:
-        """The progress of the trial; it did every step once and in order."""
+        """The progress of the trial, which did every step once and in order."""
         path = self.folder / name / "steps"
         steps = path.read_text().split() if path.exists() else []
         assert steps == [str(i + 1) for i in range(len(steps))]

@@ -145,7 +145,7 @@ def test_while_slurm_does_not_answer_no_job_has_ended(
 def test_a_job_that_left_no_result_ends_with_the_state_slurm_reports(
     said: str | None, status: int, commands: FakeCommands, launcher: launch.Launcher, tmp_path: Path
 ):
-    """A job that SLURM does not know and that left no record never began."""
+    """A job unknown to SLURM and without output never began."""
     job = submit(launcher, commands, tmp_path / "log.txt")
     commands.say("squeue", "")
     if said is not None:

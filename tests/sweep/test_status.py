@@ -1,4 +1,4 @@
-"""Reports on a sweep while it runs and after: its status, progress and live table."""
+"""Reports on a sweep while it runs and after: its status, the progress of a run, the live table."""
 
 import io
 import json

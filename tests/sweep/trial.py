@@ -21,7 +21,7 @@ STEPS = 5
 
 
 def main(workdir: Path, name: str) -> int:
-    """Goes on where its last process ended; saves and leaves with 75 at a signal."""
+    """Resumes where its last process ended; saves and exits with 75 at a signal."""
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: (asked.append(1), os.write(1, b"asked\n")))
     (workdir / "pid").write_text(str(os.getpid()))

@@ -35,7 +35,7 @@ def saving(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[Chi
 
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory: pytest.TempPathFactory, saving: Child, text: Path) -> Iterator[Child]:
-    """Goes on after the kill, in a copy of the workdir, and waits before step 5."""
+    """Resumes after the kill, in a copy of the workdir, and waits before step 5."""
     saving.process.wait(timeout=300)
     workdir = tmp_path_factory.mktemp("waiting") / "run"
     shutil.copytree(saving.workdir, workdir)

@@ -1,4 +1,4 @@
-"""The training loop: equal to a plain loop, compiled once, on any mesh, in any number of parts."""
+"""The numbers of the loop: the plain loop, compiled once, on any mesh, in any number of parts."""
 
 import dataclasses
 import math

@@ -28,7 +28,7 @@ GATES = {
     },
 }
 BALANCED_IN_TRAINING = ("base", "sbase")
-"""Whose routing hangs on prices, not on a token's own logits alone; BASE drops nothing."""
+"""Gates whose routing depends on prices, not on a token's logits alone; BASE drops nothing."""
 
 MESHES = [
     {"expert": 8},
@@ -41,7 +41,7 @@ MESHES = [
     {"data": 2, "tensor": 4},
 ]
 MARGIN = 1e-5
-"""How far apart a token's k-th and next logit must be for rounding to be no matter; on these meshes
+"""The distance of a token's k-th and next logit above which rounding has no effect; on these meshes
 it moves losses by 1e-6."""
 
 
@@ -77,7 +77,7 @@ def split_copies(state) -> list[str]:
 
 
 def routing_of(x_BLD, info):
-    """Of each token of a layer: its experts, which of them had room, and how far its k-th logit
+    """For each token of a layer: its experts, which of them had room, and how far its k-th logit
     lies above the next; the last only where the token is valid."""
     active_GTK = info.routing.weight_GTK > 0
     k = active_GTK.shape[-1]

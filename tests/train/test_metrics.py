@@ -176,7 +176,7 @@ def test_tensorboard_without_the_extra_is_the_users_mistake(tmp_path, monkeypatc
 
 
 class FakeWandb(types.ModuleType):
-    """As much of wandb as is called, with what it was told."""
+    """The part of wandb that is called, with a record of the calls."""
 
     class Settings(dict):
         pass

@@ -345,7 +345,7 @@ STACKS = {
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("name, shape, own", STACKS.values(), ids=STACKS)
 def test_adafactor_updates_every_matrix_as_optax_does_it_alone(name, shape, own):
-    """Matrices of very different size, so that a factor, threshold or clip over several shows."""
+    """Gradients of very different size would show a factor, a threshold or a clip over several."""
     rng = np.random.default_rng(0)
     count = math.prod(shape) // math.prod(own)
     picked = sorted({0, 1, count - 1})

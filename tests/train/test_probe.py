@@ -189,7 +189,7 @@ def test_no_more_rows_than_an_evaluation_has(text, tmp_path):
 
 
 def test_one_entry_adds_an_array_to_the_files(text, tmp_path, monkeypatch):
-    """An array of every kind, added from outside: only ``ARRAYS`` changes."""
+    """One array of every kind, added from outside: nothing but ``ARRAYS`` changes."""
     entries: dict[str, arrays.RecordedArray] = {
         "first_input": arrays.TokenArray("float32", "MNL", lambda x_BLD, info: x_BLD[..., 0]),
         "double_nats": arrays.OutputArray(

@@ -167,7 +167,7 @@ def test_the_routers_vectors_are_the_gates_matrix_with_one_column_per_expert(nam
 
 
 QUICK = ("hash", "dense", "expert_choice", "rl", "remoe")
-"""Of gates without logits, with K = E, that choose per expert, with a policy, with many columns."""
+"""Gates without logits, with K = E, that choose per expert, with a policy, with many columns."""
 
 
 @pytest.mark.quick(1)

@@ -1,4 +1,4 @@
-"""Recomputation policies change memory and repeated work, and no results."""
+"""Effects of recomputation policies: memory, values computed or sent twice; results are equal."""
 
 import collections
 import functools
@@ -125,7 +125,7 @@ def test_sinkhorn_over_the_batch_is_not_run_twice(remat):
 
 @pytest.mark.slow
 def test_experts_keeps_the_hidden_layers_on_top_of_what_exchange_keeps():
-    """Of every row gate and up; its output has come back by the exchange, which both keep."""
+    """Gate and up of every row; the output has come back by the exchange, which both keep."""
     layers, rows = 2, steps.BATCH * steps.LENGTH * 2 // 8
     hidden = layers * rows * 2 * steps.F * 4
     kept = [

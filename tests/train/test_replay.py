@@ -1,4 +1,4 @@
-"""The requirements of gate `replay` on a recording and a run, checked before compilation."""
+"""Requirements of gate `replay` on a recording and a run, before anything is compiled."""
 
 import json
 import zipfile

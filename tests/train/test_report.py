@@ -1,4 +1,4 @@
-"""The files of a run besides its checkpoints, and its messages."""
+"""The files and the messages of a run, besides its checkpoints."""
 
 import io
 import json

@@ -98,7 +98,7 @@ def start(*arguments, program=("-m", "moejax"), cwd=ROOT, **variables):
 
 
 def finish(*processes, status=0):
-    """The output of all processes once they have ended; on a failure none is left running."""
+    """The output of the processes, once all have ended so; on a failure none is left running."""
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:

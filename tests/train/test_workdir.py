@@ -1,4 +1,4 @@
-"""The same command, or another one, in a workdir that is not empty."""
+"""The effect of the same command, or another, on a workdir that is not empty."""
 
 import dataclasses
 import json

@@ -124,8 +124,8 @@ def _transitions(share_EE: np.ndarray, first: int, second: int, step: int) -> Fi
     )
     caption = (
         f"Step {step}. Colour: lift, the share of tokens that take this path over what it would be "
-        f"if layer {second} did not care what layer {first} chose; red more, blue less. Numbers: "
-        "share of all tokens. A gap: nobody took the path."
+        f"if layer {second} were independent of layer {first}; red more, blue less. Numbers: "
+        "share of all tokens. A gap: no token took the path."
     )
     axes = (f"first choice in layer {second}", f"first choice in layer {first}")
     spec = figures.chart([trace], *axes, **cell_axes(len(experts), len(experts)))

@@ -70,8 +70,8 @@ def _times(run: RunData) -> dict[str, list[Block]]:
 
 
 def _split(run: RunData) -> Block:
-    found = next((run.workdir / name for name in PROFILES if (run.workdir / name).exists()), None)
-    profile = _read(found) if found else None
+    path = next((run.workdir / name for name in PROFILES if (run.workdir / name).exists()), None)
+    profile = _read(path) if path else None
     if not profile:
         return Text(
             "Where a step's time goes is not recorded in training. `moejax profile --config="
@@ -105,18 +105,18 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     rows = profile.get("rows") if isinstance(profile, dict) else None
-    whole = rows and all({"part", "ms", "share"} <= row.keys() for row in rows)
-    return profile if whole else None
+    complete = rows and all({"part", "ms", "share"} <= row.keys() for row in rows)
+    return profile if complete else None
 
 
 def _padding(run: RunData) -> list[Block]:
     rows = [row for row in run.train if row.get("moe/load") and row.get("moe/dropped")]
     counted = [(row["step"], traffic.of_row(run, row)) for row in rows]
-    counted = [(step, found) for step, found in counted if found]
+    counted = [(step, row_traffic) for step, row_traffic in counted if row_traffic]
     if not counted:
         return [Text("The transport's rows and bytes cannot be derived from this config.")]
     steps = [step for step, _ in counted]
-    waste = [found.computed_over_kept for _, found in counted]
+    waste = [row_traffic.computed_over_kept for _, row_traffic in counted]
     transport = run.field("moe.transport")
     spec = figures.chart(
         [figures.line("rows computed / pairs kept", steps, waste)],

@@ -112,7 +112,7 @@ def _dotted(run: RunData) -> str:
             " Dotted: models of n-gram counts of the same text (Witten-Bell), evaluated on the "
             "same rows."
         )
-    return " Dotted: what can be said without a model, evaluated on the same rows."
+    return " Dotted: predictions without a model, evaluated on the same rows."
 
 
 def _metric(run: RunData, key: str, caption: str) -> Figure:

@@ -128,7 +128,7 @@ def _by_position(split: str, counts_NML: np.ndarray, load_NME: np.ndarray) -> Fi
     share_ML = _ratio(dropped_ML, np.broadcast_to(pairs_M1, dropped_ML.shape))
     position = np.arange(dropped_ML.shape[1])
     traces = by_layer("", position, share_ML.T)
-    # Of a position all pairs may be dropped, and more than the mean number of pairs.
+    # At one position more than the mean number of pairs may be dropped: all of its pairs.
     scale = figures.from_0("dropped", "share of the mean pairs per position", scales.SHARE)
     axis = {"tickformat": ".1%"}
     spec = figures.chart(traces, "position in the sequence", scale, yaxis=axis)

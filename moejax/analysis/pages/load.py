@@ -13,7 +13,7 @@ from moejax.train import scales
 
 SPLITS = (("train", "training"), ("eval", "held out"))
 SLIDES = 40
-"""The slider has at most so many positions; between them logged steps are averaged."""
+"""The most positions of the slider; between them logged steps are averaged."""
 LINES = 8
 """More layers than this are drawn as their mean, minimum and maximum."""
 LONG = 1000
@@ -158,7 +158,7 @@ def _measure(
 
 
 def scale(measure: str, experts: int) -> figures.Scale:
-    """The scale of a measure of balance over so many experts."""
+    """The scale of a measure of balance over ``experts``."""
     return {
         "MaxVio": figures.from_0("MaxVio", "max load / mean load - 1", scales.IMBALANCE),
         "CV": figures.from_0("CV of the load", "ratio", scales.IMBALANCE),

@@ -21,17 +21,17 @@ PAIRS = {"moe/experts_per_token", "moe/drop_rate"}
 
 
 def page(run: RunData) -> Page:
-    found = health.findings(run)
+    findings = health.findings(run)
     blocks: list[Block] = []
     if run.train or run.held_out:
-        outcome = Table(("outcome", ""), [*_outcome(run), *_marks(found), *_made(run)])
+        outcome = Table(("outcome", ""), [*_outcome(run), *_marks(findings), *_made(run)])
         blocks += [loss(run, "overview-loss"), outcome]
-    blocks += [Warning(finding.text) for finding in found]
+    blocks += [Warning(finding.text) for finding in findings]
     blocks.append(Text(verdict(run)))
     if run.problems:
         blocks.append(Warning("Not everything could be read. " + " ".join(run.problems)))
     blocks += [
-        Table(("what ran", ""), _what(run)),
+        Table(("what ran", ""), _settings(run)),
         Table(("cost", ""), _cost(run)),
         _differences(run.config),
     ]
@@ -110,9 +110,9 @@ def _evaluation(run: RunData) -> str:
     return "last evaluation" + (f" (transport {transport})" if transport else "")
 
 
-def _marks(found: Sequence[health.Finding]) -> list[tuple[str, str]]:
+def _marks(findings: Sequence[health.Finding]) -> list[tuple[str, str]]:
     """The kinds of warnings, whose sentences follow below."""
-    kinds = ", ".join(dict.fromkeys(finding.kind for finding in found))
+    kinds = ", ".join(dict.fromkeys(finding.kind for finding in findings))
     return [("warnings", f"{kinds}: see below" if kinds else "none")]
 
 
@@ -127,7 +127,7 @@ def _made(run: RunData) -> list[tuple[str, str]]:
     ]
 
 
-def _what(run: RunData) -> list[tuple[str, str]]:
+def _settings(run: RunData) -> list[tuple[str, str]]:
     field = run.field
     mesh = [
         f"{axis}={size}" for axis, size in (field("mesh") or {}).items() if axis != "cpu_devices"
@@ -232,7 +232,7 @@ def _differences(config: dict[str, Any]) -> Table | Text:
 
 
 def _gate_defaults(name: Any) -> dict[str, Any]:
-    """The fields of a gate without its name; none of a gate that is not known here."""
+    """The fields of a gate without its name; empty for a gate that is not known here."""
     if name not in gating.names():
         return {}
     config = default()

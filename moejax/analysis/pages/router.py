@@ -92,14 +92,14 @@ def summaries(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _means(probe: Probe, steps: np.ndarray, spread_SQMX: np.ndarray) -> Figure:
-    found, experts = [], _experts(probe)
+    charts, experts = [], _experts(probe)
     for index, (name, scale) in enumerate(scales_of(experts).items()):
         traces = by_layer("", steps, spread_SQMX[:, index, :, 0])
         if name == "entropy":
             traces.append(figures.level("log E", probe.steps, math.log(experts)))
-        found.append(Panel("step", scale, traces))
+        charts.append(Panel("step", scale, traces))
     caption = "Means over the probe's tokens at each recording. Dotted: entropy of even odds."
-    return Figure(panels(found), caption, height=560, name="router-means")
+    return Figure(panels(charts), caption, height=560, name="router-means")
 
 
 def _experts(probe: Probe) -> int:
@@ -108,19 +108,19 @@ def _experts(probe: Probe) -> int:
 
 def _fan(probe: Probe, steps: np.ndarray, spread_SQMX: np.ndarray, layer: int) -> Figure:
     """On the same axes for all layers."""
-    found = []
+    charts = []
     for index, scale in enumerate(scales_of(_experts(probe)).values()):
         _, low, quarter, middle, three, high = spread_SQMX[:, index, layer].T
         bands = {"5% to 95% of tokens": (low, high), "25% to 75%": (quarter, three)}
         axis = scale.axis(spread_SQMX[:, index, :, 1:].ravel())
-        found.append(Panel("step", scale, fan(steps, bands, ("median", middle)), axis))
+        charts.append(Panel("step", scale, fan(steps, bands, ("median", middle)), axis))
     caption = f"The spread of the tokens of layer {layer} around their median, by step."
-    return Figure(panels(found), caption, height=560, name=f"router-spread-{layer}")
+    return Figure(panels(charts), caption, height=560, name=f"router-spread-{layer}")
 
 
 def _histograms(probe: Probe, layer: int) -> Figure:
     """Intervals divide the whole axis: values that are all but equal are one bar."""
-    step, found = probe.steps[-1], []
+    step, charts = probe.steps[-1], []
     for name, scale in scales_of(_experts(probe)).items():
         value_MT = at_tokens(probe, step, name).astype(np.float64)
         value_T = value_MT[layer][np.isfinite(value_MT[layer])]
@@ -134,9 +134,9 @@ def _histograms(probe: Probe, layer: int) -> Figure:
             "width": float(edges[1] - edges[0]),
             "marker": {"color": "C0"},
         }
-        found.append(Panel(scale, figures.share("tokens", "share"), [bars], x_axis=axis))
+        charts.append(Panel(scale, figures.share("tokens", "share"), [bars], x_axis=axis))
     caption = f"Layer {layer} at step {step}: the share of tokens in each of {BINS} intervals."
-    return Figure(panels(found), caption, height=560, name=f"router-distribution-{layer}")
+    return Figure(panels(charts), caption, height=560, name=f"router-distribution-{layer}")
 
 
 def _last(spread_QMX: np.ndarray) -> Table:
@@ -156,7 +156,7 @@ def _gate(run: RunData) -> list[Block]:
     start = "moe/gate/"
     keys = sorted({k for row in run.train for k in row if k.startswith(start)})
     lines = {key.removeprefix(start): run.series("train", key) for key in keys}
-    found = [
+    charts = [
         Panel(
             "step",
             Scale(plain(name), "mean over tokens", scales.least_relative(values)),
@@ -165,9 +165,9 @@ def _gate(run: RunData) -> list[Block]:
         for name, (steps, values) in lines.items()
         if len(steps)
     ]
-    if not found:
+    if not charts:
         return []
-    spec = panels(found, columns=min(2, len(found)))
+    spec = panels(charts, columns=min(2, len(charts)))
     spec["layout"]["showlegend"] = False
     caption = "What this gate alone measures, in training, mean over layers: see docs/gates.md."
-    return [Figure(spec, caption, height=90 + 240 * -(-len(found) // 2), name="router-gate")]
+    return [Figure(spec, caption, height=90 + 240 * -(-len(charts) // 2), name="router-gate")]

@@ -48,12 +48,12 @@ def curves(several: Several) -> Page:
 
 def loads(several: Several) -> Page:
     """The last evaluation of each run that has experts."""
-    found = {name: _load(run) for name, run in several.runs.items()}
-    found = {name: load_ME for name, load_ME in found.items() if load_ME.size}
-    if not found:
+    run_loads = {name: _load(run) for name, run in several.runs.items()}
+    run_loads = {name: load_ME for name, load_ME in run_loads.items() if load_ME.size}
+    if not run_loads:
         return Page("Load", [])
     rows = []
-    for name, load_ME in found.items():
+    for name, load_ME in run_loads.items():
         cells = [
             f"{float(np.mean(measure(load_ME))):.3f}"
             for key, (measure, _) in load.MEASURES.items()
@@ -62,7 +62,7 @@ def loads(several: Several) -> Page:
         rows.append((name, *cells))
     names = [key for key in load.MEASURES if key != "idle experts"]
     table = Table(("run", *names), rows, "Of the last evaluation, means over layers.")
-    maps = {name: load.relative(load_ME) for name, load_ME in found.items()}
+    maps = {name: load.relative(load_ME) for name, load_ME in run_loads.items()}
     caption = "Load over the layer's mean in the last evaluation (n = 1 run each)."
     return Page("Load", [table, side_by_side(maps, caption)])
 
@@ -102,20 +102,20 @@ def _marked(name: str, run: RunData) -> str:
 
 
 def _curve(runs: Runs, name: str, split: str, key: str, unit: str) -> Figure | None:
-    found = {label: run.series(split, key) for label, run in runs.items()}
-    found = {label: curve for label, curve in found.items() if len(curve[0])}
-    if not found:
+    curves = {label: run.series(split, key) for label, run in runs.items()}
+    curves = {label: curve for label, curve in curves.items() if len(curve[0])}
+    if not curves:
         return None
     traces = [
-        figures.line(_marked(label, run), *found[label], line={"color": f"C{index}"})
+        figures.line(_marked(label, run), *curves[label], line={"color": f"C{index}"})
         for index, (label, run) in enumerate(runs.items())
-        if label in found
+        if label in curves
     ]
-    shown = [x for _, y in found.values() for x in y[len(y) // SETTLED :] if np.isfinite(x)]
+    shown = [x for _, y in curves.values() for x in y[len(y) // SETTLED :] if np.isfinite(x)]
     scale = curve_scale(name, key, unit, shown)
     spec = figures.chart(traces, "step", scale, yaxis=scale.axis(shown), showlegend=True)
-    said = converted(list(runs.values())) if (split, key) == ("train", "loss") else ""
-    return Figure(spec, f"{name.capitalize()}, one run each.{said}", 400, f"curves-{name}")
+    note = converted(list(runs.values())) if (split, key) == ("train", "loss") else ""
+    return Figure(spec, f"{name.capitalize()}, one run each.{note}", 400, f"curves-{name}")
 
 
 def outcomes(several: Several) -> Table:
@@ -209,19 +209,21 @@ def _devices(run: RunData) -> str:
 
 def _warnings(several: Several) -> list[Block]:
     """Warnings that belong beside the numbers."""
-    said = [] if several.same_data else [OTHER_DATA]
+    warnings = [] if several.same_data else [OTHER_DATA]
     runs = several.runs
     ends = {name: run.last_step for name, run in runs.items()}
     if len(set(ends.values())) > 1:
         at = ", ".join(f"{name} {step}" for name, step in ends.items())
-        said.append(f"The runs are at different steps ({at}): their last losses are not at equal")
-        said[-1] += " lengths of training."
+        warnings.append(
+            f"The runs are at different steps ({at}): their last losses are not at equal"
+        )
+        warnings[-1] += " lengths of training."
     for name, run in runs.items():
-        said += [f"{name} {LEAKS}: {finding.text}" for finding in health.leak(run)]
-        said += [f"{name}: {problem}" for problem in run.problems]
+        warnings += [f"{name} {LEAKS}: {finding.text}" for finding in health.leak(run)]
+        warnings += [f"{name}: {problem}" for problem in run.problems]
         if not run.finished:
-            said.append(f"{name} is not finished: it has logged step {run.last_step}.")
-    return [Warning(text) for text in said]
+            warnings.append(f"{name} is not finished: it has logged step {run.last_step}.")
+    return [Warning(text) for text in warnings]
 
 
 OTHER_DATA = (

@@ -49,9 +49,9 @@ def curves(several: Several) -> Page:
     for variant in _variants(sweeps):
         drawn: dict[str, list[Block]] = {}
         for name, (split, key) in METRICS.items():
-            found = _curve(sweeps, variant, name, split, key, several.unit)
-            if found:
-                drawn[name] = [found]
+            figure = _curve(sweeps, variant, name, split, key, several.unit)
+            if figure:
+                drawn[name] = [figure]
         if drawn:
             options[variant] = [Choice("metric", drawn)]
     return Page("Curves", [Choice("variant", options)] if options else [])
@@ -183,11 +183,11 @@ def _difference(v: Outcome, first: Outcome | None) -> str:
     if first is None:
         return "-"
     own, other = ({t["seed"]: t["loss"] for t in each["trials"]} for each in (v, first))
-    found = paired(own, other)
-    if found is None:
+    difference = paired(own, other)
+    if difference is None:
         return "no seed in common"
-    half = f" ± {found.half_width:.4f}" if found.half_width is not None else " (one seed)"
-    return f"{found.mean:+.4f}{half}"
+    half = f" ± {difference.half_width:.4f}" if difference.half_width is not None else " (one seed)"
+    return f"{difference.mean:+.4f}{half}"
 
 
 def _made(sweeps: Sweeps) -> Table:
@@ -197,20 +197,20 @@ def _made(sweeps: Sweeps) -> Table:
         ("finished", lambda sweep: f"{sum(t.finished for t in sweep.trials)}/{len(sweep.trials)}"),
         ("baseline", lambda sweep: sweep.summary["baseline"] or "-"),
         ("matched", lambda sweep: sweep.summary["match"] or "-"),
-        ("data", lambda sweep: _said(sweep, "corpus")),
-        ("commit", lambda sweep: _said(sweep, "commit")),
+        ("data", lambda sweep: _recorded(sweep, "corpus")),
+        ("commit", lambda sweep: _recorded(sweep, "commit")),
     ):
         rows.append((name, *(value(sweep) for sweep in sweeps.values())))
     return Table(("what ran", *sweeps), rows)
 
 
-def _said(sweep: SweepData, key: str) -> str:
+def _recorded(sweep: SweepData, key: str) -> str:
     runs = [trial.run for trial in sweep.trials if trial.run]
     return ", ".join(sorted({str(run.saved.get(key) or "unknown") for run in runs}))
 
 
 def _differences(sweeps: Sweeps) -> Table | Text:
-    """Fields whose values over the trials of a sweep are not those of another's."""
+    """Fields whose values over the trials of a sweep differ from another's."""
     values = {name: _values(sweep) for name, sweep in sweeps.items()}
     fields = sorted(set().union(*values.values()))
     rows = []
@@ -225,11 +225,11 @@ def _differences(sweeps: Sweeps) -> Table | Text:
 
 
 def _values(sweep: SweepData) -> dict[str, list[str]]:
-    found: dict[str, set[str]] = {}
+    values: dict[str, set[str]] = {}
     for trial in sweep.trials:
         for field, value in flatten(trial.trial.config).items():
-            found.setdefault(field, set()).add(repr(value))
-    return {field: sorted(values) for field, values in found.items()}
+            values.setdefault(field, set()).add(repr(value))
+    return {field: sorted(texts) for field, texts in values.items()}
 
 
 def _curve(
@@ -241,18 +241,18 @@ def _curve(
     runs: list[Any] = []
     for index, (label, sweep) in enumerate(sweeps.items()):
         own = sweep.runs(variant) if variant in sweep.variants else []
-        found = [curve for run in own if len((curve := run.series(split, key))[0])]
-        if not found:
+        finished = [curve for run in own if len((curve := run.series(split, key))[0])]
+        if not finished:
             continue
-        steps, mean, _ = mean_curve(found)
+        steps, mean, _ = mean_curve(finished)
         traces.append(figures.line(label, steps, mean, line={"color": f"C{index}"}))
         shown += [x for x in mean[len(mean) // 25 :] if math.isfinite(x)]
-        counts[label], runs = len(found), [*runs, *own]
+        counts[label], runs = len(finished), [*runs, *own]
     if not np.size(shown):
         return None
     scale = curve_scale(name, key, unit, shown)
     spec = figures.chart(traces, "step", scale, yaxis=scale.axis(shown), showlegend=True)
-    said = converted(runs) if (split, key) == ("train", "loss") else ""
+    note = converted(runs) if (split, key) == ("train", "loss") else ""
     seeds = ", ".join(f"{label} n = {n}" for label, n in counts.items())
-    caption = f"{name.capitalize()} of {variant}, means over finished seeds: {seeds}.{said}"
+    caption = f"{name.capitalize()} of {variant}, means over finished seeds: {seeds}.{note}"
     return Figure(spec, caption, height=400, name=f"curves-{variant}-{name}")

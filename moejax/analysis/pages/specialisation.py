@@ -26,7 +26,7 @@ from moejax.record.probe import Probe
 from moejax.record.routing import Routed
 
 LEAST = 10
-"""Token ids seen less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
+"""Token ids that occur less often are left out: OLMoE's threshold (arXiv 2409.02060)."""
 FAVOURITES = 12
 SHUFFLES = 20
 LABELS = ("domain", "label")
@@ -34,7 +34,7 @@ LABELS = ("domain", "label")
 
 @dataclasses.dataclass(frozen=True)
 class Kinds:
-    """A way to sort tokens: of each token the id of its kind, and the kinds' names."""
+    """A way to sort tokens: the id of each token's kind, and the kinds' names."""
 
     name: str
     kind_T: np.ndarray
@@ -47,14 +47,14 @@ def kinds_of(probe: Probe, item: str) -> list[Kinds]:
     Labels of text are called domains.
     """
     texts = [str(text) for text in probe.tokens["token_text"]]
-    found = [Kinds("token", of_tokens(probe, "token"), texts)]
+    kinds = [Kinds("token", of_tokens(probe, "token"), texts)]
     if item == "token":
-        found.append(Kinds("next token", of_tokens(probe, "target"), texts))
+        kinds.append(Kinds("next token", of_tokens(probe, "target"), texts))
     if "label" in probe.tokens:
         names = [str(name) for name in probe.tokens["label_names"]]
         name = "domain" if item == "token" else "label"
-        found.append(Kinds(name, of_tokens(probe, "label"), names))
-    return found
+        kinds.append(Kinds(name, of_tokens(probe, "label"), names))
+    return kinds
 
 
 def page(run: RunData) -> Page:
@@ -64,9 +64,9 @@ def page(run: RunData) -> Page:
     last, kinds = probe.routed(probe.steps[-1]), kinds_of(probe, run.units.item)
     blocks: list[Block] = [
         Text(
-            f"Of the probe's {last.first_MT.shape[1]} tokens, what each expert was chosen for at "
-            f"step {last.step}. Lift is a share over what it would be if experts did not care: 1 "
-            "is indifference, 2 is twice as much as that."
+            f"The kinds of tokens that chose each expert, among the probe's "
+            f"{last.first_MT.shape[1]} tokens at step {last.step}. Lift is a share over its value "
+            "if the choice were independent of the kind: 1 is independence, 2 is twice that share."
         )
     ]
     labels = next((each for each in kinds if each.name in LABELS), None)
@@ -87,15 +87,15 @@ def _counts(last: Routed, kinds: Kinds, layer: int) -> np.ndarray:
 def _labels(last: Routed, labels: Kinds, layer: int) -> Figure:
     counts_CE = _counts(last, labels, layer)
     tokens_C = np.bincount(labels.kind_T, minlength=len(labels.names))
-    seen_C = tokens_C > 0
+    present_C = tokens_C > 0
     names = [
         f"{plain(name)} ({count})"
         for name, count in zip(labels.names, tokens_C, strict=True)
         if count
     ]
     trace = lift_cells(
-        lift(counts_CE)[seen_C],
-        share_of_kind(counts_CE)[seen_C],
+        lift(counts_CE)[present_C],
+        share_of_kind(counts_CE)[present_C],
         x=list(range(last.num_experts)),
         y=names,
         hovertemplate=(
@@ -118,68 +118,72 @@ def _favourites(last: Routed, tokens: Kinds, layer: int) -> Table:
     load_E = counts_CE.sum(axis=0)
     by_lift = favourites(counts_CE, tokens_C, LEAST, FAVOURITES)
 
-    def said(of: Favourite) -> str:
-        return f"{quoted(tokens.names[of.kind])}\N{NO-BREAK SPACE}{of.lift:.1f}"
+    def label(favourite: Favourite) -> str:
+        return f"{quoted(tokens.names[favourite.kind])}\N{NO-BREAK SPACE}{favourite.lift:.1f}"
 
     rows = []
-    for expert, found in enumerate(by_lift):
+    for expert, best in enumerate(by_lift):
         often = np.argsort(-counts_CE[:, expert], kind="stable")[:FAVOURITES]
         frequent = [quoted(tokens.names[int(c)]) for c in often if counts_CE[c, expert]]
         share = load_E[expert] / max(load_E.sum(), 1)
-        rows.append((str(expert), f"{share:.1%}", ", ".join(map(said, found)), " ".join(frequent)))
+        rows.append((str(expert), f"{share:.1%}", ", ".join(map(label, best)), " ".join(frequent)))
     caption = (
-        f"Layer {layer}. Tokens by lift: what the expert is chosen for more than for other tokens, "
-        f"with the lift, of tokens seen {LEAST} times or more. Most frequent: what it mostly sees."
+        f"Layer {layer}. Tokens by lift: those that choose the expert more often than others do, "
+        f"with the lift, if they occur {LEAST} times or more. Most frequent: its commonest tokens."
     )
     return Table(("expert", "share of pairs", "tokens by lift", "most frequent"), rows, caption)
 
 
 def quoted(token: str) -> str:
     """Quote a token so that spaces are visible and do not break lines."""
-    whole = token.replace(" ", "\N{NO-BREAK SPACE}")
-    return f"\N{LEFT DOUBLE QUOTATION MARK}{whole}\N{RIGHT DOUBLE QUOTATION MARK}"
+    unbroken = token.replace(" ", "\N{NO-BREAK SPACE}")
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{unbroken}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def _information(probe: Probe, last: Routed, kinds: Sequence[Kinds]) -> list[Block]:
     def at(step: int) -> np.ndarray:
-        then = probe.routed(step)
+        routed = probe.routed(step)
         return np.array(
-            [[explained(then.selected_MTE[m], of.kind_T) for m in then.layers] for of in kinds]
+            [
+                [explained(routed.selected_MTE[m], kind.kind_T) for m in routed.layers]
+                for kind in kinds
+            ]
         )
 
     steps, share_SCM = over_steps(probe, at)
     null_CMR = np.array(
         [
             [
-                explained_by_chance(last.selected_MTE[m], of.kind_T, SHUFFLES, seed=0)
+                explained_by_chance(last.selected_MTE[m], kind.kind_T, SHUFFLES, seed=0)
                 for m in last.layers
             ]
-            for of in kinds
+            for kind in kinds
         ]
     )
-    found = []
-    for index, of in enumerate(kinds):
+    charts = []
+    for index, kind in enumerate(kinds):
         by_chance = figures.level(
             "by chance, last step", probe.steps, float(null_CMR[index].mean())
         )
         traces = [*by_layer("", steps, share_SCM[:, index]), by_chance]
-        scale = figures.whole_share(f"explained by {of.name}", "share of H(expert)")
-        found.append(Panel("step", scale, traces))
+        scale = figures.whole_share(f"explained by {kind.name}", "share of H(expert)")
+        charts.append(Panel("step", scale, traces))
     caption = (
         "I(expert; kind) / H(expert) at each recording: the share of what there is to know about a "
         "pair's expert that the token's kind tells; 0 if it tells nothing, 1 if it decides (with k "
         "choices per token at most 1 - log k / H(expert)). Dotted: what kinds shuffled over tokens "
         "tell, mean over layers; many rare kinds tell something by chance."
     )
-    height = 90 + 250 * -(-len(found) // 2)
+    height = 90 + 250 * -(-len(charts) // 2)
+    others = " or ".join(f"the {kind.name}" for kind in kinds[1:])
     return [
         Text(
             "OpenMoE found experts that care about the token and not about its context (Xue et "
             "al., arXiv 2402.01739). Then the token explains much more of the routing than "
-            f"{' or '.join(f'the {of.name}' for of in kinds[1:]) or 'anything else'} does beyond "
+            f"{others or 'anything else'} does beyond "
             "chance."
         ),
-        Figure(panels(found), caption, height=height, name="information"),
+        Figure(panels(charts), caption, height=height, name="information"),
         _against_chance(last, kinds, share_SCM[-1], null_CMR),
     ]
 

@@ -35,11 +35,11 @@ def page(run: RunData) -> Page:
 
 
 def churns(probe: Probe) -> tuple[np.ndarray, np.ndarray]:
-    """Steps but the first, and the churn [S, M] since the recording before each."""
-    found = [probe.routed(step).first_MT for step in probe.steps]
+    """Steps after the first, and the churn [S, M] since the recording before each."""
+    first_choices = [probe.routed(step).first_MT for step in probe.steps]
     moved = [
         [churn(before_T, after_T) for before_T, after_T in zip(before, after, strict=True)]
-        for before, after in zip(found, found[1:], strict=False)
+        for before, after in zip(first_choices, first_choices[1:], strict=False)
     ]
     return np.asarray(probe.steps[1:]), np.array(moved)
 
@@ -48,18 +48,18 @@ def saturations(probe: Probe, first: bool) -> tuple[np.ndarray, np.ndarray, floa
     """Steps, saturation [S, M] of all choices or of the first ones, and its mean by chance."""
 
     def chosen(step: int) -> np.ndarray:
-        then = probe.routed(step)
+        routed = probe.routed(step)
         if not first:
-            return then.selected_MTE
-        return (then.first_MT[..., None] == np.arange(then.num_experts)) & (
-            then.first_MT[..., None] != NONE
+            return routed.selected_MTE
+        return (routed.first_MT[..., None] == np.arange(routed.num_experts)) & (
+            routed.first_MT[..., None] != NONE
         )
 
     last_MTE = chosen(probe.steps[-1])
 
     def at(step: int) -> np.ndarray:
         pairs = zip(chosen(step), last_MTE, strict=True)
-        return np.array([saturation(then_TE, last_TE) for then_TE, last_TE in pairs])
+        return np.array([saturation(selected_TE, last_TE) for selected_TE, last_TE in pairs])
 
     blind = float(np.mean([saturation_by_chance(selected_TE) for selected_TE in last_MTE]))
     return *over_steps(probe, at), blind
@@ -111,7 +111,7 @@ def _saturation(probe: Probe, first: bool) -> Figure:
 def _similar(probe: Probe) -> list[Block]:
     last = probe.at(probe.steps[-1])
     blocks: list[Block] = []
-    found = []
+    charts = []
     for name, (title, _) in SIMILARITIES.items():
         if name not in last:
             blocks.append(
@@ -121,14 +121,14 @@ def _similar(probe: Probe) -> list[Block]:
         steps, mean_SM = over_steps(probe, _between(probe, name))
         lines = by_layer("", steps, mean_SM)
         scale = figures.Scale(f"mean cosine of {title}", "-1 to 1", bounds=COSINES)
-        found.append(Panel("step", scale, lines))
+        charts.append(Panel("step", scale, lines))
         maps = {str(m): [_map(name, cosine_EE, m)] for m, cosine_EE in enumerate(last[name])}
         blocks.append(Choice(f"similarity of {title}, layer", maps))
     caption = (
         "Mean cosine between different experts. Rising towards 1, experts become copies of each "
         "other; at 0 they are unrelated, as random initialisation leaves them."
     )
-    figure = Figure(panels(found), caption, height=340, name="similarity")
+    figure = Figure(panels(charts), caption, height=340, name="similarity")
     return [figure, *blocks]
 
 
@@ -162,7 +162,7 @@ def _map(name: str, cosine_EE: np.ndarray, layer: int) -> Figure:
 
 
 def _representation(probe: Probe) -> list[Block]:
-    found = []
+    charts = []
     trace = "Tr(\N{GREEK CAPITAL LETTER SIGMA}w \N{GREEK CAPITAL LETTER SIGMA}b+)"
     for name, scale in (
         ("collapse", figures.Scale(trace, "ratio", DECADE)),
@@ -174,7 +174,7 @@ def _representation(probe: Probe) -> list[Block]:
         if name == "collapse":
             with np.errstate(divide="ignore", invalid="ignore"):
                 axis = scale.axis(np.log10(value_SM).ravel()) | {"type": "log", "dtick": "D2"}
-        found.append(Panel("step", scale, by_layer("", steps, value_SM), axis))
+        charts.append(Panel("step", scale, by_layer("", steps, value_SM), axis))
     caption = (
         "Of the inputs of each MoE layer. Left: variation within the tokens of one expert over "
         "that between experts (X-MoE, arXiv 2204.09179), on a logarithmic axis; falling towards 0, "
@@ -187,5 +187,5 @@ def _representation(probe: Probe) -> list[Block]:
             "too far, representations collapse: both curves fall together. A falling left curve "
             "beside a steady right one says that experts tell their tokens apart."
         ),
-        Figure(panels(found), caption, height=340, name="representation"),
+        Figure(panels(charts), caption, height=340, name="representation"),
     ]

@@ -66,7 +66,7 @@ def counted(seeds: Mapping[str, int]) -> str:
 
 
 def _metric(sweep: SweepData, name: str, split: str, key: str) -> Block | None:
-    """One figure, or of many variants two: the means, and with seeds and intervals."""
+    """One figure, or two for many variants: the means alone, and with seeds and intervals."""
     unit = sweep.summary.get("unit", PER_BYTE)
     extras, means = _traces(sweep, split, key)
     lines = [*means, *(trace for trace in extras if "fill" not in trace)]  # bands may be cut
@@ -77,11 +77,11 @@ def _metric(sweep: SweepData, name: str, split: str, key: str) -> Block | None:
     scale = curve_scale(name, key, unit, shown)
     axis = scale.axis(shown)
     runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
-    said = converted(runs) if (split, key) == ("train", "loss") else ""
-    seeds = {v: len(found) for v in sweep.variants if (found := sweep.runs(v))}
+    note = converted(runs) if (split, key) == ("train", "loss") else ""
+    seeds = {v: len(finished) for v in sweep.variants if (finished := sweep.runs(v))}
     end = (
         "A click on a name hides its variant, a double click all others. Finished trials only, "
-        f"{counted(seeds)}.{said}{legend(sweep.summary)}"
+        f"{counted(seeds)}.{note}{legend(sweep.summary)}"
     )
 
     def drawn(traces: list[figures.Spec], what: str, suffix: str = "") -> Figure:
@@ -133,9 +133,9 @@ def mean_curve(
     """Steps that all curves have, their mean there and the half width of its 95 % interval."""
     common = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in curves)))
     tables = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in curves]
-    found = [estimate([table[step] for table in tables]) for step in common]
-    half = [np.nan if e.half_width is None else e.half_width for e in found]
-    return np.asarray(common), np.asarray([e.mean for e in found]), np.asarray(half)
+    estimates = [estimate([table[step] for table in tables]) for step in common]
+    half = [np.nan if e.half_width is None else e.half_width for e in estimates]
+    return np.asarray(common), np.asarray([e.mean for e in estimates]), np.asarray(half)
 
 
 def _style(index: int) -> dict[str, object]:
@@ -163,5 +163,5 @@ def _band(
 
 def variants_with_experts(sweep: SweepData) -> dict[str, list[RunData]]:
     """The finished runs of each variant that has any with experts."""
-    found = {v: [run for run in sweep.runs(v) if run.has_experts] for v in sweep.variants}
-    return {variant: runs for variant, runs in found.items() if runs}
+    with_experts = {v: [run for run in sweep.runs(v) if run.has_experts] for v in sweep.variants}
+    return {variant: runs for variant, runs in with_experts.items() if runs}

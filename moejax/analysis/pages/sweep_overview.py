@@ -1,4 +1,4 @@
-"""The outcome of a sweep in a picture and a table, with warnings and what it ran."""
+"""The outcome of a sweep in a picture and a table, with warnings and its trials."""
 
 from collections import Counter
 from typing import Any
@@ -34,7 +34,7 @@ def page(sweep: SweepData) -> Page:
         blocks.append(Warning("Not everything could be read. " + " ".join(_problems(sweep))))
     blocks += _findings(sweep)
     blocks += _unfinished(sweep)
-    blocks += [Table(("what ran", ""), _what(sweep)), _variants(sweep)]
+    blocks += [Table(("what ran", ""), _settings(sweep)), _variants(sweep)]
     return Page("Overview", blocks)
 
 
@@ -98,10 +98,10 @@ def _verdict(sweep: SweepData) -> str:
     text += f" The lowest held-out loss has {marked(best)}, {interval(best)} {unit}{_but(best)}."
     fair = [v for v in measured if not marks(v)]
     if marks(best) and fair:
-        which = ["do not miss the match"] * any(v["missed_match"] for v in measured)
-        which += ["do not leak"] * any(v["leak"] for v in measured)
+        conditions = ["do not miss the match"] * any(v["missed_match"] for v in measured)
+        conditions += ["do not leak"] * any(v["leak"] for v in measured)
         first = min(fair, key=lambda v: v["mean"])
-        text += f" Of those that {' and '.join(which)}: {marked(first)}, "
+        text += f" Of those that {' and '.join(conditions)}: {marked(first)}, "
         text += f"{interval(first)}{_but(first)}."
     baseline = by_name(summary).get(summary["baseline"])
     verdicts: dict[str, list[str]] = {}
@@ -109,8 +109,8 @@ def _verdict(sweep: SweepData) -> str:
         if v is not baseline and v["verdict"]:
             verdicts.setdefault(v["verdict"], []).append(marked(v))
     if baseline and verdicts:
-        said = "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items())
-        text += f" Against the baseline {marked(baseline)}: {said}."
+        listing = "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items())
+        text += f" Against the baseline {marked(baseline)}: {listing}."
     return text + legend(summary)
 
 
@@ -131,14 +131,14 @@ def _problems(sweep: SweepData) -> list[str]:
 
 
 def _findings(sweep: SweepData) -> list[Block]:
-    """Warnings of finished trials; what all have is one row, else those of one variant are."""
-    found: dict[str, dict[str, dict[int, str]]] = {}
+    """Warnings of finished trials: one row for one of all trials, otherwise one per variant."""
+    by_kind: dict[str, dict[str, dict[int, str]]] = {}
     finished = [trial for trial in sweep.trials if trial.finished]
     for trial in finished:
         for kind, text in health.findings(trial.run) if trial.run else []:
-            found.setdefault(kind, {}).setdefault(trial.variant, {}).setdefault(trial.seed, text)
+            by_kind.setdefault(kind, {}).setdefault(trial.variant, {}).setdefault(trial.seed, text)
     rows = []
-    for kind, by_variant in found.items():
+    for kind, by_variant in by_kind.items():
         first = next(iter(next(iter(by_variant.values())).values()))
         if sum(map(len, by_variant.values())) == len(finished) > 1:
             rows.append((kind, "all", "all", first))
@@ -149,7 +149,7 @@ def _findings(sweep: SweepData) -> list[Block]:
     if not rows:
         return []
     caption = "Warnings of finished trials; the sentence is that of the first trial of the row."
-    return [Table(("warning", "variant", "seeds", "said of the first"), rows, caption)]
+    return [Table(("warning", "variant", "seeds", "sentence"), rows, caption)]
 
 
 def _unfinished(sweep: SweepData) -> list[Block]:
@@ -167,7 +167,7 @@ def _unfinished(sweep: SweepData) -> list[Block]:
     return blocks
 
 
-def _what(sweep: SweepData) -> list[tuple[str, str]]:
+def _settings(sweep: SweepData) -> list[tuple[str, str]]:
     rows = [("experiment", sweep.experiment), ("folder", str(sweep.folder))]
     runs = sweep_runs(sweep)
     if runs:
@@ -189,24 +189,26 @@ def _what(sweep: SweepData) -> list[tuple[str, str]]:
     if summary.get("match"):
         tolerance = f"within {summary['tolerance']:.0%}"
         rows.append(("matched", f"{summary['match']}, {tolerance} of the baseline"))
-    found = summary.get("detectable")
-    if found:
-        after = found.get("difference_holm")
+    detectable = summary.get("detectable")
+    if detectable:
+        after = detectable.get("difference_holm")
         holm = f"; {after:.4f} after Holm's correction over all variants" if after else ""
         rows.append(
             (
                 "can be detected",
-                f"a difference of {found['difference']:.4f} {summary.get('unit', PER_BYTE)}, with "
-                f"probability {found['power']:.0%} at level {found['level']} and "
-                f"{found['seeds']} seeds ({found['source']})" + holm + _how_sure(found),
+                f"a difference of {detectable['difference']:.4f} {summary.get('unit', PER_BYTE)}, "
+                f"with probability {detectable['power']:.0%} at level {detectable['level']} and "
+                f"{detectable['seeds']} seeds ({detectable['source']})"
+                + holm
+                + _uncertainty(detectable),
             )
         )
     return rows
 
 
-def _how_sure(found: dict[str, Any]) -> str:
+def _uncertainty(detectable: dict[str, Any]) -> str:
     """The uncertainty of a detectable difference with few degrees of freedom."""
-    freedom, factors = found.get("freedom", 0), found.get("factors")
+    freedom, factors = detectable.get("freedom", 0), detectable.get("factors")
     if not factors or freedom >= SURE:
         return ""
     low, high = factors

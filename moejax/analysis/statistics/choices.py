@@ -10,7 +10,7 @@ from moejax.record.counts import NONE
 def coactivation(selected_TE: Bool[np.ndarray, "T E"]) -> Float[np.ndarray, "E E"]:
     """N_ij / N_i: of the tokens that chose expert i (row), the share that chose j (column) too.
 
-    Asymmetric. The diagonal is NaN, as are rows of experts that nobody chose. All pairs count;
+    Asymmetric. The diagonal is NaN, as are rows of experts that no token chose. All pairs count;
     OLMoE's published script counts those adjacent in the order of weights only (Muennighoff et al.,
     arXiv 2409.02060, eq. 6).
     """
@@ -37,7 +37,7 @@ def transitions(
 ) -> Float[np.ndarray, "E E"]:
     """Share of tokens whose first choice is expert i (row), in the later layer j (column).
 
-    Of the tokens that chose an expert in both layers: sums to 1.
+    Counts the tokens that chose an expert in both layers: sums to 1.
     """
     both_T = (first_T != NONE) & (second_T != NONE)
     cell_T = first_T[both_T].astype(np.int64) * num_experts + second_T[both_T]

@@ -42,22 +42,22 @@ def favourites(
 ) -> list[list[Favourite]]:
     """For each expert up to `most` kinds of lift above 1, the largest lift first.
 
-    Only kinds seen `least` times or more: the lift of a rare one is chance. Of equal lifts, the
-    kind with more pairs comes first, then the smaller id.
+    Only kinds seen `least` times or more: the lift of a rare one is chance. Equal lifts are
+    ordered by pairs, the larger number first, then by id.
     """
     lift_CE = lift(counts_CE)
     kinds = np.flatnonzero(tokens_C >= least)
-    found = []
+    result = []
     for expert in range(counts_CE.shape[1]):
         above = kinds[lift_CE[kinds, expert] > 1]
         order = np.lexsort((above, -counts_CE[above, expert], -lift_CE[above, expert]))
-        found.append(
+        result.append(
             [
                 Favourite(int(c), float(lift_CE[c, expert]), int(counts_CE[c, expert]))
                 for c in above[order[:most]]
             ]
         )
-    return found
+    return result
 
 
 def peak_share(
@@ -104,7 +104,7 @@ def mutual_information(counts_CE: Integer[np.ndarray, "C E"]) -> float:
 
 
 def _explained(expert_P: Integer[np.ndarray, " P"], kind_P: Integer[np.ndarray, " P"]) -> float:
-    # Of token ids and experts few pairs occur, so these are sorted instead of tabulated.
+    # Few pairs of token id and expert occur, so these are sorted instead of tabulated.
     cell_P = kind_P.astype(np.int64) * (int(expert_P.max(initial=0)) + 1) + expert_P
     _, both = np.unique(cell_P, return_counts=True)
     of_expert = np.bincount(expert_P)

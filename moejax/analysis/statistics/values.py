@@ -22,12 +22,12 @@ def spread(
     NaN throughout where a token's value is not finite or there are no tokens.
     """
     wide_T = value_T.astype(np.float64)
-    found = np.full((*value_T.shape[:-1], 1 + len(levels)), np.nan)
+    result = np.full((*value_T.shape[:-1], 1 + len(levels)), np.nan)
     known = np.isfinite(wide_T).all(axis=-1) & (value_T.shape[-1] > 0)
     if known.any():
-        found[known, 0] = wide_T[known].mean(axis=-1)
-        found[known, 1:] = np.quantile(wide_T[known], levels, axis=-1).T
-    return found
+        result[known, 0] = wide_T[known].mean(axis=-1)
+        result[known, 1:] = np.quantile(wide_T[known], levels, axis=-1).T
+    return result
 
 
 def histogram(

@@ -209,7 +209,7 @@ def contrastive(
 def retrieved(
     logits_BB: Float[Array, "B B"], label_B: Int[Array, "B"], valid_B: Bool[Array, "B"]
 ) -> Bool[Array, "B"]:
-    """Whether the most similar of all valid columns has the row's label."""
+    """True for rows whose most similar valid column has the row's label."""
     return label_B[jnp.argmax(_among_valid(logits_BB, valid_B), axis=1)] == label_B
 
 

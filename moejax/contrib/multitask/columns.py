@@ -60,7 +60,7 @@ class Column(NamedTuple):
 
     @property
     def is_category(self) -> bool:
-        """Whether its values are not quantities: text, booleans, bytes."""
+        """True if its values are not quantities: text, booleans, bytes."""
         from pyarrow import types
 
         kind = self.array.type
@@ -216,7 +216,7 @@ def _floats(column: Column, field: str) -> np.ndarray:
 
 
 def _is_time(kind: Any) -> bool:
-    """Whether values are dates, times of day, both, or durations."""
+    """True if values are dates, times of day, both, or durations."""
     from pyarrow import types
 
     tests = (types.is_timestamp, types.is_date, types.is_time, types.is_duration)

@@ -328,7 +328,7 @@ def _codes(path: str, columns: dict[str, Column], asked: Choice) -> dict[str, Co
 
 
 def _reaches(column: Column, bound: int) -> bool:
-    """Whether a column of floats has an absolute value of at least ``bound``."""
+    """True if a column of floats has an absolute value of at least ``bound``."""
     values = column.array.to_numpy(zero_copy_only=False)
     return bool((np.abs(values) >= bound).any())  # False for NaN
 
@@ -368,7 +368,7 @@ def _column(name: str, values: np.ndarray) -> Column:
 
 
 def _genres(movies: dict[str, Column], rated: Column) -> list[Column]:
-    """A column per genre: 1 if the movie of the rating has it, else 0; 0 for unlisted movies.
+    """A column per genre: 1 if the movie of the rating has it, otherwise 0; 0 for unlisted movies.
 
     Raises:
       UserError: a column is missing, or no rated movie is listed, so that the ids do not match.

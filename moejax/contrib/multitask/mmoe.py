@@ -193,7 +193,7 @@ def check_gate(gate: Gate, num_experts: int, gate_input: str) -> None:
             "gate.per_example=True with gate_input=constant makes two parameters of every number "
             "of the code; use per_example=False"
         )
-    sees = gate.visibility(MoEConfig(num_experts, Dropless(), Dropless()))
+    visibility = gate.visibility(MoEConfig(num_experts, Dropless(), Dropless()))
     name, traits, reason = type(gate).__name__, GateTraits.of(gate), ""
     if traits.mixes:
         reason = f"mixes {traits.mixes}"
@@ -201,7 +201,7 @@ def check_gate(gate: Gate, num_experts: int, gate_input: str) -> None:
         reason = "reads tokens or sequences"
     elif gate.trained_by == "policy":
         reason = "is trained by a policy gradient"
-    elif any(sees):
+    elif any(visibility):
         reason = "routes an example by others"
     if reason:
         raise ValueError(

@@ -257,32 +257,32 @@ class MultiTaskLearning(Task):
         led = {name: jnp.broadcast_to(w, (gates, *w.shape)) for name, w in experts.items()}
         return {**led, "router": layer["router"]}
 
-    def _losses(self, said_BM: Array, batch: Batch) -> Float[Array, "B"]:
-        loss_BM = head_losses(said_BM, batch["target"], self.model.heads)
+    def _losses(self, value_BM: Array, batch: Batch) -> Float[Array, "B"]:
+        loss_BM = head_losses(value_BM, batch["target"], self.model.heads)
         return jnp.sum(jnp.where(batch["present"], loss_BM, 0.0), axis=1)
 
-    def _metrics(self, said_BM: Array, batch: Batch) -> dict[str, Any]:
+    def _metrics(self, value_BM: Array, batch: Batch) -> dict[str, Any]:
         """Metrics by task, over the examples with its target."""
-        loss_BM = head_losses(said_BM, batch["target"], self.model.heads)
-        found = {}
+        loss_BM = head_losses(value_BM, batch["target"], self.model.heads)
+        metrics = {}
         for m, head in enumerate(self.model.heads):
             here_B = batch["present"][:, m]
             count_B = here_B.astype(jnp.int32)
             loss_B = jnp.where(here_B, loss_BM[:, m], 0.0)
             if head.kind == "regression":
-                found[f"mse/{head.name}"] = MeanSquare(loss_B, count_B, head.scale)
+                metrics[f"mse/{head.name}"] = MeanSquare(loss_B, count_B, head.scale)
                 continue
-            right_B = (said_BM[:, m] > 0) == (batch["target"][:, m] > 0.5)
-            found[f"log_loss/{head.name}"] = Ratio(loss_B, count_B)
-            found[f"accuracy/{head.name}"] = Ratio(
+            right_B = (value_BM[:, m] > 0) == (batch["target"][:, m] > 0.5)
+            metrics[f"log_loss/{head.name}"] = Ratio(loss_B, count_B)
+            metrics[f"accuracy/{head.name}"] = Ratio(
                 jnp.where(here_B, right_B.astype(jnp.float32), 0.0), count_B
             )
-        return found
+        return metrics
 
-    def _areas(self, said_BM: Array, batch: Batch) -> dict[str, BinnedArea]:
+    def _areas(self, value_BM: Array, batch: Batch) -> dict[str, BinnedArea]:
         counted_BM = batch["present"] & batch["valid"][:, None]
         return {
-            f"auc/{head.name}": binned_area(said_BM[:, m], batch["target"][:, m], counted_BM[:, m])
+            f"auc/{head.name}": binned_area(value_BM[:, m], batch["target"][:, m], counted_BM[:, m])
             for m, head in enumerate(self.model.heads)
             if head.kind == "binary"
         }

@@ -46,9 +46,11 @@ class Drops:
     """Choices a token has: columns of the routing."""
     rows: int
     choices: list[float]
-    """Share of choices dropped, by position; so the next two, of tokens."""
+    """Share of choices dropped, by position."""
     any: list[float]
+    """Share of tokens with a dropped choice, by position."""
     all: list[float]
+    """Share of tokens with all choices dropped, by position."""
     by_layer: list[float]
     """Share of choices dropped, by MoE layer."""
     rate: Interval
@@ -57,9 +59,9 @@ class Drops:
     """Least-squares line through the share of choices dropped: its rise from first to last
     position."""
     early: Interval
-    """Share of choices dropped in the first quarter of positions,"""
+    """Share of choices dropped in the first quarter of positions."""
     late: Interval
-    """and in the last."""
+    """Share of choices dropped in the last quarter of positions."""
 
 
 def drops(text: str, arm: Arm, routed: Routed) -> Drops:

@@ -1,4 +1,4 @@
-"""Finding 2, early routing learning: routing soon becomes what it is at the end.
+"""Finding 2, early routing learning: routing soon reaches its final state.
 
 The same rows, routed at several steps of one run, against their routing at the last:
 
@@ -22,7 +22,7 @@ from moejax.record.routing import Routed
 
 
 @dataclasses.dataclass(frozen=True)
-class Then:
+class StepComparison:
     """One step against the last, by MoE layer."""
 
     step: int
@@ -35,7 +35,7 @@ class Then:
 class Early:
     """Finding 2 of a run. At the last step every number is 1 by definition."""
 
-    steps: list[Then]
+    steps: list[StepComparison]
     last: int
     source: str
     """The routed rows: the recorded probe, or rows that checkpoints were evaluated on."""
@@ -54,13 +54,13 @@ def early(recordings: Iterable[tuple[int, Routed]], source: str) -> Early:
     Raises:
       ValueError: there are none.
     """
-    found = list(recordings)
-    if not found:
+    recorded = list(recordings)
+    if not recorded:
         raise ValueError("no recordings")
-    last, end = found[-1]
+    last, end = recorded[-1]
     shares = _token_shares(end)
     return Early(
-        steps=[_then(step, routed, end) for step, routed in found],
+        steps=[_compare(step, routed, end) for step, routed in recorded],
         last=last,
         source=source,
         tokens=int(end.valid_NL.sum()),
@@ -86,14 +86,14 @@ def cosine_of_others(share_CE: Float[np.ndarray, "C E"]) -> float:
     return float(ratio(np.asarray(total), np.asarray(pairs)))
 
 
-def _then(step: int, routed: Routed, end: Routed) -> Then:
+def _compare(step: int, routed: Routed, end: Routed) -> StepComparison:
     at_all, at_first, cosine = [], [], []
     pairs = zip(_token_shares(routed), _token_shares(end), strict=True)
     for layer, (share_CE, last_CE) in enumerate(pairs):
         at_all.append(saturation(_selected(routed, layer), _selected(end, layer)))
         at_first.append(saturation(_selected_first(routed, layer), _selected_first(end, layer)))
         cosine.append(_mean(cosines(share_CE, last_CE)))
-    return Then(step, at_all, at_first, cosine)
+    return StepComparison(step, at_all, at_first, cosine)
 
 
 def _mean(value_C: Float[np.ndarray, " C"]) -> float:

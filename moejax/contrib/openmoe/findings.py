@@ -26,7 +26,7 @@ class Measured(NamedTuple):
     """The number of steps of the whole run, from its config."""
     num_experts: int
     leak: str
-    """What a token may see besides its past, as in the metrics; empty if nothing."""
+    """The tokens visible to a token besides its past, as in the metrics; empty if none."""
     specialisation: Specialisation
     early: Early
     drops: list[Drops]
@@ -36,24 +36,26 @@ class Measured(NamedTuple):
     """The text of each token; empty if unknown."""
 
 
-def verdicts(found: Measured) -> list[Verdict]:
-    """One of each finding."""
+def verdicts(measured: Measured) -> list[Verdict]:
+    """The verdict on each finding."""
     return [
-        specialisation_verdict(found.specialisation),
-        early_verdict(found.early),
-        drops_verdict(found.drops),
+        specialisation_verdict(measured.specialisation),
+        early_verdict(measured.early),
+        drops_verdict(measured.drops),
     ]
 
 
-def numbers(found: Measured, judged: Sequence[Verdict]) -> dict[str, Any]:
+def numbers(measured: Measured, judged: Sequence[Verdict]) -> dict[str, Any]:
     """The measurements as JSON types, without the routing; undefined values are null."""
-    about = {name: getattr(found, name) for name in ("run", "step", "steps", "num_experts", "leak")}
+    about = {
+        name: getattr(measured, name) for name in ("run", "step", "steps", "num_experts", "leak")
+    }
     tree = {
         **about,
         "verdicts": [verdict._asdict() for verdict in judged],
-        "specialisation": dataclasses.asdict(found.specialisation),
-        "early": dataclasses.asdict(found.early),
-        "drops": [dataclasses.asdict(drops) | {"arm": drops.arm.name} for drops in found.drops],
+        "specialisation": dataclasses.asdict(measured.specialisation),
+        "early": dataclasses.asdict(measured.early),
+        "drops": [dataclasses.asdict(drops) | {"arm": drops.arm.name} for drops in measured.drops],
     }
     return _plain(tree)
 

@@ -38,7 +38,7 @@ FACTORS = (1.0, 1.25, 2.0)
 TYPICAL = 1.25
 """The capacity factor of the arms that differ in something else: OpenMoE's in training."""
 ROWS = 256
-"""Rows of each text, unless told otherwise."""
+"""Rows of each text by default."""
 EARLY_ROWS = 128
 """Rows on which checkpoints are compared, where the run has no probe."""
 
@@ -63,25 +63,25 @@ def measure(workdir: Path, options: Options, say: Callable[[str], None]) -> Meas
     """
     config = load(str(workdir / "config.json")).config
     _check(workdir, config, options)
-    with open_run(config, str(workdir), options.step) as found:
-        this, state, at = found
-        texts = all_texts(this, options.data, options.rows)
+    with open_run(config, str(workdir), options.step) as opened:
+        run, state, step = opened
+        texts = all_texts(run, options.data, options.rows)
         for text in texts:
             if text.rows < GROUPS:
                 raise UserError(
                     f"{text.name} has {text.rows} rows of train.seq_len={config.train.seq_len}, "
                     f"and intervals need {GROUPS}; name a longer text"
                 )
-        routed, counted = _all_arms(this, state, texts, say)
+        routed, counted = _all_arms(run, state, texts, say)
         say("comparing checkpoints")
-        earlier = early(*_recordings(this, workdir, at, texts[0]))
-    origin = corpus_of(this).origin
+        earlier = early(*_recordings(run, workdir, step, texts[0]))
+    origin = corpus_of(run).origin
     return Measured(
         run=workdir.resolve().name,
-        step=at,
+        step=step,
         steps=config.train.steps,
         num_experts=config.moe.num_experts,
-        leak=this.leak,
+        leak=run.leak,
         specialisation=specialisation(routed),
         early=earlier,
         drops=counted,
@@ -110,19 +110,19 @@ def _check(workdir: Path, config: Config, options: Options) -> None:
 def arms(task: Task) -> list[Arm]:
     """Dropless, first come at each factor, batch-prioritised, and another number of choices.
 
-    The last of gates that take it with the parameters they have.
+    The last only for a gate that takes it with the parameters it has.
     """
-    found = [DROPLESS, *(Arm(factor) for factor in FACTORS), Arm(TYPICAL, "gate")]
+    result = [DROPLESS, *(Arm(factor) for factor in FACTORS), Arm(TYPICAL, "gate")]
     gate: Any = task.model.gate
     k = gate.k if "k" in {field.name for field in dataclasses.fields(gate)} else 0
     other = Arm(TYPICAL, k=1 if k > 1 else 2)
     if k and _parameters(task) and _parameters(variant(task, other)) == _parameters(task):
-        found.append(other)
-    return found
+        result.append(other)
+    return result
 
 
 def _parameters(task: Task) -> Any:
-    """Shapes and types of parameters and gate state; None of a gate that refuses its fields."""
+    """Shapes and types of parameters and gate state; None for a gate that refuses its fields."""
 
     def counts() -> np.ndarray:
         return np.ones(task.model.vocab_size, np.int64)
@@ -149,17 +149,17 @@ def variant(task: Task, arm: Arm) -> Task:
     return dataclasses.replace(task, model=model.with_experts(config=moe, gate=gate))
 
 
-def router(this: Run, arm: Arm) -> Route:
+def router(run: Run, arm: Arm) -> Route:
     """Routes a text; compiles once for all texts and checkpoints."""
-    task = variant(this.task, arm)
+    task = variant(run.task, arm)
     route = jax.jit(functools.partial(record_routing.route, task=task))
 
     def routed(state: TrainState, text: Text) -> Routed:
         parts = []
         for batch in text.batches:
             real_B = batch["valid"].any(axis=1)
-            sent = on_host(route(state, this.put(batch)))
-            parts.append({name: x[:, real_B] for name, x in sent.items()})
+            routing = on_host(route(state, run.put(batch)))
+            parts.append({name: x[:, real_B] for name, x in routing.items()})
         expert, weight, kept = (
             np.concatenate([part[name] for part in parts], axis=1)
             for name in ("expert", "weight", "kept")
@@ -173,12 +173,12 @@ def router(this: Run, arm: Arm) -> Route:
 
 
 def _all_arms(
-    this: Run, state: TrainState, texts: Sequence[Text], say: Callable[[str], None]
+    run: Run, state: TrainState, texts: Sequence[Text], say: Callable[[str], None]
 ) -> tuple[Routed, list[Drops]]:
     """The dropless routing of the first text, and the drops of every arm on every text."""
     own, counted = None, []
-    for arm in arms(this.task):
-        route = router(this, arm)
+    for arm in arms(run.task):
+        route = router(run, arm)
         for text in texts:
             say(f"routing {text.rows} rows of {text.name}: {arm.name}")
             routed = route(state, text)
@@ -191,13 +191,13 @@ def _all_arms(
 
 
 def _recordings(
-    this: Run, workdir: Path, last: int, text: Text
+    run: Run, workdir: Path, last: int, text: Text
 ) -> tuple[Iterator[tuple[int, Routed]], str]:
-    """The same rows at several steps up to ``last``, and where they are from."""
+    """The same rows at several steps up to ``last``, and their source."""
     probe = Probe.read(workdir)
     if probe is not None and last in probe.steps:
         return _of_probe(probe, last), "the recorded probe"
-    return _of_checkpoints(this, workdir, last, text.head(EARLY_ROWS)), "checkpoints"
+    return _of_checkpoints(run, workdir, last, text.head(EARLY_ROWS)), "checkpoints"
 
 
 def _of_probe(probe: Probe, last: int) -> Iterator[tuple[int, Routed]]:
@@ -205,15 +205,13 @@ def _of_probe(probe: Probe, last: int) -> Iterator[tuple[int, Routed]]:
         yield step, probe.routed(step)
 
 
-def _of_checkpoints(
-    this: Run, workdir: Path, last: int, text: Text
-) -> Iterator[tuple[int, Routed]]:
-    """Kept checkpoints, and the state before the first step unless another run's weights were."""
-    route = router(this, DROPLESS)
-    if not this.config.train.init_from:
-        yield 0, route(jax.block_until_ready(this.init_state()), text)
+def _of_checkpoints(run: Run, workdir: Path, last: int, text: Text) -> Iterator[tuple[int, Routed]]:
+    """Kept checkpoints, and the state before the first step unless it has another run's weights."""
+    route = router(run, DROPLESS)
+    if not run.config.train.init_from:
+        yield 0, route(jax.block_until_ready(run.init_state()), text)
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
         for step in sorted(step for step in checkpoints.steps() if step <= last):
-            restored = checkpoints.restore(this.abstract_state, step=step)
+            restored = checkpoints.restore(run.abstract_state, step=step)
             assert restored is not None
             yield step, route(restored.state, text)

@@ -19,9 +19,9 @@ NUMBERS = "openmoe.json"
 def pages(
     run: RunData | SweepData, args: argparse.Namespace, folder: Path, say: Callable[[str], None]
 ) -> list[Page]:
-    """The page of the findings; says their verdicts and writes `NUMBERS` into ``folder``.
+    """The page of the findings; prints their verdicts and writes `NUMBERS` into ``folder``.
 
-    ``args``: of the flags in ``flags``; none without ``--openmoe``.
+    ``args``: the values of the flags in ``flags``; no page without ``--openmoe``.
 
     Raises:
       UserError: a sweep; what cannot be evaluated (see ``measure.measure``), or written.
@@ -35,12 +35,12 @@ def pages(
         )
     rows = measure.ROWS if args.rows is None else args.rows
     options = measure.Options(rows, tuple(args.data), args.step)
-    found = measure.measure(run.workdir, options, say)
-    judged = findings.verdicts(found)
+    measured = measure.measure(run.workdir, options, say)
+    judged = findings.verdicts(measured)
     path = folder / NUMBERS
-    content = json.dumps(findings.numbers(found, judged), indent=1, allow_nan=False)
+    content = json.dumps(findings.numbers(measured, judged), indent=1, allow_nan=False)
     with replaced(path) as temporary:
         temporary.write_text(content + "\n")
     for verdict in judged:
         say(str(verdict))
-    return [page.page(found, judged)]
+    return [page.page(measured, judged)]

@@ -49,35 +49,35 @@ class Text:
         return np.concatenate([x["valid"][x["valid"].any(axis=1)] for x in self.batches])
 
     def head(self, rows: int) -> "Text":
-        """About so many rows, whole batches spread over the text."""
+        """About ``rows`` rows: whole batches spread over the text."""
         size = len(self.batches[0]["row"])
         count = min(max(rows // size, 1), len(self.batches))
         chosen = [self.batches[i * len(self.batches) // count] for i in range(count)]
         return Text(self.name, chosen)
 
 
-def all_texts(this: Run, paths: Sequence[str], rows: int) -> list[Text]:
+def all_texts(run: Run, paths: Sequence[str], rows: int) -> list[Text]:
     """The run's held-out text and those at the paths, up to ``rows`` rows of each.
 
     Raises:
-      UserError: nothing to read, a text too short for a row, tokens of another vocabulary.
+      UserError: nothing to read, a text too short for a row, or tokens of another vocabulary.
     """
-    corpus = corpus_of(this)
-    own = _text(this, OWN, corpus.heldout_N, rows)
+    corpus = corpus_of(run)
+    own = _text(run, OWN, corpus.heldout_N, rows)
     labels_M = heldout_labels(corpus)
     if labels_M is not None:
-        label_NL = _text(this, OWN, labels_M, rows).token_NL
+        label_NL = _text(run, OWN, labels_M, rows).token_NL
         own = dataclasses.replace(own, label_NL=label_NL, names=NAMES)
     others = {_name(path): path for path in paths}
     if len(others) < len(paths) or OWN in others:
         raise UserError(f"--data={' '.join(paths)}: the texts need names of their own; rename one")
-    return [own, *(_text(this, name, _tokens(this, path), rows) for name, path in others.items())]
+    return [own, *(_text(run, name, _tokens(run, path), rows) for name, path in others.items())]
 
 
-def corpus_of(this: Run) -> Corpus:
+def corpus_of(run: Run) -> Corpus:
     """The text that a run has learned from."""
-    assert isinstance(this.data, TextSource), "only runs on text are measured"
-    return this.data.corpus
+    assert isinstance(run.data, TextSource), "only runs on text are measured"
+    return run.data.corpus
 
 
 def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:
@@ -87,18 +87,18 @@ def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:
     """
     if routed.label_NL is None:
         return
-    found = []
+    named_rows = []
     for label, name in enumerate(routed.names):
-        of_it_NL = (routed.label_NL == label) & routed.valid_NL
-        mostly_N = of_it_NL.sum(axis=1) > MOSTLY * routed.valid_NL.sum(axis=1)
+        in_domain_NL = (routed.label_NL == label) & routed.valid_NL
+        mostly_N = in_domain_NL.sum(axis=1) > MOSTLY * routed.valid_NL.sum(axis=1)
         if mostly_N.sum() >= GROUPS:
-            found.append((f"mostly {name}", np.flatnonzero(mostly_N)))
-    if len(found) > 1:
-        yield from found
+            named_rows.append((f"mostly {name}", np.flatnonzero(mostly_N)))
+    if len(named_rows) > 1:
+        yield from named_rows
 
 
-def _text(this: Run, name: str, tokens_N: Any, rows: int) -> Text:
-    train = this.config.train
+def _text(run: Run, name: str, tokens_N: Any, rows: int) -> Text:
+    train = run.config.train
     return Text(name, heldout_windows(tokens_N, train.seq_len, train.batch_size, rows))
 
 
@@ -106,8 +106,8 @@ def _name(path: str) -> str:
     return os.path.basename(os.path.abspath(os.path.expanduser(path)))
 
 
-def _tokens(this: Run, path: str) -> np.ndarray:
-    """The whole text at a path as the run's tokens; of prepared shards, what they hold out.
+def _tokens(run: Run, path: str) -> np.ndarray:
+    """The whole text at a path as the run's tokens; for prepared shards, their held-out part.
 
     Raises:
       UserError: see `all_texts`.
@@ -115,7 +115,7 @@ def _tokens(this: Run, path: str) -> np.ndarray:
     folder = os.path.expanduser(path)
     if not os.path.exists(folder):
         raise UserError(f"--data={path} does not exist; name a file or folder of text")
-    corpus = corpus_of(this)
+    corpus = corpus_of(run)
     if is_prepared(folder):
         return _same_vocabulary(corpus, load_corpus(path), path).heldout_N
     if corpus.origin is None:

@@ -52,7 +52,7 @@ class Spread:
 
     @property
     def excess(self) -> float:
-        """What is not chance."""
+        """The part that is not chance."""
         return self.mean - self.chance
 
 
@@ -89,7 +89,7 @@ def largest_spread(num_experts: int, choices: int = 1) -> float:
 
 
 def spread_over_experts(counts_CE: Int[np.ndarray, "C E"]) -> Float[np.ndarray, " C"]:
-    """Standard deviation (of E, not E - 1) of each kind's shares; NaN for a kind unseen."""
+    """Standard deviation (of E, not E - 1) of each kind's shares; NaN for an absent kind."""
     return ratio(counts_CE, counts_CE.sum(axis=1, keepdims=True)).std(axis=1)
 
 
@@ -140,9 +140,9 @@ def _table(
     return choice_counts(expert_T[:, None], kind_T, kinds, num_experts)
 
 
-def corrected(found: float, chance: float, whole: float) -> float:
+def corrected(measured: float, chance: float, total: float) -> float:
     """(I - I_0) / (H - I_0); NaN where nothing is left to tell (all tokens get one expert)."""
-    return float(ratio(np.asarray(found - chance), np.asarray(whole - chance)))
+    return float(ratio(np.asarray(measured - chance), np.asarray(total - chance)))
 
 
 def kinds_of(routed: Routed) -> dict[str, Int[np.ndarray, "N L"]]:
@@ -152,14 +152,14 @@ def kinds_of(routed: Routed) -> dict[str, Int[np.ndarray, "N L"]]:
     """
     token_NL = routed.token_NL.astype(np.int64)
     previous_NL = np.pad(token_NL[:, :-1] + 1, ((0, 0), (1, 0)))
-    found = {
+    kinds = {
         TOKEN: token_NL,
         PREVIOUS: previous_NL,
         POSITION: np.broadcast_to(np.arange(token_NL.shape[1]), token_NL.shape),
     }
     if routed.label_NL is not None:
-        found[DOMAIN] = routed.label_NL.astype(np.int64)
-    return found
+        kinds[DOMAIN] = routed.label_NL.astype(np.int64)
+    return kinds
 
 
 def specialisation(routed: Routed) -> Specialisation:
@@ -172,14 +172,14 @@ def specialisation(routed: Routed) -> Specialisation:
     layers, chances = [], []
     for layer in routed.layers:
         choice_TK, expert_T = routed.choices(layer)[valid_NL], routed.first(layer)[valid_NL]
-        first, shares, told, chance = {}, {}, {}, {}
+        first, shares, corrected_share, chance = {}, {}, {}, {}
         for name, kind_NL in kinds.items():
             kind_T = kind_NL[valid_NL]
             first[name] = spread_of(expert_T[:, None], kind_T, routed.num_experts)
             shares[name] = spread_of(choice_TK, kind_T, routed.num_experts)
-            found = information(expert_T, kind_T)
-            told[name], chance[name] = corrected(*found), found[1]
-        layers.append(Layer(first, shares, told))
+            measured = information(expert_T, kind_T)
+            corrected_share[name], chance[name] = corrected(*measured), measured[1]
+        layers.append(Layer(first, shares, corrected_share))
         chances.append(chance)
     return Specialisation(layers, int(valid_NL.sum()), *_intervals(routed, kinds, chances))
 
@@ -193,21 +193,24 @@ def _intervals(
     """
     first = [routed.first(layer) for layer in routed.layers]
 
-    def told(row_n: np.ndarray, name: str) -> float:
+    def mean_share(row_n: np.ndarray, name: str) -> float:
         values = []
         for expert_NL, chance in zip(first, chances, strict=True):
             has_nL = expert_NL[row_n] != NONE
             expert_T, kind_T = expert_NL[row_n][has_nL], kinds[name][row_n][has_nL]
             scale = np.sum(expert_NL != NONE) / has_nL.sum()
             table_CE = _table(expert_T, kind_T)
-            whole = float(entropy(table_CE.sum(axis=0)))
-            values.append(corrected(mutual_information(table_CE), chance[name] * scale, whole))
+            total = float(entropy(table_CE.sum(axis=0)))
+            values.append(corrected(mutual_information(table_CE), chance[name] * scale, total))
         return float(np.mean(values))
 
     def lead(row_n: np.ndarray) -> float:
-        return told(row_n, TOKEN) - max(told(row_n, name) for name in kinds if name in CONTEXTS)
+        return mean_share(row_n, TOKEN) - max(
+            mean_share(row_n, name) for name in kinds if name in CONTEXTS
+        )
 
     by_kind = {
-        name: over_rows(routed.rows, lambda row_n, name=name: told(row_n, name)) for name in kinds
+        name: over_rows(routed.rows, lambda row_n, name=name: mean_share(row_n, name))
+        for name in kinds
     }
     return by_kind, over_rows(routed.rows, lead)

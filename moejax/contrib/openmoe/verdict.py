@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.contrib.openmoe.drops import Arm, Drops
-from moejax.contrib.openmoe.early import Early, Then
+from moejax.contrib.openmoe.early import Early, StepComparison
 from moejax.contrib.openmoe.tokens import POSITION, TOKEN, Specialisation, Spread
 
 APPEARS, ABSENT, UNKNOWN = "appears", "does not appear", "cannot say"
@@ -16,7 +16,7 @@ EARLY = 0.2
 """Finding 2 looks at the recording nearest before this share of the steps: the paper's first of
 five checkpoints."""
 ALIKE = 0.9
-"""Finding 2: the cosine from which on r of a token then and at last count as the same."""
+"""Finding 2: the least cosine of r of a token at two steps that counts as the same routing."""
 TYPICAL = Arm(1.25)
 FLAT = Arm(1.25, "gate")
 
@@ -32,67 +32,72 @@ class Verdict(NamedTuple):
         return f"{self.finding}: {self.answer}. {self.because}"
 
 
-def specialisation_verdict(found: Specialisation) -> Verdict:
+def specialisation_verdict(specialisation: Specialisation) -> Verdict:
     """Finding 1, on first choices, means over layers."""
     name = "context-independent specialisation"
-    ids = [layer.first[TOKEN] for layer in found.layers]
-    places = [layer.first[POSITION] for layer in found.layers]
+    ids = [layer.first[TOKEN] for layer in specialisation.layers]
+    positions = [layer.first[POSITION] for layer in specialisation.layers]
     if not ids[0].kinds:
         return Verdict(name, UNKNOWN, "No token id occurs more than 128 times; use more --rows.")
-    beyond, beyond_places = _excess(ids), _excess(places)
-    contexts = {k: v for k, v in found.information.items() if k != TOKEN}
+    beyond_ids, beyond_positions = _excess(ids), _excess(positions)
+    contexts = {k: v for k, v in specialisation.information.items() if k != TOKEN}
     context = max(contexts, key=lambda kind: contexts[kind].value)
     because = (
         f"Shares of a token id's choices spread over experts by {_mean(ids, 'mean'):.3f} (chance "
         f"{_mean(ids, 'chance'):.3f}, at most {ids[0].largest:.3f}), of a position's by "
-        f"{_mean(places, 'mean'):.3f} (chance {_mean(places, 'chance'):.3f}). The token id tells "
-        f"{found.information[TOKEN].value:.1%} of its first expert, the most telling context "
-        f"({context}) {contexts[context].value:.1%}; lead {_percent(found.lead)}."
+        f"{_mean(positions, 'mean'):.3f} (chance {_mean(positions, 'chance'):.3f}). The token id "
+        f"tells {specialisation.information[TOKEN].value:.1%} of its first expert, the most "
+        f"telling context ({context}) {contexts[context].value:.1%}; lead "
+        f"{_percent(specialisation.lead)}."
     )
-    if not places[0].kinds:
+    if not positions[0].kinds:
         return Verdict(name, UNKNOWN, f"{because} Positions need more than 128 --rows.")
     by_chance = all(spread.mean <= spread.chance_high for spread in ids)
-    if by_chance or found.lead.high < 0:
+    if by_chance or specialisation.lead.high < 0:
         return Verdict(name, ABSENT, because)
     every_layer = all(spread.mean > spread.chance_high for spread in ids)
-    clear = every_layer and beyond >= TIMES * max(beyond_places, 0.0) and found.lead.low > 0
+    clear = (
+        every_layer
+        and beyond_ids >= TIMES * max(beyond_positions, 0.0)
+        and specialisation.lead.low > 0
+    )
     return Verdict(name, APPEARS if clear else UNKNOWN, because)
 
 
-def early_verdict(found: Early) -> Verdict:
+def early_verdict(early: Early) -> Verdict:
     """Finding 2, means over layers."""
     name = "early routing learning"
-    then = at_early(found)
-    if then is None:
+    compared = at_early(early)
+    if compared is None:
         because = (
-            f"No recording of the first {EARLY:.0%} of {found.last} steps, from {found.source}."
+            f"No recording of the first {EARLY:.0%} of {early.last} steps, from {early.source}."
         )
         return Verdict(name, UNKNOWN, because)
-    if not found.kinds:
-        because = f"No token id occurs more than 128 times in {found.source}."
+    if not early.kinds:
+        because = f"No token id occurs more than 128 times in {early.source}."
         return Verdict(name, UNKNOWN, because)
-    cosine, others = float(np.mean(then.cosine)), float(np.mean(found.others))
+    cosine, others = float(np.mean(compared.cosine)), float(np.mean(early.others))
     because = (
-        f"At step {then.step} of {found.last}, token ids' shares of experts have cosine "
-        f"{cosine:.3f} with their last ({_untrained(found)}those of other ids {others:.3f}); "
-        f"router saturation is {np.mean(then.saturation):.1%} (chance "
-        f"{np.mean(found.chance):.1%}), of first choices {np.mean(then.first_saturation):.1%}."
+        f"At step {compared.step} of {early.last}, token ids' shares of experts have cosine "
+        f"{cosine:.3f} with their last ({_untrained(early)}those of other ids {others:.3f}); "
+        f"router saturation is {np.mean(compared.saturation):.1%} (chance "
+        f"{np.mean(early.chance):.1%}), of first choices {np.mean(compared.first_saturation):.1%}."
     )
     alike = cosine >= ALIKE and 1 - cosine <= (1 - others) / 2
     return Verdict(name, APPEARS if alike else ABSENT, because)
 
 
-def at_early(found: Early) -> Then | None:
+def at_early(finding: Early) -> StepComparison | None:
     """The last recording in the first fifth of the steps; None if there is only the untrained."""
-    early = [then for then in found.steps if 0 < then.step <= EARLY * found.last]
+    early = [compared for compared in finding.steps if 0 < compared.step <= EARLY * finding.last]
     return early[-1] if early else None
 
 
-def drops_verdict(found: list[Drops]) -> Verdict:
+def drops_verdict(measured: list[Drops]) -> Verdict:
     """Finding 3, first come, first served at 1.25 times the mean load."""
     name = "drop towards the end"
-    first_come = {drops.text: drops for drops in found if drops.arm == TYPICAL}
-    flat = next(drops for drops in found if drops.arm == FLAT)
+    first_come = {drops.text: drops for drops in measured if drops.arm == TYPICAL}
+    flat = next(drops for drops in measured if drops.arm == FLAT)
     own, *others = first_come.values()
     # Parts of the own text are in the sentence, but are no text of another domain.
     texts = [own, *(drops for drops in others if not drops.text.startswith(f"{own.text}, "))]
@@ -136,8 +141,8 @@ def _mean(spreads: list[Spread], field: str) -> float:
     return float(np.mean([getattr(spread, field) for spread in spreads]))
 
 
-def _untrained(found: Early) -> str:
-    first = found.steps[0]
+def _untrained(early: Early) -> str:
+    first = early.steps[0]
     return f"untrained {np.mean(first.cosine):.3f}, " if first.step == 0 else ""
 
 

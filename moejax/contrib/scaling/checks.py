@@ -51,7 +51,7 @@ def check_enough(router: str, runs: Sequence[Run]) -> None:
 
 
 def determined(runs: Sequence[Run], reduced: bool) -> bool:
-    """Whether some of a router's runs still determine each coefficient of the law fitted to all."""
+    """True if these runs of a router determine each coefficient of the law fitted to all."""
     coefficients = len(REDUCED if reduced else FULL) + len(SATURATION)
     sizes, experts = {run.size for run in runs}, {run.experts for run in runs}
     enough = reduced or len(sizes) > 1
@@ -100,7 +100,7 @@ def held_out(runs: Sequence[Run], law: Law, group: Coverage) -> list[Prediction]
     Args:
       runs: a router's, with the dense ones.
       law: the law fitted to all of them, from which the searches start.
-      group: what is left out together: `CELL`, so that no other seed of a held-out run is seen,
+      group: the runs left out together: `CELL`, so that no other seed of a held-out run is used,
         `SIZE` (all runs of a size), `EXPERTS` (all runs of a number of experts).
 
     Returns:
@@ -108,10 +108,10 @@ def held_out(runs: Sequence[Run], law: Law, group: Coverage) -> list[Prediction]
     """
     predictions = []
     for key in dict.fromkeys(map(group, runs)):
-        seen = [run for run in runs if group(run) != key]
-        if determined(seen, law.reduced):
+        fitted = [run for run in runs if group(run) != key]
+        if determined(fitted, law.reduced):
             hidden = [run for run in runs if group(run) == key]
-            predictions += predict(fit_runs(seen, start=law), hidden)
+            predictions += predict(fit_runs(fitted, start=law), hidden)
     return predictions
 
 

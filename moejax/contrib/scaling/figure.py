@@ -17,7 +17,7 @@ from moejax.train.workdir.summary import QUIET, STYLE
 
 _COLOURS = COLOURS[1:]
 _LABEL_HEIGHT = 0.04
-"""Of the axes'."""
+"""Height of a label as a share of the axes' height."""
 
 Label = tuple[int, float, str, str]
 """Experts and value beside which a text of a colour stands."""

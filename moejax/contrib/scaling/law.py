@@ -131,7 +131,7 @@ def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) 
         inner = min(_STARTS, key=lambda point: problem.at(np.array(point)).cost)
     else:
         inner = np.log([_delta(start.E_start, start.E_max), start.E_max])
-    found = least_squares(
+    result = least_squares(
         lambda point: problem.at(point).error_R,
         np.clip(np.array(inner), LOWEST, HIGHEST),
         lambda point: problem.at(point).jacobian_R2,  # pyright: ignore[reportArgumentType]
@@ -141,7 +141,7 @@ def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) 
         xtol=_TOLERANCE,
         gtol=_TOLERANCE,
     )
-    best = problem.at(found.x)
+    best = problem.at(result.x)
     delta, most = np.exp(best.inner)
     linear = dict(zip(REDUCED if problem.reduced else FULL, best.linear_C.tolist(), strict=True))
     saturation = {"E_start": float(1 / (1 / delta + 1 / most)), "E_max": float(most)}

@@ -50,17 +50,17 @@ class Comparison:
 def rankings(runs: Sequence[Run], routers: Sequence[str]) -> list[Ranking]:
     """The order in each cell that has a run of every router; by size, then experts."""
     losses = _by_cell(runs)
-    found = []
+    ranked = []
     for cell in sorted({cell for cell, _ in losses}):
         if all((cell, router) in losses for router in routers):
             means = {r: float(np.mean(list(losses[cell, r].values()))) for r in routers}
-            found.append(Ranking(cell, tuple(sorted(routers, key=means.__getitem__))))
-    return found
+            ranked.append(Ranking(cell, tuple(sorted(routers, key=means.__getitem__))))
+    return ranked
 
 
-def exceptions(found: Sequence[Ranking], order: Sequence[str]) -> list[Ranking]:
+def exceptions(ranked: Sequence[Ranking], order: Sequence[str]) -> list[Ranking]:
     """The cells in which the routers are not in this order (lowest loss first)."""
-    return [ranking for ranking in found if ranking.order != tuple(order)]
+    return [ranking for ranking in ranked if ranking.order != tuple(order)]
 
 
 def comparisons(runs: Sequence[Run], first: str, second: str) -> list[Comparison]:
@@ -71,13 +71,13 @@ def comparisons(runs: Sequence[Run], first: str, second: str) -> list[Comparison
     """
     losses, (noise, freedom) = _by_cell(runs), seed_deviation(runs)
     alone = critical(CONFIDENCE, freedom) * noise * math.sqrt(2) if freedom else math.inf
-    found = []
+    compared = []
     for cell in sorted({cell for cell, _ in losses}):
         difference = paired(losses.get((cell, first), {}), losses.get((cell, second), {}))
         if difference:
             half_width = alone if difference.half_width is None else difference.half_width
-            found.append(Comparison(cell, difference.mean, half_width, len(difference.seeds)))
-    return found
+            compared.append(Comparison(cell, difference.mean, half_width, len(difference.seeds)))
+    return compared
 
 
 def seed_deviation(runs: Sequence[Run]) -> tuple[float, int]:

@@ -57,7 +57,7 @@ class Source:
     unit: str
     notes: tuple[str, ...] = ()
     published: bool = False
-    """Whether the runs come from a table of Clark et al., with their names of routers."""
+    """True if the runs come from a table of Clark et al., with their names of routers."""
 
     @property
     def routers(self) -> list[str]:

@@ -93,9 +93,9 @@ def make_study(source: Source, routers: Sequence[str] = (), resamples: int = 100
         checks.check_enough(name, source.of(name))
     studies = tuple(_study(source, name, resamples) for name in chosen)
     runs = [run for run in source.runs if run.router in (*chosen, DENSE)]
-    found = rankings(runs, chosen) if len(chosen) > 1 else []
+    ranked = rankings(runs, chosen) if len(chosen) > 1 else []
     compared = {pair: comparisons(runs, *pair) for pair in itertools.combinations(chosen, 2)}
-    return Study(source, studies, tuple(found), compared, seed_deviation(runs))
+    return Study(source, studies, tuple(ranked), compared, seed_deviation(runs))
 
 
 def _study(source: Source, router: str, resamples: int) -> RouterStudy:

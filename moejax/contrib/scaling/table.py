@@ -31,8 +31,8 @@ def render(study: Study) -> str:
         parts.append(_effective(study.routers))
     if study.pairs:
         parts.append(_order(study))
-    said = (textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in verdicts(study))
-    return "\n\n".join([*parts, "\n".join(said)])
+    sentences = (textwrap.fill(each, _WIDTH, subsequent_indent="  ") for each in verdicts(study))
+    return "\n\n".join([*parts, "\n".join(sentences)])
 
 
 def _coefficients(study: RouterStudy) -> str:
@@ -171,11 +171,11 @@ def _common_order(study: Study) -> str:
 
 
 def _verdict(study: RouterStudy) -> list[str]:
-    said = []
+    sentences = []
     if study.law.reduced:
         size = number(study.runs[0].size)
-        said.append(
-            f"{study.router}: one size only ({size}), so a, c and N_cutoff cannot be told; the "
+        sentences.append(
+            f"{study.router}: one size only ({size}), so a, c and N_cutoff are not determined; the "
             "reduced law is fitted."
         )
     if study.cell:
@@ -184,16 +184,16 @@ def _verdict(study: RouterStudy) -> list[str]:
             f"{number(p.run.size)} E={p.run.experts} ({p.run.name}, {100 * p.error:+.2f} %)"
             for p in study.missed
         )
-        said.append(
+        sentences.append(
             f"{study.router}: {count} of {total} runs of held-out cells are predicted within "
             f"{100 * TOLERANCE:.0f} %" + (f"; not {missed}." if missed else ".")
         )
     if study.law.at_bound:
-        said.append(
+        sentences.append(
             f"{study.router}: {' and '.join(study.law.at_bound)} ended on a bound of the search; "
             "these runs do not determine it."
         )
-    return said
+    return sentences
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:

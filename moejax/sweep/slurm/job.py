@@ -61,14 +61,14 @@ class TrialTask:
         trial = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
-        seen = 0
+        forwarded = 0
         while trial.poll() is None:
             time.sleep(_POLL_SECONDS)
-            for number in got[seen:]:
+            for number in got[forwarded:]:
                 # A second SIGTERM aborts a trial, which only a second request to its runner means.
-                if seen == 0 or (number == STOP and STOP in got[:seen]):
+                if forwarded == 0 or (number == STOP and STOP in got[:forwarded]):
                     trial.terminate()
-                seen += 1
+                forwarded += 1
         return trial.returncode
 
 

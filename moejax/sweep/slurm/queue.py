@@ -91,12 +91,12 @@ def _squeue() -> dict[str, tuple[str, str]] | None:
         "--format=%i|%T|%N",
     ]  # fmt: skip
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
     except subprocess.TimeoutExpired:
         return None
-    if said.returncode != 0:
+    if result.returncode != 0:
         return None
-    rows = (line.strip().split("|") for line in said.stdout.splitlines())
+    rows = (line.strip().split("|") for line in result.stdout.splitlines())
     return {number: (state, host) for number, state, host in rows}
 
 
@@ -130,16 +130,16 @@ def ended_without_result(number: str, log: Path, folder: Path) -> int:
 def _show(number: str) -> tuple[str, int]:
     """SLURM's state of a job that has ended, and its exit status."""
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", number],
             capture_output=True,
             text=True,
             timeout=COMMAND_SECONDS,
         ).stdout
     except subprocess.TimeoutExpired:
-        said = ""
-    state = re.search(r"\bJobState=(\S+)", said)
-    ended = re.search(r"\bExitCode=(\d+):(\d+)", said)
+        output = ""
+    state = re.search(r"\bJobState=(\S+)", output)
+    ended = re.search(r"\bExitCode=(\d+):(\d+)", output)
     if state is None or ended is None:
         return _FORGOTTEN, GONE
     status, number_of_signal = map(int, ended.groups())

@@ -126,7 +126,7 @@ def cosines(parts: list[Array]) -> Float[Array, "E E"]:
 def router_vectors(router: PyTree) -> Float[Array, "M E D"] | None:
     """One vector per expert, from the gate's matrix that has an axis E by name.
 
-    That is ``router_DE``, or else the only such matrix that is not for noise; None without one.
+    That is ``router_DE``, otherwise the only such matrix that is not for noise; None without one.
     """
     matrices = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(router):

@@ -1,5 +1,5 @@
 """Recording how a run routes the same held-out sequences, before its first step and at every
-evaluation. ``moejax.record.probe`` has the files, ``moejax.train.probe.arrays`` what is in them."""
+evaluation. ``moejax.record.probe`` has the files, ``moejax.train.probe.arrays`` their contents."""
 
 import functools
 import math

@@ -20,7 +20,7 @@ def participation(x_TD: Float[np.ndarray, "T D"]) -> float:
     """
     centred_TD = (x_TD - np.mean(x_TD, axis=0, dtype=np.float64)).astype(np.float32)
     tokens, width = centred_TD.shape
-    # Of X'X and XX', which have the same nonzero eigenvalues, the smaller one.
+    # The smaller one of X'X and XX', which have the same nonzero eigenvalues.
     scatter = centred_TD.T @ centred_TD if width <= tokens else centred_TD @ centred_TD.T
     square = np.sum(np.square(scatter))
     return float(np.trace(scatter) ** 2 / square) if square else 1.0

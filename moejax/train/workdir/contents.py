@@ -1,4 +1,4 @@
-"""The contents of a workdir: what a run finds there, what it refuses, and what it has saved.
+"""The contents of a workdir: the files a run finds, those it refuses, and those it saved.
 
 ``saved.json`` names the checkpoints that were saved, which distinguishes a run that lost them from
 one that never had any.

@@ -105,7 +105,7 @@ def description(
 def _about_run(run: Run) -> dict[str, Any]:
     data = run.data
     return {
-        # How the processes connect is no part of the run: a single process may evaluate it.
+        # The connection of processes is no part of the run: a single process may evaluate it.
         "config": {**to_dict(run.config), "distributed": to_dict(default())["distributed"]},
         "schema": SCHEMA,
         "version": __version__,

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 # Okabe and Ito's palette, distinguishable with every common colour blindness.
 TRAIN, HELD_OUT, QUIET, ALERT = "#0072B2", "#D55E00", "#595959", "#B00020"
 HEATMAP_COLUMNS = 240
-"""More logged steps than this are averaged into so many columns."""
+"""The most columns of a curve: more logged steps are averaged into as many."""
 HEATMAP_PANELS = 8
 """With more MoE layers than this an even selection is shown, including the first and the last."""
 

@@ -1,4 +1,4 @@
-"""Measures of balance against hand arithmetic, scipy, and loops over pairs of experts."""
+"""Balance of loads: hand arithmetic, scipy, loops over pairs of experts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The kinds of tokens that experts get, and the information of a kind about the expert."""
+"""The kinds of tokens of each expert, and the information of a kind about the expert."""
 
 import math
 
@@ -19,7 +19,7 @@ from moejax.record.counts import pair_counts
 
 SEEDS = st.integers(0, 2**32 - 1)
 COUNTS = np.array([[8, 2], [1, 9], [0, 0], [3, 1]])
-"""Of four kinds and two experts; one choice each, so kinds have 10, 10, 0 and 4 tokens."""
+"""Four kinds and two experts; one choice each, so kinds have 10, 10, 0 and 4 tokens."""
 TOKENS = COUNTS.sum(axis=1)
 
 

@@ -217,7 +217,7 @@ def test_padding_is_neither_computed_nor_counted():
 
 
 def test_an_inactive_column_has_neither_weight_nor_gradient():
-    """The second column of experts 2 and 0 has weight 0; both columns may name one expert."""
+    """The second column, of expert 2 or 0, has weight 0; both columns may name one expert."""
     expert_GTK = jnp.asarray([[[2, 0], [1, 1]]], jnp.int32)
     weight_GTK = jnp.asarray([[[0.5, 0.0], [0.25, 0.0]]])
     worth_E = jnp.asarray([3.0, 5.0, 7.0])

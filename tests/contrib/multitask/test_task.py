@@ -384,7 +384,7 @@ def test_a_stopped_run_resumes_as_if_uninterrupted(trained, tmp_path):
     ],
 )
 def test_every_kind_of_table_is_learned_better_than_by_a_linear_model(tmp_path, arg, steps, share):
-    """To a ``share`` of its loss. Groups can be told almost exactly, and not by a linear model."""
+    """To a ``share`` of its loss. Groups can be predicted almost exactly, but not linearly."""
     ended = call_as_a_user([
         "train", f"--config={PAGE}:{arg}", f"--workdir={tmp_path}/run",
         f"--config.train.steps={steps}",

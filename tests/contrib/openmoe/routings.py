@@ -30,7 +30,7 @@ def routed(token_NL, expert, *, kept=None, weight=None, label_NL=None, names=(),
 
 
 def first_come(expert_MNLK, capacity, order="position", num_experts=E, priority_MNL=None):
-    """Which pairs find room, pair by pair: token by token, or by falling ``priority_MNL``."""
+    """The pairs that find room, pair by pair: token by token, or by falling ``priority_MNL``."""
     kept = np.zeros(expert_MNLK.shape, bool)
     layers, rows, length, columns = expert_MNLK.shape
     for m in range(layers):

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reported(run):
-    """What the command said, and its numbers."""
+    """The output of the command, and its numbers."""
     ended = runs.call(
         ["report", str(run / "run"), "--openmoe", f"--rows={ROWS}", f"--data={run}/digits.txt"]
     )

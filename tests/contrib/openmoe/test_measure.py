@@ -1,4 +1,4 @@
-"""The arms of the experiment: ways to assign slots."""
+"""The arms: ways to assign slots."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The verdicts, by the stated criteria."""
+"""Verdicts by the stated criteria."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.contrib.openmoe.drops import Arm, drops
-from moejax.contrib.openmoe.early import Early, Then, early
+from moejax.contrib.openmoe.early import Early, StepComparison, early
 from moejax.contrib.openmoe.tokens import specialisation
 from moejax.contrib.openmoe.verdict import (
     ABSENT,
@@ -61,7 +61,9 @@ def test_too_few_occurrences_are_not_judged(token_NL):
 
 
 def found_early(cosine, others=0.4, steps=(0, 10, 20, 100)):
-    then = [Then(step, [0.8], [0.7], [1.0 if step == steps[-1] else cosine]) for step in steps]
+    then = [
+        StepComparison(step, [0.8], [0.7], [1.0 if step == steps[-1] else cosine]) for step in steps
+    ]
     return Early(then, steps[-1], "the recorded probe", 1000, 5, [0.1], [others])
 
 
@@ -109,8 +111,8 @@ def test_drops_that_rise_only_on_another_text_are_out_of_domain():
     assert verdict.answer == "appears out of domain only"
 
 
-def test_a_part_of_the_held_out_text_is_not_out_of_domain():
-    """It is mentioned, and the verdict is that of the whole texts."""
+def test_a_part_of_the_own_text_is_not_out_of_domain():
+    """The verdict mentions it, and is that of the whole texts."""
     flat = [*measured("held out", 0.25, 32), *measured("english", 0.25, 32)]
     part = measured("held out, mostly code", 0.9)
     verdict = drops_verdict([*flat, *part])

@@ -82,7 +82,7 @@ def test_bootstrap_intervals_contain_the_coefficients_and_widen_with_the_noise()
 
 
 def test_a_resample_that_determines_nothing_is_drawn_again():
-    """With four sizes and one run each at most numbers of experts, many draws have too few."""
+    """Many resamples of so few runs have too few cells for the law."""
     runs = runs_of(LAW, sizes=SIZES[:2], experts=EXPERTS[:4])
     laws = checks.resampled_laws(runs, LAW, 20, np.random.default_rng(0))
     assert len(laws) == 20

@@ -82,7 +82,7 @@ def test_a_sweep_of_one_size_gets_the_reduced_law_with_a_notice(
     assert cli.main(["scaling", str(folder), f"--out={out}", "--resamples=40"]) == 0
     text, numbers = capsys.readouterr().out, json.loads(out.read_text())
     assert "log10 L = b log10 Eh + d\n" in text and "a log10 N" not in text
-    assert "sbase: one size only (2.05k), so a, c and N_cutoff cannot be told" in text
+    assert "sbase: one size only (2.05k), so a, c and N_cutoff are not determined" in text
     assert "paper" not in text and "Effective" not in text and "33 finished trials" in text
     assert numbers["routers"]["sbase"]["errors"]["size"] is None
     # The same losses at every seed: no difference, and no doubt about it.

@@ -1,4 +1,4 @@
-"""The order of routers by loss, and differences that seeds cannot resolve."""
+"""The order of routers by loss, and cells where it is within the noise of seeds."""
 
 import math
 

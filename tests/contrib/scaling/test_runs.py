@@ -1,4 +1,4 @@
-"""The rows of a table that count, and the points of the law that trials give."""
+"""The rows of a table that count, and the runs that a sweep's trials give the law."""
 
 import json
 from collections.abc import Callable

@@ -19,7 +19,7 @@ def digits() -> Images:
 
 
 def rows_of(images, batch):
-    """Which training images these are; the digits are all different."""
+    """The indices of these training images; the digits are all different."""
     index = {image.tobytes(): i for i, image in enumerate(images.normalise(images.train_NHWC))}
     assert len(index) == len(images.train_NHWC)
     return [index[image.tobytes()] for image in batch["image"]]

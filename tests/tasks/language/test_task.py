@@ -1,4 +1,4 @@
-"""Inputs and losses of the language task, worked out by hand: no model is built."""
+"""Inputs and loss of language modelling, computed by hand: no model is built."""
 
 import dataclasses
 import math
@@ -57,7 +57,7 @@ def test_the_totals_of_a_batch_sum_over_targets_of_valid_tokens_only():
 
 
 def test_a_policy_is_rewarded_by_the_log_likelihood_of_valid_targets():
-    """One layer; three of four choices have log-probability 0, the fourth -2."""
+    """One layer; three of four choices have the log-probability 0, the fourth -2."""
     log_prob_BL = jnp.asarray([[0.0, -2.0, 0.0], [0.0, -5.0, -5.0]])
     policy = Policy(log_prob_BL[None], jnp.zeros((1, 2, 3)))
     aux = LayerAux(policy=policy, mean_square=jnp.ones(1))
@@ -85,15 +85,15 @@ def test_a_second_pass_has_another_key_and_half_the_weight_in_training_only(trai
 
 
 @dataclasses.dataclass(frozen=True)
-class Told(LanguageModel):
-    """Says what it was told."""
+class EchoTask(LanguageModel):
+    """A task whose model returns its inputs."""
 
     def built(self, params: Any) -> Any:
         return lambda token_BL, context, *rest: ((token_BL, context), None)
 
 
-def test_a_model_receives_the_inputs_the_rows_and_a_key_of_the_step():
-    task = Told(None, (), **WEIGHTS)
+def test_a_model_is_told_inputs_rows_and_a_key_of_the_step():
+    task = EchoTask(None, (), **WEIGHTS)
     (token_BL, context), _ = task.apply({}, (), BATCH, jnp.int32(7), KEY, train=True)
     np.testing.assert_array_equal(token_BL, BATCH["tokens"][:, :3])
     np.testing.assert_array_equal(context.token_BL, token_BL)
@@ -116,8 +116,8 @@ class Seeing(LanguageModel):
         return 9.0 * jax.nn.one_hot(batch["tokens"][:, :-1], 7), LayerAux()
 
 
-def test_nats_of_masked_tokens_do_not_depend_on_the_masked_ids():
-    """Inputs are 0 at invalid positions, whatever lies there; targets stay."""
+def test_nats_of_masked_tokens_do_not_know_what_is_masked():
+    """The input is 0 where nothing is valid, whatever is there; the target stays."""
     task = Seeing(None, (), **WEIGHTS)
     tokens = jnp.asarray([[5, 5, 4, 4], [6, 0, 3, 3]])
     got = task.nats({}, (), {**BATCH, "tokens": tokens}, jnp.int32(0), KEY)
