@@ -195,7 +195,7 @@ def test_no_gate_is_better_than_the_best_mixture(trained, known):
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_the_librarys_functions():
+def test_weights_equal_those_of_the_library():
     """The weights of DSelect-k, whose gate object is used here, and of the others in evaluation."""
     gate, key = gates.dselect_k(1.0), jax.random.key(3)
     params = jax.tree.map(lambda leaf: 30 * leaf, gate.init(key, 16))

@@ -91,7 +91,7 @@ def test_means_are_over_the_valid_tokens_and_0_where_there_are_none():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(), (3,)])
-def test_padding_moves_no_draw_of_a_valid_token(shape):
+def test_padding_does_not_change_the_draws_of_valid_tokens(shape):
     """One row, padded on the left, behind and in between."""
     valid = np.zeros((3, 12), bool)
     valid[0, :8], valid[1, 4:], valid[2, [0, 2, 3, 5, 6, 7, 9, 11]] = True, True, True

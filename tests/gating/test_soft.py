@@ -168,7 +168,7 @@ def test_a_group_without_tokens_has_zeros_and_zero_gradients():
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gradients_are_those_of_finite_differences(normalize):
+def test_gradients_equal_finite_differences(normalize):
     """A random function of both weights, in every parameter and some tokens, in float64."""
     gate = Soft(slots=2, normalize=normalize)
     params, x = gates.drawn(gate), gates.tokens()

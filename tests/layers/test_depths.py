@@ -184,7 +184,7 @@ def test_the_task_trains_the_router_and_the_cross_entropy_the_predictor(predicto
     assert largest({k: v for k, v in entropy.items() if k not in ("depths", "router")}) == 0
 
 
-def test_a_token_with_even_odds_goes_around_the_block_in_evaluation():
+def test_a_token_with_even_odds_skips_the_block_in_evaluation():
     """For zeros both predictors give sigmoid(0), which is not above 1/2."""
     for predictor in ("mlp", "router"):
         y_BLD, aux = program(predictor, False)(built(predictor)[0][1], jnp.zeros((B, L, D)))

@@ -101,7 +101,7 @@ def test_padding_between_valid_tokens_is_masked():
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [1, 3])
-def test_with_all_heads_and_equal_weights_it_is_multi_query_attention(heads):
+def test_moa_with_all_heads_and_equal_weights_equals_multi_query_attention(heads):
     """Every head has weight 1 / heads: 1 where there is a single head."""
     layer = make(heads, heads)
     layer.router["router_DE"][...] = jnp.zeros((D, heads))

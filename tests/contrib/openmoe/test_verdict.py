@@ -111,7 +111,7 @@ def test_drops_that_rise_only_on_another_text_are_out_of_domain():
     assert verdict.answer == "appears out of domain only"
 
 
-def test_a_part_of_the_own_text_is_not_out_of_domain():
+def test_a_part_of_the_held_out_text_is_not_out_of_domain():
     """The verdict mentions it, and is that of the whole texts."""
     flat = [*measured("held out", 0.25, 32), *measured("english", 0.25, 32)]
     part = measured("held out, mostly code", 0.9)

@@ -151,7 +151,7 @@ def test_without_ties_permuting_tokens_permutes_the_assignment():
     np.testing.assert_array_equal(solve(value[order], None)[0].expert_T, base[order])
 
 
-def test_a_batch_is_solved_as_its_members_alone():
+def test_solving_a_batch_equals_solving_its_members_alone():
     """Groups finish after different numbers of rounds; the others must not continue."""
     kinds = ["normal", "duplicates", "constant", "rank_one"]
     value = jnp.stack([scores(kind, 96, 8) for kind in kinds])

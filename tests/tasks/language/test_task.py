@@ -92,7 +92,7 @@ class EchoTask(LanguageModel):
         return lambda token_BL, context, *rest: ((token_BL, context), None)
 
 
-def test_a_model_is_told_inputs_rows_and_a_key_of_the_step():
+def test_a_model_receives_the_inputs_the_rows_and_a_key_of_the_step():
     task = EchoTask(None, (), **WEIGHTS)
     (token_BL, context), _ = task.apply({}, (), BATCH, jnp.int32(7), KEY, train=True)
     np.testing.assert_array_equal(token_BL, BATCH["tokens"][:, :3])
@@ -116,7 +116,7 @@ class Seeing(LanguageModel):
         return 9.0 * jax.nn.one_hot(batch["tokens"][:, :-1], 7), LayerAux()
 
 
-def test_nats_of_masked_tokens_do_not_know_what_is_masked():
+def test_nats_of_masked_tokens_do_not_depend_on_the_masked_ids():
     """The input is 0 where nothing is valid, whatever is there; the target stays."""
     task = Seeing(None, (), **WEIGHTS)
     tokens = jnp.asarray([[5, 5, 4, 4], [6, 0, 3, 3]])
