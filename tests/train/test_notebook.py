@@ -83,7 +83,7 @@ def test_mistakes_are_reported_in_one_line(
         "is a sweep": lambda: moejax.load(tmp_path),
         "step": lambda: moejax.load(whole.workdir, step=10**6),
         "train.stepps": lambda: moejax.load(whole.workdir, overrides=["train.stepps=1"]),
-        "there are overview-loss, loss": lambda: run.figure("nonsense"),
+        "choose from overview-loss, loss": lambda: run.figure("nonsense"),
         "batches, from 0": lambda: run.batch(-1),
         "pip install pandas": lambda: run.metrics(),
     }.items():
