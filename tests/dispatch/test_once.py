@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import experts
 from moejax.dispatch import Dropless, DroplessOnce, exchange
 from moejax.dispatch.api import dispatch
 from moejax.mesh import batch_spec
-from moejax.types import Job, Site, Tokens
+from moejax.types import ExpertWeights, Job, Site, Tokens
 from tests import meshes
 from tests.dispatch.test_transports import EXPERTS, GROUPS, TOKENS, WIDTH, weights
 
@@ -94,6 +95,37 @@ def test_a_token_is_sent_once_to_each_shard_that_holds_its_active_experts(
     assert 0 < tokens[remote].sum() <= pairs[remote].sum()
     if shape["expert"] < EXPERTS:  # else a shard has one expert, and a token one pair there
         assert tokens[remote].sum() < pairs[remote].sum()
+
+
+def test_rows_of_the_receive_buffer_that_nobody_wrote_are_no_pairs(monkeypatch):
+    """A receive buffer of ones, as a device's memory may be, reads as pairs of expert 1."""
+    routing = meshes.inactive(meshes.routing("half_empty", GROUPS, TOKENS, 2, EXPERTS))
+
+    def ones(rows_ND, capacity):
+        return jnp.broadcast_to(1.0 + 0.0 * rows_ND[:1], (capacity, rows_ND.shape[1]))
+
+    def run(x_gTD, routing, w):
+        sizes = []
+
+        def count(weights, rows_PD, size_e, activation):
+            sizes.append(size_e)
+            return rows_PD
+
+        with monkeypatch.context() as patch:
+            patch.setattr(exchange, "buffer_like", ones)
+            patch.setattr(experts, "ffn_sorted", count)
+            tokens = Tokens(x_gTD, routing.expert_GTK, routing.weight_GTK, x_gTD[..., 0])
+            DroplessOnce().run(tokens, w, Job(EXPERTS, "swiglu", Site(1, "expert")))
+        return sizes
+
+    with meshes.entered({"expert": 1}):
+        given = batch_spec(jax.sharding.get_abstract_mesh())
+        specs = {"in_specs": (given, given, P("expert")), "out_specs": P("expert")}
+        program = jax.jit(jax.shard_map(run, **specs))
+        x_gTD, w_EDF = np.ones((GROUPS, TOKENS, WIDTH), "f"), np.ones((EXPERTS, WIDTH, WIDTH), "f")
+        (size_E,) = program(x_gTD, routing, ExpertWeights(None, w_EDF, w_EDF))
+    active_N = np.asarray(routing.expert_GTK)[np.asarray(routing.weight_GTK) > 0]
+    np.testing.assert_array_equal(size_E, np.bincount(active_N, minlength=EXPERTS))
 
 
 @functools.cache
