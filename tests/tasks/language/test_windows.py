@@ -96,8 +96,9 @@ def test_a_batch_may_span_epochs_and_contain_a_row_twice():
     assert sorted(starts[:3]) == sorted(starts[3:6]) == [0, 300, 600]
 
 
-def test_row_ids_stay_in_32_bits():
+def test_row_ids_are_unique_below_2_to_the_31_and_start_again_there():
     batches = train_windows(TOKENS, 100, 4, 0)
+    assert batches.batch((1 << 29) - 1)["row"].tolist() == [(1 << 31) - 4 + i for i in range(4)]
     assert batches.batch(1 << 29)["row"].tolist() == [0, 1, 2, 3]
 
 
