@@ -149,9 +149,9 @@ def test_a_padded_scope_has_the_losses_of_its_valid_tokens_alone():
     expert, weight = one_column(jnp.argmax(VMOE_PROBS, -1))
     behind = ((0, 0), (0, 3), (0, 0))
     valid = jnp.pad(ALL, behind[:2])
-    padded = [jnp.pad(x, behind) for x in (expert, weight, VMOE_PROBS)]
+    longer, weights, probs = (jnp.pad(x, behind) for x in (expert, weight, VMOE_PROBS))
     alone = balance(expert, weight, VMOE_PROBS, ALL)
-    np.testing.assert_allclose(balance(*padded, valid), alone, rtol=1e-6)
+    np.testing.assert_allclose(balance(longer, weights, probs, valid), alone, rtol=1e-6)
     z_loss = losses.z_loss(jnp.pad(VMOE_PROBS, behind), valid)
     np.testing.assert_allclose(z_loss, losses.z_loss(VMOE_PROBS, ALL), rtol=1e-6)
 

@@ -35,7 +35,9 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     mesh = resolve_shape({axis: config.mesh[axis] for axis in AXES}, num_devices)
     visibility, stack = Visibility(), None
     if "num_layers" in config.model:
-        stack = stack_options(config)
+        # A task without this field has no rotary positions, and heads of any width.
+        fixed = {} if "rope_theta" in config.model else {"rope_theta": None}
+        stack = stack_options(config, attention=fixed)
         visibility = stack.depths.visibility
         _check_sharding(config, mesh)
     _check_batch(config, mesh)

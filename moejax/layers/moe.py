@@ -357,18 +357,32 @@ class MoE(MoELayer):
         param_dtype: Any = MoEOptions.param_dtype,
         rngs: nnx.Rngs,
     ):
-        arguments = dict(locals())
-        arguments |= {"shared_experts": num_shared, "group": None if group is None else str(group)}
         gate, preset = _gate_and_preset(gate)
+        given = {
+            "num_experts": num_experts,
+            "transport": transport,
+            "capacity_factor": capacity_factor,
+            "eval_transport": eval_transport,
+            "eval_capacity_factor": eval_capacity_factor,
+            "priority": priority,
+            "reroute": reroute,
+            "group": None if group is None else str(group),
+            "d_ff": d_ff,
+            "activation": activation,
+            "shared_experts": num_shared,
+            "shared_gate": shared_gate,
+            "residual": residual,
+            "balance_scope": balance_scope,
+        }
 
         def chosen(options: type[Options]) -> dict[str, Any]:
             """Each option as given, or as in the preset; those in neither have their defaults."""
+            values = {**preset, **{name: v for name, v in given.items() if v is not None}}
             names = [field.name for field in option_fields(options)]
-            given = {name: arguments[name] for name in names if arguments[name] is not None}
-            return {**{name: preset[name] for name in names if name in preset}, **given}
+            return {name: values[name] for name in names if name in values}
 
         flat = {field.name for field in option_fields(DispatchOptions)} - {"num_experts", "group"}
-        check_options({name: arguments[name] for name in flat})
+        check_options({name: given.get(name) for name in flat})
         around, own = DispatchOptions(**chosen(DispatchOptions)), chosen(MoEOptions)
         shared = own.get("shared_experts", 0)
         check_sizes(1, d_model=d_model, d_ff=d_ff, num_experts=num_experts, num_tasks=num_tasks)
@@ -387,7 +401,10 @@ class MoE(MoELayer):
             )
             super().__init__(d_model, options, layer, rngs=rngs)
         except ValueError as error:
-            raise ValueError(renamed(str(error), {"shared_experts": "num_shared"})) from None
+            text = renamed(str(error), {"shared_experts": "num_shared"})
+            if text == str(error):
+                raise  # with its traceback: it may be from a gate of the user's
+            raise ValueError(text) from None
 
 
 def _gate_and_preset(gate: Gate | str) -> tuple[Gate, dict[str, Any]]:

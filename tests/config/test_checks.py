@@ -297,3 +297,10 @@ def test_a_task_without_causal_predictions_is_marked_for_other_rows_only():
     assert validate(config) == Visibility()
     config.moe.group, config.moe.eval_transport = "4", "cells"
     assert validate(config) == Visibility(eval_others=True)
+
+
+@pytest.mark.parametrize("task", ["images", "multimodal"])
+def test_heads_of_odd_width_are_accepted_without_rotary_positions(task: str):
+    config = default(task)
+    config.model.head_dim = 5
+    validate(config)

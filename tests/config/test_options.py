@@ -20,10 +20,13 @@ from moejax.types import MoEConfig
 
 PACKAGE = Path(configs.__file__).parents[1]
 ANCHOR = "    causal: bool = True\n"
+EXPERTS = "    vocab_size: int = 0\n"
+BIAS = '    bias: bool = option(False, "add a bias to the experts")\n'
 WINDOW = '    window: int = option(0, "tokens a query looks back (0: all)", low=0)\n'
 SET = """
 import jax
 from flax import nnx
+from moejax import MoE
 from moejax.config import FIELDS, default, table_of, validate
 from moejax.config.build import stack_options
 from moejax.config.overrides import apply_overrides
@@ -35,6 +38,7 @@ validate(config)
 stack = nnx.eval_shape(lambda: Made(stack_options(config)))
 for block in stack.periods.blocks:
     assert block.attention.options.window == 3
+assert MoE(8, 8, 2, gate="top_k", rngs=nnx.Rngs(0)).options.bias is False
 print(*FIELDS)
 apply_overrides(config, ["--config.model.window=-1"])
 validate(config)
@@ -51,17 +55,18 @@ config = default()""",
 
 
 def test_one_line_in_the_table_of_options_adds_a_config_field_that_reaches_the_layer(tmp_path):
-    """A copy of the package with a new option of attention, set as a command line sets it."""
+    """A copy of the package with new options of attention, set as a command line sets it, and of
+    the experts, which ``MoE`` has without a keyword argument for it."""
     shutil.copytree(PACKAGE, tmp_path / "moejax", ignore=shutil.ignore_patterns("__pycache__"))
     table = tmp_path / "moejax" / "options.py"
     text = table.read_text()
-    assert text.count(ANCHOR) == 1
-    table.write_text(text.replace(ANCHOR, WINDOW + ANCHOR))
+    assert text.count(ANCHOR) == text.count(EXPERTS) == 1
+    table.write_text(text.replace(ANCHOR, WINDOW + ANCHOR).replace(EXPERTS, BIAS + EXPERTS))
     done = subprocess.run(
         [sys.executable, "-c", SET], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     names = done.stdout.split()
-    assert set(names) == {*FIELDS, "model.window"}, done.stderr
+    assert set(names) == {*FIELDS, "model.window", "moe.bias"}, done.stderr
     # In reading order it follows the option before it in its class.
     assert names.index("model.window") == names.index("model.attention") + 1
     assert "UserError: model.window=-1 must be >= 0; default 0" in done.stderr
