@@ -41,7 +41,7 @@ class RunData:
 
     ``config`` is nested as ``to_dict`` gives it; ``saved`` is all of config.json. ``train`` and
     ``held_out`` are the rows of metrics.jsonl by split, in the order of their steps. ``problems``
-    says in sentences what could not be read. ``leak`` holds the numbers of `moejax eval
+    lists in sentences what could not be read. ``leak`` holds the numbers of `moejax eval
     --measure-leak`, where they are known.
     """
 
