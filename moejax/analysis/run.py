@@ -41,7 +41,7 @@ class RunData:
 
     ``config`` is nested as ``to_dict`` gives it; ``saved`` is all of config.json. ``train`` and
     ``held_out`` are the rows of metrics.jsonl by split, in the order of their steps. ``problems``
-    says in sentences what could not be read. ``leak`` holds the numbers of `moejax eval
+    lists in sentences what could not be read. ``leak`` holds the numbers of `moejax eval
     --measure-leak`, where they are known.
     """
 
@@ -122,13 +122,13 @@ class RunData:
 
     @property
     def units(self) -> Units:
-        """The units of the run's numbers; those of text for a run from before there were tasks."""
+        """The units of the run's numbers; those of text for runs older than tasks."""
         length = self.field("train.seq_len", 1)
         of = Units("token", units.PER_TOKEN, length, length)._asdict() | self.saved.get("units", {})
         return Units(**of | {"loss": units.loss_unit(self.saved)})
 
     def per_byte(self) -> "RunData":
-        """The same run with every loss in nats per byte of text; itself where that is no text.
+        """The same run with every loss in nats per byte of text; unchanged if the task is not text.
 
         Held-out losses are those of each row. The bytes of training batches are not recorded:
         training losses, baselines and the leak are divided by the bytes per token of the last
@@ -218,7 +218,7 @@ def _fits(row: Row, needs: tuple[str, ...]) -> bool:
 
 
 def _read_rows(path: Path, needs: tuple[str, ...], problems: list[str]) -> list[Row]:
-    """The rows of a file of JSON lines; lines that are none are counted among the problems.
+    """The rows of a file of JSON lines; lines that are not JSON are counted among the problems.
 
     So are rows without the fields in ``needs``.
 

@@ -55,7 +55,7 @@ def _open_closed_streams() -> None:
     os.close(opened)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def _exit_status(argv: list[str]) -> int:

@@ -65,7 +65,7 @@ def with_process(problem: str, spec: JobSpec | None) -> str:
     return f"process {spec.process}: {problem}"
 
 
-class report_failure:  # noqa: N801  (used like a function)
+class report_failure:  # in lower case, as it is used like a function
     """``with report_failure():`` reports an exception to the other processes before it unwinds.
 
     Code around it may wait for them, such as a checkpoint that is being saved.
@@ -86,7 +86,7 @@ class report_failure:  # noqa: N801  (used like a function)
             job.fail(described(error), 1)
 
 
-class leave_together:  # noqa: N801
+class leave_together:
     """``with leave_together():`` around a whole program, so that no process leaves a job alone."""
 
     def __enter__(self) -> None:

@@ -229,7 +229,7 @@ def _initial_params(run: Run, folder: Path) -> PyTree | None:
     """The parameters of ``train.init_from``, if the config has it and there is no checkpoint yet.
 
     Raises:
-      UserError: there are none, or they do not fit; before the workdir is made.
+      UserError: missing parameters, or ones that do not fit; before the workdir is made.
     """
     source = run.config.train.init_from
     resumes = from_first(bool(Checkpointer(folder / CHECKPOINTS, read_only=True).steps()))

@@ -37,7 +37,7 @@ def page(sweep: SweepData) -> Page:
 
 
 def _table(variants: dict[str, list[RunData]], end: str) -> Table:
-    """Means over layers and seeds; ``end`` is that of the caption."""
+    """Means over layers and seeds; ``end`` completes the caption."""
     header = (
         "variant", "seeds", "load entropy / log E", "effective experts", "MaxVio", "CV", "dead",
         "drops in training", "in evaluation",

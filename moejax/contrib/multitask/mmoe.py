@@ -1,7 +1,7 @@
 """The multi-gate mixture of experts: experts shared by all tasks, one gate per task."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,6 @@ from moejax.types import (
     Routing,
 )
 
-GateInput = Literal["example", "constant"]
 GATE_INPUTS: tuple[str, ...] = ("example", "constant")
 
 
@@ -155,10 +154,10 @@ class MultiGateMoE(TrainOrEval):
         return jax.vmap(lambda task: self.gate.init_state(self._spec(task)))(gates)
 
     def update_gate_state(self, state: GateState, stats: MoEStats) -> GateState:
-        """The states after an optimizer step that saw ``stats`` (summed over micro-batches).
+        """The states after an optimizer step with ``stats`` (summed over micro-batches).
 
         Raises:
-          ValueError: ``stats`` are of a call with ``train=False``.
+          ValueError: the statistics of an evaluation, which moves no gate's state.
         """
         of_training(stats)
         if not jax.tree.leaves(state):

@@ -52,7 +52,7 @@ def early(recordings: Iterable[tuple[int, Routed]], source: str) -> Early:
     """Finding 2 from recordings of the same rows, in order of their steps.
 
     Raises:
-      ValueError: there are none.
+      ValueError: without any recording.
     """
     recorded = list(recordings)
     if not recorded:
