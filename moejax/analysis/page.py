@@ -47,7 +47,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Alternatives, such as layers or checkpoints, of which the reader sees one at a time."""
+    """Alternatives, such as layers or checkpoints, shown one at a time."""
 
     label: str
     options: Mapping[str, Sequence["Block"]]

@@ -58,10 +58,11 @@ def task_entry(name: str) -> TaskEntry:
     Raises:
       UserError: unknown name, or an attribute that cannot be imported or is no ``TaskEntry``.
     """
-    path = TASKS.get(name, name)
-    if ":" not in path:
+    module, _, attribute = TASKS.get(name, name).partition(":")
+    if name in TASKS:
+        return getattr(importlib.import_module(module), attribute)
+    if not attribute:
         raise UserError(f"task.name={name!r} is unknown; {suggest(name, TASKS)}")
-    module, _, attribute = path.partition(":")
     try:
         entry = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is the user's program: it may raise anything

@@ -306,17 +306,22 @@ class MoE(MoELayer):
         (``moejax.gating.preset_overrides``), where you do not give them.
       transport: "cells" (fixed capacity), "dropless", "dropless_once" (a token is sent once to
         each device that has experts of it), "gather" or "all_experts", or a value with its own
-        options, such as ``moejax.dispatch.Cells(capacity_factor=2.0)``. ``eval_transport`` is the
-        same for evaluation. Gates that mix (Soft MoE) use no transport.
-      capacity_factor: slots per expert over the mean number of pairs ("cells" only).
+        options, such as ``moejax.dispatch.Cells(capacity_factor=2.0)``, which replaces those that
+        the gate's name sets. ``eval_transport`` is the same for evaluation. Gates that mix (Soft
+        MoE) use no transport.
+      capacity_factor: slots per expert over the mean number of pairs ("cells" only), in training;
+        ``eval_capacity_factor`` in evaluation.
       priority: which pairs stay when an expert is full: "position", "choice", "gate" or "random".
       reroute: how often an overflowing pair tries its token's next-best expert ("cells" only).
+      activation: of the experts, "swiglu", "gelu" or "relu".
       group: the tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
       balance_scope: balance losses per "sequence", "group" or "batch".
       num_shared: experts that every token visits, computed as one FFN of width num_shared * d_ff.
       shared_gate: weigh the shared experts' output by sigmoid(x w), one weight per token (Qwen).
       residual: weigh routed and shared experts by the two values of softmax(x W + b) (DeepSpeed's
         residual MoE: Rajbhandari et al., arXiv 2201.05596) instead of adding them up.
+      vocab_size: token ids, for gates that look them up.
+      layer: number of the layer in its model, which some gates initialise by.
       num_tasks: the tasks of ``Context.task_B``, for gates with parameters per task. With more
         than one, statistics count pairs per task.
       entropy_floors: adds LIMoE's entropy losses, with a threshold for each task.
