@@ -97,7 +97,7 @@ def test_a_token_is_sent_once_to_each_shard_that_holds_its_active_experts(
         assert tokens[remote].sum() < pairs[remote].sum()
 
 
-def test_rows_of_the_receive_buffer_that_nobody_wrote_are_no_pairs(monkeypatch):
+def test_unwritten_rows_of_the_receive_buffer_are_not_counted_as_pairs(monkeypatch):
     """A receive buffer of ones, as a device's memory may be, reads as pairs of expert 1."""
     routing = meshes.inactive(meshes.routing("half_empty", GROUPS, TOKENS, 2, EXPERTS))
 

@@ -17,7 +17,7 @@ import moejax
 from moejax import gating
 from moejax.gating import ops
 from moejax.gating.gate import token_choice_capacity
-from moejax.gating.visibility import capacity_visibility
+from moejax.gating.visibility import capacity_visibility, sparse_visibility
 from moejax.options import DispatchOptions
 from moejax.types import FORMER_MEMBERS, GateOutput, GateTraits
 
@@ -134,6 +134,19 @@ def test_capacity_is_the_exact_ceiling_of_its_formula(tokens, num_experts, k, pe
 def test_visibility_by_capacity_follows_the_table(k, priority, group, mark):
     moe = DispatchOptions(num_experts=8, priority=priority, group=group).config
     assert capacity_visibility(k, moe).mark == mark
+
+
+def test_columns_compete_by_choice_only_if_max_active_selects_them():
+    moe = DispatchOptions(num_experts=8, priority="choice").config
+    marks = [sparse_visibility(moe, 1, max_active).mark for max_active in (0, 1, 3, 8)]
+    assert marks == ["", "", "train:future", ""]
+
+
+@pytest.mark.parametrize("gate", [gating.Hash(), gating.RL()])
+def test_priority_gate_shows_no_later_token_if_all_weights_are_equal(gate):
+    for priority, mark in (("gate", ""), ("random", "train:future")):
+        moe = DispatchOptions(num_experts=8, priority=priority, group="sequence").config
+        assert gate.visibility(moe).mark == mark
 
 
 @pytest.mark.parametrize("change", [{"transport": "dropless"}, {"capacity_factor": 4.0}])

@@ -186,6 +186,15 @@ def test_training_and_evaluation_have_separate_capacity_factors(train, dropped):
     assert isinstance(info.stats, EvalStats) != train
 
 
+def test_priority_gate_serves_tokens_by_their_largest_weight():
+    """Not by the sum of their weights, which would put the first token last."""
+    known = moejax.Context.of(1, 2).grouped(1, True)
+    weight_GTK = jnp.asarray([[[0.5, 0.0], [0.4, 0.4]]])
+    routing = moejax.Routing(jnp.zeros((1, 2, 2), jnp.int32), weight_GTK)
+    score_GT = priority_score(routing, known, moejax.types.SlotRules(priority="gate"))
+    assert score_GT[0, 0] > score_GT[0, 1]
+
+
 def test_random_priority_is_independent_of_the_gates_own_draw():
     """GShard keeps second experts where U < 2 g2; the same U as priority would serve them last."""
     known = moejax.Context.of(64, 32, key=jax.random.key(0)).grouped(1, True)

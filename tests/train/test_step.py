@@ -83,6 +83,29 @@ def test_an_update_uses_the_mean_over_the_whole_batch_in_any_number_of_parts(par
     np.testing.assert_array_equal(after.key, state().key)
 
 
+class Neighbours(Line):
+    """As ``Line``, but x is the product over a routing group of two sequences."""
+
+    def forward(self, params, gate_state, batch, step, key, train) -> Totals:
+        product = jnp.repeat(jnp.prod(batch["x"].reshape(-1, 2), axis=1), 2)
+        return super().forward(params, gate_state, {**batch, "x": product}, step, key, train)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_routing_group_of_two_sequences_is_in_one_part(parts: int):
+    moe = DispatchOptions(num_experts=1, group="2").config
+    _, metrics = train_step(
+        state(),
+        {"x": X, "valid": jnp.ones(4, bool)},
+        task=Neighbours(SimpleNamespace(moe=moe), (), output_z_loss=0.0),
+        optimizer=OPTIMIZER,
+        schedule=lambda s: 1.0,
+        grad_accum=parts,
+    )
+    # The losses 2 (1 * 2) and 2 (3 * 4) of two items each, and the auxiliary losses 2 and 6.
+    assert metrics["total_loss"] == (2 * 4 + 2 * 24) / 4 + 2 + 6
+
+
 def test_an_evaluation_runs_with_train_false():
     assert eval_step(state(), BATCH, task=TASK).loss == 120.0
 

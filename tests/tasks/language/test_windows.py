@@ -118,8 +118,9 @@ def test_a_corpus_below_one_row_is_refused_with_the_numbers(tokens, rows):
 def test_impossible_settings_are_refused():
     with pytest.raises(UserError, match="train.seq_len: 0"):
         train_windows(TOKENS, 0, 4, 0)
-    with pytest.raises(UserError, match="train.seed: -1"):
-        train_windows(TOKENS, 100, 4, -1)
+    for seed in (-1, 1 << 32):
+        with pytest.raises(UserError, match=f"train.seed: {seed} "):
+            train_windows(TOKENS, 100, 4, seed)
     with pytest.raises(UserError, match="train.eval_rows: 0"):
         heldout_windows(TOKENS, 100, 4, 0)
     with pytest.raises(ValueError, match="negative"):
