@@ -122,7 +122,7 @@ def test_unwritten_rows_of_the_receive_buffer_are_not_counted_as_pairs(monkeypat
         given = batch_spec(jax.sharding.get_abstract_mesh())
         specs = {"in_specs": (given, given, P("expert")), "out_specs": P("expert")}
         program = jax.jit(jax.shard_map(run, **specs))
-        x_gTD, w_EDF = np.ones((GROUPS, TOKENS, WIDTH), "f"), np.ones((EXPERTS, WIDTH, WIDTH), "f")
+        x_gTD, w_EDF = jnp.ones((GROUPS, TOKENS, WIDTH)), jnp.ones((EXPERTS, WIDTH, WIDTH))
         (size_E,) = program(x_gTD, routing, ExpertWeights(None, w_EDF, w_EDF))
     active_N = np.asarray(routing.expert_GTK)[np.asarray(routing.weight_GTK) > 0]
     np.testing.assert_array_equal(size_E, np.bincount(active_N, minlength=EXPERTS))
