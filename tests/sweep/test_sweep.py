@@ -187,7 +187,7 @@ def test_the_table_agrees_with_the_csv(swept: Swept):
         drops = row["train_drop_rate"]
         assert cells[7:] == [f"{100 * float(drops):.1f}" if drops else "-"]
     assert lines["broken"][1:] == ["0/1", *"-------", "unfinished"]
-    assert "kFLOP" in swept.out and "held out" in swept.out
+    assert "kFLOP" in swept.out and "held-out" in swept.out
 
 
 @pytest.mark.slow
