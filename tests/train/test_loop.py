@@ -68,6 +68,8 @@ def test_the_step_compiles_once_and_later_nothing_compiles(
     assert [step for step, name in whole.compilations if name == "train_step"] == [1]
     # By step 3 the run has trained, logged and saved; step 7 is the first to evaluate.
     assert [found for found in whole.compilations if found[0] > 3] == [(7, "eval_step")]
+    # The first resumption compiles where the programs of earlier test modules have been freed.
+    assert call(command(copy(whole.moments / "4", tmp_path / "first"), text)).status == 0
     workdir = copy(whole.moments / "4", tmp_path / "run")
     with Compilations() as again, shared.steps(before=again.at):
         assert call(command(workdir, text)).status == 0
