@@ -70,6 +70,7 @@ def head_outputs(
     return _by_token(run, mesh)((mixed_BLKI, routing), out_EID)
 
 
+# The annotation of jax.jit hides the name that the wrapped function keeps.
 FIXED_ROWS = (
     head_queries.__name__,  # pyright: ignore[reportAttributeAccessIssue]
     head_outputs.__name__,  # pyright: ignore[reportAttributeAccessIssue]

@@ -189,4 +189,5 @@ def detectable(seeds: int, level: float = LEVEL, wanted: float = POWER) -> float
     while power(high, seeds, level) < wanted:
         high *= 2
     root = optimize.brentq(lambda effect: power(effect, seeds, level) - wanted, 0.0, high)
+    # The annotation allows the pair that brentq returns with full_output=True.
     return float(root)  # pyright: ignore[reportArgumentType]

@@ -134,6 +134,7 @@ def fit_law(size_R: Any, experts_R: Any, loss_R: Any, start: Law | None = None) 
     result = least_squares(
         lambda point: problem.at(point).error_R,
         np.clip(np.array(inner), LOWEST, HIGHEST),
+        # SciPy's annotation of the Jacobian knows its names only.
         lambda point: problem.at(point).jacobian_R2,  # pyright: ignore[reportArgumentType]
         bounds=(LOWEST, HIGHEST),
         method="dogbox",
