@@ -19,6 +19,7 @@ from moejax.train.profile.attribution import (
     read_program,
     time_by_part,
 )
+from moejax.train.profile.trace import STEP
 from tests.train.runs import PAGE, call, refused
 
 ROUTER, EXPERTS = Operation("router"), Operation("experts")
@@ -122,14 +123,14 @@ def test_profile_writes_a_trace_and_a_table_that_adds_up(tmp_path, capsys):
     assert set(rows) >= {*PARTS, ALL_REDUCE, OTHER, IDLE} - {"ffn"}
     assert all(0 <= row["mixed"] <= row["share"] for row in rows.values())
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1, abs=1e-9)
-    (trace,) = out.glob("**/*.trace.json.gz")
-    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    steps = [event for event in events if event.get("name") == trace.STEP]
+    (written,) = out.glob("**/*.trace.json.gz")
+    events = json.loads(gzip.decompress(written.read_bytes()))["traceEvents"]
+    steps = [event for event in events if event.get("name") == STEP]
     assert len(steps) == 2
     # The trace in microseconds, the table in milliseconds per step.
     whole = sum(row["ms"] for row in rows.values())
     assert whole == pytest.approx(sum(event["dur"] for event in steps) / 2e3, rel=1e-3)
-    assert list(out.glob("**/*.xplane.pb")) and str(trace) in ended.out
+    assert list(out.glob("**/*.xplane.pb")) and str(written) in ended.out
     refused(["profile", f"--config={PAGE}", f"--out={out}"], "--out=", "not empty")
 
 
