@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import of_a_user
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "add-a-gate.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -33,7 +35,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(words, folder, **environment):
+def run(words, folder, environment=os.environ, **changes):
     """The command as a process of its own; ``moejax`` is the one of this checkout."""
     if words[0] == "moejax":
         words = [sys.executable, "-m", *words]
@@ -41,7 +43,7 @@ def run(words, folder, **environment):
     return subprocess.run(
         words,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**environment, "PYTHONPATH": path, **changes},
         capture_output=True,
         text=True,
         timeout=600,
@@ -60,7 +62,7 @@ def test_the_gate_is_explained_and_trains_from_the_command_line(folder):
     page = run(shown, folder)
     assert page.returncode == 0 and "epsilon" in page.stdout and "explore" in page.stdout
     (train,) = commands("train")
-    ended = run(train, folder)
+    ended = run(train, folder, of_a_user())
     assert ended.returncode == 0, ended.stderr
     assert (folder / "runs" / "greedy" / "summary.png").exists()
 
@@ -109,7 +111,7 @@ def test_the_exam_names_the_phase_and_the_claim_that_a_gate_breaks(folder):
 @pytest.mark.slow
 def test_the_gate_runs_in_a_sweep(folder):
     (sweep,) = commands("sweep")
-    ended = run(sweep, folder)
+    ended = run(sweep, folder, of_a_user())
     assert ended.returncode == 0, ended.stderr
     table = (folder / "runs" / "greedy_sweep" / "results.csv").read_text()
     assert "greedy" in table and "switch" in table

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import of_a_user
+
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -25,12 +27,14 @@ pytestmark = pytest.mark.slow
 
 
 def execute(words: list[str], folder: Path) -> str:
-    """The output of a command, in an environment without the flags of the tests."""
-    ours = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-    plain = {name: value for name, value in os.environ.items() if name not in ours}
+    """The output of a command in a user's environment."""
     path = os.pathsep.join([str(ROOT), str(folder)])
     ended = subprocess.run(
-        words, cwd=folder, env={**plain, "PYTHONPATH": path}, capture_output=True, text=True
+        words,
+        cwd=folder,
+        env={**of_a_user(), "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, f"{words}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout + ended.stderr

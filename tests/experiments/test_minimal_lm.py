@@ -1,6 +1,5 @@
 """experiments/minimal_lm.py: the loss that its docstring states, and the shapes of its step."""
 
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from flax import nnx
 
 from experiments import minimal_lm
+from tests.environment import of_a_user
 
 ROOT = Path(__file__).parents[2]
 STATED = {
@@ -41,12 +41,11 @@ def test_a_step_keeps_the_shapes_of_its_state():
 
 @pytest.mark.slow
 def test_300_steps_reach_the_stated_loss_and_beat_a_trigram_model(tmp_path):
-    """In its own process, with the flags and the single device of a reader."""
-    plain = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    """In its own process, with the single device of a reader."""
     ended = subprocess.run(
         [sys.executable, str(ROOT / "experiments" / "minimal_lm.py"), "--steps", "300"],
         cwd=tmp_path,
-        env={**plain, "PYTHONPATH": str(ROOT)},
+        env={**of_a_user(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -174,6 +174,7 @@ def test_every_parameter_has_a_gradient_and_every_layer_reports_once():
     assert routed - plain == {"depths"}
 
 
+@pytest.mark.slow
 def test_other_tokens_and_weights_run_the_same_program():
     program, params = graded("none", "none"), built(EVERYTHING)[1]
     outcome("none")

@@ -1,7 +1,6 @@
 """Whole sweeps on a real SLURM controller: ``moejax sweep --launcher=slurm``."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import caching
 from tests.slurm_cluster import Cluster
 from tests.sweep.small import ALL, Small, at, wait_until
 from tests.sweep.test_slurm import a_cluster
@@ -106,7 +106,7 @@ def test_a_real_run_whose_time_is_up_is_requeued_and_resumes_without_its_runner(
     page = write_page(tmp_path, text, body, train__steps=200, train__eval_every=200)
     words = [f"--experiment={page}", f"--workdir={tmp_path / 'out'}", *SLURM]
     # Eight devices, as other tests have, would meet at every one of many steps.
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    environment = {**caching(), "JAX_NUM_CPU_DEVICES": "1"}
     run = {
         "cwd": ROOT,
         "env": environment,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from moejax.sweep.definition import expand
+from tests.environment import caching
 from tests.train import runs
 from tests.train.runs import ROOT, SETTINGS, config_of
 
@@ -58,7 +59,7 @@ def write_page(folder: Path, text: Path, body: str, **changes: Any) -> Path:
 def start(page: Path, folder: Path) -> subprocess.Popen[str]:
     words = ["sweep", f"--experiment={page}", f"--workdir={folder}"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", TELL, *words], cwd=ROOT, **pipes)
+    return subprocess.Popen([sys.executable, "-c", TELL, *words], cwd=ROOT, env=caching(), **pipes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 from moejax import cli
 from moejax.train import setup
 from moejax.train.metrics import console
+from tests.environment import caching
 from tests.train.runs import ROOT, Ended
 
 
@@ -77,20 +78,13 @@ def _act(what: str) -> None:
 # ---------------------------------------------------------------- from another process
 
 
-def start(
-    event: str, step: int, what: str, argv: list[str], cache: Path | None = None
-) -> Popen[str]:
+def start(event: str, step: int, what: str, argv: list[str]) -> Popen[str]:
     """A process of its own that runs a command and is disturbed; see above.
 
-    With a cache, that is the user's cache folder, where it keeps what it compiles and finds what an
-    earlier process compiled.
+    It finds what an earlier process compiled.
     """
     words = [sys.executable, "-m", "tests.train.disturb", event, str(step), what, *argv]
-    environment = dict(os.environ)
-    if cache:
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "true"
-        environment["XDG_CACHE_HOME"] = str(cache)
-    return Popen(words, cwd=ROOT, env=environment, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+    return Popen(words, cwd=ROOT, env=caching(), stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
 
 
 def until(line: str, process: Popen[str]) -> list[str]:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from moejax.tasks.language.source import TextSource
 from moejax.train import setup
 from moejax.train.checkpoint.checkpointer import Checkpointer
 from moejax.types import GateSpec, MoEStats
+from tests.environment import of_a_user
 
 ROOT = Path(__file__).parents[2]
 PAGE = f"{ROOT}/configs/lm.py:size=debug,experts=4"
@@ -115,10 +115,9 @@ def call(argv: list[str]) -> Ended:
 
 def call_as_a_user(argv: list[str]) -> Ended:
     """One command line in a fresh process on one device, optimised: for runs of many steps."""
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
     ended = subprocess.run(
         [sys.executable, "-m", "moejax", *argv],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=of_a_user(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 

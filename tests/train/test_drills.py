@@ -29,11 +29,6 @@ DRILLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("event, step, what, status", DRILLS)
 def test_a_disturbed_and_an_undisturbed_process_end_bit_equal(
     event: str,
@@ -42,31 +37,30 @@ def test_a_disturbed_and_an_undisturbed_process_end_bit_equal(
     status: int,
     whole: Whole,
     text: Path,
-    cache: Path,
     tmp_path: Path,
 ):
     """The drills share one compilation; what they are compared with comes from another."""
     argv = command(tmp_path / "run", text)
-    ended = end(start(event, step, what, argv, cache))
+    ended = end(start(event, step, what, argv))
     assert ended.status == status, ended
-    ended = end(start("none", 0, "", argv, cache))
+    ended = end(start("none", 0, "", argv))
     assert ended.status == 0, ended
     runs.same_run(tmp_path / "run", whole.workdir, whole.run)
 
 
 def test_a_run_killed_repeatedly_at_any_moment_ends_bit_equal(
-    whole: Whole, text: Path, cache: Path, tmp_path: Path
+    whole: Whole, text: Path, tmp_path: Path
 ):
     """Five lives of one run of 60 steps end at moments that timing chooses, within seeded waits."""
     argv = command(tmp_path / "run", text, train__steps=60)
     random = np.random.default_rng(0)
     for _ in range(5):
-        process = start("none", 0, "", argv, cache)
+        process = start("none", 0, "", argv)
         until("compiling the training step ...\n", process)
         time.sleep(random.uniform(0, 6))
         process.kill()
         assert end(process).status in (-signal.SIGKILL, 0)
-    ended = end(start("none", 0, "", argv, cache))
+    ended = end(start("none", 0, "", argv))
     assert ended.status == 0, ended
     argv = command(tmp_path / "other", text, train__steps=60)
     assert call(argv).status == 0

@@ -30,7 +30,7 @@ def saving(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[Chi
     """Killed while it saves; starts before this process compiles, so that both cores have work."""
     folder = tmp_path_factory.mktemp("saving")
     argv = command(folder / "run", text)
-    yield from running(start("save", 6, "SIGKILL", argv, folder / "cache"), folder / "run")
+    yield from running(start("save", 6, "SIGKILL", argv), folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory, saving: Child, text: Path)
     saving.process.wait(timeout=300)
     workdir = tmp_path_factory.mktemp("waiting") / "run"
     shutil.copytree(saving.workdir, workdir)
-    cache = saving.workdir.parent / "cache"
-    yield from running(start("step", 5, "wait", command(workdir, text), cache), workdir)
+    yield from running(start("step", 5, "wait", command(workdir, text)), workdir)
 
 
 def running(process: Popen[str], workdir: Path) -> Iterator[Child]:
@@ -75,6 +74,7 @@ def test_a_run_killed_between_steps_resumes_and_ends_bit_equal(
     runs.same_run(workdir, whole.workdir, whole.run)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_row_resumes_and_ends_bit_equal(
     whole: Whole, text: Path, tmp_path: Path
 ):

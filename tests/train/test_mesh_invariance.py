@@ -150,26 +150,19 @@ def check_it_was_a_test(gate):
         assert alone.gate_state.shape == (2, 8) and np.abs(alone.gate_state).max() > 0.01
 
 
-QUICK = ["shazeer", pytest.param("tests.steps:Biased", marks=pytest.mark.slow)]
-START = {"shazeer": 0, "tests.steps:Biased": 2, "switch": 1, "base": 0, "sbase": 2}
-"""Gates that are tried on every third mesh, and the first of these; the other one is on all."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gate", QUICK)
-def test_five_steps_are_the_same_on_one_device_and_on_eight(gate):
-    check_it_was_a_test(gate)
-    check_equal(meshes.LARGE, gate)
+NAMES = list(GATES)
+PAIRS = [
+    (shape, NAMES[(i + j) % len(NAMES)])
+    for j, shapes in ((0, MESHES), (3, MESHES[4:]))
+    for i, shape in enumerate(shapes)
+]
+"""Every gate on two meshes and every mesh with a gate; where weights are sharded, with two."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "gate"),
-    [
-        pytest.param(shape, gate, id=f"{gate}-{meshes.name(shape)}")
-        for gate in GATES
-        for shape in MESHES[START.get(gate, 0) :: 3 if gate in START else 1]
-    ],
+    [pytest.param(*pair, id=f"{pair[1]}-{meshes.name(pair[0])}") for pair in PAIRS],
 )
 def test_five_steps_are_the_same_on_every_mesh(shape, gate):
     check_it_was_a_test(gate)

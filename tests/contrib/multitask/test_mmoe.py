@@ -197,7 +197,7 @@ def test_a_mesh_changes_nothing(shape, name):
     [
         pytest.param(shape, name, id=f"{meshes.name(shape)}-{name}")
         for i, name in enumerate(GATES)
-        for shape in (meshes.ALL[(3 * i + j) % len(meshes.ALL)] for j in range(3))
+        for shape in (meshes.ALL[3 * i % len(meshes.ALL)],)
     ],
 )
 def test_every_mesh_gives_the_same_results(shape, name):

@@ -164,7 +164,7 @@ def test_every_parameter_has_a_gradient(changes):
     ("shape", "changes"),
     [
         pytest.param(shape, ({}, DSELECT)[i % 2], id=f"{meshes.name(shape)}-{i % 2}")
-        for i, shape in enumerate(meshes.ALL)
+        for i, shape in enumerate(meshes.ALL[1::2])
     ],
 )
 def test_a_mesh_changes_nothing(shape, changes):

@@ -306,6 +306,7 @@ def test_a_run_learns_more_than_a_linear_model(trained):
         assert text in ended.out
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_repeats_its_last_row(trained):
     workdir, _ = trained
     before = files(workdir)
@@ -315,6 +316,7 @@ def test_evaluating_a_run_repeats_its_last_row(trained):
     assert files(workdir) == before
 
 
+@pytest.mark.slow
 def test_a_report_shows_gates_as_layers_and_each_task(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
     probe = Probe.read(workdir)
@@ -376,9 +378,9 @@ def test_a_stopped_run_resumes_as_if_uninterrupted(trained, tmp_path):
     [
         ("data=correlated", 2000, 0.98),
         ("data=recommender", 2000, 0.98),
-        ("data=groups,gate=dselect_k,gate_input=constant", 1000, 0.05),
-        ("data=groups,sharing=omoe", 1000, 0.05),
-        ("data=groups,sharing=shared_bottom", 1000, 0.05),
+        ("data=groups,gate=dselect_k,gate_input=constant", 500, 0.05),
+        ("data=groups,sharing=omoe", 500, 0.05),
+        ("data=groups,sharing=shared_bottom", 500, 0.05),
     ],
 )
 def test_every_kind_of_table_is_learned_better_than_by_a_linear_model(tmp_path, arg, steps, share):
