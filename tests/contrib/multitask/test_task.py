@@ -379,8 +379,6 @@ def test_a_stopped_run_resumes_as_if_uninterrupted(trained, tmp_path):
         ("data=correlated", 2000, 0.98),
         ("data=recommender", 2000, 0.98),
         ("data=groups,gate=dselect_k,gate_input=constant", 500, 0.05),
-        ("data=groups,sharing=omoe", 500, 0.05),
-        ("data=groups,sharing=shared_bottom", 500, 0.05),
     ],
 )
 def test_every_kind_of_table_is_learned_better_than_by_a_linear_model(tmp_path, arg, steps, share):
