@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.environment import of_a_user
+from tests.environment import caching
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "add-a-gate.md").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_the_gate_is_explained_and_trains_from_the_command_line(folder):
     page = run(shown, folder)
     assert page.returncode == 0 and "epsilon" in page.stdout and "explore" in page.stdout
     (train,) = commands("train")
-    ended = run(train, folder, of_a_user())
+    ended = run(train, folder, caching())
     assert ended.returncode == 0, ended.stderr
     assert (folder / "runs" / "greedy" / "summary.png").exists()
 
@@ -111,7 +111,7 @@ def test_the_exam_names_the_phase_and_the_claim_that_a_gate_breaks(folder):
 @pytest.mark.slow
 def test_the_gate_runs_in_a_sweep(folder):
     (sweep,) = commands("sweep")
-    ended = run(sweep, folder, of_a_user())
+    ended = run(sweep, folder, caching())
     assert ended.returncode == 0, ended.stderr
     table = (folder / "runs" / "greedy_sweep" / "results.csv").read_text()
     assert "greedy" in table and "switch" in table
