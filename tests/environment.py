@@ -7,19 +7,19 @@ import shutil
 import tempfile
 
 OURS = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-"""What conftest.py sets so that tests compile fast on eight devices."""
+"""Variables that conftest.py sets so that tests compile fast, on eight devices."""
 
 
 @functools.cache
 def cache() -> str:
-    """The cache folder of the user in whose place this session of tests starts processes."""
+    """The cache folder of the processes that this session of tests starts."""
     folder = tempfile.mkdtemp(prefix="moejax-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def caching() -> dict[str, str]:
-    """This environment, but compiled programs are kept, as they are for a user.
+    """This environment, with compiled programs kept, as they are for a user.
 
     For processes that run the same programs one after another: a sweep's trials, a resumed run.
     """

@@ -194,6 +194,8 @@ if OWN:
     ROWS = [own_row(OWN)]
 
 PARAMS = [pytest.param(r, id=r.name, marks=[pytest.mark.slow] * r.slow) for r in ROWS]
+DISTINCT = [pytest.param(r, id=r.name) for r in ROWS if not r.slow]
+"""The rows whose code no other row shares."""
 
 
 def forgetting(every: int = 16) -> Any:

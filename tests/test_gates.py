@@ -405,7 +405,7 @@ def test_a_gate_keeps_its_contract(row, train):
 
 @pytest.mark.slow
 @both_phases
-@pytest.mark.parametrize("row", [pytest.param(r, id=r.name) for r in ROWS if not r.slow])
+@pytest.mark.parametrize("row", gates.DISTINCT)
 def test_a_gate_without_jit_and_in_other_precision_computes_the_same(row, train):
     """The claims that need many compilations: without jit, or in another precision."""
     exam, claims = Exam(row, train), Claims(subject(row, train))

@@ -104,7 +104,7 @@ def test_a_token_depends_on_what_its_gate_declares(row, train):
 
 @pytest.mark.slow
 @both_phases
-@pytest.mark.parametrize("row", [pytest.param(r, id=r.name) for r in ROWS if not r.slow])
+@pytest.mark.parametrize("row", gates.DISTINCT)
 def test_a_token_depends_on_what_its_gate_declares_with_other_choices(row, train):
     """Each slow option for a quarter of the rows, and none for rows that share their code."""
     i = ROWS.index(row)
