@@ -197,7 +197,7 @@ def test_a_mesh_changes_nothing(shape, name):
     ("shape", "name"),
     [
         pytest.param(shape, name, id=f"{meshes.name(shape)}-{name}")
-        for name, shape in zip(GATES, itertools.cycle(meshes.ALL), strict=False)
+        for shape, name in zip(meshes.ALL, itertools.cycle(GATES), strict=False)
     ],
 )
 def test_every_mesh_gives_the_same_results(shape, name):
