@@ -14,19 +14,29 @@ from moejax.kernels import grouped_ffn
 from moejax.kernels.support import resolve_platform
 from moejax.types import ExpertWeights
 
-ACTIVATIONS: tuple[str, ...] = ("swiglu", "gelu", "relu")
+ACTIVATIONS: tuple[str, ...] = ("swiglu", "gelu", "relu", "clamped_swiglu")
+CLAMP, SLOPE = 7.0, 1.702
+"""The limit of ``clamped_swiglu`` and the slope of its sigmoid."""
 
 
 def is_gated(activation: str) -> bool:
     """True if the activation has a gate branch, hence a third weight matrix."""
-    return activation == "swiglu"
+    return activation in ("swiglu", "clamped_swiglu")
 
 
 def activate(activation: str, gate: Array | None, up: Array) -> Array:
-    """swiglu: silu(gate) * up; gelu (tanh form) and relu: of ``up`` alone."""
+    """swiglu: silu(gate) * up; gelu (tanh form) and relu: of ``up`` alone.
+
+    clamped_swiglu (GPT-OSS): g sigmoid(1.702 g) (u + 1), with g = min(gate, 7) and u = ``up``
+    between -7 and 7.
+    """
     if activation == "swiglu":
         assert gate is not None
         return jax.nn.silu(gate) * up
+    if activation == "clamped_swiglu":
+        assert gate is not None
+        gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+        return gate * jax.nn.sigmoid(SLOPE * gate) * (up + 1)
     if activation == "gelu":
         return jax.nn.gelu(up)
     if activation == "relu":
@@ -39,6 +49,7 @@ _ACTIVATE = {
     "swiglu": lambda gate, up: activate("swiglu", gate, up),
     "gelu": lambda up: activate("gelu", None, up),
     "relu": lambda up: activate("relu", None, up),
+    "clamped_swiglu": lambda gate, up: activate("clamped_swiglu", gate, up),
 }
 
 
@@ -54,13 +65,18 @@ def ffn_cells(
     if resolve_platform(None) == "cpu":
         return _ffn_cells_cpu(weights, x_SECD, activation)
     weights = cast(weights, x_SECD.dtype)
-    up_SECF = jnp.einsum("secd,edf->secf", x_SECD, weights.up_EDF)
+    up_SECF = _plus(jnp.einsum("secd,edf->secf", x_SECD, weights.up_EDF), weights.up_bias_EF)
     gate_SECF = None
     if weights.gate_EDF is not None:
         gate_SECF = jnp.einsum("secd,edf->secf", x_SECD, weights.gate_EDF)
+        gate_SECF = _plus(gate_SECF, weights.gate_bias_EF)
     gate_SECF, up_SECF = checkpoint_name((gate_SECF, up_SECF), "experts")
     hidden_SECF = activate(activation, gate_SECF, up_SECF)
     return checkpoint_name(jnp.einsum("secf,efd->secd", hidden_SECF, weights.down_EFD), "experts")
+
+
+def _plus(hidden_SECF: Array, bias_EF: Array | None) -> Array:
+    return hidden_SECF if bias_EF is None else hidden_SECF + bias_EF[:, None]
 
 
 def _ffn_cells_cpu(weights: ExpertWeights, x_SECD: Array, activation: str) -> Array:
@@ -80,6 +96,14 @@ def ffn_sorted(
     inputs = (weights.up_EDF,)
     if weights.gate_EDF is not None:
         inputs = (weights.gate_EDF, weights.up_EDF)
+    if weights.up_bias_EF is not None:
+        # The kernels know no biases: one more input, which is 1, has the biases as its weights.
+        biases = [b for b in (weights.gate_bias_EF, weights.up_bias_EF) if b is not None]
+        inputs = tuple(
+            jnp.concatenate([w_EDF, b_EF[:, None]], axis=1)
+            for w_EDF, b_EF in zip(inputs, biases, strict=True)
+        )
+        x_ND = jnp.pad(x_ND, ((0, 0), (0, 1)), constant_values=1)
     return grouped_ffn(x_ND, inputs, weights.down_EFD, sizes_E, _ACTIVATE[activation])
 
 
@@ -89,4 +113,8 @@ def ffn_one(
     """One expert (leaves without their E axis) on all rows."""
     weights = cast(weights, x_ND.dtype)
     gate_NF = None if weights.gate_EDF is None else x_ND @ weights.gate_EDF
-    return activate(activation, gate_NF, x_ND @ weights.up_EDF) @ weights.down_EFD
+    up_NF = x_ND @ weights.up_EDF
+    if weights.up_bias_EF is not None:
+        up_NF += weights.up_bias_EF
+        gate_NF = None if gate_NF is None else gate_NF + weights.gate_bias_EF
+    return activate(activation, gate_NF, up_NF) @ weights.down_EFD

@@ -102,13 +102,88 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeOptions(Options):
+    """Rotary positions, and how they are stretched beyond the length of training.
+
+    ``theta``: None for no rotary positions. The scalings are described in
+    `moejax.layers.rope.frequencies`.
+    """
+
+    theta: float | None = option(10000.0, "base of the rotary position angles", above=0.0)
+    share: float = option(1.0, "share of a head's width that is rotated", above=0.0, high=1.0)
+    interleaved: bool = option(False, "rotate neighbours (0, 1), (2, 3), ... instead of halves")
+    scaling: str = option(
+        "none",
+        "how rotary positions reach beyond the length of training",
+        choices=("none", "linear", "llama3", "yarn"),
+    )
+    factor: float = option(1.0, "rope_scaling: length of use / length of training", low=1.0)
+    trained_length: int = option(8192, "rope_scaling llama3, yarn: length of training", low=1)
+    low_turns: float = option(
+        1.0, "rope_scaling llama3, yarn: slower pairs (turns in that length) are stretched",
+        above=0.0,
+    )  # fmt: skip
+    high_turns: float = option(
+        4.0, "rope_scaling llama3, yarn: faster pairs stay as they are", above=0.0
+    )
+    whole_pairs: bool = option(True, "rope_scaling yarn: round these bounds to whole pairs")
+    magnitude: float = option(
+        0.0, "rope_scaling yarn: factor of rotated queries and keys (0: 0.1 ln(factor) + 1)",
+        low=0.0,
+    )  # fmt: skip
+
+    def check(self, width: int) -> None:
+        """Raises ValueError unless heads of this width can be rotated so."""
+        if self.theta is None:
+            return
+        rotated = self.rotated(width)
+        if rotated % 2 or not rotated:
+            raise ValueError(
+                f"rope_share={self.share:g} of heads of width {width} rotates {rotated} of their "
+                "numbers, which are no pairs; use an even width (head_dim)"
+            )
+        if self.scaling in ("llama3", "yarn") and self.low_turns >= self.high_turns:
+            raise ValueError(
+                f"rope_low_turns={self.low_turns:g} must be below rope_high_turns="
+                f"{self.high_turns:g}"
+            )
+
+    def rotated(self, width: int) -> int:
+        """The rotated part of a head's width."""
+        return int(width * self.share)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions(Options):
-    """Self-attention. ``rope_theta``: None for no rotary positions."""
+    """Self-attention."""
 
     num_heads: int = option(4, "query heads", low=1)
     num_kv_heads: int = option(4, "key/value heads; fewer than num_heads: grouped queries", low=1)
     head_dim: int = option(0, "width of one head (0: d_model / num_heads)", low=0)
-    rope_theta: float | None = option(10000.0, "base of the rotary position angles", above=0.0)
+    rope: RopeOptions = RopeOptions()
+    bias: str = option(
+        "none", "biases of queries, keys and values, or of the output too",
+        choices=("none", "qkv", "all"),
+    )  # fmt: skip
+    qk_norm: str = option(
+        "none",
+        "RMSNorm of queries and keys: per head, over all heads, or without weights after rotation",
+        choices=("none", "head", "projection", "unit"),
+    )
+    qk_norm_eps: float = option(1e-6, "added to the mean square in qk_norm", above=0.0)
+    scale: float = option(0.0, "factor of attention scores (0: 1 / sqrt(head width))", low=0.0)
+    score_cap: float = option(
+        0.0, "attention scores s become cap tanh(s / cap) (0: no cap)", low=0.0
+    )
+    sinks: bool = option(False, "a learned logit per head that takes attention and has no value")
+    window: int = option(0, "tokens that a query sees, itself included (0: all)", low=0)
+    window_kind: str = option(
+        "sliding", "the last tokens, or those of the same chunk", choices=("sliding", "chunk")
+    )
+    temperature: float = option(
+        0.0, "layers without rotation: growth of queries with ln(position) (0: none)", low=0.0
+    )
+    temperature_length: int = option(8192, "positions that share a temperature", low=1)
     implementation: str = option(
         "auto", "implementation of attention", choices=("auto", "xla", "cudnn")
     )
@@ -127,11 +202,7 @@ class AttentionOptions(Options):
                 "of them or set head_dim"
             )
         width = self.width(d_model)
-        if self.rope_theta and width % 2:
-            raise ValueError(
-                f"heads of width {width} (head_dim, or d_model={d_model} / num_heads="
-                f"{self.num_heads}) cannot be rotated in pairs; use an even width"
-            )
+        self.rope.check(width)
         if self.implementation == "cudnn" and (dtype != "bfloat16" or width % 8):
             raise ValueError(
                 "implementation=cudnn needs bfloat16 and heads whose width is a multiple of 8, but "
@@ -142,6 +213,31 @@ class AttentionOptions(Options):
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
                 f"{self.num_kv_heads}; each key/value head serves the same number of query heads"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentOptions(Options):
+    """Multi-head latent attention."""
+
+    kv_rank: int = option(
+        0, "latent attention: width of what is remembered of a token (0: ordinary attention)", low=0
+    )
+    query_rank: int = option(0, "latent attention: rank of the queries (0: full)", low=0)
+    plain_width: int = option(128, "latent attention: a head's width without positions", low=1)
+    rope_width: int = option(64, "latent attention: a head's width with rotary positions", low=2)
+    value_width: int = option(128, "latent attention: width of a head's values", low=1)
+
+    def check(self, attention: AttentionOptions) -> None:
+        """Raises ValueError for options of attention that latent attention does not have."""
+        if attention.rope.theta is None:
+            raise ValueError(f"kv_rank={self.kv_rank} needs rotary positions; use kv_rank=0")
+        attention.rope.check(self.rope_width)
+        for name, none in (("qk_norm", "none"), ("sinks", False), ("temperature", 0.0)):
+            if (value := getattr(attention, name)) != none:
+                raise ValueError(
+                    f"{name}={value} is not part of latent attention; use {name}={none} or "
+                    f"kv_rank=0 instead of kv_rank={self.kv_rank}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +283,16 @@ class DepthsOptions(Options):
     def visibility(self) -> Visibility:
         """The best C tokens of a sequence depend on later tokens; a prediction does not."""
         return Visibility(train_future=0.0 < self.capacity < 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions(Options):
+    """The ends of a language model: its embedding and its logits."""
+
+    tie_embeddings: bool = option(True, "output matrix = embedding")
+    embed_scale: float = option(0.0, "factor of embeddings (0: sqrt(d_model))", low=0.0)
+    logit_scale: float = option(1.0, "factor of the logits", above=0.0)
+    logit_cap: float = option(0.0, "logits z become cap tanh(z / cap) (0: no cap)", low=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,12 +357,19 @@ class MoEOptions(Options):
     """The choices around the gate that decide what a token's output may depend on."""
     d_ff: int = option(256, "hidden width of one expert", low=1)
     shared_experts: int = option(0, "experts of width moe.d_ff that every token visits", low=0)
+    shared_d_ff: int = option(
+        0, "hidden width of all shared experts (0: shared_experts * d_ff)", low=0
+    )
     shared_gate: bool = option(False, "weigh the shared experts by a sigmoid of the token")
     residual: bool = option(
         False,
         "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
     )
     activation: str = option("swiglu", "activation of an expert", choices=ACTIVATIONS)
+    expert_bias: bool = option(False, "add biases to the layers of routed experts")
+    weigh_input: bool = option(
+        False, "a pair's weight is a factor of the expert's input instead of its output"
+    )
     balance_scope: str = option(
         "sequence",
         "tokens over which balance losses take their means",
@@ -278,6 +391,17 @@ class MoEOptions(Options):
             raise ValueError(
                 "shared_gate=True weighs the shared experts, but shared_experts=0; use "
                 "shared_experts=1 or more, or shared_gate=False"
+            )
+        if self.shared_d_ff and not self.shared_experts:
+            raise ValueError(
+                f"shared_d_ff={self.shared_d_ff} is the width of shared experts, but "
+                "shared_experts=0; use shared_experts=1, or shared_d_ff=0"
+            )
+        if self.weigh_input and getattr(self.gate, "k", None) != 1:
+            raise ValueError(
+                "weigh_input=True scales a token by the weight of its one expert, but gate "
+                f"{type(self.gate).__name__} has k={getattr(self.gate, 'k', None)}; use gate.k=1 "
+                "or weigh_input=False"
             )
         if self.residual and (self.shared_gate or not self.shared_experts):
             raise ValueError(
@@ -302,7 +426,17 @@ class StackOptions(Options):
 
     d_model: int = option(192, "model width", low=1)
     num_layers: int = option(4, "attention + FFN layers", low=1)
-    norm_eps: float = option(1e-6, "added to the mean square in RMSNorm", above=0.0)
+    norm: str = option("rms", "RMSNorm, or LayerNorm with a bias", choices=("rms", "layer"))
+    norm_eps: float = option(1e-6, "added to the mean square (variance) in norms", above=0.0)
+    norm_place: str = option(
+        "before", "where attention and FFN have norms: on their input, output or both",
+        choices=("before", "after", "both"),
+    )  # fmt: skip
+    residual_scale: float = option(
+        1.0, "factor of the outputs that are added to the residual stream", above=0.0
+    )
+    global_every: int = option(0, "every n-th layer attends beyond the window (0: none)", low=0)
+    global_rope: bool = option(True, "those layers have rotary positions")
     dtype: str = option(
         "float32", "type of activations and matmuls; weights and router are float32", choices=DTYPES
     )
@@ -313,7 +447,9 @@ class StackOptions(Options):
     )
     every: int = option(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0)
     first_dense: int = option(0, "layers at the bottom that stay dense", low=0)
+    dense_layers: str = option("", "further layers that stay dense, by number from 0, as '3,7'")
     attention: AttentionOptions = AttentionOptions()
+    latent: LatentOptions = LatentOptions()
     heads: HeadsOptions = HeadsOptions()
     depths: DepthsOptions = DepthsOptions()
     ffn: FFNOptions = FFNOptions()
@@ -322,16 +458,23 @@ class StackOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.attention.check(self.d_model, self.dtype)
+        if self.latent.kv_rank:
+            self.latent.check(self.attention)
+        else:
+            self.attention.check(self.d_model, self.dtype)
         repeated = self.num_layers - self.first_dense
         if repeated < 1:
             raise ValueError(
                 f"first_dense={self.first_dense} must be below num_layers={self.num_layers}; for a "
                 "dense model use every=0"
             )
+        self._check_dense_layers()
         if self.every:
-            self._check_period(repeated, "every", self.every)
+            if not self.dense_layers:
+                self._check_period(repeated, "every", self.every)
             self.experts.check()
+        if self.global_every:
+            self._check_period(repeated, "global_every", self.global_every)
         if self.depths.capacity:
             self._check_depths(repeated)
 
@@ -341,6 +484,24 @@ class StackOptions(Options):
                 f"num_layers={self.num_layers} - first_dense={self.first_dense} = {repeated} "
                 f"layers are not a multiple of {name}={size}; use num_layers="
                 f"{self.first_dense + math.ceil(repeated / size) * size}"
+            )
+
+    def _check_dense_layers(self) -> None:
+        try:
+            listed = self.listed_dense
+        except ValueError:
+            raise ValueError(
+                f"dense_layers={self.dense_layers!r} must be numbers of layers, as '3,7'"
+            ) from None
+        wrong = [n for n in listed if not self.first_dense <= n < self.num_layers]
+        if wrong:
+            raise ValueError(
+                f"dense_layers={self.dense_layers!r} names layer {wrong[0]}, but layers after the "
+                f"first_dense={self.first_dense} are {self.first_dense} to {self.num_layers - 1}"
+            )
+        if self.every and not self.num_moe_layers:
+            raise ValueError(
+                f"dense_layers={self.dense_layers!r} leaves no layer with experts; use every=0"
             )
 
     def _check_depths(self, repeated: int) -> None:
@@ -378,16 +539,41 @@ class StackOptions(Options):
 
     @property
     def period(self) -> int:
-        """Layers in one repeating period; the last of them has the experts.
-
-        Where some blocks are routed, that many apart; the last one is, and the one with experts.
-        """
-        return max(self.every, self.depths.every if self.depths.capacity else 1)
+        """Layers in one repeating period: the least number that all patterns divide."""
+        if self.dense_layers:
+            return self.num_layers - self.first_dense
+        depths = self.depths.every if self.depths.capacity else 1
+        return math.lcm(self.every or 1, depths, self.global_every or 1)
 
     @property
     def num_periods(self) -> int:
         return (self.num_layers - self.first_dense) // self.period
 
     @property
+    def sparse_places(self) -> tuple[int, ...]:
+        """The places in a period whose layers have experts."""
+        places = range(self.period)
+        return tuple(i for i in places if self.is_sparse(self.first_dense + i))
+
+    @property
     def num_moe_layers(self) -> int:
-        return self.num_periods if self.every else 0
+        return self.num_periods * len(self.sparse_places)
+
+    def is_sparse(self, layer: int) -> bool:
+        """True if this layer of the model, counted from 0, has experts."""
+        place = layer - self.first_dense
+        listed = layer in self.listed_dense
+        return bool(self.every) and place >= 0 and (place + 1) % self.every == 0 and not listed
+
+    @property
+    def listed_dense(self) -> tuple[int, ...]:
+        return tuple(int(number) for number in self.dense_layers.split(",") if number.strip())
+
+    def attention_of(self, layer: int) -> AttentionOptions:
+        """The attention of a layer, counted from 0: every ``global_every``-th has no window."""
+        if not self.global_every or (layer + 1) % self.global_every:
+            return self.attention
+        rope = self.attention.rope
+        if not self.global_rope:
+            rope = dataclasses.replace(rope, theta=None)
+        return dataclasses.replace(self.attention, window=0, rope=rope)

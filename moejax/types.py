@@ -140,12 +140,15 @@ class GateOutput:
 class ExpertWeights(NamedTuple):
     """FFN weights of all experts, stacked; every leaf leads with E.
 
-    ``gate_EDF`` is None for experts without a gated activation (GELU, ReLU).
+    ``gate_EDF`` is None for experts without a gated activation (GELU, ReLU), biases for experts
+    without them. The bias of an expert's output is no part of its partial sums: the layer adds it.
     """
 
     gate_EDF: Float[Array, "E D F"] | None
     up_EDF: Float[Array, "E D F"]
     down_EFD: Float[Array, "E F D"]
+    gate_bias_EF: Float[Array, "E F"] | None = None
+    up_bias_EF: Float[Array, "E F"] | None = None
 
 
 class Tokens(NamedTuple):
@@ -575,6 +578,8 @@ class LayerAux:
     """The arrays of a ``Tap``; None without one."""
     mean_square: Float[Array, "..."] | None = None
     """Mean square of the output: the first one that is not finite is where a NaN began."""
+    memory: Any = None
+    """While decoding, what attention keeps of the tokens so far; by layer for several."""
 
     def joined(self, other: "LayerAux") -> "LayerAux":
         """Both reports about the same layer in one."""
@@ -586,16 +591,19 @@ class LayerAux:
 
     @classmethod
     def over_layers(cls, layers: Sequence["LayerAux"]) -> "LayerAux":
-        """Successive layers' reports in one. At most one of the layers is an MoE layer."""
+        """Successive layers' reports in one."""
 
         def means(dicts: list[dict[str, Array]]) -> dict[str, Array]:
             names = dict.fromkeys(name for one in dicts for name in one)
             return {n: jnp.mean(jnp.stack([d[n] for d in dicts if n in d])) for n in names}
 
-        sparse = next((layer for layer in layers if layer.stats is not None), cls())
-        return dataclasses.replace(
-            sparse,
+        def of_experts(name: str) -> Any:
+            found = [x for layer in layers if (x := getattr(layer, name)) is not None]
+            return jax.tree.map(lambda *x: jnp.stack(x), *found) if found else None
+
+        return cls(
             losses=means([layer.losses for layer in layers]),
             means=means([layer.means for layer in layers]),
-            mean_square=jnp.stack([x for layer in layers if (x := layer.mean_square) is not None]),
+            **{name: of_experts(name) for name in ("stats", "policy", "taps", "mean_square")},
+            memory=tuple(layer.memory for layer in layers),
         )

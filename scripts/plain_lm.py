@@ -80,7 +80,7 @@ def loss_of(params: Params, tokens: jax.Array, model: Any) -> jax.Array:
     x = params["embed"][inputs] * math.sqrt(model.d_model)
     for layer in params["layers"]:
         normed = rms_norm(x, layer["attention_norm"], model.norm_eps)
-        x = x + attention(layer, normed, model.attention.num_heads, model.attention.rope_theta)
+        x = x + attention(layer, normed, model.attention.num_heads, model.attention.rope.theta)
         x = x + ffn(layer, rms_norm(x, layer["ffn_norm"], model.norm_eps))
     x = rms_norm(x, params["norm"], model.norm_eps)
     logits = (x.reshape(-1, x.shape[-1]) @ params["embed"].T).reshape(*targets.shape, -1)

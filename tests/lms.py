@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions
+from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions, RopeOptions
 from moejax.tasks.language.model import LM, LMConfig
 from moejax.types import Context
 
@@ -20,12 +20,15 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 """float32 sums of at most 48 products, in another order or program."""
 
 
-OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "causal")
-OF_EXPERTS = ("gate", "vocab_size", "shared_experts", "shared_gate", "residual")
+OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope", "causal", "window", "sinks")
+OF_EXPERTS = (
+    "gate", "vocab_size", "shared_experts", "shared_gate", "residual", "expert_bias"
+)  # fmt: skip
 NESTED = {
     **{name: ("attention", name) for name in OF_ATTENTION},
     **{name: ("experts", name) for name in OF_EXPERTS},
     "d_ff": ("ffn", "d_ff"),
+    "tie_embeddings": ("text", "tie_embeddings"),
     "activation": ("ffn", "activation"),
     "attention": ("attention", "implementation"),
     "moe": ("experts", "config"),
@@ -60,11 +63,14 @@ def config(gate="mixtral", moe=None, **changes) -> LMConfig:
         d_model=D,
         num_layers=2,
         attention=AttentionOptions(
-            num_heads=4, num_kv_heads=4, head_dim=4, rope_theta=100.0, implementation="xla"
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=4,
+            rope=RopeOptions(theta=100.0),
+            implementation="xla",
         ),
         ffn=FFNOptions(d_ff=24),
         experts=MoEOptions(gate=gating.make(gate), config=choices, d_ff=12, vocab_size=V),
-        tie_embeddings=True,
     )
     return changed(base, **changes)
 

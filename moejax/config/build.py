@@ -14,8 +14,10 @@ from moejax.options import (
     DispatchOptions,
     FFNOptions,
     HeadsOptions,
+    LatentOptions,
     MoEOptions,
     Options,
+    RopeOptions,
     StackOptions,
     renamed,
 )
@@ -23,6 +25,7 @@ from moejax.types import Gate, MoEConfig
 
 NESTED: dict[str, type[Options]] = {
     "attention": AttentionOptions,
+    "latent": LatentOptions,
     "heads": HeadsOptions,
     "depths": DepthsOptions,
     "ffn": FFNOptions,
@@ -59,16 +62,21 @@ def stack_options(
         "attention": attention or {},
         "experts": {"gate": gate, "config": moe_config(config), **(experts or {})},
     }
-    nested = {name: _made(config, kind, given.get(name, {})) for name, kind in NESTED.items()}
-    return _made(config, model, {**nested, **own})
+    given["attention"] = {"rope": options_of(config, RopeOptions), **given["attention"]}
+    nested = {name: options_of(config, kind, given.get(name, {})) for name, kind in NESTED.items()}
+    return options_of(config, model, {**nested, **own})
 
 
-def _made(config: Config, kind: type[Kind], given: Mapping[str, Any]) -> Kind:
-    """Options with the values of the config, where it has the field, then ``given``."""
+def options_of(config: Config, kind: type[Kind], given: Mapping[str, Any] | None = None) -> Kind:
+    """Options with the values of the config, where it has the field, then ``given``.
+
+    Raises:
+      UserError: values that do not fit each other.
+    """
     flat = flatten(config)
     known = {option: flat[name] for option, name in names_of(kind).items() if name in flat}
     try:
-        return kind(**{**known, **given})
+        return kind(**{**known, **(given or {})})
     except ValueError as error:
         raise UserError(in_config_words(config, kind, str(error))) from error
 
@@ -81,7 +89,8 @@ def in_config_words(config: Config, kind: type[Options], text: str) -> str:
         for option, name in names_of(nested).items()
     }
     # A check of attention or of the experts that the stack makes has no dots.
-    plain = {**names_of(MoEOptions), **names_of(AttentionOptions), **names_of(StackOptions)}
+    kinds = (LatentOptions, MoEOptions, RopeOptions, AttentionOptions, StackOptions)
+    plain = {option: name for kind in kinds for option, name in names_of(kind).items()}
     names = {**dotted, **plain, **names_of(kind)}
     text = renamed(text, names)
     own = f"gate {type(make_gate(config)).__name__} "

@@ -17,6 +17,7 @@ from moejax.config.tree import Config, get_field, table_of
 from moejax.dispatch import without_slots
 from moejax.errors import UserError, suggest
 from moejax.mesh import AXES, BATCH_AXES, resolve_shape
+from moejax.options import RopeOptions
 from moejax.types import Gate, GateTraits, MoEConfig, Visibility
 
 
@@ -36,7 +37,7 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     visibility, stack = Visibility(), None
     if "num_layers" in config.model:
         # A task without this field has no rotary positions, and heads of any width.
-        fixed = {} if "rope_theta" in config.model else {"rope_theta": None}
+        fixed = {} if "rope_theta" in config.model else {"rope": RopeOptions(theta=None)}
         stack = stack_options(config, attention=fixed)
         visibility = stack.depths.visibility
         _check_sharding(config, mesh)

@@ -14,9 +14,12 @@ from moejax.options import (
     DispatchOptions,
     FFNOptions,
     HeadsOptions,
+    LatentOptions,
     MoEOptions,
     Options,
+    RopeOptions,
     StackOptions,
+    TextOptions,
     option_fields,
 )
 
@@ -39,8 +42,11 @@ SECTIONS: dict[str, str] = {
 PREFIXES: dict[type[Options], str] = {
     StackOptions: "model.",
     AttentionOptions: "model.",
+    RopeOptions: "model.rope_",
+    TextOptions: "model.",
     FFNOptions: "model.",
     DepthsOptions: "model.mod_",
+    LatentOptions: "model.mla_",
     HeadsOptions: "model.moa_",
     DispatchOptions: "moe.",
     MoEOptions: "moe.",
@@ -49,6 +55,11 @@ PREFIXES: dict[type[Options], str] = {
 
 RENAMED = {
     "model.implementation": "model.attention",
+    "model.scale": "model.attention_scale",
+    "model.bias": "model.attention_bias",
+    "model.score_cap": "model.attention_score_cap",
+    "model.sinks": "model.attention_sinks",
+    "model.dense_layers": "moe.dense_layers",
     "model.every": "moe.every",
     "model.first_dense": "moe.first_dense",
 }
@@ -113,7 +124,6 @@ FIELDS: dict[str, Field] = {
             "model",
             {
                 "model.vocab_size": Field(0, "rows of the embedding (0: the tokenizer's)", low=0),
-                "model.tie_embeddings": Field(True, "output matrix = embedding"),
                 "model.matmul_precision": Field(
                     "default",
                     "precision of float32 matmuls on TPU and GPU; the router's are exact",

@@ -11,6 +11,7 @@ from typing import Any
 
 from moejax.config.field import Field
 from moejax.errors import UserError, suggest
+from moejax.options import RopeOptions, TextOptions, option_fields
 
 LANGUAGE = "language"
 """The task of a config that names none, and of runs from before there were other tasks."""
@@ -82,8 +83,8 @@ OF_MODALITIES = tuple(
 
 OF_TEXT = (
     "model.vocab_size",
-    "model.rope_theta",
-    "model.tie_embeddings",
+    *(f"model.rope_{field.name}" for field in option_fields(RopeOptions)),
+    *(f"model.{field.name}" for field in option_fields(TextOptions)),
     "moe.allow_future_leak",
     "moe.losses.consistency",
     "train.seq_len",

@@ -152,6 +152,10 @@ def weight_specs(weights: ExpertWeights) -> Any:
     tensor = "tensor" if meshes.axes_in(mesh, ("tensor",)) else None
     wide, narrow = P(expert, None, tensor), P(expert, tensor, None)
     names = ExpertWeights._fields
-    by_name = {"gate_EDF": wide, "up_EDF": wide, "down_EFD": narrow}
+    bias = P(expert, tensor)
+    by_name = {
+        "gate_EDF": wide, "up_EDF": wide, "down_EFD": narrow,
+        "gate_bias_EF": bias, "up_bias_EF": bias,
+    }  # fmt: skip
     leaves = [by_name[name] for name, w in zip(names, weights, strict=True) if w is not None]
     return jax.tree.unflatten(jax.tree.structure(weights), leaves)

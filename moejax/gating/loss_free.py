@@ -25,6 +25,20 @@ from moejax.types import (
 GROUP_SCORES: tuple[str, ...] = ("top2", "max")
 
 
+def _log_sqrt_softplus(logits_GTE: Array) -> Array:
+    # Where exp(x) vanishes beside 1, softplus(x) is exp(x).
+    softplus_GTE = jax.nn.softplus(jnp.maximum(logits_GTE, -15.0))
+    return 0.5 * jnp.where(logits_GTE < -15.0, logits_GTE, jnp.log(softplus_GTE))
+
+
+LOG_SCORES = {
+    "sigmoid": jax.nn.log_sigmoid,
+    "softmax": jax.nn.log_softmax,
+    "sqrt_softplus": _log_sqrt_softplus,
+}
+"""The logarithm of each score. In logarithms scores that all underflow still have shares."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LossFree(LinearRouter, TokenChoice):
     r"""Top-k of scores with a bias per expert that grows while the expert has too few tokens.
@@ -38,7 +52,7 @@ class LossFree(LinearRouter, TokenChoice):
     before capacity, without padding. The update happens once per training step, so only earlier
     batches influence the routing of a batch. The bias is in units of the scores, carries no
     gradient and never enters the weights. ``score="softmax"`` replaces the sigmoid by a softmax
-    over all experts; ``renormalize=False`` omits the division.
+    over all experts, ``"sqrt_softplus"`` by sqrt(ln(1 + e^h)) (DeepSeek-V4); ``renormalize=False`` omits the division.
 
     Group-limited routing: experts form ``num_groups`` groups (nodes, devices), and a token may use
     only the ``top_groups`` groups with the largest sum of two best biased scores ("top2", V3) or
@@ -58,7 +72,7 @@ class LossFree(LinearRouter, TokenChoice):
     """
 
     k: Annotated[int, "experts per token"] = 2
-    score: Annotated[str, "'sigmoid', or 'softmax' over all experts"] = "sigmoid"
+    score: Annotated[str, "'sigmoid', 'softmax' over all experts, or 'sqrt_softplus'"] = "sigmoid"
     renormalize: Annotated[bool, "divide the weights by their sum over the k"] = True
     route_scale: Annotated[float, "factor on the weights"] = 1.0
     bias_rate: Annotated[float, "change of the bias per step (0: it stays 0)"] = 0.001
@@ -73,7 +87,7 @@ class LossFree(LinearRouter, TokenChoice):
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_k(self.k, num_experts)
-        ops.check_choice("score", self.score, ops.SCORES)
+        ops.check_choice("score", self.score, tuple(LOG_SCORES))
         ops.check_choice("group_score", self.group_score, GROUP_SCORES)
         ops.check_positive("route_scale", self.route_scale)
         ops.check_positive("init_scale", self.init_scale)
@@ -89,11 +103,7 @@ class LossFree(LinearRouter, TokenChoice):
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
         logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
-        # In logarithms, because scores that all underflow still have shares of their sum.
-        if self.score == "sigmoid":
-            log_GTE = jax.nn.log_sigmoid(logits_GTE)
-        else:
-            log_GTE = jax.nn.log_softmax(logits_GTE)
+        log_GTE = LOG_SCORES[self.score](logits_GTE)
         score_GTE, probs_GTE = jnp.exp(log_GTE), jax.nn.softmax(log_GTE)
 
         expert_GTK = group_local(self._select)(score_GTE + state["bias_E"])

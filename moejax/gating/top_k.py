@@ -16,7 +16,7 @@ from moejax.gating.gate import (
     Stateless,
     TokenChoice,
 )
-from moejax.types import GateContext, GateOutput, GateParams, GateState, TrainedBy
+from moejax.types import GateContext, GateOutput, GateParams, GateSpec, GateState, TrainedBy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TopK(Stateless, LinearRouter, TokenChoice):
     r"""Each token visits the k experts with the largest router logits.
 
     .. math::
-       h = x W, \quad S = \operatorname{top}_k(h), \quad
+       h = x W + b, \quad S = \operatorname{top}_k(h), \quad
        g_e = \frac{e^{h_e}}{\sum_{j \in J} e^{h_j}} \; (e \in S), \quad
        y = \sum_{e \in S} g_e f_e(x)
 
@@ -32,7 +32,7 @@ class TopK(Stateless, LinearRouter, TokenChoice):
     OLMoE: softmax before). With k = 1 and ``renormalize`` every weight is the constant 1 and the
     router would get no gradient from the task, which is refused in training.
 
-    ``jitter`` e multiplies the router's input by U(1-e, 1+e) per element, in training only. Routers
+    b is 0 without ``bias`` and starts at 0 with it. ``jitter`` e multiplies the router's input by U(1-e, 1+e) per element, in training only. Routers
     start as a truncated normal with std sqrt(init_scale / d_model) (Switch, table 3: 0.1).
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
@@ -44,6 +44,7 @@ class TopK(Stateless, LinearRouter, TokenChoice):
     k: Annotated[int, "experts per token"] = 2
     renormalize: Renormalize = True
     jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = 0.0
+    bias: Annotated[bool, "add a learned bias to the logits"] = False
     init_scale: InitScale = INIT_SCALE
 
     trained_by: ClassVar[TrainedBy] = "task"
@@ -54,6 +55,10 @@ class TopK(Stateless, LinearRouter, TokenChoice):
             raise ValueError(f"gate.jitter={self.jitter} must lie in [0, 1)")
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
+
+    def init(self, key: Array, spec: GateSpec) -> GateParams:
+        params = super().init(key, spec)
+        return {**params, "bias_E": jnp.zeros(spec.num_experts)} if self.bias else params
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
@@ -73,4 +78,5 @@ class TopK(Stateless, LinearRouter, TokenChoice):
                 return jax.random.uniform(key, shape, dtype, low, high)
 
             x_GTD = x_GTD * ops.row_noise(draw, context, x_GTD.shape[-1:])
-        return ops.router_logits(x_GTD, params["router_DE"])
+        logits_GTE = ops.router_logits(x_GTD, params["router_DE"])
+        return logits_GTE + params["bias_E"] if self.bias else logits_GTE

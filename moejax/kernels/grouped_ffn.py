@@ -34,18 +34,18 @@ BACKWARD = f"{NAME}_bwd"
 def grouped_ffn(
     x_ND: Float[Array, "N D"],
     input_GDF: tuple[Float[Array, "G D F"], ...],
-    output_GFD: Float[Array, "G F D"],
+    output_GFO: Float[Array, "G F O"],
     group_sizes_G: Int[Array, "G"],
     activate: Callable[..., Array],
     *,
     platform: str | None = None,
-) -> Float[Array, "N D"]:
+) -> Float[Array, "N O"]:
     """Runs each row through the network of its group; differentiable in rows and matrices.
 
     Args:
       x_ND: rows sorted by group, float32 or bfloat16.
       input_GDF: the matrices into the hidden layer, one or more, of the dtype of `x_ND`.
-      output_GFD: the matrix out of it, of the same dtype.
+      output_GFO: the matrix out of it, of the same dtype.
       group_sizes_G: int32, rows of each group, >= 0, summing to at most N. Groups may be empty.
       activate: ``activate(x @ w_1, ...)`` for each of `input_GDF`, element by element. It is part
         of the key under which programs are cached: pass the same function object every time.
@@ -59,11 +59,11 @@ def grouped_ffn(
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    _check_operands(x_ND, input_GDF, output_GFD, group_sizes_G)
+    _check_operands(x_ND, input_GDF, output_GFO, group_sizes_G)
     platform = resolve_platform(platform)
-    axes = varying_axes(x_ND, *input_GDF, output_GFD, group_sizes_G)
+    axes = varying_axes(x_ND, *input_GDF, output_GFO, group_sizes_G)
     x_ND, sizes_G = vary_over(x_ND, axes), vary_over(group_sizes_G.astype(jnp.int32), axes)
-    weights = tuple(vary_over(w, axes) for w in (*input_GDF, output_GFD))
+    weights = tuple(vary_over(w, axes) for w in (*input_GDF, output_GFO))
     if platform == "cpu" and x_ND.shape[0]:
         return _ffn(activate, x_ND, weights, sizes_G)
     before = [grouped_matmul(x_ND, w, sizes_G, platform=platform) for w in weights[:-1]]
@@ -72,19 +72,20 @@ def grouped_ffn(
     return checkpoint_name(y_ND, "experts")
 
 
-def _check_operands(x_ND, input_GDF, output_GFD, group_sizes_G) -> None:
-    groups, hidden, width = output_GFD.shape
+def _check_operands(x_ND, input_GDF, output_GFO, group_sizes_G) -> None:
+    groups, hidden, _ = output_GFO.shape
+    width = input_GDF[0].shape[1] if input_GDF else 0
     if any(w.shape != (groups, width, hidden) for w in input_GDF) or not input_GDF:
         raise ValueError(
-            "grouped_ffn takes inputs [G, D, F] and an output [G, F, D]; got "
-            f"{[w.shape for w in input_GDF]} and {output_GFD.shape}"
+            "grouped_ffn takes inputs [G, D, F] and an output [G, F, O]; got "
+            f"{[w.shape for w in input_GDF]} and {output_GFO.shape}"
         )
     if x_ND.ndim != 2 or x_ND.shape[1] != width or group_sizes_G.shape != (groups,):
         raise ValueError(
-            f"grouped_ffn: x {x_ND.shape} and group_sizes {group_sizes_G.shape} do not fit an "
-            f"output matrix of shape {output_GFD.shape}"
+            f"grouped_ffn: x {x_ND.shape} and group_sizes {group_sizes_G.shape} do not fit "
+            f"matrices of shape {input_GDF[0].shape} and {output_GFO.shape}"
         )
-    dtypes = {x_ND.dtype, output_GFD.dtype, *(w.dtype for w in input_GDF)}
+    dtypes = {x_ND.dtype, output_GFO.dtype, *(w.dtype for w in input_GDF)}
     if len(dtypes) > 1:
         raise ValueError(f"grouped_ffn takes operands of one dtype; got {sorted(map(str, dtypes))}")
 

@@ -28,11 +28,11 @@ from moejax.kernels.grouped_matmul_cpu import (
 from moejax.kernels.support import vary_over, varying_axes
 
 Weights = tuple[jax.Array, ...]
-"""Input matrices [G, D, F], one or two, then the output matrix [G, F, D]."""
+"""Input matrices [G, D, F], one or two, then the output matrix [G, F, O]."""
 
 
 def forward(x_ND, weights: Weights, group_sizes_G, *, activate: Callable, save: bool):
-    """y_ND and, if `save`, the arguments of the activation: one [N, F] per matrix into it."""
+    """y_NO and, if `save`, the arguments of the activation: one [N, F] per matrix into it."""
     num_rows = x_ND.shape[0]
     heights = tile_heights(num_rows, weights[0].shape[0])
     edge = min(EDGE_HEIGHT, heights[-1])
@@ -41,7 +41,7 @@ def forward(x_ND, weights: Weights, group_sizes_G, *, activate: Callable, save: 
     axes = varying_axes(x_ND, *weights, group_sizes_G)
     buffers = tuple(
         vary_over(jnp.zeros((num_rows, width), x_ND.dtype), axes)
-        for width in (x_ND.shape[1], *hidden)
+        for width in (weights[-1].shape[2], *hidden)
     )
 
     def products(w, top, height):

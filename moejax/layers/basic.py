@@ -89,6 +89,25 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale_D[...]).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """y = (x - mean) / sqrt(variance + eps) * scale + bias, in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        self.eps = eps
+        self.scale_D = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias_D = nnx.Param(jnp.zeros(width, jnp.float32))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps) * self.scale_D[...] + self.bias_D[...]
+        return y.astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
 class FFN(nnx.Module):
     """The dense feed-forward network: SwiGLU (Shazeer, arXiv 2002.05202), GELU or ReLU."""
 

@@ -11,9 +11,10 @@ from moejax import losses
 from moejax.dispatch.heads import from_heads, to_heads
 from moejax.gating.ops import imbalance
 from moejax.gating.top_k import TopK
-from moejax.layers.attention import attend, rope
+from moejax.layers.attention import Memory, attend
 from moejax.layers.basic import TrainOrEval, fan_in, is_training, project
 from moejax.layers.moe import expert_init
+from moejax.layers.rope import rotate
 from moejax.options import AttentionOptions, HeadsOptions
 from moejax.types import Context, GateOutput, GateSpec, LayerAux, Routing
 
@@ -55,7 +56,10 @@ class MixtureOfHeads(TrainOrEval):
         x_BLD: Float[Array, "B L D"],
         context: Context,
         train: bool | None = None,
+        memory: Memory | None = None,
+        start: Array | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerAux]:
+        """``memory`` and ``start``: see `moejax.layers.attention.Attention`."""
         # Padding may hold anything, and must reach neither a gradient nor a sum of values.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         with jax.named_scope("router"):
@@ -64,13 +68,23 @@ class MixtureOfHeads(TrainOrEval):
         query = to_heads(x_BLD, routing, self.query_EDI[...])
         key = project(x_BLD, self.key_DI[...])[:, :, None]
         value = project(x_BLD, self.value_DI[...])[:, :, None]
-        if theta := self.attention.rope_theta:
-            query, key = (rope(x, context.position_BL, theta) for x in (query, key))
-        known = (context.valid_BL, context.segment_BL, self.attention, context.padded_behind)
-        mixed_BLKI = attend(query, key, value, *known)
+        if self.attention.rope.theta is not None:
+            rope = self.attention.rope
+            query, key = (rotate(x, context.position_BL, rope) for x in (query, key))
+        known = None
+        if memory is not None:
+            memory = memory.extended((key, value), context.valid_BL, start)
+            key, value = (x.astype(x_BLD.dtype) for x in memory.kept)
+            known = memory.valid_BS, start
+        mixed_BLKI = attend(query, key, value, self.attention, context, memory=known)
         y_BLD = from_heads(mixed_BLKI, routing, self.out_EID[...])
         with jax.named_scope("router"):
-            return y_BLD, self._report(output, context)
+            return y_BLD, dataclasses.replace(self._report(output, context), memory=memory)
+
+    def empty_memory(self, batch: int, size: int, dtype: jnp.dtype) -> Memory:
+        """Memory for ``size`` tokens of each sequence."""
+        shape = (1, self.key_DI[...].shape[-1])
+        return Memory.empty(batch, size, (shape, shape), dtype)
 
     def _route(self, x_BLD: Array, context: Context, train: bool) -> GateOutput:
         params = jax.tree.map(

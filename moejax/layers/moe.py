@@ -88,8 +88,14 @@ class MoELayer(TrainOrEval):
             self.gate_EDF = nnx.Param(expert_init(rngs.params(), wide, dtype))
         self.up_EDF = nnx.Param(expert_init(rngs.params(), wide, dtype))
         self.down_EFD = nnx.Param(expert_init(rngs.params(), narrow, dtype))
+        if options.expert_bias:
+            if is_gated(options.activation):
+                self.gate_bias_EF = nnx.Param(jnp.zeros((experts, d_ff), dtype))
+            self.up_bias_EF = nnx.Param(jnp.zeros((experts, d_ff), dtype))
+            self.down_bias_ED = nnx.Param(jnp.zeros((experts, d_model), dtype))
         sizes = FFNOptions(
-            d_ff=max(options.shared_experts, 1) * d_ff, activation=options.activation
+            d_ff=options.shared_d_ff or max(options.shared_experts, 1) * d_ff,
+            activation=options.activation,
         )
         self.shared = FFN(d_model, sizes, dtype, rngs=rngs) if options.shared_experts else None
         if options.shared_gate:
@@ -150,6 +156,11 @@ class MoELayer(TrainOrEval):
         if output.mixing is None:
             y_GTD, kept_GTK, routing, moved = self._dispatch(x_BLD, x_GTD, output, gate_context)
         else:
+            if self.options.expert_bias:
+                raise ValueError(
+                    f"expert_bias=True is not possible with gate {type(self.gate).__name__}, which "
+                    "mixes tokens or experts; use expert_bias=False"
+                )
             y_GTD = mix(x_GTD, output.mixing, self.expert_weights(), self.options.activation)
             kept_GTK, routing, moved = output.routing.weight_GTK > 0, output.routing, {}
         if output.identity_weight_GT is not None:
@@ -204,8 +215,14 @@ class MoELayer(TrainOrEval):
 
     def expert_weights(self) -> ExpertWeights:
         """The experts' stacked weights."""
-        gate_EDF = self.gate_EDF[...] if is_gated(self.options.activation) else None
-        return ExpertWeights(gate_EDF, self.up_EDF[...], self.down_EFD[...])
+        gated, bias = is_gated(self.options.activation), self.options.expert_bias
+        return ExpertWeights(
+            self.gate_EDF[...] if gated else None,
+            self.up_EDF[...],
+            self.down_EFD[...],
+            self.gate_bias_EF[...] if gated and bias else None,
+            self.up_bias_EF[...] if bias else None,
+        )
 
     def _spec(self, layer: int | Array) -> GateSpec:
         options = self.options
@@ -250,11 +267,18 @@ class MoELayer(TrainOrEval):
             if rules.reroute:
                 routing, moved = _rerouted(output, score_GT, capacity, rules, context.valid_GT)
         sent = routing
+        if self.options.weigh_input:
+            # The weight of the one pair; 1 then marks it as active.
+            weight_GTK = routing.weight_GTK
+            x_GTD = (x_GTD * weight_GTK).astype(x_GTD.dtype)
+            x_BLD = x_GTD.reshape(x_BLD.shape)
+            sent = Routing(routing.expert_GTK, (weight_GTK > 0).astype(weight_GTK.dtype))
+        routed = sent
         if rules is None:
             # Groups matter to slots alone: without, sequences spread over the mesh more finely.
             shape = x_BLD.shape[:2]
             x_GTD, score_GT = x_BLD, score_GT.reshape(shape)
-            sent = jax.tree.map(lambda a: a.reshape(*shape, columns), routing)
+            sent = jax.tree.map(lambda a: a.reshape(*shape, columns), sent)
         y, kept = dispatch(
             x_GTD,
             sent,
@@ -264,8 +288,17 @@ class MoELayer(TrainOrEval):
             activation=self.options.activation,
             capacity=capacity,
         )
-        y_GTD = y.reshape(-1, tokens, x_BLD.shape[-1])
-        return y_GTD, kept.reshape(-1, tokens, columns), routing, moved
+        y_GTD, kept_GTK = y.reshape(-1, tokens, x_BLD.shape[-1]), kept.reshape(-1, tokens, columns)
+        if self.options.expert_bias:
+            y_GTD += self._output_biases(routed, kept_GTK).astype(y_GTD.dtype)
+        return y_GTD, kept_GTK, routing, moved
+
+    def _output_biases(self, routing: Routing, kept_GTK: Array) -> Array:
+        """The weighted sum of the output biases of each token's experts."""
+        weight_GTK = jnp.where(kept_GTK, routing.weight_GTK, 0.0)
+        picked_GTKE = jax.nn.one_hot(routing.expert_GTK, self.config.num_experts)
+        weight_GTE = jnp.sum(picked_GTKE * weight_GTK[..., None], axis=-2)
+        return weight_GTE @ self.down_bias_ED[...].astype(jnp.float32)
 
 
 def _rerouted(

@@ -14,16 +14,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from moejax.layers.attention import Attention
-from moejax.layers.basic import FFN, RMSNorm, TrainOrEval, is_training
+from moejax.layers.attention import Attention, Memory
+from moejax.layers.basic import FFN, NORMS, TrainOrEval, is_training
 from moejax.layers.depths import Depths
+from moejax.layers.latent import LatentAttention
 from moejax.layers.moa import MixtureOfHeads
 from moejax.layers.moe import MoELayer
 from moejax.mesh import BATCH_AXES, constrain
 from moejax.options import StackOptions
 from moejax.types import Context, GateState, LayerAux, MoEStats, Tap
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackMemory:
+    """The memories of all layers, of ``length`` tokens so far, padding included.
+
+    ``first``: by layer. ``periods``: by place in a period, and stacked over periods.
+    """
+
+    length: Int[Array, ""]
+    first: tuple[Memory, ...]
+    periods: tuple[Memory, ...]
 
 
 def _matmuls_and(*names: str) -> Any:
@@ -55,41 +69,57 @@ experts, and a longer compilation."""
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, the latter dense or a mixture of experts.
+    """Attention and feed-forward, the latter dense or a mixture of experts.
 
-    ``place``: its index in its period; None for the layers before the periods, which are plain.
+    ``layer``: its number in the model; layers with experts take theirs, ``moe_layer``, among those.
     """
 
     def __init__(
         self,
         options: StackOptions,
-        sparse: bool,
-        layer: int | Array,
-        place: int | None = None,
+        layer: int,
+        moe_layer: int | Array = 0,
         *,
         rngs: nnx.Rngs,
     ):
-        width, attention = options.d_model, options.attention
-        self.attention_norm = RMSNorm(width, options.norm_eps)
-        if options.heads.experts and place is not None:
+        width, attention = options.d_model, options.attention_of(layer)
+        place = layer - options.first_dense
+        before, after = options.norm_place != "after", options.norm_place != "before"
+
+        def norm() -> nnx.Module:
+            return NORMS[options.norm](width, options.norm_eps)
+
+        self.residual_scale = options.residual_scale
+        self.attention_norm = norm() if before else None
+        if options.heads.experts and place >= 0:
             self.attention = MixtureOfHeads(width, options.heads, attention, rngs=rngs)
+        elif options.latent.kv_rank:
+            self.attention = LatentAttention(width, options.latent, attention, rngs=rngs)
         else:
             self.attention = Attention(width, attention, rngs=rngs)
-        self.ffn_norm = RMSNorm(width, options.norm_eps)
-        if sparse:
-            self.ffn = MoELayer(width, options.experts, layer, rngs=rngs)
+        self.attention_out_norm = norm() if after else None
+        self.ffn_norm = norm() if before else None
+        if options.is_sparse(layer):
+            self.ffn = MoELayer(width, options.experts, moe_layer, rngs=rngs)
         else:
             self.ffn = FFN(width, options.ffn, rngs=rngs)
-        routed = place is not None and options.depths.routes(place)
+        self.ffn_out_norm = norm() if after else None
+        routed = place >= 0 and options.depths.routes(place)
         self.depths = Depths(width, options.depths, rngs=rngs) if routed else None
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool | None, tap: Tap | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        state: GateState,
+        train: bool | None,
+        tap: Tap | None,
+        memory: Memory | None = None,
+        start: Array | None = None,
     ) -> tuple[Array, LayerAux]:
         def run(x_BLD: Array, context: Context) -> tuple[Array, Array, LayerAux]:
-            mixed_BLD, heads = self._attend(x_BLD, context, train)
-            normed_BLD = self.ffn_norm(x_BLD + mixed_BLD)
-            y_BLD, experts = self._feed_forward(normed_BLD, context, state, train, tap)
+            mixed_BLD, heads = self._attend(x_BLD, context, train, memory, start)
+            y_BLD, experts = self._feed_forward(x_BLD + mixed_BLD, context, state, train, tap)
             return mixed_BLD, y_BLD, experts.joined(heads)
 
         def change(x_BLD: Array, context: Context) -> tuple[Array, LayerAux]:
@@ -104,23 +134,41 @@ class Block(nnx.Module):
         x_BLD = constrain(x_BLD, BATCH_AXES)
         return x_BLD, dataclasses.replace(aux, mean_square=mean_square(x_BLD, context.valid_BL))
 
-    def _attend(self, x_BLD: Array, context: Context, train: bool | None) -> tuple[Array, LayerAux]:
+    def _attend(
+        self,
+        x_BLD: Array,
+        context: Context,
+        train: bool | None,
+        memory: Memory | None,
+        start: Array | None,
+    ) -> tuple[Array, LayerAux]:
         with jax.named_scope("attention"):
-            x_BLD = self.attention_norm(x_BLD)
+            x_BLD = _applied(self.attention_norm, x_BLD)
             if isinstance(self.attention, MixtureOfHeads):
-                return self.attention(x_BLD, context, train)
-            known = (context.position_BL, context.valid_BL, context.segment_BL)
-            return self.attention(x_BLD, *known, context.padded_behind), LayerAux()
+                y_BLD, aux = self.attention(x_BLD, context, train, memory, start)
+            else:
+                y_BLD, kept = self.attention(x_BLD, context, memory, start)
+                aux = LayerAux(memory=kept)
+            return self._scaled(_applied(self.attention_out_norm, y_BLD)), aux
 
     def _feed_forward(
         self, x_BLD: Array, context: Context, state: GateState, train: bool | None, tap: Tap | None
     ) -> tuple[Array, LayerAux]:
+        x_BLD = _applied(self.ffn_norm, x_BLD)
         if not isinstance(self.ffn, MoELayer):
             with jax.named_scope("ffn"):
-                return self.ffn(x_BLD), LayerAux()
+                return self._scaled(_applied(self.ffn_out_norm, self.ffn(x_BLD))), LayerAux()
         y_BLD, info = self.ffn(x_BLD, context, state, train)
         taps = tap(x_BLD, info) if tap else None
+        y_BLD = self._scaled(_applied(self.ffn_out_norm, y_BLD))
         return y_BLD, LayerAux(info.losses, stats=info.stats, policy=info.policy, taps=taps)
+
+    def _scaled(self, y_BLD: Array) -> Array:
+        return y_BLD if self.residual_scale == 1.0 else y_BLD * self.residual_scale
+
+
+def _applied(norm: Any, x_BLD: Array) -> Array:
+    return x_BLD if norm is None else norm(x_BLD)
 
 
 def mean_square(x_BLD: Float[Array, "*B D"], valid_BL: Bool[Array, "*B"]) -> Float[Array, ""]:
@@ -131,23 +179,43 @@ def mean_square(x_BLD: Float[Array, "*B D"], valid_BL: Bool[Array, "*B"]) -> Flo
 
 
 class Period(nnx.Module):
-    """The layers that repeat: dense ones, then (unless the model is dense) one MoE layer."""
+    """The layers that repeat. ``index`` of the period: layers of several differ in it alone."""
 
-    def __init__(self, options: StackOptions, layer: int | Array, *, rngs: nnx.Rngs):
-        last = options.period - 1
+    def __init__(self, options: StackOptions, index: int | Array, *, rngs: nnx.Rngs):
+        sparse = options.sparse_places
         self.blocks = nnx.List(
             [
-                Block(options, bool(options.every) and i == last, layer, i, rngs=rngs)
-                for i in range(options.period)
+                Block(
+                    options,
+                    options.first_dense + place,
+                    index * len(sparse) + sparse.index(place) if place in sparse else 0,
+                    rngs=rngs,
+                )
+                for place in range(options.period)
             ]
         )
 
     def __call__(
-        self, x_BLD: Array, context: Context, state: GateState, train: bool | None, tap: Tap | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        states: GateState,
+        train: bool | None,
+        tap: Tap | None,
+        memories: tuple[Memory, ...] | None = None,
+        start: Array | None = None,
     ) -> tuple[Array, LayerAux]:
-        reports = []
-        for block in self.blocks:
-            x_BLD, aux = block(x_BLD, context, state, train, tap)
+        """``states`` leads with the layers that have experts."""
+        reports, number = [], 0
+        for place, block in enumerate(self.blocks):
+            state, own = (), context
+            if isinstance(block.ffn, MoELayer):
+                state = jax.tree.map(lambda x, n=number: x[n], states)
+                if number and context.key is not None:
+                    own = dataclasses.replace(context, key=jax.random.fold_in(context.key, number))
+                number += 1
+            memory = None if memories is None else memories[place]
+            x_BLD, aux = block(x_BLD, own, state, train, tap, memory, start)
             reports.append(aux)
         return x_BLD, LayerAux.over_layers(reports)
 
@@ -164,15 +232,15 @@ class Stack(TrainOrEval):
         """Makes the parameters. The model calls it where its keys are to be drawn."""
         self.config = options
         self.first = nnx.List(
-            [Block(options, False, 0, rngs=rngs) for _ in range(options.first_dense)]
+            [Block(options, layer, rngs=rngs) for layer in range(options.first_dense)]
         )
         keys = jax.random.split(rngs.params(), options.num_periods)
         graph = nnx.graphdef(nnx.eval_shape(lambda: Period(options, 0, rngs=nnx.Rngs(0))))
         stacked = jax.vmap(
-            lambda key, layer: nnx.state(Period(options, layer, rngs=nnx.Rngs(params=key)))
+            lambda key, index: nnx.state(Period(options, index, rngs=nnx.Rngs(params=key)))
         )(keys, jnp.arange(options.num_periods))
         self.periods = nnx.merge(graph, stacked)
-        self.final_norm = RMSNorm(options.d_model, options.norm_eps)
+        self.final_norm = NORMS[options.norm](options.d_model, options.norm_eps)
 
     def run_layers(
         self,
@@ -181,23 +249,46 @@ class Stack(TrainOrEval):
         gate_state: PyTree,
         train: bool | None,
         tap: Tap | None,
+        memory: StackMemory | None = None,
     ) -> tuple[Array, LayerAux]:
-        """The normalised output of the last layer."""
+        """The normalised output of the last layer. ``LayerAux.memory``: ``memory`` with these
+        tokens."""
         # Padding may hold anything, and must reach neither a valid token nor a gradient.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH_AXES)
-        first = []
-        for block in self.first:
-            x_BLD, aux = block(x_BLD, context, (), train, None)
+        start = None if memory is None else memory.length
+        first, kept = [], []
+        for layer, block in enumerate(self.first):
+            own = None if memory is None else memory.first[layer]
+            x_BLD, aux = block(x_BLD, context, (), train, None, own, start)
             first.append(aux.mean_square)
-        x_BLD, aux = self._scan(x_BLD, context, gate_state, train, tap)
+            kept.append(aux.memory)
+        x_BLD, aux = self._scan(x_BLD, context, gate_state, train, tap, memory)
         squares = [jnp.asarray(first, jnp.float32), aux.mean_square.reshape(-1)]
+        if memory is not None:
+            length = memory.length + x_BLD.shape[1]
+            memory = StackMemory(length, tuple(kept), aux.memory)
         return self.final_norm(x_BLD), dataclasses.replace(
             aux,
             mean_square=jnp.concatenate(squares),
             losses=jax.tree.map(jnp.mean, aux.losses),
             means=jax.tree.map(jnp.mean, aux.means),
+            memory=memory,
         )
+
+    def empty_memory(self, batch: int, size: int) -> StackMemory:
+        """The memory of ``size`` tokens of each sequence before the first of them is known."""
+        dtype = jnp.dtype(self.config.dtype)
+
+        def of(block: Block) -> Memory:
+            return block.attention.empty_memory(batch, size, dtype)
+
+        periods = self.config.num_periods
+        repeated = jax.tree.map(
+            lambda x: jnp.zeros((periods, *x.shape), x.dtype),
+            tuple(of(block) for block in self.periods.blocks),
+        )
+        return StackMemory(jnp.int32(0), tuple(of(block) for block in self.first), repeated)
 
     def init_gate_state(self, token_counts: Callable[[], np.ndarray] | None = None) -> PyTree:
         """Initial gate states, stacked over MoE layers."""
@@ -214,7 +305,7 @@ class Stack(TrainOrEval):
         return jax.vmap(self._moe_layer().update_gate_state)(state, stats)
 
     def _moe_layer(self) -> MoELayer:
-        ffn = self.periods.blocks[-1].ffn
+        ffn = self.periods.blocks[self.config.sparse_places[0]].ffn
         assert isinstance(ffn, MoELayer)
         return ffn
 
@@ -225,21 +316,31 @@ class Stack(TrainOrEval):
         gate_state: PyTree,
         train: bool | None,
         tap: Tap | None,
+        memory: StackMemory | None,
     ) -> Any:
         graph, params = nnx.split(self.periods)
         key = context.key
+        periods, sparse = self.config.num_periods, len(self.config.sparse_places)
+        start = None if memory is None else memory.length
 
-        def body(x_BLD: Array, layer: tuple[PyTree, GateState, Array]) -> Any:
-            own_params, own_state, index = layer
+        def body(x_BLD: Array, layers: tuple[PyTree, GateState, Array, Any]) -> Any:
+            own_params, own_states, index, memories = layers
             own_key = None if key is None else jax.random.fold_in(key, index)
             own_context = dataclasses.replace(context, key=own_key)
-            return nnx.merge(graph, own_params)(x_BLD, own_context, own_state, train, tap)
+            period = nnx.merge(graph, own_params)
+            return period(x_BLD, own_context, own_states, train, tap, memories, start)
 
-        periods = self.config.num_periods
         unroll = is_training(self, train) and periods <= MOST_UNROLLED
         if self.config.remat != "none":
             # Outside a loop XLA would merge recomputed values with the original ones.
             unroll = False
             body = jax.checkpoint(body, policy=REMAT[self.config.remat], prevent_cse=False)
-        layers = (params, gate_state, jnp.arange(periods))
-        return jax.lax.scan(body, x_BLD, layers, unroll=unroll)
+        states = jax.tree.map(lambda x: x.reshape(periods, sparse, *x.shape[1:]), gate_state)
+        memories = None if memory is None else memory.periods
+        layers = (params, states, jnp.arange(periods), memories)
+        x_BLD, aux = jax.lax.scan(body, x_BLD, layers, unroll=unroll)
+        by_layer = {
+            name: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), getattr(aux, name))
+            for name in ("stats", "policy", "taps")
+        }
+        return x_BLD, dataclasses.replace(aux, **by_layer)

@@ -139,7 +139,12 @@ class Task:
 
     def expert_layers(self, params: PyTree) -> dict[str, Any]:
         """Parameters of the MoE layers, led by the layers: experts, and the gate's in "router"."""
-        return params["periods"]["blocks"][str(self.model.period - 1)]["ffn"]
+        blocks = params["periods"]["blocks"]
+        layers = [blocks[str(place)]["ffn"] for place in self.model.sparse_places]
+        if len(layers) == 1:
+            return layers[0]
+        # Of the layers of one period, the first of every period would come first.
+        return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *layers)
 
     def objective(self, totals: Totals, items: Array) -> Array:
         """The contribution of these totals to the loss of a batch with ``items`` items."""

@@ -62,12 +62,13 @@ class Parameter(NamedTuple):
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The axes of a matrix's rows and columns; None for vectors.
 
-        Heads and their width are one side: ``query_DHI`` is D x HI, ``out_HID`` is HI x D.
+        Heads and their width are one side: ``query_DHI`` is D x HI, ``out_HID`` is HI x D, and so is a
+        rank R: ``key_RHI`` is R x HI.
         """
         own = self.own_axes
         if len(own) < 2:
             return None
-        first = 1 if self.letters[own[0]] == "D" else len(own) - 1
+        first = 1 if self.letters[own[0]] in "DR" else len(own) - 1
         return own[:first], own[first:]
 
     @property

@@ -15,7 +15,7 @@ from moejax.config.overrides import apply_overrides
 from moejax.config.table import PREFIXES, names_of
 from moejax.dispatch import Cells, Gather
 from moejax.errors import UserError
-from moejax.options import AttentionOptions, StackOptions, option_fields, renamed
+from moejax.options import AttentionOptions, RopeOptions, StackOptions, option_fields, renamed
 from moejax.types import MoEConfig
 
 PACKAGE = Path(configs.__file__).parents[1]
@@ -131,9 +131,11 @@ def test_config_defaults_equal_option_defaults_and_a_default_config_builds_them(
 
 def test_a_task_without_a_field_decides_the_option_itself():
     stack = stack_options(
-        default("images"), attention={"causal": False, "rope_theta": None}, experts={"num_tasks": 3}
+        default("images"),
+        attention={"causal": False, "rope": RopeOptions(theta=None)},
+        experts={"num_tasks": 3},
     )
-    assert (stack.attention.causal, stack.attention.rope_theta) == (False, None)
+    assert (stack.attention.causal, stack.attention.rope.theta) == (False, None)
     assert stack.experts.num_tasks == 3
 
 
@@ -141,7 +143,7 @@ def test_a_task_without_a_field_decides_the_option_itself():
     ("kind", "fields", "message"),
     [
         (AttentionOptions, {"num_heads": 0}, "^num_heads=0 must be >= 1$"),
-        (AttentionOptions, {"rope_theta": 0.0}, "^rope_theta=0.0 must be > 0$"),
+        (RopeOptions, {"theta": 0.0}, "^theta=0.0 must be > 0$"),
         (AttentionOptions, {"implementation": "flash"}, "'flash' is unknown; use one of auto, xla"),
         (NESTED["ffn"], {"activation": "tanh"}, "activation='tanh' is unknown; use one of swiglu"),
         (NESTED["heads"], {"experts": 2, "k": 3}, "^k=3 must be at most experts=2"),

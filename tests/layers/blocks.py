@@ -39,7 +39,7 @@ def change(block, x_LD, position_L, config):
             for w in (attention.query_DHI, attention.key_DJI, attention.value_DJI)
         )
         seen = np.ones(len(x_LD), bool)
-        turn = (position_L, seen, config.attention.rope_theta, config.attention.causal)
+        turn = (position_L, seen, config.attention.rope.theta, config.attention.causal)
         mixed += head(query, key, value, *turn) @ leaf(attention.out_HID)[h]
     at_second = normed(x_LD + mixed, leaf(block.ffn_norm.scale_D), config.norm_eps)
     gate = at_second @ leaf(ffn.gate_DF)

@@ -12,7 +12,7 @@ from moejax import gating
 from moejax.contrib.multitask.mmoe import MultiGateMoE
 from moejax.dispatch import Cells, Dropless
 from moejax.layers.moa import MixtureOfHeads
-from moejax.options import AttentionOptions, HeadsOptions
+from moejax.options import AttentionOptions, HeadsOptions, RopeOptions
 from tests import meshes
 from tests.moes import D, E, F, L, make
 
@@ -73,7 +73,7 @@ def test_a_batch_that_does_not_divide_over_the_mesh_gives_the_same_numbers_as_wi
 @pytest.mark.slow
 def test_heads_and_shared_gates_accept_batches_that_do_not_divide_over_the_mesh():
     x = jax.random.normal(jax.random.key(1), (5, L, D))
-    attention = AttentionOptions(head_dim=8, rope_theta=None, implementation="xla")
+    attention = AttentionOptions(head_dim=8, rope=RopeOptions(theta=None), implementation="xla")
     heads = MixtureOfHeads(D, HeadsOptions(4, 2), attention, rngs=nnx.Rngs(0))
     tables = MultiGateMoE(D, F, 3, 4, 2, gate=gating.make("dense"), rngs=nnx.Rngs(0))
 

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.layers.attention import Attention, attend, implementation_for, rope
-from moejax.options import AttentionOptions
+from moejax.layers.attention import Attention, attend, implementation_for
+from moejax.layers.rope import rotate
+from moejax.options import AttentionOptions, RopeOptions
+from moejax.types import Context
+
+ROPE = RopeOptions(theta=100.0)
 
 
 def rope_formula(x, position, theta):
@@ -24,7 +28,7 @@ def rope_formula(x, position, theta):
 def test_rope_is_a_rotation_by_position_and_frequency():
     rng = np.random.default_rng(0)
     x, position = rng.normal(size=(2, 5, 3, 8)), rng.integers(0, 50, (2, 5))
-    got = rope(jnp.asarray(x, jnp.float32), jnp.asarray(position), 100.0)
+    got = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(position), ROPE)
     # Angles up to 50 radians in float32.
     np.testing.assert_allclose(got, rope_formula(x, position, 100.0), rtol=1e-4, atol=2e-5)
 
@@ -34,7 +38,7 @@ def test_rope_products_depend_on_relative_positions_only():
     query, key = (jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for _ in range(2))
 
     def product(m, n):
-        at = lambda x, p: rope(x, jnp.full((1, 1), p), 100.0)
+        at = lambda x, p: rotate(x, jnp.full((1, 1), p), ROPE)
         return np.sum(at(query, m) * at(key, n), axis=-1)
 
     np.testing.assert_allclose(product(3, 1), product(23, 21), rtol=1e-4, atol=2e-5)
@@ -49,7 +53,7 @@ def test_attention_equals_the_softmax_formula(kv_heads):
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=size,
-        rope_theta=100.0,
+        rope=RopeOptions(theta=100.0),
         implementation="xla",
     )
     layer = Attention(width, options, rngs=nnx.Rngs(0))
@@ -69,7 +73,8 @@ def test_attention_equals_the_softmax_formula(kv_heads):
             share = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
             mixed = (share * value[:, : t + 1, shared]).sum(axis=1)
             wanted[:, t] += mixed @ np.asarray(layer.out_HID[head], np.float64)
-    got = jax.jit(layer.__call__)(x, jnp.asarray(position))
+    context = Context.of(2, 5, position_BL=jnp.asarray(position))
+    got, _ = jax.jit(layer.__call__)(x, context)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)  # float32 sums of 12 products
 
 
@@ -91,7 +96,7 @@ def test_auto_selects_the_fused_kernel_where_it_can_run(backend, dtype, size, wa
 
 
 OPTIONS = AttentionOptions(
-    num_heads=2, num_kv_heads=1, head_dim=4, rope_theta=100.0, implementation="xla"
+    num_heads=2, num_kv_heads=1, head_dim=4, rope=RopeOptions(theta=100.0), implementation="xla"
 )
 LEFT, GAPS, NONE = [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]
 HOLES = np.array([LEFT, GAPS, NONE], bool)
@@ -127,11 +132,14 @@ def test_padding_and_other_segments_are_never_attended_to(causal, segment):
     position = 2 * np.arange(6) + np.array([[0], [3], [1]])
     known = (HOLES, np.zeros((3, 6), int) if segment is None else segment, position)
     wanted = by_segment(layer, x, *known)
-    given = None if segment is None else jnp.asarray(segment)
+    context = Context.of(
+        3, 6, position_BL=jnp.asarray(position), valid_BL=jnp.asarray(HOLES),
+        segment_BL=None if segment is None else jnp.asarray(segment),
+    )  # fmt: skip
     run = jax.jit(layer.__call__)
     # Padding may hold anything.
     x[~HOLES] = np.nan
-    got = np.asarray(run(x, jnp.asarray(position), jnp.asarray(HOLES), given))
+    got = np.asarray(run(x, context)[0])
     np.testing.assert_allclose(got[HOLES], wanted[HOLES], rtol=1e-5, atol=1e-5)
     assert np.isfinite(got).all(), "queries that see nothing included"
 
@@ -143,7 +151,8 @@ def test_gradients_of_padding_are_zero_and_fully_masked_queries_have_finite_ones
     graph, params = nnx.split(layer)
 
     def loss(params, x):
-        y = nnx.merge(graph, params)(x, jnp.zeros((3, 6), jnp.int32), jnp.asarray(HOLES))
+        context = Context.of(3, 6, position_BL=jnp.zeros((3, 6), jnp.int32), valid_BL=HOLES)
+        y, _ = nnx.merge(graph, params)(x, context)
         return jnp.sum(y**2)
 
     of_params, of_x = jax.jit(jax.grad(loss, (0, 1)))(params, x)
@@ -165,7 +174,8 @@ def test_the_fused_kernel_gets_a_supported_mask_or_none_if_nothing_is_hidden(
     options = AttentionOptions(implementation="cudnn", causal=causal)
 
     def loss(query, key, valid):
-        mixed = attend(query, key, key, valid, None, options, behind)
+        context = Context.of(2, 64, valid_BL=valid, padded_behind=behind)
+        mixed = attend(query, key, key, options, context)
         return jnp.sum(mixed.astype(jnp.float32))
 
     valid = jax.ShapeDtypeStruct((2, 64), bool)

@@ -37,7 +37,7 @@ def built(predictor="mlp", capacity=0.4):
         mod_predictor=predictor,
         causal=predictor == "mlp",
     )
-    return nnx.split(Block(config, False, 0, 0, rngs=nnx.Rngs(5))), config
+    return nnx.split(Block(config, 0, rngs=nnx.Rngs(5))), config
 
 
 def block_of(params, predictor="mlp", capacity=0.4):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from moejax.layers.attention import Attention
 from moejax.layers.moa import MixtureOfHeads
-from moejax.options import AttentionOptions, HeadsOptions
+from moejax.options import AttentionOptions, HeadsOptions, RopeOptions
 from moejax.train.cost.flops import count_flops
 from moejax.types import Context
 from tests.layers import blocks
@@ -19,7 +19,7 @@ from tests.layers import blocks
 B, L, D, I, THETA = 3, 6, 12, 4, 100.0
 LENGTHS = np.array([6, 4, 1])
 VALID = np.arange(L) < LENGTHS[:, None]
-ATTENTION = AttentionOptions(head_dim=I, rope_theta=THETA, implementation="xla")
+ATTENTION = AttentionOptions(head_dim=I, rope=RopeOptions(theta=THETA), implementation="xla")
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
 """float32 against float64 or another order of at most 12 products and a softmax."""
 
@@ -112,7 +112,7 @@ def test_moa_with_all_heads_and_equal_weights_equals_multi_query_attention(heads
     plain.value_DJI[...] = layer.value_DI[...][:, None]
     plain.out_HID[...] = layer.out_EID[...] / heads
     given = context()
-    wanted_BLD = jax.jit(lambda x: plain(x, given.position_BL, given.valid_BL))(tokens())
+    wanted_BLD = jax.jit(lambda x: plain(x, given)[0])(tokens())
     CLOSE(run(layer, tokens(), given)[0][VALID], wanted_BLD[VALID])
 
 

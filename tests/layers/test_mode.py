@@ -15,7 +15,7 @@ from moejax import gating
 from moejax.contrib.multitask.mmoe import MultiGateMoE
 from moejax.layers.depths import Depths
 from moejax.layers.moa import MixtureOfHeads
-from moejax.options import AttentionOptions, DepthsOptions, HeadsOptions
+from moejax.options import AttentionOptions, DepthsOptions, HeadsOptions, RopeOptions
 from moejax.types import EvalStats, LayerAux
 from tests import lms
 from tests.moes import B, D, F, L, context, make, tokens
@@ -97,7 +97,7 @@ def test_the_multi_gate_layer_and_the_heads_are_in_evaluation_mode_after_eval():
         tables(x_BD)
     tables.eval()
     assert not in_training(tables(x_BD)[1].stats)
-    attention = AttentionOptions(head_dim=8, rope_theta=None, implementation="xla")
+    attention = AttentionOptions(head_dim=8, rope=RopeOptions(theta=None), implementation="xla")
     heads: Any = MixtureOfHeads(D, HeadsOptions(4, 1), attention, rngs=nnx.Rngs(0))
     heads.gate = gating.make("shazeer")
     heads.router = nnx.data(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from moejax.config import Config
 from moejax.config.build import loss_weights, stack_options
 from moejax.data.source import Source
-from moejax.options import StackOptions
+from moejax.options import RopeOptions, StackOptions
 from moejax.tasks.language.task import cross_entropy
 from moejax.tasks.task import Batch, Task, Totals, Units
 from moejax.types import Context, LayerAux, Tap
@@ -25,7 +25,7 @@ def build(config: Config) -> tuple[Task, Source]:
     model = stack_options(
         config,
         StackOptions,
-        attention={"causal": False, "rope_theta": None},
+        attention={"causal": False, "rope": RopeOptions(theta=None)},
         experts={"vocab_size": 2},
     )
     return Majority(model, loss_weights(config), 0.0, task.bits), source

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moejax import gating
-from moejax.options import AttentionOptions, DispatchOptions, MoEOptions
+from moejax.options import AttentionOptions, DispatchOptions, MoEOptions, RopeOptions, TextOptions
 from moejax.tasks.language.model import LM, LMConfig
 from moejax.types import Context
 
@@ -35,7 +35,7 @@ PADDING = {
 
 def ours() -> LM:
     attention = AttentionOptions(
-        num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=WIDTH, rope_theta=10000.0,
+        num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=WIDTH, rope=RopeOptions(theta=10000.0),
         implementation="xla",
     )  # fmt: skip
     experts = MoEOptions(
@@ -45,7 +45,7 @@ def ours() -> LM:
     )  # fmt: skip
     config = LMConfig(
         d_model=D, num_layers=LAYERS, norm_eps=1e-5, attention=attention, experts=experts,
-        tie_embeddings=False,
+        text=TextOptions(tie_embeddings=False),
     )  # fmt: skip
     return LM(config, rngs=nnx.Rngs(0))
 

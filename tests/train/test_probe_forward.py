@@ -51,7 +51,7 @@ def layer_by_layer(run, state, batch):
         inputs = []
         for index in range(run.task.model.num_periods):
             (block,) = nnx.merge(period, jax.tree.map(lambda p, i=index: p[i], stacked)).blocks
-            mixed_BLD = block.attention(block.attention_norm(x_BLD), context.position_BL)
+            mixed_BLD, _ = block.attention(block.attention_norm(x_BLD), context)
             inputs.append(block.ffn_norm(x_BLD + mixed_BLD))
             x_BLD, *_ = block(x_BLD, context, (), False, None)
         return inputs, model.final_norm(x_BLD) @ model.embed_VD[...].T

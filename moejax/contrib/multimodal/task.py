@@ -15,6 +15,7 @@ from moejax.contrib.multimodal.source import PairSource, encode, prompts
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.mesh import BATCH_AXES, ambient, axis_size
+from moejax.options import RopeOptions
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.task import Batch, Task, Totals, Units
 from moejax.types import GateTraits, LayerAux, Tap
@@ -90,7 +91,7 @@ class Multimodal(Task):
             stack_options(
                 config,
                 LIMoEConfig,
-                attention={"causal": False, "rope_theta": None},
+                attention={"causal": False, "rope": RopeOptions(theta=None)},
                 experts={
                     "vocab_size": BYTES + patches,
                     "num_tasks": 2,

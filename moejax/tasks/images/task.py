@@ -11,6 +11,7 @@ from moejax.config import Config
 from moejax.config.build import loss_weights, stack_options
 from moejax.data.source import Source
 from moejax.errors import UserError
+from moejax.options import RopeOptions
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig
 from moejax.tasks.images.source import ImageSource
@@ -50,7 +51,7 @@ class ImageClassifier(Task):
         model = stack_options(
             config,
             ViTConfig,
-            attention={"causal": False, "rope_theta": None},
+            attention={"causal": False, "rope": RopeOptions(theta=None)},
             experts={"vocab_size": (task.image_size // task.patch_size) ** 2},
             image_size=task.image_size,
             patch_size=task.patch_size,

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.mesh import constrain
-from moejax.models.stack import Stack
-from moejax.options import StackOptions
+from moejax.models.stack import Stack, StackMemory
+from moejax.options import StackOptions, TextOptions
 from moejax.types import Context, LayerAux, Tap
 
 
@@ -18,7 +18,7 @@ from moejax.types import Context, LayerAux, Tap
 class LMConfig(StackOptions):
     """The decoder's sizes and choices."""
 
-    tie_embeddings: bool
+    text: TextOptions = TextOptions()
 
 
 class LM(Stack):
@@ -29,7 +29,7 @@ class LM(Stack):
         embed_init = nnx.initializers.normal(config.d_model**-0.5)
         self.embed_VD = nnx.Param(embed_init(rngs.params(), shape, jnp.float32))
         self.build_layers(config, rngs)
-        self.tied = config.tie_embeddings
+        self.tied = config.text.tie_embeddings
         if not self.tied:
             self.head_DV = nnx.Param(embed_init(rngs.params(), shape[::-1], jnp.float32))
 
@@ -40,19 +40,29 @@ class LM(Stack):
         gate_state: PyTree,
         train: bool | None = None,
         tap: Tap | None = None,
+        memory: StackMemory | None = None,
     ) -> tuple[Float[Array, "B L V"], LayerAux]:
+        """With ``memory``, from ``empty_memory``, the tokens follow those that it knows, and
+        ``LayerAux.memory`` knows them too."""
         chex.assert_rank(token_BL, 2)
         chex.assert_equal_shape([token_BL, context.position_BL, context.valid_BL])
         # Scaled so that a tied embedding can serve as head with logits of unit scale.
         # Whole on every device first: otherwise each looks up its columns for the whole batch.
         embed_VD = constrain(self.embed_VD[...])
-        x_BLD = jnp.take(embed_VD, token_BL, axis=0) * self.config.d_model**0.5
-        x_BLD, aux = self.run_layers(x_BLD, context, gate_state, train, tap)
+        x_BLD = jnp.take(embed_VD, token_BL, axis=0) * (
+            self.config.text.embed_scale or self.config.d_model**0.5
+        )
+        x_BLD, aux = self.run_layers(x_BLD, context, gate_state, train, tap, memory)
         with jax.named_scope("loss"):
-            logits_BLV = self._logits(x_BLD).astype(jnp.float32)
+            logits_BLV = self._logits(x_BLD)
         return logits_BLV, aux
 
     def _logits(self, x_BLD: Array) -> Array:
         head_DV = self.embed_VD[...].T if self.tied else self.head_DV[...]
         logits = x_BLD.reshape(-1, x_BLD.shape[-1]) @ head_DV.astype(x_BLD.dtype)
-        return logits.reshape(*x_BLD.shape[:-1], -1)
+        logits = logits.reshape(*x_BLD.shape[:-1], -1).astype(jnp.float32)
+        text = self.config.text
+        if text.logit_scale != 1.0:
+            logits *= text.logit_scale
+        cap = text.logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits

@@ -9,11 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config
-from moejax.config.build import loss_weights, stack_options
+from moejax.config.build import loss_weights, options_of, stack_options
 from moejax.data import corpus as corpora
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.losses import CONSISTENCY, symmetric_kl
+from moejax.options import TextOptions
 from moejax.tasks.language.model import LM, LMConfig
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.task import Batch, Task, Totals, Units
@@ -62,7 +63,7 @@ class LanguageModel(Task):
                 config,
                 LMConfig,
                 experts={"vocab_size": model.vocab_size or vocab_size},
-                tie_embeddings=model.tie_embeddings,
+                text=options_of(config, TextOptions),
             ),
             loss_weights(config),
             config.optim.output_z_loss,

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moejax import gating
 from moejax.mesh import make_mesh
-from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions
+from moejax.options import AttentionOptions, DispatchOptions, FFNOptions, MoEOptions, RopeOptions
 from moejax.tasks.images.dataset import load_images
 from moejax.tasks.images.model import ViT, ViTConfig, patches
 from moejax.tasks.images.source import image_train_batches
@@ -26,7 +26,9 @@ SETTINGS = ViTConfig(
     d_model=D,
     num_layers=2,
     every=2,
-    attention=AttentionOptions(head_dim=4, rope_theta=None, causal=False, implementation="xla"),
+    attention=AttentionOptions(
+        head_dim=4, rope=RopeOptions(theta=None), causal=False, implementation="xla"
+    ),
     ffn=FFNOptions(d_ff=32, activation="gelu"),
     experts=MoEOptions(
         gate=gating.make("mixtral"),

@@ -125,7 +125,7 @@ def test_the_number_of_parameters_equals_the_formula(settings):
     expert = matrices[own.activation] * D * own.d_ff
     router = D * E * (2 if type(c.gate).__name__ == "NoisyTopK" else 1)
     sparse = (E + own.shared_experts) * expert + router
-    embeddings = (1 if c.tie_embeddings else 2) * V * D
+    embeddings = (1 if c.text.tie_embeddings else 2) * V * D
     wanted = embeddings + D + c.num_layers * (2 * D + heads)
     wanted += c.num_moe_layers * sparse + (c.num_layers - c.num_moe_layers) * dense
     assert sum(x.size for x in jax.tree.leaves(built(settings)[1])) == wanted
