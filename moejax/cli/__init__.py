@@ -143,7 +143,19 @@ def _run(argv: list[str]) -> int:
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and the parser of each command."""
     from moejax import __version__
-    from moejax.cli import config, data, doctor, eval, gates, profile, report, scaling, sweep, train
+    from moejax.cli import (
+        config,
+        convert,
+        data,
+        doctor,
+        eval,
+        gates,
+        profile,
+        report,
+        scaling,
+        sweep,
+        train,
+    )
 
     parser = Parser(
         prog="moejax",
@@ -161,6 +173,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     profile.add_command(commands)
     gates.add_command(commands)
     data.add_command(commands)
+    convert.add_command(commands)
     sweep.add_command(commands)
     report.add_command(commands)
     scaling.add_command(commands)

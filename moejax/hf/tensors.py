@@ -9,20 +9,28 @@ ever read: a `.bin` or `.pt` file is refused.
 """
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from moejax.errors import UserError
 from moejax.record.files import replaced, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Types of weights, by their names in the format."""
 SHARD_BYTES = 4 * 10**9
 """Shards are at most this large, unless one tensor is."""
 
@@ -138,47 +146,79 @@ class TensorFolder:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """The type, in the words of the format, and the shape of a tensor that is to be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
 def write_folder(
     folder: str | Path,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    sizes: dict[str, int],
+    tensors: Mapping[str, Described],
+    value: Callable[[str], np.ndarray],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes tensors in their order, a shard at a time, and the index if there are several.
+    """Writes tensors in their order, one at a time, and the index if there are several files.
 
     Args:
-      tensors: names and values; read once, so that no more than a shard is in memory.
-      sizes: the bytes of each, known before, which decide the shards.
+      value: gives a tensor by name; one at a time is in memory.
 
     Raises:
       UserError: a file cannot be written.
     """
     folder = Path(folder)
-    shards = list(_shards(sizes, shard_bytes))
-    several = len(shards) > 1
-    names = [
-        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if several else SINGLE
+    shards = list(_shards(tensors, shard_bytes))
+    files = [
+        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
         for i in range(len(shards))
     ]
-    source = iter(tensors)
-    for file, shard in zip(names, shards, strict=True):
-        kept = dict(next(source) for _ in shard)
-        assert list(kept) == shard, "tensors come in the order of their sizes"
-        with replaced(folder / file) as temporary:
-            safetensors.numpy.save_file(kept, temporary, metadata={"format": "pt"})
-    if several:
-        weight_map = {t: file for file, shard in zip(names, shards, strict=True) for t in shard}
-        about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_json(folder / INDEX, about)
+    for file, names in zip(files, shards, strict=True):
+        with replaced(folder / file) as temporary, open(temporary, "wb") as out:
+            _write_shard(out, {name: tensors[name] for name in names}, value)
+    if len(shards) > 1:
+        weights = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weights})
 
 
-def _shards(sizes: dict[str, int], most: int) -> Iterator[list[str]]:
+def _write_shard(
+    out: BinaryIO, tensors: Mapping[str, Described], value: Callable[[str], np.ndarray]
+) -> None:
+    """One file: the length of its header, the header, the tensors one after the other.
+
+    The library's own writer holds two copies of a whole file in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)
+    for name, tensor in tensors.items():
+        x = np.ascontiguousarray(value(name), DTYPES[tensor.dtype])
+        assert x.shape == tensor.shape, (name, x.shape, tensor.shape)
+        out.write(x.reshape(-1).view(np.uint8).data)
+
+
+def _shards(tensors: Mapping[str, Described], most: int) -> Iterator[list[str]]:
     """Names, cut where a shard would become larger than ``most`` bytes."""
     shard, total = [], 0
-    for name, size in sizes.items():
-        if shard and total + size > most:
+    for name, tensor in tensors.items():
+        if shard and total + tensor.nbytes > most:
             yield shard
             shard, total = [], 0
         shard.append(name)
-        total += size
+        total += tensor.nbytes
     yield shard

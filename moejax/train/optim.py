@@ -265,11 +265,17 @@ def _muon(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
     return optax.partition({"muon": orthogonal, "adam": _adam(optim_cfg, params)}, labels)
 
 
+def _sgd(optim_cfg: Any, params: PyTree) -> optax.GradientTransformation:
+    """The gradient with momentum ``b1``; with b1 = 0 the optimizer keeps no state."""
+    return optax.trace(optim_cfg.b1) if optim_cfg.b1 else optax.identity()
+
+
 DIRECTIONS: dict[str, Callable[[Any, PyTree], optax.GradientTransformation]] = {
     "adamw": _adam,
     "muon": _muon,
     "lion": _lion,
     "adafactor": _adafactor,
+    "sgd": _sgd,
 }
 
 

@@ -46,7 +46,7 @@ class Run:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the training state; no array is made."""
-        return abstract(jax.eval_shape(self._init), self.mesh)
+        return abstract(jax.eval_shape(self.fresh_state), self.mesh)
 
     @functools.cached_property
     def train_step(self) -> Any:
@@ -83,7 +83,7 @@ class Run:
     def init_state(self) -> TrainState:
         """A fresh state; each device makes only its own shards."""
         state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        return jax.jit(self._init, out_shardings=state)()
+        return jax.jit(self.fresh_state, out_shardings=state)()
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> list[Totals]:
         """The totals of every batch, on the devices.
@@ -145,7 +145,8 @@ class Run:
     def _token_counts(self) -> np.ndarray:
         return self.data.token_counts(self.task.model.vocab_size)
 
-    def _init(self) -> TrainState:
+    def fresh_state(self) -> TrainState:
+        """The state before the first step, to be traced."""
         key = jax.random.key(self.config.train.seed)
         params = self.task.init(jax.random.fold_in(key, 0))
         return TrainState(

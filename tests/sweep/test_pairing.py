@@ -30,7 +30,7 @@ def prepared(text: Path, seed: int = 5, **changes: Any) -> setup.Run:
 
 
 def weights(run: setup.Run) -> Weights:
-    params = jax.jit(lambda: run._init().params)()  # without the optimizer's state: sooner
+    params = jax.jit(lambda: run.fresh_state().params)()  # without the optimizer's state: sooner
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 

@@ -40,7 +40,7 @@ class Shared:
             shardings = jax.tree.map(lambda x: x.sharding, run.abstract_state)
             self._compiled[key] = {
                 "abstract_state": run.abstract_state,
-                "init_state": jax.jit(run._init, out_shardings=shardings),
+                "init_state": jax.jit(run.fresh_state, out_shardings=shardings),
                 "train_step": run.train_step,
                 "eval_step": run.eval_step,
             }

@@ -17,7 +17,7 @@ bits: ``2**31 * w_i + 2**31 * w_j`` is 0 modulo 2**32.) It does not protect agai
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,10 +62,23 @@ def checksums(arrays: Mapping[str, jax.Array]) -> Checksums:
         else:
             sums = _global_sums(values)
         for name, (one, two, differ) in zip(names, np.asarray(sums).tolist(), strict=True):
-            digests[name] = f"{one:08x}{two:08x}"
+            digests[name] = digest((one, two))
             if differ:
                 diverged.append(name)
     return Checksums(digests, diverged)
+
+
+def block_sums(block: np.ndarray, start: list[np.uint32], shape: tuple[int, ...]) -> np.ndarray:
+    """uint32[2]: the two sums over a block that begins at `start` in an array of `shape`.
+
+    Added up modulo 2**32 over blocks that cover the array, they are the array's (see `digest`).
+    """
+    return np.asarray(_sums(block, start, shape))
+
+
+def digest(sums: Sequence[int] | np.ndarray) -> str:
+    """The checksum for an array's two sums: 16 hexadecimal digits."""
+    return "".join(f"{int(value):08x}" for value in sums)
 
 
 def _mix(word: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ class RunRecord:
             warn(f"{name} is missing; the report leaves out the pages that need it")
         before = self.contents
         self.content = {
-            **_about_run(self.run),
+            **about_run(self.run),
             **self.about,
             "id": before.id if before.id and not self.restart else secrets.token_hex(8),
             "baselines": self.run.data.baselines(),
@@ -102,7 +102,8 @@ def description(
     }
 
 
-def _about_run(run: Run) -> dict[str, Any]:
+def about_run(run: Run) -> dict[str, Any]:
+    """The part of config.json about the run itself."""
     data = run.data
     return {
         # The connection of processes is no part of the run: a single process may evaluate it.
