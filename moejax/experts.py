@@ -116,5 +116,6 @@ def ffn_one(
     up_NF = x_ND @ weights.up_EDF
     if weights.up_bias_EF is not None:
         up_NF += weights.up_bias_EF
-        gate_NF = None if gate_NF is None else gate_NF + weights.gate_bias_EF
+    if gate_NF is not None and weights.gate_bias_EF is not None:
+        gate_NF += weights.gate_bias_EF
     return activate(activation, gate_NF, up_NF) @ weights.down_EFD

@@ -163,6 +163,8 @@ ROWS = [
     row("residual_moe", slow=True),
     row("prototypes"),
     row("loss_free", fields={"bias_rate": 0.1}, slow=True),
+    row("top_k", fields={"bias": True}, slow=True),
+    row("loss_free", fields={"score": "sqrt_softplus"}, slow=True),
     row("deepseek_v2", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
     row("deepseek_v3", fields={"k": 2, "num_groups": 4, "top_groups": 2}),
     row("quantile"),

@@ -44,12 +44,19 @@ class Stateless(ConstantState):
 
 
 class LinearRouter:
-    """A gate whose only parameter is the router matrix W of logits x W."""
+    """A gate of logits x W, whose router matrix W is its only parameter, or x W + b with ``bias``.
+
+    b starts at 0. A gate with the field ``bias`` adds it to its logits.
+    """
 
     init_scale: float
+    bias: bool = False
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
-        return {"router_DE": ops.init_router(key, spec, self.init_scale)}
+        router_DE = ops.init_router(key, spec, self.init_scale)
+        if not self.bias:
+            return {"router_DE": router_DE}
+        return {"router_DE": router_DE, "bias_E": jnp.zeros(spec.num_experts, jnp.float32)}
 
 
 class FixedK:

@@ -52,7 +52,8 @@ class LossFree(LinearRouter, TokenChoice):
     before capacity, without padding. The update happens once per training step, so only earlier
     batches influence the routing of a batch. The bias is in units of the scores, carries no
     gradient and never enters the weights. ``score="softmax"`` replaces the sigmoid by a softmax
-    over all experts, ``"sqrt_softplus"`` by sqrt(ln(1 + e^h)) (DeepSeek-V4); ``renormalize=False`` omits the division.
+    over all experts, ``"sqrt_softplus"`` by sqrt(ln(1 + e^h)) of the logit h (DeepSeek-V4).
+    ``renormalize=False`` omits the division.
 
     Group-limited routing: experts form ``num_groups`` groups (nodes, devices), and a token may use
     only the ``top_groups`` groups with the largest sum of two best biased scores ("top2", V3) or

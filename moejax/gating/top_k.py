@@ -16,7 +16,7 @@ from moejax.gating.gate import (
     Stateless,
     TokenChoice,
 )
-from moejax.types import GateContext, GateOutput, GateParams, GateSpec, GateState, TrainedBy
+from moejax.types import GateContext, GateOutput, GateParams, GateState, TrainedBy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,9 @@ class TopK(Stateless, LinearRouter, TokenChoice):
     OLMoE: softmax before). With k = 1 and ``renormalize`` every weight is the constant 1 and the
     router would get no gradient from the task, which is refused in training.
 
-    b is 0 without ``bias`` and starts at 0 with it. ``jitter`` e multiplies the router's input by U(1-e, 1+e) per element, in training only. Routers
-    start as a truncated normal with std sqrt(init_scale / d_model) (Switch, table 3: 0.1).
+    b is 0 without ``bias`` and starts at 0 with it. ``jitter`` e multiplies the router's input by
+    U(1-e, 1+e) per element, in training only. Routers start as a truncated normal with std
+    sqrt(init_scale / d_model) (Switch, table 3: 0.1).
 
     Visibility: a token sees neither later tokens nor other sequences, except through capacity.
 
@@ -44,8 +45,8 @@ class TopK(Stateless, LinearRouter, TokenChoice):
     k: Annotated[int, "experts per token"] = 2
     renormalize: Renormalize = True
     jitter: Annotated[float, "router input noise U(1-e, 1+e) in training"] = 0.0
-    bias: Annotated[bool, "add a learned bias to the logits"] = False
     init_scale: InitScale = INIT_SCALE
+    bias: Annotated[bool, "add a learned bias to the logits"] = False
 
     trained_by: ClassVar[TrainedBy] = "task"
 
@@ -55,10 +56,6 @@ class TopK(Stateless, LinearRouter, TokenChoice):
             raise ValueError(f"gate.jitter={self.jitter} must lie in [0, 1)")
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
-
-    def init(self, key: Array, spec: GateSpec) -> GateParams:
-        params = super().init(key, spec)
-        return {**params, "bias_E": jnp.zeros(spec.num_experts)} if self.bias else params
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext

@@ -115,15 +115,15 @@ def attend(
       memory: while decoding, the valid keys and the number of the first query; otherwise the keys
         are those of the queries' tokens.
     """
-    scale = query_BLHI.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = query_BLHI.shape[-1] ** -0.5 if scale is None else scale
     if memory is None and sink_H is None and is_fused(options):
         same_width = query_BLHI.shape[-1] == value_BSJV.shape[-1]
-        mixed_BLHV = _fused(query_BLHI, key_BSJI, value_BSJV, options, context, scale, same_width)
+        mixed_BLHV = _fused(query_BLHI, key_BSJI, value_BSJV, options, context, factor, same_width)
     else:
         valid_BS, start = (context.valid_BL, 0) if memory is None else memory
         seen_BLS = visible(options, context, valid_BS, start)
         mixed_BLHV = _explicit(
-            query_BLHI, key_BSJI, value_BSJV, seen_BLS, scale, options.score_cap, sink_H
+            query_BLHI, key_BSJI, value_BSJV, seen_BLS, factor, options.score_cap, sink_H
         )
     return checkpoint_name(mixed_BLHV, "attention")
 

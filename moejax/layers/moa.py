@@ -73,6 +73,7 @@ class MixtureOfHeads(TrainOrEval):
             query, key = (rotate(x, context.position_BL, rope) for x in (query, key))
         known = None
         if memory is not None:
+            assert start is not None
             memory = memory.extended((key, value), context.valid_BL, start)
             key, value = (x.astype(x_BLD.dtype) for x in memory.kept)
             known = memory.valid_BS, start

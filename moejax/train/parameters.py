@@ -62,8 +62,8 @@ class Parameter(NamedTuple):
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The axes of a matrix's rows and columns; None for vectors.
 
-        Heads and their width are one side: ``query_DHI`` is D x HI, ``out_HID`` is HI x D, and so is a
-        rank R: ``key_RHI`` is R x HI.
+        Heads and their width are one side: ``query_DHI`` is D x HI, ``out_HID`` is HI x D. A rank R
+        is a side too: ``key_RHI`` is R x HI.
         """
         own = self.own_axes
         if len(own) < 2:

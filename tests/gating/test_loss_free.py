@@ -23,9 +23,14 @@ def softmax(h):
     return e / e.sum(-1, keepdims=True)
 
 
+SCORES = {
+    "sigmoid": sigmoid, "softmax": softmax, "sqrt_softplus": lambda h: np.sqrt(np.log1p(np.exp(h))),
+}  # fmt: skip
+
+
 def published_gate(h, bias, *, k, score, num_groups, top_groups, group_score, route_scale):
     """DeepSeek-V3's gate for one token: experts and weights, with numpy's stable sorts."""
-    original = sigmoid(h) if score == "sigmoid" else softmax(h)
+    original = SCORES[score](h)
     scores = original + bias
     if num_groups > 1:
         apart = scores.reshape(num_groups, -1)
@@ -37,7 +42,7 @@ def published_gate(h, bias, *, k, score, num_groups, top_groups, group_score, ro
         scores = (apart + mask).reshape(-1)
     chosen = np.argsort(-scores, kind="stable")[:k]
     weights = original[chosen]
-    if score == "sigmoid":
+    if score != "softmax":
         weights = weights / weights.sum()
     return chosen, weights * route_scale
 
@@ -67,6 +72,9 @@ CASES = {
         k=3, score="sigmoid", num_groups=1, top_groups=1, group_score="top2", scale=1.0
     ),
     "v2": dict(k=3, score="softmax", num_groups=8, top_groups=3, group_score="max", scale=16.0),
+    "v4": dict(
+        k=3, score="sqrt_softplus", num_groups=1, top_groups=1, group_score="top2", scale=1.5
+    ),
     "groups of one expert": dict(
         k=2, score="sigmoid", num_groups=16, top_groups=2, group_score="top2", scale=1.0
     ),
@@ -80,7 +88,7 @@ def test_experts_and_weights_equal_the_published_ones(case):
     rng = np.random.default_rng(3)
     # Biases below -1 make every biased score negative: a mask of 0 would win.
     bias = (rng.normal(size=E) - 1.5).astype(np.float32)
-    gate = gating.make("loss_free", renormalize=fields["score"] == "sigmoid", **fields)
+    gate = gating.make("loss_free", renormalize=fields["score"] != "softmax", **fields)
     gate.check(E, train=True)
     h = logits()
     routing = call(gate, h, bias).routing
@@ -201,13 +209,13 @@ def test_the_sequence_loss_counts_the_best_scores_without_bias_per_sequence(rows
     assert "device_balance" not in out.losses
 
 
-@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score", SCORES)
 def test_the_routers_probabilities_are_the_scores_over_their_sum(score):
     """DeepSeek-V3, equation 19: what every balance loss and statistic sees, without the bias."""
     bias = np.linspace(-1, 1, E).astype(np.float32)
     h = logits(9)
     stats = call(gating.make("loss_free", score=score), h, bias).stats
-    s = sigmoid(h.astype(np.float64)) if score == "sigmoid" else softmax(h.astype(np.float64))
+    s = SCORES[score](h.astype(np.float64))
     wanted = s / s.sum(-1, keepdims=True)
     np.testing.assert_allclose(stats.probs_GTE, wanted, rtol=1e-5)  # float32
     np.testing.assert_allclose(stats.load_GTE, wanted, rtol=1e-5)
@@ -252,7 +260,10 @@ def test_no_token_leaves_its_top_groups_even_when_all_scores_tie():
         ({"num_groups": 3}, r"gate\.num_groups=3 does not divide num_experts=16"),
         ({"num_groups": 4, "top_groups": 5}, r"gate\.top_groups=5 .* gate\.num_groups=4"),
         ({"k": 5, "num_groups": 4}, r"gate\.k=5 experts do not fit in gate\.top_groups=1"),
-        ({"score": "relu"}, r"gate\.score='relu' is unknown; use one of softmax, sigmoid"),
+        (
+            {"score": "relu"},
+            r"gate\.score='relu' is unknown; use one of sigmoid, softmax, sqrt",
+        ),
         ({"group_score": "mean"}, r"gate\.group_score='mean' is unknown"),
         ({"bias_rate": -0.1}, r"gate\.bias_rate=-0\.1 must be 0 or above"),
         ({"k": 1}, r"gate\.k=1 with gate\.renormalize=True"),
@@ -271,8 +282,9 @@ def test_a_preset_too_large_for_the_experts_is_refused_with_a_remedy():
     gating.make("deepseek_v2").check(160, train=True)
 
 
-def test_scores_that_all_underflow_still_have_weights_that_sum_to_the_scale():
-    gate = gating.make("loss_free", route_scale=2.5)
+@pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus"])
+def test_scores_that_all_underflow_still_have_weights_that_sum_to_the_scale(score):
+    gate = gating.make("loss_free", route_scale=2.5, score=score)
     h = np.full((1, 3, E), -1e4, np.float32)
     out = call(gate, h, np.zeros(E, np.float32))
     np.testing.assert_allclose(out.routing.weight_GTK.sum(-1), 2.5, rtol=1e-6)

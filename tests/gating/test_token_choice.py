@@ -61,6 +61,19 @@ def test_switch_jitter_multiplies_the_router_input_within_its_range():
     )
 
 
+def test_a_routers_bias_is_a_parameter_that_starts_at_zero_and_is_added_to_its_logits():
+    gate, spec = gating.TopK(k=2, bias=True), GateSpec(WIDTH, EXPERTS)
+    params = gate.init(jax.random.key(1), spec)
+    np.testing.assert_array_equal(params["bias_E"], np.zeros(EXPERTS))
+    assert set(gating.TopK(k=2).init(jax.random.key(1), spec)) == {"router_DE"}
+    params["bias_E"] = jnp.linspace(0.0, 8.0, EXPERTS)
+    x = jax.random.normal(jax.random.key(0), (GROUPS, TOKENS, WIDTH))
+    out = gate(params, (), x, Context.of(GROUPS, TOKENS).grouped(1, True))
+    wanted = np.asarray(x, np.float64) @ params["router_DE"] + params["bias_E"]
+    np.testing.assert_allclose(out.stats.logits_GTE, wanted, rtol=1e-5, atol=1e-5)  # float32
+    np.testing.assert_array_equal(out.routing.expert_GTK, np.argsort(-wanted)[..., :2])
+
+
 def test_mixtral_weights_sum_to_one():
     np.testing.assert_allclose(call("mixtral").routing.weight_GTK.sum(-1), 1.0, rtol=1e-6)
 

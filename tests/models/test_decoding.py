@@ -1,6 +1,7 @@
 """Models read token by token, with a memory, against the same tokens read at once."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def test_decoding_on_a_mesh_gives_the_same_logits(name, shape):
 def test_a_step_of_decoding_is_compiled_once():
     name = "a window in every second layer"
     token_BL = jax.random.randint(jax.random.key(4), (ROWS, L), 0, V)
-    _, step, *_ = programs(name)
+    step: Any = programs(name)[1]
     in_parts(name, token_BL, [0, 3, 4])
     before = step._cache_size()
     in_parts(name, token_BL, [0, 3, *range(4, L + 1)])

@@ -29,8 +29,8 @@ class LM(Stack):
         embed_init = nnx.initializers.normal(config.d_model**-0.5)
         self.embed_VD = nnx.Param(embed_init(rngs.params(), shape, jnp.float32))
         self.build_layers(config, rngs)
-        self.tied = config.text.tie_embeddings
-        if not self.tied:
+        self.text = config.text
+        if not self.text.tie_embeddings:
             self.head_DV = nnx.Param(embed_init(rngs.params(), shape[::-1], jnp.float32))
 
     def __call__(
@@ -50,7 +50,7 @@ class LM(Stack):
         # Whole on every device first: otherwise each looks up its columns for the whole batch.
         embed_VD = constrain(self.embed_VD[...])
         x_BLD = jnp.take(embed_VD, token_BL, axis=0) * (
-            self.config.text.embed_scale or self.config.d_model**0.5
+            self.text.embed_scale or self.config.d_model**0.5
         )
         x_BLD, aux = self.run_layers(x_BLD, context, gate_state, train, tap, memory)
         with jax.named_scope("loss"):
@@ -58,10 +58,10 @@ class LM(Stack):
         return logits_BLV, aux
 
     def _logits(self, x_BLD: Array) -> Array:
-        head_DV = self.embed_VD[...].T if self.tied else self.head_DV[...]
+        text = self.text
+        head_DV = self.embed_VD[...].T if text.tie_embeddings else self.head_DV[...]
         logits = x_BLD.reshape(-1, x_BLD.shape[-1]) @ head_DV.astype(x_BLD.dtype)
         logits = logits.reshape(*x_BLD.shape[:-1], -1).astype(jnp.float32)
-        text = self.config.text
         if text.logit_scale != 1.0:
             logits *= text.logit_scale
         cap = text.logit_cap

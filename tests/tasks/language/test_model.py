@@ -116,7 +116,7 @@ def unrolled(model: LM, token_BL, train):
             squares.append(jnp.mean(x_BLD**2))
             experts += [] if aux.stats is None else [aux]
     x_BLD = x_BLD / jnp.sqrt(jnp.mean(x_BLD**2, -1, keepdims=True) + settings.norm_eps)
-    head = model.embed_VD[...].T if model.tied else model.head_DV[...]
+    head = model.embed_VD[...].T if model.text.tie_embeddings else model.head_DV[...]
     return (x_BLD * model.final_norm.scale_D[...]) @ head, jnp.stack(squares), experts
 
 
