@@ -111,22 +111,24 @@ class RopeOptions(Options):
 
     theta: float | None = option(10000.0, "base of the rotary position angles", above=0.0)
     share: float = option(1.0, "share of a head's width that is rotated", above=0.0, high=1.0)
-    interleaved: bool = option(False, "rotate neighbours (0, 1), (2, 3), ... instead of halves")
+    interleaved: bool = option(False, "rotate neighbours (0, 1), (2, 3), ... instead of the halves")
     scaling: str = option(
         "none",
-        "how rotary positions reach beyond the length of training",
+        "how rotary positions are scaled beyond the length of training",
         choices=("none", "linear", "llama3", "yarn"),
     )
     factor: float = option(1.0, "rope_scaling: length of use / length of training", low=1.0)
     trained_length: int = option(8192, "rope_scaling llama3, yarn: length of training", low=1)
     low_turns: float = option(
-        1.0, "rope_scaling llama3, yarn: slower pairs (turns in that length) are stretched",
-        above=0.0,
+        1.0, "rope_scaling llama3, yarn: pairs with fewer turns in that length are slowed by "
+        "the whole factor", above=0.0,
     )  # fmt: skip
     high_turns: float = option(
-        4.0, "rope_scaling llama3, yarn: faster pairs stay as they are", above=0.0
+        4.0,
+        "rope_scaling llama3, yarn: pairs with more turns in that length are not slowed",
+        above=0.0,
     )
-    whole_pairs: bool = option(True, "rope_scaling yarn: round these bounds to whole pairs")
+    whole_pairs: bool = option(True, "rope_scaling yarn: round the two bounds to whole pairs")
     magnitude: float = option(
         0.0, "rope_scaling yarn: factor of rotated queries and keys (0: 0.1 ln(factor) + 1)",
         low=0.0,
@@ -167,23 +169,32 @@ class AttentionOptions(Options):
     )  # fmt: skip
     qk_norm: str = option(
         "none",
-        "RMSNorm of queries and keys: per head, over all heads, or without weights after rotation",
+        "RMSNorm of queries and keys: per head, over all heads, or per head after rotation and "
+        "without weights",
         choices=("none", "head", "projection", "unit"),
     )
-    qk_norm_eps: float = option(1e-6, "added to the mean square in qk_norm", above=0.0)
+    qk_norm_eps: float = option(
+        1e-6, "added to the mean square in qk_norm and in latent attention", above=0.0
+    )
     scale: float = option(0.0, "factor of attention scores (0: 1 / sqrt(head width))", low=0.0)
     score_cap: float = option(
         0.0, "attention scores s become cap tanh(s / cap) (0: no cap)", low=0.0
     )
-    sinks: bool = option(False, "a learned logit per head that takes attention and has no value")
+    sinks: bool = option(False, "add a learned logit without a value to the softmax of each head")
     window: int = option(0, "tokens that a query sees, itself included (0: all)", low=0)
     window_kind: str = option(
-        "sliding", "the last tokens, or those of the same chunk", choices=("sliding", "chunk")
+        "sliding",
+        "window: the last tokens, or those of the same chunk of positions",
+        choices=("sliding", "chunk"),
     )
     temperature: float = option(
-        0.0, "layers without rotation: growth of queries with ln(position) (0: none)", low=0.0
+        0.0,
+        "layers without rotary positions: growth of queries with ln(position) (0: none)",
+        low=0.0,
     )
-    temperature_length: int = option(8192, "positions that share a temperature", low=1)
+    temperature_length: int = option(
+        8192, "temperature: number of positions that share a factor", low=1
+    )
     implementation: str = option(
         "auto", "implementation of attention", choices=("auto", "xla", "cudnn")
     )
@@ -366,9 +377,9 @@ class MoEOptions(Options):
         "weigh routed and shared experts by a softmax of the token (DeepSpeed's residual MoE)",
     )
     activation: str = option("swiglu", "activation of an expert", choices=ACTIVATIONS)
-    expert_bias: bool = option(False, "add biases to the layers of routed experts")
+    expert_bias: bool = option(False, "give the layers of routed experts biases")
     weigh_input: bool = option(
-        False, "a pair's weight is a factor of the expert's input instead of its output"
+        False, "multiply an expert's input by the gate's weight, instead of its output"
     )
     balance_scope: str = option(
         "sequence",
@@ -433,10 +444,10 @@ class StackOptions(Options):
         choices=("before", "after", "both"),
     )  # fmt: skip
     residual_scale: float = option(
-        1.0, "factor of the outputs that are added to the residual stream", above=0.0
+        1.0, "factor of what attention and FFN add to the residual stream", above=0.0
     )
-    global_every: int = option(0, "every n-th layer attends beyond the window (0: none)", low=0)
-    global_rope: bool = option(True, "those layers have rotary positions")
+    global_every: int = option(0, "every n-th layer has no window (0: none)", low=0)
+    global_rope: bool = option(True, "the layers of global_every have rotary positions")
     dtype: str = option(
         "float32", "type of activations and matmuls; weights and router are float32", choices=DTYPES
     )
@@ -447,7 +458,9 @@ class StackOptions(Options):
     )
     every: int = option(1, "every n-th layer is an MoE layer (0: none, a dense model)", low=0)
     first_dense: int = option(0, "layers at the bottom that stay dense", low=0)
-    dense_layers: str = option("", "further layers that stay dense, by number from 0, as '3,7'")
+    dense_layers: str = option(
+        "", "numbers of further layers that stay dense, counted from 0, as '3,7'"
+    )
     attention: AttentionOptions = AttentionOptions()
     latent: LatentOptions = LatentOptions()
     heads: HeadsOptions = HeadsOptions()

@@ -346,7 +346,7 @@ class MoE(MoELayer):
         ``eval_capacity_factor`` in evaluation.
       priority: which pairs stay when an expert is full: "position", "choice", "gate" or "random".
       reroute: how often an overflowing pair tries its token's next-best expert ("cells" only).
-      activation: of the experts, "swiglu", "gelu" or "relu".
+      activation: of the experts, "swiglu", "gelu", "relu" or "clamped_swiglu".
       group: the tokens that share slots: "sequence", a whole number of sequences ("4"), or "batch".
       balance_scope: balance losses per "sequence", "group" or "batch".
       num_shared: experts that every token visits, computed as one FFN of width num_shared * d_ff.
