@@ -141,13 +141,13 @@ class RopeOptions(Options):
         rotated = self.rotated(width)
         if rotated % 2 or not rotated:
             raise ValueError(
-                f"rope_share={self.share:g} of heads of width {width} rotates {rotated} of their "
+                f"share={self.share:g} of heads of width {width} rotates {rotated} of their "
                 "numbers, which are no pairs; use an even width (head_dim)"
             )
         if self.scaling in ("llama3", "yarn") and self.low_turns >= self.high_turns:
             raise ValueError(
-                f"rope_low_turns={self.low_turns:g} must be below rope_high_turns="
-                f"{self.high_turns:g}"
+                f"low_turns={self.low_turns:g} must be below high_turns={self.high_turns:g}; lower "
+                "it or raise the other"
             )
 
     def rotated(self, width: int) -> int:
@@ -201,9 +201,25 @@ class AttentionOptions(Options):
     causal: bool = True
     """A token attends to itself and earlier tokens; otherwise to all tokens."""
 
+    @property
+    def is_fused(self) -> bool:
+        """True if `jax.nn.dot_product_attention` computes these scores."""
+        chunked = self.window > 0 and self.window_kind == "chunk"
+        return not (self.sinks or self.score_cap or chunked)
+
     def width(self, d_model: int) -> int:
         """The width of one head."""
         return self.head_dim or d_model // self.num_heads
+
+    def check_without(self, names: tuple[str, ...], kind: str, remedy: str) -> None:
+        """Raises ValueError if one of these options is set, which ``kind`` does not have."""
+        defaults = {field.name: field.default for field in option_fields(AttentionOptions)}
+        for name in names:
+            value, none = getattr(self, name), defaults[name]
+            if value != none:
+                raise ValueError(
+                    f"{name}={value} is not part of {kind}; use {name}={none}, or {remedy}"
+                )
 
     def check(self, d_model: int, dtype: str) -> None:
         """Raises ValueError unless the heads fit ``d_model`` and the implementation."""
@@ -218,6 +234,11 @@ class AttentionOptions(Options):
             raise ValueError(
                 "implementation=cudnn needs bfloat16 and heads whose width is a multiple of 8, but "
                 f"dtype={dtype} and the width is {width}; use implementation=auto"
+            )
+        if self.implementation == "cudnn" and not self.is_fused:
+            raise ValueError(
+                "implementation=cudnn has no sinks, no score_cap and no window_kind=chunk; use "
+                "implementation=auto"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -241,14 +262,15 @@ class LatentOptions(Options):
     def check(self, attention: AttentionOptions) -> None:
         """Raises ValueError for options of attention that latent attention does not have."""
         if attention.rope.theta is None:
-            raise ValueError(f"kv_rank={self.kv_rank} needs rotary positions; use kv_rank=0")
+            raise ValueError(
+                f"kv_rank={self.kv_rank} needs rotary positions in every layer; use kv_rank=0, or "
+                "global_rope=True"
+            )
         attention.rope.check(self.rope_width)
-        for name, none in (("qk_norm", "none"), ("sinks", False), ("temperature", 0.0)):
-            if (value := getattr(attention, name)) != none:
-                raise ValueError(
-                    f"{name}={value} is not part of latent attention; use {name}={none} or "
-                    f"kv_rank=0 instead of kv_rank={self.kv_rank}"
-                )
+        attention.check_without(
+            ("qk_norm", "sinks", "temperature"),
+            "latent attention", f"kv_rank=0 instead of kv_rank={self.kv_rank}",
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +287,18 @@ class HeadsOptions(Options):
         if self.experts and self.k > self.experts:
             raise ValueError(
                 f"k={self.k} must be at most experts={self.experts}; lower it or add heads"
+            )
+
+    def check(self, attention: AttentionOptions, latent: LatentOptions) -> None:
+        """Raises ValueError for options of attention that a mixture of heads does not have."""
+        remedy = f"heads.experts=0 instead of heads.experts={self.experts}"
+        attention.check_without(
+            ("bias", "qk_norm", "sinks", "temperature"), "a mixture of attention heads", remedy
+        )
+        if latent.kv_rank:
+            raise ValueError(
+                f"kv_rank={latent.kv_rank} is not part of a mixture of attention heads; use "
+                f"kv_rank=0, or {remedy}"
             )
 
 
@@ -408,6 +442,13 @@ class MoEOptions(Options):
                 f"shared_d_ff={self.shared_d_ff} is the width of shared experts, but "
                 "shared_experts=0; use shared_experts=1, or shared_d_ff=0"
             )
+        mixes = GateTraits.of(self.gate).mixes is not None
+        if mixes and (self.expert_bias or self.weigh_input):
+            raise ValueError(
+                f"expert_bias={self.expert_bias} and weigh_input={self.weigh_input}, but gate "
+                f"{type(self.gate).__name__} mixes tokens or experts; use expert_bias=False and "
+                "weigh_input=False"
+            )
         if self.weigh_input and getattr(self.gate, "k", None) != 1:
             raise ValueError(
                 "weigh_input=True scales a token by the weight of its one expert, but gate "
@@ -471,8 +512,11 @@ class StackOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.heads.experts:
+            self.heads.check(self.attention, self.latent)
         if self.latent.kv_rank:
-            self.latent.check(self.attention)
+            for layer in range(self.num_layers):
+                self.latent.check(self.attention_of(layer))
         else:
             self.attention.check(self.d_model, self.dtype)
         repeated = self.num_layers - self.first_dense
@@ -486,7 +530,7 @@ class StackOptions(Options):
             if not self.dense_layers:
                 self._check_period(repeated, "every", self.every)
             self.experts.check()
-        if self.global_every:
+        if self.global_every and not self.dense_layers:
             self._check_period(repeated, "global_every", self.global_every)
         if self.depths.capacity:
             self._check_depths(repeated)

@@ -35,6 +35,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "models": {"layers", "mesh", "options", "types"},
         "config": {"dispatch", "errors", "gating", "mesh", "options", "record", "types"},
         "data": {"errors"},
+        "hf": {"errors", "record"},
     },
     {
         "job": {"config", "errors", "mesh"},

@@ -91,11 +91,6 @@ def visible(
     return seen_BLS
 
 
-def is_fused(options: AttentionOptions) -> bool:
-    """True if `jax.nn.dot_product_attention` computes these scores."""
-    return not (options.sinks or options.score_cap or options.window_kind == "chunk")
-
-
 def attend(
     query_BLHI: Array,
     key_BSJI: Array,
@@ -116,7 +111,7 @@ def attend(
         are those of the queries' tokens.
     """
     factor: float = query_BLHI.shape[-1] ** -0.5 if scale is None else scale
-    if memory is None and sink_H is None and is_fused(options):
+    if memory is None and sink_H is None and options.is_fused:
         same_width = query_BLHI.shape[-1] == value_BSJV.shape[-1]
         mixed_BLHV = _fused(query_BLHI, key_BSJI, value_BSJV, options, context, factor, same_width)
     else:

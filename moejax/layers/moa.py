@@ -77,7 +77,8 @@ class MixtureOfHeads(TrainOrEval):
             memory = memory.extended((key, value), context.valid_BL, start)
             key, value = (x.astype(x_BLD.dtype) for x in memory.kept)
             known = memory.valid_BS, start
-        mixed_BLKI = attend(query, key, value, self.attention, context, memory=known)
+        scale = self.attention.scale or None
+        mixed_BLKI = attend(query, key, value, self.attention, context, scale=scale, memory=known)
         y_BLD = from_heads(mixed_BLKI, routing, self.out_EID[...])
         with jax.named_scope("router"):
             return y_BLD, dataclasses.replace(self._report(output, context), memory=memory)
