@@ -35,7 +35,7 @@ def by_hand(x_GTD, mixing, weights, slots):
     """Group by group, slot by slot, token by token, in float64; gated by x sigmoid(x)."""
     x, dispatch, combine, gate, up, down = (
         np.asarray(a, np.float64)
-        for a in (x_GTD, mixing.dispatch_GTX, mixing.combine_GTX, *weights)
+        for a in (x_GTD, mixing.dispatch_GTX, mixing.combine_GTX, *weights[:3])
     )
     y = np.zeros_like(x)
     for g in range(len(x)):

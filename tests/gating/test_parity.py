@@ -37,7 +37,7 @@ def load(module, pairs):
 
 def stacked(layer):
     """transformers stores experts as [E, 2 F, D] (gate and up) and [E, D, F]."""
-    gate_EDF, up_EDF, down_EFD = layer.expert_weights()
+    gate_EDF, up_EDF, down_EFD, *_ = layer.expert_weights()
     fused = jnp.concatenate([gate_EDF, up_EDF], axis=-1)
     return jnp.swapaxes(fused, 1, 2), jnp.swapaxes(down_EFD, 1, 2)
 

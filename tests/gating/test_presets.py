@@ -48,7 +48,7 @@ def swiglu(x, gate, up, down):
 
 def published(built, x, k, renormalize):
     """y = shared(x) (times its gate) + sum over the k best of p_e f_e(x), in float64."""
-    gate, up, down = (np.asarray(w, np.float64) for w in built.expert_weights())
+    gate, up, down = (np.asarray(w, np.float64) for w in built.expert_weights()[:3])
     router = np.asarray(built.router["router_DE"][...], np.float64)
     out = np.zeros(x.shape)
     for place in np.ndindex(x.shape[:2]):
