@@ -20,15 +20,21 @@ CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 """float32 sums of at most 48 products, in another order or program."""
 
 
-OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope", "causal", "window", "sinks")
-OF_EXPERTS = (
-    "gate", "vocab_size", "shared_experts", "shared_gate", "residual", "expert_bias"
+OF_ATTENTION = (
+    "num_heads", "num_kv_heads", "head_dim", "rope", "causal", "window", "window_kind", "sinks",
+    "qk_norm", "score_cap", "temperature",
 )  # fmt: skip
+OF_EXPERTS = (
+    "gate", "vocab_size", "shared_experts", "shared_gate", "shared_d_ff", "residual", "expert_bias",
+    "weigh_input",
+)  # fmt: skip
+OF_TEXT = ("tie_embeddings", "embed_scale", "logit_scale", "logit_cap")
 NESTED = {
     **{name: ("attention", name) for name in OF_ATTENTION},
     **{name: ("experts", name) for name in OF_EXPERTS},
+    **{name: ("text", name) for name in OF_TEXT},
     "d_ff": ("ffn", "d_ff"),
-    "tie_embeddings": ("text", "tie_embeddings"),
+    "attention_bias": ("attention", "bias"),
     "activation": ("ffn", "activation"),
     "attention": ("attention", "implementation"),
     "moe": ("experts", "config"),

@@ -156,11 +156,6 @@ class MoELayer(TrainOrEval):
         if output.mixing is None:
             y_GTD, kept_GTK, routing, moved = self._dispatch(x_BLD, x_GTD, output, gate_context)
         else:
-            if self.options.expert_bias:
-                raise ValueError(
-                    f"expert_bias=True is not possible with gate {type(self.gate).__name__}, which "
-                    "mixes tokens or experts; use expert_bias=False"
-                )
             y_GTD = mix(x_GTD, output.mixing, self.expert_weights(), self.options.activation)
             kept_GTK, routing, moved = output.routing.weight_GTK > 0, output.routing, {}
         if output.identity_weight_GT is not None:

@@ -22,8 +22,8 @@ the parameters with these stems beside a layer's experts."""
 STACKS = "EM"
 """Letters of experts and tasks. They lead where each expert or task has weights of its own."""
 
-EXPERT_MATRICES = ExpertWeights._fields
-"""The weights of routed experts."""
+EXPERT_WEIGHTS = (*ExpertWeights._fields, "down_bias_ED")
+"""The weights and biases of routed experts."""
 HEAD_MATRICES = ("query_EDI", "out_EID")
 """The weights that each head of a mixture of attention heads has for itself."""
 
@@ -60,13 +60,13 @@ class Parameter(NamedTuple):
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The axes of a matrix's rows and columns; None for vectors.
+        """The axes of a matrix's rows and columns; None for vectors and biases.
 
         Heads and their width are one side: ``query_DHI`` is D x HI, ``out_HID`` is HI x D. A rank R
         is a side too: ``key_RHI`` is R x HI.
         """
         own = self.own_axes
-        if len(own) < 2:
+        if len(own) < 2 or self.stem.endswith("_bias"):
             return None
         first = 1 if self.letters[own[0]] in "DR" else len(own) - 1
         return own[:first], own[first:]

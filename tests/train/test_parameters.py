@@ -17,7 +17,7 @@ from moejax.contrib.multitask.task import MultiTaskLearning
 from moejax.tasks.images.task import ImageClassifier
 from moejax.tasks.language.task import LanguageModel
 from moejax.train.parameters import (
-    EXPERT_MATRICES,
+    EXPERT_WEIGHTS,
     HEAD_MATRICES,
     Parameter,
     parameter,
@@ -33,6 +33,8 @@ MATRICES = {
     "gate_EDF": "D|F", "up_EDF": "D|F", "down_EFD": "F|D",
     "in_EDF": "D|F", "out_EFO": "F|O", "up_MOF": "O|F",
     "image_head_DZ": "D|Z", "text_head_DZ": "D|Z",
+    "query_down_DR": "D|R", "query_RHI": "R|HI", "down_DR": "D|R", "key_rope_DI": "D|I",
+    "key_RHI": "R|HI", "value_RHI": "R|HI",
 }  # fmt: skip
 """Weights: they decay, and Muon orthogonalises them, by rows | columns of one matrix."""
 TABLES = {
@@ -42,7 +44,9 @@ TABLES = {
 """Embeddings and heads over a vocabulary: they decay, and Adam updates them."""
 VECTORS = {
     "scale_D", "patch_bias_D", "head_bias_V", "logit_scale", "shift_F", "shift_EF", "shift_EO",
-    "shift_MF", "read_MF", "bias_M",
+    "shift_MF", "read_MF", "bias_M", "bias_D", "query_bias_HI", "key_bias_JI", "value_bias_JI",
+    "out_bias_D", "sink_H", "query_down_bias_R", "down_bias_R", "key_rope_bias_I", "gate_bias_EF",
+    "up_bias_EF", "down_bias_ED",
 }  # fmt: skip
 """Norms, biases and vectors of each task: they do not decay, and Adam updates them."""
 GATES = {"residual_DN", "residual_bias_N", "shared_gate_D"}
@@ -78,6 +82,18 @@ MODELS = {
     "depths_and_heads": lambda: of(
         "language", model__mod_capacity=0.5, model__moa_experts=4, moe__every=2
     ),
+    "biases": lambda: of(
+        "language",
+        model__attention_bias="all",
+        model__attention_sinks=True,
+        model__norm="layer",
+        model__qk_norm="head",
+        moe__expert_bias=True,
+        moe__gate__bias=True,
+    ),
+    "latent": lambda: of(
+        "language", model__attention_bias="all", model__mla_kv_rank=8, model__mla_query_rank=12
+    ),
     "images": lambda: of("images"),
     "multimodal": lambda: of("multimodal"),
     "multitask": lambda: of("multitask", task__d_bottom=8),
@@ -112,7 +128,10 @@ def test_every_parameter_of_every_task_has_the_properties_of_its_kind(model):
         else:
             assert name in VECTORS, f"{path} is new: add it to one of the tables above"
             assert rules == (False, False, False), path
-    known = {"residual": "residual_DN", "shared_gate": "shared_gate_D", "multitask": "up_MOF"}
+    known = {
+        "residual": "residual_DN", "shared_gate": "shared_gate_D", "multitask": "up_MOF",
+        "biases": "query_bias_HI", "latent": "query_down_bias_R",
+    }  # fmt: skip
     assert known.get(model, "scale_D" if "bottom" not in model else "map_DF") in seen
 
 
@@ -132,7 +151,7 @@ def test_a_name_splits_into_its_stem_and_its_axis_letters(name, stem, letters):
 
 
 @pytest.mark.parametrize(
-    "model, names", [("default", EXPERT_MATRICES), ("depths_and_heads", HEAD_MATRICES)]
+    "model, names", [("biases", EXPERT_WEIGHTS), ("depths_and_heads", HEAD_MATRICES)]
 )
 def test_the_models_have_the_matrices_that_active_parameters_are_counted_by(model, names):
     """Renaming one in a layer would otherwise change the count without an error."""

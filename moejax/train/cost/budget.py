@@ -16,7 +16,7 @@ from moejax.job.memory import host_memory, memory_of
 from moejax.tasks.task import Batch, Task
 from moejax.train import processes
 from moejax.train.cost import flops, memory, units
-from moejax.train.parameters import EXPERT_MATRICES, HEAD_MATRICES, path_names
+from moejax.train.parameters import EXPERT_WEIGHTS, HEAD_MATRICES, path_names
 from moejax.train.setup import Run
 from moejax.train.state import count_parameters
 
@@ -256,6 +256,6 @@ def active_parameters(run: Run) -> int:
         total += heads * model.heads.k // model.heads.experts - heads
     if not model.num_moe_layers:
         return total
-    experts = size(EXPERT_MATRICES)
+    experts = size(EXPERT_WEIGHTS)
     visited = min(model.gate.columns(model.moe.num_experts), model.moe.num_experts)
     return total - experts + experts * visited // model.moe.num_experts

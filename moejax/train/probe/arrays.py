@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from moejax.record.probe import ArrayFormat
 from moejax.tasks.task import Batch, Task
-from moejax.train.parameters import EXPERT_MATRICES, ROUTER, path_names, split_name
+from moejax.train.parameters import EXPERT_WEIGHTS, ROUTER, path_names, split_name
 from moejax.train.probe.representation import collapse, participation
 from moejax.train.setup import Run
 from moejax.types import MoEInfo
@@ -106,7 +106,7 @@ def _of_router(statistic: Callable[[MoEInfo], Array]) -> Callable[[Array, MoEInf
 
 def _expert_similarity(task: Task, params: PyTree) -> Array:
     layer = task.expert_layers(params)
-    return jax.lax.map(cosines, [layer[name] for name in EXPERT_MATRICES if name in layer])
+    return jax.lax.map(cosines, [layer[name] for name in EXPERT_WEIGHTS if name in layer])
 
 
 def _router_similarity(task: Task, params: PyTree) -> Array | None:
