@@ -23,6 +23,10 @@ class Context:
     causal attention then omits a mask that would hide nothing, and gates that cut sequences into
     segments need not reorder tokens. ``knows_tokens``: whether ``token_BL`` was given, for gates
     that route by it.
+
+    ``expert_BLMK``: the K experts that each token visits in each of the M MoE layers, in the place
+    of the router's choice; the router still weighs them and gets the gradient. A token whose ids
+    are all -1 in a layer follows the router there. A layer of its own has M = 1.
     """
 
     token_BL: Int[Array, "B L"]
@@ -35,6 +39,7 @@ class Context:
     key: PRNGKeyArray | None
     padded_behind: bool = dataclasses.field(default=False, metadata={"static": True})
     knows_tokens: bool = dataclasses.field(default=True, metadata={"static": True})
+    expert_BLMK: Int[Array, "B L M K"] | None = None
 
     @classmethod
     def of(cls, batch: int, length: int, **known: Any) -> "Context":
@@ -60,6 +65,13 @@ class Context:
             else:  # a mistake that the layer reports
                 given["position_BL"] = jnp.zeros((batch, length), jnp.int32)
         return cls(**given)
+
+    def of_layers(self, first: int | Array, count: int) -> "Context":
+        """The same context with the given experts of these MoE layers alone."""
+        if self.expert_BLMK is None:
+            return self
+        own_BLMK = jax.lax.dynamic_slice_in_dim(self.expert_BLMK, first, count, axis=2)
+        return dataclasses.replace(self, expert_BLMK=own_BLMK)
 
     def grouped(self, rows: int, train: bool) -> "GateContext":
         """The same context in routing groups of ``rows`` sequences."""
@@ -165,6 +177,7 @@ class GateContext:
     ``key`` already depends on (seed, step, layer). Gates fold in ``row_GR``, the global ids of the
     sequences in each group, so that noise does not depend on the device that draws it.
     ``padded_behind``: see ``Context``. ``packed``: rows hold several texts, one per segment.
+    ``expert_GTK``: experts that were chosen elsewhere, for gates whose traits say ``follows``.
     """
 
     token_GT: Int[Array, "G T"]
@@ -178,3 +191,4 @@ class GateContext:
     train: bool = dataclasses.field(metadata={"static": True})
     padded_behind: bool = dataclasses.field(default=False, metadata={"static": True})
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
+    expert_GTK: Int[Array, "G T K"] | None = None

@@ -437,6 +437,9 @@ class GateTraits:
     reads: tuple[Reads, ...] = ()
     """Inputs of the routing besides the token's own activations: token ids (the context must then
     have them), positions, other tokens of the same sequence, or the sequence's task."""
+    follows: bool = False
+    """Takes experts that were chosen elsewhere, ``GateContext.expert_GTK``, and weighs them by its
+    own router."""
     mixes: Literal["slots", "weights"] | None = None
     """Outputs have ``mixing``: tokens are mixed into slots, or the experts' weights into one
     expert. No transport is used, and rows must not hold several texts."""

@@ -30,7 +30,11 @@ FLOORS: list[dict[str, set[str]]] = [
         "reference": {"experts", "types"},
     },
     {"options": {"dispatch", "experts", "types"}},
-    {"layers": {"dispatch", "experts", "gating", "losses", "mesh", "options", "types"}},
+    {
+        "layers": {
+            "dispatch", "experts", "gating", "losses", "mesh", "options", "record", "types",
+        },
+    },
     {
         "models": {"layers", "mesh", "options", "types"},
         "config": {"dispatch", "errors", "gating", "mesh", "options", "record", "types"},
@@ -39,9 +43,10 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "job": {"config", "errors", "mesh"},
+        "hf": {"errors", "record"},
         "tasks": {
             "config", "data", "dispatch", "errors", "layers", "losses", "mesh", "models", "options",
-            "types",
+            "record", "types",
         },
     },
     {

@@ -44,6 +44,11 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     _check_batch(config, mesh)
     check_distributed(config)
     _check_paths(config)
+    if not has_experts(config) and config.moe.get("replay"):
+        raise UserError(
+            f"moe.replay={config.moe.replay!r}: a dense model (moe.every=0) routes nothing; use "
+            "moe.replay="
+        )
     if has_experts(config):
         gate = stack.gate if stack else make_gate(config)
         moe = stack.moe if stack else moe_config(config)
@@ -126,6 +131,11 @@ def _check_moe(config: Config, mesh: Mapping[str, int], gate: Gate, choices: MoE
         gate.check(moe.num_experts, train=True)
     except ValueError as error:
         raise UserError(gate_message(moe.gate.name, error)) from error
+    if moe.get("replay") and not GateTraits.of(gate).follows:
+        raise UserError(
+            f"moe.replay={moe.replay!r}: moe.gate.name={moe.gate.name} has no weights for experts "
+            "that it did not choose; use top_k, loss_free or a preset of them, or moe.replay="
+        )
     _check_groups(config, choices, mesh, gate)
     for field in ("group", "balance_scope"):
         if moe.get(field) == "batch" and config.train.grad_accum > 1:
@@ -254,6 +264,7 @@ def _check_paths(config: Config) -> None:
         "data.path": (os.path.exists, "does not exist"),
         "data.tokenizer": (os.path.isfile, "is not a file"),
         "data.eval_path": (os.path.exists, "does not exist"),
+        "moe.replay": (os.path.isfile, "is not a file"),
         "train.init_from": (
             lambda path: holds_run(Path(path)),
             "is not the workdir of a run (it has no config.json)",

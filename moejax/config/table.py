@@ -133,6 +133,9 @@ FIELDS: dict[str, Field] = {
         )
     ),
     **dict(_of_options("moe", {})),
+    "moe.replay": Field(
+        "", "file of expert ids that tokens follow, weighed by the router (empty: it chooses)"
+    ),
     "moe.allow_future_leak": Field(
         False, "run although evaluation lets a token see later tokens; results are marked"
     ),

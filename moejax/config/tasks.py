@@ -85,6 +85,7 @@ OF_TEXT = (
     "model.vocab_size",
     *(f"model.rope_{field.name}" for field in option_fields(RopeOptions)),
     *(f"model.{field.name}" for field in option_fields(TextOptions)),
+    "moe.replay",
     "moe.allow_future_leak",
     "moe.losses.consistency",
     "train.seq_len",

@@ -68,6 +68,15 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Checked(Protocol):
+    """A source that depends on more than its data, such as a file about certain rows."""
+
+    def check_rows(self, train_steps: int) -> None:
+        """Raises UserError unless it can give the batches of these steps and of an evaluation."""
+        ...
+
+
+@runtime_checkable
 class Remarks(Protocol):
     """A source with remarks at the start of a run; computing them may take seconds."""
 

@@ -16,6 +16,7 @@ from moejax.types import (
     GateParams,
     GateSpec,
     GateState,
+    GateTraits,
     MoEStats,
     RouterStats,
     Routing,
@@ -97,6 +98,9 @@ class LossFree(LinearRouter, TokenChoice):
         check_groups(self.k, num_experts, self.num_groups, self.top_groups)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
+    def traits(self) -> GateTraits:
+        return GateTraits(follows=True)
+
     def init_state(self, spec: GateSpec) -> GateState:
         return {"bias_E": jnp.zeros(spec.num_experts, jnp.float32)}
 
@@ -107,7 +111,9 @@ class LossFree(LinearRouter, TokenChoice):
         log_GTE = LOG_SCORES[self.score](logits_GTE)
         score_GTE, probs_GTE = jnp.exp(log_GTE), jax.nn.softmax(log_GTE)
 
-        expert_GTK = group_local(self._select)(score_GTE + state["bias_E"])
+        expert_GTK, wrong_GT = group_local(self._select)(score_GTE + state["bias_E"]), None
+        if context.expert_GTK is not None:
+            expert_GTK, wrong_GT = ops.followed(expert_GTK, context, logits_GTE.shape[-1])
         log_GTK = ops.at_expert(log_GTE, expert_GTK)
         weight_GTK = jax.nn.softmax(log_GTK) if self.renormalize else jnp.exp(log_GTK)
         # A weight of 0 would mark the pair as absent.
@@ -123,7 +129,8 @@ class LossFree(LinearRouter, TokenChoice):
             own["device_balance"] = self.device_loss * group_balance(
                 routing, probs_GTE, context, self.num_groups
             )
-        return GateOutput(routing, RouterStats(logits_GTE, probs_GTE, probs_GTE), losses=own)
+        stats = RouterStats(logits_GTE, probs_GTE, probs_GTE)
+        return GateOutput(routing, stats, losses=own, identity_weight_GT=wrong_GT)
 
     def _select(self, biased_GTE: Array) -> Array:
         limited = limit_groups(biased_GTE, self.num_groups, self.top_groups, self.group_score)

@@ -171,6 +171,26 @@ def at_expert(value_GTE: Array, expert_GTK: Array) -> Float[Array, "G T K"]:
     return jnp.take_along_axis(value_GTE, expert_GTK, axis=-1)
 
 
+def followed(
+    own_GTK: Int[Array, "G T K"], context: GateContext, num_experts: int
+) -> tuple[Int[Array, "G T K"], Float[Array, "G T"]]:
+    """The experts that the context gives, or a token's own choice where its ids are all -1.
+
+    The second value is a share of the input for ``GateOutput.identity_weight_GT``: 0, and NaN for
+    valid tokens whose ids lie outside [-1, E), are -1 in part or name an expert twice. In a
+    compiled program nothing can be raised; the NaN reaches output and loss.
+    """
+    given_GTK = context.expert_GTK
+    assert given_GTK is not None
+    absent_GT = jnp.all(given_GTK == -1, axis=-1)
+    outside_GT = jnp.any((given_GTK < 0) | (given_GTK >= num_experts), axis=-1)
+    sorted_GTK = jnp.sort(given_GTK, axis=-1)
+    twice_GT = jnp.any(sorted_GTK[..., 1:] == sorted_GTK[..., :-1], axis=-1)
+    wrong_GT = (outside_GT | twice_GT) & ~absent_GT
+    expert_GTK = jnp.where((absent_GT | wrong_GT)[..., None], own_GTK, given_GTK)
+    return expert_GTK.astype(own_GTK.dtype), jnp.where(wrong_GT & context.valid_GT, jnp.nan, 0.0)
+
+
 def heaviest(
     weight_GTE: Float[Array, "G T E"], max_active: int, valid_GT: Bool[Array, "G T"]
 ) -> tuple[Routing, Bool[Array, "G T E"] | None]:

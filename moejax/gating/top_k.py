@@ -16,7 +16,7 @@ from moejax.gating.gate import (
     Stateless,
     TokenChoice,
 )
-from moejax.types import GateContext, GateOutput, GateParams, GateState, TrainedBy
+from moejax.types import GateContext, GateOutput, GateParams, GateState, GateTraits, TrainedBy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,20 @@ class TopK(Stateless, LinearRouter, TokenChoice):
         ops.check_positive("init_scale", self.init_scale)
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
+    def traits(self) -> GateTraits:
+        return GateTraits(follows=True)
+
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext
     ) -> GateOutput:
         logits_GTE = self.logits(params, x_GTD, context)
         expert_GTK, weight_GTK = ops.local_top_k(logits_GTE, self.k, self.renormalize)
+        wrong_GT = None
+        if context.expert_GTK is not None:
+            expert_GTK, wrong_GT = ops.followed(expert_GTK, context, logits_GTE.shape[-1])
+            weight_GTK = ops.softmax_weights(logits_GTE, expert_GTK, self.renormalize)
         routing = ops.masked(expert_GTK, weight_GTK, context.valid_GT)
-        return GateOutput(routing, ops.softmax_stats(logits_GTE))
+        return GateOutput(routing, ops.softmax_stats(logits_GTE), identity_weight_GT=wrong_GT)
 
     def logits(self, params: GateParams, x_GTD: Array, context: GateContext) -> Array:
         """The router's logits [G, T, E]; in training with ``jitter``, those of jittered tokens."""

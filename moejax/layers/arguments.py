@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array
 
 from moejax.options import DTYPES
+from moejax.record.experts import problem_of_experts
 from moejax.types import Context, Gate, GateState, GateTraits, are_whole
 
 
@@ -92,6 +95,43 @@ def check_known(context: Context, gate: Gate) -> None:
         raise ValueError(
             f"gate {type(gate).__name__} routes by token ids: pass a context with them, "
             "moejax.Context.of(B, L, token_BL=...)"
+        )
+
+
+def given_experts(context: Context, gate: Gate, num_experts: int) -> Array:
+    """The experts that the context gives to a layer, [B, L, K].
+
+    Raises:
+      ValueError: a gate that chooses by itself only, or ids that do not fit the layer. Ids of a
+        traced array are known too late: see ``gating.ops.followed``.
+    """
+    if not GateTraits.of(gate).follows:
+        raise ValueError(
+            f"gate {type(gate).__name__} has no weights for experts that it did not choose "
+            "(context.expert_BLMK); use top_k, loss_free or a preset of them"
+        )
+    check_experts(context, 1, gate.columns(num_experts))
+    expert = context.expert_BLMK
+    if not any(isinstance(x, Tracer) for x in (expert, context.valid_BL)):
+        problem = problem_of_experts(np.asarray(expert), np.asarray(context.valid_BL), num_experts)
+        if problem:
+            raise ValueError(f"context.expert_BLMK {problem}")
+    return jnp.asarray(expert)[:, :, 0]
+
+
+def check_experts(context: Context, layers: int, columns: int) -> None:
+    """Raises ValueError unless the context's experts are ids [B, L, layers, columns]."""
+    expert = context.expert_BLMK
+    assert expert is not None
+    wanted = (*jnp.shape(context.token_BL), layers, columns)
+    if jnp.shape(expert) != wanted:
+        raise ValueError(
+            f"context.expert_BLMK has shape {jnp.shape(expert)}, but sequences, tokens, MoE layers "
+            f"and experts per token are {wanted}"
+        )
+    if not jnp.issubdtype(jnp.result_type(expert), jnp.integer):
+        raise ValueError(
+            f"context.expert_BLMK has dtype {jnp.result_type(expert)}; pass whole numbers"
         )
 
 

@@ -166,8 +166,14 @@ def _context_of(context: Context, chosen: Chosen) -> Context:
     names = ["token_BL", "position_BL"]
     names += ["segment_BL"] if context.segment_BL is not None else []
 
+    names += ["expert_BLMK"] if context.expert_BLMK is not None else []
+
     def take(chosen: Chosen, *known: Array) -> tuple[Array, ...]:
-        return tuple(jnp.take_along_axis(x_BL, chosen.index_BC, axis=1) for x_BL in known)
+        def taken(x_BL: Array) -> Array:
+            index_BC = chosen.index_BC.reshape(*chosen.index_BC.shape, *(1,) * (x_BL.ndim - 2))
+            return jnp.take_along_axis(x_BL, index_BC, axis=1)
+
+        return tuple(map(taken, known))
 
     taken = group_local(take)(chosen, *(getattr(context, name) for name in names))
     known = dict(zip(names, taken, strict=True))

@@ -27,6 +27,7 @@ from moejax.layers.arguments import (
     check_tokens,
     checked_dtype,
     drawn_from,
+    given_experts,
 )
 from moejax.layers.basic import FFN, TrainOrEval, is_training, own_promotion
 from moejax.layers.routing_stats import layer_info, of_training
@@ -148,6 +149,10 @@ class MoELayer(TrainOrEval):
                 f"group={self.config.group!r}: {batch} sequences are not a multiple of {rows}"
             )
         gate_context = context.grouped(rows, train)
+        if context.expert_BLMK is not None:
+            expert_BLK = given_experts(context, self.gate, self.config.num_experts)
+            expert_GTK = expert_BLK.reshape(batch // rows, rows * length, -1)
+            gate_context = dataclasses.replace(gate_context, expert_GTK=expert_GTK)
         x_GTD = x_BLD.reshape(batch // rows, rows * length, -1)
         with jax.named_scope("router"):
             output = self.gate(self._gate_params(), state, x_GTD, gate_context)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from moejax.layers.arguments import check_experts
 from moejax.layers.attention import Attention, Memory
 from moejax.layers.basic import FFN, NORMS, TrainOrEval, is_training
 from moejax.layers.depths import Depths
@@ -211,8 +212,9 @@ class Period(nnx.Module):
             state, own = (), context
             if isinstance(block.ffn, MoELayer):
                 state = jax.tree.map(lambda x, n=number: x[n], states)
+                own = context.of_layers(number, 1)
                 if number and context.key is not None:
-                    own = dataclasses.replace(context, key=jax.random.fold_in(context.key, number))
+                    own = dataclasses.replace(own, key=jax.random.fold_in(context.key, number))
                 number += 1
             memory = None if memories is None else memories[place]
             x_BLD, aux = block(x_BLD, own, state, train, tap, memory, start)
@@ -253,6 +255,9 @@ class Stack(TrainOrEval):
     ) -> tuple[Array, LayerAux]:
         """The normalised output of the last layer. ``LayerAux.memory``: ``memory`` with these
         tokens."""
+        if context.expert_BLMK is not None:
+            columns = self.config.gate.columns(self.config.moe.num_experts)
+            check_experts(context, self.config.num_moe_layers, columns)
         # Padding may hold anything, and must reach neither a valid token nor a gradient.
         x_BLD = jnp.where(context.valid_BL[..., None], x_BLD, 0)
         x_BLD = constrain(x_BLD.astype(jnp.dtype(self.config.dtype)), BATCH_AXES)
@@ -326,7 +331,8 @@ class Stack(TrainOrEval):
         def body(x_BLD: Array, layers: tuple[PyTree, GateState, Array, Any]) -> Any:
             own_params, own_states, index, memories = layers
             own_key = None if key is None else jax.random.fold_in(key, index)
-            own_context = dataclasses.replace(context, key=own_key)
+            own_context = context.of_layers(index * sparse, sparse)
+            own_context = dataclasses.replace(own_context, key=own_key)
             period = nnx.merge(graph, own_params)
             return period(x_BLD, own_context, own_states, train, tap, memories, start)
 

@@ -152,8 +152,11 @@ def from_arrays(arrays: Mapping[str, np.ndarray], num_experts: int) -> Routed:
 
 
 def row_digests(batch: Mapping[str, np.ndarray]) -> UInt64[np.ndarray, " N"]:
-    """8 bytes for the content of each row of a batch, without its id: equal means the same row."""
-    names = sorted(name for name in batch if name != "row")
+    """8 bytes for the content of each row of a batch: equal means the same row.
+
+    Without its id, and without experts that were chosen for it.
+    """
+    names = sorted(name for name in batch if name not in ("row", "experts"))
     hashes = [hashlib.blake2b(digest_size=8) for _ in batch["row"]]
     for name in names:
         for digest, row in zip(hashes, np.ascontiguousarray(batch[name]), strict=True):
@@ -203,7 +206,10 @@ def _load(path: str, changed: int) -> Recording:
     except OSError:
         raise
     except Exception as error:  # NumPy, zipfile, zlib and tokenize raise a dozen for a garbled file
-        raise ValueError("is not a routing that `moejax eval --record-routing` wrote") from error
+        raise ValueError(
+            "is not a routing that `moejax eval --record-routing` wrote (a file of expert ids "
+            "without weights is for moe.replay)"
+        ) from error
     if stored != FORMAT:
         raise ValueError(
             f"has recorded routing in format {stored}, and this moejax reads {FORMAT}; "

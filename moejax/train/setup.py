@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from moejax import mesh as meshes
 from moejax.config import Config, validate
 from moejax.config.tasks import task_entry
-from moejax.data.source import Source
+from moejax.data.source import Checked, Source
 from moejax.errors import UserError
 from moejax.job.launch import configure_devices, join_processes, started_devices
 from moejax.record.routing import row_digests
@@ -108,11 +108,13 @@ class Run:
         }
 
     def check_gate_data(self, train_steps: int) -> None:
-        """Checks that a gate that depends on the data has the data it needs.
+        """Checks that a gate or a source that depends on certain rows has those it needs.
 
         Raises:
           UserError: it has not.
         """
+        if isinstance(self.data, Checked):
+            self.data.check_rows(train_steps)
         model, train = self.task.model, self.config.train
         if not model.num_moe_layers:
             return

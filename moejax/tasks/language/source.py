@@ -12,6 +12,8 @@ from moejax.data.batches import TrainBatches, spread_evenly
 from moejax.data.corpus import Corpus
 from moejax.data.domains import NAMES, heldout_labels
 from moejax.data.source import Batch
+from moejax.errors import UserError
+from moejax.record.experts import Choices
 from moejax.tasks.language.windows import Windows, heldout_windows, train_windows
 
 FEW = 10_000
@@ -34,7 +36,8 @@ def few_held_out(tokens: int) -> str:
 class TextSource:
     """Windows of ``seq_len`` tokens of a corpus, with the token that follows each as its target.
 
-    A batch: ``tokens`` int32[B, L + 1], ``valid`` bool[B, L], ``row`` int32[B].
+    A batch: ``tokens`` int32[B, L + 1], ``valid`` bool[B, L], ``row`` int32[B]; with ``choices``
+    also ``experts`` int32[B, L, M, K], see ``Context.expert_BLMK``.
     """
 
     corpus: Corpus
@@ -43,6 +46,8 @@ class TextSource:
     seed: int
     eval_rows: int
     """Most rows of an evaluation. Baselines and bits per byte are computed on the same rows."""
+    choices: Choices | None = None
+    """Experts that were chosen elsewhere for rows of this text."""
 
     @property
     def name(self) -> str:
@@ -61,17 +66,52 @@ class TextSource:
         return self.corpus.train_N.size, self.corpus.heldout_N.size
 
     def shapes(self, rows: int) -> Batch:
-        return {
+        shapes = {
             "tokens": np.zeros((rows, self.seq_len + 1), np.int32),
             "valid": np.zeros((rows, self.seq_len), np.bool_),
             "row": np.zeros(rows, np.int32),
         }
+        return self._with_experts(shapes)
 
     def train_batch(self, step: int) -> Batch:
-        return self.train.batch(step)
+        return self._with_experts(self.train.batch(step))
 
     def eval_batches(self, batch_size: int, rows: int) -> list[Batch]:
-        return heldout_windows(self.corpus.heldout_N, self.seq_len, batch_size, rows)
+        batches = heldout_windows(self.corpus.heldout_N, self.seq_len, batch_size, rows)
+        return list(map(self._with_experts, batches))
+
+    def check_rows(self, train_steps: int) -> None:
+        """Raises UserError unless all rows to train on are among the ``choices``, and of the
+        held-out rows all or none; all, where nothing is trained."""
+        if self.choices is None:
+            return
+        for step in range(train_steps):
+            place_B = self.choices.find(self.tokens(self.train.batch(step)))
+            if np.any(place_B < 0):
+                raise UserError(
+                    f"moe.replay: row {np.argmax(place_B < 0)} of the batch of step {step} is not "
+                    "in the file; its rows must be those of this text, train.seq_len and train.seed"
+                )
+        batches = heldout_windows(
+            self.corpus.heldout_N, self.seq_len, self.batch_size, self.eval_rows
+        )
+        missing_N = np.concatenate(
+            [
+                self.choices.find(self.tokens(batch))[batch["valid"].any(axis=1)] < 0
+                for batch in batches
+            ]
+        )
+        if missing_N.any() and not (train_steps and missing_N.all()):
+            raise UserError(
+                f"moe.replay: held-out row {np.argmax(missing_N)} is not in the file, which has "
+                f"{np.sum(~missing_N)} of {missing_N.size}; record all of them (the same text, "
+                "train.seq_len and train.eval_rows), or train without any"
+            )
+
+    def _with_experts(self, batch: Batch) -> Batch:
+        if self.choices is None:
+            return batch
+        return {**batch, "experts": self.choices.of(self.tokens(batch))}
 
     def _evaluated_rows(self, rows: int) -> np.ndarray:
         """The windows of ``eval_batches``."""

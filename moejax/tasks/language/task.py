@@ -15,6 +15,7 @@ from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.losses import CONSISTENCY, symmetric_kl
 from moejax.options import TextOptions
+from moejax.record import experts
 from moejax.tasks.language.model import LM, LMConfig
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.task import Batch, Task, Totals, Units
@@ -36,9 +37,39 @@ def build(config: Config) -> tuple[Task, Source]:
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
             f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
         )
-    source = TextSource(corpus, train.seq_len, train.batch_size, train.seed, train.eval_rows)
     task = LanguageModel.from_config(config, corpus.vocab_size)
+    source = TextSource(
+        corpus,
+        train.seq_len,
+        train.batch_size,
+        train.seed,
+        train.eval_rows,
+        _choices(config.moe.replay, task.model, train.seq_len),
+    )
     return dataclasses.replace(task, padded_behind=True), source  # its rows are whole
+
+
+def _choices(path: str, model: LMConfig, length: int) -> experts.Choices | None:
+    """The experts of a file for the model's MoE layers; None without a file.
+
+    Raises:
+      UserError: they cannot be read, or do not fit the model.
+    """
+    if not path:
+        return None
+    sparse = [layer for layer in range(model.num_layers) if model.is_sparse(layer)]
+    num_experts = model.moe.num_experts
+    try:
+        return experts.fitted(
+            experts.load(path),
+            sparse,
+            model.num_layers,
+            model.gate.columns(num_experts),
+            num_experts,
+            length,
+        )
+    except ValueError as error:
+        raise UserError(f"moe.replay={path!r} {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +127,7 @@ class LanguageModel(Task):
             step=step,
             key=jax.random.fold_in(key, step),
             padded_behind=self.padded_behind,
+            expert_BLMK=batch.get("experts"),
         )
         return self.built(params)(token_BL, context, gate_state, train, tap)
 

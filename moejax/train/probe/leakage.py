@@ -73,6 +73,11 @@ def check(config: Config) -> None:
             f"--measure-leak: task {config.task.name!r} does not predict a token from earlier "
             "ones: there is no future to leak; leave the flag out"
         )
+    if config.moe.get("replay"):
+        raise UserError(
+            f"--measure-leak: moe.replay={config.moe.replay!r} fixes the routing, which then does "
+            "not depend on the mask; use --config.moe.replay="
+        )
     if has_experts(config) and GateTraits.of(make_gate(config)).check_rows is not None:
         raise UserError(
             f"--measure-leak: the routing of gate {config.moe.gate.name!r} does not depend on the "
