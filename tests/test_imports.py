@@ -62,7 +62,10 @@ FLOORS: list[dict[str, set[str]]] = [
             "tasks", "types",
         },
     },
-    {"sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"}},
+    {
+        "sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"},
+        "inspection": {"config", "errors", "record", "train"},
+    },
     {
         "analysis": {
             "config", "errors", "gating", "moejax", "options", "record", "sweep", "tasks", "train",
@@ -81,7 +84,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "cli": {
             "analysis", "config", "contrib/openmoe", "contrib/scaling", "data", "errors", "gating",
-            "job", "mesh", "moejax", "record", "sweep", "tasks", "train", "types",
+            "inspection", "job", "mesh", "moejax", "record", "sweep", "tasks", "train", "types",
         },
     },
     {"moejax": {"errors", "gating", "layers", "mesh", "types"}, "contrib": set()},

@@ -150,6 +150,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         doctor,
         eval,
         gates,
+        inspect,
         profile,
         report,
         scaling,
@@ -171,6 +172,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     eval.add_command(commands)
     config.add_command(commands)
     profile.add_command(commands)
+    inspect.add_command(commands)
     gates.add_command(commands)
     data.add_command(commands)
     convert.add_command(commands)

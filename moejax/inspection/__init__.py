@@ -1,0 +1,1 @@
+"""Description of a model from its files: arrays by part, routers, experts; never loaded whole."""
