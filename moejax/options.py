@@ -570,6 +570,12 @@ class StackOptions(Options):
                 f"with experts are routed; use depths.every={self.every} or every={depths.every}"
             )
         self._check_period(repeated, "depths.every", depths.every)
+        if self.attention.window and depths.capacity < 1:
+            raise ValueError(
+                f"window={self.attention.window} counts tokens, of which depths.capacity="
+                f"{depths.capacity:g} leaves out some in training and others in evaluation; use "
+                "window=0 or depths.capacity=0"
+            )
         if self.every and (
             gate.trained_by == "policy" or GateTraits.of(gate).check_data is not None
         ):

@@ -73,9 +73,17 @@ def visible(
 
     Keys are those of all S tokens, queries those of L of them from number ``start`` on. A query
     sees valid keys of its own segment and, if ``options.causal``, none behind it; with a window,
-    only keys less than that far away, or in the same chunk.
+    only keys less than that far away, or in the same chunk of its segment.
+
+    Raises:
+      ValueError: segments of queries that are not all there is.
     """
     length, size = context.valid_BL.shape[1], valid_BS.shape[1]
+    if context.segment_BL is not None and (length != size or not isinstance(start, int)):
+        raise ValueError(
+            "context.segment_BL: decoding with a memory takes one text per row; give each text a "
+            "row of its own"
+        )
     query_L1, key_S = start + jnp.arange(length)[:, None], jnp.arange(size)
     seen_BLS = jnp.broadcast_to(valid_BS[:, None, :], (len(valid_BS), length, size))
     if options.causal:

@@ -122,8 +122,18 @@ class Depths(TrainOrEval):
         train: bool | None,
         change: Callable[[Array, Context], tuple[Array, LayerAux]],
     ) -> tuple[Array, LayerAux]:
-        """The output, and the report of ``change(x, context)``, which is f, with the router's."""
+        """The output, and the report of ``change(x, context)``, which is f, with the router's.
+
+        Raises:
+          ValueError: packed texts, which would compete with each other in training.
+        """
         train = is_training(self, train)
+        if train and self.options.capacity < 1 and context.segment_BL is not None:
+            raise ValueError(
+                f"depths.capacity={self.options.capacity:g} chooses among the tokens of a row, "
+                "which holds several texts (context.segment_BL); give each text a row of its own "
+                "in training, or use capacity=0"
+            )
         with jax.named_scope("router"):
             # Padding may hold anything, and must not reach a gradient.
             score_BL, logit_BL = self._scores(jnp.where(context.valid_BL[..., None], x_BLD, 0))

@@ -192,7 +192,7 @@ def test_a_token_with_even_odds_skips_the_block_in_evaluation():
         assert aux.means["mod/selected"] == 0.0
 
 
-def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
+def test_the_chosen_tokens_keep_their_ids_and_positions():
     """Scores are the tokens themselves: the second, fourth and sixth of six tokens are chosen."""
     depths = Depths(1, DepthsOptions(0.5, predictor="router"), rngs=nnx.Rngs(0))
     depths.router["weight_D"][...] = jnp.ones(1)
@@ -200,7 +200,6 @@ def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
     known = {
         "token_BL": jnp.asarray([[10, 11, 12, 13, 14, 15]]),
         "position_BL": jnp.asarray([[0, 1, 2, 0, 1, 2]]),
-        "segment_BL": jnp.asarray([[0, 0, 0, 1, 1, 1]]),
     }
     seen = []
 
@@ -212,7 +211,17 @@ def test_the_chosen_tokens_keep_their_ids_positions_and_segments():
     (told,) = seen
     np.testing.assert_array_equal(told.token_BL, [[11, 13, 15]])
     np.testing.assert_array_equal(told.position_BL, [[1, 0, 2]])
-    np.testing.assert_array_equal(told.segment_BL, [[0, 1, 1]])
+
+
+def test_packed_texts_are_refused_where_they_would_compete_for_a_block():
+    """In training only: the prediction of evaluation is one token's own."""
+    depths = Depths(4, DepthsOptions(0.5), rngs=nnx.Rngs(0))
+    packed = Context.of(1, 6, segment_BL=jnp.asarray([[0, 0, 0, 1, 1, 1]]))
+    x_BLD = jnp.ones((1, 6, 4))
+    change = lambda x_BLD, context: (x_BLD, LayerAux())
+    with pytest.raises(ValueError, match="depths.capacity=0.5 .*a row of its own"):
+        depths(x_BLD, packed, True, change)
+    depths(x_BLD, packed, False, change)
 
 
 @pytest.mark.parametrize("predictor", ["mlp", "router"])

@@ -76,6 +76,8 @@ def _choices(path: str, model: LMConfig, length: int) -> experts.Choices | None:
 class LanguageModel(Task):
     """A decoder LM with its loss: cross-entropy of the next token.
 
+    A batch may hold packed documents, with ``segment``: see `moejax.tasks.language.packing`.
+
     If a consistency loss runs the batch twice in training, tokens count once, ``metrics`` and
     ``stats`` are those of the first pass, and everything else is the mean of both passes.
     """
@@ -122,11 +124,13 @@ class LanguageModel(Task):
         context = Context.of(
             *token_BL.shape,
             token_BL=token_BL,
+            segment_BL=batch.get("segment"),
             valid_BL=batch["valid"],
             row_B=batch["row"],
             step=step,
             key=jax.random.fold_in(key, step),
-            padded_behind=self.padded_behind,
+            # In packed rows the last token of a document may be padding: see `packing`.
+            padded_behind=self.padded_behind and "segment" not in batch,
             expert_BLMK=batch.get("experts"),
         )
         return self.built(params)(token_BL, context, gate_state, train, tap)
