@@ -440,6 +440,10 @@ class GateTraits:
     follows: bool = False
     """Takes experts that were chosen elsewhere, ``GateContext.expert_GTK``, and weighs them by its
     own router."""
+    reads_past: bool = False
+    """In evaluation a token's routing depends on earlier tokens of its sequence, or on noise that
+    is drawn for a whole sequence: a text is then decoded by routing all of it again for every new
+    token. Otherwise a token that is given alone, with its position, is routed as in its text."""
     mixes: Literal["slots", "weights"] | None = None
     """Outputs have ``mixing``: tokens are mixed into slots, or the experts' weights into one
     expert. No transport is used, and rows must not hold several texts."""
@@ -466,6 +470,11 @@ class GateTraits:
     training or held-out data, have the content that the gate's routing was recorded for.
     ``digest_N``: see ``moejax.record.routing.row_digests``. Given only by a gate whose routing
     belongs to certain rows and does not depend on the model. None: any content will do."""
+
+    @property
+    def routes_alone(self) -> bool:
+        """True if a token that is given without its text is routed as within it, in evaluation."""
+        return not (self.reads_past or self.mixes or "sequence" in self.reads)
 
     @classmethod
     def of(cls, gate: Gate) -> "GateTraits":

@@ -96,7 +96,11 @@ class ExpertChoice(LinearRouter, VariableK):
         ops.check_max_active(self.max_active, num_experts)
 
     def traits(self) -> GateTraits:
-        return GateTraits(least_rows=self._least_rows, causal_fields={"eval_policy": "threshold"})
+        return GateTraits(
+            least_rows=self._least_rows,
+            reads_past=self.eval_policy == "choice",
+            causal_fields={"eval_policy": "threshold"},
+        )
 
     def _least_rows(self, num_experts: int) -> int:
         """With fewer sequences in a group, a choice among them would take them all."""

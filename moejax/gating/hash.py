@@ -74,7 +74,7 @@ class Hash(ConstantState, FixedK):
             )
 
     def traits(self) -> GateTraits:
-        return GateTraits(reads=("tokens",))
+        return GateTraits(reads=("tokens",), reads_past=self.table == "bigram")
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         return {}

@@ -59,7 +59,8 @@ class Lory(Stateless, EveryExpert):
     segment; segments of 32 tokens (theirs: 256 of texts with 4096); sequences are not composed of
     similar documents; experts are not copies of a dense model trained first, so a mean of E
     independent matrices is initially sqrt(E) times smaller; evaluation merges for every segment, as
-    in training (theirs also merges once, for the prompt; there is no generation here yet).
+    in training and in
+    generation (theirs merges once, for the prompt).
     """
 
     segment: Annotated[int, "tokens in a segment"] = 32
@@ -78,6 +79,7 @@ class Lory(Stateless, EveryExpert):
     def traits(self) -> GateTraits:
         return GateTraits(
             reads=("sequence",),
+            reads_past=True,
             mixes="weights",
             causal_fields={"first_segment": "learned"},
             check_data=self._check_data,

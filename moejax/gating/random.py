@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from moejax.gating import ops
 from moejax.gating.gate import FixedK, Unlearned
-from moejax.types import GateContext, GateOutput, GateParams, GateState
+from moejax.types import GateContext, GateOutput, GateParams, GateState, GateTraits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Random(Unlearned, FixedK):
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_k(self.k, num_experts)
+
+    def traits(self) -> GateTraits:
+        return GateTraits(reads_past=True)  # a sequence's noise is one draw
 
     def __call__(
         self, params: GateParams, state: GateState, x_GTD: Array, context: GateContext

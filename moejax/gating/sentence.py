@@ -70,7 +70,7 @@ class Sentence(Stateless, FixedK):
         ops.check_trains(self.k, self.renormalize, num_experts, train)
 
     def traits(self) -> GateTraits:
-        return GateTraits(reads=("sequence",), causal_fields={"pool": "running"})
+        return GateTraits(reads=("sequence",), reads_past=True, causal_fields={"pool": "running"})
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         router_key, first_key = jax.random.split(key)

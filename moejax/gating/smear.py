@@ -70,7 +70,7 @@ class Smear(Stateless, EveryExpert):
             )
 
     def traits(self) -> GateTraits:
-        return GateTraits(reads=("sequence",), mixes="weights", causal_gate="lory")
+        return GateTraits(reads=("sequence",), reads_past=True, mixes="weights", causal_gate="lory")
 
     def init(self, key: Array, spec: GateSpec) -> GateParams:
         width, experts = spec.d_model, spec.num_experts

@@ -74,7 +74,7 @@ class Soft(Stateless):
         ops.check_not_negative("noise_std", self.noise_std)
 
     def traits(self) -> GateTraits:
-        return GateTraits(mixes="slots")
+        return GateTraits(mixes="slots", reads_past=True)
 
     def columns(self, num_experts: int) -> int:
         return num_experts

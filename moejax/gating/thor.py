@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from moejax.gating import ops
 from moejax.gating.gate import Unlearned
-from moejax.types import GateContext, GateOutput, GateParams, GateState, Routing
+from moejax.types import GateContext, GateOutput, GateParams, GateState, GateTraits, Routing
 
 EVALUATIONS = ("token", "sequence", "mean")
 STEP_DRAW = 1
@@ -48,6 +48,10 @@ class Thor(Unlearned):
 
     def check(self, num_experts: int, train: bool) -> None:
         ops.check_choice("evaluation", self.evaluation, EVALUATIONS)
+
+    def traits(self) -> GateTraits:
+        # A sequence's noise is one draw.
+        return GateTraits(reads_past=self.evaluation != "mean")
 
     def columns(self, num_experts: int) -> int:
         return num_experts if self.evaluation == "mean" else 1

@@ -33,12 +33,13 @@ from moejax.types import Context, GateState, LayerAux, MoEStats, Tap
 class StackMemory:
     """The memories of all layers, of ``length`` tokens so far, padding included.
 
-    ``first``: by layer. ``periods``: by place in a period, and stacked over periods.
+    ``first``: by layer. ``periods``: by place in a period, and stacked over periods; of a model
+    taken apart, by period and then by place.
     """
 
     length: Int[Array, ""]
     first: tuple[Memory, ...]
-    periods: tuple[Memory, ...]
+    periods: tuple[Any, ...]
 
 
 def _matmuls_and(*names: str) -> Any:
@@ -288,12 +289,29 @@ class Stack(TrainOrEval):
         def of(block: Block) -> Memory:
             return block.attention.empty_memory(batch, size, dtype)
 
-        periods = self.config.num_periods
-        repeated = jax.tree.map(
-            lambda x: jnp.zeros((periods, *x.shape), x.dtype),
-            tuple(of(block) for block in self.periods.blocks),
-        )
+        if isinstance(self.periods, nnx.List):
+            repeated = tuple(tuple(map(of, period.blocks)) for period in self.periods)
+        else:
+            periods = self.config.num_periods
+            repeated = jax.tree.map(
+                lambda x: jnp.zeros((periods, *x.shape), x.dtype),
+                tuple(map(of, self.periods.blocks)),
+            )
         return StackMemory(jnp.int32(0), tuple(of(block) for block in self.first), repeated)
+
+    def take_apart(self) -> None:
+        """Gives every period parameters of its own, instead of a slice of stacked ones.
+
+        XLA copies such a slice, with all experts, before it computes anything: that is little
+        beside a batch of training, and most of the time of a step that decodes one token.
+        """
+        graph, params = nnx.split(self.periods)
+        self.periods = nnx.List(
+            [
+                nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], params))
+                for i in range(self.config.num_periods)
+            ]
+        )
 
     def init_gate_state(self, token_counts: Callable[[], np.ndarray] | None = None) -> PyTree:
         """Initial gate states, stacked over MoE layers."""
@@ -310,7 +328,8 @@ class Stack(TrainOrEval):
         return jax.vmap(self._moe_layer().update_gate_state)(state, stats)
 
     def _moe_layer(self) -> MoELayer:
-        ffn = self.periods.blocks[self.config.sparse_places[0]].ffn
+        period = self.periods[0] if isinstance(self.periods, nnx.List) else self.periods
+        ffn = period.blocks[self.config.sparse_places[0]].ffn
         assert isinstance(ffn, MoELayer)
         return ffn
 
@@ -323,30 +342,48 @@ class Stack(TrainOrEval):
         tap: Tap | None,
         memory: StackMemory | None,
     ) -> Any:
-        graph, params = nnx.split(self.periods)
         key = context.key
         periods, sparse = self.config.num_periods, len(self.config.sparse_places)
         start = None if memory is None else memory.length
 
-        def body(x_BLD: Array, layers: tuple[PyTree, GateState, Array, Any]) -> Any:
-            own_params, own_states, index, memories = layers
+        def run(period: Period, x_BLD: Array, layers: tuple[GateState, Any, Any]) -> Any:
+            own_states, index, memories = layers
             own_key = None if key is None else jax.random.fold_in(key, index)
             own_context = context.of_layers(index * sparse, sparse)
             own_context = dataclasses.replace(own_context, key=own_key)
-            period = nnx.merge(graph, own_params)
             return period(x_BLD, own_context, own_states, train, tap, memories, start)
+
+        states = jax.tree.map(lambda x: x.reshape(periods, sparse, *x.shape[1:]), gate_state)
+        memories = None if memory is None else memory.periods
+        if isinstance(self.periods, nnx.List):
+            reports, kept = [], []
+            for index, period in enumerate(self.periods):
+                own_states = jax.tree.map(lambda x, i=index: x[i], states)
+                own_memories = None if memories is None else memories[index]
+                x_BLD, aux = run(period, x_BLD, (own_states, index, own_memories))
+                kept.append(aux.memory)
+                reports.append(dataclasses.replace(aux, memory=None))
+            aux = jax.tree.map(lambda *x: jnp.stack(x), *reports)
+            return x_BLD, _by_layer(dataclasses.replace(aux, memory=tuple(kept)))
+        graph, params = nnx.split(self.periods)
+
+        def body(x_BLD: Array, layers: tuple[PyTree, GateState, Array, Any]) -> Any:
+            return run(nnx.merge(graph, layers[0]), x_BLD, layers[1:])
 
         unroll = is_training(self, train) and periods <= MOST_UNROLLED
         if self.config.remat != "none":
             # Outside a loop XLA would merge recomputed values with the original ones.
             unroll = False
             body = jax.checkpoint(body, policy=REMAT[self.config.remat], prevent_cse=False)
-        states = jax.tree.map(lambda x: x.reshape(periods, sparse, *x.shape[1:]), gate_state)
-        memories = None if memory is None else memory.periods
         layers = (params, states, jnp.arange(periods), memories)
         x_BLD, aux = jax.lax.scan(body, x_BLD, layers, unroll=unroll)
-        by_layer = {
-            name: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), getattr(aux, name))
-            for name in ("stats", "policy", "taps")
-        }
-        return x_BLD, dataclasses.replace(aux, **by_layer)
+        return x_BLD, _by_layer(aux)
+
+
+def _by_layer(aux: LayerAux) -> LayerAux:
+    """Reports by period and place in it as reports by layer."""
+    by_layer = {
+        name: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), getattr(aux, name))
+        for name in ("stats", "policy", "taps")
+    }
+    return dataclasses.replace(aux, **by_layer)

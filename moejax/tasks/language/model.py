@@ -41,9 +41,11 @@ class LM(Stack):
         train: bool | None = None,
         tap: Tap | None = None,
         memory: StackMemory | None = None,
+        at: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "B L V"], LayerAux]:
         """With ``memory``, from ``empty_memory``, the tokens follow those that it knows, and
-        ``LayerAux.memory`` knows them too."""
+        ``LayerAux.memory`` knows them too. ``at``: the one index of a token whose logits are
+        wanted, [B, 1, V]; None: those of all tokens."""
         chex.assert_rank(token_BL, 2)
         chex.assert_equal_shape([token_BL, context.position_BL, context.valid_BL])
         # Scaled so that a tied embedding can serve as head with logits of unit scale.
@@ -53,6 +55,8 @@ class LM(Stack):
             self.text.embed_scale or self.config.d_model**0.5
         )
         x_BLD, aux = self.run_layers(x_BLD, context, gate_state, train, tap, memory)
+        if at is not None:
+            x_BLD = jax.lax.dynamic_slice_in_dim(x_BLD, at, 1, axis=1)
         with jax.named_scope("loss"):
             logits_BLV = self._logits(x_BLD)
         return logits_BLV, aux
