@@ -150,6 +150,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         doctor,
         eval,
         gates,
+        generate,
         inspect,
         profile,
         report,
@@ -170,6 +171,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     train.add_command(commands)
     eval.add_command(commands)
+    generate.add_command(commands)
     config.add_command(commands)
     profile.add_command(commands)
     inspect.add_command(commands)

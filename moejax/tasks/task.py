@@ -176,6 +176,17 @@ class Task:
         graph, template = nnx.split(self.abstract_module())
         return nnx.merge(graph, from_tree(template, params))
 
+    def built_apart(self, params: PyTree) -> Any:
+        """The model whose periods have parameters of their own: see ``Stack.take_apart``."""
+
+        def apart() -> Any:
+            module = self.module(nnx.Rngs(0))
+            module.take_apart()
+            return module
+
+        graph, template = nnx.split(nnx.eval_shape(apart))
+        return nnx.merge(graph, from_tree(template, params))
+
     def abstract_module(self) -> Any:
         """The model with shapes instead of parameters."""
         return nnx.eval_shape(lambda: self.module(nnx.Rngs(0)))

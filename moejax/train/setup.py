@@ -174,7 +174,7 @@ def prepare(config: Config, workdir: str | Path | None = None) -> Run:
     if workdir is not None:
         agreement.on_folder(Path(workdir))
     configure_devices(config)
-    devices = _devices(config)
+    devices = devices_of(config)
     validate(config, len(devices))
     if config.model.get("attention") == "cudnn" and devices[0].platform != "gpu":
         raise UserError(
@@ -201,7 +201,7 @@ def _build(config: Config) -> tuple[Task, Source]:
     return getattr(importlib.import_module(module), function)(config)
 
 
-def _devices(config: Config) -> list[jax.Device]:
+def devices_of(config: Config) -> list[jax.Device]:
     """All devices; if virtual CPU devices were started earlier, as many as the mesh has."""
     devices = started_devices()
     fixed = [config.mesh[axis] for axis in meshes.AXES]
