@@ -177,7 +177,9 @@ FIELDS: dict[str, Field] = {
     "train.checkpoint_every": Field(100, "steps between checkpoints", low=1, may_change=True),
     "train.keep_checkpoints": Field(2, "newest checkpoints kept", low=1, may_change=True),
     "train.init_from": Field("", "workdir whose weights the run starts from (empty: random)"),
-    "optim.name": Field("adamw", "optimizer", choices=("adamw", "muon", "lion", "adafactor", "sgd")),
+    "optim.name": Field(
+        "adamw", "optimizer", choices=("adamw", "muon", "lion", "adafactor", "sgd")
+    ),
     "optim.learning_rate": Field(3e-3, "peak learning rate", above=0.0, may_change=True),
     "optim.weight_decay": Field(
         0.1, "decoupled weight decay of matrices", low=0.0, may_change=True
