@@ -62,7 +62,7 @@ def _import(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         counts = summary["parameters"]
         print(
-            f"{args.workdir}: a {summary['family']} of {counts['total']:,} parameters "
+            f"{args.workdir}: {summary['family']}, {counts['total']:,} parameters "
             f"({counts['active']:,} active per token)"
         )
     return summary
@@ -80,5 +80,5 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
     summary = export_model(args.to_hf, args.out, args.step, args.dtype)
     if not args.json:
-        print(f"{args.out}: a {summary['family']} in {summary['dtype']}, of step {summary['step']}")
+        print(f"{args.out}: {summary['family']}, {summary['dtype']}, step {summary['step']}")
     return summary

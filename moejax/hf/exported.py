@@ -71,7 +71,8 @@ def export_model(
     config.model.vocab_size = arrays["params/embed_VD"].shape[0]
     fields = fields_of(config)
     scale = _absorbed(fields)
-    theirs = _their_config(workdir)
+    companions = _companions(workdir, Path(config.data.tokenizer))
+    theirs = _their_config(companions)
     family, keys = family_for(fields, theirs.get("model_type", ""))
     task = LanguageModel.from_config(config, config.model.vocab_size)
     try:
@@ -91,8 +92,8 @@ def export_model(
         partial.mkdir(parents=True)
         write_folder(partial, tensors.described, tensors.value, shard_bytes)
         for name in COMPANIONS:
-            if name != "config.json" and (workdir / FOLDER / name).is_file():
-                shutil.copyfile(workdir / FOLDER / name, partial / name)
+            if name != "config.json" and (companions / name).is_file():
+                shutil.copyfile(companions / name, partial / name)
         own = Path(config.data.tokenizer)
         if config.data.tokenizer and own.is_file() and not (partial / "tokenizer.json").exists():
             shutil.copyfile(own, partial / "tokenizer.json")
@@ -140,8 +141,14 @@ def _reach(fields: Fields, length: int) -> int:
     return math.ceil(fields["model.rope_trained_length"] * fields["model.rope_factor"])
 
 
-def _their_config(workdir: Path) -> dict[str, Any]:
-    path = workdir / FOLDER / "config.json"
+def _companions(workdir: Path, tokenizer: Path) -> Path:
+    """The folder of the files that came with the model, which a fine-tuned run shares."""
+    beside = tokenizer.parent
+    return beside if beside.name == FOLDER and beside.is_dir() else workdir / FOLDER
+
+
+def _their_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
