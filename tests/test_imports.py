@@ -39,11 +39,9 @@ FLOORS: list[dict[str, set[str]]] = [
         "models": {"layers", "mesh", "options", "types"},
         "config": {"dispatch", "errors", "gating", "mesh", "options", "record", "types"},
         "data": {"errors"},
-        "hf": {"errors", "record"},
     },
     {
         "job": {"config", "errors", "mesh"},
-        "hf": {"errors", "record"},
         "tasks": {
             "config", "data", "dispatch", "errors", "layers", "losses", "mesh", "models", "options",
             "record", "types",
@@ -64,9 +62,14 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"},
-        "inspection": {"config", "errors", "record", "train"},
+        "hf": {"config", "errors", "gating", "options", "record", "tasks", "train"},
+        "generate": {
+            "config", "data", "dispatch", "errors", "job", "mesh", "options", "record", "tasks",
+            "train", "types",
+        },
     },
     {
+        "inspection": {"config", "errors", "hf", "record", "train"},
         "analysis": {
             "config", "errors", "gating", "moejax", "options", "record", "sweep", "tasks", "train",
             "types",
@@ -84,7 +87,8 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "cli": {
             "analysis", "config", "contrib/openmoe", "contrib/scaling", "data", "errors", "gating",
-            "inspection", "job", "mesh", "moejax", "record", "sweep", "tasks", "train", "types",
+            "generate", "hf", "inspection", "job", "mesh", "moejax", "record", "sweep", "tasks",
+            "train", "types",
         },
     },
     {"moejax": {"errors", "gating", "layers", "mesh", "types"}, "contrib": set()},

@@ -135,7 +135,7 @@ def _absorbed(fields: Fields) -> float:
 
 
 def _reach(fields: Fields, length: int) -> int:
-    """The number of positions that the model is said to have."""
+    """The number of positions in the model's config."""
     if fields["model.rope_scaling"] == "none":
         return length
     return math.ceil(fields["model.rope_trained_length"] * fields["model.rope_factor"])

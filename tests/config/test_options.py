@@ -129,10 +129,10 @@ FITTING = {
 }
 
 
-ORDINARY = {"model.mla_kv_rank": 0, "model.moa_experts": 0}
+ORDINARY = {"model.mla_kv_rank": 0, "model.moa_experts": 0, "model.mod_capacity": 0.0}
 CHOSEN = {"model.attention_bias": "none", "model.qk_norm": "none", "model.attention_sinks": False,
-          "model.temperature": 0.0}  # fmt: skip
-"""Options of ordinary attention that other kinds of attention refuse."""
+          "model.temperature": 0.0, "model.window": 0}  # fmt: skip
+"""Options of ordinary attention that other kinds of attention, or Mixture-of-Depths, refuse."""
 
 
 @pytest.mark.parametrize(
