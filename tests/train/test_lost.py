@@ -265,11 +265,11 @@ def test_added_renamed_and_removed_fields_are_read(monkeypatch: pytest.MonkeyPat
     old["train"]["every"] = old["train"].pop("log_every") + 3
     old["moe"]["magic"] = 0
     changes = (
-        versions.Change(2, "train.every", now="train.log_every"),
-        versions.Change(2, "moe.magic", off=0),
+        versions.Change(versions.SCHEMA + 1, "train.every", now="train.log_every"),
+        versions.Change(versions.SCHEMA + 1, "moe.magic", off=0),
     )
     monkeypatch.setattr(versions, "CHANGES", changes)
-    monkeypatch.setattr(versions, "SCHEMA", 2)
+    monkeypatch.setattr(versions, "SCHEMA", versions.SCHEMA + 1)
     field = Field(0, "times", before=4)
     monkeypatch.setitem(versions.FIELDS, "moe.reroute", field)
     read, added = versions.migrated(old, 1, "old")
