@@ -101,6 +101,15 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
     return re.sub(rf"(?<![\w.])(?:{'|'.join(parts)})", lambda match: names[match[0]], text)
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """``"1.0,1.5"`` as numbers.
+
+    Raises:
+      ValueError: something else is between the commas.
+    """
+    return tuple(float(number) for number in text.split(",") if number.strip())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeOptions(Options):
     """Rotary positions, and how they are stretched beyond the length of training.
@@ -115,10 +124,12 @@ class RopeOptions(Options):
     scaling: str = option(
         "none",
         "how rotary positions are scaled beyond the length of training",
-        choices=("none", "linear", "llama3", "yarn"),
+        choices=("none", "linear", "llama3", "yarn", "longrope"),
     )
     factor: float = option(1.0, "rope_scaling: length of use / length of training", low=1.0)
-    trained_length: int = option(8192, "rope_scaling llama3, yarn: length of training", low=1)
+    trained_length: int = option(
+        8192, "rope_scaling llama3, yarn, longrope: length of training", low=1
+    )
     low_turns: float = option(
         1.0, "rope_scaling llama3, yarn: pairs with fewer turns in that length are slowed by "
         "the whole factor", above=0.0,
@@ -130,9 +141,17 @@ class RopeOptions(Options):
     )
     whole_pairs: bool = option(True, "rope_scaling yarn: round the two bounds to whole pairs")
     magnitude: float = option(
-        0.0, "rope_scaling yarn: factor of rotated queries and keys (0: 0.1 ln(factor) + 1)",
+        0.0, "rope_scaling yarn, longrope: factor of rotated queries and keys (0: the paper's)",
         low=0.0,
     )  # fmt: skip
+    short_factors: str = option(
+        "", "rope_scaling longrope: what divides the frequency of each pair, as '1.0,1.5'"
+    )
+    long_factors: str = option("", "rope_scaling longrope: the same with rope_long")
+    long: bool = option(
+        False, "rope_scaling longrope: sequences may be longer than the length of training"
+    )
+    long_magnitude: float = option(0.0, "rope_magnitude with rope_long (0: the same)", low=0.0)
 
     def check(self, width: int) -> None:
         """Raises ValueError unless heads of this width can be rotated so."""
@@ -144,11 +163,37 @@ class RopeOptions(Options):
                 f"share={self.share:g} of heads of width {width} rotates {rotated} of their "
                 "numbers, which are no pairs; use an even width (head_dim)"
             )
+        if self.scaling == "longrope":
+            self._check_factors("long_factors" if self.long else "short_factors", rotated // 2)
+            if self.trained_length == 1:
+                raise ValueError("trained_length=1 has no logarithm above 0; use 2 or more")
         if self.scaling in ("llama3", "yarn") and self.low_turns >= self.high_turns:
             raise ValueError(
                 f"low_turns={self.low_turns:g} must be below high_turns={self.high_turns:g}; lower "
                 "it or raise the other"
             )
+
+    def _check_factors(self, name: str, pairs: int) -> None:
+        given = getattr(self, name)
+        try:
+            factors = numbers(given)
+        except ValueError:
+            factors = ()
+        if not factors or min(factors) <= 0:
+            raise ValueError(
+                f"{name}={given!r} must be {pairs} numbers above 0, one per rotated pair, as "
+                "'1.0,1.5'"
+            )
+        if len(factors) != pairs:
+            raise ValueError(
+                f"{name} has {len(factors)} numbers, but a head has {pairs} rotated pairs; use one "
+                "number per pair"
+            )
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What longrope divides the frequencies by."""
+        return numbers(self.long_factors if self.long else self.short_factors)
 
     def rotated(self, width: int) -> int:
         """The rotated part of a head's width."""

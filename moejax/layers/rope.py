@@ -20,12 +20,20 @@ def frequencies(options: RopeOptions, width: int) -> Float[np.ndarray, "P"]:
       (n - low_turns) / (high_turns - low_turns), between 0 and 1 (Llama 3.1's released code);
     * yarn: the kept share falls linearly with the index of the pair between the pairs that make
       ``high_turns`` and ``low_turns`` turns (Peng et al., arXiv 2309.00071).
+
+    longrope divides the frequency of each pair by a number of its own (Ding et al., arXiv
+    2402.13753): one of ``short_factors``, or with ``long`` one of ``long_factors``. Deviation:
+    released code takes the long ones as soon as a sequence is longer than ``trained_length``. Here
+    ``long`` decides for all sequences, because a remembered key keeps the rotation that it got when
+    the sequence was shorter; without ``long``, sequences up to ``trained_length`` are as there.
     """
     assert options.theta is not None
     pairs = options.rotated(width) // 2
     plain_P = options.theta ** (-np.arange(pairs) / pairs)
     if options.scaling == "none":
         return plain_P
+    if options.scaling == "longrope":
+        return plain_P / np.array(options.factors)
     kept_P = np.zeros(pairs)
     if options.scaling == "llama3":
         turns_P = options.trained_length * plain_P / (2 * math.pi)
@@ -51,10 +59,18 @@ def _yarn_bounds(options: RopeOptions, pairs: int) -> tuple[float, float]:
 
 
 def magnitude(options: RopeOptions) -> float:
-    """The factor of rotated queries and keys: YaRN's temperature, otherwise 1."""
-    if options.scaling != "yarn":
-        return 1.0
-    return options.magnitude or 0.1 * math.log(options.factor) + 1.0
+    """The factor of rotated queries and keys, which is their temperature; 1 but for two scalings.
+
+    Without ``magnitude``, YaRN has 0.1 ln(factor) + 1 and LongRoPE
+    sqrt(1 + ln(factor) / ln(trained_length)).
+    """
+    if options.scaling == "yarn":
+        return options.magnitude or 0.1 * math.log(options.factor) + 1.0
+    if options.scaling == "longrope":
+        ratio = math.log(options.factor) / math.log(options.trained_length)
+        given = options.long_magnitude if options.long else 0.0
+        return given or options.magnitude or math.sqrt(1.0 + ratio)
+    return 1.0
 
 
 def rotate(

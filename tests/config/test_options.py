@@ -120,6 +120,8 @@ FITTING = {
     "moe.balance_scope": "batch",
     "moe.residual": False,
     "model.rope_whole_pairs": False,
+    "model.rope_short_factors": "1,2",
+    "model.rope_long_factors": "1,3",
     "model.tie_embeddings": False,
     "model.global_rope": False,
     "moe.transport": "gather",

@@ -20,6 +20,10 @@ BASE = AttentionOptions(num_heads=4, num_kv_heads=2, head_dim=8, implementation=
 YARN = RopeOptions(
     theta=50.0, scaling="yarn", factor=4.0, trained_length=64, low_turns=1.0, high_turns=8.0
 )
+LONG = RopeOptions(
+    theta=50.0, scaling="longrope", factor=4.0, trained_length=64, short_factors="1,1.5,2,2.5",
+    long_factors="1,3,5,7", long_magnitude=1.3,
+)  # fmt: skip
 CASES = {
     "plain": {},
     "biases of queries, keys and values": {"bias": "qkv"},
@@ -44,6 +48,8 @@ CASES = {
         "rope": dataclasses.replace(YARN, scaling="llama3", high_turns=4.0, trained_length=40)
     },
     "yarn": {"rope": YARN},
+    "longrope": {"rope": LONG},
+    "longrope beyond training": {"rope": dataclasses.replace(LONG, long=True)},
     "yarn, fractional": {"rope": dataclasses.replace(YARN, whole_pairs=False, magnitude=1.3)},
 }  # fmt: skip
 HOLES = np.ones((B, L), bool)
@@ -59,6 +65,9 @@ def turns(options: RopeOptions, width: int) -> np.ndarray:
         stretched, length = plain / options.factor, 2 * math.pi / plain
         if options.scaling == "none":
             found.append(plain)
+        elif options.scaling == "longrope":
+            text = options.long_factors if options.long else options.short_factors
+            found.append(plain / float(text.split(",")[pair]))
         elif options.scaling == "linear":
             found.append(stretched)
         elif options.scaling == "llama3":
@@ -91,6 +100,8 @@ def turned(x: np.ndarray, position: int, options: RopeOptions) -> np.ndarray:
     factor = 1.0
     if options.scaling == "yarn":
         factor = options.magnitude or 0.1 * math.log(options.factor) + 1
+    if options.scaling == "longrope":
+        factor = 1.3 if options.long else math.sqrt(1 + math.log(4) / math.log(64))
     for pair, frequency in enumerate(turns(options, len(x))):
         i, j = (2 * pair, 2 * pair + 1) if options.interleaved else (pair, pair + size // 2)
         point = (x[i] + 1j * x[j]) * np.exp(1j * position * frequency) * factor
