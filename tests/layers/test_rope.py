@@ -91,9 +91,10 @@ def test_longrope_turns_as_that_of_phi_3_5_moe(long):
     cos, sin = PhimoeRotaryEmbedding(config)(torch.tensor(x), torch.tensor(position))
     heads_first = torch.tensor(x).transpose(1, 2)
     wanted = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)[0].transpose(1, 2).numpy()
+    lists: dict = {f"{kind}_factors": ",".join(map(str, own)) for kind, own in factors.items()}
     ours = RopeOptions(
         scaling="longrope", trained_length=trained, magnitude=1.24, long_magnitude=1.31, long=long,
-        **{f"{kind}_factors": ",".join(map(str, own)) for kind, own in factors.items()},
+        **lists,
     )  # fmt: skip
     got = rotate(jnp.asarray(x), jnp.asarray(position), ours)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)  # float32 angles up to 32
