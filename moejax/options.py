@@ -145,9 +145,9 @@ class RopeOptions(Options):
         low=0.0,
     )  # fmt: skip
     short_factors: str = option(
-        "", "rope_scaling longrope: what divides the frequency of each pair, as '1.0,1.5'"
+        "", "rope_scaling longrope: divisors of the frequencies of the pairs, as '1.0,1.5'"
     )
-    long_factors: str = option("", "rope_scaling longrope: the same with rope_long")
+    long_factors: str = option("", "rope_scaling longrope: the divisors with rope_long")
     long: bool = option(
         False, "rope_scaling longrope: sequences may be longer than the length of training"
     )
@@ -192,7 +192,7 @@ class RopeOptions(Options):
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """What longrope divides the frequencies by."""
+        """The divisors of the frequencies under longrope."""
         return numbers(self.long_factors if self.long else self.short_factors)
 
     def rotated(self, width: int) -> int:
