@@ -46,9 +46,10 @@ class TensorFolder:
         self.folder = Path(folder)
         self._stack = contextlib.ExitStack()
         self._files = {name: self._opened(name) for name in self._file_names()}
-        self._file_of = {
-            tensor: name for name, file in self._files.items() for tensor in file.keys()
-        }
+        self._file_of: dict[str, str] = {}
+        for name, file in self._files.items():
+            for tensor in file.keys():
+                self._add(tensor, name)
         self._check_index()
 
     def __enter__(self) -> "TensorFolder":
@@ -88,6 +89,16 @@ class TensorFolder:
     def _slice(self, name: str) -> Any:
         return self._files[self._file_of[name]].get_slice(name)
 
+    def _add(self, tensor: str, name: str) -> None:
+        if tensor in self._file_of:
+            other = self._file_of[tensor]
+            self._stack.close()
+            raise UserError(
+                f"{self.folder}: tensor {tensor!r} is in {other} and in {name}; they are files of "
+                "different models, so download the model into an empty folder"
+            )
+        self._file_of[tensor] = name
+
     def _file_names(self) -> list[str]:
         if (self.folder / INDEX).is_file():
             return sorted(set(self._weight_map().values()))
@@ -98,10 +109,7 @@ class TensorFolder:
             return loose
         pickled = [path.name for kind in PICKLED for path in sorted(self.folder.glob(kind))]
         if pickled:
-            raise UserError(
-                f"{self.folder / pickled[0]} is a pickle, which can run any program when it is "
-                "read; save the model as safetensors (save_pretrained of transformers does)"
-            )
+            raise _pickled(self.folder / pickled[0])
         raise UserError(
             f"{self.folder} has neither {SINGLE} nor {INDEX}; name the folder of a Hugging Face "
             "model"
@@ -111,18 +119,20 @@ class TensorFolder:
         path = self.folder / INDEX
         try:
             weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, OSError) as error:
+            outside = [name for name in weights.values() if Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(
                 f"{path} is not an index of tensors ({type(error).__name__}: {error}); download it "
                 "again"
             ) from error
-        outside = [name for name in weights.values() if Path(name).name != name]
         if outside:
             raise UserError(f"{path} names {outside[0]!r}, which is not a file beside it")
         return weights
 
     def _opened(self, name: str) -> Any:
         path = self.folder / name
+        if any(path.match(kind) for kind in PICKLED):
+            raise _pickled(path)
         if not path.is_file():
             raise UserError(f"{path} is missing, but {INDEX} names it; download it again")
         try:
@@ -144,6 +154,13 @@ class TensorFolder:
                     f"{self.folder / INDEX} says that {name} has the tensor {tensor!r}, but it has "
                     "not; download both again"
                 )
+
+
+def _pickled(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a pickle, which can run any program when it is read; save the model as "
+        "safetensors (save_pretrained of transformers does)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +224,7 @@ def _write_shard(
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
     for name, tensor in tensors.items():
-        x = np.ascontiguousarray(value(name), DTYPES[tensor.dtype])
+        x = np.asarray(value(name), DTYPES[tensor.dtype], order="C")
         assert x.shape == tensor.shape, (name, x.shape, tensor.shape)
         out.write(x.reshape(-1).view(np.uint8).data)
 
