@@ -5,10 +5,13 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
 from moejax.train.parameters import STACKED, in_gate, path_names, split_name
+
+AnyMesh = Mesh | AbstractMesh
+"""An abstract mesh has sizes without devices, which is enough for the shapes of shards."""
 
 AXIS_OF = {"E": "expert", "D": "fsdp", "F": "tensor", "H": "tensor", "J": "tensor"}
 """Mesh axis of a weight's axis, by the letter in its name: ``up_EDF`` is (expert, fsdp, tensor)."""
@@ -30,7 +33,7 @@ class TrainState:
     key: Array
 
 
-def partition_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """The split of the array at ``path``, from the axis letters at the end of its name.
 
     Vectors and gates' weights are small and stay whole, and so does an array without axis letters
@@ -49,14 +52,14 @@ def partition_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) ->
     return PartitionSpec(*axes)
 
 
-def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     """A NamedSharding for every array (or ShapeDtypeStruct) of a training state."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, partition_spec(path, x.shape, mesh)), tree
     )
 
 
-def abstract(tree: PyTree, mesh: Mesh) -> PyTree:
+def abstract(tree: PyTree, mesh: AnyMesh) -> PyTree:
     """ShapeDtypeStructs with shardings, which checkpoints are restored onto."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
