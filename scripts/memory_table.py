@@ -22,7 +22,7 @@ from moejax.mesh import AXES, BATCH_AXES, axis_size
 from moejax.tasks.language.task import LanguageModel
 from moejax.train.cost import memory
 from moejax.train.optim import make_optimizer
-from moejax.train.parameters import EXPERT_MATRICES, path_names
+from moejax.train.parameters import EXPERT_WEIGHTS, path_names
 from moejax.train.state import TrainState, abstract, count_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ class Published(NamedTuple):
         experts = sum(
             x.size
             for path, x in jax.tree.leaves_with_path(self.params)
-            if path_names(path)[-1] in EXPERT_MATRICES
+            if path_names(path)[-1] in EXPERT_WEIGHTS
         )
         model = self.task.model
         k = model.gate.columns(model.moe.num_experts)

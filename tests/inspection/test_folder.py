@@ -63,7 +63,7 @@ def experts_of(tensors, family, layer):
     """Each expert's weights as one vector, from their tensors."""
     at = f"model.layers.{layer}."
     if family == "gpt_oss":
-        names = ("gate_up_proj", "down_proj", "gate_up_proj_bias")
+        names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
         return [
             np.concatenate([tensors[f"{at}mlp.experts.{name}"][e].ravel() for name in names])
             for e in range(E)
