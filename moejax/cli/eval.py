@@ -30,7 +30,8 @@ def add_command(commands: Any) -> None:
         "  moejax eval --workdir=runs/switch\n"
         "  moejax eval --workdir=runs/switch --json | jq .loss\n"
         "  moejax eval --workdir=runs/switch --step=200 --config.moe.eval_transport=cells\n"
-        "  moejax eval --workdir=runs/ec --measure-leak=32\n\n"
+        "  moejax eval --workdir=runs/ec --measure-leak=32\n"
+        "  moejax eval --workdir=runs/switch --text=book.txt --stride=64\n\n"
         f"{OVERRIDES}",
     )
     parser.add_argument("--workdir", required=True, **WORKDIR, help="the run's folder")
@@ -64,6 +65,21 @@ def add_command(commands: Any) -> None:
         help="with --record-routing: also the training batches of the first N steps, at most "
         "train.steps",
     )
+    parser.add_argument(
+        "--text", metavar="FILE", help="perplexity and bits per byte of this text file"
+    )
+    parser.add_argument(
+        "--window", type=int, metavar="N",
+        help="with --text: tokens the model sees at once (default: train.seq_len)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stride", type=int, metavar="N",
+        help="with --text: tokens between two windows (default: half a window)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="FILE",
+        help="with --text: the tokenizer.json of a run whose data.path has prepared shards",
+    )  # fmt: skip
     parser.set_defaults(run=_eval, takes_overrides=True)
 
 
@@ -82,8 +98,11 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(
             f"--record-steps={args.record_steps} must be 0 or more, and needs --record-routing"
         )
+    _check_text_flags(args)
     loaded = load(os.path.join(args.workdir, "config.json"), args.overrides)
     validate(loaded.config)
+    if args.text is not None:
+        return _eval_text(args, loaded.config)
 
     from moejax.train import evaluate
     from moejax.train.metrics import rows
@@ -103,6 +122,53 @@ def _eval(args: argparse.Namespace) -> int:
     short = args.summary or (sys.stdout.isatty() and not args.json)
     print("\n".join(_lines(row, args.workdir, loaded.config)) if short else json.dumps(row))
     return 0
+
+
+def _check_text_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that --text needs, or that do not go with it."""
+    if args.text == "":
+        raise UserError("--text= must name a file to evaluate")
+    for name in ("window", "stride", "tokenizer"):
+        value = getattr(args, name)
+        if value is not None and args.text is None:
+            raise UserError(f"--{name}={value} is about a text file; name it with --text=FILE")
+        if name != "tokenizer" and value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be a number of tokens, at least 1")
+    others = {"--measure-leak": args.measure_leak, "--record-routing": args.record_routing}
+    for name, value in others.items():
+        if args.text is not None and value is not None:
+            raise UserError(
+                f"{name}={value} is about the run's held-out text; leave it out, or --text"
+            )
+
+
+def _eval_text(args: argparse.Namespace, config: Any) -> int:
+    from moejax.train import perplexity
+    from moejax.train.metrics import rows
+
+    text = perplexity.Sliding(args.text, args.window or 0, args.stride or 0, args.tokenizer or "")
+    try:
+        row = perplexity.perplexity(config, args.workdir, args.step, text)
+    except rows.Divergence as problem:
+        print(f"moejax: the evaluation is not finite at {problem}", file=sys.stderr)
+        return FAILED
+    short = args.summary or (sys.stdout.isatty() and not args.json)
+    print("\n".join(_text_lines(row)) if short else json.dumps(row))
+    return 0
+
+
+def _text_lines(row: dict[str, Any]) -> list[str]:
+    """A summary of a text's row."""
+    lines = [
+        ("text", f"{row['text']}  {row['tokens']} tokens, {row['bytes']} bytes"),
+        ("loss", f"{row['loss']:.4f} nats/token  {row['bits_per_byte']:.4f} bits/byte"),
+        ("perplexity", f"{row['perplexity']:.4f} at step {row['step']}"),
+        ("accuracy", f"{row['accuracy']:.2%}"),
+        ("windows", f"{row['window']} tokens, one every {row['stride']}"),
+    ]
+    if row["leak"]:
+        lines.append(("leaks", row["leak"]))
+    return [f"{name:<14}  {text}" for name, text in lines]
 
 
 def _lines(row: dict[str, Any], workdir: str, config: Any) -> list[str]:
