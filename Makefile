@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(READY_SLOW): $(READY)
-	$(PIP_INSTALL) --editable '.[dev,tensorboard,wandb,slurm,browser,parity]'
+	$(PIP_INSTALL) --editable '.[dev,tensorboard,wandb,slurm,browser,parity,eval]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(TPU_COMPILER) libtpu
 	@touch $@
 
@@ -56,7 +56,7 @@ exam: $(READY)  ## examine a gate from elsewhere: GATE="module:Gate field=value"
 	  tests/test_gates.py tests/test_visibility.py tests/models/test_prefix.py \
 	  -k "not capacity_shows and not overflow and not balanced_batch and not dropless_evaluation" $(ARGS)
 
-test-slow: $(READY_SLOW)  ## run the slow suites (installs PyTorch, transformers and the TPU compiler first)
+test-slow: $(READY_SLOW)  ## run the slow suites (installs PyTorch, transformers, lm_eval and the TPU compiler first)
 	$(BIN)/python -m pytest -m "slow and not tpu" $(PARALLEL) $(ARGS)
 	PYTHONPATH=$(TPU_COMPILER) $(BIN)/python -m pytest -m "slow and tpu" $(ARGS)
 

@@ -1,0 +1,1 @@
+"""Runs as models of EleutherAI's lm-evaluation-harness (extra ``eval``)."""
