@@ -13,6 +13,7 @@ from moejax.analysis.pages import (
     cost,
     curves,
     drops,
+    generated,
     load,
     overview,
     router,
@@ -44,6 +45,7 @@ PAGES: tuple[Callable[[RunData], Page], ...] = (
     coactivation.page,
     stability.page,
     cost.page,
+    generated.page,
 )
 
 SWEEP_PAGES: tuple[Callable[[SweepData], Page], ...] = (

@@ -37,9 +37,9 @@ class Continuation:
 
     def add(self, tokens: Sequence[int], most: int) -> None:
         """Takes up further tokens until the text ends, at the latest with ``most`` of them."""
+        if self.finish:
+            return
         for token in tokens:
-            if self.finish:
-                return
             if token == self._eos:
                 self.finish = "eos"
                 break
@@ -48,6 +48,8 @@ class Continuation:
                 self._look_for_stops()
             if not self.finish and len(self.tokens) >= most:
                 self.finish = "length"
+            if self.finish:
+                break
         if self.finish != "stop":
             self.text = self._decoded()
 

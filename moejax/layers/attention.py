@@ -1,7 +1,7 @@
 """Self-attention, alike in training, in evaluation and token by token."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ class Memory:
 
     ``kept``: arrays [B, S, ...], keys and values, or what they are computed from. ``valid_BS``:
     False for padding, for tokens that are still to come, and for tokens that do not pass through a
-    routed block. Both may be stacked over layers.
+    routed block. Both may be stacked over layers, and shapes or shardings in the place of arrays.
     """
 
-    kept: tuple[Array, ...]
-    valid_BS: Array
+    kept: tuple[Any, ...]
+    valid_BS: Any
 
     @classmethod
     def empty(cls, batch: int, size: int, shapes: tuple[tuple[int, ...], ...], dtype) -> "Memory":
