@@ -63,7 +63,7 @@ class GatingDropout(Stateless, LinearRouter, TokenChoice):
     @property
     def top_k(self) -> TopK:
         """The gate of all steps that are not local."""
-        return TopK(self.k, self.renormalize, self.jitter, self.init_scale)
+        return TopK(self.k, self.renormalize, self.jitter, init_scale=self.init_scale)
 
     def traits(self) -> GateTraits:
         return GateTraits(advice=self._advice)

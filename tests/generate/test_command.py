@@ -58,7 +58,9 @@ def test_a_prompt_is_continued_and_its_experts_are_shown_and_recorded(workdir, f
     assert [line.split()[-2:] for line in shown[1:]] == [
         ["+".join(map(str, own)) for own in e] for e in experts
     ]
-    (text,) = GeneratedTexts.read(workdir).texts
+    recorded = GeneratedTexts.read(workdir)
+    assert recorded is not None
+    (text,) = recorded.texts
     assert text.experts == experts and text.prompt == PROMPT
     page = generated_page.page(RunData.read(workdir))
     assert page.blocks and PROMPT in str(page.blocks)
@@ -136,6 +138,10 @@ def test_a_folder_without_a_language_model_is_refused(workdir, folder):
     bare.mkdir()
     (bare / "config.json").write_bytes((workdir / "config.json").read_bytes())
     runs.refused(["generate", f"--workdir={bare}", "--prompt=a"], "checkpoint")
+
+
+@pytest.mark.slow
+def test_a_run_of_another_task_is_refused(folder):
     ended = runs.call(
         ["train", "--config=configs/vit.py:size=debug", f"--workdir={folder}/vit",
          "--config.train.steps=1"]

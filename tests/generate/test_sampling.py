@@ -1,5 +1,7 @@
 """The distribution of the next token."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def theirs(sampling: Sampling) -> np.ndarray:
     import torch
     from transformers.generation import logits_process as process
 
-    steps = [process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
+    steps: list = [process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
     steps.append(process.TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         steps.append(process.TopKLogitsWarper(sampling.top_k))
@@ -40,7 +42,7 @@ def theirs(sampling: Sampling) -> np.ndarray:
         steps.append(process.TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         steps.append(process.MinPLogitsWarper(sampling.min_p))
-    logits = torch.tensor(np.asarray(LOGITS))
+    logits: Any = torch.tensor(np.asarray(LOGITS))
     for step in steps:
         logits = step(torch.from_numpy(TEXT), logits)
     return logits.numpy()

@@ -15,7 +15,7 @@ from moejax.generate.prompts import Prompts
 from moejax.generate.sampling import Sampling
 from moejax.options import DispatchOptions, LatentOptions, RopeOptions
 from moejax.tasks.language.task import LanguageModel
-from moejax.types import Context, GateTraits
+from moejax.types import Context, GateTraits, Slots
 from tests import gates, lms
 
 forget = gates.forgetting()
@@ -58,7 +58,10 @@ def routed(row, x, token, start, state, params):
     output = row.make()(params, state, x, given)
     expert, weight = output.routing.expert_GTK, output.routing.weight_GTK
     share = jnp.zeros((length, gates.E))
-    return np.asarray(share.at[jnp.arange(length)[:, None], expert[0]].add(weight[0]))
+    share = share.at[jnp.arange(length)[:, None], expert[0]].add(weight[0])
+    if isinstance(output.mixing, Slots):  # whose routing is for information
+        share = jnp.concatenate([share, output.mixing.dispatch_GTX[0]], axis=1)
+    return np.asarray(share)
 
 
 @pytest.mark.parametrize("row", gates.PARAMS)
