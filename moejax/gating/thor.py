@@ -50,8 +50,8 @@ class Thor(Unlearned):
         ops.check_choice("evaluation", self.evaluation, EVALUATIONS)
 
     def traits(self) -> GateTraits:
-        # A sequence's noise is one draw.
-        return GateTraits(reads_past=self.evaluation != "mean")
+        # A sequence's noise is one draw, and its first number is the expert of a sequence.
+        return GateTraits(reads_past=self.evaluation == "token")
 
     def columns(self, num_experts: int) -> int:
         return num_experts if self.evaluation == "mean" else 1

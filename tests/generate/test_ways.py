@@ -125,11 +125,11 @@ def model_of(settings, step=0):
     task = LanguageModel(settings, (), 0.0, seq_len=16)
     params = task.init(jax.random.key(3))
     if settings.num_moe_layers:
-        drawn = [gates.drawn(settings.gate, seed=n) for n in range(settings.num_moe_layers)]
-        place = settings.sparse_places[0]
-        params["periods"]["blocks"][str(place)]["ffn"]["router"] = jax.tree.map(
-            lambda *x: jnp.stack(x), *drawn
-        )
+        for place in settings.sparse_places:
+            seeds = [10 * place + period for period in range(settings.num_periods)]
+            drawn = [gates.drawn(settings.gate, seed=seed) for seed in seeds]
+            router = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
+            params["periods"]["blocks"][str(place)]["ffn"]["router"] = router
     state = task.init_gate_state(gates.token_counts)
     own = apart(jax.tree.map(jnp.copy, params), settings.num_periods)
     return task, params, Weights(own, state, jnp.int32(step), KEY)
