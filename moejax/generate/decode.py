@@ -52,7 +52,7 @@ class Progress:
     """A batch of texts while they are generated. S is their room, padding and prompts included."""
 
     logits_BV: Array
-    """Of the next token."""
+    """Logits of the next token."""
     seen_BV: Array
     """The tokens of each text."""
     token_BS: Array

@@ -18,7 +18,7 @@ from moejax.generate.text import Continuation, Finish
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to generate after each prompt: see `Sampling`, and ``moejax generate --help``."""
+    """The continuations that are wanted: see `Sampling`, and ``moejax generate --help``."""
 
     sampling: Sampling = Sampling()
     max_tokens: int = 128
@@ -38,7 +38,7 @@ class Generated:
     tokens: list[int]
     finish: Finish
     visits: Visits | None = None
-    """Of the tokens alone, [N, M, K]."""
+    """The experts of the tokens, [N, M, K]."""
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from moejax.generate.text import Continuation
 from moejax.record.generated import GeneratedText, GeneratedTexts
 
 COLOURS = (196, 39, 46, 214, 129, 51, 226, 201, 244, 34, 208, 27)
-"""Of experts, in turns: numbers of the 256 colours of terminals."""
+"""The experts' colours, in turns: numbers of the 256 colours of terminals."""
 
 
 class Shown:
