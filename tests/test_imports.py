@@ -69,7 +69,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "inspection": {"config", "errors", "hf", "record", "train"},
+        "inspection": {"config", "errors", "hf", "record", "tasks", "train"},
         "analysis": {
             "config", "errors", "gating", "moejax", "options", "record", "sweep", "tasks", "train",
             "types",
