@@ -132,6 +132,8 @@ ROWS = [
     # Routers of the literature, and controls without one.
     row("hierarchical"),
     row("hierarchical", fields={"groups": 2, "k": 3, "noisy": False}, slow=True),
+    row("sparsemixer"),
+    row("sparsemixer", fields={"k": 3, "jitter": 0.5}, slow=True),
     row("xmoe"),
     row("xmoe", fields={"k": 2, "bias": True}, slow=True),
     row("stablemoe"),

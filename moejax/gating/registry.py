@@ -66,6 +66,7 @@ GATES: dict[str, Entry] = {
         source="Lepikhin et al. (GShard, algorithm 1; weight of the loss as in Mesh TensorFlow), "
         "arXiv 2006.16668",
     ),
+    "sparsemixer": Entry("sparsemixer:SparseMixer", {"transport": "dropless"}),
     "xmoe": Entry("xmoe:XMoE", {"losses.z": 0.0}),
     "stablemoe": Entry("stablemoe:StableMoE", {"capacity_factor": 2.0, **UNBALANCED}),
     "rl": Entry("rl:RL", {"losses.policy": 0.1, "losses.baseline": 0.01}),
