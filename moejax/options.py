@@ -381,6 +381,7 @@ class TextOptions(Options):
 
     tie_embeddings: bool = option(True, "output matrix = embedding")
     embed_scale: float = option(0.0, "factor of embeddings (0: sqrt(d_model))", low=0.0)
+    head_bias: bool = option(False, "add a learned bias to the logits")
     logit_scale: float = option(1.0, "factor of the logits", above=0.0)
     logit_cap: float = option(0.0, "logits z become cap tanh(z / cap) (0: no cap)", low=0.0)
 

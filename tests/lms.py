@@ -28,7 +28,7 @@ OF_EXPERTS = (
     "gate", "vocab_size", "shared_experts", "shared_gate", "shared_d_ff", "residual", "expert_bias",
     "weigh_input",
 )  # fmt: skip
-OF_TEXT = ("tie_embeddings", "embed_scale", "logit_scale", "logit_cap")
+OF_TEXT = ("tie_embeddings", "embed_scale", "head_bias", "logit_scale", "logit_cap")
 NESTED = {
     **{name: ("attention", name) for name in OF_ATTENTION},
     **{name: ("experts", name) for name in OF_EXPERTS},

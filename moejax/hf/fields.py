@@ -10,7 +10,7 @@ from moejax.config.tree import flatten, set_field
 from moejax.errors import UserError
 from moejax.gating.registry import GATES
 from moejax.hf.families import FAMILIES, Family
-from moejax.hf.keys import Fields, Theirs, sparse_of
+from moejax.hf.keys import Fields, Theirs, same_numbers, sparse_of
 
 OF_TRAINING = {"init_scale", "jitter", "sequence_loss", "device_loss", "bias_rate"}
 """A gate's hyper-parameters that do not change what it does in evaluation."""
@@ -20,6 +20,7 @@ OF_THE_RUN = {
     "model.matmul_precision",
     "model.remat",
     "model.attention",
+    "model.rope_long",
     "moe.transport",
     "moe.capacity_factor",
     "moe.eval_transport",
@@ -30,7 +31,8 @@ OF_THE_RUN = {
     "moe.balance_scope",
     "moe.allow_future_leak",
 }
-"""Fields that do not change what a model computes, if no pair is dropped."""
+"""Fields that do not change what a model computes, if no pair is dropped. ``model.rope_long`` is the
+length of the sequences, which published code looks at."""
 
 UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("model.window", 0, ("model.window_kind",)),
@@ -101,6 +103,12 @@ def explicit(fields: Fields) -> Fields:
     if f["model.rope_scaling"] == "yarn":
         grown = 0.1 * math.log(f["model.rope_factor"]) + 1.0
         f["model.rope_magnitude"] = f["model.rope_magnitude"] or grown
+    if f["model.rope_scaling"] == "longrope":
+        ratio = math.log(f["model.rope_factor"]) / math.log(f["model.rope_trained_length"])
+        f["model.rope_magnitude"] = f["model.rope_magnitude"] or math.sqrt(1.0 + ratio)
+        f["model.rope_long_magnitude"] = f["model.rope_long_magnitude"] or f["model.rope_magnitude"]
+        f["model.rope_short_factors"] = same_numbers(f["model.rope_short_factors"])
+        f["model.rope_long_factors"] = same_numbers(f["model.rope_long_factors"])
     if not f["model.global_every"]:
         f["model.global_rope"] = True
     elif not f["model.window"] and f["model.global_rope"]:

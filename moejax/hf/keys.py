@@ -193,7 +193,7 @@ class Rope:
             "original_max_position_embeddings", reach
         )
         factor = float(given.get("factor") or (reach / trained if reach and trained else 1.0))
-        fields: Fields = {} if kind == "longrope" else {"model.rope_factor": factor}
+        fields: Fields = {"model.rope_factor": factor}
         if kind != "linear":
             fields["model.rope_trained_length"] = int(trained)
         if kind == "llama3":
@@ -211,7 +211,7 @@ class Rope:
         if kind == "longrope":
             fields["model.rope_short_factors"] = _listed(given["short_factor"])
             fields["model.rope_long_factors"] = _listed(given["long_factor"])
-            fields["model.rope_short_magnitude"] = float(given.get("short_mscale") or 0.0)
+            fields["model.rope_magnitude"] = float(given.get("short_mscale") or 0.0)
             fields["model.rope_long_magnitude"] = float(given.get("long_mscale") or 0.0)
         return fields
 
@@ -221,7 +221,7 @@ class Rope:
         keys: dict[str, Any] = {"rope_type": "default" if kind == "none" else kind}
         if fields["model.rope_share"] != self.share or self.share != 1.0:
             keys["partial_rotary_factor"] = fields["model.rope_share"]
-        if kind in ("linear", "llama3", "yarn"):
+        if kind != "none":
             keys["factor"] = fields["model.rope_factor"]
         if kind in ("llama3", "yarn", "longrope"):
             keys["original_max_position_embeddings"] = fields["model.rope_trained_length"]
@@ -236,7 +236,7 @@ class Rope:
         if kind == "longrope":
             keys["short_factor"] = _numbers(fields["model.rope_short_factors"])
             keys["long_factor"] = _numbers(fields["model.rope_long_factors"])
-            keys["short_mscale"] = fields["model.rope_short_magnitude"]
+            keys["short_mscale"] = fields["model.rope_magnitude"]
             keys["long_mscale"] = fields["model.rope_long_magnitude"]
         older = {} if kind == "none" else {"rope_scaling": dict(keys)}
         return {"rope_theta": theta, "rope_parameters": {**keys, "rope_theta": theta}, **older}
@@ -265,6 +265,11 @@ def _yarn_magnitude(given: Mapping[str, Any], factor: float) -> float:
     if given.get("mscale") and given.get("mscale_all_dim"):
         return _grown(factor, given["mscale"]) / _grown(factor, given["mscale_all_dim"])
     return _grown(factor)
+
+
+def same_numbers(listed: str) -> str:
+    """Numbers in one spelling."""
+    return _listed(_numbers(listed))
 
 
 def _listed(numbers: Iterable[float]) -> str:

@@ -20,7 +20,7 @@ MODELS = {
             norm="layer", norm_place="both", residual_scale=0.5, attention_bias="all", sinks=True,
             qk_norm="head", score_cap=5.0, num_kv_heads=2, expert_bias=True,
             expert_activation="clamped_swiglu", shared_experts=1, shared_d_ff=20,
-            tie_embeddings=False, embed_scale=3.0, logit_scale=0.5, logit_cap=4.0,
+            tie_embeddings=False, head_bias=True, embed_scale=3.0, logit_scale=0.5, logit_cap=4.0,
         ),
         gate=gating.TopK(k=2, bias=True),
     ),

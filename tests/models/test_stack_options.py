@@ -13,7 +13,7 @@ from tests.lms import D
 
 MODELS = {
     "before": lms.config("top_k", residual_scale=0.5, embed_scale=3.0),
-    "after": lms.config("top_k", norm="layer", norm_place="after", tie_embeddings=False),
+    "after": lms.config("top_k", norm="layer", norm_place="after", tie_embeddings=False, head_bias=True),
     "both": lms.config(
         "top_k", norm_place="both", logit_scale=3.0, logit_cap=2.0, residual_scale=2.0
     ),
@@ -68,7 +68,10 @@ def test_a_models_options_change_what_is_added_to_the_residual_stream(name):
             y, number = block.ffn(inner, context, own, False)[0], number + 1
         x = x + settings.residual_scale * norm(block.ffn_out_norm, np.asarray(y))
     head = model.embed_VD[...].T if settings.text.tie_embeddings else model.head_DV[...]
-    logits = settings.text.logit_scale * (norm(model.final_norm, x) @ np.asarray(head))
+    logits = norm(model.final_norm, x) @ np.asarray(head)
+    if settings.text.head_bias:
+        logits = logits + np.asarray(model.head_bias_V[...])
+    logits = settings.text.logit_scale * logits
     cap = settings.text.logit_cap
     wanted = cap * np.tanh(logits / cap) if cap else logits
     assert number == len(SPARSE[name]) == settings.num_moe_layers

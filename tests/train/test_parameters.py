@@ -74,7 +74,7 @@ def of(task: str, **changes: Any) -> Any:
 
 
 MODELS = {
-    "default": lambda: of("language", model__tie_embeddings=False),
+    "default": lambda: of("language", model__tie_embeddings=False, model__head_bias=True),
     "residual": lambda: of(
         "language", moe__shared_experts=1, moe__residual=True, moe__first_dense=1, moe__every=1
     ),

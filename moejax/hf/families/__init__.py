@@ -8,6 +8,7 @@ from moejax.hf.families.llama import LLAMA, QWEN3
 from moejax.hf.families.llama4 import LLAMA4
 from moejax.hf.families.mixtral import MIXTRAL
 from moejax.hf.families.olmoe import OLMOE
+from moejax.hf.families.phi import PHIMOE
 from moejax.hf.families.qwen import QWEN2_MOE, QWEN3_MOE, UNGATED_QWEN2_MOE
 
 FAMILIES: tuple[Family, ...] = (
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     GRANITE_MOE_SHARED,
     GLM4_MOE,
     DOTS1,
+    PHIMOE,
     GPT_OSS,
     LLAMA4,
     DEEPSEEK_V2,

@@ -75,6 +75,7 @@ ORDINARY: dict[str, Any] = {
     "model.norm_place": "before",
     "model.residual_scale": 1.0,
     "model.embed_scale": 1.0,
+    "model.head_bias": False,
     "model.logit_scale": 1.0,
     "model.logit_cap": 0.0,
     "model.activation": "swiglu",
@@ -119,6 +120,7 @@ ENDS = (
     Row("model.norm.weight", ("final_norm/scale_D",), vector=True),
     Row("model.norm.bias", ("final_norm/bias_D",), vector=True),
     Row("lm_head.weight", ("head_DV",)),
+    Row("lm_head.bias", ("head_bias_V",), vector=True),
 )
 
 LAYER = "model.layers.{layer}."

@@ -32,6 +32,8 @@ class LM(Stack):
         self.text = config.text
         if not self.text.tie_embeddings:
             self.head_DV = nnx.Param(embed_init(rngs.params(), shape[::-1], jnp.float32))
+        if self.text.head_bias:
+            self.head_bias_V = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32))
 
     def __call__(
         self,
@@ -66,6 +68,8 @@ class LM(Stack):
         head_DV = self.embed_VD[...].T if text.tie_embeddings else self.head_DV[...]
         logits = x_BLD.reshape(-1, x_BLD.shape[-1]) @ head_DV.astype(x_BLD.dtype)
         logits = logits.reshape(*x_BLD.shape[:-1], -1).astype(jnp.float32)
+        if text.head_bias:
+            logits += self.head_bias_V[...]
         if text.logit_scale != 1.0:
             logits *= text.logit_scale
         cap = text.logit_cap
