@@ -1,4 +1,4 @@
-"""SparseMixer-v2 (GRIN): sampled experts with an estimated gradient of the sampling. Phi-3.5-MoE."""
+"""SparseMixer-v2 (GRIN, Phi-3.5-MoE): experts drawn by turns, and an estimate of the gradient."""
 
 import dataclasses
 from typing import Annotated, ClassVar

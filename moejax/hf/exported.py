@@ -12,6 +12,7 @@ import numpy as np
 from moejax.config import from_dict
 from moejax.config.saved import CHECKPOINTS, committed_steps, read_config, read_manifest
 from moejax.errors import UserError
+from moejax.hf.families import READABLE
 from moejax.hf.fields import Fields, family_for, fields_of
 from moejax.hf.imported import COMPANIONS, FOLDER
 from moejax.hf.layout import Copy, Plan, plan
@@ -148,8 +149,11 @@ def _companions(workdir: Path, tokenizer: Path) -> Path:
 
 
 def _their_config(folder: Path) -> dict[str, Any]:
+    """The keys of the config that the model came with, those of its text model in their place."""
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    keys = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    family = READABLE.get(keys.get("model_type", ""))
+    return {**keys, **keys.get(family.within, {})} if family else keys
 
 
 class _Tensors:

@@ -31,8 +31,8 @@ OF_THE_RUN = {
     "moe.balance_scope",
     "moe.allow_future_leak",
 }
-"""Fields that do not change what a model computes, if no pair is dropped. ``model.rope_long`` is the
-length of the sequences, which published code looks at."""
+"""Fields that do not change what a model computes, if no pair is dropped. Published code takes
+``model.rope_long`` from the length of a sequence."""
 
 UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("model.window", 0, ("model.window_kind",)),
@@ -173,10 +173,11 @@ def family_for(fields: Fields, preferred: str = "") -> tuple[Family, dict[str, A
     Raises:
       UserError: there is none; naming the option that the nearest family does not have.
     """
-    order = sorted(FAMILIES, key=lambda family: family.model_type != preferred)
+    known = [family for family in FAMILIES if family.writes]
+    order = sorted(known, key=lambda family: family.model_type != preferred)
     fits = [(family, *written(family, fields)) for family in order]
     for family, keys, changes in fits:
-        if not changes and _exists(family):
+        if not changes:
             return family, keys
     family, _, changes = min(fits, key=lambda fit: len(fit[2]) + 100 * (not fit[1]))
     name, (value, instead) = next(iter(changes.items()))
@@ -185,11 +186,6 @@ def family_for(fields: Fields, preferred: str = "") -> tuple[Family, dict[str, A
         f"{family.model_type}, has {name}={_shown(instead)}"
         + (f" (and {len(changes) - 1} more fields differ)" if len(changes) > 1 else "")
     )
-
-
-def _exists(family: Family) -> bool:
-    """True if transformers has the family: DeepSeekMoE's own code is not part of it."""
-    return family.model_type != "deepseek"
 
 
 def _shown(value: Any) -> str:

@@ -72,6 +72,8 @@ def open_model(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     folder = Path(folder)
     theirs = _their_config(folder)
     family = READABLE[theirs.get("model_type")]
+    if family.within:
+        theirs = _part(theirs, family.within)
     try:
         fields = family.read(theirs)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
@@ -170,6 +172,14 @@ def _their_config(folder: Path) -> Theirs:
     return theirs
 
 
+def _part(theirs: Theirs, key: str) -> Theirs:
+    """The config of the text model."""
+    part = theirs.get(key)
+    if not isinstance(part, dict):
+        raise UserError(f"{theirs.path}: {key} is not a JSON object; download it again")
+    return Theirs(part, theirs.path)
+
+
 def check_tensors(tensors: TensorFolder, copies: Plan, model: Model) -> None:
     """Checks the names and shapes of all tensors.
 
@@ -191,10 +201,12 @@ def check_tensors(tensors: TensorFolder, copies: Plan, model: Model) -> None:
             )
     layers = model.config.model.num_layers
     extra = [name for name in tensors.names if name not in wanted]
+    ignored, prefix = model.family.ignored, model.family.prefix
     for name in extra:
-        if name.endswith(model.family.ignored) or _beyond(name, layers):
+        own = name.removeprefix(prefix)
+        if name.startswith(ignored) or name.endswith(ignored) or _beyond(own, layers):
             continue
-        if name == "lm_head.weight" and model.config.model.tie_embeddings:
+        if own == "lm_head.weight" and model.config.model.tie_embeddings:
             continue
         raise UserError(
             f"{tensors.file(name)}: tensor {name!r} is not part of a {model.family.model_type} "

@@ -67,7 +67,8 @@ def plan(family: Family, model: StackOptions, arrays: Mapping[str, Any]) -> Plan
     Raises:
       ValueError: the family's table has no row for a parameter, naming it.
     """
-    copies = [copy for row in family.rows for copy in _copies(row, model, arrays)]
+    rows = [dataclasses.replace(row, theirs=family.prefix + row.theirs) for row in family.rows]
+    copies = [copy for row in rows for copy in _copies(row, model, arrays)]
     leading: dict[str, int] = {}
     found: Counter[str] = Counter()
     for copy in copies:

@@ -13,7 +13,9 @@ from tests.lms import D
 
 MODELS = {
     "before": lms.config("top_k", residual_scale=0.5, embed_scale=3.0),
-    "after": lms.config("top_k", norm="layer", norm_place="after", tie_embeddings=False, head_bias=True),
+    "after": lms.config(
+        "top_k", norm="layer", norm_place="after", tie_embeddings=False, head_bias=True
+    ),
     "both": lms.config(
         "top_k", norm_place="both", logit_scale=3.0, logit_cap=2.0, residual_scale=2.0
     ),

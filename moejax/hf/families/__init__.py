@@ -5,7 +5,7 @@ from moejax.hf.families.family import Family
 from moejax.hf.families.gpt_oss import GPT_OSS
 from moejax.hf.families.granite import GRANITE_MOE, GRANITE_MOE_SHARED
 from moejax.hf.families.llama import LLAMA, QWEN3
-from moejax.hf.families.llama4 import LLAMA4
+from moejax.hf.families.llama4 import LLAMA4, LLAMA4_VISION
 from moejax.hf.families.mixtral import MIXTRAL
 from moejax.hf.families.olmoe import OLMOE
 from moejax.hf.families.phi import PHIMOE
@@ -26,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     PHIMOE,
     GPT_OSS,
     LLAMA4,
+    LLAMA4_VISION,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK,

@@ -173,6 +173,7 @@ DEEPSEEK = Family(
         AuxiliaryLoss(),
     ),
     rows=(*_ROWS, *attention()),
+    writes=False,  # transformers does not have it: its code is in the models' own folders
 )
 
 DEEPSEEK_V2 = Family(

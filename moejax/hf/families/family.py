@@ -22,6 +22,12 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     reads: bool = True
     """False for a way to write models that are read by another family."""
+    writes: bool = True
+    """False for models that are written as those of another family, or that no program reads."""
+    within: str = ""
+    """The key of the config that holds the text model's, where there are others beside it."""
+    prefix: str = ""
+    """Begins the names of the text model's tensors."""
 
     def read(self, theirs: Theirs) -> Fields:
         """The fields of ours for a config of theirs.

@@ -1,4 +1,4 @@
-"""Llama 4, the text model (Meta, 2025)."""
+"""Llama 4 (Meta, 2025): the text model, also out of the model that sees images."""
 
 import dataclasses
 from typing import Any
@@ -125,3 +125,14 @@ LLAMA4 = Family(
         Row(f"{_AT}down_proj", ("ffn/down_EFD",), linear=False, stacked=True),
     ),
 )
+
+LLAMA4_VISION = dataclasses.replace(
+    LLAMA4,
+    model_type="llama4",
+    architecture="Llama4ForConditionalGeneration",
+    within="text_config",
+    prefix="language_model.",
+    ignored=(*LLAMA4.ignored, "vision_model.", "multi_modal_projector."),
+    writes=False,
+)
+"""The text model of a published checkpoint. It is written as the text model alone."""
