@@ -80,7 +80,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "analysis", "config", "data", "dispatch", "errors", "record", "tasks", "train", "types",
         },
         "contrib/scaling": {"errors", "sweep", "train"},
-        "contrib/harness": {"config", "data", "errors", "train"},
+        "contrib/harness": {"config", "data", "errors", "generate", "train"},
         "notebook": {
             "analysis", "config", "data", "errors", "mesh", "record", "tasks", "train", "types",
         },

@@ -8,12 +8,11 @@ Importing this module registers it:
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Integer
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -24,6 +23,7 @@ from lm_eval.utils import (
 )
 
 from moejax.config import load
+from moejax.contrib.harness.generation import Wanted, continued
 from moejax.data.documents import Document, Piece
 from moejax.errors import UserError
 from moejax.train import scoring
@@ -34,20 +34,6 @@ LEAST = 16
 """The shortest length that rows are padded to; further ones are twice, four times, ... as long."""
 MOST_NEW = 256
 """Tokens of a continuation, where a task sets no limit; fewer where the model has less room."""
-
-
-class Wanted(NamedTuple):
-    """The continuation that a task asks for."""
-
-    stops: tuple[str, ...] = ()
-    max_tokens: int = MOST_NEW
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-Generate = Callable[[Sequence[Integer[np.ndarray, " N"]], Wanted], Sequence[str]]
-"""The continuations of prompts, without the stop string that ended them."""
 
 
 @register_model(NAME)
@@ -75,8 +61,8 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if not workdir:
             raise UserError("--model_args: workdir=DIR must name the run to evaluate")
-        overrides = _overrides(batch_size, others)
-        config = load(os.path.join(workdir, "config.json"), overrides).config
+        self._overrides = _overrides(batch_size, others)
+        config = load(os.path.join(workdir, "config.json"), self._overrides).config
         scoring.check(config, f"--model={NAME}")
         self.max_length = config.train.seq_len if max_length is None else max_length
         if self.max_length < 2:
@@ -84,8 +70,7 @@ class HarnessModel(TemplateLM):
         with open_run(config, str(workdir), step) as (run, state, _):
             self._run, self._scorer = run, scoring.Scorer(run, state)
             self._tokenizer = scoring.tokenizer_of(run, tokenizer)
-        self.workdir, self.config, self.step = str(workdir), config, step
-        self.generate: Generate | None = None
+        self.workdir, self.step = str(workdir), step
 
     @classmethod
     def create_from_arg_obj(
@@ -176,7 +161,9 @@ class HarnessModel(TemplateLM):
             numbers = [i for i, other in enumerate(wanted) if other == own]
             room = self.max_length - own.max_tokens
             prompts = [self._prompt(requests[i].args[0], room) for i in numbers]
-            for number, text in zip(numbers, self._continued(prompts, own), strict=True):
+            config = load(os.path.join(self.workdir, "config.json"), self._overrides).config
+            continuations = continued(config, self.workdir, self.step, prompts, own)
+            for number, text in zip(numbers, continuations, strict=True):
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts
@@ -209,11 +196,6 @@ class HarnessModel(TemplateLM):
                 f"context in max_length={self.max_length}; lower it, or raise max_length"
             )
         return wanted
-
-    def _continued(self, prompts: Sequence[np.ndarray], wanted: Wanted) -> Sequence[str]:
-        if self.generate is None:
-            raise UserError("this task generates text, which this version cannot; leave it out")
-        return self.generate(prompts, wanted)
 
 
 def _overrides(batch_size: int | str | None, others: Mapping[str, Any]) -> list[str]:

@@ -114,11 +114,11 @@ class Plain:
         logits_BLV, _ = task.built(state.params)(token_BL, context, state.gate_state, False)
         return np.asarray(jax.nn.log_softmax(logits_BLV[0]), np.float64)
 
-    def greedy(self, context, count):
+    def greedy(self, context, count, window=L):
         """The ``count`` likeliest next bytes, one after another."""
         tokens = list(context.encode())
         for _ in range(count):
-            tokens.append(int(self.after(tokens[-L:])[-1].argmax()))
+            tokens.append(int(self.after(tokens[-window:])[-1].argmax()))
         return bytes(tokens[-count:]).decode()
 
     def pair(self, context, continuation):
@@ -161,6 +161,18 @@ def test_choices_and_passages_have_the_log_likelihoods_of_plain_passes(workdir, 
         nats, size = nats - total, size + len(tokens)
     bits = nats / size / math.log(2)
     assert results["rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_generated_text_is_the_greedy_continuation_up_to_a_stop(workdir, tmp_path, size):
+    samples, _ = harness(workdir, tmp_path, {"story": STORIES}, f"batch_size={size}")
+    plain, stopped = Plain(workdir), []
+    for row, story in zip(samples["story"], STORIES, strict=True):
+        # Of a context that leaves no room for 7 tokens, the beginning is cut off.
+        text = plain.greedy(story["start"][7 - L :], 7, window=10**6)
+        assert row["resps"] == [[text.split("e")[0]]]
+        stopped.append("e" in text)
+    assert any(stopped)
 
 
 MISTAKES = {
