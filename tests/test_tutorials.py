@@ -108,3 +108,11 @@ def test_the_tutorial_on_comparing_gates_works(tmp_path):
 def test_the_tutorial_on_writing_a_gate_works(tmp_path):
     follow("write-a-gate.md", tmp_path)
     assert (tmp_path / "runs" / "cosine" / "summary.png").is_file()
+
+
+def test_the_tutorial_on_a_published_model_converts_it_both_ways(tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra 'parity' (torch, transformers)")
+    follow("published-model.md", tmp_path)
+    report = (tmp_path / "runs" / "olmoe" / "report.html").read_text(encoding="utf-8")
+    for page in ("Load", "Router", "Specialisation"):
+        assert f">{page}<" in report
