@@ -145,18 +145,18 @@ def activation_bytes(model: Published, mesh: AbstractMesh) -> int:
 
 def cache_bytes(model: Published) -> int:
     """The KV cache of one sequence of ``CACHED`` tokens, in bfloat16."""
-    shapes = jax.eval_shape(lambda p: model.task.built(p).empty_memory(1, CACHED), model.params)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+    def arrays(params: Any) -> list[jax.Array]:
+        return jax.tree.leaves(model.task.built(params).empty_memory(1, CACHED))
+
+    shapes = jax.eval_shape(arrays, model.params)
+    return sum(x.size * x.dtype.itemsize for x in shapes)
 
 
-def best(model: Published, devices: int) -> AbstractMesh:
-    """The mesh of so many devices with the smallest share of the parameters.
-
-    Of equal ones that with most shards of experts: tokens travel, and weights stay.
-    """
-    return min(
-        meshes(devices, model), key=lambda m: (parameter_bytes(model, m), -m.shape["expert"])
-    )
+def shown(model: Published, devices: int) -> list[AbstractMesh]:
+    """The meshes of the table: all weights split alike, and experts as far as their number goes."""
+    found = list(meshes(devices, model))
+    return found if devices == 1 else [found[0], found[-1]]
 
 
 def flags(mesh: AbstractMesh) -> str:
@@ -178,12 +178,12 @@ HEAD = (
 )  # fmt: skip
 
 
-def cells(model: Published, devices: int) -> tuple[str, ...]:
+def cells(model: Published, mesh: AbstractMesh) -> tuple[str, ...]:
     """A row of the table."""
-    found, cache = on_mesh(model, best(model, devices)), cache_bytes(model)
+    found, cache = on_mesh(model, mesh), cache_bytes(model)
     return (
         model.name,
-        str(devices),
+        str(mesh.size),
         flags(found.mesh) or "-",
         *map(_gigabytes, (found.bfloat16, found.float32, cache, found.tuning, found.activations)),
         _fitting(found.float32 + cache),
@@ -200,7 +200,8 @@ def table(names: tuple[str, ...] = MODELS, devices: tuple[int, ...] = DEVICES) -
         lines.append(f"| {model.name} | {model.repository} | {total} | {active} |")
     lines += ["", f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     for model in models:
-        lines += [f"| {' | '.join(cells(model, count))} |" for count in devices]
+        for count in devices:
+            lines += [f"| {' | '.join(cells(model, mesh))} |" for mesh in shown(model, count)]
     return "\n".join(lines)
 
 

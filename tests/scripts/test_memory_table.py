@@ -32,13 +32,16 @@ def test_the_parameters_are_the_published_ones(name):
 
 def test_the_state_is_split_as_the_mesh_says():
     model = memory_table.published("olmoe-1b-7b")
-    one, eight = memory_table.best(model, 1), memory_table.best(model, 8)
+    (one,), (eight, by_expert) = (memory_table.shown(model, count) for count in (1, 8))
     assert memory_table.flags(one) == ""
     whole = memory_table.parameter_bytes(model, one)
     assert whole == 4 * model.parameters
     share = memory_table.parameter_bytes(model, eight)
     # All but vectors and routers are split by 8: less than 1 % of the parameters.
-    assert whole / 8 <= share < 1.05 * whole / 8
+    assert whole / 8 <= share < 1.01 * whole / 8
+    assert memory_table.flags(by_expert) == "mesh.expert=8"
+    # Attention and the ends stay whole: a tenth of the parameters.
+    assert share < memory_table.parameter_bytes(model, by_expert) < 1.8 * whole / 8
 
 
 def test_the_number_of_experts_limits_their_shards():
