@@ -1,7 +1,8 @@
 """Benchmark of generation: python scripts/bench_generate.py --out FILE [--sizes A,B] [--quick]
 
 Prompt and decode tokens/s of moejax over those of transformers' own ``generate``, for a Mixtral of
-the same shapes with random weights in float32, greedily, on CPU. Both have all cores. Ratios are
+the same shapes with random weights in float32, greedily, on CPU. Both have all cores (but see --threads; the
+file has the machine's load). Ratios are
 medians over pairs, with quartiles; pairs are measured in turns, A B, B A, A B, in one process.
 
 transformers is measured with each of its caches (dynamic, and static with its fixed size, not
@@ -93,11 +94,11 @@ class Ours:
 class Theirs:
     """transformers' Mixtral with random weights."""
 
-    def __init__(self, size: dict[str, int]):
+    def __init__(self, size: dict[str, int], threads: int):
         import torch
         import transformers
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(threads)
         torch.manual_seed(0)
         config = transformers.MixtralConfig(
             vocab_size=VOCAB,
@@ -116,7 +117,7 @@ class Theirs:
             pad_token_id=0,
         )
         self._torch = torch
-        self.model = transformers.MixtralForCausalLM(config).eval()
+        self.model: Any = transformers.MixtralForCausalLM(config).eval()
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def variant(self, cache: str, experts: str) -> Callable[[np.ndarray, int], Any]:
@@ -208,6 +209,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a continuation")
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="of torch; on a busy machine, where its threads wait for each other, 1 is faster",
+    )
     parser.add_argument("--quick", action="store_true", help="few pairs of short texts")
     args = parser.parse_args()
     if args.quick:
@@ -217,13 +224,14 @@ def main() -> None:
 
     rows = []
     for size in args.sizes.split(","):
-        ours, theirs = Ours(SIZES[size]), Theirs(SIZES[size])
+        ours, theirs = Ours(SIZES[size]), Theirs(SIZES[size], args.threads)
         assert ours.parameters == theirs.parameters, (ours.parameters, theirs.parameters)
         for batch in map(int, args.batches.split(",")):
             rows.append(compared(size, batch, ours, theirs, (args.prompt, args.tokens), args.pairs))
             print(table(rows[-1:]), flush=True)
     about = {
         "cores": os.cpu_count(),
+        "load": os.getloadavg(),
         "torch_threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
