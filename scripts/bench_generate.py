@@ -1,9 +1,9 @@
 """Benchmark of generation: python scripts/bench_generate.py --out FILE [--sizes A,B] [--quick]
 
 Prompt and decode tokens/s of moejax over those of transformers' own ``generate``, for a Mixtral of
-the same shapes with random weights in float32, greedily, on CPU. Both have all cores (but see --threads; the
-file has the machine's load). Ratios are
-medians over pairs, with quartiles; pairs are measured in turns, A B, B A, A B, in one process.
+the same shapes with random weights in float32, greedily, on CPU. Both have all cores (but see
+--threads; the file has the machine's load). Ratios are medians over pairs, with quartiles; pairs
+are measured in turns, A B, B A, A B, in one process.
 
 transformers is measured with each of its caches (dynamic, and static with its fixed size, not
 compiled) and with each implementation of experts that it has on CPU; ratios are to the fastest of
