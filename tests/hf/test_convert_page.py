@@ -22,7 +22,7 @@ SPEC.loader.exec_module(script)
 
 def test_the_table_lists_every_family_that_is_read():
     assert script.render(PAGE) == PAGE, "run python scripts/make_convert_docs.py"
-    assert re.findall(r"^\| `(\w+)` \|", PAGE, re.M) == list(READABLE)
+    assert re.findall(r"^\| `(\w+)` \|", PAGE, re.M) == ["model_type", *READABLE]
     assert set(script.ABOUT) == set(READABLE)
     assert set(script.WRITTEN) == {n for n, family in READABLE.items() if not family.writes}
 
