@@ -51,6 +51,7 @@ class ByteTokenizer:
     vocab_size = 256
     separator = 0
     separator_token = "byte 0"
+    opening: tuple[int, ...] = ()
 
     def encode(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Token ids of each piece."""
@@ -102,6 +103,15 @@ class JsonTokenizer:
         self.separator_token = known[0]
         self.separator: int = ids[known[0]]
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def opening(self) -> tuple[int, ...]:
+        """The tokens that the file puts before a text, such as <s>; prompts begin with them."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        return tuple(
+            whole[: next((i for i in range(len(whole)) if whole[i:][: len(plain)] == plain), 0)]
+        )
 
     def encode(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Token ids of each piece; UserError for bytes not in UTF-8 and for a lossy encoding."""

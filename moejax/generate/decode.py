@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,8 +94,8 @@ def _split(x: Array, periods: int) -> tuple[Array, ...]:
 class Decoder:
     """Programs that read prompts and decode, compiled once for each shape.
 
-    ``vocab``: the ids below it may be drawn. ``eos``: the token after which a text is done, -1 for
-    none. ``with_visits``: also return the experts of the tokens.
+    ``vocab``: the ids below it may be drawn. ``eos``: the tokens after which a text is done.
+    ``with_visits``: also return the experts of the tokens.
 
     Raises:
       UserError: the model's gate cannot be decoded.
@@ -108,14 +108,14 @@ class Decoder:
         sampling: Sampling,
         *,
         vocab: int,
-        eos: int = -1,
+        eos: Sequence[int] = (),
         with_visits: bool = False,
         mesh: Mesh | None = None,
     ):
         self.way: Way = way_of(task.model)
         self._task = dataclasses.replace(task, model=for_decoding(task.model))
         self._weights, self._sampling = weights, sampling
-        self._vocab, self._eos = vocab, eos
+        self._vocab, self._eos = vocab, np.asarray(eos, np.int32)
         self._with_visits = with_visits and task.model.num_moe_layers > 0
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._programs: dict[Any, Any] = {}
@@ -260,7 +260,7 @@ class Decoder:
                 memory,
                 at + 1,
                 progress.count + 1,
-                progress.done_B | (token_B == self._eos),
+                progress.done_B | jnp.isin(token_B, self._eos),
                 progress.seed_B,
             ),
             token_B,

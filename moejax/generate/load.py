@@ -1,6 +1,7 @@
 """The language model in a workdir, with what decoding needs of its checkpoint."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,8 @@ class Speaker(NamedTuple):
     task: LanguageModel
     weights: Weights
     tokenizer: Tokenizer
+    ends: tuple[int, ...]
+    """The tokens that end a text."""
     mesh: Mesh
     step: int
 
@@ -59,6 +62,7 @@ def open_speaker(config: Config, workdir: str, step: int | None) -> Iterator[Spe
     folder = Path(workdir)
     saved = read_config(folder)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    ends = ends_of(config.data.tokenizer, tokenizer)
     task = LanguageModel.from_config(config, tokenizer.vocab_size)
     way_of(task.model)
     configure_devices(config)
@@ -95,7 +99,33 @@ def open_speaker(config: Config, workdir: str, step: int | None) -> Iterator[Spe
             jax.random.key_data(jax.random.fold_in(key, 1)),
         )
     with compile_cache.kept(config.report.compile_cache):
-        yield Speaker(task, weights, tokenizer, mesh, restored.step)
+        yield Speaker(task, weights, tokenizer, ends, mesh, restored.step)
+
+
+def ends_of(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text.
+
+    They are ``eos_token_id`` of the ``generation_config.json`` or ``config.json`` beside the
+    tokenizer's file, as a converted model has them; otherwise the separator of documents.
+
+    Raises:
+      UserError: a file that is no JSON object, or a value that is no token.
+    """
+    for name in ("generation_config.json", "config.json") if path else ():
+        file = Path(path).expanduser().with_name(name)
+        if not file.is_file():
+            continue
+        try:
+            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} cannot be read ({error}); restore or remove it") from error
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise UserError(f"{file}: eos_token_id={ids} must be the numbers of tokens")
+        return tuple(ids)
+    return (tokenizer.separator,)
 
 
 def _arrays(task: LanguageModel) -> dict:

@@ -63,7 +63,7 @@ class Speed:
 
 
 def encoded(tokenizer: Tokenizer, prompt: str, name: str) -> np.ndarray:
-    """The prompt's tokens.
+    """The prompt's tokens, behind those that the tokenizer's file puts before every text.
 
     Raises:
       UserError: it has none, or the tokenizer does not give it back.
@@ -73,7 +73,7 @@ def encoded(tokenizer: Tokenizer, prompt: str, name: str) -> np.ndarray:
     tokens = tokenizer.encode([piece])[0] if data else np.zeros(0, np.int32)
     if not len(tokens):
         raise UserError(f"{name}={prompt!r} is empty; give the text to continue")
-    return tokens.astype(np.int32)
+    return np.concatenate([tokenizer.opening, tokens]).astype(np.int32)
 
 
 def generate(
@@ -89,7 +89,7 @@ def generate(
     ``on_text`` sees the continuations while they grow. Fills in ``speed``.
     """
     tokenizer = speaker.tokenizer
-    eos = tokenizer.separator
+    eos = speaker.ends
     decoder = Decoder(
         speaker.task,
         speaker.weights,

@@ -26,7 +26,11 @@ class Continuation:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: np.ndarray, stops: Sequence[str] = (), eos: int = -1
+        self,
+        tokenizer: Tokenizer,
+        prompt: np.ndarray,
+        stops: Sequence[str] = (),
+        eos: Sequence[int] = (),
     ):
         self._tokenizer, self._stops, self._eos = tokenizer, tuple(stops), eos
         self._before = [int(token) for token in prompt[-CONTEXT:]]
@@ -40,7 +44,7 @@ class Continuation:
         if self.finish:
             return
         for token in tokens:
-            if token == self._eos:
+            if token in self._eos:
                 self.finish = "eos"
                 break
             self.tokens.append(int(token))

@@ -242,7 +242,7 @@ class Stack(TrainOrEval):
         stacked = jax.vmap(
             lambda key, index: nnx.state(Period(options, index, rngs=nnx.Rngs(params=key)))
         )(keys, jnp.arange(options.num_periods))
-        self.periods = nnx.merge(graph, stacked)
+        self.periods: Any = nnx.merge(graph, stacked)
         self.final_norm = NORMS[options.norm](options.d_model, options.norm_eps)
 
     def run_layers(

@@ -23,7 +23,7 @@ def test_prompts_of_similar_length_share_a_batch():
     assert batches([40, 3, 5, 41, 2], 2) == [[1, 2], [4, 0], [3]]
 
 
-def fed(text: bytes, parts: list[int], stops=(), most=10**6, eos=0):
+def fed(text: bytes, parts: list[int], stops=(), most=10**6, eos=(0,)):
     """A continuation that got these bytes in parts, and what was ready after each part."""
     found = Continuation(
         ByteTokenizer(), np.frombuffer("Ein Prompt é".encode(), np.uint8), stops, eos

@@ -217,7 +217,7 @@ def test_every_attention_is_decoded(name):
 def sampled():
     settings = settings_of(gates.row("top_k"))
     task, _, weights = model_of(settings)
-    return Decoder(task, weights, Sampling(temperature=1.0), vocab=20, eos=3, with_visits=True)
+    return Decoder(task, weights, Sampling(temperature=1.0), vocab=20, eos=(3,), with_visits=True)
 
 
 def texts_of(prompts, batch, seed=5, tokens=20):
