@@ -116,7 +116,7 @@ IN_SHORT = {
     "shazeer": "Top-k of logits perturbed by learned Gaussian noise",
     "smear": "One expert per sequence, merged from the experts' weights",
     "soft": "Slots that are mixtures of all tokens, and back again",
-    "sparsemixer": "k experts, each drawn among those whose logits are near the best",
+    "sparsemixer": "k experts, each drawn among those close to the best",
     "stablemoe": "A router distilled into a table of token ids, then frozen",
     "task": "Experts chosen by the task of the token's sequence",
     "thor": "One expert per step and layer, drawn at random, for all tokens",

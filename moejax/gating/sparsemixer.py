@@ -118,7 +118,7 @@ def weight_among(
 ) -> Float[Array, "*T 1"]:
     """The softmax, over the experts of the mask, at one of them."""
     probs_TE = jax.nn.softmax(jnp.where(near_TE, logits_TE, -jnp.inf), axis=-1)
-    return ops.at_expert(probs_TE, expert_T1)
+    return jnp.take_along_axis(probs_TE, expert_T1, axis=-1)
 
 
 def estimated_weight(
