@@ -16,6 +16,7 @@ from moejax.hf.families import READABLE
 from moejax.hf.fields import Fields, family_for, fields_of
 from moejax.hf.imported import COMPANIONS, FOLDER
 from moejax.hf.layout import Copy, Plan, plan
+from moejax.hf.rows import GATE_STATE
 from moejax.hf.tensors import SHARD_BYTES, Described, write_folder
 from moejax.record import files
 from moejax.tasks.language.task import LanguageModel
@@ -86,7 +87,14 @@ def export_model(
     kept = {key: theirs[key] for key in KEPT if key in theirs}
     length = {"max_position_embeddings": _reach(fields, config.train.seq_len)}
     keys = {**keys, **length, **kept, "dtype": dtype, "torch_dtype": dtype}
-    tensors = _Tensors(copies, PieceReader(workdir / CHECKPOINTS / str(step)), dtype, scale)
+    source = PieceReader(workdir / CHECKPOINTS / str(step))
+    for name in arrays:
+        if name.startswith(GATE_STATE) and name not in copies.leading and source.read(name).any():
+            raise UserError(
+                f"moe.gate.name={config.moe.gate.name}: the gate's state ({name}) is not 0, and "
+                f"{family.model_type}, the family that the model fits otherwise, has none"
+            )
+    tensors = _Tensors(copies, source, dtype, scale)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
