@@ -53,7 +53,7 @@ READY = [
     for words in commands()
     if words[0] in ("train", "config", "gates") and "--config=runs/olmoe" not in words
 ]
-"""Those that need no run of the reader's; a tutorial, which a test follows, has the one left out."""
+"""Those that need no run of the reader's. The tutorial that has the one left out is a test too."""
 
 
 @pytest.mark.parametrize("words", READY, ids=lambda words: "-".join(words[:2]))
