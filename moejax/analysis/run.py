@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config.saved import METRICS, TIMINGS, missing_steps, noted_steps, read_config
+from moejax.config.saved import (
+    CHECKPOINTS,
+    METRICS,
+    TIMINGS,
+    committed_steps,
+    missing_steps,
+    noted_steps,
+    read_config,
+)
 from moejax.errors import UserError
 from moejax.record.files import read_valid_rows
 from moejax.record.probe import Probe
@@ -77,6 +85,12 @@ class RunData:
         rows = _read_rows(folder / METRICS, OF_ROW, problems)
         timings = _read_rows(folder / TIMINGS, OF_TIMING, problems)
         problems += _gaps(folder, saved, rows, timings)
+        if not rows and committed_steps(folder / CHECKPOINTS):
+            problems.append(
+                "metrics.jsonl has no rows, so the pages that need them are empty. A model that "
+                "was not trained here gets them, and its routing, from "
+                f"`moejax eval --workdir={folder} --record-probe`."
+            )
         measured = [row for row in rows if LEAK in row]
         return cls(
             name=folder.resolve().name,

@@ -22,16 +22,17 @@ def add_command(commands: Any) -> None:
         help="evaluate a checkpoint",
         description="Evaluates a checkpoint of a run on its held-out text. On a terminal, or with "
         "--summary,\nit prints a short summary; otherwise, or with --json, every number as one "
-        "JSON object\non a line. It writes no files. --measure-leak adds the loss of some "
-        "sequences, evaluated\nwhole (leak/with_future) and token by token with the rest masked "
-        "(leak/without_future),\nand the difference, leak/nats_per_token: 0 up to rounding for a "
-        "causal gate.",
+        "JSON object\non a line. It writes no files but those of --record-routing and "
+        "--record-probe. --measure-leak adds\nthe loss of some sequences, evaluated whole "
+        "(leak/with_future) and token by token with the rest\nmasked (leak/without_future), and "
+        "the difference, leak/nats_per_token: 0 up to rounding for a\ncausal gate.",
         epilog="Examples:\n"
         "  moejax eval --workdir=runs/switch\n"
         "  moejax eval --workdir=runs/switch --json | jq .loss\n"
         "  moejax eval --workdir=runs/switch --step=200 --config.moe.eval_transport=cells\n"
         "  moejax eval --workdir=runs/ec --measure-leak=32\n"
-        "  moejax eval --workdir=runs/switch --text=book.txt --stride=64\n\n"
+        "  moejax eval --workdir=runs/switch --text=book.txt --stride=64\n"
+        "  moejax eval --workdir=runs/olmoe --record-probe && moejax report runs/olmoe\n\n"
         f"{OVERRIDES}",
     )
     parser.add_argument("--workdir", required=True, **WORKDIR, help="the run's folder")
@@ -80,6 +81,12 @@ def add_command(commands: Any) -> None:
         "--tokenizer", metavar="FILE",
         help="with --text: the tokenizer.json of a run whose data.path has prepared shards",
     )  # fmt: skip
+    parser.add_argument(
+        "--record-probe",
+        action="store_true",
+        help="also write to the workdir what its report shows of the checkpoint: how the probe's "
+        "sequences are routed, and the held-out row where there is none (for a converted model)",
+    )
     parser.set_defaults(run=_eval, takes_overrides=True)
 
 
@@ -115,6 +122,7 @@ def _eval(args: argparse.Namespace) -> int:
             args.record_routing or "",
             args.record_steps,
             args.measure_leak or 0,
+            args.record_probe,
         )
     except rows.Divergence as problem:
         print(f"moejax: the evaluation is not finite at {problem}", file=sys.stderr)

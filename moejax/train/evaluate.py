@@ -11,7 +11,7 @@ import jax
 from moejax.config import Config, settings
 from moejax.config.saved import CHECKPOINTS, read_config
 from moejax.errors import UserError
-from moejax.train import agreement, compile_cache, record_routing, setup
+from moejax.train import agreement, compile_cache, record_probe, record_routing, setup
 from moejax.train.checkpoint.checkpointer import Checkpointer
 from moejax.train.checkpoint.restore import Part, Restored
 from moejax.train.cost import budget
@@ -80,12 +80,14 @@ def evaluate(
     record_routing_to: str = "",
     record_steps: int = 0,
     leak_rows: int = 0,
+    record_probe_too: bool = False,
 ) -> dict[str, Any]:
     """The held-out row of a run's checkpoint.
 
     With ``record_routing_to`` a file is written with the routing of these rows, and of the training
     batches of the first ``record_steps`` steps. With ``leak_rows`` the row also has the leakage
-    measured on that many sequences (see ``leakage.measure``).
+    measured on that many sequences (see ``leakage.measure``). With ``record_probe_too`` the workdir
+    gets the routing and the row, for its report (see ``record_probe``).
 
     Raises:
       UserError: see ``open_run``; a routing that cannot be recorded.
@@ -96,11 +98,15 @@ def evaluate(
     if leak_rows:
         leakage.check(config)
     with open_run(config, workdir, step, record_steps) as (run, state, at):
+        if record_probe_too:
+            record_probe.check(run, workdir)
         if record_routing_to:
             needed = record_routing.recording_bytes(run, record_steps)
             record_routing.check_size(needed, record_routing_to)
         totals = run.evaluate(state, map(run.put, run.eval_batches()))
         row = rows.eval_row(at, totals, run.data, run.leak)
+        if record_probe_too:
+            record_probe.write(run, state, at, workdir, row)
         if record_routing_to:
             recording = record_routing.record(run, state, at, record_steps)
             record_routing.write(recording, record_routing_to)
