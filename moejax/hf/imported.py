@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.config import Config, settings
+from moejax.config import Config, settings, validate
 from moejax.config.overrides import apply_overrides
 from moejax.config.saved import CHECKPOINTS, write_config
+from moejax.data.shards import is_prepared
+from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError, suggest
 from moejax.hf.families import READABLE, Family
 from moejax.hf.fields import config_of
 from moejax.hf.keys import Theirs
 from moejax.hf.layout import Plan, plan
-from moejax.hf.tensors import TensorFolder
+from moejax.hf.tensors import DTYPES, TensorFolder
 from moejax.train import setup
 from moejax.train.checkpoint.manifest import as_array, named_leaves
 from moejax.train.checkpoint.pieces import PieceWriter
@@ -81,7 +84,7 @@ def open_model(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
             f"{theirs.path} holds a value that no {family.model_type} has "
             f"({type(error).__name__}: {error}); restore the model's own config.json"
         ) from error
-    length = theirs.get("max_position_embeddings", None)
+    length = theirs.whole("max_position_embeddings", 0)
     own: dict[str, Any] = {
         "train.seq_len": min(length or LONGEST, LONGEST),
         "train.batch_size": 8,
@@ -93,8 +96,13 @@ def open_model(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():
         own["data.tokenizer"] = str(tokenizer.absolute())
-    config = config_of({**fields, **own})
+    try:
+        config = config_of({**fields, **own})
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{theirs.path}: {error}") from error
     apply_overrides(config, overrides)
+    _check_vocabulary(config, theirs, folder)
     return Model(folder, family, theirs, config)
 
 
@@ -180,6 +188,29 @@ def _part(theirs: Theirs, key: str) -> Theirs:
     return Theirs(part, theirs.path)
 
 
+def _check_vocabulary(config: Config, theirs: Theirs, folder: Path) -> None:
+    """Checks that the tokenizer has no more tokens than the model.
+
+    Raises:
+      UserError: it has.
+    """
+    path, size = config.data.tokenizer, config.model.vocab_size
+    if config.data.path and is_prepared(os.path.expanduser(config.data.path)):
+        return  # shards have their own tokenizer
+    count = load_tokenizer(path).vocab_size
+    if count > size and path:
+        raise UserError(
+            f"{path} has {count} tokens, but {theirs.path} says vocab_size={size}; name the "
+            "model's own tokenizer with --config.data.tokenizer"
+        )
+    if count > size:
+        raise UserError(
+            f"{folder} has no tokenizer.json, and vocab_size={size} of {theirs.path} is too small "
+            f"for bytes as tokens ({count}); put the model's tokenizer.json there, or name it with "
+            "--config.data.tokenizer"
+        )
+
+
 def check_tensors(tensors: TensorFolder, copies: Plan, model: Model) -> None:
     """Checks the names and shapes of all tensors.
 
@@ -198,6 +229,11 @@ def check_tensors(tensors: TensorFolder, copies: Plan, model: Model) -> None:
             raise UserError(
                 f"{tensors.file(name)}: tensor {name!r} has shape {list(tensors.shape(name))}, but "
                 f"{model.theirs.path} says {list(shape)}; they are of different models"
+            )
+        if tensors.dtype(name) not in DTYPES:
+            raise UserError(
+                f"{tensors.file(name)}: tensor {name!r} is of type {tensors.dtype(name)}; save the "
+                "model in bfloat16, float16 or float32"
             )
     layers = model.config.model.num_layers
     extra = [name for name in tensors.names if name not in wanted]

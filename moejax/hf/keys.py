@@ -5,10 +5,13 @@ ours if what it writes reads back as the model's own fields.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from moejax.config import default as default_config
+from moejax.config.tree import flatten
 from moejax.errors import UserError
 
 Fields = dict[str, Any]
@@ -43,10 +46,41 @@ class Theirs:
             raise UserError(f"{self.path}: {key}={value!r} must be a number")
         return value
 
+    def whole(self, key: str, default: Any = REQUIRED, least: int = 0) -> int:
+        """The value of a key that counts something; ``default`` where it is absent or null."""
+        value = self.number(key, default)
+        if value != int(value) or value < least:
+            raise UserError(f"{self.path}: {key}={value!r} must be a whole number from {least} on")
+        return int(value)
+
+    def like(self, key: str, ours: str, default: Any = REQUIRED) -> Any:
+        """The value of a key, which must be of the type of this field of ours."""
+        value = self.get(key, default)
+        kind = _kinds()[ours]
+        known = {int: self.whole, float: self.number}.get(kind)
+        if known is not None:
+            return kind(known(key, default))
+        if not isinstance(value, kind):
+            words = "true or false" if kind is bool else "a text"
+            raise UserError(f"{self.path}: {key}={value!r} must be {words}")
+        return value
+
+    def group(self, key: str) -> Mapping[str, Any]:
+        """The value of a key that is an object; empty where it is absent or null."""
+        value = self.get(key, None) or {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"{self.path}: {key}={value!r} must be an object, or null")
+        return value
+
     def refuse(self, key: str, value: Any, known: str) -> UserError:
         """An error for a value that no option of ours has."""
         self.read.add(key)
         return UserError(f"{self.path}: {key}={value!r} is not supported; moejax knows {known}")
+
+
+@functools.cache
+def _kinds() -> dict[str, type]:
+    return {name: type(value) for name, value in flatten(default_config()).items()}
 
 
 class Rule(Protocol):
@@ -68,8 +102,8 @@ class Key:
 
     def read(self, theirs: Theirs) -> Fields:
         if self.theirs not in theirs.keys and self.also in theirs.keys:
-            return {self.ours: theirs.get(self.also)}
-        return {self.ours: theirs.get(self.theirs, self.default)}
+            return {self.ours: theirs.like(self.also, self.ours)}
+        return {self.ours: theirs.like(self.theirs, self.ours, self.default)}
 
     def write(self, fields: Fields) -> dict[str, Any]:
         return {self.theirs: fields[self.ours]}
@@ -137,13 +171,13 @@ class HeadWidth:
     named: bool = True
 
     def read(self, theirs: Theirs) -> Fields:
-        heads = theirs.number("num_attention_heads")
+        heads = theirs.whole("num_attention_heads", least=1)
         fields = {
             "model.num_heads": heads,
-            "model.num_kv_heads": theirs.number("num_key_value_heads", heads),
+            "model.num_kv_heads": theirs.whole("num_key_value_heads", heads, least=1),
         }
-        width = theirs.get("head_dim", None) if self.named else None
-        return {**fields, "model.head_dim": width or theirs.number("hidden_size") // heads}
+        width = theirs.whole("head_dim", 0) if self.named else 0
+        return {**fields, "model.head_dim": width or theirs.whole("hidden_size") // heads}
 
     def write(self, fields: Fields) -> dict[str, Any]:
         heads = fields["model.num_heads"]
@@ -165,21 +199,21 @@ class Rope:
     latent: bool = False
 
     def read(self, theirs: Theirs) -> Fields:
-        given = theirs.get("rope_parameters", None) or {}
-        older = theirs.get("rope_scaling", None) or {}
+        given, older = theirs.group("rope_parameters"), theirs.group("rope_scaling")
         for key in ("rope_theta", "partial_rotary_factor"):
             given = {key: theirs.get(key), **given} if key in theirs.keys else given
         given = {**older, **given}
         if any(isinstance(value, dict) for value in given.values()):
             raise theirs.refuse("rope_parameters", given, "one set for all layers")
+        given = _Given(given, theirs.path)
         kind = given.get("rope_type", given.get("type", "default")) or "default"
         names = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
         names["longrope"] = names["su"] = "longrope"
         if kind not in names:
             raise theirs.refuse("rope_type", kind, ", ".join(names))
         fields = {
-            "model.rope_theta": float(given.get("rope_theta", self.theta)),
-            "model.rope_share": float(given.get("partial_rotary_factor", self.share)),
+            "model.rope_theta": given.number("rope_theta", self.theta),
+            "model.rope_share": given.number("partial_rotary_factor", self.share),
             "model.rope_interleaved": self.interleaved,
             "model.rope_scaling": names[kind],
         }
@@ -187,32 +221,31 @@ class Rope:
             return fields
         return fields | self._scaling(theirs, names[kind], given)
 
-    def _scaling(self, theirs: Theirs, kind: str, given: Mapping[str, Any]) -> Fields:
-        reach = theirs.get("max_position_embeddings", None)
-        trained = given.get("original_max_position_embeddings") or theirs.get(
-            "original_max_position_embeddings", reach
-        )
-        factor = float(given.get("factor") or (reach / trained if reach and trained else 1.0))
+    def _scaling(self, theirs: Theirs, kind: str, given: "_Given") -> Fields:
+        key = "original_max_position_embeddings"
+        reach = theirs.whole("max_position_embeddings", 0)
+        trained = given.number(key, 0.0) or theirs.whole(key, reach)
+        factor = given.number("factor", reach / trained if reach and trained else 1.0)
         fields: Fields = {"model.rope_factor": factor}
         if kind != "linear":
             fields["model.rope_trained_length"] = int(trained)
         if kind == "llama3":
-            fields["model.rope_low_turns"] = float(given["low_freq_factor"])
-            fields["model.rope_high_turns"] = float(given["high_freq_factor"])
+            fields["model.rope_low_turns"] = given.number("low_freq_factor")
+            fields["model.rope_high_turns"] = given.number("high_freq_factor")
         if kind == "yarn":
-            fields["model.rope_low_turns"] = float(given.get("beta_slow") or 1)
-            fields["model.rope_high_turns"] = float(given.get("beta_fast") or 32)
+            fields["model.rope_low_turns"] = given.number("beta_slow", 1.0)
+            fields["model.rope_high_turns"] = given.number("beta_fast", 32.0)
             fields["model.rope_whole_pairs"] = bool(given.get("truncate", True))
             fields["model.rope_magnitude"] = _yarn_magnitude(given, factor)
-            every = given.get("mscale_all_dim") or 0
+            every = given.number("mscale_all_dim", 0.0)
             if self.latent and every:
                 width = theirs.number("qk_nope_head_dim") + theirs.number("qk_rope_head_dim")
                 fields["model.attention_scale"] = width**-0.5 * _grown(factor, every) ** 2
         if kind == "longrope":
-            fields["model.rope_short_factors"] = _listed(given["short_factor"])
-            fields["model.rope_long_factors"] = _listed(given["long_factor"])
-            fields["model.rope_magnitude"] = float(given.get("short_mscale") or 0.0)
-            fields["model.rope_long_magnitude"] = float(given.get("long_mscale") or 0.0)
+            fields["model.rope_short_factors"] = given.listed("short_factor")
+            fields["model.rope_long_factors"] = given.listed("long_factor")
+            fields["model.rope_magnitude"] = given.number("short_mscale", 0.0)
+            fields["model.rope_long_magnitude"] = given.number("long_mscale", 0.0)
         return fields
 
     def write(self, fields: Fields) -> dict[str, Any]:
@@ -259,12 +292,11 @@ def _grown(factor: float, share: float = 1.0) -> float:
     return 0.1 * share * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _yarn_magnitude(given: Mapping[str, Any], factor: float) -> float:
+def _yarn_magnitude(given: "_Given", factor: float) -> float:
+    own, every = given.number("mscale", 0.0), given.number("mscale_all_dim", 0.0)
     if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return _grown(factor, given["mscale"]) / _grown(factor, given["mscale_all_dim"])
-    return _grown(factor)
+        return given.number("attention_factor")
+    return _grown(factor, own) / _grown(factor, every) if own and every else _grown(factor)
 
 
 def same_numbers(listed: str) -> str:
@@ -274,6 +306,23 @@ def same_numbers(listed: str) -> str:
 
 def _listed(numbers: Iterable[float]) -> str:
     return ",".join(repr(float(number)) for number in numbers)
+
+
+class _Given(dict[str, Any]):
+    """The keys of rotary positions, which lie in ``rope_parameters`` or ``rope_scaling``."""
+
+    def __init__(self, keys: Mapping[str, Any], path: str):
+        super().__init__(keys)
+        self._theirs = Theirs(keys, f"{path}: rope_scaling")
+
+    def number(self, key: str, default: Any = REQUIRED) -> float:
+        return float(self._theirs.number(key, default))
+
+    def listed(self, key: str) -> str:
+        value = self._theirs.get(key)
+        if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
+            raise UserError(f"{self._theirs.path}: {key}={value!r} must be a list of numbers")
+        return _listed(value)
 
 
 def _numbers(listed: str) -> list[float]:
@@ -287,7 +336,7 @@ class Window:
     switch: str = ""
 
     def read(self, theirs: Theirs) -> Fields:
-        window = theirs.get("sliding_window", None) or 0
+        window = theirs.whole("sliding_window", 0)
         if self.switch and not theirs.get(self.switch, False):
             return {"model.window": 0}
         types = theirs.get("layer_types", None)
@@ -323,8 +372,8 @@ class WindowPattern:
     """n where there are no `layer_types`."""
 
     def read(self, theirs: Theirs) -> Fields:
-        window = theirs.get(self.key, None) or 0
-        layers = theirs.number("num_hidden_layers")
+        window = theirs.whole(self.key, 0)
+        layers = theirs.whole("num_hidden_layers")
         types = theirs.get("layer_types", None)
         every = self.default
         if types:
@@ -354,11 +403,11 @@ class FirstDense:
     theirs: str = "first_k_dense_replace"
 
     def read(self, theirs: Theirs) -> Fields:
-        first, step = theirs.number(self.theirs, 0), theirs.get("moe_layer_freq", 1)
+        first, step = theirs.whole(self.theirs, 0), theirs.get("moe_layer_freq", 1)
         if step != 1:
             raise theirs.refuse("moe_layer_freq", step, "1")
-        sparse = tuple(range(first, theirs.number("num_hidden_layers")))
-        return sparse_layers(sparse, theirs.number("num_hidden_layers"))
+        sparse = tuple(range(first, theirs.whole("num_hidden_layers")))
+        return sparse_layers(sparse, theirs.whole("num_hidden_layers"))
 
     def write(self, fields: Fields) -> dict[str, Any]:
         return {self.theirs: min(sparse_of(fields), default=fields["model.num_layers"])}
@@ -369,7 +418,10 @@ class DenseLayers:
     """Every n-th layer has experts, but those of a list (Qwen)."""
 
     def read(self, theirs: Theirs) -> Fields:
-        layers, step = theirs.number("num_hidden_layers"), theirs.number("decoder_sparse_step", 1)
+        layers, step = (
+            theirs.whole("num_hidden_layers"),
+            theirs.whole("decoder_sparse_step", 1, least=1),
+        )
         dense = theirs.get("mlp_only_layers", None) or []
         sparse = [i for i in range(layers) if i not in dense and (i + 1) % step == 0]
         return sparse_layers(sparse, layers)
@@ -386,8 +438,8 @@ class ListedSparse:
 
     def read(self, theirs: Theirs) -> Fields:
         layers, step = (
-            theirs.number("num_hidden_layers"),
-            theirs.get("interleave_moe_layer_step", 1),
+            theirs.whole("num_hidden_layers"),
+            theirs.whole("interleave_moe_layer_step", 1, least=1),
         )
         sparse = theirs.get("moe_layers", None)
         return sparse_layers(sparse or list(range(step - 1, layers, step)), layers)
@@ -438,6 +490,13 @@ class Gate:
             value = default if value is None and default is not REQUIRED else value
             if value is None:
                 raise UserError(f"{theirs.path} lacks {key}; restore the model's own config.json")
+            if default is None:  # a count that every config has
+                value = theirs.whole(key, least=1)
+            elif isinstance(default, bool):
+                if not isinstance(value, bool):
+                    raise UserError(f"{theirs.path}: {key}={value!r} must be true or false")
+            else:
+                value = type(default)(theirs.number(key, default))
             fields[field] = value
         return {"moe.gate": fields}
 

@@ -41,8 +41,8 @@ class Row:
     instead: str = ""
     """A parameter with which the tensor does not exist."""
     zeros: bool = False
-    """True for zeros in the place of a part that our model does not have; ``ours`` gives their
-    shape."""
+    """True for a tensor of zeros in the place of a part that our model does not have, of the shape
+    of ``ours``."""
 
     @property
     def of_experts(self) -> bool:

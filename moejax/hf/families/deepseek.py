@@ -42,10 +42,10 @@ class SharedExperts:
     """The number of shared experts, each as wide as a routed one."""
 
     def read(self, theirs: Theirs) -> Fields:
-        count = theirs.get("n_shared_experts", None) or 0
+        count = theirs.whole("n_shared_experts", 0)
         return {
             "moe.shared_experts": min(count, 1),
-            "moe.shared_d_ff": count * theirs.number("moe_intermediate_size"),
+            "moe.shared_d_ff": count * theirs.whole("moe_intermediate_size"),
         }
 
     def write(self, fields: Fields) -> dict[str, Any]:
@@ -58,15 +58,15 @@ class Latent:
     """Multi-head latent attention."""
 
     def read(self, theirs: Theirs) -> Fields:
-        heads = theirs.number("num_attention_heads")
+        heads = theirs.whole("num_attention_heads")
         return {
             "model.num_heads": heads,
             "model.num_kv_heads": heads,
-            "model.mla_kv_rank": theirs.number("kv_lora_rank"),
-            "model.mla_query_rank": theirs.get("q_lora_rank", None) or 0,
-            "model.mla_plain_width": theirs.number("qk_nope_head_dim"),
-            "model.mla_rope_width": theirs.number("qk_rope_head_dim"),
-            "model.mla_value_width": theirs.number("v_head_dim"),
+            "model.mla_kv_rank": theirs.whole("kv_lora_rank"),
+            "model.mla_query_rank": theirs.whole("q_lora_rank", 0),
+            "model.mla_plain_width": theirs.whole("qk_nope_head_dim"),
+            "model.mla_rope_width": theirs.whole("qk_rope_head_dim"),
+            "model.mla_value_width": theirs.whole("v_head_dim"),
             "model.qk_norm_eps": 1e-6,
         }
 
@@ -98,13 +98,13 @@ class GroupLimited:
         return {
             "moe.gate": {
                 "name": "loss_free",
-                "k": theirs.number("num_experts_per_tok"),
+                "k": theirs.whole("num_experts_per_tok"),
                 "score": "softmax",
                 "renormalize": False,
                 "route_scale": float(theirs.number("routed_scaling_factor", 1.0)),
                 "bias_rate": 0.0,
-                "num_groups": theirs.number("n_group") if limited else 1,
-                "top_groups": theirs.number("topk_group") if limited else 1,
+                "num_groups": theirs.whole("n_group") if limited else 1,
+                "top_groups": theirs.whole("topk_group") if limited else 1,
                 "group_score": "max",
                 "sequence_loss": 0.0,
             }

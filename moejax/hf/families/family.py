@@ -67,8 +67,8 @@ class AuxiliaryLoss:
     """The weight of the balance loss, which is k at balance there and 1 here."""
 
     def read(self, theirs: Theirs) -> Fields:
-        k = theirs.get("num_experts_per_tok", 1) or 1
-        weight = float(theirs.get("router_aux_loss_coef", 0.0) or 0.0)
+        k = theirs.whole("num_experts_per_tok", 1) or 1
+        weight = float(theirs.number("router_aux_loss_coef", 0.0))
         return {"moe.losses.load_balance": weight * k}
 
     def write(self, fields: Fields) -> dict[str, Any]:

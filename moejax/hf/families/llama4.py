@@ -26,8 +26,8 @@ class Chunks:
     """Layers with rotary positions attend within chunks; every n-th has neither."""
 
     def read(self, theirs: Theirs) -> Fields:
-        layers = theirs.number("num_hidden_layers")
-        step = theirs.get("no_rope_layer_interval", 4)
+        layers = theirs.whole("num_hidden_layers")
+        step = theirs.whole("no_rope_layer_interval", 4, least=1)
         rope = theirs.get("no_rope_layers", None) or [
             int((i + 1) % step != 0) for i in range(layers)
         ]
@@ -41,12 +41,12 @@ class Chunks:
             raise theirs.refuse("layer_types", types, "chunks in the layers with rotation")
         tuned = theirs.get("attn_temperature_tuning", True)
         return {
-            "model.window": theirs.get("attention_chunk_size", 8192) or 0,
+            "model.window": theirs.whole("attention_chunk_size", 8192),
             "model.window_kind": "chunk",
             "model.global_every": every,
             "model.global_rope": False,
-            "model.temperature": float(theirs.get("attn_scale", 0.1)) if tuned else 0.0,
-            "model.temperature_length": int(theirs.get("floor_scale", 8192)),
+            "model.temperature": float(theirs.number("attn_scale", 0.1)) if tuned else 0.0,
+            "model.temperature_length": theirs.whole("floor_scale", 8192),
         }
 
     def write(self, fields: Fields) -> dict[str, Any]:
@@ -68,11 +68,11 @@ class Widths:
     """The width of routed experts, which the shared expert has too, and of dense layers."""
 
     def read(self, theirs: Theirs) -> Fields:
-        width = theirs.number("intermediate_size")
+        width = theirs.whole("intermediate_size")
         return {
             "moe.d_ff": width,
             "moe.shared_d_ff": width,
-            "model.d_ff": theirs.number("intermediate_size_mlp"),
+            "model.d_ff": theirs.whole("intermediate_size_mlp"),
         }
 
     def write(self, fields: Fields) -> dict[str, Any]:
