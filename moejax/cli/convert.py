@@ -40,6 +40,9 @@ def add_command(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    for flag, value in (("--from-hf", args.from_hf), ("--to-hf", args.to_hf)):
+        if value == "":
+            raise UserError(f"{flag}= is empty; name a folder")
     if args.from_hf is not None:
         summary = _import(args)
     else:
@@ -51,7 +54,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> dict[str, Any]:
     for flag, value in (("--out", args.out), ("--step", args.step), ("--dtype", args.dtype)):
-        if value:
+        if value not in (None, ""):
             raise UserError(f"{flag}={value} belongs to --to-hf; leave it out with --from-hf")
     if not args.workdir:
         raise UserError("--from-hf needs --workdir=FOLDER, the new run's folder")

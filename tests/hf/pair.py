@@ -106,7 +106,7 @@ class Pair:
 
         def loss(params, gate_state):
             inputs_BL = jnp.asarray(token_BL[:, :-1], jnp.int32)
-            context = _context(token_BL[:, :-1], np.ones_like(inputs_BL, bool))
+            context = _context(token_BL[:, :-1], np.ones(inputs_BL.shape, bool))
             context = dataclasses.replace(context, key=jax.random.key(0))
             logits, _ = self.task.built(params)(inputs_BL, context, gate_state, True)
             return jnp.mean(cross_entropy(logits, jnp.asarray(token_BL[:, 1:]))[1])
