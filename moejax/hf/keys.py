@@ -7,7 +7,7 @@ ours if what it writes reads back as the model's own fields.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from moejax.config import default as default_config

@@ -53,7 +53,7 @@ def counts_padding(model) -> bool:
 
 
 def results_of(model, token_BL: np.ndarray, valid_BL: np.ndarray) -> Outputs:
-    """The results of transformers; with padding behind the texts where it counts padding in front."""
+    """The results of transformers; padding that it counts as tokens is moved behind the texts."""
     if not counts_padding(model) or valid_BL[:, 0].all():
         return pairs.theirs_of(model, token_BL, valid_BL)
     padding_B = L - valid_BL.sum(axis=1)
@@ -64,6 +64,7 @@ def results_of(model, token_BL: np.ndarray, valid_BL: np.ndarray) -> Outputs:
         return np.stack([row[index] for row, index in zip(x_BL, index_BL, strict=True)])
 
     found = pairs.theirs_of(model, moved(token_BL, there_BL), moved(valid_BL, there_BL))
+    assert found.expert_NLK is not None and found.weight_NLK is not None, "Llama 4 has experts"
     expert_NLK, weight_NLK = (
         np.stack([moved(x.reshape(B, L, -1), back_BL).reshape(B * L, -1) for x in layers])
         for layers in (found.expert_NLK, found.weight_NLK)
