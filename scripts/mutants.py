@@ -691,7 +691,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'names += ["segment_BL"] if context.segment_BL is not None else []',
         "names += []",
         "tests/layers/test_depths.py",
-        "test_the_chosen_tokens_keep_their_ids_positions_and_segments",
+        "test_packed_texts_are_refused_where_they_would_compete_for_a_block",
     ),
     Mutant(
         "depths_room_for_padding",

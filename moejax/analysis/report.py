@@ -44,8 +44,8 @@ PAGES: tuple[Callable[[RunData], Page], ...] = (
     specialisation.page,
     coactivation.page,
     stability.page,
-    cost.page,
     generated.page,
+    cost.page,
 )
 
 SWEEP_PAGES: tuple[Callable[[SweepData], Page], ...] = (

@@ -214,14 +214,23 @@ def test_the_chosen_tokens_keep_their_ids_and_positions():
 
 
 def test_packed_texts_are_refused_where_they_would_compete_for_a_block():
-    """In training only: the prediction of evaluation is one token's own."""
+    """In training only: the prediction of evaluation is one token's own, which keeps its text."""
     depths = Depths(4, DepthsOptions(0.5), rngs=nnx.Rngs(0))
-    packed = Context.of(1, 6, segment_BL=jnp.asarray([[0, 0, 0, 1, 1, 1]]))
-    x_BLD = jnp.ones((1, 6, 4))
-    change = lambda x_BLD, context: (x_BLD, LayerAux())
+    segment_L = np.array([0, 0, 0, 1, 1, 1])
+    known = {"token_BL": jnp.arange(6)[None], "segment_BL": jnp.asarray(segment_L)[None]}
+    packed = Context.of(1, 6, **known)
+    x_BLD = jax.random.normal(jax.random.key(3), (1, 6, 4))
+    seen = []
+
+    def change(x_BLD, context):
+        seen.append(context)
+        return x_BLD, LayerAux()
+
     with pytest.raises(ValueError, match="depths.capacity=0.5 .*a row of its own"):
         depths(x_BLD, packed, True, change)
     depths(x_BLD, packed, False, change)
+    (told,) = seen
+    np.testing.assert_array_equal(told.segment_BL[0], segment_L[np.asarray(told.token_BL[0])])
 
 
 @pytest.mark.parametrize("predictor", ["mlp", "router"])

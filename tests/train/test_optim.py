@@ -164,12 +164,26 @@ def test_a_gradient_of_the_size_of_eps_moves_adam_half_as_far():
     np.testing.assert_allclose(updates["scale_D"], -0.5, rtol=1e-6)  # float32
 
 
-@pytest.mark.parametrize("name", sorted(DIRECTIONS))
+@pytest.mark.parametrize("name", sorted(DIRECTIONS.keys() - {"sgd"}))
 def test_the_first_update_of_a_vector_is_the_learning_rate_whatever_its_gradient(name):
     params = {"scale_D": jnp.ones(2)}
     updates = one_update(config(name=name), params, {"scale_D": jnp.asarray([0.5, -0.5])})
     # Adam's eps is 1e-8 of a gradient of 0.5.
     np.testing.assert_allclose(updates["scale_D"], [-0.03, 0.03], rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_optax_sgd_and_keeps_no_state_without_momentum(momentum):
+    params, grads = random_params(0), random_params(1)
+    ours, _ = make_optimizer(config(name="sgd", b1=momentum), 10, params)
+    theirs = optax.sgd(0.03, momentum=momentum or None)
+    updates, state = first_update(ours, params, grads)
+    expected, their_state = first_update(theirs, params, grads)
+    same = partial(np.testing.assert_allclose, rtol=1e-6)  # float32
+    jax.tree.map(same, updates, expected)
+    second = ours.update(grads, state, params)[0]
+    jax.tree.map(same, second, theirs.update(grads, their_state, params)[0])
+    assert any(x.ndim for x in jax.tree.leaves(state)) == bool(momentum)
 
 
 def test_muon_on_a_plain_matrix_is_optax_muon():
