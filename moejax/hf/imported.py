@@ -51,6 +51,9 @@ COMPANIONS = (
 )
 """Files that come along where they exist."""
 
+SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "tiktoken.model")
+"""Tokenizers of other libraries, which are not read."""
+
 LONGEST = 2048
 """The most tokens of a sequence in evaluation and fine-tuning, unless ``train.seq_len`` says."""
 
@@ -192,11 +195,18 @@ def _check_vocabulary(config: Config, theirs: Theirs, folder: Path) -> None:
     """Checks that the tokenizer has no more tokens than the model.
 
     Raises:
-      UserError: it has.
+      UserError: it has, or the model's own is not of the kind that is read.
     """
     path, size = config.data.tokenizer, config.model.vocab_size
     if config.data.path and is_prepared(os.path.expanduser(config.data.path)):
         return  # shards have their own tokenizer
+    slow = [name for name in SLOW_TOKENIZERS if (folder / name).is_file()]
+    if slow and not path:
+        raise UserError(
+            f"{folder} has {slow[0]} but no tokenizer.json, and bytes are not this model's tokens; "
+            "save the fast tokenizer there (save_pretrained of transformers' AutoTokenizer), or "
+            "name one with --config.data.tokenizer"
+        )
     count = load_tokenizer(path).vocab_size
     if count > size and path:
         raise UserError(

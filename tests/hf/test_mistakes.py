@@ -174,6 +174,13 @@ def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path, capsys):
     assert "hf/tokenizer.json has 261 tokens" in line and "vocab_size=260" in line
 
 
+def test_a_tokenizer_of_another_library_is_not_passed_over(tmp_path, capsys):
+    folder = folders.write(tmp_path / "hf")
+    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    line = refused(capsys, tmp_path, folder)
+    assert "tokenizer.model but no tokenizer.json" in line and "AutoTokenizer" in line
+
+
 def test_fewer_tokens_than_bytes_need_a_tokenizer(tmp_path, capsys):
     shapes = {
         n: np.zeros(s, np.float32) for n, s in folders.shapes({**folders.CONFIG, "vocab_size": 90})
