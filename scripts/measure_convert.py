@@ -22,7 +22,7 @@ from typing import Any
 
 VOCAB, HEADS, EXPERTS = 32000, 16, 8
 BYTES = 2
-"""Of a bfloat16."""
+"""The size of a bfloat16."""
 INTERVAL = 0.01
 """Seconds between two samples."""
 
@@ -208,7 +208,8 @@ def measure(folder: Path, size: Size, shards: int, warm: bool = False) -> dict[s
     """Both ways of a model of these sizes, with files below ``folder``, which are deleted.
 
     Args:
-      warm: convert a tiny model first, so that what any conversion needs is not counted.
+      warm: convert a tiny model first, with a small text, so that what any conversion needs is not
+        counted.
     """
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -220,8 +221,12 @@ def measure(folder: Path, size: Size, shards: int, warm: bool = False) -> dict[s
             "largest_shard": largest,
             "largest_tensor": max(_count(shape) * BYTES for _, shape in size.shapes()),
         }
+        flags = []
         if warm:
             write_model(folder / "tiny", Size(32, 64, 1, 512), 1)
+            (folder / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(400)))
+            flags = [f"--config.data.path={folder / 'text.txt'}"]
+            flags += ["--config.train.seq_len=16", "--config.train.eval_rows=8"]
         ways = {
             "from_hf": ("--from-hf", "--workdir", "hf", "run"),
             "to_hf": ("--to-hf", "--out", "run", "out"),
@@ -235,8 +240,14 @@ def measure(folder: Path, size: Size, shards: int, warm: bool = False) -> dict[s
                         "convert",
                         f"{source}={folder / tiny[come]}",
                         f"{target}={folder / tiny[go]}",
+                        *(flags if way == "from_hf" else ()),
                     )
-                found = child.run("convert", f"{source}={folder / come}", f"{target}={folder / go}")
+                found = child.run(
+                    "convert",
+                    f"{source}={folder / come}",
+                    f"{target}={folder / go}",
+                    *(flags if way == "from_hf" else ()),
+                )
             finally:
                 found_highest = child.end()
             found["highest_resident"] = found_highest
@@ -271,7 +282,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=3.4, help="size of the model")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--folder", type=Path, required=True, help="a new folder, then deleted")
-    parser.add_argument("--warm", action="store_true", help="convert a tiny model first")
+    parser.add_argument("--warm", action="store_true", help="leave out what any conversion needs")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"--folder={args.folder} exists; name a new folder")

@@ -62,7 +62,7 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "sweep": {"config", "dispatch", "errors", "job", "record", "train", "types"},
-        "hf": {"config", "errors", "gating", "options", "record", "tasks", "train"},
+        "hf": {"config", "data", "errors", "gating", "options", "record", "tasks", "train"},
         "generate": {
             "config", "data", "dispatch", "errors", "job", "mesh", "options", "record", "tasks",
             "train", "types",

@@ -72,7 +72,7 @@ def export_model(
     }
     config.model.vocab_size = arrays["params/embed_VD"].shape[0]
     fields = fields_of(config)
-    scale = _absorbed(fields)
+    scale = absorbed(fields)
     companions = _companions(workdir, Path(config.data.tokenizer))
     theirs = _their_config(companions)
     family, keys = family_for(fields, theirs.get("model_type", ""))
@@ -129,7 +129,7 @@ def _step(workdir: Path, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def _absorbed(fields: Fields) -> float:
+def absorbed(fields: Fields) -> float:
     """The factor of embeddings, moved into their matrix, which then is not tied to the output's.
 
     Families have no such factor, except one whose config can have any. A model of ours has

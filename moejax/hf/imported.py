@@ -14,7 +14,7 @@ import numpy as np
 
 from moejax.config import Config, settings, validate
 from moejax.config.overrides import apply_overrides
-from moejax.config.saved import CHECKPOINTS, write_config
+from moejax.config.saved import CHECKPOINTS, holds_run, write_config
 from moejax.data.shards import is_prepared
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import UserError, suggest
@@ -27,7 +27,7 @@ from moejax.train import setup
 from moejax.train.checkpoint.manifest import as_array, named_leaves
 from moejax.train.checkpoint.pieces import PieceWriter
 from moejax.train.setup import Run
-from moejax.train.workdir.contents import EMPTY, check_workdir, note_saved
+from moejax.train.workdir.contents import check_workdir, note_saved
 from moejax.train.workdir.origin import origin
 from moejax.train.workdir.run_record import about_run
 
@@ -123,11 +123,13 @@ def import_model(
       UserError: see ``open_model``; tensors that are missing, left over or of another shape; a
         workdir that is in use. Then nothing is made.
     """
-    model, workdir = open_model(folder, overrides), Path(workdir)
+    workdir = Path(workdir)
+    if holds_run(workdir):
+        raise UserError(f"--workdir={workdir} holds a run; name a new folder")
+    model = open_model(folder, overrides)
     with TensorFolder(folder) as tensors:
         run = setup.prepare(model.config)
-        if check_workdir(workdir, run.config, run.data.fingerprint) is not EMPTY:
-            raise UserError(f"--workdir={workdir} holds a run; name a new folder")
+        check_workdir(workdir, run.config, run.data.fingerprint)
         arrays = named_leaves(run.abstract_state)
         try:
             copies = plan(model.family, run.task.model, arrays)

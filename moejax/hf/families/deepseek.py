@@ -50,7 +50,7 @@ class SharedExperts:
 
     def write(self, fields: Fields) -> dict[str, Any]:
         count, rest = divmod(fields["moe.shared_d_ff"], fields["moe.d_ff"])
-        return {"n_shared_experts": (count or None) if not rest else 0}
+        return {"n_shared_experts": 0 if rest else count}  # their configs take no null
 
 
 @dataclasses.dataclass(frozen=True)
