@@ -127,8 +127,8 @@ GOES_OUT = {
         ("moe.shared_experts=2", "moe.gate.renormalize=False"), "top_k",
     ),
     "a bias that balances": (("moe.gate.num_groups=1",), "loss_free"),
-    "olmoe": ((), "olmoe"),
-    "every second layer dense": (("moe.every=2", "moe.gate.renormalize=False"), "top_k"),
+    "olmoe": (("model.qk_norm=projection", "moe.gate.k=3"), "olmoe"),
+    "every second layer dense": (("moe.every=2", "moe.shared_experts=1"), "top_k"),
     "dense": (("moe.every=0",), "top_k"),
     "untied, unscaled": (("model.tie_embeddings=False", "model.embed_scale=1"), "top_k"),
     "DeepSeek's attention": (
@@ -149,6 +149,9 @@ def test_a_model_of_ours_has_the_same_logits_in_transformers(name, tmp_path):
 
 
 REFUSED = {
+    "a family of remote code alone": (
+        ("moe.gate.renormalize=False",), "top_k", "moe.gate.renormalize=False",
+    ),
     "expert_choice": ((), "expert_choice", "moe.gate.name=expert_choice"),
     "experts with one matrix": (("moe.activation=gelu",), "mixtral", "moe.activation=gelu"),
     "switch": (("moe.activation=relu", "model.activation=relu"), "switch", "activation=relu"),
@@ -186,7 +189,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, capsys):
 
 
 DRAWN: dict[str, tuple[Any, ...]] = {
-    "model.num_kv_heads": (0, 1, 2),
+    "model.num_kv_heads": (4, 1, 2),
     "model.head_dim": (0, 8, 10),
     "model.tie_embeddings": (True, False),
     "model.embed_scale": (0.0, 1.0, 3.0),
@@ -246,10 +249,9 @@ def try_drawn(seed: int) -> Config | None:
     return config
 
 
-@pytest.mark.parametrize("block", range(4))
-def test_any_config_goes_out_or_is_refused_by_a_field(block):
-    outcomes = [try_drawn(seed) is not None for seed in range(25 * block, 25 * block + 25)]
-    assert any(outcomes) and not all(outcomes)
+def test_any_config_goes_out_or_is_refused_by_a_field():
+    outcomes = [try_drawn(seed) is not None for seed in range(100)]
+    assert sum(outcomes) > 5 and not all(outcomes)
 
 
 @parity

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("lm_eval", reason="needs the extra 'eval' (lm_eval)")
+
 from moejax.config import load
 from moejax.contrib.harness.model import HarnessModel
 from moejax.errors import UserError
