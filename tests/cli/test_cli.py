@@ -233,7 +233,7 @@ def test_eval_reads_the_runs_config_and_prints_one_json_row(
     assert json.loads(capsys.readouterr().out) == {"step": 5, "split": "eval", "loss": 1.5}
     config, *rest = loop.calls[0]
     assert (config.train.seed, config.moe.eval_transport) == (3, "cells")
-    assert rest == [str(tmp_path), 5, "", 0, 0]
+    assert rest == [str(tmp_path), 5, "", 0, 0, False]
 
 
 class Terminal(io.StringIO):
@@ -273,7 +273,7 @@ def test_eval_prints_a_summary_on_a_terminal_and_everything_otherwise(
 def test_eval_measures_the_leak_on_request(loop: Loop, tmp_path: Path, flag: str, rows: int):
     (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(default())}))
     assert cli.main(["eval", flag, f"--workdir={tmp_path}"]) == 0
-    assert loop.calls[0][1:] == (str(tmp_path), None, "", 0, rows)
+    assert loop.calls[0][1:] == (str(tmp_path), None, "", 0, rows, False)
 
 
 def test_interrupt_outside_training_exits_130(
