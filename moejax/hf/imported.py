@@ -105,7 +105,6 @@ def open_model(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     except UserError as error:
         raise UserError(f"{theirs.path}: {error}") from error
     apply_overrides(config, overrides)
-    _check_vocabulary(config, theirs, folder)
     return Model(folder, family, theirs, config)
 
 
@@ -120,13 +119,14 @@ def import_model(
       A summary: ``family``, ``parameters`` and ``tensors``.
 
     Raises:
-      UserError: see ``open_model``; tensors that are missing, left over or of another shape; a
-        workdir that is in use. Then nothing is made.
+      UserError: see ``open_model``; a tokenizer that does not fit; tensors that are missing, left
+        over or of another shape; a workdir that is in use. Then nothing is made.
     """
     workdir = Path(workdir)
     if holds_run(workdir):
         raise UserError(f"--workdir={workdir} holds a run; name a new folder")
     model = open_model(folder, overrides)
+    _check_vocabulary(model.config, model.theirs, model.folder)
     with TensorFolder(folder) as tensors:
         run = setup.prepare(model.config)
         check_workdir(workdir, run.config, run.data.fingerprint)
