@@ -44,6 +44,15 @@ UNUSED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 )
 """Fields without meaning where another has this value."""
 
+OF_SCALING = {
+    "none": (),
+    "linear": ("_factor",),
+    "llama3": ("_factor", "trained_length", "low_turns", "high_turns"),
+}
+"""Fields of rotary positions that these scalings use, by the ends of their names."""
+
+_DEFAULTS = flatten(default())
+
 Changes = Mapping[str, tuple[Any, Any]]
 """Fields by name: the value wanted, and the value that a family has instead."""
 
@@ -87,7 +96,7 @@ def fields_of(config: Config) -> Fields:
 
 def explicit(fields: Fields) -> Fields:
     """The same fields with 0 replaced by what it stands for, and unused ones at their defaults."""
-    f = {**flatten(default()), **fields}
+    f = {**_DEFAULTS, **fields}
     f = {n: v for n, v in f.items() if n.startswith(("model.", "moe.")) and "moe.gate." not in n}
     width = f["model.head_dim"] or f["model.d_model"] // f["model.num_heads"]
     f["model.head_dim"] = width
@@ -100,6 +109,17 @@ def explicit(fields: Fields) -> Fields:
     if f["moe.shared_experts"]:
         f["moe.shared_d_ff"] = f["moe.shared_d_ff"] or f["moe.shared_experts"] * f["moe.d_ff"]
         f["moe.shared_experts"] = 1
+    _explicit_magnitudes(f)
+    if not f["model.global_every"]:
+        f["model.global_rope"] = True
+    elif not f["model.window"] and f["model.global_rope"]:
+        f["model.global_every"] = 0
+    if not sparse_of(f):
+        f["moe.gate"], f["moe.every"] = {"name": "top_k"}, 0
+    return {**f, **{name: _DEFAULTS[name] for name in _unused(f)}}
+
+
+def _explicit_magnitudes(f: Fields) -> None:
     if f["model.rope_scaling"] == "yarn":
         grown = 0.1 * math.log(f["model.rope_factor"]) + 1.0
         f["model.rope_magnitude"] = f["model.rope_magnitude"] or grown
@@ -109,28 +129,24 @@ def explicit(fields: Fields) -> Fields:
         f["model.rope_long_magnitude"] = f["model.rope_long_magnitude"] or f["model.rope_magnitude"]
         f["model.rope_short_factors"] = same_numbers(f["model.rope_short_factors"])
         f["model.rope_long_factors"] = same_numbers(f["model.rope_long_factors"])
-    if not f["model.global_every"]:
-        f["model.global_rope"] = True
-    elif not f["model.window"] and f["model.global_rope"]:
-        f["model.global_every"] = 0
-    unused = [n for field, value, names in UNUSED if f[field] == value for n in names]
-    if not latent:
-        unused += [n for n in f if n.startswith("model.mla_")]
-        if latent == 0 and f["model.qk_norm"] == "none":
-            unused.append("model.qk_norm_eps")
+
+
+def _unused(f: Fields) -> set[str]:
+    """The fields without meaning for this model."""
+    unused = {n for field, value, names in UNUSED if f[field] == value for n in names}
+    if f["model.mla_kv_rank"]:
+        unused -= {"model.qk_norm_eps"}
     else:
-        unused = [n for n in unused if n != "model.qk_norm_eps"]
-    if f["model.rope_scaling"] == "none":
-        kept = ("theta", "share", "interleaved", "scaling")
-        unused += [n for n in f if n.startswith("model.rope_") and not n.endswith(kept)]
+        unused |= {n for n in f if n.startswith("model.mla_")}
+    if f["model.rope_scaling"] in OF_SCALING:
+        kept = ("theta", "share", "interleaved", "scaling", *OF_SCALING[f["model.rope_scaling"]])
+        unused |= {n for n in f if n.startswith("model.rope_") and not n.endswith(kept)}
     sparse = sparse_of(f)
     if len(sparse) == f["model.num_layers"]:
-        unused += ["model.d_ff", "model.activation"]
+        unused |= {"model.d_ff", "model.activation"}
     if not sparse:
-        unused += [n for n in f if n.startswith("moe.") and n not in ("moe.every", "moe.gate")]
-        f["moe.gate"], f["moe.every"] = {"name": "top_k"}, 0
-    plain = flatten(default())
-    return {**f, **{n: plain[n] for n in unused}}
+        unused |= {n for n in f if n.startswith("moe.")} - {"moe.every", "moe.gate"}
+    return unused
 
 
 def differences(wanted: Fields, found: Fields) -> dict[str, tuple[Any, Any]]:
