@@ -1,8 +1,10 @@
 """From a workdir to a Hugging Face folder that transformers loads."""
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,29 +97,41 @@ def export_model(
                 f"{family.model_type}, the family that the model fits otherwise, has none"
             )
     tensors = _Tensors(copies, source, dtype, scale)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with _new_folder(out) as partial:
         write_folder(partial, tensors.described, tensors.value, shard_bytes)
-        for name in COMPANIONS:
-            if name != "config.json" and (companions / name).is_file():
-                shutil.copyfile(companions / name, partial / name)
-        own = Path(config.data.tokenizer)
-        if config.data.tokenizer and own.is_file() and not (partial / "tokenizer.json").exists():
-            shutil.copyfile(own, partial / "tokenizer.json")
+        _copy_companions(companions, config.data.tokenizer, partial)
         files.write_json(partial / "config.json", keys)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {
         "family": family.model_type,
         "step": step,
         "dtype": dtype,
         "tensors": len(tensors.described),
     }
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes ``out`` if the block ends without an error, and is removed if not."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_companions(source: Path, tokenizer: str, target: Path) -> None:
+    """Copies the files that came with the model, or the run's own tokenizer."""
+    for name in COMPANIONS:
+        if name != "config.json" and (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    own = Path(tokenizer)
+    if tokenizer and own.is_file() and not (target / "tokenizer.json").exists():
+        shutil.copyfile(own, target / "tokenizer.json")
 
 
 def _step(workdir: Path, step: int | None) -> int:

@@ -48,7 +48,7 @@ class Choices:
     def find(self, token_BL: Int[np.ndarray, "B L"]) -> Int[np.ndarray, " B"]:
         """The place of each row here; -1 for a row that is not."""
         rows = np.ascontiguousarray(token_BL, dtype=np.int32)
-        places: dict[bytes, int] = getattr(self, "_places")  # noqa: B009
+        places: dict[bytes, int] = getattr(self, "_places")  # noqa: B009 (no field: it is derived)
         return np.array([places.get(row.tobytes(), -1) for row in rows], dtype=np.int64)
 
     def of(self, token_BL: Int[np.ndarray, "B L"]) -> Int[np.ndarray, "B L M K"]:
@@ -118,10 +118,9 @@ def load(path: str) -> Choices:
                 return _checked(data["tokens"], data["experts"])
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error
-    except Exception as error:
-        if isinstance(error, _Wrong):
-            raise
-        # NumPy, zipfile, zlib and tokenize raise a dozen for a garbled file
+    except _Wrong:
+        raise
+    except Exception as error:  # NumPy, zipfile, zlib and tokenize raise a dozen for a garbled file
         raise ValueError("is not a NumPy archive (.npz) that can be read") from error
     if "about" not in names:
         raise ValueError(
