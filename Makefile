@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(READY_SLOW): $(READY)
-	$(PIP_INSTALL) --editable '.[dev,tensorboard,wandb,slurm,browser,parity,eval]'
+	$(PIP_INSTALL) --editable '.[dev,tensorboard,wandb,slurm,browser,parity,eval,hf]'
 	$(PIP_INSTALL) --no-deps --upgrade --target $(TPU_COMPILER) libtpu
 	@touch $@
 

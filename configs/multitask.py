@@ -20,7 +20,7 @@ Argument, as key=value,key=value:
                 groups: 16 regressions in two groups, each with hidden experts of its own
                 recommender: ratings and finished views, from users and items of known structure
                 file: a CSV, TSV or Parquet file, or a folder of MovieLens, in data.path
-                (pip install 'moejax[tables]'; docs/multitask.md has the fields)
+                (docs/multitask.md has the fields)
     gate        dense (the paper's softmax), top_k, dselect_k, or another that reads one example
     gate_input  example, or constant: one choice for all examples
     sharing     mmoe (a gate per task), omoe (one gate), shared_bottom (no experts)

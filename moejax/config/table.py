@@ -204,8 +204,39 @@ FIELDS: dict[str, Field] = {
         1.0, "largest global gradient norm (0: off)", low=0.0, may_change=True
     ),
     "optim.output_z_loss": Field(0.0, "weight of the z-loss on the output logits", low=0.0),
-    "data.path": Field("", "a text file or a folder (empty: the built-in corpus)"),
-    "data.tokenizer": Field("", "a tokenizer.json (empty: bytes)"),
+    "data.path": Field(
+        "", "files, folders or globs, with commas between (empty: the built-in data)"
+    ),
+    "data.mixture": Field(
+        "", "several texts instead of one: {'web': ('web/*.jsonl', 0.7), 'code': ('code/', 0.3)}"
+    ),
+    "data.text_field": Field("text", "the field or column of a record that holds its text"),
+    "data.tokenizer": Field(
+        "", "a tokenizer.json, a folder with one, or a SentencePiece file (empty: bytes)"
+    ),
+    "data.bos": Field(
+        "auto",
+        "auto: the token that the tokenizer puts before a text begins every document",
+        choices=("auto", "none"),
+        before="none",
+    ),
+    "data.packing": Field(
+        "none",
+        "rows of text: none (windows of all documents joined), or whole documents, each for itself",
+        choices=("none", "greedy", "best_fit"),
+    ),
+    "data.stream": Field(False, "read the text while training, for one that memory cannot hold"),
+    "data.duplicates": Field(
+        "drop",
+        "documents that occur twice, or on both sides of the split: drop, or keep",
+        choices=("drop", "keep"),
+        before="keep",
+    ),
+    "data.on_error": Field(
+        "fail",
+        "a record that cannot be read ends the run (fail), or is left out and counted (skip)",
+        choices=("fail", "skip"),
+    ),
     "data.eval_fraction": Field(0.05, "share of the data held out", above=0.0, below=1.0),
     "data.split": Field(
         "bytes",

@@ -14,10 +14,11 @@ from moejax.config.tasks import LANGUAGE, task_entry
 from moejax.config.tree import fields_for, flatten, nested
 from moejax.errors import UserError
 
-SCHEMA = 2
+SCHEMA = 3
 """0: version 0.1.0, which wrote no number. 1: ``optim.decay_steps``, ``data.split``,
 ``data.eval_path``, ``model.matmul_precision``, ``mesh.device_gib``. 2: the options of published
-decoders in ``model`` and ``moe``, which are off by default, and ``bias`` of the gate ``top_k``."""
+decoders in ``model`` and ``moe``, which are off by default, and ``bias`` of the gate ``top_k``.
+3: formats, mixtures, packing and streaming in ``data``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,13 +207,9 @@ def _read(path: str, given: str, asked: Choice) -> tuple[dict[str, Column], Choi
 
 def _columns(path: str, asked: Choice) -> dict[str, Column]:
     """The columns of a file by name; those named as categories keep their text."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            "data.path: reading tables needs pyarrow; pip install 'moejax[tables]'"
-        ) from error
+    import pyarrow  # slow to import
+    from pyarrow import parquet
+
     if os.path.getsize(path) == 0:
         raise UserError(f"data.path: {path!r} is empty")
     with open(path, "rb") as file:

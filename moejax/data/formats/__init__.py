@@ -1,0 +1,1 @@
+"""Files that hold documents, one module per format; `table.py` lists them."""
