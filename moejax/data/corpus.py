@@ -92,82 +92,149 @@ class Corpus:
         return sum((np.bincount(part, minlength=size) for part in parts), np.zeros(size, np.int64))
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to make of a text; each is a field of the section ``data`` of a config."""
+
+    path: str = ""
+    tokenizer: str = ""
+    eval_fraction: float = 0.05
+    eval_path: str = ""
+    split: str = "bytes"
+    text_field: str = "text"
+    bos: str = "auto"
+    duplicates: str = "drop"
+    on_error: str = "fail"
+
+    def texts(self) -> Texts:
+        """The documents, before they are read."""
+        return open_texts(self.path, self.eval_fraction, self.eval_path, self.split)
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.text_field, self.on_error)
+
+    def opening(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The tokens that begin every document."""
+        return tokenizer.opening if self.bos == "auto" else ()
+
+
 def load(data_cfg: Any) -> Corpus:
     """The corpus named in the `data` section of a config."""
-    return load_corpus(
-        data_cfg.path,
-        data_cfg.tokenizer,
-        data_cfg.eval_fraction,
-        data_cfg.eval_path,
-        data_cfg.split,
-    )
+    names = (field.name for field in dataclasses.fields(Wanted))
+    return load_corpus(**{name: data_cfg[name] for name in names})
 
 
-def load_corpus(
-    path: str = "",
-    tokenizer: str = "",
-    eval_fraction: float = 0.05,
-    eval_path: str = "",
-    unit: str = "bytes",
-) -> Corpus:
+def load_corpus(path: str = "", tokenizer: str = "", **others: Any) -> Corpus:
     """Load text and tokenise it, or map shards made by `moejax data prepare`.
 
     Args:
-      path: a file or folder of text; a folder of prepared shards, which have their own tokenizer
-        and split; or empty for the built-in corpus.
-      tokenizer: a Hugging Face `tokenizers` JSON file; empty for bytes as tokens.
-      eval_fraction: share of the text to hold out, in (0, 1).
-      eval_path: a file or folder of text to hold out instead.
-      unit: unit of the share, see `open_text`.
+      path: files of text or of records (see ``units``); a folder of prepared shards, which have
+        their own tokenizer and split; or empty for the built-in corpus.
+      tokenizer: see `load_tokenizer`; empty for bytes as tokens.
+      others: further fields of ``Wanted``, as in the section `data` of a config.
 
     Raises UserError, naming the field and the path, for missing or damaged data.
     """
+    wanted = Wanted(path, tokenizer, **others)
     folder = os.path.expanduser(path)
     if path and is_prepared(folder):
-        for field, value in (("tokenizer", tokenizer), ("eval_path", eval_path)):
-            if value:
+        for field in ("tokenizer", "eval_path"):
+            if getattr(wanted, field):
                 raise UserError(
                     f"data.{field}: {path!r} already holds tokens; leave data.{field} empty or "
                     "name the original text in data.path"
                 )
         return _load_prepared(folder)
-    text = open_text(path, eval_fraction, eval_path, unit)
-    origin = Origin(text.split, load_tokenizer(tokenizer))
-    census = Census()
-    train_N, _ = _joined(encode_documents(origin.split.train, origin.tokenizer, census))
-    heldout_N, heldout_size_M = _joined(
-        encode_sized(origin.split.heldout, origin.tokenizer, census)
-    )
+    texts, loaded = wanted.texts(), load_tokenizer(tokenizer)
+    units = [encode_unit(unit, loaded, wanted.reading) for unit in texts.units]
+    listed = list_units(units)
+    choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
+    opening = wanted.opening(loaded)
+    train_N, train_start_D = _stream(units, choice.train_D, loaded.separator, opening)
+    heldout_N, heldout_start_D = _stream(units, choice.heldout_D, loaded.separator, opening)
+    split = _kept(texts.split, choice)
     return Corpus(
         train_N=train_N,
         heldout_N=heldout_N,
-        vocab_size=origin.tokenizer.vocab_size,
-        heldout_size_M=heldout_size_M,
-        fingerprint=fingerprint(origin.tokenizer.vocab_size, train_N, heldout_N),
-        name=text.name,
-        separator=origin.tokenizer.separator,
-        facts=facts_of(text, origin.tokenizer, census),
-        origin=origin,
+        vocab_size=loaded.vocab_size,
+        heldout_size_M=_sizes(units, choice.heldout_D, loaded, opening),
+        fingerprint=fingerprint(loaded.vocab_size, train_N, heldout_N),
+        name=texts.name,
+        separator=loaded.separator,
+        opening=opening,
+        train_start_D=train_start_D,
+        heldout_start_D=heldout_start_D,
+        facts=facts_of(texts, loaded, choice, units),
+        origin=Origin(split, loaded),
     )
 
 
-def facts_of(text: Text, tokenizer: Tokenizer, census: Census) -> Facts:
-    split = text.split
+def facts_of(
+    texts: Texts, tokenizer: Tokenizer, choice: Choice, units: Sequence[Encoded | Summary]
+) -> Facts:
+    """The facts about a text that was read in units."""
+    census, troubles = Census(), Troubles()
+    for unit in units:
+        census.join(unit.census)
+        troubles.join(unit.troubles)
     return Facts(
-        split=split.rule,
-        train_documents=len(split.train),
-        heldout_documents=len(split.heldout),
-        unread_documents=split.unread,
-        copies=text.copies,
+        split=texts.rule,
+        train_documents=int(np.sum(choice.train_D)),
+        heldout_documents=int(np.sum(choice.heldout_D)),
+        unread_documents=texts.unread,
+        copies=texts.copies,
         separator=tokenizer.separator_token,
         warning=census.warning(),
+        formats=texts.kinds,
+        duplicates=choice.copies,
+        empty_documents=troubles.empty,
+        bad_records=troubles.bad,
+        first_bad_record=troubles.first_bad,
     )
 
 
-def _joined(parts: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and their sizes, each joined to one array."""
-    tokens, sizes = zip(*parts, strict=True)
-    return np.concatenate(tokens), np.concatenate([np.atleast_1d(size) for size in sizes])
+def _stream(
+    units: Sequence[Encoded], kept_D: np.ndarray, separator: int, opening: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The stream of one side, and the positions of its documents."""
+    lead = (separator, *opening)
+    parts = [
+        joined(unit.token_N, unit.length_D, kept, lead) for unit, kept in _by_unit(units, kept_D)
+    ]
+    length_D = np.concatenate([unit.length_D for unit in units])
+    return np.concatenate(parts)[1:], starts(length_D[kept_D], len(lead))
+
+
+def _sizes(
+    units: Sequence[Encoded], kept_D: np.ndarray, tokenizer: Tokenizer, opening: tuple[int, ...]
+) -> np.ndarray:
+    """Bytes of each token of the held-out stream: a separator has 1, the tokens after it none."""
+    lead = (1, *(0 for _ in opening))
+    table_V = tokenizer.token_bytes().astype(SIZE) if tokenizer.is_byte_level else None
+    parts = []
+    for unit, kept in _by_unit(units, kept_D):
+        if not kept.any():
+            continue
+        size_N = table_V[unit.token_N] if table_V is not None else unit.size_N
+        assert size_N is not None, "units that may be held out have sizes"
+        parts.append(joined(size_N, unit.length_D, kept, lead))
+    return np.concatenate(parts)[1:]
+
+
+def _by_unit(units: Sequence[Encoded], kept_D: np.ndarray) -> Iterator[tuple[Encoded, np.ndarray]]:
+    """Each unit with its part of ``kept_D``."""
+    ends = np.cumsum([len(unit.length_D) for unit in units])
+    return zip(units, np.split(kept_D, ends[:-1]), strict=True)
+
+
+def _kept(split: Split | None, choice: Choice) -> Split | None:
+    """The documents of plain text that were kept; None for records."""
+    if split is None:
+        return None
+    train = tuple(itertools.compress(split.train, choice.train_D[: len(split.train)]))
+    heldout = tuple(itertools.compress(split.heldout, choice.heldout_D[len(split.train) :]))
+    return dataclasses.replace(split, train=train, heldout=heldout)
 
 
 def _load_prepared(folder: str) -> Corpus:

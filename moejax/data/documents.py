@@ -106,23 +106,32 @@ class Piece:
     is_first: bool
 
 
-def pieces(documents: Sequence[Document], max_bytes: int = 1 << 20) -> Iterator[Piece]:
-    """The documents in order, cut into pieces of at most `max_bytes`.
+PIECE = 1 << 20
+"""Most bytes of a piece."""
+
+
+def pieces(documents: Sequence[Document], max_bytes: int = PIECE) -> Iterator[Piece]:
+    """The documents in order, cut into pieces."""
+    for document in documents:
+        yield from cut(document, document.read(), max_bytes)
+
+
+def cut(document: Document, data: bytes, max_bytes: int = PIECE) -> Iterator[Piece]:
+    """A document, whose bytes are ``data``, in pieces of at most ``max_bytes``.
 
     A cut falls after a newline if there is one, otherwise between two UTF-8 characters.
     """
-    for document in documents:
-        data, begin = document.read(), 0
-        while begin < len(data):
-            end = min(begin + max_bytes, len(data))
-            if end < len(data):
-                newline = data.rfind(b"\n", begin, end)
-                if newline >= 0:
-                    end = newline + 1
-                else:
-                    end = max(character_start(data, end), begin + 1)
-            yield Piece(document, data[begin:end], is_first=begin == 0)
-            begin = end
+    begin = 0
+    while begin < len(data):
+        end = min(begin + max_bytes, len(data))
+        if end < len(data):
+            newline = data.rfind(b"\n", begin, end)
+            if newline >= 0:
+                end = newline + 1
+            else:
+                end = max(character_start(data, end), begin + 1)
+        yield Piece(document, data[begin:end], is_first=begin == 0)
+        begin = end
 
 
 def piece_batches(documents: Sequence[Document], max_bytes: int = 8 << 20) -> Iterator[list[Piece]]:

@@ -1,7 +1,6 @@
 """The contract of a file format that holds documents."""
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from moejax.data.documents import Document
@@ -15,24 +14,45 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A document: its text in UTF-8, and its place for messages, such as "web.jsonl.gz:17"."""
+class Place(NamedTuple):
+    """The place of a document for messages, such as "web.jsonl:17".
 
-    place: str
+    A span does not know how many lines or rows precede it. They are counted when a place is turned
+    into text, which reads the file up to the span: do that only for places that are shown.
+
+    ``name``: the file's name. ``unit``: "line", "row" or "record". ``number``: the number in the
+    span, from 1. ``before``: counts the units that precede the span; None if there are none.
+    """
+
+    name: str
+    unit: str
+    number: int
+    before: Callable[[], int] | None = None
+
+    def __str__(self) -> str:
+        number = self.number + (self.before() if self.before else 0)
+        return f"{self.name}:{number}" if self.unit == "line" else f"{self.name}, {self.unit} {number}"
+
+
+class Record(NamedTuple):
+    """A document: its text in UTF-8, and its place, which ``str`` turns into words."""
+
+    place: Place | str
     data: bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Bad:
+class Bad(NamedTuple):
     """A record without a text: its place, and the reason in words."""
 
-    place: str
+    place: Place | str
     reason: str
 
 
 class Format(Protocol):
-    """A file format. Its documents are numbered from 1 in messages, in the order of the file."""
+    """A file format. Its documents are numbered from 1 in messages, in the order of the file.
+
+    Formats are values: they can be compared, and sent to other processes.
+    """
 
     @property
     def name(self) -> str:
@@ -41,13 +61,15 @@ class Format(Protocol):
 
     def spans(self, file: Document, size: int) -> list[Span]:
         """The file in consecutive spans of about ``size`` bytes of text; one span if the format
-        can only be read from the beginning."""
+        can only be read from the beginning, or is damaged."""
         ...
 
     def read(self, file: Document, span: Span, text_field: str) -> Iterator[Record | Bad]:
         """The documents that begin in a span, in order, with bounded memory.
 
+        Damage ends the documents of a span with one ``Bad``.
+
         Raises:
-          UserError: the file cannot be read at all, or has no such field or column.
+          UserError: the file cannot be opened, or has no such column.
         """
         ...

@@ -1,0 +1,156 @@
+"""The two token streams of a corpus, from the documents of its units.
+
+Exact copies of a document are left out, the side of each document is settled, and the documents of
+each side are joined in the order of the units. All that is decided here is decided by digests and
+sizes, so that it neither needs the texts in memory nor depends on how they were divided into units.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt, UInt64
+
+from moejax.data.units import BY_HASH, HELDOUT, TRAIN
+from moejax.errors import UserError
+
+_MIXED = np.uint64(0x9E3779B97F4A7C15)
+"""An odd factor, with which the order of digests is not that of the digests themselves."""
+BUCKETS = 64
+"""Parts, by their digests, in which copies are looked for, so that the sort fits into memory."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Listed:
+    """Size, digest and side of all documents, in the order of the units.
+
+    ``side_D``: an index into ``SIDES``.
+    """
+
+    size_D: Int64[np.ndarray, " D"]
+    digest_D2: UInt64[np.ndarray, "D 2"]
+    side_D: UInt[np.ndarray, " D"]
+
+
+SIDES = (TRAIN, HELDOUT, BY_HASH)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """The documents of each side, and the number of exact copies left out."""
+
+    train_D: Bool[np.ndarray, " D"]
+    heldout_D: Bool[np.ndarray, " D"]
+    copies: int
+
+
+def choose(listed: Listed, share: float, by_count: bool, drop_copies: bool) -> Choice:
+    """Settle the side of every document.
+
+    Of equal documents the first is kept, and one that is held out rather than one that is trained
+    on. Documents whose side is open are held out in the order of their digests, as many as fit
+    into the share (at least one).
+
+    Args:
+      share: share of the bytes of the open documents to hold out.
+      by_count: whether it is a share of their number instead.
+      drop_copies: whether copies are left out at all.
+
+    Raises:
+      UserError: a side without documents.
+    """
+    heldout_D = listed.side_D == SIDES.index(HELDOUT)
+    kept_D = first_of_equals(listed.digest_D2, heldout_D) if drop_copies else None
+    if kept_D is None:
+        kept_D = np.ones(len(listed.size_D), bool)
+    open_D = (listed.side_D == SIDES.index(BY_HASH)) & kept_D
+    if open_D.any():
+        heldout_D = heldout_D | _smallest_hashes(listed, open_D, share, by_count)
+    train_D = kept_D & ~heldout_D
+    heldout_D &= kept_D
+    if not train_D.any():
+        raise UserError(
+            "data.path: no document is left to train on beside the held-out ones; give more text, "
+            "or lower data.eval_fraction"
+        )
+    if not heldout_D.any():
+        raise UserError(
+            "data.eval_path: there is no document to hold out; name a text with documents in it"
+        )
+    return Choice(train_D, heldout_D, int(np.sum(~kept_D)))
+
+
+def first_of_equals(
+    digest_D2: UInt64[np.ndarray, "D 2"], preferred_D: Bool[np.ndarray, " D"]
+) -> Bool[np.ndarray, " D"]:
+    """True for one document of each group of equal ones: the first of those that are preferred, or
+    else the first."""
+    kept_D = np.zeros(len(digest_D2), bool)
+    bucket_D = (digest_D2[:, 0] >> np.uint64(58)).astype(np.uint8)
+    assert BUCKETS == 1 << 6
+    for bucket in range(BUCKETS):
+        index = np.flatnonzero(bucket_D == bucket)
+        high, low = digest_D2[index, 0], digest_D2[index, 1]
+        order = np.lexsort((~preferred_D[index], low, high))  # stable: then by their places
+        new = np.ones(len(order), bool)
+        new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+        kept_D[index[order[new]]] = True
+    return kept_D
+
+
+def _smallest_hashes(
+    listed: Listed, open_D: np.ndarray, share: float, by_count: bool
+) -> Bool[np.ndarray, " D"]:
+    """The open documents with the smallest hashes that fit into the share, at least one."""
+    index = np.flatnonzero(open_D)
+    if len(index) < 2:
+        raise UserError(
+            "data.path: it holds one document, so that nothing is left to hold out; name a "
+            "held-out text in data.eval_path"
+        )
+    rank_N = listed.digest_D2[index, 0] * _MIXED
+    size_N = np.ones(len(index), np.int64) if by_count else listed.size_D[index]
+    wanted = share * size_N.sum()
+    # The smallest are enough nearly always, and sorting them takes less memory than sorting all.
+    likely_N = np.flatnonzero(rank_N <= min(2 * share + 64 / len(index), 1.0) * (2**64 - 1))
+    for candidates in (likely_N, np.arange(len(index))):
+        order = candidates[np.argsort(rank_N[candidates], kind="stable")]
+        fits = int(np.searchsorted(np.cumsum(size_N[order]), wanted, side="right"))
+        if fits < len(order):
+            break
+    last = order[min(max(fits, 1), len(index) - 1) - 1]
+    chosen_D = np.zeros(len(open_D), bool)
+    chosen_D[index[rank_N <= rank_N[last]]] = True  # with all copies of the last one
+    return chosen_D
+
+
+def joined(
+    value_N: UInt[np.ndarray, " N"],
+    length_D: Int64[np.ndarray, " D"],
+    kept_D: Bool[np.ndarray, " D"],
+    lead: Sequence[int],
+) -> UInt[np.ndarray, " M"]:
+    """The kept documents of a unit, with ``lead`` in front of each.
+
+    ``value_N``: tokens of all documents of the unit, whose numbers are ``length_D``, or their
+    bytes; ``lead`` is then the separator and the tokens that begin a document, or theirs.
+    """
+    length_K = length_D[kept_D]
+    stream = np.empty(int(length_K.sum()) + len(lead) * len(length_K), value_N.dtype)
+    start_K = np.cumsum(length_K + len(lead)) - length_K
+    for back, value in enumerate(reversed(lead), 1):
+        stream[start_K - back] = value
+    own_K = start_K - (np.cumsum(length_K) - length_K)
+    place_N = np.arange(int(length_K.sum())) + np.repeat(own_K, length_K)
+    stream[place_N] = value_N[np.repeat(kept_D, length_D)]
+    return stream
+
+
+def starts(
+    length_K: Int64[np.ndarray, " K"], lead: int, offset: int = 0
+) -> Int64[np.ndarray, " K"]:
+    """Positions, in a stream without its first token, behind the separators of joined documents.
+
+    ``length_K``: tokens of each document without its ``lead``; ``offset``: tokens before them.
+    """
+    return offset + np.cumsum(length_K + lead) - (length_K + lead)

@@ -1,0 +1,164 @@
+"""Units of work to tokens: the same function in memory and in the processes of `data prepare`."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt, UInt64
+
+from moejax.data.census import Census, is_utf8
+from moejax.data.documents import Document, Piece, cut
+from moejax.data.formats.format import Bad, Record
+from moejax.data.tokenizer import SIZE, Tokenizer, token_dtype
+from moejax.data.units import TRAIN, Unit
+from moejax.errors import UserError
+
+FAIL, SKIP = "fail", "skip"
+BATCH = 8 << 20
+"""Bytes of text that a tokenizer gets at once, for its own threads."""
+_SALT = b"moejax documents"
+
+
+class Reading(NamedTuple):
+    """How records become texts.
+
+    ``text_field``: the field or column with the text. ``on_error``: "fail" or "skip", for records
+    that have no text.
+    """
+
+    text_field: str = "text"
+    on_error: str = FAIL
+
+
+@dataclasses.dataclass
+class Troubles:
+    """Records without a text, and empty documents; both are left out."""
+
+    bad: int = 0
+    first_bad: str = ""
+    empty: int = 0
+
+    def add(self, bad: Bad) -> None:
+        self.bad += 1
+        self.first_bad = self.first_bad or f"{bad.place} {bad.reason}"
+
+    def join(self, other: "Troubles") -> None:
+        """Add those of a later unit."""
+        self.bad += other.bad
+        self.first_bad = self.first_bad or other.first_bad
+        self.empty += other.empty
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """The documents of a unit.
+
+    Attributes:
+      token_N: tokens of all documents, one after the other.
+      length_D: tokens of each document.
+      size_D: its bytes.
+      digest_D2: 128 bits of BLAKE2b over its bytes.
+      size_N: bytes of each token; None if the tokenizer's table has them, or the side is training.
+    """
+
+    side: str
+    token_N: UInt[np.ndarray, " N"]
+    length_D: Int64[np.ndarray, " D"]
+    size_D: Int64[np.ndarray, " D"]
+    digest_D2: UInt64[np.ndarray, "D 2"]
+    size_N: UInt[np.ndarray, " N"] | None
+    census: Census
+    troubles: Troubles
+
+
+def encode_unit(unit: Unit, tokenizer: Tokenizer, reading: Reading) -> Encoded:
+    """Read and tokenise the documents of a unit.
+
+    Raises:
+      UserError: a file that cannot be read; a record without a text, unless these are skipped.
+    """
+    census, troubles = Census(), Troubles()
+    sized = unit.side != TRAIN and not tokenizer.is_byte_level
+    tokens: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    lengths: list[int] = []
+    bytes_of: list[int] = []
+    digests: list[bytes] = []
+    for batch in _batches(_documents(unit, tokenizer, reading, troubles)):
+        for piece, ids in zip(batch, tokenizer.encode(batch), strict=True):
+            census.add(piece)
+            if piece.is_first:
+                lengths.append(0)
+                bytes_of.append(piece.document.size)
+                digests.append(b"")
+                hashed = hashlib.blake2b(digest_size=16, person=_SALT)
+            hashed.update(piece.data)
+            digests[-1] = hashed.digest()
+            lengths[-1] += len(ids)
+            tokens.append(ids.astype(token_dtype(tokenizer.vocab_size)))
+            if sized:
+                sizes.append(tokenizer.sizes(piece, ids))
+    dtype = token_dtype(tokenizer.vocab_size)
+    return Encoded(
+        side=unit.side,
+        token_N=np.concatenate([np.zeros(0, dtype), *tokens]),
+        length_D=np.array(lengths, np.int64),
+        size_D=np.array(bytes_of, np.int64),
+        digest_D2=np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64),
+        size_N=np.concatenate([np.zeros(0, SIZE), *sizes]) if sized else None,
+        census=census,
+        troubles=troubles,
+    )
+
+
+def read_texts(
+    unit: Unit, reading: Reading, troubles: Troubles, utf8: bool = False
+) -> Iterator[Record]:
+    """The texts of a unit without those that are empty or, if these are skipped, cannot be read.
+
+    ``utf8``: whether text that is not UTF-8 counts among the latter.
+    """
+    for text in unit.texts(reading.text_field):
+        if isinstance(text, Record) and utf8 and not is_utf8(text.data):
+            text = Bad(text.place, "is not UTF-8")
+        if isinstance(text, Record):
+            if text.data:
+                yield text
+            else:
+                troubles.empty += 1
+            continue
+        if reading.on_error == FAIL:
+            raise UserError(
+                f"{unit.files[0].field}: {text.place} {text.reason}; repair it, or set "
+                "data.on_error=skip to leave such records out"
+            )
+        troubles.add(text)
+
+
+def _documents(
+    unit: Unit, tokenizer: Tokenizer, reading: Reading, troubles: Troubles
+) -> Iterator[Piece]:
+    # Bytes are tokens of any text; plain text has a message of its own in the tokenizer.
+    strict = tokenizer.vocab_size != 256 and (
+        unit.format is not None or reading.on_error == SKIP
+    )
+    for text in read_texts(unit, reading, troubles, utf8=strict):
+        # Of records, messages about the encoding name the file: counting lines may take long.
+        file = unit.files[0]
+        name, path = (file.name, file.path) if unit.format else (text.place, text.place)
+        yield from cut(Document(str(name), str(path), len(text.data), field=file.field), text.data)
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.data)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,196 @@
+"""Texts as units of work: what can be read and tokenised on its own, in the order of the corpus.
+
+A unit is some files of plain text, or a span of a file of records. Its documents belong to the
+training side, to the held-out side, or to the side that a hash of their text decides later.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+
+from moejax.data.builtin import builtin_name
+from moejax.data.containers import refuse_containers
+from moejax.data.documents import Document
+from moejax.data.formats.format import Bad, Format, Record, Span
+from moejax.data.formats.plain import CompressedText
+from moejax.data.formats.table import format_of
+from moejax.data.paths import expand
+from moejax.data.split import Split, check_fraction, named_sides, open_text
+from moejax.errors import UserError
+
+TRAIN, HELDOUT, BY_HASH = "train", "heldout", "by hash"
+
+UNIT = 32 << 20
+"""Bytes of text in a unit, about: so many that starting a unit costs nothing beside it, and so few
+that its tokens and texts fit into the memory of many processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """``files`` of plain text, or one file with its format and the span to read."""
+
+    side: str
+    files: tuple[Document, ...]
+    format: Format | None = None
+    span: Span | None = None
+
+    def texts(self, text_field: str) -> Iterator[Record | Bad]:
+        """The unit's documents. Raises UserError for a file that cannot be read at all."""
+        if self.format is not None and self.span is not None:
+            yield from self.format.read(self.files[0], self.span, text_field)
+            return
+        for file in self.files:
+            yield Record(file.path, file.read())
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The documents of a corpus before they are read.
+
+    Attributes:
+      name: name of the corpus.
+      rule: the rule that chooses the held-out side, in words.
+      kinds: number of files of each format, by its name; "text" for plain text.
+      unread: files on neither side.
+      copies: near copies left out.
+      split: the documents of plain text; None if there are records.
+      share: share of the text, or of the documents, to hold out by hash; 0 without such units.
+      count: whether ``share`` is of the documents.
+    """
+
+    name: str
+    units: tuple[Unit, ...]
+    rule: str
+    kinds: dict[str, int]
+    unread: int = 0
+    copies: int = 0
+    split: Split | None = None
+    share: float = 0.0
+    count: bool = False
+
+
+def open_texts(
+    path: str, eval_fraction: float, eval_path: str = "", unit: str = "bytes", size: int = UNIT
+) -> Texts:
+    """The texts at ``path`` (empty: built-in) and their split.
+
+    Plain text is split as ``split`` says. Of files of records, whose documents have no names, the
+    held-out side is ``eval_path``; or the files with names of sides; or else the documents with
+    the smallest hashes, as many as fit into the share, which is known when all are read.
+
+    Raises:
+      UserError: nothing to read, or a file of a format that is not read.
+    """
+    check_fraction(eval_fraction)
+    files = _readable(expand(path)) if path else []
+    own = _readable(expand(eval_path, "data.eval_path")) if eval_path else []
+    if not any(format for _, format in (*files, *own)):
+        return _plain(path, eval_fraction, eval_path, unit, size)
+    name = os.path.basename(os.path.abspath(os.path.expanduser(path))) if path else builtin_name()
+    if not files:
+        split = open_text("", eval_fraction, unit=unit).split
+        files = [(document, None) for document in (*split.train, *split.heldout)]
+    return _of_records(name, _data_only(files), _data_only(own), eval_fraction, unit, size)
+
+
+def _plain(path: str, eval_fraction: float, eval_path: str, unit: str, size: int) -> Texts:
+    text = open_text(path, eval_fraction, eval_path, unit)
+    split = text.split
+    units = [
+        *_units(((d, None) for d in split.train), TRAIN, size),
+        *_units(((d, None) for d in split.heldout), HELDOUT, size),
+    ]
+    kinds = {"text": len({d.path for d in (*split.train, *split.heldout)})}
+    return Texts(text.name, tuple(units), split.rule, kinds, split.unread, text.copies, split)
+
+
+_File = tuple[Document, Format | None]
+
+
+def _of_records(
+    name: str, files: list[_File], own: list[_File], eval_fraction: float, unit: str, size: int
+) -> Texts:
+    formats = {file.path: format for file, format in (*files, *own)}
+    documents = [file for file, _ in files]
+    sides = named_sides(documents)
+    train, heldout, rule, by_hash = documents, [file for file, _ in own], "data.eval_path", False
+    if own:
+        held = {os.path.realpath(file.path) for file in heldout}
+        train = [
+            file
+            for file in (sides.train if sides else documents)
+            if os.path.realpath(file.path) not in held
+        ]
+        if not train:
+            raise UserError(
+                "data.eval_path: it contains everything in data.path, so that nothing is left to "
+                "train on; name another text"
+            )
+    elif sides:
+        train, heldout, rule = list(sides.train), list(sides.heldout), sides.rule
+    else:
+        by_hash = True
+        share = f"{100 * eval_fraction:.3g}%"
+        of = "bytes" if unit == "bytes" else "documents"
+        rule = f"{share} of the {of}, by a hash of each document's text"
+    units = [
+        *_units(((d, formats[d.path]) for d in train), BY_HASH if by_hash else TRAIN, size),
+        *_units(((d, formats[d.path]) for d in heldout), HELDOUT, size),
+    ]
+    kinds = collections.Counter(
+        format.name if format else "text"
+        for format in (formats[d.path] for d in (*train, *heldout))
+    )
+    unread = len(files) + len(own) - len(train) - len(heldout)
+    return Texts(
+        name,
+        tuple(units),
+        rule,
+        dict(kinds),
+        unread,
+        share=eval_fraction if by_hash else 0.0,
+        count=unit != "bytes",
+    )
+
+
+def _readable(files: Sequence[Document]) -> list[_File]:
+    """Files with their formats; UserError for those that are neither records nor text."""
+    found: list[_File] = []
+    for file in files:
+        try:
+            found.append((file, format_of(file.path)))
+        except OSError as error:
+            raise UserError(f"{file.field}: cannot read {file.path!r}: {error.strerror}") from error
+    plain = [file for file, format in found if format is None]
+    if plain:
+        refuse_containers([file.path for file in plain], plain[0].field)
+    return found
+
+
+def _data_only(files: list[_File]) -> list[_File]:
+    """Without the plain text that lies beside files of records, such as a README."""
+    records = [
+        (file, format) for file, format in files if format and not _is_text(format)
+    ]
+    return records or files
+
+
+def _is_text(format: Format) -> bool:
+    return isinstance(format, CompressedText)
+
+
+def _units(files: Iterator[_File], side: str, size: int) -> Iterator[Unit]:
+    """The files in units of about ``size`` bytes."""
+    plain: list[Document] = []
+    for file, format in files:
+        if plain and (format or sum(d.size for d in plain) + file.size > size):
+            yield Unit(side, tuple(plain))
+            plain = []
+        if format is None:
+            plain.append(file)
+            continue
+        for span in format.spans(file, size):
+            yield Unit(side, (file,), format, span)
+    if plain:
+        yield Unit(side, tuple(plain))
