@@ -17,7 +17,7 @@ from moejax.config import Config
 from moejax.config import load as load_config
 from moejax.data.documents import Document, Piece
 from moejax.data.source import Source
-from moejax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import UserError
 from moejax.record.files import read_rows
 from moejax.tasks.language.source import TextSource
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Text:
     """A run's tokenizer: text to token ids and back."""
 
-    tokenizer: ByteTokenizer | JsonTokenizer
+    tokenizer: Tokenizer
 
     @property
     def vocab_size(self) -> int:

@@ -262,7 +262,7 @@ def check_distributed(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     checks = {
         "data.path": (os.path.exists, "does not exist"),
-        "data.tokenizer": (os.path.isfile, "is not a file"),
+        "data.tokenizer": (os.path.exists, "does not exist"),
         "data.eval_path": (os.path.exists, "does not exist"),
         "moe.replay": (os.path.isfile, "is not a file"),
         "train.init_from": (

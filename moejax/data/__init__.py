@@ -6,7 +6,8 @@
     split.py      held-out text: by name, a text of its own, or a share of the bytes
     duplicates.py near copies among documents, overlap of the two sides of a split
     builtin.py    the source of the running Python's standard library, the default corpus
-    tokenizer.py  bytes as tokens, Hugging Face tokenizer files, training a byte-level BPE
+    tokenizers/   bytes as tokens, Hugging Face and SentencePiece files, training a byte-level BPE
+    tokenizer.py  documents as one stream of tokens
     corpus.py     documents to token arrays with a fingerprint: `load(config.data)`
     shards.py     the on-disk form of a tokenised corpus (index.json, train.bin, heldout.bin, ...)
     prepare.py    tokenise once, read many times: `prepare(path, tokenizer, out_dir)`
@@ -16,6 +17,6 @@
     batches.py    training batches as a pure function of the step, held-out batches
     prefetch.py   results of a function of the step, computed ahead
 
-Nothing here needs an accelerator or a network. Importing the package is light; grain and
-tokenizers are imported by the functions that use them.
+Nothing here needs an accelerator or a network. Importing the package is light; grain,
+tokenizers and sentencepiece are imported by the functions that use them.
 """

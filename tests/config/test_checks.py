@@ -138,7 +138,7 @@ REFUSED = {
     "optim.b2=1": ["optim.b2=1.0", "< 1"],
     "optim.final_fraction=2": ["optim.final_fraction=2.0", "<= 1"],
     "data.path=/no/such/text": ["data.path='/no/such/text'", "does not exist"],
-    "data.tokenizer=/no/such/bpe.json": ["data.tokenizer", "not a file"],
+    "data.tokenizer=/no/such/bpe.json": ["data.tokenizer", "does not exist"],
     "data.eval_fraction=1": ["data.eval_fraction=1.0", "< 1"],
     # processes
     "distributed.mode=on": ["distributed.mode='on'", "explicit"],
