@@ -30,7 +30,16 @@ def add_command(commands: Any) -> None:
     tokenizer.set_defaults(run=_tokenizer, takes_overrides=False)
     prepare = actions.add_parser("prepare", help="tokenise text into shards, once")
     prepare.add_argument(
-        "--tokenizer", default="", metavar="FILE", help="a tokenizer JSON file (default: bytes)"
+        "--tokenizer",
+        default="",
+        metavar="PATH",
+        help="a tokenizer.json, a folder with one, or a SentencePiece file (default: bytes)",
+    )
+    prepare.add_argument(
+        "--bos",
+        default="auto",
+        choices=("auto", "none"),
+        help="auto: documents begin with the token that the tokenizer puts before a text",
     )
     prepare.add_argument("--out", required=True, metavar="DIR", help="the new folder of shards")
     prepare.set_defaults(run=_prepare, takes_overrides=False)
@@ -75,7 +84,9 @@ def _prepare(args: argparse.Namespace) -> int:
     from moejax.tasks.language.source import FEW, few_held_out
 
     _check_out(args)
-    index = prepare(args.path, args.tokenizer, args.out, args.eval_fraction, args.eval_path)
+    index = prepare(
+        args.path, args.tokenizer, args.out, args.eval_fraction, args.eval_path, args.bos
+    )
     for field, value in dataclasses.asdict(index).items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for name, part in parts:

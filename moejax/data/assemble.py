@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int64, UInt, UInt64
 
+from moejax.data.encode import Encoded
 from moejax.data.units import BY_HASH, HELDOUT, TRAIN
 from moejax.errors import UserError
 
@@ -18,6 +19,9 @@ _MIXED = np.uint64(0x9E3779B97F4A7C15)
 """An odd factor, with which the order of digests is not that of the digests themselves."""
 BUCKETS = 64
 """Parts, by their digests, in which copies are looked for, so that the sort fits into memory."""
+
+
+SIDES = (TRAIN, HELDOUT, BY_HASH)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,8 +35,14 @@ class Listed:
     digest_D2: UInt64[np.ndarray, "D 2"]
     side_D: UInt[np.ndarray, " D"]
 
-
-SIDES = (TRAIN, HELDOUT, BY_HASH)
+    @classmethod
+    def of(cls, units: Sequence[Encoded]) -> "Listed":
+        sides = [np.full(len(u.size_D), SIDES.index(u.side), np.uint8) for u in units]
+        return cls(
+            np.concatenate([unit.size_D for unit in units]),
+            np.concatenate([unit.digest_D2 for unit in units]),
+            np.concatenate(sides),
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

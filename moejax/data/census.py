@@ -34,6 +34,14 @@ class Census:
             self._odd.add("binary")
             self.binary, self.first_binary = self.binary + 1, self.first_binary or name
 
+    def join(self, other: "Census") -> None:
+        """Add the counts of documents that follow."""
+        self.documents += other.documents
+        self.not_utf8 += other.not_utf8
+        self.first_not_utf8 = self.first_not_utf8 or other.first_not_utf8
+        self.binary += other.binary
+        self.first_binary = self.first_binary or other.first_binary
+
     def warning(self) -> str:
         """One line for the user; empty if everything looks like text."""
         parts = []

@@ -2,17 +2,23 @@
 
 import dataclasses
 import functools
+import itertools
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Int64, UInt
 
 from moejax.data.census import Census
 from moejax.data.duplicates import Overlap, overlap
+from moejax.data.assemble import Choice, Listed, choose, joined, starts
+from moejax.data.encode import Encoded, Reading, Troubles, encode_unit
 from moejax.data.shards import fingerprint, is_prepared, read_shards
-from moejax.data.split import Split, Text, open_text
-from moejax.data.tokenizer import Tokenizer, encode_documents, encode_sized, load_tokenizer
+from moejax.data.split import Split
+from moejax.data.tokenizers.interface import SIZE, Joint, Tokenizer, joints
+from moejax.data.tokenizers.load import load_tokenizer
+from moejax.data.units import Texts, open_texts
 from moejax.errors import UserError
 
 COUNTED = 2**25
@@ -23,7 +29,8 @@ COUNTED = 2**25
 class Origin:
     """The documents and the tokenizer that a corpus's tokens were made from."""
 
-    split: Split
+    split: Split | None
+    """None if they are records of files."""
     tokenizer: Tokenizer
 
 
@@ -37,6 +44,11 @@ class Facts:
         and on neither.
       copies: number of near copies left out before the split.
       separator: the token between two documents, as the tokenizer spells it.
+      opening: the tokens before each document, as the tokenizer spells them.
+      formats: number of files of each format, by its name.
+      duplicates: number of documents left out as exact copies of others.
+      empty_documents, bad_records: documents without text, and records that cannot be read, left
+        out; the first of the latter, with the reason.
       warning: a warning about documents that do not look like text; empty if all do.
     """
 
@@ -46,22 +58,32 @@ class Facts:
     unread_documents: int = 0
     copies: int = 0
     separator: str = ""
+    opening: str = ""
+    formats: dict[str, int] = dataclasses.field(default_factory=dict)
+    duplicates: int = 0
+    empty_documents: int = 0
+    bad_records: int = 0
+    first_bad_record: str = ""
     warning: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """Two token streams, each the documents of one side of the split joined by `separator`.
+    """Two token streams, each the documents of one side of the split joined by `separator`, with
+    `opening` before each.
 
     Attributes:
       train_N, heldout_N: token ids, uint16 (vocabularies up to 65536) or uint32.
       vocab_size: ids are below it.
-      heldout_size_M: bytes of text that each held-out token encodes, 1 for a separator; `x` nats
-        on some targets are `x / ln 2 / (the sum of their sizes)` bits per byte. None for shards of
-        an older version, which do not record it.
+      heldout_size_M: bytes of text that each held-out token encodes, 1 for a separator and 0
+        for an opening; `x` nats on some targets are `x / ln 2 / (the sum of their sizes)` bits per
+        byte. None for shards of an older version, which do not record it.
       fingerprint: SHA-256 over vocabulary size and tokens; equal means the same data.
       name: the file, the folder, or e.g. "python-3.11.7-stdlib".
       separator: the token between two documents.
+      opening: the tokens before each document.
+      train_start_D, heldout_start_D: positions of the documents in the streams, each behind the
+        separator of the document before; None if they are not known.
       facts: further facts about the text.
       origin: documents and tokenizer; None if the tokens came from prepared shards.
       known_overlap: overlap of the sides of prepared shards, computed when they were made.
@@ -77,6 +99,9 @@ class Corpus:
     facts: Facts = Facts()
     origin: Origin | None = None
     known_overlap: Overlap | None = None
+    opening: tuple[int, ...] = ()
+    train_start_D: Int64[np.ndarray, " D"] | None = None
+    heldout_start_D: Int64[np.ndarray, " E"] | None = None
 
     @functools.cached_property
     def overlap(self) -> Overlap | None:
@@ -114,10 +139,6 @@ class Wanted:
     def reading(self) -> Reading:
         return Reading(self.text_field, self.on_error)
 
-    def opening(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The tokens that begin every document."""
-        return tokenizer.opening if self.bos == "auto" else ()
-
 
 def load(data_cfg: Any) -> Corpus:
     """The corpus named in the `data` section of a config."""
@@ -146,32 +167,30 @@ def load_corpus(path: str = "", tokenizer: str = "", **others: Any) -> Corpus:
                     "name the original text in data.path"
                 )
         return _load_prepared(folder)
-    texts, loaded = wanted.texts(), load_tokenizer(tokenizer)
+    texts, loaded = wanted.texts(), load_tokenizer(tokenizer, wanted.bos)
     units = [encode_unit(unit, loaded, wanted.reading) for unit in texts.units]
-    listed = list_units(units)
-    choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
-    opening = wanted.opening(loaded)
-    train_N, train_start_D = _stream(units, choice.train_D, loaded.separator, opening)
-    heldout_N, heldout_start_D = _stream(units, choice.heldout_D, loaded.separator, opening)
-    split = _kept(texts.split, choice)
+    choice = choose(Listed.of(units), texts.share, texts.count, wanted.duplicates == "drop")
+    first, between = joints(loaded)
+    train_N, train_start_D = _stream(units, choice.train_D, between)
+    heldout_N, heldout_start_D = _stream(units, choice.heldout_D, between)
     return Corpus(
         train_N=train_N,
         heldout_N=heldout_N,
         vocab_size=loaded.vocab_size,
-        heldout_size_M=_sizes(units, choice.heldout_D, loaded, opening),
+        heldout_size_M=_sizes(units, choice.heldout_D, loaded, between),
         fingerprint=fingerprint(loaded.vocab_size, train_N, heldout_N),
         name=texts.name,
         separator=loaded.separator,
-        opening=opening,
+        opening=first.tokens,
         train_start_D=train_start_D,
         heldout_start_D=heldout_start_D,
         facts=facts_of(texts, loaded, choice, units),
-        origin=Origin(split, loaded),
+        origin=Origin(_kept(texts.split, choice), loaded),
     )
 
 
 def facts_of(
-    texts: Texts, tokenizer: Tokenizer, choice: Choice, units: Sequence[Encoded | Summary]
+    texts: Texts, tokenizer: Tokenizer, choice: Choice, units: Sequence[Encoded]
 ) -> Facts:
     """The facts about a text that was read in units."""
     census, troubles = Census(), Troubles()
@@ -185,6 +204,7 @@ def facts_of(
         unread_documents=texts.unread,
         copies=texts.copies,
         separator=tokenizer.separator_token,
+        opening=tokenizer.decode(joints(tokenizer)[0].tokens),
         warning=census.warning(),
         formats=texts.kinds,
         duplicates=choice.copies,
@@ -195,30 +215,29 @@ def facts_of(
 
 
 def _stream(
-    units: Sequence[Encoded], kept_D: np.ndarray, separator: int, opening: tuple[int, ...]
+    units: Sequence[Encoded], kept_D: np.ndarray, between: Joint
 ) -> tuple[np.ndarray, np.ndarray]:
     """The stream of one side, and the positions of its documents."""
-    lead = (separator, *opening)
     parts = [
-        joined(unit.token_N, unit.length_D, kept, lead) for unit, kept in _by_unit(units, kept_D)
+        joined(unit.token_N, unit.length_D, kept, between.tokens)
+        for unit, kept in _by_unit(units, kept_D)
     ]
     length_D = np.concatenate([unit.length_D for unit in units])
-    return np.concatenate(parts)[1:], starts(length_D[kept_D], len(lead))
+    return np.concatenate(parts)[1:], starts(length_D[kept_D], len(between.tokens))
 
 
 def _sizes(
-    units: Sequence[Encoded], kept_D: np.ndarray, tokenizer: Tokenizer, opening: tuple[int, ...]
+    units: Sequence[Encoded], kept_D: np.ndarray, tokenizer: Tokenizer, between: Joint
 ) -> np.ndarray:
-    """Bytes of each token of the held-out stream: a separator has 1, the tokens after it none."""
-    lead = (1, *(0 for _ in opening))
+    """Bytes of each token of the held-out stream."""
     table_V = tokenizer.token_bytes().astype(SIZE) if tokenizer.is_byte_level else None
     parts = []
     for unit, kept in _by_unit(units, kept_D):
         if not kept.any():
             continue
-        size_N = table_V[unit.token_N] if table_V is not None else unit.size_N
+        size_N = unit.size_N if table_V is None else table_V[unit.token_N]
         assert size_N is not None, "units that may be held out have sizes"
-        parts.append(joined(size_N, unit.length_D, kept, lead))
+        parts.append(joined(size_N, unit.length_D, kept, between.sizes))
     return np.concatenate(parts)[1:]
 
 
@@ -248,6 +267,7 @@ def _load_prepared(folder: str) -> Corpus:
         fingerprint=index.fingerprint,
         name=index.source,
         separator=index.separator,
+        opening=tuple(index.opening),
         facts=Facts(**index.facts),
         known_overlap=Overlap(**index.overlap) if index.overlap else None,
     )

@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt, UInt64
 from moejax.data.census import Census, is_utf8
 from moejax.data.documents import Document, Piece, cut
 from moejax.data.formats.format import Bad, Record
-from moejax.data.tokenizer import SIZE, Tokenizer, token_dtype
+from moejax.data.tokenizers.interface import SIZE, Tokenizer, token_dtype
 from moejax.data.units import TRAIN, Unit
 from moejax.errors import UserError
 

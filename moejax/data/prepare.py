@@ -21,6 +21,7 @@ from moejax.data.shards import (
 from moejax.data.split import Text, open_text
 from moejax.data.tokenizer import (
     Tokenizer,
+    before_documents,
     encode_documents,
     encode_sized,
     load_tokenizer,
@@ -30,16 +31,22 @@ from moejax.errors import UserError
 
 
 def prepare(
-    path: str, tokenizer: str, out_dir: str, eval_fraction: float = 0.05, eval_path: str = ""
+    path: str,
+    tokenizer: str,
+    out_dir: str,
+    eval_fraction: float = 0.05,
+    eval_path: str = "",
+    bos: str = "auto",
 ) -> Index:
     """Tokenise `path` into the new folder `out_dir`, for `data.path`; return its index.
 
     Args:
       path: a file or folder of text; empty for the built-in corpus.
-      tokenizer: a `tokenizers` JSON file; empty for bytes as tokens.
+      tokenizer: a tokenizer's file or folder, see `load_tokenizer`; empty for bytes as tokens.
       out_dir: the folder to make; it may exist if it is empty. It appears complete or not at all.
       eval_fraction: share of the bytes to hold out, in (0, 1).
       eval_path: a file or folder of text to hold out instead.
+      bos: "auto" to begin documents with the tokenizer's opening, "none" for no opening.
 
     The text is read document by document, with one document in memory at a time. The shards are the
     same corpus, with the same fingerprint, as the text loaded with the same arguments.
@@ -47,7 +54,8 @@ def prepare(
     out_dir = os.path.abspath(os.path.expanduser(out_dir))
     if path and is_prepared(os.path.expanduser(path)):
         raise UserError(f"path: {path!r} is already prepared; name the original text")
-    text, loaded = open_text(path, eval_fraction, eval_path), load_tokenizer(tokenizer)
+    text = open_text(path, eval_fraction, eval_path)
+    loaded = load_tokenizer(tokenizer, bos)
     try:
         if os.path.lexists(out_dir) and (not os.path.isdir(out_dir) or os.listdir(out_dir)):
             raise UserError(
@@ -76,6 +84,7 @@ def _write(folder: str, text: Text, tokenizer: Tokenizer, eval_fraction: float) 
         dtype=dtype.name,
         vocab_size=tokenizer.vocab_size,
         separator=tokenizer.separator,
+        opening=list(before_documents(tokenizer)),
         train_tokens=train_tokens,
         heldout_tokens=heldout_tokens,
         train_bytes=train_bytes,

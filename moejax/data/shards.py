@@ -41,6 +41,7 @@ class Index:
     eval_fraction: float
     facts: dict  # fields of `corpus.Facts`
     overlap: dict  # fields of `duplicates.Overlap`
+    opening: list = dataclasses.field(default_factory=list)  # token ids before each document
     format: str = FORMAT
 
 
@@ -165,6 +166,8 @@ def _read_index(path: str) -> Index:
     except (ValueError, RecursionError) as error:
         raise UserError(f"data.path: {path!r} is not JSON ({error}); prepare it again") from error
     kinds = typing.get_type_hints(Index)
+    if isinstance(fields, dict):
+        fields.setdefault("opening", [])  # which shards of an older version do not have
     if isinstance(fields, dict) and fields.get("format") == OLD_FORMAT:
         fields.pop("train_bytes_per_token", None)
         fields.pop("heldout_bytes_per_token", None)

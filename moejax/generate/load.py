@@ -17,6 +17,7 @@ from moejax.config.saved import CHECKPOINTS, read_config
 from moejax.config.tasks import LANGUAGE
 from moejax.config.tree import set_field
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.data.tokenizers.named import folder_of
 from moejax.errors import UserError
 from moejax.generate.causal import way_of
 from moejax.generate.decode import Weights, apart
@@ -61,7 +62,9 @@ def open_speaker(config: Config, workdir: str, step: int | None) -> Iterator[Spe
     visibility = validate(config)
     folder = Path(workdir)
     saved = read_config(folder)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    # A converted model's prompts open as its own file says, also in a workdir older than data.bos.
+    is_converted = str(saved.get("source", "")).startswith("hf:")
+    tokenizer = load_tokenizer(config.data.tokenizer, "auto" if is_converted else config.data.bos)
     ends = ends_of(config.data.tokenizer, tokenizer)
     task = LanguageModel.from_config(config, tokenizer.vocab_size)
     way_of(task.model)
@@ -112,7 +115,7 @@ def ends_of(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
       UserError: a file that is no JSON object, or a value that is no token.
     """
     for name in ("generation_config.json", "config.json") if path else ():
-        file = Path(path).expanduser().with_name(name)
+        file = folder_of(path) / name
         if not file.is_file():
             continue
         try:

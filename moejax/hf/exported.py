@@ -13,6 +13,7 @@ import numpy as np
 
 from moejax.config import from_dict
 from moejax.config.saved import CHECKPOINTS, committed_steps, read_config, read_manifest
+from moejax.data.tokenizers.named import FILES, JSON, MODEL, SUFFIX, folder_of
 from moejax.errors import UserError
 from moejax.hf.families import READABLE
 from moejax.hf.fields import Fields, family_for, fields_of
@@ -75,7 +76,7 @@ def export_model(
     config.model.vocab_size = arrays["params/embed_VD"].shape[0]
     fields = fields_of(config)
     scale = absorbed(fields)
-    companions = _companions(workdir, Path(config.data.tokenizer))
+    companions = _companions(workdir, config.data.tokenizer)
     theirs = _their_config(companions)
     family, keys = family_for(fields, theirs.get("model_type", ""))
     task = LanguageModel.from_config(config, config.model.vocab_size)
@@ -129,9 +130,15 @@ def _copy_companions(source: Path, tokenizer: str, target: Path) -> None:
     for name in COMPANIONS:
         if name != "config.json" and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    own = Path(tokenizer)
-    if tokenizer and own.is_file() and not (target / "tokenizer.json").exists():
-        shutil.copyfile(own, target / "tokenizer.json")
+    own = Path(tokenizer).expanduser()
+    if not tokenizer or any((target / name).exists() for name in (JSON, MODEL)):
+        return
+    if own.is_dir():
+        for name in FILES:
+            if (own / name).is_file():
+                shutil.copyfile(own / name, target / name)
+    elif own.is_file():
+        shutil.copyfile(own, target / (MODEL if own.suffix == SUFFIX else JSON))
 
 
 def _step(workdir: Path, step: int | None) -> int:
@@ -164,9 +171,9 @@ def _reach(fields: Fields, length: int) -> int:
     return math.ceil(fields["model.rope_trained_length"] * fields["model.rope_factor"])
 
 
-def _companions(workdir: Path, tokenizer: Path) -> Path:
+def _companions(workdir: Path, tokenizer: str) -> Path:
     """The folder of the files that came with the model, which a fine-tuned run shares."""
-    beside = tokenizer.parent
+    beside = folder_of(tokenizer)
     return beside if beside.name == FOLDER and beside.is_dir() else workdir / FOLDER
 
 

@@ -17,6 +17,7 @@ from moejax.config.overrides import apply_overrides
 from moejax.config.saved import CHECKPOINTS, holds_run, write_config
 from moejax.data.shards import is_prepared
 from moejax.data.tokenizer import load_tokenizer
+from moejax.data.tokenizers.named import JSON, MODEL
 from moejax.errors import UserError, suggest
 from moejax.hf.families import READABLE, Family
 from moejax.hf.fields import config_of
@@ -271,8 +272,11 @@ def _beyond(name: str, layers: int) -> bool:
 def _record(run: Run, model: Model, workdir: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The content of config.json, with the tokenizer's path in the workdir."""
     config = run.config.copy_and_resolve_references()
-    if config.data.tokenizer == str((model.folder / "tokenizer.json").absolute()):
-        config.data.tokenizer = str((workdir / FOLDER / "tokenizer.json").absolute())
+    own, kept = model.folder.absolute(), (workdir / FOLDER).absolute()
+    copies = {own: kept, **{own / name: kept / name for name in (JSON, MODEL)}}
+    tokenizer = Path(config.data.tokenizer).expanduser().absolute()
+    if config.data.tokenizer and tokenizer in copies:
+        config.data.tokenizer = str(copies[tokenizer])
     return {
         **about_run(dataclasses.replace(run, config=config)),
         "source": f"hf:{model.folder}",

@@ -11,7 +11,12 @@ from jaxtyping import Integer
 
 from moejax.config import Config
 from moejax.data.documents import find_documents
-from moejax.data.tokenizer import Tokenizer, encode_documents
+from moejax.data.tokenizer import (
+    Tokenizer,
+    before_documents,
+    before_text,
+    encode_documents,
+)
 from moejax.errors import UserError
 from moejax.tasks.language.source import TextSource
 from moejax.train import scoring
@@ -78,9 +83,10 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[Window]:
 def perplexity(config: Config, workdir: str, step: int | None, text: Sliding) -> dict[str, Any]:
     """The loss of a text file under a run's checkpoint.
 
-    The text is encoded with the run's tokenizer, behind the separator that stands before the
-    documents of the training text, so that its first token is predicted too. Nothing is added
-    behind it. Bits per byte divide the nats of all tokens by the bytes of the file.
+    The text is encoded with the run's tokenizer, behind the tokens that stand before the documents
+    of the training text (the opening, or else the separator), so that its first token is predicted
+    too. Nothing is added behind it. Bits per byte divide the nats of all tokens by the bytes of
+    the file.
 
     Raises:
       UserError: see `scoring.check`, `read` and `moejax.train.evaluate.open_run`.
@@ -95,13 +101,15 @@ def perplexity(config: Config, workdir: str, step: int | None, text: Sliding) ->
         assert isinstance(run.data, TextSource), "see scoring.check"
         wider = dataclasses.replace(run.data, seq_len=text.window)
         budget.check_evaluation(dataclasses.replace(run, data=wider))
-        input_N = np.concatenate([[tokenizer.separator], tokens_N]).astype(np.int32)
+        before = before_text(tokenizer)
+        input_N = np.concatenate([before, tokens_N]).astype(np.int32)
+        given = len(before) - 1  # targets of the first window that are not of the text
         total, greedy = 0.0, 0
-        parts = list(windows(len(tokens_N), text.window, text.stride))
+        parts = list(windows(len(input_N) - 1, text.window, text.stride))
         rows = [input_N[part.begin : part.end + 1] for part in parts]
         scored = scoring.Scorer(run, state)(rows, text.window)
         for part, (nats_N, greedy_N) in zip(parts, scored, strict=True):
-            new = part.new - part.begin
+            new = max(part.new, given) - part.begin
             total += float(nats_N[new:].sum(dtype=np.float64))
             greedy += int(greedy_N[new:].sum())
         leak = run.leak
@@ -133,11 +141,11 @@ def _check_file(path: str) -> None:
 
 
 def read(path: str, tokenizer: Tokenizer) -> tuple[Integer[np.ndarray, " N"], int]:
-    """The tokens of a file, and its bytes.
+    """The tokens of a file, without an opening, and its bytes.
 
     Raises:
       UserError: it cannot be read, is empty or no text, or the tokenizer cannot encode it.
     """
     documents = find_documents(path, FLAG)
     tokens, size = zip(*encode_documents(documents, tokenizer), strict=True)
-    return np.concatenate(tokens), sum(size)
+    return np.concatenate(tokens)[len(before_documents(tokenizer)) :], sum(size)

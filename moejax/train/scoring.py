@@ -14,7 +14,7 @@ from moejax.config import Config
 from moejax.config.build import make_gate
 from moejax.config.checks import has_experts
 from moejax.config.tasks import LANGUAGE
-from moejax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moejax.data.tokenizer import ByteTokenizer, Tokenizer, before_documents, load_tokenizer
 from moejax.errors import UserError
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.language.task import LanguageModel
@@ -68,14 +68,16 @@ def tokenizer_of(run: Run, path: str = "") -> Tokenizer:
     if not path:
         raise UserError(
             f"data.path={run.config.data.path!r} holds tokens and no tokenizer; name the "
-            "tokenizer.json that they were made with, --tokenizer=FILE"
+            "tokenizer that they were made with, --tokenizer=FILE"
         )
-    tokenizer = load_tokenizer(path)
-    if (tokenizer.vocab_size, tokenizer.separator) != (corpus.vocab_size, corpus.separator):
+    tokenizer = load_tokenizer(path, "auto" if corpus.opening else "none")
+    own = tokenizer.vocab_size, tokenizer.separator, before_documents(tokenizer)
+    if own != (corpus.vocab_size, corpus.separator, corpus.opening):
         raise UserError(
-            f"--tokenizer={path!r} has {tokenizer.vocab_size} tokens and separator "
-            f"{tokenizer.separator}, but the run's text {corpus.vocab_size} and "
-            f"{corpus.separator}; name the tokenizer.json of the run"
+            f"--tokenizer={path!r} has {tokenizer.vocab_size} tokens, separator "
+            f"{tokenizer.separator} and opening {list(own[2])}, but the run's text "
+            f"{corpus.vocab_size}, {corpus.separator} and {list(corpus.opening)}; name the "
+            "tokenizer of the run"
         )
     return tokenizer
 

@@ -25,6 +25,7 @@ from lm_eval.utils import (
 from moejax.config import load
 from moejax.contrib.harness.generation import Wanted, continued
 from moejax.data.documents import Document, Piece
+from moejax.data.tokenizer import before_text
 from moejax.errors import UserError
 from moejax.train import scoring
 from moejax.train.evaluate import open_run
@@ -40,7 +41,8 @@ MOST_NEW = 256
 class HarnessModel(TemplateLM):
     """The newest checkpoint of the run in ``workdir``, or that of ``step``.
 
-    A text begins behind the separator of the run's documents. A text longer than ``max_length``
+    A text begins behind its tokenizer's opening (BOS), which every context has too, or behind the
+    separator of the run's documents. A text longer than ``max_length``
     (default: ``train.seq_len``) loses its beginning; log-likelihoods of whole texts are those of
     windows without overlap. ``tokenizer``: see ``moejax eval --tokenizer``. Further arguments are
     fields of the config, as ``config.mesh.expert=4``; ``batch_size`` is ``train.batch_size``.
@@ -100,6 +102,11 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         return self._tokenizer.separator
 
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text: the last of its opening, or the separator of documents."""
+        return before_text(self._tokenizer)[-1]
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
@@ -107,6 +114,11 @@ class HarnessModel(TemplateLM):
         data = string.encode("utf-8")
         document = Document("text", "a text of the task", len(data), field="--tasks")
         return self._tokenizer.encode([Piece(document, data, True)])[0].tolist() if data else []
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of both, those of the context behind its opening."""
+        context_tokens, continuation_tokens = super()._encode_pair(context, continuation)
+        return [*self._tokenizer.opening, *context_tokens], continuation_tokens
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -141,7 +153,7 @@ class HarnessModel(TemplateLM):
         parts, owners = [], []
         for number, text in enumerate(texts):
             windows = get_rolling_token_windows(
-                self.tok_encode(text), self.eot_token_id, self.max_length, context_len=1
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             )
             for window in map(make_disjoint_window, windows):
                 parts.append((None, *window))
@@ -169,8 +181,9 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _prompt(self, context: str, room: int) -> np.ndarray:
-        """The last tokens of a context; the separator before an empty one."""
-        return np.array((self.tok_encode(context) or [self.eot_token_id])[-room:], np.int32)
+        """The last tokens of a context, behind its opening; the separator before an empty one."""
+        tokens = [*self._tokenizer.opening, *self.tok_encode(context)] or [self.eot_token_id]
+        return np.array(tokens[-room:], np.int32)
 
     def _wanted(self, given: Mapping[str, Any]) -> Wanted:
         most = min(MOST_NEW, self.max_length // 2)

@@ -1,4 +1,4 @@
-"""What the rest of the package needs of a tokenizer.
+"""The contract of tokenizers.
 
 A tokenised corpus is one stream: the documents in order, with a separator token between every two,
 and with the tokenizer's opening before each if it has one. All tokenizers are lossless, so that a
@@ -96,7 +96,7 @@ def before_documents(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def joints(tokenizer: Tokenizer) -> tuple[Joint, Joint]:
-    """What stands before the first document of a stream, and between two documents.
+    """The tokens before the first document of a stream, and between two documents.
 
     A separator counts as one byte, an opening as none: a model that has learned the text predicts
     it without loss.

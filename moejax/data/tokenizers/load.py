@@ -1,10 +1,12 @@
 """The tokenizer that `data.tokenizer` names."""
 
+from pathlib import Path
+
 from moejax.data.tokenizers.byte import ByteTokenizer
 from moejax.data.tokenizers.interface import Tokenizer
 from moejax.data.tokenizers.json_file import JsonTokenizer
-from moejax.data.tokenizers.named import file_of, special_of
-from moejax.data.tokenizers.sentencepiece_file import SUFFIX, SentencePieceTokenizer
+from moejax.data.tokenizers.named import SUFFIX, file_of, special_of
+from moejax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 
 
 def load_tokenizer(path: str, bos: str = "auto") -> Tokenizer:
@@ -22,7 +24,7 @@ def load_tokenizer(path: str, bos: str = "auto") -> Tokenizer:
     if not path:
         return ByteTokenizer()
     file, special = file_of(path), special_of(path)
-    # A folder's name tells more than its file's, which is the same in every folder.
-    name = file.name if str(file.name) in path else f"{file.parent.name}/{file.name}"
+    # All folders' files have the same name.
+    name = f"{file.parent.name}/{file.name}" if Path(path).expanduser().is_dir() else file.name
     kind = SentencePieceTokenizer if file.suffix == SUFFIX else JsonTokenizer
     return kind(str(file), special, opens=bos != "none", name=name)

@@ -1,4 +1,4 @@
-"""The file that `data.tokenizer` names, and what the folder around it says."""
+"""The file that `data.tokenizer` names, and the special tokens that its folder names."""
 
 import dataclasses
 import json
@@ -8,8 +8,15 @@ from typing import Any
 from moejax.errors import UserError
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
+SUFFIX = ".model"
+"""The end of the names of SentencePiece's files."""
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files of a Hugging Face folder that name its special tokens; the first that does, counts."""
+FILES = (
+    *(JSON, MODEL, *CONFIGS),
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
+)
+"""Files of a tokenizer in a Hugging Face folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Special:
 
 
 UNSAID = Special()
-"""What a file says that lies in no named folder."""
+"""The special tokens that a single file names outside itself: none."""
 
 
 def file_of(path: str) -> Path:
@@ -56,7 +63,7 @@ def folder_of(path: str) -> Path:
 
 
 def special_of(path: str) -> Special:
-    """What the files of a named folder say; nothing where the path is that of a single file.
+    """The special tokens that a folder's files name; none where the path is that of a single file.
 
     Raises:
       UserError: a file that is no JSON object.

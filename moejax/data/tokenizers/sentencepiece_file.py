@@ -13,7 +13,6 @@ from moejax.data.tokenizers.interface import SEPARATORS, SIZE, escaped, text_of
 from moejax.data.tokenizers.named import UNSAID, Special
 from moejax.errors import UserError
 
-SUFFIX = ".model"
 SPACE = "\u2581"
 """The library's sign for a space."""
 LOSSLESS = "normalization_rule_name=identity, remove_extra_whitespaces=False, byte_fallback=True"

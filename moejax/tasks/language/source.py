@@ -180,7 +180,8 @@ class TextSource:
                 f"the training text has too{compared}"
             )
         if facts.separator and corpus.vocab_size != 256:
-            lines["separator"] = f"{facts.separator} between documents"
+            opening = f", {facts.opening} before each" if facts.opening else ""
+            lines["separator"] = f"{facts.separator} between documents{opening}"
         return lines
 
     def warnings(self) -> list[str]:
