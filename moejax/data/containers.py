@@ -1,8 +1,8 @@
-"""Files that are not text, recognised by names and first bytes, so that none is trained on as text.
+"""What is in a file, by its name and first bytes, so that no other file is trained on as text.
 
 The list has the common containers of text (JSON lines, Parquet, archives, arrays of token ids) and
-files that often lie beside them. Every other file is read as text; ``census`` counts those that do
-not look like text.
+files that often lie beside them. Those in ``READ`` have a reader in ``moejax.data.formats``, others
+are refused. Every other file is read as text; ``census`` counts those that do not look like text.
 """
 
 import dataclasses
@@ -12,6 +12,13 @@ import os
 import re
 from collections.abc import Sequence
 
+from moejax.data.formats.compression import (
+    COMPRESSIONS,
+    Compression,
+    Damaged,
+    compression_of,
+    open_bytes,
+)
 from moejax.errors import UserError
 
 HEAD = 1 << 16
@@ -21,10 +28,14 @@ LONGEST_LINE = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A format, as a message names it, and the way to get text out of it."""
+    """A format, as a message names it, and the way to get text out of it.
+
+    ``problem``: why it is not read, in words; empty: it is not text.
+    """
 
     name: str
     remedy: str
+    problem: str = ""
 
 
 def _records(name: str, how: str) -> Kind:
@@ -43,12 +54,18 @@ def _no_text(name: str) -> Kind:
     return Kind(name, "name the text it was made from")
 
 
-JSON_LINES = _records("JSON lines", "json.loads(line)['text'] in Python")
-JSON_LIST = _records("a JSON list of records", "json.load(file)[i]['text'] in Python")
-PARQUET = _records("Parquet", "pyarrow.parquet.read_table(FILE)['text'].to_pylist()")
-ARROW = _records(
-    "Arrow, as in a Hugging Face dataset", "datasets.load_from_disk(FOLDER)['train']['text']"
-)
+def _renamed(name: str, suffix: str) -> Kind:
+    return Kind(name, f"rename it so that it ends in .{suffix}")
+
+
+JSON_LINES = _renamed("JSON lines", "jsonl")
+JSON_LIST = _renamed("a JSON list of records", "json")
+PARQUET = _renamed("Parquet", "parquet")
+ARROW = _renamed("Arrow", "arrow")
+ARRAY_RECORD = _renamed("ArrayRecord", "array_record")
+READ = (JSON_LINES, JSON_LIST, PARQUET, ARROW, ARRAY_RECORD)
+"""Kinds that are read; their remedy is for files whose name says something else."""
+FEATHER = _records("Feather, version 1", "pyarrow.feather.read_table(FILE)['text'].to_pylist()")
 RECORDS = _records("a file of serialised records", "with the library that wrote it")
 GZIP, ZSTD = _packed("gzip", "gunzip"), _packed("Zstandard", "zstd -d")
 XZ, BZIP2, LZ4 = _packed("xz", "xz -d"), _packed("bzip2", "bunzip2"), _packed("LZ4", "lz4 -d")
@@ -75,15 +92,12 @@ SUFFIXES: dict[str, Kind] = {
         (JSON_LINES, "jsonl ndjson jsonlines"),
         (PARQUET, "parquet pq"),
         (ARROW, "arrow feather"),
-        (RECORDS, "tfrecord tfrecords mds avro orc msgpack recordio array_record lance"),
-        (GZIP, "gz tgz gzip"),
-        (ZSTD, "zst zstd"),
-        (XZ, "xz lzma txz"),
-        (BZIP2, "bz2 tbz2"),
+        (ARRAY_RECORD, "array_record arrayrecord"),
+        (RECORDS, "tfrecord tfrecords mds avro orc msgpack recordio lance"),
         (LZ4, "lz4"),
         (COMPRESSED, "br sz snappy"),
         (ZIP, "zip jar whl"),
-        (TAR, "tar"),
+        (TAR, "tar tgz taz txz tlz tbz tbz2 tzst"),
         (SEVEN, "7z"),
         (RAR, "rar"),
         (PDF, "pdf djvu"),
@@ -101,6 +115,8 @@ SUFFIXES: dict[str, Kind] = {
 
 MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"PAR1", PARQUET),
+    (0, b"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f", ARRAY_RECORD),
+    (0, b"FEA1", FEATHER),
     (0, b"ARROW1", ARROW),
     (0, b"\xff\xff\xff\xff", ARROW),
     (0, b"ORC", RECORDS),
@@ -144,37 +160,136 @@ NEEDS_ZERO = (b'{"', b"ftyp", b"RIFF", b"ORC")
 """Marks that text may begin with. They count only near a byte 0, which text does not contain."""
 
 
+TEXT = tuple("txt text md rst csv tsv html htm xml json jsonl ndjson jsonlines py js".split())
+"""Ends of names of text. Files of other names may have any format in ``READ``."""
+LISTS = tuple(["", *"txt text json jsonl ndjson jsonlines".split()])
+"""Ends of names of files that may hold JSON lists of records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a file holds: its kind, None if it may be text, and the compression around it.
+
+    ``refused``: the kind that a message names if the file is not read.
+    """
+
+    kind: Kind | None
+    compression: Compression | None = None
+    refused: Kind | None = None
+
+
 def refuse_containers(paths: Sequence[str], field: str) -> None:
-    """Refuse files that are not text.
+    """Refuse files that are not read.
 
     Raises:
-      UserError: a file that is not text, of which the first is named, or that cannot be read.
+      UserError: a file that is not read, of which the first is named, or that cannot be opened.
     """
-    refused: list[tuple[str, Kind]] = []
+    contents_of_all(paths, field)
+
+
+def contents_of_all(paths: Sequence[str], field: str) -> list[Contents]:
+    """What the files hold.
+
+    Raises:
+      UserError: a file that is not read, of which the first is named, or that cannot be opened.
+    """
+    contents: list[Contents] = []
     for path in paths:
         try:
-            kind = kind_of(path)
+            contents.append(contents_of(path))
         except OSError as error:
             raise UserError(f"{field}: cannot read {path!r}: {error.strerror}") from error
-        if kind:
-            refused.append((path, kind))
-    if not refused:
-        return
-    path, kind = refused[0]
-    more = f" (nor are {len(refused) - 1} more of {len(paths)} files)" if len(refused) > 1 else ""
-    aside = "" if len(paths) == 1 else ", or move files that are not text out of the folder"
-    raise UserError(
-        f"{field}: {path!r} looks like {kind.name}, which is not text{more}; {kind.remedy}{aside}"
-    )
+    refused = [(path, c.refused) for path, c in zip(paths, contents, strict=True) if c.refused]
+    if refused:
+        path, kind = refused[0]
+        count = f" (nor are {len(refused) - 1} more of {len(paths)} files)"
+        more = count if len(refused) > 1 else ""
+        aside = "" if len(paths) == 1 else ", or move files that are not text out of the folder"
+        problem = kind.problem or f"looks like {kind.name}, which is not text"
+        raise UserError(f"{field}: {path!r} {problem}{more}; {kind.remedy}{aside}")
+    return contents
 
 
 def kind_of(path: str) -> Kind | None:
-    """The format of a file by its name and first bytes; None if it may be text."""
-    suffix = os.path.splitext(path)[1].lower().lstrip(".")
-    if suffix in SUFFIXES:
-        return SUFFIXES[suffix]
+    """The format of a file that is not read; None if it is, or may be text."""
+    return contents_of(path).refused
+
+
+def contents_of(path: str) -> Contents:
+    """What a file holds, by its name and first bytes. Raises OSError if it cannot be opened."""
+    name = os.path.basename(path)
     with open(path, "rb") as file:
-        return kind_of_bytes(file, lists=suffix in ("", "json", "txt", "text"))
+        head = file.read(512)
+        file.seek(0)
+        by_name, by_mark = compression_of(name), _compression_by_mark(head)
+        if by_name is None and by_mark is None:
+            kind, refused = _kind(name, file)
+            return Contents(kind, None, refused)
+    if by_name is None and by_mark is not None:
+        if _suffix(name) in TEXT:
+            return Contents(None, by_mark, _misnamed(name, by_mark.name, by_mark.suffixes[0]))
+        return _compressed(path, name, by_mark)
+    assert by_name is not None
+    if by_mark != by_name:
+        return Contents(None, by_name, _not_as_named(name, by_name.name))
+    return _compressed(path, os.path.splitext(name)[0], by_name)
+
+
+def _compressed(path: str, inner: str, compression: Compression) -> Contents:
+    """What a compressed file holds; ``inner``: the name of what is inside."""
+    with open_bytes(path, compression) as stream:
+        kind, refused = _kind(inner, stream)
+    if kind and not refused and kind not in (JSON_LINES, JSON_LIST):
+        problem = f"is {kind.name} inside of {compression.name}, which cannot be read in parts"
+        refused = Kind(kind.name, f"unpack it; {kind.name} has a compression of its own", problem)
+    return Contents(kind, compression, refused)
+
+
+def _kind(name: str, file: io.BufferedReader) -> tuple[Kind | None, Kind | None]:
+    """The kind of a file that is not compressed, and the kind to refuse it as, if it is."""
+    suffix = _suffix(name)
+    named = SUFFIXES.get(suffix)
+    if named and named not in READ:
+        return named, named
+    try:
+        is_utf16 = file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
+        found = kind_of_bytes(file, lists=suffix in LISTS)
+    except Damaged:  # its reader says so
+        return named, None
+    if found and found not in READ:
+        return found, found
+    is_json = found in (JSON_LINES, JSON_LIST)
+    if is_json and suffix in TEXT and suffix not in LISTS:
+        return None, None
+    if found == named or is_json and named in (None, JSON_LINES):
+        return found, None
+    if named == JSON_LINES and found is None:
+        convert = Kind("UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)", "is UTF-16, not UTF-8")
+        return named, convert if is_utf16 else None
+    if named and found is None:
+        return named, _not_as_named(name, named.name)
+    assert found is not None
+    if named or suffix in TEXT:
+        return found, _misnamed(name, found.name, found.remedy.rpartition(".")[2])
+    return found, None
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower().lstrip(".")
+
+
+def _not_as_named(name: str, kind: str) -> Kind:
+    problem = f"is not {kind}, although its name ends in .{_suffix(name)}"
+    return Kind(kind, "rename it after what it holds, or fetch it again", problem)
+
+
+def _misnamed(name: str, kind: str, suffix: str) -> Kind:
+    problem = f"is {kind}, although its name ends in .{_suffix(name)}"
+    return Kind(kind, f"rename it so that it ends in .{suffix}", problem)
+
+
+def _compression_by_mark(head: bytes) -> Compression | None:
+    return next((c for c in COMPRESSIONS if re.match(c.mark, head, re.DOTALL)), None)
 
 
 def kind_of_bytes(file: io.BufferedIOBase, lists: bool = True) -> Kind | None:

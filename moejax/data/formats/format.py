@@ -31,7 +31,9 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         number = self.number + (self.before() if self.before else 0)
-        return f"{self.name}:{number}" if self.unit == "line" else f"{self.name}, {self.unit} {number}"
+        return (
+            f"{self.name}:{number}" if self.unit == "line" else f"{self.name}, {self.unit} {number}"
+        )
 
 
 class Record(NamedTuple):
