@@ -10,7 +10,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 CHUNK, STEP = 1 << 18, 1 << 12
 
@@ -48,10 +48,11 @@ def open_bytes(path: str, compression: Compression | None = None) -> io.Buffered
     decompressor gives. Raises OSError if the file cannot be opened.
     """
     if compression is None:
-        return open(path, "rb", buffering=CHUNK)
+        return io.BufferedReader(io.FileIO(path), CHUNK)
     return io.BufferedReader(_Decompressed(path, compression), CHUNK)
 
 
+@runtime_checkable
 class _Reader(Protocol):
     def read(self, most: int) -> bytes: ...
 

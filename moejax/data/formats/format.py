@@ -1,7 +1,7 @@
 """The contract of a file format that holds documents."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from moejax.data.documents import Document
 
@@ -50,6 +50,7 @@ class Bad(NamedTuple):
     reason: str
 
 
+@runtime_checkable
 class Format(Protocol):
     """A file format. Its documents are numbered from 1 in messages, in the order of the file.
 

@@ -88,8 +88,8 @@ def _skip_line(stream: io.BufferedReader) -> int:
 
 
 def lines_before(path: str, end: int) -> int:
-    """The number of ends of lines in the first ``end`` bytes of a file."""
-    count = 0
+    """The number of lines of a file that begin before byte ``end``, which is not 0."""
+    count, end = 1, end - 1
     with open(path, "rb", buffering=0) as file:
         while end > 0 and (part := file.read(min(end, 1 << 22))):
             count += part.count(b"\n")

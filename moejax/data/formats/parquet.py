@@ -73,8 +73,7 @@ def _group(
             use_threads=False,
         ):
             column = batch.column(batch.schema.names.index(field))
-            for document in column_texts(column, field, place):
-                yield document
+            yield from column_texts(column, field, place)
             given += len(column)
     except (OSError, pyarrow.ArrowException) as error:
         reason = f"row group {group + 1} cannot be read ({_first_line(error)}); its rows from here "
