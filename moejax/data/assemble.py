@@ -6,7 +6,7 @@ sizes, so that it neither needs the texts in memory nor depends on how they were
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt, UInt64
@@ -26,23 +26,23 @@ SIDES = (TRAIN, HELDOUT, BY_HASH)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Listed:
-    """Size, digest and side of all documents, in the order of the units.
+    """All documents in the order of the units: tokens, bytes, digest and side.
 
     ``side_D``: an index into ``SIDES``.
     """
 
+    length_D: Int64[np.ndarray, " D"]
     size_D: Int64[np.ndarray, " D"]
     digest_D2: UInt64[np.ndarray, "D 2"]
     side_D: UInt[np.ndarray, " D"]
 
     @classmethod
-    def of(cls, units: Sequence[Encoded]) -> "Listed":
-        sides = [np.full(len(u.size_D), SIDES.index(u.side), np.uint8) for u in units]
-        return cls(
-            np.concatenate([unit.size_D for unit in units]),
-            np.concatenate([unit.digest_D2 for unit in units]),
-            np.concatenate(sides),
-        )
+    def of(cls, chunks: Iterable[Encoded]) -> "Listed":
+        parts = [
+            (x.length_D, x.size_D, x.digest_D2, np.full(len(x.size_D), SIDES.index(x.side), "u1"))
+            for x in chunks
+        ]
+        return cls(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,11 +156,59 @@ def joined(
     return stream
 
 
-def starts(
-    length_K: Int64[np.ndarray, " K"], lead: int, offset: int = 0
-) -> Int64[np.ndarray, " K"]:
-    """Positions, in a stream without its first token, behind the separators of joined documents.
+def starts(length_K: Int64[np.ndarray, " K"], lead: int) -> Int64[np.ndarray, " K"]:
+    """Positions in a stream of its documents, behind the separators.
 
-    ``length_K``: tokens of each document without its ``lead``; ``offset``: tokens before them.
+    ``length_K``: tokens of each document without its ``lead``.
     """
-    return offset + np.cumsum(length_K + lead) - (length_K + lead)
+    return np.cumsum(length_K + lead) - (length_K + lead)
+
+
+def token_parts(
+    chunks: Iterable[Encoded], kept_D: Bool[np.ndarray, " D"], lead: Sequence[int]
+) -> Iterator[UInt[np.ndarray, " M"]]:
+    """The stream of the kept documents, a part for each chunk. It begins with a document, without
+    the separator before it."""
+    parts = (
+        joined(chunk.token_N, chunk.length_D, kept, lead)
+        for chunk, kept in _with_kept(chunks, kept_D)
+    )
+    return _without_first(parts)
+
+
+def size_parts(
+    chunks: Iterable[Encoded],
+    kept_D: Bool[np.ndarray, " D"],
+    lead: Sequence[int],
+    table_V: UInt[np.ndarray, " V"] | None,
+) -> Iterator[UInt[np.ndarray, " M"]]:
+    """Bytes of each token of ``token_parts``. ``table_V``: those of each id; None if they depend on
+    the text."""
+
+    def parts() -> Iterator[np.ndarray]:
+        for chunk, kept in _with_kept(chunks, kept_D):
+            if kept.any():
+                size_N = chunk.size_N if table_V is None else table_V[chunk.token_N]
+                assert size_N is not None, "chunks that may be held out have sizes"
+                yield joined(size_N, chunk.length_D, kept, lead)
+
+    return _without_first(parts())
+
+
+def _with_kept(
+    chunks: Iterable[Encoded], kept_D: np.ndarray
+) -> Iterator[tuple[Encoded, np.ndarray]]:
+    """Each chunk with its part of ``kept_D``."""
+    begin = 0
+    for chunk in chunks:
+        end = begin + len(chunk.length_D)
+        yield chunk, kept_D[begin:end]
+        begin = end
+
+
+def _without_first(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The parts without the first element of all."""
+    done = False
+    for part in parts:
+        yield part if done else part[1:]
+        done = done or len(part) > 0

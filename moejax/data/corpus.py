@@ -4,19 +4,20 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt
 
+from moejax.data.assemble import Choice, Listed, choose, size_parts, starts, token_parts
 from moejax.data.census import Census
 from moejax.data.duplicates import Overlap, overlap
-from moejax.data.assemble import Choice, Listed, choose, joined, starts
 from moejax.data.encode import Encoded, Reading, Troubles, encode_unit
-from moejax.data.shards import fingerprint, is_prepared, read_shards
+from moejax.data.shards import Shards, fingerprint, is_prepared, read_shards
 from moejax.data.split import Split
-from moejax.data.tokenizers.interface import SIZE, Joint, Tokenizer, joints
+from moejax.data.token_overlap import token_overlap
+from moejax.data.tokenizers.interface import SIZE, Tokenizer, joints
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.data.units import Texts, open_texts
 from moejax.errors import UserError
@@ -108,6 +109,8 @@ class Corpus:
         """Overlap of the held-out with the training text; None if it is not known."""
         if self.origin is None:
             return self.known_overlap
+        if self.origin.split is None:
+            return token_overlap(self, self.origin.tokenizer)
         return overlap(self.origin.split.train, self.origin.split.heldout)
 
     def token_counts(self, vocab_size: int = 0) -> np.ndarray:
@@ -166,37 +169,47 @@ def load_corpus(path: str = "", tokenizer: str = "", **others: Any) -> Corpus:
                     f"data.{field}: {path!r} already holds tokens; leave data.{field} empty or "
                     "name the original text in data.path"
                 )
-        return _load_prepared(folder)
+        return corpus_of_shards(read_shards(folder))
     texts, loaded = wanted.texts(), load_tokenizer(tokenizer, wanted.bos)
-    units = [encode_unit(unit, loaded, wanted.reading) for unit in texts.units]
-    choice = choose(Listed.of(units), texts.share, texts.count, wanted.duplicates == "drop")
+    chunks = [chunk for unit in texts.units for chunk in encode_unit(unit, loaded, wanted.reading)]
+    listed = Listed.of(chunks)
+    choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
     first, between = joints(loaded)
-    train_N, train_start_D = _stream(units, choice.train_D, between)
-    heldout_N, heldout_start_D = _stream(units, choice.heldout_D, between)
+    train_N, heldout_N = (
+        np.concatenate(list(token_parts(chunks, kept_D, between.tokens)))
+        for kept_D in (choice.train_D, choice.heldout_D)
+    )
+    sizes = size_parts(chunks, choice.heldout_D, between.sizes, size_table(loaded))
+    lead = len(between.tokens)
     return Corpus(
         train_N=train_N,
         heldout_N=heldout_N,
         vocab_size=loaded.vocab_size,
-        heldout_size_M=_sizes(units, choice.heldout_D, loaded, between),
+        heldout_size_M=np.concatenate(list(sizes)),
         fingerprint=fingerprint(loaded.vocab_size, train_N, heldout_N),
         name=texts.name,
         separator=loaded.separator,
         opening=first.tokens,
-        train_start_D=train_start_D,
-        heldout_start_D=heldout_start_D,
-        facts=facts_of(texts, loaded, choice, units),
-        origin=Origin(_kept(texts.split, choice), loaded),
+        train_start_D=starts(listed.length_D[choice.train_D], lead),
+        heldout_start_D=starts(listed.length_D[choice.heldout_D], lead),
+        facts=facts_of(texts, loaded, choice, chunks),
+        origin=Origin(kept_split(texts.split, choice), loaded),
     )
 
 
+def size_table(tokenizer: Tokenizer) -> UInt[np.ndarray, " V"] | None:
+    """Bytes of each token id; None unless the tokenizer is byte-level."""
+    return tokenizer.token_bytes().astype(SIZE) if tokenizer.is_byte_level else None
+
+
 def facts_of(
-    texts: Texts, tokenizer: Tokenizer, choice: Choice, units: Sequence[Encoded]
+    texts: Texts, tokenizer: Tokenizer, choice: Choice, chunks: Iterable[Encoded]
 ) -> Facts:
-    """The facts about a text that was read in units."""
+    """The facts about a text that was read in chunks."""
     census, troubles = Census(), Troubles()
-    for unit in units:
-        census.join(unit.census)
-        troubles.join(unit.troubles)
+    for chunk in chunks:
+        census.join(chunk.census)
+        troubles.join(chunk.troubles)
     return Facts(
         split=texts.rule,
         train_documents=int(np.sum(choice.train_D)),
@@ -214,40 +227,7 @@ def facts_of(
     )
 
 
-def _stream(
-    units: Sequence[Encoded], kept_D: np.ndarray, between: Joint
-) -> tuple[np.ndarray, np.ndarray]:
-    """The stream of one side, and the positions of its documents."""
-    parts = [
-        joined(unit.token_N, unit.length_D, kept, between.tokens)
-        for unit, kept in _by_unit(units, kept_D)
-    ]
-    length_D = np.concatenate([unit.length_D for unit in units])
-    return np.concatenate(parts)[1:], starts(length_D[kept_D], len(between.tokens))
-
-
-def _sizes(
-    units: Sequence[Encoded], kept_D: np.ndarray, tokenizer: Tokenizer, between: Joint
-) -> np.ndarray:
-    """Bytes of each token of the held-out stream."""
-    table_V = tokenizer.token_bytes().astype(SIZE) if tokenizer.is_byte_level else None
-    parts = []
-    for unit, kept in _by_unit(units, kept_D):
-        if not kept.any():
-            continue
-        size_N = unit.size_N if table_V is None else table_V[unit.token_N]
-        assert size_N is not None, "units that may be held out have sizes"
-        parts.append(joined(size_N, unit.length_D, kept, between.sizes))
-    return np.concatenate(parts)[1:]
-
-
-def _by_unit(units: Sequence[Encoded], kept_D: np.ndarray) -> Iterator[tuple[Encoded, np.ndarray]]:
-    """Each unit with its part of ``kept_D``."""
-    ends = np.cumsum([len(unit.length_D) for unit in units])
-    return zip(units, np.split(kept_D, ends[:-1]), strict=True)
-
-
-def _kept(split: Split | None, choice: Choice) -> Split | None:
+def kept_split(split: Split | None, choice: Choice) -> Split | None:
     """The documents of plain text that were kept; None for records."""
     if split is None:
         return None
@@ -256,8 +236,8 @@ def _kept(split: Split | None, choice: Choice) -> Split | None:
     return dataclasses.replace(split, train=train, heldout=heldout)
 
 
-def _load_prepared(folder: str) -> Corpus:
-    shards = read_shards(folder)
+def corpus_of_shards(shards: Shards) -> Corpus:
+    """The corpus of prepared shards, memory-mapped."""
     index = shards.index
     return Corpus(
         train_N=shards.train_N,
@@ -268,6 +248,8 @@ def _load_prepared(folder: str) -> Corpus:
         name=index.source,
         separator=index.separator,
         opening=tuple(index.opening),
+        train_start_D=shards.train_start_D,
+        heldout_start_D=shards.heldout_start_D,
         facts=Facts(**index.facts),
         known_overlap=Overlap(**index.overlap) if index.overlap else None,
     )

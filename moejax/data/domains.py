@@ -67,11 +67,11 @@ def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndar
     Python source tokenised as bytes or by a byte-level BPE. Raises UserError for any other corpus,
     and if the files have changed since they were loaded.
     """
-    if corpus.origin is None:
+    split = corpus.origin.split if corpus.origin else None
+    if corpus.origin is None or split is None:
         raise UserError(
             f"data.path: {corpus.name!r} holds tokens only; labels need the Python source"
         )
-    split = corpus.origin.split
     return (
         _stream_labels(split.train, corpus.train_N, corpus.origin),
         _stream_labels(split.heldout, corpus.heldout_N, corpus.origin),
@@ -81,7 +81,7 @@ def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndar
 def heldout_labels(corpus: Corpus) -> UInt8[np.ndarray, " M"] | None:
     """Labels of the held-out tokens (see `token_labels`); None for a corpus that has none."""
     origin = corpus.origin
-    if origin is None or not origin.tokenizer.is_byte_level:
+    if origin is None or origin.split is None or not origin.tokenizer.is_byte_level:
         return None
     if not all(document.name.endswith(".py") for document in origin.split.heldout):
         return None
@@ -94,7 +94,9 @@ def _stream_labels(
     parts = []
     for document in documents:
         if not document.name.endswith(".py"):
-            raise UserError(f"data.path: {document.path!r} is not Python source; it has no labels")
+            raise UserError(
+                f"data.path: {document.path!r} holds tokens only; labels need the Python source"
+            )
         parts.append(label_bytes(document.read(), strings_are_english=document.name == TOPICS))
         parts.append(np.array([CODE], dtype=np.uint8))
     labels = np.concatenate(parts[:-1])

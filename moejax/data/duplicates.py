@@ -10,7 +10,7 @@ theirs on exact substrings.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,21 +145,35 @@ class Overlap:
 
 def overlap(train: Sequence[Document], heldout: Sequence[Document]) -> Overlap:
     """Compare the sides of a split: at most 128 MiB of training text, 4 MiB of held-out text."""
-    held = [text for text, _ in _stretches(heldout, MOST_HELDOUT, MOST_HELDOUT, 0)]
+    all_bytes = sum(document.size for document in (*train, *heldout))
+    held = (text for text, _ in _stretches(heldout, MOST_HELDOUT, MOST_HELDOUT, 0))
+    return shared_windows(_stretches(train, MOST_TRAIN, STRETCH, WINDOW - 1), held, all_bytes)
+
+
+def shared_windows(
+    train: Iterable[tuple[UInt8[np.ndarray, " N"], int]],
+    heldout: Iterable[UInt8[np.ndarray, " M"]],
+    all_bytes: int,
+) -> Overlap:
+    """Compare stretches of held-out text with stretches of training text.
+
+    Those of the training text come with their own sizes, without bytes that are in the next one
+    too. ``all_bytes``: bytes of both texts.
+    """
+    held = list(heldout)
     hashes = [window_hashes(text, WINDOW) for text in held]
     wanted = np.unique(np.concatenate(hashes))
     # 24 bits of the hash suffice to discard most windows of the training text.
     likely = np.zeros(1 << 24, bool)
     likely[wanted >> np.uint64(40)] = True
     candidates, train_bytes = [], 0
-    for text, size in _stretches(train, MOST_TRAIN, STRETCH, WINDOW - 1):
+    for text, size in train:
         train_bytes += size
         own = window_hashes(text, WINDOW)
         candidates.append(np.unique(own[likely[own >> np.uint64(40)]]))
     shared = np.intersect1d(wanted, np.concatenate(candidates))
     covered = sum(_covered(len(x), h, shared) for x, h in zip(held, hashes, strict=True))
     heldout_bytes = sum(map(len, held))
-    all_bytes = sum(document.size for document in (*train, *heldout))
     complete = train_bytes + heldout_bytes == all_bytes
     return Overlap(covered / heldout_bytes, WINDOW, train_bytes, heldout_bytes, complete)
 

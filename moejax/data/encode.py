@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt, UInt64
@@ -16,6 +16,7 @@ from moejax.data.units import TRAIN, Unit
 from moejax.errors import UserError
 
 FAIL, SKIP = "fail", "skip"
+CHUNK = 32 << 20
 BATCH = 8 << 20
 """Bytes of text that a tokenizer gets at once, for its own threads."""
 _SALT = b"moejax documents"
@@ -53,7 +54,7 @@ class Troubles:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """The documents of a unit.
+    """Documents of a unit.
 
     Attributes:
       token_N: tokens of all documents, one after the other.
@@ -73,52 +74,75 @@ class Encoded:
     troubles: Troubles
 
 
-def encode_unit(unit: Unit, tokenizer: Tokenizer, reading: Reading) -> Encoded:
-    """Read and tokenise the documents of a unit.
+def encode_unit(unit: Unit, tokenizer: Tokenizer, reading: Reading) -> Iterator[Encoded]:
+    """Read and tokenise the documents of a unit, in chunks of about ``CHUNK`` bytes of text.
 
     Raises:
       UserError: a file that cannot be read; a record without a text, unless these are skipped.
     """
-    census, troubles = Census(), Troubles()
     sized = unit.side != TRAIN and not tokenizer.is_byte_level
-    tokens: list[np.ndarray] = []
-    sizes: list[np.ndarray] = []
-    lengths: list[int] = []
-    bytes_of: list[int] = []
-    digests: list[bytes] = []
-    for batch in _batches(_documents(unit, tokenizer, reading, troubles)):
+    chunk = _Chunk(unit.side, token_dtype(tokenizer.vocab_size), sized)
+    for batch in _batches(_documents(unit, tokenizer, reading, chunk)):
         for piece, ids in zip(batch, tokenizer.encode(batch), strict=True):
-            census.add(piece)
-            if piece.is_first:
-                lengths.append(0)
-                bytes_of.append(piece.document.size)
-                digests.append(b"")
-                hashed = hashlib.blake2b(digest_size=16, person=_SALT)
-            hashed.update(piece.data)
-            digests[-1] = hashed.digest()
-            lengths[-1] += len(ids)
-            tokens.append(ids.astype(token_dtype(tokenizer.vocab_size)))
-            if sized:
-                sizes.append(tokenizer.sizes(piece, ids))
-    dtype = token_dtype(tokenizer.vocab_size)
-    return Encoded(
-        side=unit.side,
-        token_N=np.concatenate([np.zeros(0, dtype), *tokens]),
-        length_D=np.array(lengths, np.int64),
-        size_D=np.array(bytes_of, np.int64),
-        digest_D2=np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64),
-        size_N=np.concatenate([np.zeros(0, SIZE), *sizes]) if sized else None,
-        census=census,
-        troubles=troubles,
-    )
+            if piece.is_first and chunk.bytes >= CHUNK:
+                yield chunk.taken()
+            chunk.add(piece, ids, tokenizer.sizes(piece, ids) if sized else None)
+    yield chunk.taken()
+
+
+class _Chunk:
+    """The documents of a unit that were read since the last chunk."""
+
+    def __init__(self, side: str, dtype: np.dtype, sized: bool):
+        self.side, self.dtype, self.sized = side, dtype, sized
+        self._clear()
+
+    def _clear(self) -> None:
+        self.census, self.troubles = Census(), Troubles()
+        self.bytes = 0
+        self._tokens: list[np.ndarray] = [np.zeros(0, self.dtype)]
+        self._sizes: list[np.ndarray] = [np.zeros(0, SIZE)]
+        self._lengths: list[int] = []
+        self._bytes: list[int] = []
+        self._hashes: list[Any] = []
+
+    def add(self, piece: Piece, ids: np.ndarray, sizes: np.ndarray | None) -> None:
+        self.census.add(piece)
+        if piece.is_first:
+            self._lengths.append(0)
+            self._bytes.append(piece.document.size)
+            self._hashes.append(hashlib.blake2b(digest_size=16, person=_SALT))
+        self._hashes[-1].update(piece.data)
+        self._lengths[-1] += len(ids)
+        self._tokens.append(ids.astype(self.dtype))
+        if sizes is not None:
+            self._sizes.append(sizes)
+        self.bytes += len(piece.data)
+
+    def taken(self) -> Encoded:
+        """The documents so far, which the chunk forgets."""
+        digests = b"".join(hashed.digest() for hashed in self._hashes)
+        encoded = Encoded(
+            side=self.side,
+            token_N=np.concatenate(self._tokens),
+            length_D=np.array(self._lengths, np.int64),
+            size_D=np.array(self._bytes, np.int64),
+            digest_D2=np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64),
+            size_N=np.concatenate(self._sizes) if self.sized else None,
+            census=self.census,
+            troubles=self.troubles,
+        )
+        self._clear()
+        return encoded
 
 
 def read_texts(
-    unit: Unit, reading: Reading, troubles: Troubles, utf8: bool = False
+    unit: Unit, reading: Reading, troubles: Callable[[], Troubles], utf8: bool = False
 ) -> Iterator[Record]:
     """The texts of a unit without those that are empty or, if these are skipped, cannot be read.
 
-    ``utf8``: whether text that is not UTF-8 counts among the latter.
+    ``troubles``: where to count these. ``utf8``: whether text that is not UTF-8 is one of the
+    latter.
     """
     for text in unit.texts(reading.text_field):
         if isinstance(text, Record) and utf8 and not is_utf8(text.data):
@@ -127,24 +151,22 @@ def read_texts(
             if text.data:
                 yield text
             else:
-                troubles.empty += 1
+                troubles().empty += 1
             continue
         if reading.on_error == FAIL:
             raise UserError(
                 f"{unit.files[0].field}: {text.place} {text.reason}; repair it, or set "
                 "data.on_error=skip to leave such records out"
             )
-        troubles.add(text)
+        troubles().add(text)
 
 
 def _documents(
-    unit: Unit, tokenizer: Tokenizer, reading: Reading, troubles: Troubles
+    unit: Unit, tokenizer: Tokenizer, reading: Reading, chunk: _Chunk
 ) -> Iterator[Piece]:
     # Bytes are tokens of any text; plain text has a message of its own in the tokenizer.
-    strict = tokenizer.vocab_size != 256 and (
-        unit.format is not None or reading.on_error == SKIP
-    )
-    for text in read_texts(unit, reading, troubles, utf8=strict):
+    strict = tokenizer.vocab_size != 256 and (unit.format is not None or reading.on_error == SKIP)
+    for text in read_texts(unit, reading, lambda: chunk.troubles, utf8=strict):
         # Of records, messages about the encoding name the file: counting lines may take long.
         file = unit.files[0]
         name, path = (file.name, file.path) if unit.format else (text.place, text.place)

@@ -1,15 +1,15 @@
 """A tokenised corpus on disk: `train.bin` and `heldout.bin` (little-endian ids), `heldout.bytes`
-(bytes of text per held-out token, little-endian uint32) and `index.json`.
+(bytes of text per held-out token, little-endian uint32), `train.starts` and `heldout.starts`
+(positions of the documents, little-endian int64) and `index.json`.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import typing
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt
@@ -17,11 +17,15 @@ from jaxtyping import UInt
 from moejax.data.tokenizer import SIZE, token_dtype
 from moejax.errors import UserError
 
-FORMAT = "moejax tokens 2"
-OLD_FORMAT = "moejax tokens 1"
-"""The format without bytes per token, facts and overlap."""
-OLD_DEFAULTS = {"train_bytes": 0, "heldout_bytes": 0, "facts": {}, "overlap": {}}
+FORMAT = "moejax tokens 3"
+SECOND_FORMAT, FIRST_FORMAT = "moejax tokens 2", "moejax tokens 1"
+SECOND_LACKS = {"opening": [], "tokenizer_sha256": "", "licence": ""}
+"""Fields that the second format does not have, nor files of positions."""
+FIRST_LACKS = {"train_bytes": 0, "heldout_bytes": 0, "facts": {}, "overlap": {}, **SECOND_LACKS}
+"""The first one does not have these, nor a file of bytes per token."""
 INDEX, TRAIN, HELDOUT, SIZES = "index.json", "train.bin", "heldout.bin", "heldout.bytes"
+TRAIN_STARTS, HELDOUT_STARTS = "train.starts", "heldout.starts"
+STARTS = np.dtype("<i8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Index:
     dtype: str  # "uint16" or "uint32", little-endian
     vocab_size: int
     separator: int  # token id between documents
+    opening: list  # token ids before each document
     train_tokens: int
     heldout_tokens: int
     train_bytes: int
@@ -38,10 +43,11 @@ class Index:
     fingerprint: str
     source: str  # name of the text: a file or folder, or the built-in corpus
     tokenizer: str  # name of the tokenizer file, or "bytes"
+    tokenizer_sha256: str  # of its content; empty for bytes, and where it is not known
+    licence: str  # a note of whoever prepared the text
     eval_fraction: float
     facts: dict  # fields of `corpus.Facts`
     overlap: dict  # fields of `duplicates.Overlap`
-    opening: list = dataclasses.field(default_factory=list)  # token ids before each document
     format: str = FORMAT
 
 
@@ -53,6 +59,8 @@ class Shards(NamedTuple):
     heldout_N: np.ndarray
     heldout_size_M: np.ndarray | None
     """None for shards of an older version, which did not write it."""
+    train_start_D: np.ndarray | None
+    heldout_start_D: np.ndarray | None
 
 
 def fingerprint(
@@ -73,26 +81,16 @@ def fingerprint(
     return total.hexdigest()
 
 
-def write_tokens(
-    path: str, parts: Iterable[tuple[np.ndarray, Any]], sizes_path: str = ""
-) -> tuple[int, int]:
-    """Write the tokens of the parts to a new file; return the numbers of tokens and of text bytes.
-
-    With ``sizes_path``, parts come with the bytes of each token, which are written there.
-    """
-    num_tokens = num_bytes = 0
-    with open(path, "xb") as file, contextlib.ExitStack() as stack:
-        sizes = stack.enter_context(open(sizes_path, "xb")) if sizes_path else None
-        for tokens, size in parts:
-            file.write(tokens.data)
-            if sizes:
-                sizes.write(size.data)
-            num_tokens += len(tokens)
-            num_bytes += int(np.sum(size))
-        for written in (file, sizes) if sizes else (file,):
-            written.flush()
-            os.fsync(written.fileno())
-    return num_tokens, num_bytes
+def write_array(path: str, parts: Iterable[np.ndarray]) -> int:
+    """Write the parts of an array to a new file; return the number of elements."""
+    count = 0
+    with open(path, "xb") as file:
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
+            count += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return count
 
 
 def map_tokens(path: str, dtype: np.dtype) -> np.ndarray:
@@ -129,26 +127,38 @@ def read_shards(folder: str) -> Shards:
     does not match the index.
     """
     try:
-        index = _read_index(os.path.join(folder, INDEX))
-        dtype = token_dtype(index.vocab_size)
-        sizes = {TRAIN: index.train_tokens, HELDOUT: index.heldout_tokens}
-        for name, count in sizes.items():
-            size = os.stat(os.path.join(folder, name)).st_size
-            if size != count * dtype.itemsize or count < 1:
-                raise _damaged(folder, f"{name} has {size} bytes, not {count * dtype.itemsize}")
-        train_N, heldout_N = (map_tokens(os.path.join(folder, name), dtype) for name in sizes)
-        size_M = _read_sizes(folder, index)
+        shards = map_shards(folder, _read_index(os.path.join(folder, INDEX)))
     except OSError as error:
         raise _damaged(folder, f"cannot read {error.filename!r}: {error.strerror}") from error
-    actual = fingerprint(index.vocab_size, train_N, heldout_N)
+    index = shards.index
+    actual = fingerprint(index.vocab_size, shards.train_N, shards.heldout_N)
     if actual != index.fingerprint:
         raise _damaged(folder, f"fingerprint is {actual[:12]}, not {index.fingerprint[:12]}")
-    return Shards(index, train_N, heldout_N, size_M)
+    return shards
+
+
+def map_shards(folder: str, index: Index) -> Shards:
+    """The arrays that an index describes. Raises UserError if their sizes do not match it."""
+    dtype = token_dtype(index.vocab_size)
+    sizes = {TRAIN: index.train_tokens, HELDOUT: index.heldout_tokens}
+    for name, count in sizes.items():
+        size = os.stat(os.path.join(folder, name)).st_size
+        if size != count * dtype.itemsize or count < 1:
+            raise _damaged(folder, f"{name} has {size} bytes, not {count * dtype.itemsize}")
+    train_N, heldout_N = (map_tokens(os.path.join(folder, name), dtype) for name in sizes)
+    return Shards(
+        index,
+        train_N,
+        heldout_N,
+        _read_sizes(folder, index),
+        _read_starts(folder, TRAIN_STARTS, index, train_N),
+        _read_starts(folder, HELDOUT_STARTS, index, heldout_N),
+    )
 
 
 def _read_sizes(folder: str, index: Index) -> np.ndarray | None:
-    """Bytes of each held-out token; shards of an older version have them for byte tokens alone."""
-    if index.format == OLD_FORMAT:
+    """Bytes of each held-out token; shards of the first format have them for byte tokens alone."""
+    if index.format == FIRST_FORMAT:
         return np.ones(index.heldout_tokens, SIZE) if index.tokenizer == "bytes" else None
     path = os.path.join(folder, SIZES)
     if os.stat(path).st_size != index.heldout_tokens * SIZE.itemsize:
@@ -159,6 +169,20 @@ def _read_sizes(folder: str, index: Index) -> np.ndarray | None:
     return size_M
 
 
+def _read_starts(folder: str, name: str, index: Index, token_N: np.ndarray) -> np.ndarray | None:
+    """Positions of the documents of one side; None for shards of an older format."""
+    if index.format != FORMAT:
+        return None
+    path = os.path.join(folder, name)
+    if os.stat(path).st_size % STARTS.itemsize or not os.stat(path).st_size:
+        raise _damaged(folder, f"{name} is cut off")
+    start_D = np.fromfile(path, STARTS)
+    rising = start_D[0] == 0 and start_D[-1] < len(token_N) and np.all(np.diff(start_D) > 0)
+    if not rising or np.any(token_N[start_D[1:] - 1] != index.separator):
+        raise _damaged(folder, f"{name} has other positions than those of documents")
+    return start_D
+
+
 def _read_index(path: str) -> Index:
     try:
         with open(path, encoding="utf-8") as file:
@@ -166,19 +190,19 @@ def _read_index(path: str) -> Index:
     except (ValueError, RecursionError) as error:
         raise UserError(f"data.path: {path!r} is not JSON ({error}); prepare it again") from error
     kinds = typing.get_type_hints(Index)
-    if isinstance(fields, dict):
-        fields.setdefault("opening", [])  # which shards of an older version do not have
-    if isinstance(fields, dict) and fields.get("format") == OLD_FORMAT:
+    if isinstance(fields, dict) and fields.get("format") == FIRST_FORMAT:
         fields.pop("train_bytes_per_token", None)
         fields.pop("heldout_bytes_per_token", None)
-        fields |= OLD_DEFAULTS
+        fields |= FIRST_LACKS
+    if isinstance(fields, dict) and fields.get("format") == SECOND_FORMAT:
+        fields |= SECOND_LACKS
     if not isinstance(fields, dict) or fields.keys() != kinds.keys():
         raise UserError(f"data.path: {path!r} is not an index of token shards; prepare it again")
     for name, kind in kinds.items():
         if not isinstance(fields[name], kind):
             raise UserError(f"data.path: {path!r} has no valid field {name!r}; prepare it again")
     index = Index(**fields)
-    if index.format not in (FORMAT, OLD_FORMAT) or index.vocab_size < 1:
+    if index.format not in (FORMAT, SECOND_FORMAT, FIRST_FORMAT) or index.vocab_size < 1:
         raise UserError(
             f"data.path: {path!r} has format {index.format!r}, not {FORMAT!r}; prepare it again"
         )

@@ -7,7 +7,7 @@ training side, to the held-out side, or to the side that a hash of their text de
 import collections
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from moejax.data.builtin import builtin_name
 from moejax.data.containers import refuse_containers
@@ -109,7 +109,12 @@ _File = tuple[Document, Format | None]
 
 
 def _of_records(
-    name: str, files: list[_File], own: list[_File], eval_fraction: float, unit: str, size: int
+    name: str,
+    files: Sequence[_File],
+    own: Sequence[_File],
+    eval_fraction: float,
+    unit: str,
+    size: int,
 ) -> Texts:
     formats = {file.path: format for file, format in (*files, *own)}
     documents = [file for file, _ in files]
@@ -168,11 +173,9 @@ def _readable(files: Sequence[Document]) -> list[_File]:
     return found
 
 
-def _data_only(files: list[_File]) -> list[_File]:
+def _data_only(files: Sequence[_File]) -> Sequence[_File]:
     """Without the plain text that lies beside files of records, such as a README."""
-    records = [
-        (file, format) for file, format in files if format and not _is_text(format)
-    ]
+    records = [(file, format) for file, format in files if format and not _is_text(format)]
     return records or files
 
 
@@ -180,7 +183,7 @@ def _is_text(format: Format) -> bool:
     return isinstance(format, CompressedText)
 
 
-def _units(files: Iterator[_File], side: str, size: int) -> Iterator[Unit]:
+def _units(files: Iterable[_File], side: str, size: int) -> Iterator[Unit]:
     """The files in units of about ``size`` bytes."""
     plain: list[Document] = []
     for file, format in files:
