@@ -146,21 +146,29 @@ class Wanted:
 def load(data_cfg: Any) -> Corpus:
     """The corpus named in the `data` section of a config."""
     names = (field.name for field in dataclasses.fields(Wanted))
-    return load_corpus(**{name: data_cfg[name] for name in names})
+    return load_corpus(**{name: getattr(data_cfg, name) for name in names})
 
 
-def load_corpus(path: str = "", tokenizer: str = "", **others: Any) -> Corpus:
+def load_corpus(
+    path: str = "",
+    tokenizer: str = "",
+    eval_fraction: float = 0.05,
+    eval_path: str = "",
+    **others: Any,
+) -> Corpus:
     """Load text and tokenise it, or map shards made by `moejax data prepare`.
 
     Args:
       path: files of text or of records (see ``units``); a folder of prepared shards, which have
         their own tokenizer and split; or empty for the built-in corpus.
       tokenizer: see `load_tokenizer`; empty for bytes as tokens.
+      eval_fraction: share of the text to hold out, in (0, 1).
+      eval_path: files to hold out instead.
       others: further fields of ``Wanted``, as in the section `data` of a config.
 
     Raises UserError, naming the field and the path, for missing or damaged data.
     """
-    wanted = Wanted(path, tokenizer, **others)
+    wanted = Wanted(path, tokenizer, eval_fraction, eval_path, **others)
     folder = os.path.expanduser(path)
     if path and is_prepared(folder):
         for field in ("tokenizer", "eval_path"):

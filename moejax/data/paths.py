@@ -2,15 +2,12 @@
 
 import glob
 import os
-from collections.abc import Collection
 
 from moejax.data.documents import Document, list_documents
 from moejax.errors import UserError
 
 
-def expand(
-    path: str, field: str = "data.path", *, skip_folders: Collection[str] = ()
-) -> list[Document]:
+def expand(path: str, field: str = "data.path") -> list[Document]:
     """The non-empty files that ``path`` names, each once, in the order of their names.
 
     A path that exists is that file or folder (see ``list_documents``). Any other is a list with
@@ -21,8 +18,9 @@ def expand(
     Raises:
       UserError: nothing is there, or cannot be read.
     """
-    if os.path.lexists(os.path.expanduser(path)):
-        return list_documents(path, field=field, skip_folders=skip_folders)
+    is_one = "," not in path and not glob.has_magic(path)
+    if is_one or os.path.lexists(os.path.expanduser(path)):
+        return list_documents(path, field=field)
     parts = [part.strip() for part in path.split(",")] if "," in path else [path]
     found: dict[str, Document] = {}
     for part in filter(None, parts):

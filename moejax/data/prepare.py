@@ -56,6 +56,8 @@ def prepare(
     path: str,
     tokenizer: str,
     out_dir: str,
+    eval_fraction: float = 0.05,
+    eval_path: str = "",
     *,
     workers: int = 1,
     licence: str = "",
@@ -68,6 +70,8 @@ def prepare(
       path: files of text or records; empty for the built-in corpus.
       tokenizer: a tokenizer's file or folder, see `load_tokenizer`; empty for bytes as tokens.
       out_dir: the folder to make; it may exist if it is empty. It appears complete or not at all.
+      eval_fraction: share of the text to hold out, in (0, 1).
+      eval_path: files to hold out instead.
       workers: number of processes. More than one need a script whose main part is guarded by
         ``if __name__ == "__main__"``, as everywhere in Python.
       licence: a note about the text's licence, kept in the index.
@@ -79,7 +83,7 @@ def prepare(
     Raises:
       UserError: text, tokenizer or folder that cannot be used, or a process that was killed.
     """
-    wanted = Wanted(path, tokenizer, **others)
+    wanted = Wanted(path, tokenizer, eval_fraction, eval_path, **others)
     out_dir = os.path.abspath(os.path.expanduser(out_dir))
     if path and is_prepared(os.path.expanduser(path)):
         raise UserError(f"path: {path!r} is already prepared; name the original text")
@@ -124,6 +128,12 @@ def _working_folder(out_dir: str) -> Iterator[str]:
                     "another folder"
                 ) from error
             yield folder
+    except UserError as error:
+        if any(name.endswith(".done") for name in os.listdir(folder)):
+            raise UserError(
+                f"{error} (what is done is kept in {folder!r}; the same command goes on from there)"
+            ) from error
+        raise
     finally:
         if os.path.isdir(folder) and not any(n.endswith(".done") for n in os.listdir(folder)):
             shutil.rmtree(folder)

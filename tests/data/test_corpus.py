@@ -40,7 +40,15 @@ def test_training_and_heldout_text_are_the_files_each_once(folder):
 
 def test_load_reads_the_config_section(folder):
     config = types.SimpleNamespace(
-        path=str(folder), tokenizer="", eval_fraction=0.2, eval_path="", split="bytes", bos="auto"
+        path=str(folder),
+        tokenizer="",
+        eval_fraction=0.2,
+        eval_path="",
+        split="bytes",
+        text_field="text",
+        bos="auto",
+        duplicates="drop",
+        on_error="fail",
     )
     assert corpus_lib.load(config).fingerprint == load_corpus(str(folder), "", 0.2).fingerprint
 

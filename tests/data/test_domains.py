@@ -174,7 +174,7 @@ def test_labels_are_refused_where_there_is_no_python_source(python_files, tmp_pa
 
 def test_labels_are_refused_when_the_source_has_changed(tmp_path):
     for i in range(3):
-        (tmp_path / f"{i}.py").write_text("x = 1\n" * 5)
+        (tmp_path / f"{i}.py").write_text(f"x = {i}\n" * 5)
     corpus = load_corpus(str(tmp_path))
     (tmp_path / "1.py").write_text("x = 1\n" * 4)
     with pytest.raises(UserError, match="became shorter"):
