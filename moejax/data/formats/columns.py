@@ -100,3 +100,8 @@ def _binary(column: Any) -> Any:
         column = column.cast(pyarrow.binary_view())
     column.validate(full=True)
     return column
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error of pyarrow, which may have several."""
+    return str(error).partition("\n")[0].rstrip(".")

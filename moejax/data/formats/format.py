@@ -1,6 +1,6 @@
 """The contract of a file format that holds documents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from moejax.data.documents import Document
@@ -12,6 +12,17 @@ class Span(NamedTuple):
 
     begin: int
     end: int
+
+
+def spans_of(sizes: Iterable[int], size: int) -> list[Span]:
+    """Consecutive parts of a file, such as row groups, gathered into spans of about ``size``."""
+    spans, begin, total, end = [], 0, 0, 0
+    for end, part in enumerate(sizes, 1):
+        total += part
+        if total >= size:
+            spans.append(Span(begin, end))
+            begin, total = end, 0
+    return [*spans, Span(begin, end)] if begin < end else spans
 
 
 class Place(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from moejax.data.documents import Document
-from moejax.data.formats.columns import column_texts, text_column
-from moejax.data.formats.format import Bad, Place, Record, Span
+from moejax.data.formats.columns import column_texts, first_line, text_column
+from moejax.data.formats.format import Bad, Place, Record, Span, spans_of
 from moejax.errors import UserError
 
 BATCH = 4 << 20
@@ -35,13 +35,7 @@ class Parquet:
                 ]
         except _Unreadable:
             return [Span(0, 1)]  # its reader says why
-        spans, begin, total = [], 0, 0
-        for group, count in enumerate(bytes_G):
-            total += count
-            if total >= size or group + 1 == len(bytes_G):
-                spans.append(Span(begin, group + 1))
-                begin, total = group + 1, 0
-        return spans
+        return spans_of(bytes_G, size)
 
     def read(self, file: Document, span: Span, text_field: str) -> Iterator[Record | Bad]:
         try:
@@ -76,7 +70,7 @@ def _group(
             yield from column_texts(column, field, place)
             given += len(column)
     except (OSError, pyarrow.ArrowException) as error:
-        reason = f"row group {group + 1} cannot be read ({_first_line(error)}); its rows from here "
+        reason = f"row group {group + 1} cannot be read ({first_line(error)}); its rows from here "
         yield Bad(place(0), f"{reason}on are lost")
 
 
@@ -116,7 +110,7 @@ def _open(file: Document) -> Iterator[Any]:
             )
         except (OSError, pyarrow.ArrowException) as error:
             raise _Unreadable(
-                f"it is not a complete Parquet file ({_first_line(error)}), as after an incomplete "
+                f"it is not a complete Parquet file ({first_line(error)}), as after an incomplete "
                 "copy or download"
             ) from error
         with opened:
@@ -129,7 +123,3 @@ def rows_before(path: str, group: int) -> int:
 
     meta = parquet.read_metadata(path)
     return sum(meta.row_group(index).num_rows for index in range(group))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")

@@ -4,15 +4,21 @@ from collections.abc import Callable, Sequence
 
 from moejax.data import containers
 from moejax.data.containers import Contents, Kind, contents_of_all
+from moejax.data.formats.array_record import ArrayRecord
+from moejax.data.formats.arrow import Arrow
 from moejax.data.formats.compression import Compression
 from moejax.data.formats.format import Format
 from moejax.data.formats.json_lines import JsonLines
+from moejax.data.formats.json_list import JsonList
 from moejax.data.formats.parquet import Parquet
 from moejax.data.formats.plain import CompressedText
 
 FORMATS: dict[Kind, Callable[[Compression | None], Format]] = {
     containers.JSON_LINES: JsonLines,
+    containers.JSON_LIST: JsonList,
     containers.PARQUET: lambda compression: Parquet(),
+    containers.ARROW: lambda compression: Arrow(),
+    containers.ARRAY_RECORD: lambda compression: ArrayRecord(),
 }
 """The reader of each kind of file. A file without a kind is plain text."""
 
