@@ -94,9 +94,7 @@ def _stream_labels(
     parts = []
     for document in documents:
         if not document.name.endswith(".py"):
-            raise UserError(
-                f"data.path: {document.path!r} holds tokens only; labels need the Python source"
-            )
+            raise UserError(f"data.path: {document.path!r} is not Python source; it has no labels")
         parts.append(label_bytes(document.read(), strings_are_english=document.name == TOPICS))
         parts.append(np.array([CODE], dtype=np.uint8))
     labels = np.concatenate(parts[:-1])

@@ -48,6 +48,8 @@ from moejax.data.tokenizers.named import file_of
 from moejax.data.units import Texts, Unit
 from moejax.errors import UserError
 
+WORTH_KEEPING = 256 << 20
+"""Bytes of unfinished work that outlive a failure; less is made again in seconds."""
 Progress = Callable[[int, int], None]
 """Called with the bytes of input that are done, and of all input."""
 
@@ -111,8 +113,8 @@ def prepare(
 
 @contextlib.contextmanager
 def _working_folder(out_dir: str) -> Iterator[str]:
-    """The hidden folder of a preparation, for one process at a time. It stays behind if units in
-    it are done and the shards are not."""
+    """The hidden folder of a preparation, for one process at a time. After a failure it stays if
+    what is in it took long to make; after a kill it stays anyway."""
     parent, name = os.path.split(out_dir)
     missing = [p for p in (Path(parent), *Path(parent).parents) if not p.exists()]
     os.makedirs(parent, exist_ok=True)
@@ -129,17 +131,22 @@ def _working_folder(out_dir: str) -> Iterator[str]:
                 ) from error
             yield folder
     except UserError as error:
-        if any(name.endswith(".done") for name in os.listdir(folder)):
-            raise UserError(
-                f"{error} (what is done is kept in {folder!r}; the same command goes on from there)"
-            ) from error
-        raise
+        if _size(folder) < WORTH_KEEPING:
+            raise
+        raise UserError(
+            f"{error} (what is done is kept in {folder!r}; the same command goes on from there)"
+        ) from error
     finally:
-        if os.path.isdir(folder) and not any(n.endswith(".done") for n in os.listdir(folder)):
+        if os.path.isdir(folder) and _size(folder) < WORTH_KEEPING:
             shutil.rmtree(folder)
             for made in missing:
                 with contextlib.suppress(OSError):  # something else is in it by now
                     made.rmdir()
+
+
+def _size(folder: str) -> int:
+    """Bytes of the files in a folder."""
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
 
 
 def unit_key(unit: Unit, wanted: Wanted) -> str:

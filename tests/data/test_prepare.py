@@ -37,7 +37,7 @@ def test_shards_are_the_same_corpus_as_the_text(text, tmp_path, with_bpe):
     for field in ("fingerprint", "vocab_size", "separator", "name", "facts", "overlap"):
         assert getattr(mapped, field) == getattr(loaded, field)
     assert sorted(path.name for path in out.iterdir()) == [
-        "heldout.bin", "heldout.bytes", "index.json", "train.bin",
+        "heldout.bin", "heldout.bytes", "heldout.starts", "index.json", "train.bin", "train.starts",
     ]  # fmt: skip
     assert json.loads((out / "index.json").read_text())["dtype"] == "uint16"
 
