@@ -54,6 +54,7 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
         moe = stack.moe if stack else moe_config(config)
         _check_moe(config, mesh, gate, moe)
         visibility = visibility.union(_check_visibility(config, gate, moe))
+    _check_packing(config, gate if has_experts(config) else None)
     if not is_causal(config):
         # Training may use the whole batch; a prediction should not depend on its other rows.
         return Visibility(eval_others=visibility.eval_others)
@@ -194,6 +195,33 @@ def _slots_of_groups(config: Config, gate: Gate) -> tuple[str, str]:
         if name is not None and name not in (first, *others) and not mixes:
             return f"moe.{field}={name}", f"moe.{field}={first} (or {', '.join(others)})"
     return "", ""
+
+
+def _check_packing(config: Config, gate: Gate | None) -> None:
+    """Refuses packed rows where documents of a row would not be computed as if alone."""
+    packing = config.data.get("packing", "none")
+    if packing == "none":
+        return
+    around = "or data.packing=none"
+    if gate is not None:
+        traits, name = GateTraits.of(gate), config.moe.gate.name
+        if traits.mixes:
+            raise UserError(
+                f"data.packing={packing}: moe.gate.name={name} mixes {traits.mixes} over whole "
+                "rows, which would hold several documents; use a gate that keeps them apart, such "
+                f"as top_k or sentence, {around}"
+            )
+        if traits.check_rows is not None:
+            raise UserError(
+                f"data.packing={packing}: moe.gate.name={name} routes rows as they were recorded, "
+                f"one text in each; use moe.replay with a gate that follows, {around}"
+            )
+    if 0 < config.model.get("mod_capacity", 0.0) < 1:
+        raise UserError(
+            f"data.packing={packing}: model.mod_capacity={config.model.mod_capacity:g} chooses "
+            "among the tokens of a row, where documents would compete; use "
+            f"model.mod_capacity=0 {around}"
+        )
 
 
 def _check_visibility(config: Config, gate: Gate, moe: MoEConfig) -> Visibility:

@@ -1,7 +1,7 @@
 """Held-out loss of bigram and trigram models, which a network must beat to have learned anything.
 
 The loss is computed on the targets of an evaluation, each predicted from the network's own input:
-the tokens before it in its row.
+the tokens before it in its row, in packed rows those of its own document.
 
 Interpolated Witten-Bell smoothing (Bell, Cleary, Witten 1990, "Text Compression", method C; Chen
 and Goodman 1999, section 2.4). With c(h) occurrences of the context h and t(h) distinct tokens
@@ -14,6 +14,7 @@ the vocabulary, and an unseen context uses p(w | h') unchanged. Each p(. | h) su
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -40,10 +41,15 @@ class NgramModel:
     vocab_size: int
     orders: tuple[_Order, ...]
 
-    def log_probs(self, tokens_N: Integer[np.ndarray, "*N"]) -> tuple[Float[np.ndarray, "*N"], ...]:
+    def log_probs(
+        self,
+        tokens_N: Integer[np.ndarray, "*N"],
+        known_N: Integer[np.ndarray, "*N"] | None = None,
+    ) -> tuple[Float[np.ndarray, "*N"], ...]:
         """Natural log-probability of each token given the tokens before it, for every order.
 
-        Element n uses at most n previous tokens along the last axis, fewer at the beginning.
+        Element n uses at most n previous tokens along the last axis, fewer at the beginning, and at
+        most ``known_N`` of them.
         """
         probability = np.full(tokens_N.shape, 1.0 / self.vocab_size)
         result = []
@@ -52,7 +58,10 @@ class NgramModel:
             if tokens_N.shape[-1] > n:
                 keys = _keys(tokens_N, self.vocab_size, n)
                 lower = probability[..., n:]
-                probability[..., n:] = _interpolate(order, keys, self.vocab_size, lower)
+                higher = _interpolate(order, keys, self.vocab_size, lower)
+                if known_N is not None:
+                    higher = np.where(known_N[..., n:] >= n, higher, lower)
+                probability[..., n:] = higher
             result.append(np.log(probability))
         return tuple(result)
 
@@ -106,21 +115,28 @@ def ngram_baselines(
     train_N: Integer[np.ndarray, " N"],
     rows: Iterable[Integer[np.ndarray, "_ L1"]],
     vocab_size: int,
+    known: Iterable[Integer[np.ndarray, "_ L"]] | None = None,
     *,
     max_train: int = 20_000_000,
 ) -> dict[str, float]:
     """Loss in nats per token of a bigram and a trigram model fitted on `train_N`.
 
     `rows` are the batches of rows of an evaluation: every token except the first of a row is a
-    target. If the training text is longer than `max_train` tokens, n-grams are counted on about
-    that many, in 64 evenly spread stretches.
+    target. For packed rows, `known` has the number of tokens that each of these targets may be
+    predicted from, those before it in its document, and 0 for no target. If the training text is
+    longer than `max_train` tokens, n-grams are counted on about that many, in 64 evenly spread
+    stretches.
     """
     model = fit_ngrams(_spread(train_N, max_train), vocab_size, context=2)
     sums, targets = np.zeros(2), 0
-    for row_BL in rows:
-        _, bigram_BL, trigram_BL = model.log_probs(row_BL)
-        sums += [bigram_BL[:, 1:].sum(), trigram_BL[:, 1:].sum()]
-        targets += bigram_BL[:, 1:].size
+    knowns = itertools.repeat(None) if known is None else known
+    for row_BL, known_BL in zip(rows, knowns, strict=known is not None):
+        if known_BL is not None:
+            known_BL = np.pad(known_BL, ((0, 0), (1, 0)))
+        _, bigram_BL, trigram_BL = model.log_probs(row_BL, known_BL)
+        scored = np.s_[:, 1:] if known_BL is None else known_BL > 0
+        sums += [bigram_BL[scored].sum(), trigram_BL[scored].sum()]
+        targets += bigram_BL[scored].size
     bigram, trigram = -sums / targets
     return {"bigram": float(bigram), "trigram": float(trigram)}
 

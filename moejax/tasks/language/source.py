@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 
 from moejax.data.baselines import ngram_baselines
-from moejax.data.batches import TrainBatches, spread_evenly
+from moejax.data.batches import TrainBatches, heldout_batches, spread_evenly
 from moejax.data.corpus import Corpus
-from moejax.data.domains import NAMES, heldout_labels
+from moejax.data.domains import CODE, NAMES, heldout_labels
 from moejax.data.source import Batch
 from moejax.errors import UserError
 from moejax.record.experts import Choices
-from moejax.tasks.language.windows import Windows, heldout_windows, train_windows
+from moejax.tasks.language.documents import Documents
+from moejax.tasks.language.rows import Rows, heldout_rows, train_rows
+
+AT_ONCE = 64
+"""Rows that are read at a time."""
 
 FEW = 10_000
 """Held-out tokens below which a run warns. At a standard deviation of 2 nats between tokens, the
@@ -34,10 +38,11 @@ def few_held_out(tokens: int) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextSource:
-    """Windows of ``seq_len`` tokens of a corpus, with the token that follows each as its target.
+    """Rows of ``seq_len`` tokens of a corpus, with the token that follows each as its target.
 
-    A batch: ``tokens`` int32[B, L + 1], ``valid`` bool[B, L], ``row`` int32[B]; with ``choices``
-    also ``experts`` int32[B, L, M, K], see ``Context.expert_BLMK``.
+    A batch: ``tokens`` int32[B, L + 1], ``valid`` bool[B, L], ``row`` int32[B]; with ``packing``
+    also ``segment`` int32[B, L], see `moejax.tasks.language.packing`; with ``choices`` also
+    ``experts`` int32[B, L, M, K], see ``Context.expert_BLMK``.
     """
 
     corpus: Corpus
@@ -48,6 +53,8 @@ class TextSource:
     """Most rows of an evaluation. Baselines and bits per byte are computed on the same rows."""
     choices: Choices | None = None
     """Experts that were chosen elsewhere for rows of this text."""
+    packing: str = "none"
+    """"none": windows of all documents joined. Else rows of whole documents, see `Documents`."""
 
     @property
     def name(self) -> str:
@@ -58,9 +65,19 @@ class TextSource:
         return self.corpus.fingerprint
 
     @functools.cached_property
+    def train_rows(self) -> Rows:
+        """Raises UserError if the text has no row, or cannot be packed."""
+        return train_rows(self.corpus, self.seq_len, self.packing)
+
+    @functools.cached_property
+    def heldout_rows(self) -> Rows:
+        """Raises UserError if the text has no row, or cannot be packed."""
+        return heldout_rows(self.corpus, self.seq_len, self.packing)
+
+    @functools.cached_property
     def train(self) -> TrainBatches:
-        """Raises UserError if the text is too short for one row."""
-        return train_windows(self.corpus.train_N, self.seq_len, self.batch_size, self.seed)
+        rows = self.train_rows
+        return TrainBatches(len(rows), self.batch_size, self.seed, rows.read)
 
     def size(self) -> tuple[int, int]:
         return self.corpus.train_N.size, self.corpus.heldout_N.size
@@ -71,14 +88,18 @@ class TextSource:
             "valid": np.zeros((rows, self.seq_len), np.bool_),
             "row": np.zeros(rows, np.int32),
         }
+        if self.packing != "none":
+            shapes["segment"] = np.zeros((rows, self.seq_len), np.int32)
         return self._with_experts(shapes)
 
     def train_batch(self, step: int) -> Batch:
         return self._with_experts(self.train.batch(step))
 
     def eval_batches(self, batch_size: int, rows: int) -> list[Batch]:
-        batches = heldout_windows(self.corpus.heldout_N, self.seq_len, batch_size, rows)
-        return list(map(self._with_experts, batches))
+        return list(map(self._with_experts, self._heldout(batch_size, rows)))
+
+    def _heldout(self, batch_size: int, rows: int) -> list[Batch]:
+        return heldout_batches(len(self.heldout_rows), batch_size, rows, self.heldout_rows.read)
 
     def check_rows(self, train_steps: int) -> None:
         """Raises UserError unless all rows to train on are among the ``choices``, and of the
@@ -92,9 +113,7 @@ class TextSource:
                     f"moe.replay: row {np.argmax(place_B < 0)} of the batch of step {step} is not "
                     "in the file; its rows must be those of this text, train.seq_len and train.seed"
                 )
-        batches = heldout_windows(
-            self.corpus.heldout_N, self.seq_len, self.batch_size, self.eval_rows
-        )
+        batches = self._heldout(self.batch_size, self.eval_rows)
         missing_N = np.concatenate(
             [
                 self.choices.find(self.tokens(batch))[batch["valid"].any(axis=1)] < 0
@@ -114,19 +133,26 @@ class TextSource:
         return {**batch, "experts": self.choices.of(self.tokens(batch))}
 
     def _evaluated_rows(self, rows: int) -> np.ndarray:
-        """The windows of ``eval_batches``."""
-        return spread_evenly(len(Windows(self.corpus.heldout_N, self.seq_len, "held-out")), rows)
+        """The rows of ``eval_batches``."""
+        return spread_evenly(len(self.heldout_rows), rows)
 
     @functools.cached_property
     def evaluated(self) -> dict[str, int]:
         """Rows of an evaluation, their targets, and the bytes of text that the targets encode."""
-        corpus, length = self.corpus, self.seq_len
         row_N = self._evaluated_rows(self.eval_rows)
-        counts = {"rows": len(row_N), "tokens": len(row_N) * length}
-        if corpus.heldout_size_M is not None:
-            sizes = (corpus.heldout_size_M[row * length + 1 :][:length] for row in row_N)
-            counts["bytes"] = sum(int(size.sum(dtype=np.int64)) for size in sizes)
-        return counts
+        size_M = self.corpus.heldout_size_M
+        tokens = size = 0
+        for begin in range(0, len(row_N), AT_ONCE):
+            row_B = row_N[begin : begin + AT_ONCE]
+            valid_BL = self.heldout_rows.read(row_B, np.arange(len(row_B)))["valid"]
+            tokens += int(valid_BL.sum())
+            if size_M is not None:
+                place_T = self.heldout_rows.places(row_B)[valid_BL] + 1
+                inside_T = place_T < len(size_M)
+                separators = len(place_T) - int(inside_T.sum())  # of one byte, behind the stream
+                size += int(size_M[place_T[inside_T]].sum(dtype=np.int64)) + separators
+        counts = {"rows": len(row_N), "tokens": tokens}
+        return counts if size_M is None else {**counts, "bytes": size}
 
     def baselines(self) -> dict[str, float]:
         return self._baselines
@@ -134,8 +160,12 @@ class TextSource:
     @functools.cached_property
     def _baselines(self) -> dict[str, float]:
         corpus = self.corpus
-        rows = (b["tokens"][b["valid"].all(axis=1)] for b in self.eval_batches(64, self.eval_rows))
-        return ngram_baselines(corpus.train_N, rows, corpus.vocab_size)
+        batches = self._heldout(AT_ONCE, self.eval_rows)
+        if self.packing == "none":
+            rows = (batch["tokens"][batch["valid"].all(axis=1)] for batch in batches)
+            return ngram_baselines(corpus.train_N, rows, corpus.vocab_size)
+        rows = (batch["tokens"] for batch in batches)
+        return ngram_baselines(corpus.train_N, rows, corpus.vocab_size, map(inputs_known, batches))
 
     def about(self) -> dict[str, Any]:
         """The split, the evaluated rows, and the overlap of the two sides."""
@@ -148,6 +178,16 @@ class TextSource:
                 "overlap": dataclasses.asdict(shared) if shared else None,
             },
             "evaluated": self.evaluated,
+            **({"packing": packed} if (packed := self._packed()) else {}),
+        }
+
+    def _packed(self) -> dict[str, Any]:
+        """How well the documents fill their rows; empty for windows."""
+        sides = {"train": self.train_rows, "heldout": self.heldout_rows}
+        return {
+            side: {"rows": len(rows), "padding": rows.padding, "cut": rows.cut}
+            for side, rows in sides.items()
+            if isinstance(rows, Documents)
         }
 
     def facts(self) -> dict[str, str]:
@@ -166,6 +206,12 @@ class TextSource:
             + (f", {evaluated['bytes']} bytes" if "bytes" in evaluated else "")
             + f" of the {len(corpus.heldout_N)} tokens held out"
         )
+        if packed := self._packed().get("train"):
+            lines["packing"] = (
+                f"{self.packing}: {packed['rows']} rows, {packed['padding']:.1%} of the slots are "
+                f"padding, {_documents(packed['cut'])} longer than a row "
+                f"{'is' if packed['cut'] == 1 else 'are'} cut"
+            )
         if shared:
             compared = (
                 ""
@@ -227,10 +273,23 @@ class TextSource:
         }
         labels_N = heldout_labels(corpus)
         if labels_N is not None:
-            start_N = self._evaluated_rows(eval_rows)[batch["row"]] * self.seq_len
-            label_NL = labels_N[start_N[:, None] + np.arange(self.seq_len)]
-            arrays |= {"label": label_NL, "label_names": NAMES}
+            # A separator before the text has the label of those within, and padding has any.
+            place_NL = self.heldout_rows.places(self._evaluated_rows(eval_rows)[batch["row"]])
+            label_NL = np.where(place_NL < 0, CODE, labels_N[np.maximum(place_NL, 0)])
+            arrays |= {"label": label_NL.astype(np.uint8), "label_names": NAMES}
         return arrays
+
+
+def inputs_known(batch: Batch) -> np.ndarray:
+    """The number of inputs that each target may be predicted from, int[B, L]: those of its document
+    in its row; 0 for no target."""
+    valid_BL = batch["valid"]
+    at_L = np.arange(valid_BL.shape[1])
+    segment_BL = batch.get("segment", np.zeros(valid_BL.shape, np.int32))
+    starts_BL = np.ones(valid_BL.shape, bool)
+    starts_BL[:, 1:] = ~valid_BL[:, :-1] | (np.diff(segment_BL, axis=1) != 0)
+    first_BL = np.maximum.accumulate(np.where(starts_BL, at_L, 0), axis=1)
+    return np.where(valid_BL, at_L - first_BL + 1, 0)
 
 
 def _documents(count: int) -> str:

@@ -45,8 +45,10 @@ def build(config: Config) -> tuple[Task, Source]:
         train.seed,
         train.eval_rows,
         _choices(config.moe.replay, task.model, train.seq_len),
+        config.data.packing,
     )
-    return dataclasses.replace(task, padded_behind=True), source  # its rows are whole
+    # Rows of windows are whole. In rows of documents, ``segment`` tells of places between them.
+    return dataclasses.replace(task, padded_behind=True), source
 
 
 def _choices(path: str, model: LMConfig, length: int) -> experts.Choices | None:

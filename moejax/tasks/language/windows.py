@@ -50,6 +50,10 @@ class Windows:
             tokens_BL[i] = self.tokens_N[begin : begin + self.seq_len + 1]
         return {"tokens": tokens_BL, "valid": np.ones((len(row_B), self.seq_len), dtype=bool)}
 
+    def places(self, row_B: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, "B L"]:
+        """Where in the stream each input is."""
+        return row_B[:, None] * self.seq_len + np.arange(self.seq_len)
+
 
 def train_windows(
     tokens_N: Integer[np.ndarray, " N"], seq_len: int, batch_size: int, seed: int
