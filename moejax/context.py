@@ -27,6 +27,8 @@ class Context:
     ``expert_BLMK``: the K experts that each token visits in each of the M MoE layers, in the place
     of the router's choice; the router still weighs them and gets the gradient. A token whose ids
     are all -1 in a layer follows the router there. A layer of its own has M = 1.
+
+    ``source_B``: the number of the data source of each sequence, for statistics alone; may be None.
     """
 
     token_BL: Int[Array, "B L"]
@@ -40,6 +42,7 @@ class Context:
     padded_behind: bool = dataclasses.field(default=False, metadata={"static": True})
     knows_tokens: bool = dataclasses.field(default=True, metadata={"static": True})
     expert_BLMK: Int[Array, "B L M K"] | None = None
+    source_B: Int[Array, "B"] | None = None
 
     @classmethod
     def of(cls, batch: int, length: int, **known: Any) -> "Context":

@@ -470,6 +470,9 @@ class MoEOptions(Options):
     """Token ids that gates may look up."""
     num_tasks: int = 1
     """Tasks that ``Context.task_B`` tells apart. With several, pairs are counted per task too."""
+    num_sources: int = 1
+    """Sources that ``Context.source_B`` tells apart. With several, pairs are counted per source; no
+    gate knows them."""
     entropy_floors: tuple[float, ...] = ()
     """Thresholds of LIMoE's entropy losses, one per task; none: without these losses."""
     dtype: str | None = None

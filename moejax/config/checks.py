@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from moejax.config import mixture
 from moejax.config.build import gate_message, make_gate, moe_config, stack_options
 from moejax.config.saved import holds_run
 from moejax.config.tasks import task_entry
@@ -44,6 +45,7 @@ def validate(config: Config, num_devices: int | None = None) -> Visibility:
     _check_batch(config, mesh)
     check_distributed(config)
     _check_paths(config)
+    _check_mixture(config)
     if not has_experts(config) and config.moe.get("replay"):
         raise UserError(
             f"moe.replay={config.moe.replay!r}: a dense model (moe.every=0) routes nothing; use "
@@ -284,6 +286,35 @@ def check_distributed(config: Config) -> None:
         raise UserError(
             f"distributed.process_id={given.process_id} must lie between 0 and "
             f"distributed.num_processes={given.num_processes} - 1 when distributed.mode=explicit"
+        )
+
+
+def _check_mixture(config: Config) -> None:
+    """Refuses a mixture that cannot be read, and fields that do not go with one."""
+    text = config.data.get("mixture", "")
+    if not text:
+        return
+    parts = mixture.parts_of(text)
+    for name in ("data.path", "data.eval_path"):
+        if value := get_field(config, name):
+            raise UserError(
+                f"{name}={value!r} and {mixture.FIELD}={text!r} both name the data; use {name}= "
+                "(each source of a mixture has a held-out part of its own)"
+            )
+    if config.data.stream:
+        raise UserError(
+            f"data.stream=True does not go with {mixture.FIELD}={text!r}; prepare each source "
+            "(moejax data prepare), name the folders of shards in it and use data.stream=False"
+        )
+    if config.moe.replay:
+        raise UserError(
+            f"moe.replay={config.moe.replay!r} holds experts for the rows of one text, and "
+            f"{mixture.FIELD}={text!r} has several; use moe.replay= or data.path"
+        )
+    if config.train.eval_rows < len(parts):
+        raise UserError(
+            f"train.eval_rows={config.train.eval_rows} is less than one row for each of the "
+            f"{len(parts)} sources of {mixture.FIELD}; use {len(parts)} or more"
         )
 
 

@@ -34,7 +34,7 @@ _TYPES: dict[str, type] = {
     "visibility": str,
     "encoding": str,
     **dict.fromkeys(("baselines", "units", "environment", "parameters", "flops", "memory"), dict),
-    **dict.fromkeys(("devices", "text", "evaluated"), dict),
+    **dict.fromkeys(("devices", "text", "evaluated", "mixture"), dict),
     **dict.fromkeys(("history", "overrides"), list),
 }
 """Types of the entries that config.json may hold besides the config. ``commit`` may be null."""

@@ -30,7 +30,10 @@ class Config(ml_collections.ConfigDict):
 
 
 def _plain(value: Any, known: Any) -> Any:
-    """A NumPy or JAX number as a Python number, and 1e3 as 1000 where ``known`` is an int."""
+    """A NumPy or JAX number as a Python number; 1e3 as 1000 where ``known`` is an int; and where it
+    is text a dict as its literal (``data.mixture``)."""
+    if isinstance(known, str) and isinstance(value, dict):
+        return repr(value)
     if isinstance(known, tuple) and isinstance(value, (list, tuple, np.ndarray)):
         return tuple(_plain(item, known[0] if known else None) for item in value)
     if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:

@@ -42,9 +42,12 @@ class TrainBatches:
       batch_size: rows per global batch (B).
       seed: seed of the permutations, in [0, 2**32).
       read: reads rows.
+      order: the row at any position (default: ``endless_order``).
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int, read: Read):
+    def __init__(
+        self, num_rows: int, batch_size: int, seed: int, read: Read, order: Any | None = None
+    ):
         if batch_size < 1:
             raise UserError(f"train.batch_size: {batch_size} must be at least 1")
         if not 0 <= seed < MAX_SEED:
@@ -52,7 +55,7 @@ class TrainBatches:
         if num_rows < 1:
             raise UserError("data.path: there are no training rows; lower data.eval_fraction")
         self.num_rows, self._batch_size, self._read = num_rows, batch_size, read
-        self._order = endless_order(num_rows, seed)
+        self._order = endless_order(num_rows, seed) if order is None else order
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The global batch of one step, or some of its rows (a host's share).
@@ -71,10 +74,17 @@ class TrainBatches:
 def heldout_batches(num_rows: int, batch_size: int, count: int, read: Read) -> list[Batch]:
     """Batches of ``count`` rows spread evenly over all held-out rows, the same at every call.
 
-    Fewer if there are fewer. The last batch is padded with rows of zeros, which are not ``valid``.
-    ``row`` counts the rows of this list.
+    Fewer if there are fewer; see ``batches_of``.
     """
-    row_N = spread_evenly(num_rows, count)
+    return batches_of(spread_evenly(num_rows, count), batch_size, read)
+
+
+def batches_of(row_N: Int64[np.ndarray, " N"], batch_size: int, read: Read) -> list[Batch]:
+    """Batches of the given rows, in order.
+
+    The last batch is padded with rows of zeros, which are not ``valid``. ``row`` counts the rows of
+    this list.
+    """
     batches = []
     for begin in range(0, len(row_N), batch_size):
         row_B = row_N[begin : begin + batch_size]

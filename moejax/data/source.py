@@ -89,6 +89,16 @@ class Remarks(Protocol):
         ...
 
 
+@runtime_checkable
+class Mixed(Protocol):
+    """A source made of several, of which rows have the losses apart."""
+
+    def extras_apart(self, row: dict[str, Any]) -> dict[str, float]:
+        """Metrics of an evaluation that follow from its losses ``loss/NAME``, such as
+        ``bits_per_byte/NAME``."""
+        ...
+
+
 FEW_ROWS = 100
 """Held-out examples below which a run warns: the standard error of a share is up to 5 % there."""
 

@@ -72,7 +72,8 @@ def check_context(context: Any, batch: int, length: int) -> None:
     shapes = {"_BL": (batch, length), "_B": (batch,)}
     for field in dataclasses.fields(Context):
         wanted = shapes.get(field.name[max(field.name.rfind("_"), 0) :])
-        if wanted is None or (field.name == "segment_BL" and context.segment_BL is None):
+        absent = field.name in ("segment_BL", "source_B") and getattr(context, field.name) is None
+        if wanted is None or absent:
             continue
         shape = jnp.shape(getattr(context, field.name))
         if shape != wanted:

@@ -49,6 +49,8 @@ def layer_info(
         stats = with_cuts(stats, scoped(output.cut_GTE, "sequence"))
     if options.num_tasks > 1:
         stats = with_tasks(stats, chosen, context.task_B, options.num_tasks)
+    elif options.num_sources > 1 and context.source_B is not None:
+        stats = with_tasks(stats, chosen, context.source_B, options.num_sources)
     valid_GT = scoped(context.valid_BL, "group")
     gate = sum_over_groups({**output.means, **means}, valid_GT)
     stats = dataclasses.replace(stats, gate=gate)
@@ -104,7 +106,7 @@ def with_cuts(stats: MoEStats, cut_BLE: Array) -> MoEStats:
 
 @functools.partial(jax.jit, static_argnames="num_tasks")
 def with_tasks(stats: MoEStats, routing: Routing, task_B: Array, num_tasks: int) -> MoEStats:
-    """The same, with the load of each task (modality)."""
+    """The same, with the load of each task (modality), or of each source of the data."""
     num_experts = stats.load_E.shape[0]
     load_BE = losses.expert_load(routing.expert_GTK, routing.weight_GTK, num_experts)
     own_MB = task_B == jnp.arange(num_tasks)[:, None]

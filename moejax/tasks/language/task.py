@@ -16,9 +16,10 @@ from moejax.errors import UserError
 from moejax.losses import CONSISTENCY, symmetric_kl
 from moejax.options import TextOptions
 from moejax.record import experts
+from moejax.tasks.language.mixture import open_mixture
 from moejax.tasks.language.model import LM, LMConfig
 from moejax.tasks.language.source import TextSource
-from moejax.tasks.task import Batch, Task, Totals, Units
+from moejax.tasks.task import Batch, Ratio, Task, Totals, Units
 from moejax.types import Context, LayerAux, Tap
 
 SECOND_PASS = 2**31 - 1
@@ -31,14 +32,16 @@ def build(config: Config) -> tuple[Task, Source]:
     Raises:
       UserError: text or tokenizer that cannot be read, or a vocabulary that is too small.
     """
-    corpus, train = corpora.load(config.data), config.train
+    mixture = open_mixture(config) if config.data.mixture else None
+    corpus, train = mixture.corpus if mixture else corpora.load(config.data), config.train
     if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
             f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
         )
-    task = LanguageModel.from_config(config, corpus.vocab_size)
-    source = TextSource(
+    names = mixture.names if mixture else ()
+    task = LanguageModel.from_config(config, corpus.vocab_size, names)
+    source = mixture or TextSource(
         corpus,
         train.seq_len,
         train.batch_size,
@@ -87,22 +90,31 @@ class LanguageModel(Task):
     seq_len: int
     padded_behind: bool = False
     """A property of the source's batches: see ``Context``."""
+    sources: tuple[str, ...] = ()
+    """Names of the texts of a mixture, which ``source`` int32[B] of a batch numbers: rows have the
+    loss and the accuracy of each."""
 
     causal: ClassVar[bool] = True
 
     @classmethod
-    def from_config(cls, config: Config, vocab_size: int) -> "LanguageModel":
+    def from_config(
+        cls, config: Config, vocab_size: int, sources: tuple[str, ...] = ()
+    ) -> "LanguageModel":
         model = config.model
         return cls(
             stack_options(
                 config,
                 LMConfig,
-                experts={"vocab_size": model.vocab_size or vocab_size},
+                experts={
+                    "vocab_size": model.vocab_size or vocab_size,
+                    "num_sources": max(len(sources), 1),
+                },
                 text=options_of(config, TextOptions),
             ),
             loss_weights(config),
             config.optim.output_z_loss,
             config.train.seq_len,
+            sources=sources,
         )
 
     @property
@@ -134,6 +146,7 @@ class LanguageModel(Task):
             # In packed rows the last token of a document may be padding: see `packing`.
             padded_behind=self.padded_behind and "segment" not in batch,
             expert_BLMK=batch.get("experts"),
+            source_B=batch.get("source"),
         )
         return self.built(params)(token_BL, context, gate_state, train, tap)
 
@@ -155,8 +168,19 @@ class LanguageModel(Task):
         with jax.named_scope("loss"):
             log_z_BL, nats_BL = cross_entropy(logits_BLV, target_BL)
             hit_BL = jnp.argmax(logits_BLV, axis=-1) == target_BL
-        hits = {"accuracy": hit_BL.astype(jnp.int32)}
-        return self.totals(aux, nats_BL, valid_BL, hits, -nats_BL, valid_BL, log_z_BL)
+            apart = self._by_source(nats_BL, hit_BL, batch)
+        metrics = {"accuracy": hit_BL.astype(jnp.int32), **apart}
+        return self.totals(aux, nats_BL, valid_BL, metrics, -nats_BL, valid_BL, log_z_BL)
+
+    def _by_source(self, nats_BL: Array, hit_BL: Array, batch: Batch) -> dict[str, Ratio]:
+        """Loss and accuracy of the rows of each source."""
+        metrics = {}
+        for number, name in enumerate(self.sources):
+            own_BL = jnp.broadcast_to(batch["source"][:, None] == number, nats_BL.shape)
+            count_BL = own_BL.astype(jnp.int32)
+            metrics[f"loss/{name}"] = Ratio(jnp.where(own_BL, nats_BL, 0.0), count_BL)
+            metrics[f"accuracy/{name}"] = Ratio((hit_BL & own_BL).astype(jnp.int32), count_BL)
+        return metrics
 
     def token_losses(self, predictions: Array, batch: Batch) -> Float[Array, "B L"]:
         return cross_entropy(predictions, batch["tokens"][:, 1:])[1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moejax.data.source import Source
+from moejax.data.source import Mixed, Source
 from moejax.tasks.task import Summed, Totals
 from moejax.train.state import TrainState
 from moejax.train.step import Metrics
@@ -57,6 +57,7 @@ def eval_row(step: int, totals: list[Totals], data: Source, leak: str) -> Row:
         "split": "eval",
         **means,
         **data.eval_extras(means["loss"]),
+        **(data.extras_apart(means) if isinstance(data, Mixed) else {}),
         **{f"baseline/{name}": loss for name, loss in data.baselines().items()},
         **routing(summed.stats),
         "leak": leak,

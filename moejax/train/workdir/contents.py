@@ -137,7 +137,8 @@ def check_text(known: dict[str, Any], config: Config, fingerprint: str, remedy: 
       UserError: the files of the data have changed.
     """
     if to_dict(config)["data"] == known["config"]["data"] and fingerprint != known["fingerprint"]:
-        own = f"data.path={config.data.path!r}" if "path" in config.data else config.task.name
+        field = "mixture" if config.data.get("mixture") else "path"
+        own = f"data.{field}={config.data[field]!r}" if "path" in config.data else config.task.name
         raise UserError(
             f"the tokens of {own} are not those the run began with; restore the old files or "
             f"{remedy}"
