@@ -21,6 +21,9 @@ from moejax.mesh import AXES, BATCH_AXES, resolve_shape
 from moejax.options import RopeOptions
 from moejax.types import Gate, GateTraits, MoEConfig, Visibility
 
+HUB = "hf://"
+"""Begins a path that names a data set of the library `datasets`."""
+
 
 def validate(config: Config, num_devices: int | None = None) -> Visibility:
     """Checks everything that can be known without starting devices.
@@ -332,5 +335,7 @@ def _check_paths(config: Config) -> None:
     for name, (is_there, problem) in checks.items():
         section, _, leaf = name.partition(".")
         path = config[section].get(leaf, "")
+        if section == "data" and path.startswith(HUB):
+            continue  # the library that reads it tells
         if path and not is_there(os.path.expanduser(path)):
             raise UserError(f"{name}={path!r} {problem}")

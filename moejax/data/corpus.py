@@ -109,9 +109,11 @@ class Corpus:
         """Overlap of the held-out with the training text; None if it is not known."""
         if self.origin is None:
             return self.known_overlap
-        if self.origin.split is None:
+        split = self.origin.split
+        if split is None:
             return token_overlap(self, self.origin.tokenizer)
-        return overlap(self.origin.split.train, self.origin.split.heldout)
+        # A stream keeps no documents.
+        return overlap(split.train, split.heldout) if split.heldout else None
 
     def token_counts(self, vocab_size: int = 0) -> np.ndarray:
         """Occurrences of each token in the first 2^25 tokens of the training text, int64[V]."""

@@ -81,11 +81,12 @@ def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndar
 def heldout_labels(corpus: Corpus) -> UInt8[np.ndarray, " M"] | None:
     """Labels of the held-out tokens (see `token_labels`); None for a corpus that has none."""
     origin = corpus.origin
-    if origin is None or origin.split is None or not origin.tokenizer.is_byte_level:
+    if origin is None or not origin.split or not origin.tokenizer.is_byte_level:
         return None
-    if not all(document.name.endswith(".py") for document in origin.split.heldout):
+    heldout = origin.split.heldout
+    if not heldout or not all(document.name.endswith(".py") for document in heldout):
         return None
-    return _stream_labels(origin.split.heldout, corpus.heldout_N, origin)
+    return _stream_labels(heldout, corpus.heldout_N, origin)
 
 
 def _stream_labels(

@@ -23,8 +23,9 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def size(self) -> tuple[int, int]:
-        """Number of training and of held-out items: tokens of text, images, examples."""
+    def size(self) -> tuple[int | None, int]:
+        """Number of training and of held-out items: tokens of text, images, examples. None: it is
+        not known, as of a stream."""
         ...
 
     def shapes(self, rows: int) -> Batch:
@@ -73,6 +74,22 @@ class Checked(Protocol):
 
     def check_rows(self, train_steps: int) -> None:
         """Raises UserError unless it can give the batches of these steps and of an evaluation."""
+        ...
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """A source that finds a step's rows faster with a note about them from an earlier process.
+
+    The rows are the same with and without it.
+    """
+
+    def position(self, step: int) -> Any:
+        """The note, which goes with the checkpoint of the step; as for JSON."""
+        ...
+
+    def resume(self, position: Any) -> None:
+        """Take a note of the same data; anything else makes no difference."""
         ...
 
 

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from moejax.config import Config, saved
 from moejax.config.saved import CHECKPOINTS, METRICS
 from moejax.data.prefetch import prefetch
+from moejax.data.source import Positioned
 from moejax.errors import UserError
 from moejax.job import report_failure
 from moejax.train import compile_cache, setup
@@ -96,6 +97,8 @@ def _train(
             record.rewrite_config()
             console.already_done(start)
             return DONE
+        if restored and isinstance(run.data, Positioned):
+            run.data.resume(restored.meta.get("position"))
         if record.restart:
             set_aside(folder)
         log = _open_log(record, restored)

@@ -68,7 +68,7 @@ def open_mixture(config: Config) -> "Mixture":
 def _load(config: Config, part: Part) -> Corpus:
     own = Config(config.data.to_dict())
     own.path, own.mixture = part.path, ""
-    if is_prepared(os.path.expanduser(part.path)):  # its tokens are compared with those of the others
+    if is_prepared(os.path.expanduser(part.path)):  # its tokens are compared with the others'
         own.tokenizer = ""
     with _named(part.name):
         return corpora.load(own)

@@ -16,9 +16,10 @@ from moejax.errors import UserError
 from moejax.losses import CONSISTENCY, symmetric_kl
 from moejax.options import TextOptions
 from moejax.record import experts
-from moejax.tasks.language.mixture import open_mixture
+from moejax.tasks.language.mixture import Mixture, open_mixture
 from moejax.tasks.language.model import LM, LMConfig
 from moejax.tasks.language.source import TextSource
+from moejax.tasks.language.stream import is_stream, open_stream
 from moejax.tasks.task import Batch, Ratio, Task, Totals, Units
 from moejax.types import Context, LayerAux, Tap
 
@@ -32,26 +33,37 @@ def build(config: Config) -> tuple[Task, Source]:
     Raises:
       UserError: text or tokenizer that cannot be read, or a vocabulary that is too small.
     """
-    mixture = open_mixture(config) if config.data.mixture else None
-    corpus, train = mixture.corpus if mixture else corpora.load(config.data), config.train
-    if config.model.vocab_size and config.model.vocab_size < corpus.vocab_size:
+    source = _open(config)
+    vocab_size = source.corpus.vocab_size
+    if config.model.vocab_size and config.model.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
-            f"{corpus.vocab_size}; raise it or set 0 to take the tokenizer's"
+            f"{vocab_size}; raise it or set 0 to take the tokenizer's"
         )
-    names = mixture.names if mixture else ()
-    task = LanguageModel.from_config(config, corpus.vocab_size, names)
-    source = mixture or TextSource(
-        corpus,
+    names = source.names if isinstance(source, Mixture) else ()
+    task = LanguageModel.from_config(config, vocab_size, names)
+    if isinstance(source, TextSource):
+        choices = _choices(config.moe.replay, task.model, config.train.seq_len)
+        source = dataclasses.replace(source, choices=choices)
+    # Rows of windows are whole. In rows of documents, ``segment`` tells of places between them.
+    return dataclasses.replace(task, padded_behind=True), source
+
+
+def _open(config: Config) -> TextSource | Mixture:
+    """The text, or the texts, of a config."""
+    if config.data.mixture:
+        return open_mixture(config)
+    if is_stream(config.data):
+        return open_stream(config)
+    train = config.train
+    return TextSource(
+        corpora.load(config.data),
         train.seq_len,
         train.batch_size,
         train.seed,
         train.eval_rows,
-        _choices(config.moe.replay, task.model, train.seq_len),
-        config.data.packing,
+        packing=config.data.packing,
     )
-    # Rows of windows are whole. In rows of documents, ``segment`` tells of places between them.
-    return dataclasses.replace(task, padded_behind=True), source
 
 
 def _choices(path: str, model: LMConfig, length: int) -> experts.Choices | None:

@@ -57,10 +57,10 @@ class Console:
         )
         self._print(f"mesh        {mesh} on {run.mesh.size} {device.device_kind} device(s)")
         of, (training, held_out) = run.task.units, run.data.size()
-        self._print(
-            f"data        {run.data.name}: {units.count(training)} training {of.item}s, "
-            f"{units.count(held_out)} held out"
+        many = (
+            f"{units.count(training)} training {of.item}s" if training is not None else "a stream"
         )
+        self._print(f"data        {run.data.name}: {many}, {units.count(held_out)} held out")
         if is_first() and isinstance(run.data, Remarks):
             for heading, text in run.data.facts().items():
                 self._print(f"{heading:<12}{text}")

@@ -14,6 +14,7 @@ from moejax import __version__
 from moejax.config import default, saved, settings, to_dict
 from moejax.config.saved import Entry
 from moejax.config.versions import SCHEMA
+from moejax.data.source import Positioned
 from moejax.record.probe import step_files
 from moejax.train.cost import budget
 from moejax.train.metrics.log import Gap, MetricsLog, warn
@@ -67,8 +68,10 @@ class RunRecord:
             self.content["history"] += [stamped(step, gap_entry(gap)) for gap in log.gaps]
             log.gaps.clear()
             saved.write_config(self.folder, self.content)
+        data = self.run.data
         return {
-            "fingerprint": self.run.data.fingerprint,
+            "fingerprint": data.fingerprint,
+            **({"position": data.position(step)} if isinstance(data, Positioned) else {}),
             "run": self.content,
             "logs": log.counts(),
             "probe": list(step_files(self.folder)),
