@@ -20,6 +20,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float, Integer
 
+from moejax.data.joined import Tokens
+
 _MAX_VOCAB = 1 << 21  # three ids fit in 63 bits
 
 
@@ -112,7 +114,7 @@ def _interpolate(order: _Order, keys: np.ndarray, vocab_size: int, lower: np.nda
 
 
 def ngram_baselines(
-    train_N: Integer[np.ndarray, " N"],
+    train_N: Tokens,
     rows: Iterable[Integer[np.ndarray, "_ L1"]],
     vocab_size: int,
     known: Iterable[Integer[np.ndarray, "_ L"]] | None = None,
@@ -141,10 +143,10 @@ def ngram_baselines(
     return {"bigram": float(bigram), "trigram": float(trigram)}
 
 
-def _spread(tokens_N: np.ndarray, limit: int, stretches: int = 64) -> np.ndarray:
+def _spread(tokens_N: Tokens, limit: int, stretches: int = 64) -> np.ndarray:
     """All tokens, or about `limit` of them in evenly spread stretches, joined."""
     if len(tokens_N) <= limit:
-        return tokens_N
+        return tokens_N[:]  # an array, also where tokens_N is several files
     size = -(-limit // stretches)
     begins = [i * (len(tokens_N) - size) // (stretches - 1) for i in range(stretches)]
     return np.concatenate([tokens_N[begin : begin + size] for begin in begins])

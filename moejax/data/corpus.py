@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt
 
+from moejax.data.arrays.table import find_arrays
 from moejax.data.assemble import Choice, Listed, choose, size_parts, starts, token_parts
 from moejax.data.census import Census
 from moejax.data.duplicates import Overlap, overlap
 from moejax.data.encode import Encoded, Reading, Troubles, encode_unit
+from moejax.data.joined import Sizes, Tokens
 from moejax.data.shards import Shards, fingerprint, is_prepared, read_shards
 from moejax.data.split import Split
 from moejax.data.token_overlap import token_overlap
@@ -51,6 +53,7 @@ class Facts:
       empty_documents, bad_records: documents without text, and records that cannot be read, left
         out; the first of the latter, with the reason.
       warning: a warning about documents that do not look like text; empty if all do.
+      arrays: formats and vocabulary of token arrays of other programs, in words; empty for text.
     """
 
     split: str = ""
@@ -66,6 +69,7 @@ class Facts:
     bad_records: int = 0
     first_bad_record: str = ""
     warning: str = ""
+    arrays: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,22 +82,24 @@ class Corpus:
       vocab_size: ids are below it.
       heldout_size_M: bytes of text that each held-out token encodes, 1 for a separator and 0
         for an opening; `x` nats on some targets are `x / ln 2 / (the sum of their sizes)` bits per
-        byte. None for shards of an older version, which do not record it.
+        byte. None for shards of an older version, which do not record it, and for token arrays
+        without their tokenizer.
       fingerprint: SHA-256 over vocabulary size and tokens; equal means the same data.
       name: the file, the folder, or e.g. "python-3.11.7-stdlib".
-      separator: the token between two documents.
+      separator: the token between two documents; -1 if it is not known.
       opening: the tokens before each document.
       train_start_D, heldout_start_D: positions of the documents in the streams, each behind the
         separator of the document before; None if they are not known.
       facts: further facts about the text.
-      origin: documents and tokenizer; None if the tokens came from prepared shards.
+      origin: documents and tokenizer; None if the tokens came from prepared shards. Token arrays
+        of other programs have no documents there.
       known_overlap: overlap of the sides of prepared shards, computed when they were made.
     """
 
-    train_N: UInt[np.ndarray, " N"]
-    heldout_N: UInt[np.ndarray, " M"]
+    train_N: Tokens
+    heldout_N: Tokens
     vocab_size: int
-    heldout_size_M: UInt[np.ndarray, " M"] | None
+    heldout_size_M: Sizes | None
     fingerprint: str
     name: str
     separator: int
@@ -112,7 +118,7 @@ class Corpus:
         split = self.origin.split
         if split is None:
             return token_overlap(self, self.origin.tokenizer)
-        # A stream keeps no documents.
+        # Streams and token arrays have no documents.
         return overlap(split.train, split.heldout) if split.heldout else None
 
     def token_counts(self, vocab_size: int = 0) -> np.ndarray:
@@ -145,10 +151,11 @@ class Wanted:
         return Reading(self.text_field, self.on_error)
 
 
-def load(data_cfg: Any) -> Corpus:
-    """The corpus named in the `data` section of a config."""
+def load(data_cfg: Any, vocab_size: int = 0) -> Corpus:
+    """The corpus named in the `data` section of a config; `vocab_size` as in `load_corpus`."""
     names = (field.name for field in dataclasses.fields(Wanted))
-    return load_corpus(**{name: getattr(data_cfg, name) for name in names})
+    fields = {name: getattr(data_cfg, name) for name in names}
+    return load_corpus(**fields, vocab_size=vocab_size)
 
 
 def load_corpus(
@@ -156,16 +163,19 @@ def load_corpus(
     tokenizer: str = "",
     eval_fraction: float = 0.05,
     eval_path: str = "",
+    vocab_size: int = 0,
     **others: Any,
 ) -> Corpus:
-    """Load text and tokenise it, or map shards made by `moejax data prepare`.
+    """Load text and tokenise it, or map shards made by `moejax data prepare` or token arrays.
 
     Args:
       path: files of text or of records (see ``units``); a folder of prepared shards, which have
-        their own tokenizer and split; or empty for the built-in corpus.
+        their own tokenizer and split; token arrays of other programs; or empty for the built-in
+        corpus.
       tokenizer: see `load_tokenizer`; empty for bytes as tokens.
       eval_fraction: share of the text to hold out, in (0, 1).
       eval_path: files to hold out instead.
+      vocab_size: the vocabulary of token arrays without a tokenizer; 0: the largest id + 1.
       others: further fields of ``Wanted``, as in the section `data` of a config.
 
     Raises UserError, naming the field and the path, for missing or damaged data.
@@ -180,6 +190,10 @@ def load_corpus(
                     "name the original text in data.path"
                 )
         return corpus_of_shards(read_shards(folder))
+    if path and (arrays := find_arrays(path)):
+        from moejax.data.arrays.load import load_arrays  # which builds on this module
+
+        return load_arrays(arrays, tokenizer, eval_fraction, eval_path, vocab_size)
     texts, loaded = wanted.texts(), load_tokenizer(tokenizer, wanted.bos)
     chunks = [chunk for unit in texts.units for chunk in encode_unit(unit, loaded, wanted.reading)]
     listed = Listed.of(chunks)

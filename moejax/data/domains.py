@@ -73,8 +73,8 @@ def token_labels(corpus: Corpus) -> tuple[UInt8[np.ndarray, " N"], UInt8[np.ndar
             f"data.path: {corpus.name!r} holds tokens only; labels need the Python source"
         )
     return (
-        _stream_labels(split.train, corpus.train_N, corpus.origin),
-        _stream_labels(split.heldout, corpus.heldout_N, corpus.origin),
+        _stream_labels(split.train, corpus.train_N[:], corpus.origin),
+        _stream_labels(split.heldout, corpus.heldout_N[:], corpus.origin),
     )
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt
 
+from moejax.data.joined import Tokens
 from moejax.data.tokenizer import SIZE, token_dtype
 from moejax.errors import UserError
 
@@ -63,9 +63,7 @@ class Shards(NamedTuple):
     heldout_start_D: np.ndarray | None
 
 
-def fingerprint(
-    vocab_size: int, train_N: UInt[np.ndarray, " N"], heldout_N: UInt[np.ndarray, " M"]
-) -> str:
+def fingerprint(vocab_size: int, train_N: Tokens, heldout_N: Tokens) -> str:
     """SHA-256 (hex) over the vocabulary size and the two token arrays.
 
     Equal for equal values, whatever the element type of the arrays.

@@ -63,7 +63,7 @@ def all_texts(run: Run, paths: Sequence[str], rows: int) -> list[Text]:
       UserError: nothing to read, a text too short for a row, or tokens of another vocabulary.
     """
     corpus = corpus_of(run)
-    own = _text(run, OWN, corpus.heldout_N, rows)
+    own = _text(run, OWN, corpus.heldout_N[:], rows)
     labels_M = heldout_labels(corpus)
     if labels_M is not None:
         label_NL = _text(run, OWN, labels_M, rows).token_NL
@@ -117,7 +117,7 @@ def _tokens(run: Run, path: str) -> np.ndarray:
         raise UserError(f"--data={path} does not exist; name a file or folder of text")
     corpus = corpus_of(run)
     if is_prepared(folder):
-        return _same_vocabulary(corpus, load_corpus(path), path).heldout_N
+        return _same_vocabulary(corpus, load_corpus(path), path).heldout_N[:]
     if corpus.origin is None:
         raise UserError(
             f"--data={path}: the run was trained on prepared tokens, so its tokenizer is not "

@@ -193,8 +193,10 @@ class TextSource:
     def facts(self) -> dict[str, str]:
         corpus, facts, shared = self.corpus, self.corpus.facts, self.corpus.overlap
         evaluated = self.evaluated
-        lines = {}
-        if facts.split:
+        lines = {"data": facts.arrays} if facts.arrays else {}
+        if facts.arrays and not facts.heldout_documents:
+            lines["held out"] = f"{facts.split}; where documents begin is not known"
+        elif facts.split:
             unread = f", {facts.unread_documents} are not read" if facts.unread_documents else ""
             copies = f", {facts.copies} near copies left out" if facts.copies else ""
             lines["held out"] = (
@@ -242,9 +244,12 @@ class TextSource:
                 "name another text in data.eval_path"
             )
         if "bytes" not in self.evaluated:
+            remedy = "these shards are of an older version, so prepare the text again to get them"
+            if corpus.facts.arrays:
+                remedy = "name the byte-level tokenizer that made the ids in data.tokenizer"
             lines.append(
-                "these shards are of an older version and do not record how many bytes each token "
-                "encodes, so there are no bits per byte; prepare the text again to get them"
+                "how many bytes each token encodes is not known, so there are no bits per byte; "
+                + remedy
             )
         return lines
 

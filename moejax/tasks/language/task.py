@@ -57,7 +57,7 @@ def _open(config: Config) -> TextSource | Mixture:
         return open_stream(config)
     train = config.train
     return TextSource(
-        corpora.load(config.data),
+        corpora.load(config.data, config.model.vocab_size),
         train.seq_len,
         train.batch_size,
         train.seed,

@@ -7,9 +7,10 @@ the first is a target exactly once an epoch.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64
 
 from moejax.data.batches import TrainBatches, heldout_batches
+from moejax.data.joined import Tokens
 from moejax.data.source import Batch
 from moejax.errors import UserError
 
@@ -21,7 +22,7 @@ class Windows:
     Raises UserError if the stream is too short for one row.
     """
 
-    tokens_N: Integer[np.ndarray, " N"]
+    tokens_N: Tokens
     seq_len: int
     side: str
 
@@ -55,17 +56,13 @@ class Windows:
         return row_B[:, None] * self.seq_len + np.arange(self.seq_len)
 
 
-def train_windows(
-    tokens_N: Integer[np.ndarray, " N"], seq_len: int, batch_size: int, seed: int
-) -> TrainBatches:
+def train_windows(tokens_N: Tokens, seq_len: int, batch_size: int, seed: int) -> TrainBatches:
     """Training batches of a token stream."""
     windows = Windows(tokens_N, seq_len, "training")
     return TrainBatches(len(windows), batch_size, seed, windows.read)
 
 
-def heldout_windows(
-    tokens_N: Integer[np.ndarray, " N"], seq_len: int, batch_size: int, rows: int
-) -> list[Batch]:
+def heldout_windows(tokens_N: Tokens, seq_len: int, batch_size: int, rows: int) -> list[Batch]:
     """Held-out batches of a token stream: see ``heldout_batches``."""
     windows = Windows(tokens_N, seq_len, "held-out")
     return heldout_batches(len(windows), batch_size, rows, windows.read)
