@@ -73,6 +73,10 @@ class Encoded:
     census: Census
     troubles: Troubles
 
+    def bare(self) -> "Encoded":
+        """The same without tokens."""
+        return dataclasses.replace(self, token_N=self.token_N[:0].copy(), size_N=None)
+
 
 def encode_unit(unit: Unit, tokenizer: Tokenizer, reading: Reading) -> Iterator[Encoded]:
     """Read and tokenise the documents of a unit, in chunks of about ``CHUNK`` bytes of text.
@@ -82,7 +86,9 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, reading: Reading) -> Iterator[
     """
     sized = unit.side != TRAIN and not tokenizer.is_byte_level
     chunk = _Chunk(unit.side, token_dtype(tokenizer.vocab_size), sized)
-    for batch in _batches(_documents(unit, tokenizer, reading, chunk)):
+    # Bytes are tokens of any text; plain text has a message of its own in the tokenizer.
+    utf8 = tokenizer.vocab_size != 256 and (unit.format is not None or reading.on_error == SKIP)
+    for batch in _batches(pieces_of(unit, reading, lambda: chunk.troubles, utf8)):
         for piece, ids in zip(batch, tokenizer.encode(batch), strict=True):
             if piece.is_first and chunk.bytes >= CHUNK:
                 yield chunk.taken()
@@ -161,12 +167,11 @@ def read_texts(
         troubles().add(text)
 
 
-def _documents(
-    unit: Unit, tokenizer: Tokenizer, reading: Reading, chunk: _Chunk
+def pieces_of(
+    unit: Unit, reading: Reading, troubles: Callable[[], Troubles], utf8: bool = False
 ) -> Iterator[Piece]:
-    # Bytes are tokens of any text; plain text has a message of its own in the tokenizer.
-    strict = tokenizer.vocab_size != 256 and (unit.format is not None or reading.on_error == SKIP)
-    for text in read_texts(unit, reading, lambda: chunk.troubles, utf8=strict):
+    """The documents of ``read_texts``, in pieces."""
+    for text in read_texts(unit, reading, troubles, utf8):
         # Of records, messages about the encoding name the file: counting lines may take long.
         file = unit.files[0]
         name, path = (file.name, file.path) if unit.format else (text.place, text.place)

@@ -1,7 +1,7 @@
 """Several arrays as one, without copying."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Integer, UInt
@@ -113,7 +113,10 @@ class TokenSizes:
         return np.array(self[:], dtype=dtype, copy=copy)
 
 
-Tokens = Integer[np.ndarray, " _"] | Joined
-"""A stream of token ids: one array, or several files as one."""
-Sizes = UInt[np.ndarray, " _"] | TokenSizes
-"""Bytes of the tokens of a stream."""
+if TYPE_CHECKING:  # what the code asks of a stream, the classes above have too
+    Tokens = Sizes = np.ndarray
+else:
+    Tokens = Integer[np.ndarray, " _"] | Joined
+    """A stream of token ids: one array, or several files as one."""
+    Sizes = UInt[np.ndarray, " _"] | TokenSizes
+    """Bytes of the tokens of a stream."""

@@ -29,15 +29,10 @@ def expand(path: str, field: str = "data.path") -> list[Document]:
     return _with_own_names(list(found.values()))
 
 
-def exists(path: str) -> bool:
-    """True if every part of a path names something."""
-    if os.path.lexists(os.path.expanduser(path)):
-        return os.path.exists(os.path.expanduser(path))
-    parts = [part.strip() for part in path.split(",")] if "," in path else [path]
-    named = [os.path.expanduser(part) for part in parts if part]
-    return bool(named) and all(
-        os.path.exists(part) or any(glob.iglob(part, recursive=True)) for part in named
-    )
+def name_of(path: str) -> str:
+    """The name of the data at a path: of a file or folder its own, of others what was written."""
+    where = os.path.expanduser(path)
+    return os.path.basename(os.path.abspath(where)) if os.path.lexists(where) else path
 
 
 def _matches(part: str, path: str, field: str) -> list[Document]:

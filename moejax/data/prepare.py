@@ -23,9 +23,9 @@ import numpy as np
 
 from moejax.data.assemble import Choice, Listed, choose, size_parts, starts, token_parts
 from moejax.data.chunks import StoredChunks, is_done, write_unit
-from moejax.data.corpus import Wanted, corpus_of_shards, facts_of, kept_split, size_table
 from moejax.data.duplicates import overlap
 from moejax.data.encode import Reading, encode_unit
+from moejax.data.load import Wanted, corpus_of_shards, facts_of, kept_split, size_table
 from moejax.data.shards import (
     HELDOUT,
     HELDOUT_STARTS,

@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from moejax.data.builtin import builtin_documents, builtin_name, builtin_text
-from moejax.data.documents import Document, character_start, find_documents
+from moejax.data.containers import refuse_containers
+from moejax.data.documents import Document, character_start
+from moejax.data.paths import expand, name_of
 from moejax.errors import UserError
 
 _COUNT_SALT = b"moejax held-out split 1\0"
@@ -58,13 +60,15 @@ def open_text(path: str, eval_fraction: float, eval_path: str = "", unit: str = 
     ``unit``: unit of `eval_fraction`. "documents" splits as version 0.1.0 did: near copies stay,
     and names of sides are ignored (see ``split_by_count``).
     """
-    own: Sequence[Document] = find_documents(eval_path, "data.eval_path") if eval_path else ()
-    name = os.path.basename(os.path.abspath(os.path.expanduser(path))) if path else builtin_name()
+    own = expand(eval_path, "data.eval_path") if eval_path else ()
+    named = expand(path) if path else ()
+    for documents in filter(None, (named, own)):
+        refuse_containers([document.path for document in documents], documents[0].field)
+    name = name_of(path) if path else builtin_name()
     if unit == "documents" and not own:
-        documents = find_documents(path) if path else builtin_documents()
-        return Text(name, split_by_count(documents, eval_fraction))
+        return Text(name, split_by_count(named or builtin_documents(), eval_fraction))
     if path:
-        return Text(name, split_text(find_documents(path), eval_fraction, own))
+        return Text(name, split_text(named, eval_fraction, own))
     related = builtin_text()
     if own:
         split = split_text(related.documents, eval_fraction, own)

@@ -15,7 +15,7 @@ from moejax.data.documents import Document
 from moejax.data.formats.format import Bad, Format, Record, Span
 from moejax.data.formats.plain import CompressedText
 from moejax.data.formats.table import format_of
-from moejax.data.paths import expand
+from moejax.data.paths import expand, name_of
 from moejax.data.split import Split, check_fraction, named_sides, open_text
 from moejax.errors import UserError
 
@@ -87,7 +87,7 @@ def open_texts(
     own = _readable(expand(eval_path, "data.eval_path")) if eval_path else []
     if not any(format for _, format in (*files, *own)):
         return _plain(path, eval_fraction, eval_path, unit, size)
-    name = os.path.basename(os.path.abspath(os.path.expanduser(path))) if path else builtin_name()
+    name = name_of(path) if path else builtin_name()
     if not files:
         split = open_text("", eval_fraction, unit=unit).split
         files = [(document, None) for document in (*split.train, *split.heldout)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moejax.data.corpus import load_corpus
+from moejax.data.load import load_corpus
 from moejax.data.shards import fingerprint
 from moejax.data.tokenizer import load_tokenizer, train_bpe
 from moejax.tasks.language.source import TextSource

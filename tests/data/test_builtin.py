@@ -6,7 +6,7 @@ import time
 import pytest
 
 from moejax.data.builtin import TOPICS, builtin_documents, builtin_text
-from moejax.data.corpus import load_corpus
+from moejax.data.load import load_corpus
 from moejax.data.split import open_text
 from moejax.errors import UserError
 

@@ -12,8 +12,8 @@ import pytest
 
 from moejax.data.census import Census
 from moejax.data.containers import kind_of
-from moejax.data.corpus import load_corpus
 from moejax.data.documents import find_documents, pieces
+from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
 from moejax.data.tokenizer import train_bpe
 from moejax.errors import UserError

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from moejax.data import corpus as corpus_lib
-from moejax.data.corpus import load_corpus
+from moejax.data import load as corpus_lib
+from moejax.data.load import load_corpus
 from moejax.data.tokenizer import escaped, train_bpe
 from moejax.errors import UserError
 
@@ -94,6 +94,7 @@ def test_bytes_of_held_out_tokens_are_exact_with_a_tokenizer(folder, tmp_path):
         elif all(byte < 128 for byte in own):
             assert tokenizer.token_text()[token] == escaped(own.decode())
     assert at == len(text)
+    assert corpus.origin.split is not None
     documents = len(corpus.origin.split.train)
     assert (corpus.train_N == corpus.separator).sum() == documents - 1
 

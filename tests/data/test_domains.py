@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from moejax.data.builtin import TOPICS, builtin_documents
-from moejax.data.corpus import load_corpus
 from moejax.data.domains import (
     CODE,
     COMMENT,
@@ -21,6 +20,7 @@ from moejax.data.domains import (
     label_bytes,
     token_labels,
 )
+from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
 from moejax.data.tokenizer import JsonTokenizer, train_bpe
 from moejax.errors import UserError

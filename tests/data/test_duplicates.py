@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from moejax.data import duplicates
-from moejax.data.corpus import load_corpus
 from moejax.data.documents import find_documents
 from moejax.data.duplicates import overlap, window_hashes, without_copies
+from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from moejax.data.corpus import load_corpus
+from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
 from moejax.data.shards import fingerprint
 from moejax.errors import UserError

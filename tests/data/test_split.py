@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from moejax.data.corpus import load_corpus
 from moejax.data.documents import Document, find_documents
+from moejax.data.load import load_corpus
 from moejax.data.split import named_sides, open_text, split_documents
 from moejax.errors import UserError
 

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from moejax.contrib.openmoe.interval import GROUPS
-from moejax.data.corpus import Corpus, load_corpus
+from moejax.data.corpus import Corpus
 from moejax.data.documents import find_documents
 from moejax.data.domains import NAMES, heldout_labels
+from moejax.data.load import load_corpus
 from moejax.data.shards import is_prepared
 from moejax.data.tokenizer import encode_documents
 from moejax.errors import UserError

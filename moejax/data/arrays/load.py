@@ -1,6 +1,7 @@
 """Token arrays of other programs as a corpus."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from moejax.data.arrays.sides import Sides, choose_sides
 from moejax.data.arrays.streams import UNKNOWN, Stream, find_separator, hold_out, join
 from moejax.data.arrays.table import Found
 from moejax.data.corpus import Corpus, Facts, Origin
-from moejax.data.joined import Joined, TokenSizes
+from moejax.data.joined import Sizes, Tokens, TokenSizes
 from moejax.data.shards import fingerprint
 from moejax.data.split import Split, check_fraction
 from moejax.data.tokenizer import SIZE, Tokenizer, load_tokenizer, token_dtype
@@ -55,12 +56,13 @@ def load_arrays(
     if not sides.heldout:
         train, heldout, rule = hold_out(train, eval_fraction)
     train, heldout = train.without_last(separator), heldout.without_last(separator)
+    train_N, heldout_N = cast(Tokens, train.tokens_N), cast(Tokens, heldout.tokens_N)
     return Corpus(
-        train_N=train.tokens_N,
-        heldout_N=heldout.tokens_N,
+        train_N=train_N,
+        heldout_N=heldout_N,
         vocab_size=vocabulary,
-        heldout_size_M=_sizes(made_by, separator, heldout.tokens_N),
-        fingerprint=fingerprint(vocabulary, train.tokens_N, heldout.tokens_N),
+        heldout_size_M=_sizes(made_by, separator, heldout_N),
+        fingerprint=fingerprint(vocabulary, train_N, heldout_N),
         name=found.name,
         separator=separator,
         facts=Facts(
@@ -81,7 +83,7 @@ def _starts(stream: Stream, separator: int) -> np.ndarray | None:
     return None if separator == UNKNOWN else stream.start_D
 
 
-def _sizes(tokenizer: Tokenizer | None, separator: int, tokens_N: Joined) -> TokenSizes | None:
+def _sizes(tokenizer: Tokenizer | None, separator: int, tokens_N: Tokens) -> Sizes | None:
     """Bytes per token: those that a byte-level tokenizer spells, 1 for a separator, and 0 for a
     token that opens documents beside it. None where they are not known."""
     if tokenizer is None or not tokenizer.is_byte_level:
@@ -90,7 +92,7 @@ def _sizes(tokenizer: Tokenizer | None, separator: int, tokens_N: Joined) -> Tok
     size_V[list(tokenizer.opening)] = 0
     if separator != UNKNOWN:
         size_V[separator] = 1
-    return TokenSizes(tokens_N, size_V)
+    return cast(Sizes, TokenSizes(tokens_N, size_V))
 
 
 def _spelled(separator: int, tokenizer: Tokenizer | None) -> str:

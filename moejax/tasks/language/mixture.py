@@ -20,9 +20,9 @@ from jaxtyping import Int64
 
 from moejax.config.mixture import FIELD, Part, parts_of
 from moejax.config.tree import Config
-from moejax.data import corpus as corpora
 from moejax.data.batches import TrainBatches, batches_of, spread_evenly
 from moejax.data.corpus import COUNTED, Corpus
+from moejax.data.load import load
 from moejax.data.shards import is_prepared
 from moejax.data.shares import Turns, apportioned, interleaved, mixed_order
 from moejax.data.source import Batch
@@ -71,7 +71,7 @@ def _load(config: Config, part: Part) -> Corpus:
     if is_prepared(os.path.expanduser(part.path)):  # its tokens are compared with the others'
         own.tokenizer = ""
     with _named(part.name):
-        return corpora.load(own)
+        return load(own)
 
 
 @contextlib.contextmanager

@@ -14,26 +14,12 @@ from moejax.data.domains import CODE, NAMES, heldout_labels
 from moejax.data.source import Batch
 from moejax.errors import UserError
 from moejax.record.experts import Choices
+from moejax.tasks.language import remarks
 from moejax.tasks.language.documents import Documents
 from moejax.tasks.language.rows import Rows, heldout_rows, train_rows
 
 AT_ONCE = 64
 """Rows that are read at a time."""
-
-FEW = 10_000
-"""Held-out tokens below which a run warns. At a standard deviation of 2 nats between tokens, the
-standard error of their mean loss is 0.02 nats."""
-
-MUCH = 0.2
-"""Share of held-out bytes found in the training text above which a run warns."""
-
-
-def few_held_out(tokens: int) -> str:
-    """The warning about a small held-out side."""
-    return (
-        f"only {tokens} tokens are held out, and a held-out loss of fewer than {FEW} is mostly "
-        "noise; raise data.eval_fraction, name a text in data.eval_path or give more text"
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,67 +177,23 @@ class TextSource:
         }
 
     def facts(self) -> dict[str, str]:
-        corpus, facts, shared = self.corpus, self.corpus.facts, self.corpus.overlap
+        lines = remarks.text_lines(self.corpus)
         evaluated = self.evaluated
-        lines = {"data": facts.arrays} if facts.arrays else {}
-        if facts.arrays and not facts.heldout_documents:
-            lines["held out"] = f"{facts.split}; where documents begin is not known"
-        elif facts.split:
-            unread = f", {facts.unread_documents} are not read" if facts.unread_documents else ""
-            copies = f", {facts.copies} near copies left out" if facts.copies else ""
-            lines["held out"] = (
-                f"{facts.split}: {_documents(facts.heldout_documents)} beside "
-                f"{facts.train_documents} to train on{unread}{copies}"
-            )
         lines["evaluation"] = (
             f"{evaluated['rows']} rows, {evaluated['tokens']} tokens"
             + (f", {evaluated['bytes']} bytes" if "bytes" in evaluated else "")
-            + f" of the {len(corpus.heldout_N)} tokens held out"
+            + f" of the {len(self.corpus.heldout_N)} tokens held out"
         )
         if packed := self._packed().get("train"):
             lines["packing"] = (
                 f"{self.packing}: {packed['rows']} rows, {packed['padding']:.1%} of the slots are "
-                f"padding, {_documents(packed['cut'])} longer than a row "
+                f"padding, {remarks.documents(packed['cut'])} longer than a row "
                 f"{'is' if packed['cut'] == 1 else 'are'} cut"
             )
-        if shared:
-            compared = (
-                ""
-                if shared.complete
-                else (
-                    f" at least ({shared.heldout_bytes / 2**20:.0f} MiB compared with "
-                    f"{shared.train_bytes / 2**20:.0f} MiB of the training text)"
-                )
-            )
-            lines["overlap"] = (
-                f"{shared.share:.1%} of held-out bytes are in a {shared.window}-byte window that "
-                f"the training text has too{compared}"
-            )
-        if facts.separator and corpus.vocab_size != 256:
-            opening = f", {facts.opening} before each" if facts.opening else ""
-            lines["separator"] = f"{facts.separator} between documents{opening}"
         return lines
 
     def warnings(self) -> list[str]:
-        corpus, shared = self.corpus, self.corpus.overlap
-        lines = [corpus.facts.warning] if corpus.facts.warning else []
-        if len(corpus.heldout_N) < FEW:
-            lines.append(few_held_out(len(corpus.heldout_N)))
-        if shared and shared.share > MUCH:
-            lines.append(
-                f"{shared.share:.0%} of held-out bytes occur in the training text too, so that the "
-                "held-out loss is partly a training loss; remove copies from data.path or "
-                "name another text in data.eval_path"
-            )
-        if "bytes" not in self.evaluated:
-            remedy = "these shards are of an older version, so prepare the text again to get them"
-            if corpus.facts.arrays:
-                remedy = "name the byte-level tokenizer that made the ids in data.tokenizer"
-            lines.append(
-                "how many bytes each token encodes is not known, so there are no bits per byte; "
-                + remedy
-            )
-        return lines
+        return remarks.text_warnings(self.corpus)
 
     def eval_extras(self, loss: float) -> dict[str, float]:
         evaluated = self.evaluated
@@ -295,7 +237,3 @@ def inputs_known(batch: Batch) -> np.ndarray:
     starts_BL[:, 1:] = ~valid_BL[:, :-1] | (np.diff(segment_BL, axis=1) != 0)
     first_BL = np.maximum.accumulate(np.where(starts_BL, at_L, 0), axis=1)
     return np.where(valid_BL, at_L - first_BL + 1, 0)
-
-
-def _documents(count: int) -> str:
-    return "1 document" if count == 1 else f"{count} documents"

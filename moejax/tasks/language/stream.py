@@ -25,7 +25,8 @@ from moejax.data.stream.sides import Sides, Survey, survey
 from moejax.data.stream.texts import FileTexts, Reader, Texts
 from moejax.data.tokenizer import joints, load_tokenizer
 from moejax.errors import UserError
-from moejax.tasks.language.source import FEW, TextSource, few_held_out
+from moejax.tasks.language.remarks import FEW, few_held_out
+from moejax.tasks.language.source import TextSource
 from moejax.tasks.language.windows import Windows
 
 

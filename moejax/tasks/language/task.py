@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from moejax.config import Config
 from moejax.config.build import loss_weights, options_of, stack_options
-from moejax.data import corpus as corpora
+from moejax.data.load import load
 from moejax.data.source import Source
 from moejax.errors import UserError
 from moejax.losses import CONSISTENCY, symmetric_kl
@@ -57,7 +57,7 @@ def _open(config: Config) -> TextSource | Mixture:
         return open_stream(config)
     train = config.train
     return TextSource(
-        corpora.load(config.data, config.model.vocab_size),
+        load(config.data, config.model.vocab_size),
         train.seq_len,
         train.batch_size,
         train.seed,

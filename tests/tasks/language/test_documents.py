@@ -2,11 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from moejax.errors import UserError
-from moejax.tasks.language.bins import OPEN, best_fit, greedy
 from moejax.tasks.language.documents import Documents
 
 SEP, BOS = 0, 1

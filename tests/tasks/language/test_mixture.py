@@ -8,8 +8,8 @@ import pytest
 from moejax.config import apply_overrides, default
 from moejax.data.prepare import prepare
 from moejax.errors import UserError
-from moejax.tasks.language.mixture import open_mixture
-from moejax.tasks.language.task import build
+from moejax.tasks.language.mixture import Mixture, open_mixture
+from moejax.tasks.language.task import LanguageModel, build
 
 LENGTH, BATCH = 16, 8
 LETTERS = {"web": b"abcdefgh", "code": b"uvwxyz"}
@@ -225,6 +225,7 @@ def test_a_mistake_in_a_text_names_the_text(texts, tmp_path, path, problem):
 
 def test_bits_per_byte_of_a_source_are_of_its_own_targets(texts):
     task, source = build(configured(texts))
+    assert isinstance(task, LanguageModel) and isinstance(source, Mixture)
     assert task.sources == source.names == ("web", "code")
     row = {"loss/web": 2.0, "loss/code": 3.0}
     assert source.extras_apart(row) == {

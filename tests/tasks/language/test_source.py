@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from moejax.data.baselines import fit_ngrams
-from moejax.data.corpus import load_corpus
+from moejax.data.load import load_corpus
 from moejax.data.tokenizer import train_bpe
-from moejax.tasks.language.source import FEW, TextSource
+from moejax.tasks.language.remarks import FEW
+from moejax.tasks.language.source import TextSource
 
 
 @pytest.fixture(scope="module")
