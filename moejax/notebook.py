@@ -17,7 +17,8 @@ from moejax.config import Config
 from moejax.config import load as load_config
 from moejax.data.documents import Document, Piece
 from moejax.data.source import Source
-from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.data.tokenizers.interface import Tokenizer
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 from moejax.record.files import read_rows
 from moejax.tasks.language.source import TextSource

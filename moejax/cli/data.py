@@ -99,7 +99,7 @@ def _add_reading(action: Any) -> None:
 
 def _tokenizer(args: argparse.Namespace) -> int:
     from moejax.data.census import Census
-    from moejax.data.tokenizer import train_bpe
+    from moejax.data.tokenizers.bpe import train_bpe
 
     _check_out(args)
     census = Census()

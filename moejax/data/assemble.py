@@ -79,9 +79,11 @@ def choose(listed: Listed, share: float, by_count: bool, drop_copies: bool) -> C
     train_D = kept_D & ~heldout_D
     heldout_D &= kept_D
     if not train_D.any():
+        copies = int(np.sum(~kept_D))
+        why = f" ({copies} are exact copies; data.duplicates=keep keeps them)" if copies else ""
         raise UserError(
-            "data.path: no document is left to train on beside the held-out ones; give more text, "
-            "or lower data.eval_fraction"
+            f"data.path: no document is left to train on beside the held-out ones{why}; give more "
+            "text, or lower data.eval_fraction"
         )
     if not heldout_D.any():
         raise UserError(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.data.joined import Tokens
-from moejax.data.tokenizer import SIZE, token_dtype
+from moejax.data.tokenizers.interface import SIZE, token_dtype
 from moejax.errors import UserError
 
 FORMAT = "moejax tokens 3"

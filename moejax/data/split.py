@@ -60,8 +60,8 @@ def open_text(path: str, eval_fraction: float, eval_path: str = "", unit: str = 
     ``unit``: unit of `eval_fraction`. "documents" splits as version 0.1.0 did: near copies stay,
     and names of sides are ignored (see ``split_by_count``).
     """
-    own = expand(eval_path, "data.eval_path") if eval_path else ()
-    named = expand(path) if path else ()
+    own = expand(eval_path, "data.eval_path") if eval_path else []
+    named = expand(path) if path else []
     for documents in filter(None, (named, own)):
         refuse_containers([document.path for document in documents], documents[0].field)
     name = name_of(path) if path else builtin_name()

@@ -16,7 +16,8 @@ from moejax.config import Config, settings, validate
 from moejax.config.saved import CHECKPOINTS, read_config
 from moejax.config.tasks import LANGUAGE
 from moejax.config.tree import set_field
-from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.data.tokenizers.interface import Tokenizer
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.data.tokenizers.named import folder_of
 from moejax.errors import UserError
 from moejax.generate.causal import way_of

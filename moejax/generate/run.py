@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from moejax.data.documents import Document, Piece
-from moejax.data.tokenizer import Tokenizer
+from moejax.data.tokenizers.interface import Tokenizer
 from moejax.errors import UserError
 from moejax.generate.decode import Decoder, Visits
 from moejax.generate.load import Speaker

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moejax.data.tokenizer import Tokenizer
+from moejax.data.tokenizers.interface import Tokenizer
 from moejax.generate.decode import Visits
 from moejax.generate.load import Speaker
 from moejax.generate.run import Generated

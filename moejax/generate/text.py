@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from moejax.data.tokenizer import Tokenizer
+from moejax.data.tokenizers.interface import Tokenizer
 
 Finish = Literal["", "eos", "stop", "length"]
 """The reason why a text ended; "" while it has not."""

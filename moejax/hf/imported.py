@@ -16,7 +16,7 @@ from moejax.config import Config, settings, validate
 from moejax.config.overrides import apply_overrides
 from moejax.config.saved import CHECKPOINTS, holds_run, write_config
 from moejax.data.shards import is_prepared
-from moejax.data.tokenizer import load_tokenizer
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.data.tokenizers.named import JSON, MODEL
 from moejax.errors import UserError, suggest
 from moejax.hf.families import READABLE, Family

@@ -11,12 +11,8 @@ from jaxtyping import Integer
 
 from moejax.config import Config
 from moejax.data.documents import find_documents
-from moejax.data.tokenizer import (
-    Tokenizer,
-    before_documents,
-    before_text,
-    encode_documents,
-)
+from moejax.data.text_stream import encode_documents
+from moejax.data.tokenizers.interface import Tokenizer, before_documents, before_text
 from moejax.errors import UserError
 from moejax.tasks.language.source import TextSource
 from moejax.train import scoring

@@ -14,7 +14,9 @@ from moejax.config import Config
 from moejax.config.build import make_gate
 from moejax.config.checks import has_experts
 from moejax.config.tasks import LANGUAGE
-from moejax.data.tokenizer import ByteTokenizer, Tokenizer, before_documents, load_tokenizer
+from moejax.data.tokenizers.byte import ByteTokenizer
+from moejax.data.tokenizers.interface import Tokenizer, before_documents
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.language.task import LanguageModel

@@ -7,7 +7,7 @@ import pytest
 
 from moejax.data.arrays.raw import width
 from moejax.data.load import load_corpus
-from moejax.data.tokenizer import train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
 from moejax.errors import UserError
 from tests.token_arrays import llmc, megatron, nanogpt, random_documents
 

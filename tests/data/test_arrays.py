@@ -5,7 +5,8 @@ import pytest
 
 from moejax.data.load import load_corpus
 from moejax.data.shards import fingerprint
-from moejax.data.tokenizer import load_tokenizer, train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.tasks.language.source import TextSource
 from tests.token_arrays import llmc, megatron, nanogpt, random_documents
 

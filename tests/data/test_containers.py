@@ -15,7 +15,7 @@ from moejax.data.containers import kind_of
 from moejax.data.documents import find_documents, pieces
 from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
-from moejax.data.tokenizer import train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
 from moejax.errors import UserError
 
 RECORDS = "".join(json.dumps({"text": f"document {i}", "id": i}) + "\n" for i in range(9)).encode()

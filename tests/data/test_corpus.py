@@ -8,7 +8,8 @@ import pytest
 
 from moejax.data import load as corpus_lib
 from moejax.data.load import load_corpus
-from moejax.data.tokenizer import escaped, train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
+from moejax.data.tokenizers.interface import escaped
 from moejax.errors import UserError
 
 

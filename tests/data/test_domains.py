@@ -22,7 +22,8 @@ from moejax.data.domains import (
 )
 from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
-from moejax.data.tokenizer import JsonTokenizer, train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
+from moejax.data.tokenizers.json_file import JsonTokenizer
 from moejax.errors import UserError
 
 CASES = {

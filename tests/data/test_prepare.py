@@ -7,7 +7,7 @@ import pytest
 
 from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
-from moejax.data.tokenizer import train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
 from moejax.errors import UserError
 
 

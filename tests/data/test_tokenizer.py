@@ -8,17 +8,12 @@ import pytest
 import tokenizers
 
 from moejax.data.documents import find_documents, pieces
-from moejax.data.tokenizer import (
-    DOCUMENT_TOKEN,
-    SEPARATORS,
-    ByteTokenizer,
-    JsonTokenizer,
-    encode_documents,
-    encode_sized,
-    load_tokenizer,
-    token_dtype,
-    train_bpe,
-)
+from moejax.data.text_stream import encode_documents, encode_sized
+from moejax.data.tokenizers.bpe import train_bpe
+from moejax.data.tokenizers.byte import ByteTokenizer
+from moejax.data.tokenizers.interface import DOCUMENT_TOKEN, SEPARATORS, token_dtype
+from moejax.data.tokenizers.json_file import JsonTokenizer
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 
 TEXT = "def f(x):\r\n\treturn  x  # naïve — 日本語 🙂 <|doc|>\n\n\n  end \x00\x07\n"

@@ -7,7 +7,8 @@ import pytest
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from moejax.data.tokenizer import ByteTokenizer, load_tokenizer
+from moejax.data.tokenizers.byte import ByteTokenizer
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 from moejax.generate.load import ends_of
 from moejax.generate.run import encoded

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moejax.data.tokenizer import ByteTokenizer
+from moejax.data.tokenizers.byte import ByteTokenizer
 from moejax.generate.prompts import Prompts, batches, bucket
 from moejax.generate.text import Continuation
 

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from moejax.config import load, to_dict
-from moejax.data.tokenizer import train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
 from moejax.tasks.language.task import LanguageModel
 from moejax.train.evaluate import open_run
 from moejax.train.perplexity import Window, windows

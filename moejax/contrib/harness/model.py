@@ -25,7 +25,7 @@ from lm_eval.utils import (
 from moejax.config import load
 from moejax.contrib.harness.generation import Wanted, continued
 from moejax.data.documents import Document, Piece
-from moejax.data.tokenizer import before_text
+from moejax.data.tokenizers.interface import before_text
 from moejax.errors import UserError
 from moejax.train import scoring
 from moejax.train.evaluate import open_run

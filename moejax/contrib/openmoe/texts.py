@@ -14,7 +14,7 @@ from moejax.data.documents import find_documents
 from moejax.data.domains import NAMES, heldout_labels
 from moejax.data.load import load_corpus
 from moejax.data.shards import is_prepared
-from moejax.data.tokenizer import encode_documents
+from moejax.data.text_stream import encode_documents
 from moejax.errors import UserError
 from moejax.record.routing import Routed
 from moejax.tasks.language.source import TextSource

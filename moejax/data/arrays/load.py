@@ -14,7 +14,8 @@ from moejax.data.corpus import Corpus, Facts, Origin
 from moejax.data.joined import Sizes, Tokens, TokenSizes
 from moejax.data.shards import fingerprint
 from moejax.data.split import Split, check_fraction
-from moejax.data.tokenizer import SIZE, Tokenizer, load_tokenizer, token_dtype
+from moejax.data.tokenizers.interface import SIZE, Tokenizer, token_dtype
+from moejax.data.tokenizers.load import load_tokenizer
 
 
 def load_arrays(

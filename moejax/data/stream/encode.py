@@ -8,7 +8,7 @@ from jaxtyping import UInt
 
 from moejax.data.documents import Document, Piece, character_start
 from moejax.data.formats.format import Record
-from moejax.data.tokenizer import Tokenizer, token_dtype
+from moejax.data.tokenizers.interface import Tokenizer, token_dtype
 from moejax.errors import UserError
 
 PIECE = 1 << 20

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moejax.data.census import is_utf8
 from moejax.data.documents import Document, character_start
@@ -20,6 +20,7 @@ NEAR = 1 << 16
 """Bytes before a boundary in which a line's end is looked for."""
 
 
+@runtime_checkable
 class Texts(Protocol):
     """Documents in units; memory holds the names of files, and none of their text.
 

@@ -23,7 +23,8 @@ from moejax.data.stream.blocks import BLOCK, Blocks, Rows
 from moejax.data.stream.encode import Encoded, Numbered, encoded
 from moejax.data.stream.sides import Sides, Survey, survey
 from moejax.data.stream.texts import FileTexts, Reader, Texts
-from moejax.data.tokenizer import joints, load_tokenizer
+from moejax.data.tokenizers.interface import joints
+from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 from moejax.tasks.language.remarks import FEW, few_held_out
 from moejax.tasks.language.source import TextSource

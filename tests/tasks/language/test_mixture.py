@@ -200,7 +200,7 @@ def test_prepared_shards_go_with_text_of_the_same_tokens_and_no_others(texts, tm
     plain = open_mixture(configured(texts))
     for step in (0, 5):
         assert np.array_equal(mixed.train_batch(step)["tokens"], plain.train_batch(step)["tokens"])
-    from moejax.data.tokenizer import train_bpe
+    from moejax.data.tokenizers.bpe import train_bpe
 
     train_bpe(str(texts / "web"), 300, str(tmp_path / "bpe.json"))
     with pytest.raises(UserError, match="data.mixture: 'code' has 256 tokens .* and 'web' has"):
@@ -216,7 +216,7 @@ def test_a_mistake_in_a_text_names_the_text(texts, tmp_path, path, problem):
     (tmp_path / "short" / "train").mkdir(parents=True)
     (tmp_path / "short" / "val").mkdir()
     for side in ("train", "val"):
-        (tmp_path / "short" / side / "a.txt").write_text("few")
+        (tmp_path / "short" / side / "a.txt").write_text(side)
     mixture = {"web": (str(texts / "web"), 1), "bad": (str(tmp_path / path), 1)}
     with pytest.raises(UserError, match=f"^data.mixture: source 'bad': .*{problem}") as caught:
         open_mixture(configured(texts, **{"data.mixture": mixture})).train_batch(0)

@@ -7,7 +7,7 @@ import pytest
 
 from moejax.data.baselines import fit_ngrams
 from moejax.data.load import load_corpus
-from moejax.data.tokenizer import train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
 from moejax.tasks.language.remarks import FEW
 from moejax.tasks.language.source import TextSource
 
@@ -25,7 +25,7 @@ def mixed(tmp_path_factory):
         )
         noise = "".join(chr(c) for c in rng.integers(0x4E00, 0x4F00, 600))
         for side in ("train", "val"):
-            (root / "text" / side / f"{i}.txt").write_text(noise if i % 2 else words)
+            (root / "text" / side / f"{i}.txt").write_text(side + (noise if i % 2 else words))
     train_bpe(str(root / "text"), 300, str(root / "bpe.json"))
     return root
 

@@ -1,4 +1,4 @@
-"""Documents as one stream of tokens; the names of `moejax.data.tokenizers`."""
+"""Documents of plain text as one stream of tokens."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,43 +7,7 @@ from jaxtyping import UInt
 
 from moejax.data.census import Census
 from moejax.data.documents import Document, Piece, piece_batches
-from moejax.data.tokenizers.bpe import train_bpe
-from moejax.data.tokenizers.byte import ByteTokenizer
-from moejax.data.tokenizers.interface import (
-    DOCUMENT_TOKEN,
-    SEPARATORS,
-    SIZE,
-    Joint,
-    Tokenizer,
-    before_documents,
-    before_text,
-    escaped,
-    joints,
-    token_dtype,
-)
-from moejax.data.tokenizers.json_file import JsonTokenizer
-from moejax.data.tokenizers.load import load_tokenizer
-from moejax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
-
-__all__ = [
-    "DOCUMENT_TOKEN",
-    "SEPARATORS",
-    "SIZE",
-    "ByteTokenizer",
-    "Joint",
-    "JsonTokenizer",
-    "SentencePieceTokenizer",
-    "Tokenizer",
-    "before_documents",
-    "before_text",
-    "encode_documents",
-    "encode_sized",
-    "escaped",
-    "joints",
-    "load_tokenizer",
-    "token_dtype",
-    "train_bpe",
-]
+from moejax.data.tokenizers.interface import SIZE, Joint, Tokenizer, joints, token_dtype
 
 
 def encode_documents(
