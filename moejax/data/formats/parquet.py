@@ -26,11 +26,9 @@ class Parquet:
         try:
             with _open(file) as parquet:
                 meta = parquet.metadata
+                # Sizes of single columns may end the process if the file is damaged.
                 bytes_G = [
-                    sum(
-                        meta.row_group(group).column(column).total_uncompressed_size
-                        for column in range(meta.num_columns)
-                    )
+                    max(meta.row_group(group).total_byte_size, 0)
                     for group in range(meta.num_row_groups)
                 ]
         except _Unreadable:
@@ -61,7 +59,7 @@ def _group(
     place = lambda index: Place(file.name, "row", row + given + index + 1, before)
     try:
         for batch in parquet.iter_batches(
-            batch_size=_batch_rows(parquet.metadata.row_group(group), field),
+            batch_size=_batch_rows(parquet.metadata.row_group(group)),
             row_groups=[group],
             columns=[field],
             use_threads=False,
@@ -74,14 +72,8 @@ def _group(
         yield Bad(place(0), f"{reason}on are lost")
 
 
-def _batch_rows(group: Any, field: str) -> int:
-    columns = (group.column(index) for index in range(group.num_columns))
-    size = sum(
-        column.total_uncompressed_size
-        for column in columns
-        if column.path_in_schema in (field, f"{field}.list.element")
-    )
-    return max(1, min(MOST_ROWS, BATCH * group.num_rows // max(size, 1)))
+def _batch_rows(group: Any) -> int:
+    return max(1, min(MOST_ROWS, BATCH * group.num_rows // max(group.total_byte_size, 1)))
 
 
 class _Unreadable(Exception):
