@@ -81,15 +81,12 @@ class SentencePieceTokenizer:
     def sizes(self, piece: Piece, tokens: np.ndarray) -> UInt[np.ndarray, " N"]:
         """Bytes of the piece per token; they add up to the size of the piece.
 
-        The space that most models put before (or behind) every text is no part of it and counts 0.
+        The space that most models put before every text is no part of it and counts 0.
         """
         sizes = self._piece_bytes[tokens]
-        if sizes.sum() == len(piece.data) + 1:
-            first, last = (self._processor.id_to_piece(int(tokens[i])) for i in (0, -1))
-            if first.startswith(SPACE) and not piece.data.startswith(b" " * len(first)):
-                sizes[0] -= 1
-            elif last.endswith(SPACE):
-                sizes[-1] -= 1
+        added = sizes.sum() - len(piece.data)
+        if added == 1 and self._processor.id_to_piece(int(tokens[0])).startswith(SPACE):
+            sizes[0] -= added
         if sizes.sum() != len(piece.data):
             raise UserError(
                 f"data.tokenizer: {self._path!r} does not determine which bytes of "
