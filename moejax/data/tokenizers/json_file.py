@@ -44,15 +44,10 @@ class JsonTokenizer:
         self.separator_token = known[0]
         self.separator: int = self._tokenizer.token_to_id(known[0])
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.opening = self._opening(special) if opens else ()
+        self.opening = self._opening() if opens else ()
 
-    def _opening(self, special: Special) -> tuple[int, ...]:
-        """The tokens before a text, such as <s>: as the folder says, or else as the file does."""
-        bos = self._tokenizer.token_to_id(special.bos)
-        if special.adds_bos is False:
-            return ()
-        if special.adds_bos and bos is not None:
-            return (bos,)
+    def _opening(self) -> tuple[int, ...]:
+        """The tokens that the file puts before a text, such as <s>."""
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a", add_special_tokens=True).ids
         return tuple(

@@ -26,7 +26,8 @@ class Special:
     Attributes:
       eos: the token that ends a text, as spelled; "" if none is named.
       bos: the token that begins one.
-      adds_bos: whether `bos` is put before a text; None if the folder does not say.
+      adds_bos: whether `bos` is put before a text; None if the folder does not say. A
+        tokenizer.json says so itself, and, as in transformers, is not overruled.
     """
 
     eos: str = ""
