@@ -1,6 +1,7 @@
 """Documents packed into rows, through the language model's task, against each in a row alone."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from moejax import gating
 from moejax.dispatch import Dropless
 from moejax.options import LatentOptions, RopeOptions
+from moejax.tasks.language.documents import Documents
 from moejax.tasks.language.packing import packed
 from moejax.tasks.language.task import LanguageModel
 from moejax.types import Context, MoEConfig
@@ -82,19 +84,40 @@ def padded_rows(batch, rows):
     return {name: np.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for name, x in batch.items()}
 
 
-ALONE = {
-    name: np.concatenate([packed([document], L)[name] for document in DOCUMENTS])
-    for name in ("tokens", "valid")
-} | {"row": np.arange(len(DOCUMENTS), dtype=np.int32)}
-PLACES = [(0, 0), (0, 6), (0, 11), (1, 0), (2, 0), (2, 3), (2, 7)]
+PACKED = packed(DOCUMENTS, L)
+
+
+def rows_of_corpus(packing, opened):
+    """Rows of a corpus: the same documents, and one that is cut, with padding inside a row."""
+    documents = [*DOCUMENTS[:4], np.random.default_rng(9).integers(0, V, 2 * L), *DOCUMENTS[4:]]
+    joined = [np.append(document, V - 1) for document in documents]
+    start_D = np.cumsum([0, *map(len, joined[:-1])])
+    tokens_N = np.concatenate(joined)[:-1].astype(np.uint16)
+    rows = Documents(tokens_N, start_D, V - 1, opened, L, packing, "")
+    row_B = np.arange(len(rows), dtype=np.int64)
+    assert rows.cut
+    return {**rows.read(row_B, row_B), "row": row_B.astype(np.int32)}
+
+
+def places_of(batch):
+    """Row, first input and number of inputs of each document."""
+    for row, (segment, valid) in enumerate(zip(batch["segment"], batch["valid"], strict=True)):
+        for number in np.unique(segment[valid]):
+            at = np.flatnonzero((segment == number) & valid)
+            yield row, at[0], len(at)
+
+
+def each_alone(batch):
+    """The documents of a batch, each in a row of its own with padding behind."""
+    documents = [batch["tokens"][row, at : at + n + 1] for row, at, n in places_of(batch)]
+    batches = [packed([document], L) for document in documents]
+    rows = {name: np.concatenate([x[name] for x in batches]) for name in ("tokens", "valid")}
+    return {**rows, "row": np.arange(len(documents), dtype=np.int32)}
 
 
 def per_token(x_BL, places):
     """The inputs of all documents, one after another."""
-    parts = [
-        x_BL[row, start : start + n - 1] for (row, start), n in zip(places, LENGTHS, strict=True)
-    ]
-    return np.concatenate(parts)
+    return np.concatenate([x_BL[row, at : at + n] for row, at, n in places])
 
 
 @functools.cache
@@ -129,21 +152,22 @@ def program(settings, train):
     return lambda batch: jax.device_get(run(params, jax.tree.map(jnp.asarray, batch)))
 
 
-def compare(settings, train, shape=None):
-    rows = 8
-    wanted = program(settings, train)(padded_rows(ALONE, rows))
+def compare(settings, train, shape=None, batch=PACKED):
+    alone, places = each_alone(batch), list(places_of(batch))
+    rows = -(-len(alone["row"]) // 8) * 8
+    wanted = program(settings, train)(padded_rows(alone, rows))
     program.cache_clear()
     with meshes.entered(shape):
-        got = program(settings, train)(padded_rows(packed(DOCUMENTS, L), rows))
+        got = program(settings, train)(padded_rows(batch, rows))
     program.cache_clear()
-    alone = [(i, 0) for i in range(len(DOCUMENTS))]
-    CLOSE(per_token(got[0], PLACES), per_token(wanted[0], alone))
+    of_alone = [(i, 0, n) for i, (_, _, n) in enumerate(places)]
+    CLOSE(per_token(got[0], places), per_token(wanted[0], of_alone))
     # The tokens of a routed block are tapped in another order.
     taps = got[1] if not (train and settings.depths.capacity) else {}
     for name, tapped in taps.items():
         for layer, of_wanted in zip(tapped, wanted[1][name], strict=True):
-            CLOSE(per_token(layer, PLACES), per_token(of_wanted, alone), err_msg=name)
-    assert got[2].items == wanted[2].items == sum(LENGTHS) - len(LENGTHS)
+            CLOSE(per_token(layer, places), per_token(of_wanted, of_alone), err_msg=name)
+    assert got[2].items == wanted[2].items == batch["valid"].sum()
     CLOSE(got[2].loss, wanted[2].loss)
     assert got[2].metrics["accuracy"] == wanted[2].metrics["accuracy"]
     if got[2].stats is not None:
@@ -158,6 +182,40 @@ def test_a_packed_document_is_computed_as_in_a_row_of_its_own(case):
     """Logits, routing, loss, counts and gradients."""
     name, train = case
     compare(MODELS[name], train)
+
+
+OF_CORPUS = [
+    lms.slow_unless(case == ("best_fit", False, True), case)
+    for case in itertools.product(("greedy", "best_fit"), (False, True), (False, True))
+]
+
+
+@pytest.mark.parametrize("case", OF_CORPUS, ids=str)
+def test_documents_of_a_corpus_are_computed_as_in_rows_of_their_own(case):
+    packing, opened, train = case
+    compare(MODELS["plain"], train, batch=rows_of_corpus(packing, opened))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [x for x in MODELS if x != "plain"])
+def test_models_compute_documents_of_a_corpus_as_in_rows_of_their_own(name):
+    compare(MODELS[name], True, batch=rows_of_corpus("best_fit", False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [True, False])
+def test_a_document_does_not_depend_on_its_neighbours(train):
+    """Bit for bit: another text beside it, of the same length, enters no sum of its own."""
+    batch = rows_of_corpus("best_fit", False)
+    row, at, n = next(x for x in places_of(batch) if x[1] > 0)
+    outside_BL = np.ones(batch["tokens"].shape, bool)
+    outside_BL[row, at : at + n + 1] = False
+    other_BL = np.where(outside_BL, (batch["tokens"] + 1) % V, batch["tokens"])
+    run = program(MODELS["plain"], train)
+    logits = [run({**batch, "tokens": tokens})[0] for tokens in (batch["tokens"], other_BL)]
+    own = np.s_[row, at : at + n]
+    np.testing.assert_array_equal(logits[1][own], logits[0][own])
+    assert not np.array_equal(logits[1], logits[0])
 
 
 @pytest.mark.slow
