@@ -22,6 +22,7 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
 
+from moejax.data.joined import Tokens
 from moejax.data.source import Batch
 from moejax.errors import UserError
 from moejax.tasks.language.bins import best_fit, greedy
@@ -46,7 +47,7 @@ class Documents:
     Raises UserError for an unknown ``start_D``, or documents that are not joined by the separator.
     """
 
-    tokens_N: Integer[np.ndarray, " N"]
+    tokens_N: Tokens
     start_D: Int64[np.ndarray, " D"] | None
     separator: int
     opened: bool
@@ -61,7 +62,8 @@ class Documents:
         if start_D is None:
             raise UserError(
                 f"data.packing={self.packing}: where documents begin in {self.name!r} is not "
-                "recorded; prepare the text again (moejax data prepare), or use data.packing=none"
+                "known; prepare a text again (moejax data prepare), name the tokenizer of token "
+                "arrays in data.tokenizer, or use data.packing=none"
             )
         some_D = start_D[1 :: 1 + len(start_D) // CHECKED]
         if np.any(self.tokens_N[some_D - 1] != self.separator):
@@ -73,10 +75,7 @@ class Documents:
     @functools.cached_property
     def plan(self) -> "Plan":
         assert self.start_D is not None  # see __post_init__
-        size = len(self.tokens_N)
-        if size and int(self.tokens_N[-1]) == self.separator:
-            size -= 1
-        pieces = pieces_of(self.start_D, size, self.seq_len, self.opened)
+        pieces = pieces_of(self.start_D, len(self.tokens_N), self.seq_len, self.opened)
         return plan(pieces, self.seq_len, self.opened, self.packing)
 
     def __len__(self) -> int:

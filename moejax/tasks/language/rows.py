@@ -1,16 +1,18 @@
 """Rows of one side of a corpus, in one of the ways of ``data.packing``."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int64
 from numpy import ndarray
 
 from moejax.data.corpus import Corpus
+from moejax.data.joined import Tokens
 from moejax.data.source import Batch
 from moejax.tasks.language.documents import Documents
 from moejax.tasks.language.windows import Windows
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Numbered rows of ``seq_len`` inputs of a token stream, read in any order."""
 
@@ -45,7 +47,7 @@ def heldout_rows(corpus: Corpus, seq_len: int, packing: str) -> Rows:
 
 
 def _documents(
-    corpus: Corpus, tokens_N: ndarray, start_D: ndarray | None, seq_len: int, packing: str
+    corpus: Corpus, tokens_N: Tokens, start_D: ndarray | None, seq_len: int, packing: str
 ) -> Documents:
     return Documents(
         tokens_N, start_D, corpus.separator, bool(corpus.opening), seq_len, packing, corpus.name

@@ -1,8 +1,15 @@
 """Rows of whole documents: what they hold, and how full they are."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from moejax.data.joined import Joined
+from moejax.errors import UserError
+from moejax.tasks.language.bins import OPEN, best_fit, greedy
 from moejax.tasks.language.documents import Documents
 
 SEP, BOS = 0, 1
@@ -118,7 +125,7 @@ def test_rows_are_read_one_by_one_in_any_order_and_from_a_map(tmp_path, packing,
     documents = [rng.integers(2, 99, n).tolist() for n in rng.integers(1, 40, 60)]
     rows = rows_of(documents, 16, packing, opened)
     whole = all_rows(rows)
-    rows.tokens_N.tofile(tmp_path / "stream")
+    np.asarray(rows.tokens_N).tofile(tmp_path / "stream")
     mapped = Documents(
         np.memmap(tmp_path / "stream", np.uint16, "r"), rows.start_D, SEP, opened, 16, packing, ""
     )
@@ -198,14 +205,14 @@ def test_rows_are_in_the_order_of_their_first_documents():
     assert first == sorted(first)
 
 
-def test_a_stream_that_ends_with_a_separator_has_no_further_document():
-    tokens_N, start_D = stream_of([[5, 6], [7]], False)
-    rows = [
-        Documents(tokens, start_D, SEP, False, 8, "greedy", "")
-        for tokens in (tokens_N, np.append(tokens_N, np.uint16(SEP)))
-    ]
-    for name, values in all_rows(rows[0]).items():
-        np.testing.assert_array_equal(all_rows(rows[1])[name], values)
+def test_rows_of_several_files_are_those_of_one():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(2, 99, n).tolist() for n in rng.integers(1, 40, 30)]
+    whole = rows_of(documents, 16, "best_fit")
+    parts = np.split(np.asarray(whole.tokens_N), [7, 100, 333])
+    joined = dataclasses.replace(whole, tokens_N=Joined(parts, np.dtype(np.uint16)))
+    for name, values in all_rows(joined).items():
+        np.testing.assert_array_equal(values, all_rows(whole)[name])
 
 
 def test_an_empty_document_makes_no_piece():
