@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from moejax.contrib.openmoe.interval import GROUPS
 from moejax.data.corpus import Corpus
 from moejax.data.documents import find_documents
-from moejax.data.domains import NAMES, heldout_labels
+from moejax.data.domains import NAMES
 from moejax.data.load import load_corpus
 from moejax.data.shards import is_prepared
 from moejax.data.text_stream import encode_documents
@@ -29,7 +29,7 @@ MOSTLY = 0.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """Rows of a text in batches, as ``heldout_windows`` gives them."""
+    """Rows of a text in batches, as ``eval_batches`` gives them."""
 
     name: str
     batches: list[dict[str, np.ndarray]]
@@ -63,11 +63,10 @@ def all_texts(run: Run, paths: Sequence[str], rows: int) -> list[Text]:
     Raises:
       UserError: nothing to read, a text too short for a row, or tokens of another vocabulary.
     """
-    corpus = corpus_of(run)
-    own = _text(run, OWN, corpus.heldout_N[:], rows)
-    labels_M = heldout_labels(corpus)
-    if labels_M is not None:
-        label_NL = _text(run, OWN, labels_M, rows).token_NL
+    source = dataclasses.replace(_source_of(run), choices=None)
+    own = Text(OWN, source.eval_batches(run.config.train.batch_size, rows))
+    label_NL = source.labels(np.arange(own.rows), rows)
+    if label_NL is not None:
         own = dataclasses.replace(own, label_NL=label_NL, names=NAMES)
     others = {_name(path): path for path in paths}
     if len(others) < len(paths) or OWN in others:
@@ -77,8 +76,12 @@ def all_texts(run: Run, paths: Sequence[str], rows: int) -> list[Text]:
 
 def corpus_of(run: Run) -> Corpus:
     """The text that a run has learned from."""
+    return _source_of(run).corpus
+
+
+def _source_of(run: Run) -> TextSource:
     assert isinstance(run.data, TextSource), "only runs on text are measured"
-    return run.data.corpus
+    return run.data
 
 
 def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:

@@ -218,13 +218,21 @@ class TextSource:
             "row": batch["row"],
             "token_text": corpus.origin.tokenizer.token_text() if corpus.origin else unknown,
         }
-        labels_N = heldout_labels(corpus)
-        if labels_N is not None:
-            # A separator before the text has the label of those within, and padding has any.
-            place_NL = self.heldout_rows.places(self._evaluated_rows(eval_rows)[batch["row"]])
-            label_NL = np.where(place_NL < 0, CODE, labels_N[np.maximum(place_NL, 0)])
-            arrays |= {"label": label_NL.astype(np.uint8), "label_names": NAMES}
+        label_BL = self.labels(batch["row"], eval_rows)
+        if label_BL is not None:
+            arrays |= {"label": label_BL, "label_names": NAMES}
         return arrays
+
+    def labels(self, row_B: np.ndarray, eval_rows: int) -> np.ndarray | None:
+        """The labels of the inputs of rows of ``eval_batches(_, eval_rows)``, uint8[B, L]; of
+        padding, any. None for a text without labels."""
+        label_N = heldout_labels(self.corpus)
+        if label_N is None:
+            return None
+        # The separator before the text has the label of those within.
+        place_BL = self.heldout_rows.places(self._evaluated_rows(eval_rows)[row_B])
+        label_BL = np.where(place_BL < 0, CODE, label_N[np.maximum(place_BL, 0)])
+        return label_BL.astype(np.uint8)
 
 
 def inputs_known(batch: Batch) -> np.ndarray:

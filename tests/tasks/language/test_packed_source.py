@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moejax.data.baselines import fit_ngrams
-from moejax.data.corpus import load_corpus
 from moejax.data.domains import label_bytes
+from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
 from moejax.data.tokenizers.bpe import train_bpe
 from moejax.errors import UserError
