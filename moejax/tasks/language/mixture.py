@@ -12,8 +12,9 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
@@ -27,8 +28,10 @@ from moejax.data.shards import is_prepared
 from moejax.data.shares import Turns, apportioned, interleaved, mixed_order
 from moejax.data.source import Batch
 from moejax.errors import UserError
+from moejax.tasks.language.rows import Rows
 from moejax.tasks.language.source import TextSource
-from moejax.tasks.language.windows import Windows
+
+T = TypeVar("T")
 
 SOURCE = "source"
 """The array of a batch that numbers the text of each row."""
@@ -48,16 +51,22 @@ def open_mixture(config: Config) -> "Mixture":
     corpus_of = {part.name: _load(config, part) for part in parts}
     (first, common), *others = corpus_of.items()
     for name, corpus in others:
-        if (corpus.vocab_size, corpus.separator) != (common.vocab_size, common.separator):
+        if _tokens(corpus) != _tokens(common):
             raise UserError(
-                f"{FIELD}: {name!r} has {corpus.vocab_size} tokens with separator "
-                f"{corpus.separator}, and {first!r} has {common.vocab_size} with "
-                f"{common.separator}; one model reads the tokens of one tokenizer, so prepare both "
-                "with the same"
+                f"{FIELD}: {name!r} has {_tokens(corpus)}, and {first!r} has {_tokens(common)}; a "
+                "model reads the tokens of one tokenizer, so make both with the same "
+                "(data.tokenizer, or moejax data prepare --tokenizer)"
             )
     counts = apportioned(train.eval_rows, [part.share for part in parts])
     members = [
-        TextSource(corpus_of[part.name], train.seq_len, train.batch_size, train.seed, count)
+        TextSource(
+            corpus_of[part.name],
+            train.seq_len,
+            train.batch_size,
+            train.seed,
+            count,
+            packing=config.data.packing,
+        )
         for part, count in zip(parts, counts, strict=True)
     ]
     return Mixture(
@@ -74,6 +83,12 @@ def _load(config: Config, part: Part) -> Corpus:
         return load(own)
 
 
+def _tokens(corpus: Corpus) -> str:
+    """The tokens of a text in words: equal for texts of one tokenizer."""
+    opening = f" and {corpus.opening} before each" if corpus.opening else ""
+    return f"{corpus.vocab_size} tokens with {corpus.separator} between documents{opening}"
+
+
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
     """Puts the name of a text before the mistakes that are found in it."""
@@ -87,8 +102,7 @@ def _named(name: str) -> Iterator[None]:
 class _Joined:
     """Rows of several texts, numbered one after the other. ``read`` also gives ``source``."""
 
-    names: Sequence[str]
-    sides: Sequence[Windows]
+    sides: Sequence[Rows]
 
     @functools.cached_property
     def begins(self) -> Int64[np.ndarray, " S"]:
@@ -152,27 +166,28 @@ class Mixture:
 
     @functools.cached_property
     def _train_rows(self) -> _Joined:
-        return self._joined("training")
+        """Raises UserError if a text is too short for one row, or cannot be packed."""
+        return _Joined(self._each(lambda member: member.train_rows))
 
     @functools.cached_property
     def _heldout_rows(self) -> _Joined:
-        return self._joined("held-out")
+        """Raises UserError if a text is too short for one row, or cannot be packed."""
+        return _Joined(self._each(lambda member: member.heldout_rows))
 
-    def _joined(self, side: str) -> _Joined:
-        sides = []
-        for part, member in zip(self.parts, self.members, strict=True):
-            tokens = {"training": member.corpus.train_N, "held-out": member.corpus.heldout_N}
-            with _named(part.name):
-                sides.append(Windows(tokens[side], member.seq_len, side))
-        return _Joined(self.names, sides)
+    def _each(self, read: Callable[[TextSource], T]) -> list[T]:
+        """What is read of each text; a mistake names the text."""
+        found = []
+        for name, member in zip(self.names, self.members, strict=True):
+            with _named(name):
+                found.append(read(member))
+        return found
 
     @property
-    def _shares(self) -> list[Any]:
+    def _shares(self) -> list[Fraction]:
         return [part.share for part in self.parts]
 
     @functools.cached_property
     def train(self) -> TrainBatches:
-        """Raises UserError if a text is too short for one row."""
         rows = self._train_rows
         lengths = list(map(len, rows.sides))
         order = mixed_order(lengths, self._shares, self.names, self.seed)
@@ -216,7 +231,7 @@ class Mixture:
     @functools.cached_property
     def evaluated(self) -> dict[str, int]:
         """Rows of an evaluation, their targets, and the bytes of text that the targets encode."""
-        counts = [member.evaluated for member in self.members]
+        counts = self._each(lambda member: member.evaluated)
         known = set.intersection(*(set(count) for count in counts))
         return {key: sum(count[key] for count in counts) for key in counts[0] if key in known}
 

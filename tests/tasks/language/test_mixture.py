@@ -203,7 +203,7 @@ def test_prepared_shards_go_with_text_of_the_same_tokens_and_no_others(texts, tm
     from moejax.data.tokenizers.bpe import train_bpe
 
     train_bpe(str(texts / "web"), 300, str(tmp_path / "bpe.json"))
-    with pytest.raises(UserError, match="data.mixture: 'code' has 256 tokens .* and 'web' has"):
+    with pytest.raises(UserError, match="data.mixture: 'code' has 256 tokens .* and 'web' has 30"):
         fields = {"data.mixture": mixture, "data.tokenizer": str(tmp_path / "bpe.json")}
         open_mixture(configured(texts, **fields))
 
@@ -216,7 +216,7 @@ def test_a_mistake_in_a_text_names_the_text(texts, tmp_path, path, problem):
     (tmp_path / "short" / "train").mkdir(parents=True)
     (tmp_path / "short" / "val").mkdir()
     for side in ("train", "val"):
-        (tmp_path / "short" / side / "a.txt").write_text(side)
+        (tmp_path / "short" / side / "a.txt").write_text(f"few {side}")
     mixture = {"web": (str(texts / "web"), 1), "bad": (str(tmp_path / path), 1)}
     with pytest.raises(UserError, match=f"^data.mixture: source 'bad': .*{problem}") as caught:
         open_mixture(configured(texts, **{"data.mixture": mixture})).train_batch(0)
@@ -232,3 +232,33 @@ def test_bits_per_byte_of_a_source_are_of_its_own_targets(texts):
         "bits_per_byte/web": pytest.approx(2 / math.log(2)),
         "bits_per_byte/code": pytest.approx(3 / math.log(2)),
     }
+
+
+def spaced(root):
+    """Texts of many short documents."""
+    rng = np.random.default_rng(1)
+    for name, count in (("web", 60), ("code", 30)):
+        for side, number in (("train", count), ("val", count // 3)):
+            (root / name / side).mkdir(parents=True)
+            for i in range(number):
+                letters = rng.choice(list(LETTERS[name]), rng.integers(3, 40)).astype(np.uint8)
+                (root / name / side / f"{i:03}.txt").write_bytes(bytes(letters))
+    return root
+
+
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_packed_rows_are_those_of_each_text(tmp_path, packing):
+    source = open_mixture(configured(spaced(tmp_path), **{"data.packing": packing}))
+    for step in range(12):
+        batch = source.train_batch(step)
+        assert batch.keys() == source.shapes(BATCH).keys() >= {"segment", "source"}
+        for i, number in enumerate(batch["source"]):
+            seen = set(batch["tokens"][i, 1:][batch["valid"][i]].tolist()) - {0}
+            assert seen and seen <= set(LETTERS[("web", "code")[number]])
+    counts = np.zeros(2, int)
+    for step in range(30):
+        counts += np.bincount(source.train_batch(step)["source"], minlength=2)
+    assert counts.tolist() == [168, 72]
+    evaluated = source.eval_batches(4, 10)
+    assert source.evaluated["tokens"] == sum(int(b["valid"].sum()) for b in evaluated)
+    assert source.about()["mixture"]["web"]["packing"]["train"]["rows"] > 0
