@@ -152,6 +152,7 @@ class RunData:
         if self.units.loss != units.PER_TOKEN or not known:
             return self
         factor = known[-1][BITS] * math.log(2) / known[-1]["loss"]
+        of_sources = _factors_of_sources(known[-1])
         saved = self.saved | {
             "units": self.units._asdict() | {"loss": units.PER_BYTE},
             "baselines": {n: x * factor for n, x in self.saved.get("baselines", {}).items()},
@@ -160,9 +161,14 @@ class RunData:
         return dataclasses.replace(
             self,
             saved=saved,
-            train=[row | {"loss": row["loss"] * factor} for row in self.train],
+            train=[
+                row | {"loss": row["loss"] * factor} | _multiplied(row, of_sources)
+                for row in self.train
+            ],
             held_out=[
-                row | {"loss": row[BITS] * math.log(2) if row.get(BITS) else math.nan}
+                row
+                | {"loss": row[BITS] * math.log(2) if row.get(BITS) else math.nan}
+                | _multiplied(row, of_sources)
                 for row in self.held_out
             ],
             leak=self.leak | of_leak,
@@ -188,6 +194,21 @@ class RunData:
     def finished(self) -> bool:
         """True if the last step of the config has been evaluated."""
         return any(row["step"] == self.field("train.steps") for row in self.held_out)
+
+
+def _factors_of_sources(row: Row) -> dict[str, float]:
+    """Tokens per byte of each source of a mixture, from a held-out row, by the key of its loss."""
+    return {
+        key: row[bits] * math.log(2) / value
+        for key, value in row.items()
+        if key.startswith("loss/") and value and row.get(bits := f"{BITS}/{key[5:]}")
+    }
+
+
+def _multiplied(row: Row, factors: Mapping[str, float]) -> Row:
+    """The numbers of the row that have a factor, times it; those that it lacks stay away."""
+    numbers = {key: row.get(key) for key in factors}
+    return {key: x * factors[key] for key, x in numbers.items() if isinstance(x, int | float)}
 
 
 def _gaps(folder: Path, about: dict[str, Any], rows: list[Row], timings: list[Row]) -> list[str]:

@@ -15,6 +15,7 @@ from moejax.sweep.statistics import (
     LEVEL,
     POWER,
     Difference,
+    Estimate,
     estimate,
     holm,
     outcome,
@@ -71,6 +72,8 @@ class Compared:
     leak: str
     marks: tuple[str, ...]
     trials: tuple[Point, ...]
+    by_source: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
+    """The loss on each source of a mixture, over the same seeds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,8 @@ def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, in
         lost = [seed for seed in _seeds(sweep, name) if (name, seed) in diverged]
         leak = own[name][0].leak if own[name] else ""
         decision = differences.get(name), corrected.get(name), unit_of(results)
-        variants.append(_compared(sweep, name, points, lost, leak, *decision))
+        compared = _compared(sweep, name, points, lost, leak, *decision)
+        variants.append(dataclasses.replace(compared, by_source=_by_source(own[name])))
     return Summary(
         source=sweep.source,
         baseline=baseline,
@@ -126,6 +130,16 @@ def compare(sweep: Sweep, results: Sequence[Result], diverged: set[tuple[str, in
         detectable=detectable_difference(sweep, seed_variance(sweep, results)),
         variants=tuple(variants),
     )
+
+
+def _by_source(results: Sequence[Result]) -> dict[str, Estimate]:
+    """The losses on the sources that all these trials have."""
+    names = [
+        name
+        for name in (results[0].loss_by_source if results else ())
+        if all(name in result.loss_by_source for result in results)
+    ]
+    return {name: estimate([r.loss_by_source[name] for r in results]) for name in names}
 
 
 def _seeds(sweep: Sweep, variant: str) -> list[int]:
@@ -237,6 +251,8 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 def _variant_to_json(variant: Compared) -> dict[str, Any]:
     tree = dataclasses.asdict(variant)
+    if not variant.by_source:
+        tree.pop("by_source")
     p_holm = tree.pop("p_holm")
     if tree["difference"]:
         tree["difference"]["p_holm"] = p_holm

@@ -68,6 +68,9 @@ class Result:
     """The unit of the loss."""
     missing_steps: int = 0
     """Steps whose rows are missing in metrics.jsonl; means over training leave them out."""
+    loss_by_source: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The held-out loss of each source of a mixture, in the same unit. results.csv has them as
+    loss/NAME."""
 
 
 def unit_of(results: Sequence[Result]) -> str:
@@ -133,7 +136,17 @@ def read_trial(folder: Path, trial: Trial) -> Result:
         leak=held_out["leak"],
         missing_steps=sum(last - first + 1 for first, last in gaps),
         unit=PER_BYTE if of_bytes else saved["units"]["loss"],
+        loss_by_source=_losses_by_source(saved, held_out, of_bytes is not None),
     )
+
+
+def _losses_by_source(saved: dict[str, Any], row: Row, per_byte: bool) -> dict[str, float]:
+    """The losses of the sources of a mixture; of text each per byte of its own."""
+    return {
+        name: row[f"loss/{name}"] / ((bytes_per_token(about) if per_byte else None) or 1.0)
+        for name, about in saved.get("mixture", {}).items()
+        if f"loss/{name}" in row
+    }
 
 
 def evaluated_bytes_per_token(saved: dict[str, Any], workdir: Path) -> float | None:
@@ -269,16 +282,20 @@ def write_csv(
     more = more or {}
     by_name = {(result.variant, result.seed): result for result in results}
     text = io.StringIO()
-    fields = [field.name for field in dataclasses.fields(Result)]
+    fields = [f.name for f in dataclasses.fields(Result) if f.name != "loss_by_source"]
+    sources = dict.fromkeys(f"loss/{name}" for r in results for name in r.loss_by_source)
     names = dict.fromkeys(name for row in more.values() for name in row)
-    header = [*fields[:3], "finished", *fields[3:], *names]
+    header = [*fields[:3], "finished", *fields[3:], *sources, *names]
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
     for trial in sweep.trials:
         result = by_name.get((trial.variant, trial.seed))
         known = {"variant": trial.variant, "seed": trial.seed, "id": trial.id}
         if result:
-            known = {k: v for k, v in dataclasses.asdict(result).items() if v is not None}
+            values = dataclasses.asdict(result)
+            apart = values.pop("loss_by_source")
+            known = {k: v for k, v in values.items() if v is not None}
+            known |= {f"loss/{name}": loss for name, loss in apart.items()}
         known |= more.get((trial.variant, trial.seed), {})
         writer.writerow({**known, "finished": int(result is not None)})
     write_whole(folder / "results.csv", text.getvalue())

@@ -55,7 +55,20 @@ def render(results: Sequence[Result], summary: Summary) -> str:
     if any(v.marks for v in variants):
         columns.append(("", "marks", [" ".join(v.marks) for v in variants]))
     notes = [textwrap.fill(note, NOTE_WIDTH) for note in [*_notes(summary), *_missing(results)]]
-    return "\n".join([align(columns), "", NOTES, *notes])
+    return "\n".join([align(columns), *_by_source(summary), "", NOTES, *notes])
+
+
+def _by_source(summary: Summary) -> list[str]:
+    """The held-out loss of each variant on each source of a mixture; nothing without one."""
+    names = dict.fromkeys(name for v in summary.variants for name in v.by_source)
+    if not names:
+        return []
+    columns: list[Column] = [("", "variant", [v.variant for v in summary.variants])]
+    for name in names:
+        own = [v.by_source.get(name) for v in summary.variants]
+        cells = [interval(each.mean, each.half_width) if each else "-" for each in own]
+        columns.append(("loss on", name, cells))
+    return ["", align(columns)]
 
 
 def _seeds(variant: Compared) -> str:

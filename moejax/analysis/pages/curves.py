@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from moejax.analysis import figures, health
 from moejax.analysis.figures import Scale
 from moejax.analysis.page import Block, Choice, Figure, Page, Warning
+from moejax.analysis.pages import by_source
 from moejax.analysis.run import RunData
 from moejax.train import scales
 
@@ -15,6 +16,11 @@ OF_ONE_TASK = {
     "auc": "Chance that an example with target 1 scores higher than one with target 0.",
 }
 """Rows of several tasks have these as mse/NAME and so on."""
+
+OF_ONE_SOURCE = {
+    "accuracy": "Share of the source's tokens whose target got the highest probability.",
+}
+"""Rows of a mixture have this as accuracy/NAME."""
 
 HITS = (0.0, 1.0)
 
@@ -48,7 +54,10 @@ def page(run: RunData) -> Page:
     blocks: list[Block] = [Warning(finding.text) for finding in health.leak(run)]
     if run.train or run.held_out:
         blocks.append(loss(run))
+    if apart := by_source.over_steps(run):
+        blocks.append(apart)
     auxiliary = sorted({key for row in run.train for key in row if key.startswith("aux/")})
+    of_one = OF_ONE_SOURCE if by_source.sources([run]) else OF_ONE_TASK
     others = {
         "gradient norm": ("grad_norm", "Norm of the gradient before clipping."),
         "learning rate": ("learning_rate", "Learning rate of the step."),
@@ -57,9 +66,9 @@ def page(run: RunData) -> Page:
             f"Share of {run.units.item}s whose target got the highest probability.",
         ),
         **{
-            key: (key, OF_ONE_TASK[key.partition("/")[0]])
+            key: (key, of_one[key.partition("/")[0]])
             for key in sorted({key for row in run.held_out for key in row if "/" in key})
-            if key.partition("/")[0] in OF_ONE_TASK
+            if key.partition("/")[0] in of_one
         },
         **{
             key.removeprefix("aux/"): (

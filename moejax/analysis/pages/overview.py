@@ -7,6 +7,7 @@ from typing import Any
 from moejax import gating
 from moejax.analysis import health
 from moejax.analysis.page import Block, Page, Table, Text, Warning
+from moejax.analysis.pages import by_source
 from moejax.analysis.pages.curves import loss
 from moejax.analysis.run import RunData
 from moejax.config import default, flatten, set_gate, to_dict
@@ -86,6 +87,9 @@ def _outcome(run: RunData) -> list[tuple[str, str]]:
         rows.append(("held-out loss", f"{held['loss']:.4f} {unit} at step {held['step']}"))
     if "bits_per_byte" in held:
         rows.append(("the same in bits", f"{held['bits_per_byte']:.4f} bits/byte"))
+    for name in by_source.sources([run]) if held else ():
+        if by_source.LOSS + name in held:
+            rows.append((f"loss on {name}", f"{held[by_source.LOSS + name]:.4f} {unit}"))
     if run.saved.get("baselines"):
         beside = [f"{name} {value:.4f}" for name, value in run.saved["baselines"].items()]
         rows.append(("without a model", f"{', '.join(beside)} {unit}"))

@@ -1,5 +1,6 @@
 """The comparison of runs: curves, final values, costs and differences of their configs."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from moejax.analysis import figures, health
 from moejax.analysis.page import Block, Choice, Figure, Page, Table, Text, Warning
-from moejax.analysis.pages import load
+from moejax.analysis.pages import by_source, load
 from moejax.analysis.pages.curves import SETTLED
 from moejax.analysis.pages.overview import QUARTER, at_end, flops_per_token
 from moejax.analysis.pages.sweep_curves import METRICS, converted, curve_scale
@@ -39,7 +40,8 @@ def page(several: Several) -> Page:
 
 def curves(several: Several) -> Page:
     options: dict[str, list[Block]] = {}
-    for name, (split, key) in METRICS.items():
+    apart = by_source.metrics(list(several.runs.values()))
+    for name, (split, key) in {**METRICS, **apart}.items():
         drawn = _curve(several.runs, name, split, key, several.unit)
         if drawn:
             options[name] = [drawn]
@@ -114,7 +116,8 @@ def _curve(runs: Runs, name: str, split: str, key: str, unit: str) -> Figure | N
     shown = [x for _, y in curves.values() for x in y[len(y) // SETTLED :] if np.isfinite(x)]
     scale = curve_scale(name, key, unit, shown)
     spec = figures.chart(traces, "step", scale, yaxis=scale.axis(shown), showlegend=True)
-    note = converted(list(runs.values())) if (split, key) == ("train", "loss") else ""
+    of_training = split == "train" and key.startswith("loss")
+    note = converted(list(runs.values())) if of_training else ""
     return Figure(spec, f"{name.capitalize()}, one run each.{note}", 400, f"curves-{name}")
 
 
@@ -134,6 +137,10 @@ def outcomes(several: Several) -> Table:
     rows: dict[str, Callable[[RunData], str]] = {
         f"held-out loss, {unit}": lambda run: _number(loss(run), ".4f"),
         "minus that of the first": difference,
+        **{
+            f"loss on {name}": functools.partial(_of_source, name)
+            for name in by_source.sources(runs.values())
+        },
         "at step": lambda run: str(run.held_out[-1]["step"] if run.held_out else "-"),
         f"training loss, {unit}": lambda run: _number(at_end(run, "loss"), ".4f"),
         "right predictions": lambda run: _held(run, "accuracy", lambda x: f"{x:.2%}"),
@@ -177,6 +184,10 @@ def _number(value: float, digits: str, unit: str = "") -> str:
 
 def _held(run: RunData, key: str, form: Callable[[float], str]) -> str:
     return form(run.held_out[-1][key]) if run.held_out and key in run.held_out[-1] else "-"
+
+
+def _of_source(name: str, run: RunData) -> str:
+    return _held(run, by_source.LOSS + name, lambda x: _number(x, ".4f"))
 
 
 def _leak(run: RunData) -> str:

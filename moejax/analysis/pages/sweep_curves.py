@@ -6,6 +6,7 @@ import numpy as np
 
 from moejax.analysis import figures
 from moejax.analysis.page import Block, Choice, Figure, Page
+from moejax.analysis.pages import by_source
 from moejax.analysis.run import RunData
 from moejax.analysis.sweep import SweepData
 from moejax.analysis.variants import by_name, legend, marked
@@ -29,7 +30,8 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 def page(sweep: SweepData) -> Page:
     options: dict[str, list[Block]] = {}
-    for name, (split, key) in METRICS.items():
+    runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
+    for name, (split, key) in {**METRICS, **by_source.metrics(runs)}.items():
         block = _metric(sweep, name, split, key)
         if block:
             options[name] = [block]
@@ -37,8 +39,8 @@ def page(sweep: SweepData) -> Page:
 
 
 def curve_scale(name: str, key: str, unit: str, values: Sequence[float]) -> figures.Scale:
-    """The scale of one of ``METRICS``; losses are in ``unit``."""
-    if key == "loss":
+    """The scale of one of ``METRICS``, or of the loss of a source; losses are in ``unit``."""
+    if key == "loss" or key.startswith(by_source.LOSS):
         return figures.loss(name, unit, values)
     if key == "grad_norm":
         least = scales.least_relative(values)
@@ -77,7 +79,7 @@ def _metric(sweep: SweepData, name: str, split: str, key: str) -> Block | None:
     scale = curve_scale(name, key, unit, shown)
     axis = scale.axis(shown)
     runs = [run for variant in sweep.variants for run in sweep.runs(variant)]
-    note = converted(runs) if (split, key) == ("train", "loss") else ""
+    note = converted(runs) if split == "train" and key.startswith("loss") else ""
     seeds = {v: len(finished) for v in sweep.variants if (finished := sweep.runs(v))}
     end = (
         "A click on a name hides its variant, a double click all others. Finished trials only, "
