@@ -80,7 +80,7 @@ def _load(config: Config, part: Part) -> Corpus:
     if is_prepared(os.path.expanduser(part.path)):  # its tokens are compared with the others'
         own.tokenizer = ""
     with _named(part.name):
-        return load(own)
+        return load(own, config.model.vocab_size)
 
 
 def _tokens(corpus: Corpus) -> str:
