@@ -120,14 +120,14 @@ class ImageSource:
         images = self.images
         row_N = spread_evenly(len(images.heldout_label_N), self.eval_rows)
         count_V = np.bincount(images.train_label_N, minlength=len(images.classes))
-        log_V = np.log(count_V / count_V.sum())
-        return {"class prior": float(-log_V[images.heldout_label_N[row_N]].mean())}
+        share_N = (count_V / count_V.sum())[images.heldout_label_N[row_N]]
+        return {"class prior": float(-np.log(share_N).mean())}
 
     def about(self) -> dict[str, Any]:
         return {"classes": list(self.images.classes)}
 
     def facts(self) -> dict[str, str]:
-        return {}
+        return {"format": self.images.source} if self.images.source else {}
 
     def warnings(self) -> list[str]:
         return few_rows(len(self.images.heldout_label_N), "image")

@@ -13,6 +13,7 @@ from PIL import Image
 from moejax.config import load
 from moejax.train import setup
 from tests import meshes
+from tests.tasks.images import formats
 from tests.train import runs, sharing
 from tests.train.runs import ROOT, call, call_as_a_user, refused
 
@@ -193,6 +194,39 @@ def test_the_page_reaches_98_percent(tmp_path):
     assert row["accuracy"] >= 0.98  # what was asked of this page; docs/images.md has other seeds
 
 
+# Other formats.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["parquet", "tar", "idx", "cifar10", "cifar100"])
+def test_a_run_on_every_format_equals_one_on_the_same_pictures_in_folders(tmp_path, form):
+    shape = {"idx": (9, 7), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}.get(form, (8, 8, 3))
+    names = "012" if form in ("idx", "tar") else formats.NAMES
+    sides = formats.make(0, shape, (5, 5, 5)), formats.make(1, shape, (3, 3, 3))
+    for side, pictures in zip(("train", "test"), sides, strict=True):
+        formats.save_folder(tmp_path / "folder" / side, pictures, names)
+        if form == "parquet":
+            formats.save_parquet(tmp_path / form / f"{side}-00000-of-00001.parquet", pictures)
+        elif form == "tar":
+            formats.save_tars(tmp_path / form, pictures, side)
+        elif form == "idx":
+            formats.save_idx(tmp_path / form, {"test": "t10k"}.get(side, side), pictures, True)
+    if form.startswith("cifar"):
+        getattr(formats, f"save_{form}")(tmp_path / form, *sides)
+    found = []
+    for path in (form, "folder"):
+        workdir = tmp_path / "runs" / path
+        argv = command(
+            workdir, data__path=tmp_path / path, train__steps=3, train__log_every=1,
+            train__eval_every=3, train__batch_size=8, report__probe_rows=2,
+        )  # fmt: skip
+        ended = call(argv)
+        assert ended.status == 0, ended.err
+        assert ("\nformat " in ended.out) == (path == form)
+        found.append([(r["step"], r["split"], r["loss"]) for r in runs.rows(workdir)])
+    assert found[0] == found[1] and len(found[0]) >= 4
+
+
 # What is refused.
 
 
@@ -232,6 +266,19 @@ def test_bad_images_are_reported_in_one_line_and_nothing_is_written(pictures, tm
     refused(command(tmp_path / "run", data__eval_fraction=1.5), "data.eval_fraction=1.5 must be")
     refused(command(tmp_path / "run", train__seq_len=3), "train.seq_len")
     refused([*command(tmp_path / "run"), "--config.moe.allow_future_leak=True"], "allow_future")
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_images_are_refused_in_one_line_and_nothing_is_written(tmp_path):
+    argv = command(tmp_path / "run", data__path=tmp_path / "data")
+    sides = formats.make(0, (8, 8)), formats.make(1, (8, 8), (2, 2, 2))
+    for side, pictures in zip(("train", "t10k"), sides, strict=True):
+        formats.save_idx(tmp_path / "data", side, pictures)
+    cut = tmp_path / "data" / "t10k-images-idx3-ubyte"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    refused(argv, str(cut), "it is truncated")
+    formats.save_parquet(tmp_path / "data" / "a.parquet", sides[0])
+    refused(argv, "is Parquet, and", "IDX; name the files of one format")
     assert not (tmp_path / "run").exists()
 
 
