@@ -12,9 +12,12 @@ from moejax.errors import UserError
 from moejax.tasks.images.decode import MODES, decode
 from moejax.tasks.images.decode import read_image as read_image
 from moejax.tasks.images.digits import DIGITS, TOP, read_digits
-from moejax.tasks.images.formats.folder import SIDES as SIDES
+from moejax.tasks.images.formats.files import SIDES as SIDES
 from moejax.tasks.images.formats.format import Found
 from moejax.tasks.images.formats.table import find_pictures
+
+PART = 256
+"""Images that are counted together."""
 
 SPLIT_SEED = 0
 """The same images are held out in all runs, so that accuracies can be compared."""
@@ -169,11 +172,15 @@ def _assemble(
 def _moments(pixels_NHWC: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation by channel, from exact counts, without a float copy of the data."""
     values = np.arange(256) / top
+    counts = np.zeros((pixels_NHWC.shape[-1], 256), np.int64)
+    for begin in range(0, len(pixels_NHWC), PART):  # bincount makes 8 bytes of one
+        for channel, count in enumerate(counts):
+            count += np.bincount(
+                pixels_NHWC[begin : begin + PART, ..., channel].ravel(), minlength=256
+            )
     means, stds = [], []
-    for channel in range(pixels_NHWC.shape[-1]):
-        share = np.bincount(pixels_NHWC[..., channel].ravel(), minlength=256) / (
-            pixels_NHWC[..., channel].size
-        )
+    for count in counts:
+        share = count / count.sum()
         mean = share @ values
         means.append(mean)
         stds.append(np.sqrt(share @ np.square(values - mean)) or 1.0)

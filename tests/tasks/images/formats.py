@@ -115,9 +115,14 @@ def save_cifar100(folder: Path, train, test, names=NAMES):
 
 
 def write_tar(path: Path, members) -> None:
+    """An archive of (name, content); a link where the content is None."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
+            if data is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "elsewhere"
+                tar.addfile(info)
+                continue
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

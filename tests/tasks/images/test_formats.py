@@ -11,6 +11,7 @@ from PIL import Image
 
 from moejax.errors import UserError
 from moejax.tasks.images.dataset import Images, load_images
+from moejax.tasks.images.formats.files import side_of
 from tests.tasks.images.formats import (
     NAMES,
     idx,
@@ -255,6 +256,15 @@ def test_labels_outside_the_classes_are_named(tmp_path):
     refused(tmp_path / "c", "label 3 of", "data_batch_5.bin:3 is not in [0, 3)")
 
 
+def test_words_beside_names_of_classes_are_refused(tmp_path):
+    save_parquet(tmp_path / "a.parquet", TRAIN)
+    table = pq.read_table(tmp_path / "a.parquet")
+    words = pa.array([NAMES[label] for _, label in TRAIN])
+    pq.write_table(table.set_column(1, "label", words), tmp_path / "a.parquet")
+    assert b"huggingface" in pq.read_schema(tmp_path / "a.parquet").metadata
+    refused(tmp_path, "a.parquet:1 is a word, but", "names 3 classes (cat, dog, eel)")
+
+
 def test_files_with_other_classes_or_kinds_of_labels_are_refused(tmp_path):
     save_parquet(tmp_path / "a.parquet", TRAIN)
     save_parquet(tmp_path / "b.parquet", TRAIN, names=("cat", "dog", "fox"))
@@ -285,6 +295,7 @@ def test_files_with_other_classes_or_kinds_of_labels_are_refused(tmp_path):
         ([("a.png", b"x"), ("a.png", b"x"), ("a.cls", b"0")], "two members .png"),
         ([("a.png", b"x"), ("b.png", b"x"), ("a.cls", b"0")], "a.tar:1 (a) has no label"),
         ([("data_batch_1.bin", b"x")], "has no picture"),
+        ([("a.png", None)], "'a.png' in"),
         ([], "holds no pictures"),
     ],
 )
@@ -408,6 +419,38 @@ def test_several_formats_in_a_folder_are_refused(tmp_path):
     save_folder(tmp_path / "mixed", TRAIN)
     save_parquet(tmp_path / "mixed" / "a.parquet", TRAIN)
     refused(tmp_path / "mixed", "is Parquet, and", "0000.png' a picture file")
+
+
+def test_two_sets_in_a_folder_are_not_joined(tmp_path):
+    for name in ("MNIST", "FashionMNIST"):
+        save_idx(tmp_path / "a" / name / "raw", "train", GREY[0])
+        save_idx(tmp_path / "a" / name / "raw", "t10k", GREY[1])
+    refused(tmp_path / "a", "are of two sets; name the folder of one", tmp_path / "a" / "MNIST")
+    for config in ("plain", "augmented"):
+        for side, pictures in (("train", TRAIN), ("test", TEST)):
+            save_parquet(tmp_path / "b" / config / f"{side}-00000-of-00001.parquet", pictures)
+    refused(tmp_path / "b", "are of two sets")
+    for side, pictures in (("train", TRAIN), ("test", TEST)):  # the same name on two sides
+        save_parquet(tmp_path / "c" / side / "data-00000-of-00001.parquet", pictures)
+    assert len(load_images(str(tmp_path / "c"), 6, 3).heldout_label_N) == 6
+
+
+@pytest.mark.parametrize(
+    "name, side",
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("imagenet1k-validation-00.tar", "validation"),
+        ("val_images_0001.tar.gz", "val"),
+        ("dev.tar", "dev"),
+        ("Test/part-0.parquet", "test"),
+        ("train/test-0.parquet", "train"),
+        ("contest-0.tar", ""),
+        ("train-test-0.tar", ""),
+        ("web/shard-000.tar", ""),
+    ],
+)
+def test_the_side_is_a_folder_or_the_only_such_word_of_a_name(name, side):
+    assert side_of(name) == side
 
 
 def test_one_side_of_a_split_is_refused_in_a_folder(tmp_path):

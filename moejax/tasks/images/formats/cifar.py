@@ -48,7 +48,7 @@ class Cifar:
         return "test" if re.fullmatch(self.test, base) else ""
 
     def companions(self, name: str) -> tuple[str, ...]:
-        return self.complete if self.side(name) == "train" else ()
+        return self.complete if self.side(name) == "train" else (name,)
 
     def labels(self, path: str) -> Labels:
         return Labels(

@@ -27,7 +27,12 @@ def number_labels(
                 f"data.path: {path!r} names {_some(names)}, and {paths[0]!r} {_some(first)}; write "
                 "them with the same classes"
             )
-    kinds = {type(value) for _, values in enumerate(labels) for value in values.values}
+    kinds = {type(value) for values, _ in labels for value in values}
+    if first and str in kinds:
+        raise UserError(
+            f"data.path: the label of {_place(paths, labels, str)} is a word, but {paths[0]!r} "
+            f"names {_some(first)}; write labels as numbers of these"
+        )
     if len(kinds) > 1:
         raise UserError(
             f"data.path: labels are words at {_place(paths, labels, str)} and numbers at "
@@ -35,7 +40,7 @@ def number_labels(
         )
     for path, (values, _) in zip(paths, labels, strict=True):
         for row, value in enumerate(values, 1):
-            if isinstance(value, int) and not 0 <= value < (len(first) or 1 << 31):
+            if isinstance(value, int) and (value < 0 or first and value >= len(first)):
                 classes = f"is not in [0, {len(first)}), {_some(first)}" if first else "is negative"
                 raise UserError(
                     f"data.path: the label {value} of {path}:{row} {classes}; leave out pictures "

@@ -9,10 +9,9 @@ from typing import NamedTuple
 from moejax.data.split import EVAL_FOLDERS, TRAIN_NAMES
 from moejax.errors import UserError
 
-SIDE = re.compile(
-    rf"(?:.*[-_.])?({'|'.join((*TRAIN_NAMES, *EVAL_FOLDERS))})(?:[-_.]?\d[\w-]*)?(?:\.[a-z]\w*)*"
-)
-"""File names of one side: train.parquet, test-00000-of-00002.parquet, imagenet-val-000017.tar."""
+SIDES = (*TRAIN_NAMES, *EVAL_FOLDERS)
+"""Names that mean a side of a split and are hardly ever names of classes."""
+BETWEEN_WORDS = re.compile(r"[-_. \d]+")
 SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\..*)?")
 """A file of a numbered set, as Hugging Face and TensorFlow name it."""
 
@@ -71,13 +70,17 @@ def _below(folder: str) -> Iterator[File]:
 
 
 def side_of(name: str) -> str:
-    """The side in a file's name: that of its outermost folder with one, or of the file; or ""."""
+    """The side in a file's name, or "".
+
+    It is the name of the outermost folder that is one, or else the only one among the words of the
+    file's name, as in imagenet-val-000017.tar.
+    """
     *folders, file = name.lower().split("/")
     for folder in folders:
-        if folder in (*TRAIN_NAMES, *EVAL_FOLDERS):
+        if folder in SIDES:
             return folder
-    match = SIDE.fullmatch(file)
-    return match[1] if match else ""
+    words = set(BETWEEN_WORDS.split(file)) & set(SIDES)
+    return words.pop() if len(words) == 1 else ""
 
 
 def shards_of(name: str) -> tuple[str, ...]:

@@ -9,10 +9,8 @@ from jaxtyping import Int32
 
 from moejax.data.split import EVAL_FOLDERS
 from moejax.errors import UserError
+from moejax.tasks.images.formats.files import SIDES
 from moejax.tasks.images.formats.format import SUFFIXES, Found, Picture, Pictures
-
-SIDES = ("train", "training", *EVAL_FOLDERS)
-"""Folder names that mean a side of a split and are hardly ever names of classes."""
 
 
 def find_images(path: str) -> Found:

@@ -76,7 +76,11 @@ class Format(Protocol):
         ...
 
     def companions(self, name: str) -> tuple[str, ...]:
-        """Names of the files that must be in the same folder for the set to be whole."""
+        """Names of the files that make up its set, itself included; they are in one folder. Empty
+        if the name does not tell.
+
+        ``name`` has no folder.
+        """
         ...
 
     def labels(self, path: str) -> Labels:

@@ -17,7 +17,7 @@ from moejax.errors import UserError
 from moejax.tasks.images.formats.files import side_of
 from moejax.tasks.images.formats.format import Labels, Picture, damaged, most_bytes, reading
 
-NAME = re.compile(r"(.*[-_])?(train|t10k|test|val|validation)-images([-.])idx3-ubyte(\.gz)?", re.I)
+NAME = re.compile(r"(train|t10k|test|val|validation)-images([-.])idx3-ubyte(\.gz)?", re.I)
 BYTES = 8
 """The element type of unsigned bytes."""
 AT_ONCE = 1 << 20
@@ -39,11 +39,11 @@ class Idx:
 
     def side(self, name: str) -> str:
         match = NAME.fullmatch(name.rpartition("/")[2])
-        side = match[2].lower() if match else side_of(name)
+        side = match[1].lower() if match else side_of(name)
         return "test" if side == "t10k" else side
 
     def companions(self, name: str) -> tuple[str, ...]:
-        return ()
+        return (name,)
 
     def labels(self, path: str) -> Labels:
         beside = _labels_beside(path)
@@ -84,8 +84,8 @@ def _labels_beside(path: str) -> str:
     folder, name = os.path.split(path)
     match = NAME.fullmatch(name)
     assert match, path
-    prefix, side, dot, _ = match.groups(default="")
-    plain = os.path.join(folder, f"{prefix}{side}-labels{dot}idx1-ubyte")
+    side, dot, _ = match.groups()
+    plain = os.path.join(folder, f"{side}-labels{dot}idx1-ubyte")
     for candidate in (plain, plain + ".gz"):
         if os.path.exists(candidate):
             return candidate

@@ -66,7 +66,7 @@ class Parquet:
         row = 0
         with (
             reading(path, WHAT, *_errors()),
-            pq.ParquetFile(path, buffer_size=BUFFER) as file,  # not a whole row group at once
+            pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file,  # page by page
         ):
             column = _image_column(path, file.schema_arrow, _features(path, file.schema_arrow))
             for batch in file.iter_batches(ROWS, columns=[column]):
@@ -95,7 +95,11 @@ def _features(path: str, schema: Any) -> dict[str, Any]:
         return {}
     try:
         features = json.loads(text)["info"]["features"]
-        return {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+        declared = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+        for kind in declared.values():
+            if not all(isinstance(name, str) for name in kind.get("names") or ()):
+                raise TypeError("names of classes that are no words")
+        return declared
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, WHAT, f"metadata 'huggingface': {error!r}") from error
 

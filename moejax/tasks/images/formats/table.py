@@ -66,9 +66,10 @@ def find_pictures(path: str) -> Found:
             f"data.path: {files[0].path!r} is {form.name}, and {path_of_other!r} {name}; name the "
             "files of one format, or a folder that has no others"
         )
-    if found.whole:
-        _check_complete(form, files)
     sides = split_files(files, [form.side(f.name) for f in files], found.whole, path)
+    if found.whole:
+        _check_sets(form, sides.train)
+        _check_sets(form, sides.heldout)
     return _found(form, sides)
 
 
@@ -104,21 +105,26 @@ def _stream(form: Format, paths: Sequence[str]) -> Iterator[Picture]:
         yield from form.pictures(path)
 
 
-def _check_complete(form: Format, files: Sequence[File]) -> None:
-    """Raise UserError for a file of a numbered set that is not there, as after a broken copy."""
+def _check_sets(form: Format, files: Sequence[File]) -> None:
+    """Raise UserError if a side has a part of a set, as after a broken copy, or two sets."""
     there = {file.path for file in files}
-    checked: set[str] = set()
+    folders: dict[str, str] = {}
     for file in files:
         folder, base = os.path.split(file.path)
-        if file.path in checked:
+        if base in folders or not (together := form.companions(base)):
+            if folders.get(base, folder) != folder:
+                raise UserError(
+                    f"data.path: {file.path!r} and the file of that name in {folders[base]!r} are "
+                    "of two sets; name the folder of one (or all files, data.path=FILE,FILE)"
+                )
             continue
-        for name in form.companions(base):
+        for name in together:
+            folders[name] = folder
             if os.path.join(folder, name) not in there:
                 raise UserError(
                     f"data.path: {file.path!r} belongs to a set without its {name!r}; add it, or "
                     "name the files to read (data.path=FILE,FILE)"
                 )
-            checked.add(os.path.join(folder, name))
 
 
 def _refuse_others(found: Files) -> None:

@@ -109,6 +109,11 @@ def _members(path: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
         for member in tar:
             if member.size > limit:
                 raise damaged(path, WHAT, f"{member.name!r} is longer than the archive")
+            if member.issym() or member.islnk():
+                raise UserError(
+                    f"data.path: {member.name!r} in {path!r} is a link; write the archive anew "
+                    "with the files themselves (tar --dereference --hard-dereference)"
+                )
             if member.isfile():
                 yield member.name, functools.partial(_content, path, tar, member)
         file.seek(tar.offset)
