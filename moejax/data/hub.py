@@ -24,8 +24,8 @@ def is_hub(path: str) -> bool:
     return path.startswith(PREFIX)
 
 
-class HubTexts:
-    """The documents of a split: see `moejax.data.stream.texts.Texts`.
+class HubUnits:
+    """The documents of a split: see `moejax.data.stream.units.Units`.
 
     Raises:
       UserError: the library is not installed, it cannot load the data set, or there is no such
@@ -97,11 +97,11 @@ class HubTexts:
 
 def _record(place: str, text: object) -> Record | Bad:
     if not isinstance(text, str):
-        return Bad(place, f"its text is {'null' if text is None else type(text).__name__}")
+        return Bad(place, f"has {'null' if text is None else type(text).__name__} for a text")
     try:
         return Record(place, text.encode())
     except UnicodeEncodeError:
-        return Bad(place, "its text has half of a surrogate pair, which is not a character")
+        return Bad(place, "has half of a surrogate pair, which is not a character")
 
 
 def _parsed(path: str, field: str) -> tuple[str, dict[str, str]]:

@@ -13,7 +13,7 @@ input, and its state is found again only by reading from the beginning of the un
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64, Integer
@@ -25,6 +25,11 @@ from moejax.errors import UserError
 BLOCK = 1 << 22
 """Tokens of a block: 4096 rows of 1024. Rows of one block are shuffled, so that more is better; but
 the first step waits for a block, a tokenizer takes seconds for this many, and memory holds four."""
+
+
+def rows_of_block(seq_len: int) -> int:
+    """Rows of a block that is not the last of its epoch."""
+    return max(BLOCK // seq_len, 1)
 
 
 class Place(NamedTuple):
@@ -49,6 +54,7 @@ START = Place(0, 0, 0, 0, 0, 1)
 """The first document of an epoch has no separator before it."""
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Numbered rows of a block."""
 
@@ -85,7 +91,6 @@ class Blocks:
       make_rows: makes rows of a block's tokens.
       whole: a block ends with a document. Otherwise its rows are windows: it has
         ``rows * seq_len + 1`` tokens, and the last is the first of the next block.
-      size: tokens of a block.
 
     Raises:
       UserError: from ``next``, if an epoch has not enough text for one row.
@@ -98,11 +103,10 @@ class Blocks:
         seq_len: int,
         make_rows: MakeRows,
         whole: bool = False,
-        size: int = BLOCK,
     ) -> None:
         self._documents, self._before, self._make_rows = documents, before, make_rows
         self._seq_len, self._whole = seq_len, whole
-        self._wanted = max(size // seq_len, 1) * seq_len
+        self._wanted = rows_of_block(seq_len) * seq_len
         self.set_state({"place": START})
 
     def get_state(self) -> dict[str, Any]:

@@ -6,13 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt
 
-from moejax.data.documents import Document, Piece, character_start
+from moejax.data.documents import Document, cut
 from moejax.data.formats.format import Record
 from moejax.data.tokenizers.interface import Tokenizer, token_dtype
 from moejax.errors import UserError
 
-PIECE = 1 << 20
-"""Most bytes that are tokenised at once, as of a corpus in memory: the tokens are the same."""
 GATHERED = 1 << 20
 """Bytes of short documents that are gathered for a tokenizer that works in parallel."""
 
@@ -50,7 +48,8 @@ def sized(
     record: Record, tokenizer: Tokenizer, field: str
 ) -> tuple[UInt[np.ndarray, " N"], UInt[np.ndarray, " N"]]:
     """A document's tokens, and the bytes that each of them encodes."""
-    pieces = list(_pieces(record, Document(str(record.place), str(record.place), 0, field=field)))
+    place = str(record.place)
+    pieces = list(cut(Document(place, place, len(record.data), field=field), record.data))
     tokens = [ids.astype(token_dtype(tokenizer.vocab_size)) for ids in tokenizer.encode(pieces)]
     sizes = [tokenizer.sizes(piece, own) for piece, own in zip(pieces, tokens, strict=True)]
     return np.concatenate(tokens), np.concatenate(sizes)
@@ -58,7 +57,7 @@ def sized(
 
 def _encode(gathered: list[Numbered], tokenizer: Tokenizer, field: str) -> Iterator[Encoded]:
     nameless = Document("", "", 0, field=field)
-    pieces = [list(_pieces(each.record, nameless)) for each in gathered]
+    pieces = [list(cut(nameless, each.record.data)) for each in gathered]
     try:
         token_ids = iter(tokenizer.encode([piece for own in pieces for piece in own]))
     except UserError:  # a place in words may cost reading a file, so that only this one is asked
@@ -69,15 +68,3 @@ def _encode(gathered: list[Numbered], tokenizer: Tokenizer, field: str) -> Itera
     for each, own in zip(gathered, pieces, strict=True):
         tokens = np.concatenate([next(token_ids).astype(dtype) for _ in own])
         yield Encoded(each.unit, each.number, tokens)
-
-
-def _pieces(record: Record, document: Document) -> Iterator[Piece]:
-    """The record in pieces of at most 1 MiB, cut after a line or between characters."""
-    data, begin = record.data, 0
-    while begin < len(data):
-        end = min(begin + PIECE, len(data))
-        if end < len(data):
-            newline = data.rfind(b"\n", begin, end)
-            end = newline + 1 if newline >= 0 else max(character_start(data, end), begin + 1)
-        yield Piece(document, data[begin:end], is_first=begin == 0)
-        begin = end

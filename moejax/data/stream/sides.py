@@ -16,7 +16,7 @@ from jaxtyping import Int64, UInt
 
 from moejax.data.batches import endless_order
 from moejax.data.stream.encode import Numbered, encoded, sized
-from moejax.data.stream.texts import Reader
+from moejax.data.stream.units import Reader
 from moejax.data.tokenizers.interface import SIZE, Tokenizer, joints, token_dtype
 from moejax.errors import UserError
 

@@ -14,16 +14,16 @@ from jaxtyping import Int64, Integer
 from moejax.config import Config
 from moejax.data.batches import endless_order
 from moejax.data.corpus import Corpus, Facts, Origin
-from moejax.data.hub import PREFIX, HubTexts, is_hub
+from moejax.data.hub import PREFIX, HubUnits, is_hub
 from moejax.data.paths import expand
 from moejax.data.shards import is_prepared
-from moejax.data.split import Split, check_fraction, named_sides
+from moejax.data.split import check_fraction, named_sides
 from moejax.data.stream.batches import StreamBatches, as_place
-from moejax.data.stream.blocks import BLOCK, Blocks, Rows
+from moejax.data.stream.blocks import Blocks, Rows, rows_of_block
 from moejax.data.stream.encode import Encoded, Numbered, encoded
 from moejax.data.stream.sides import Sides, Survey, survey
-from moejax.data.stream.texts import FileTexts, Reader, Texts
-from moejax.data.tokenizers.interface import joints
+from moejax.data.stream.units import FileUnits, Reader, Units
+from moejax.data.tokenizers.interface import before_documents, joints
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 from moejax.tasks.language.remarks import FEW, few_held_out
@@ -92,8 +92,12 @@ def corpus_of(found: Survey) -> Corpus:
             split=found.sides.rule,
             heldout_documents=len(found.heldout_start_D),
             separator=tokenizer.separator_token,
+            opening=tokenizer.decode(before_documents(tokenizer)),
         ),
-        origin=Origin(Split((), ()), tokenizer),
+        origin=Origin(None, tokenizer),
+        opening=before_documents(tokenizer),
+        train_start_D=found.sample_start_D,
+        heldout_start_D=found.heldout_start_D,
     )
 
 
@@ -102,42 +106,20 @@ class StreamSource(TextSource):
     """Rows made of a stream of documents while they are trained on.
 
     ``corpus`` has the held-out side, and as its training side a sample that n-gram models and gates
-    count. ``block``: tokens that are shuffled together.
+    count.
     """
 
     survey: Survey
-    block: int = BLOCK
 
     @functools.cached_property
     def train(self) -> StreamBatches:  # pyright: ignore[reportIncompatibleVariableOverride]
-        blocks = Blocks(
-            self._documents,
-            np.array(joints(self.survey.tokenizer)[1].tokens),
-            self.seq_len,
-            self._rows,
-            size=self.block,
-        )
+        before = np.array(joints(self.survey.tokenizer)[1].tokens)
+        blocks = Blocks(self.documents, before, self.seq_len, _MakeRows(self.seq_len))
         return StreamBatches(blocks, self.batch_size, self.seed)
 
-    def _documents(self, epoch: int, unit: int, number: int) -> Iterator[Encoded]:
-        """The documents of an epoch that are trained on, from a place on."""
-        sides = self.survey.sides
-        reader = sides.train
-        units = len(reader.texts)
-        order = endless_order(units, self.seed)
-
-        def trained() -> Iterator[Numbered]:
-            for position in range(unit, units):
-                first = number if position == unit else 0
-                at = int(order[epoch * units + position])
-                for own, record in reader.read(at, first):
-                    if not sides.is_held_out(record.data):
-                        yield Numbered(position, own, record)
-
-        return encoded(trained(), self.survey.tokenizer, reader.texts.field)
-
-    def _rows(self, tokens_N: Integer[np.ndarray, " N"], start_D: Int64[np.ndarray, " D"]) -> Rows:
-        return Windows(tokens_N, self.seq_len, "training")
+    @property
+    def documents(self) -> "TrainDocuments":
+        return TrainDocuments(self.survey, self.seed)
 
     def size(self) -> tuple[int | None, int]:
         return None, self.corpus.heldout_N.size
@@ -166,8 +148,8 @@ class StreamSource(TextSource):
 
     @property
     def _order(self) -> str:
-        what = "files" if isinstance(self.survey.sides.train.texts, FileTexts) else "shards"
-        rows = max(self.block // self.seq_len, 1)
+        what = "files" if isinstance(self.survey.sides.train.texts, FileUnits) else "shards"
+        rows = rows_of_block(self.seq_len)
         return f"{what} and their parts shuffled, then rows within blocks of {rows}"
 
     def facts(self) -> dict[str, str]:
@@ -187,6 +169,46 @@ class StreamSource(TextSource):
     def warnings(self) -> list[str]:
         tokens = len(self.corpus.heldout_N)
         return [few_held_out(tokens)] if tokens < FEW and self.survey.complete else []
+
+
+# These do not refer to the source: the thread that reads ahead would keep it alive, and the source
+# the thread.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainDocuments:
+    """The documents that are trained on, in the order of each epoch."""
+
+    survey: Survey
+    seed: int
+
+    def __call__(self, epoch: int, unit: int, number: int) -> Iterator[Encoded]:
+        """Those of an epoch from a place on: see `moejax.data.stream.blocks.Documents`."""
+        reader = self.survey.sides.train
+        records = self._records(epoch, unit, number)
+        return encoded(records, self.survey.tokenizer, reader.texts.field)
+
+    def _records(self, epoch: int, unit: int, number: int) -> Iterator[Numbered]:
+        sides = self.survey.sides
+        units = len(sides.train.texts)
+        order = endless_order(units, self.seed)
+        for position in range(unit, units):
+            first = number if position == unit else 0
+            for own, record in sides.train.read(int(order[epoch * units + position]), first):
+                if not sides.is_held_out(record.data):
+                    yield Numbered(position, own, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeRows:
+    """Rows of a block."""
+
+    seq_len: int
+
+    def __call__(
+        self, tokens_N: Integer[np.ndarray, " N"], start_D: Int64[np.ndarray, " D"]
+    ) -> Rows:
+        return Windows(tokens_N, self.seq_len, "training")
 
 
 class _Report:
@@ -209,7 +231,7 @@ class _Report:
             )
 
 
-def _texts(data: Any) -> tuple[Texts, Texts | None, str]:
+def _texts(data: Any) -> tuple[Units, Units | None, str]:
     """The documents to train on, the held-out ones where they are others, and the rule in words."""
     heldout = _open(data.eval_path, data.text_field, "data.eval_path") if data.eval_path else None
     if heldout:
@@ -219,7 +241,7 @@ def _texts(data: Any) -> tuple[Texts, Texts | None, str]:
         if sides:
             name = _name(data.path)
             train, held = (
-                FileTexts(files, data.text_field, name) for files in (sides.train, sides.heldout)
+                FileUnits(files, data.text_field, name) for files in (sides.train, sides.heldout)
             )
             return train, held, sides.rule
     check_fraction(data.eval_fraction)
@@ -227,10 +249,10 @@ def _texts(data: Any) -> tuple[Texts, Texts | None, str]:
     return _open(data.path, data.text_field, "data.path"), None, rule
 
 
-def _open(path: str, text_field: str, field: str) -> Texts:
+def _open(path: str, text_field: str, field: str) -> Units:
     if is_hub(path):
-        return HubTexts(path, text_field, field)
-    return FileTexts(expand(path, field), text_field, _name(path))
+        return HubUnits(path, text_field, field)
+    return FileUnits(expand(path, field), text_field, _name(path))
 
 
 def _name(path: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from moejax.data.census import is_utf8
 from moejax.data.documents import Document, character_start
 from moejax.data.formats.format import Bad, Record, Span
+from moejax.data.formats.plain import CompressedText
 from moejax.data.formats.table import formats_of
 from moejax.errors import UserError
 
@@ -21,7 +22,7 @@ NEAR = 1 << 16
 
 
 @runtime_checkable
-class Texts(Protocol):
+class Units(Protocol):
     """Documents in units; memory holds the names of files, and none of their text.
 
     Attributes:
@@ -56,7 +57,7 @@ class Texts(Protocol):
         ...
 
 
-class FileTexts:
+class FileUnits:
     """The documents of files, read by their formats.
 
     A unit is a span of a file: of about 4 MiB where the format can be read from the middle, the
@@ -68,13 +69,15 @@ class FileTexts:
     """
 
     def __init__(self, files: Sequence[Document], text_field: str, name: str) -> None:
-        self.name, self.field = name, files[0].field
-        self.size = sum(file.size for file in files)
-        self._files, self._text_field = files, text_field
-        self._formats = formats_of([file.path for file in files], self.field)
+        self.name, self.field, self._text_field = name, files[0].field, text_field
+        found = list(zip(files, formats_of([file.path for file in files], self.field), strict=True))
+        # Plain text beside files of records, such as a README, is no part of the data.
+        records = [(f, kind) for f, kind in found if kind and not isinstance(kind, CompressedText)]
+        self._files, self._formats = zip(*(records or found), strict=True)
+        self.size = sum(file.size for file in self._files)
         self._spans = [
             _stretches(file) if kind is None else kind.spans(file, UNIT)
-            for file, kind in zip(files, self._formats, strict=True)
+            for file, kind in zip(self._files, self._formats, strict=True)
         ]
         self._ends = list(itertools.accumulate(map(len, self._spans)))
 
@@ -131,7 +134,7 @@ class Reader:
       report: gets a line about each record that is left out.
     """
 
-    texts: Texts
+    texts: Units
     skip: bool
     utf8: bool
     report: Callable[[str], None]
@@ -144,14 +147,14 @@ class Reader:
         """
         for number, found in enumerate(self.texts.read(unit, record), record):
             if isinstance(found, Record) and self.utf8 and not is_utf8(found.data):
-                found = Bad(found.place, "it is not UTF-8")
+                found = Bad(found.place, "is not UTF-8")
             if isinstance(found, Record):
                 if found.data:
                     yield number, found
             elif self.skip:
-                self.report(f"{found.place}: {found.reason}")
+                self.report(f"{found.place} {found.reason}")
             else:
                 raise UserError(
-                    f"{self.texts.field}: {found.place}: {found.reason}; repair it, or leave such "
-                    "records out with data.on_error=skip"
+                    f"{self.texts.field}: {found.place} {found.reason}; repair it, or set "
+                    "data.on_error=skip to leave such records out"
                 )
