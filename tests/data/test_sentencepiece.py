@@ -7,8 +7,6 @@ import pathlib
 import numpy as np
 import pytest
 import sentencepiece
-
-from moejax.data.documents import Document, Piece, find_documents
 from moejax.data.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -16,6 +14,8 @@ from moejax.data.tokenizer import (
     encode_sized,
     load_tokenizer,
 )
+
+from moejax.data.documents import Document, Piece, find_documents
 from moejax.errors import UserError
 
 LOSSLESS = {

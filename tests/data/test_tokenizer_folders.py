@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 import tokenizers
+from moejax.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from moejax.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
 from moejax.errors import UserError
 from tests.data.test_sentencepiece import piece, trained
 

@@ -27,8 +27,8 @@ from moejax.data.tokenizers.interface import before_documents, joints
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 from moejax.tasks.language.remarks import FEW, few_held_out
+from moejax.tasks.language.rows import train_rows
 from moejax.tasks.language.source import TextSource
-from moejax.tasks.language.windows import Windows
 
 
 def is_stream(data: Any) -> bool:
@@ -49,6 +49,7 @@ def open_stream(config: Config) -> "StreamSource":
         train.batch_size,
         train.seed,
         train.eval_rows,
+        packing=config.data.packing,
         survey=found,
     )
 
@@ -114,7 +115,9 @@ class StreamSource(TextSource):
     @functools.cached_property
     def train(self) -> StreamBatches:  # pyright: ignore[reportIncompatibleVariableOverride]
         before = np.array(joints(self.survey.tokenizer)[1].tokens)
-        blocks = Blocks(self.documents, before, self.seq_len, _MakeRows(self.seq_len))
+        make = _MakeRows(self.corpus, self.seq_len, self.packing)
+        whole = self.packing != "none"
+        blocks = Blocks(self.documents, before, self.seq_len, make, whole)
         return StreamBatches(blocks, self.batch_size, self.seed)
 
     @property
@@ -136,34 +139,47 @@ class StreamSource(TextSource):
 
     def about(self) -> dict[str, Any]:
         """The split, the evaluated rows, and the order."""
-        texts = self.survey.sides.train.texts
+        units, facts = self.survey.sides.train.texts, self.corpus.facts
         text = {
-            "split": self.corpus.facts.split,
-            "heldout_documents": self.corpus.facts.heldout_documents,
+            "split": facts.split,
+            "heldout_documents": facts.heldout_documents,
             "heldout_tokens": len(self.corpus.heldout_N),
-            "separator": self.corpus.facts.separator,
-            "stream": {"units": len(texts), "bytes": texts.size, "order": self._order},
+            "separator": facts.separator,
+            "opening": facts.opening,
+            "stream": {"units": len(units), "bytes": units.size, "order": self._order},
         }
-        return {"text": text, "evaluated": self.evaluated}
+        packed = self._packed()
+        return {
+            "text": text,
+            "evaluated": self.evaluated,
+            **({"packing": packed} if packed else {}),
+        }
 
     @property
     def _order(self) -> str:
-        what = "files" if isinstance(self.survey.sides.train.texts, FileUnits) else "shards"
-        rows = rows_of_block(self.seq_len)
-        return f"{what} and their parts shuffled, then rows within blocks of {rows}"
+        units = self.survey.sides.train.texts
+        what = "files and their parts" if isinstance(units, FileUnits) else "shards"
+        return f"{what} shuffled, then rows within blocks of {rows_of_block(self.seq_len)}"
 
     def facts(self) -> dict[str, str]:
-        texts, facts, evaluated = self.survey.sides.train.texts, self.corpus.facts, self.evaluated
-        kinds = ", ".join(texts.formats)
+        """See `moejax.data.source.Remarks`."""
+        units, facts, evaluated = self.survey.sides.train.texts, self.corpus.facts, self.evaluated
+        size = f", {units.size / 1e6:.1f} MB" if units.size else ""
+        read = "all" if self.survey.complete else "as many as an evaluation needs"
         lines = {
-            "stream": f"{kinds}, {len(texts)} parts"
-            + (f", {texts.size / 1e9:.3g} GB" if texts.size else ""),
+            "stream": f"{', '.join(units.formats)} in {len(units)} parts{size}",
             "order": self._order,
             "held out": f"{facts.split}, never trained on; {facts.heldout_documents} documents "
-            f"were read, {'all' if self.survey.complete else 'as many as an evaluation needs'}",
+            f"were read, {read}",
             "evaluation": f"{evaluated['rows']} rows, {evaluated['tokens']} tokens, "
             f"{evaluated['bytes']} bytes of the {len(self.corpus.heldout_N)} tokens read",
         }
+        if packed := self._packed().get("train"):
+            share = f"{packed['padding']:.1%}"
+            lines["packing"] = f"{self.packing}: {share} of the slots of a sample are padding"
+        if facts.separator and self.corpus.vocab_size != 256:
+            opening = f", {facts.opening} before each" if facts.opening else ""
+            lines["separator"] = f"{facts.separator} between documents{opening}"
         return lines
 
     def warnings(self) -> list[str]:
@@ -199,16 +215,19 @@ class TrainDocuments:
                     yield Numbered(position, own, record)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _MakeRows:
-    """Rows of a block."""
+    """Rows of a block, which stands in for the training side of a corpus."""
 
+    corpus: Corpus
     seq_len: int
+    packing: str
 
     def __call__(
         self, tokens_N: Integer[np.ndarray, " N"], start_D: Int64[np.ndarray, " D"]
     ) -> Rows:
-        return Windows(tokens_N, self.seq_len, "training")
+        block = dataclasses.replace(self.corpus, train_N=tokens_N, train_start_D=start_D)
+        return train_rows(block, self.seq_len, self.packing)
 
 
 class _Report:
@@ -261,7 +280,7 @@ def _name(path: str) -> str:
 
 def _check(data: Any) -> None:
     """Refuses what streams cannot do."""
-    for field, unset in (("mixture", ""), ("packing", "none"), ("split", "bytes")):
+    for field, unset in (("mixture", ""),):
         if data[field] != unset:
             raise UserError(
                 f"data.{field}={data[field]!r} does not go with a stream (data.stream=True, or "

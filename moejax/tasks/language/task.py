@@ -51,10 +51,10 @@ def build(config: Config) -> tuple[Task, Source]:
 
 def _open(config: Config) -> TextSource | Mixture:
     """The text, or the texts, of a config."""
-    if config.data.mixture:
-        return open_mixture(config)
     if is_stream(config.data):
         return open_stream(config)
+    if config.data.mixture:
+        return open_mixture(config)
     train = config.train
     return TextSource(
         load(config.data, config.model.vocab_size),

@@ -45,9 +45,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def source(path, seed=0, **data) -> stream.StreamSource:
+def source(path, seed=0, seq_len=LENGTH, **data) -> stream.StreamSource:
     config = default()
-    config.train.update({"seq_len": LENGTH, "batch_size": BATCH, "seed": seed, "eval_rows": ROWS})
+    config.train.update({"seq_len": seq_len, "batch_size": BATCH, "seed": seed, "eval_rows": ROWS})
     config.data.update({"path": str(path), "stream": True, "eval_fraction": 0.1, **data})
     found = build(config)[1]
     assert isinstance(found, stream.StreamSource)
@@ -62,6 +62,11 @@ def held_out(source: stream.StreamSource) -> set[bytes]:
     """All documents of the corpus that are never trained on."""
     texts = (text_of(number).encode() for number in range(DOCUMENTS))
     return {text for text in texts if source.survey.sides.is_held_out(text)}
+
+
+def documents_read(source: stream.StreamSource) -> list[bytes]:
+    """The held-out documents that were read."""
+    return bytes(np.asarray(source.corpus.heldout_N).astype(np.uint8)).split(b"\0")
 
 
 def rows_of(documents: list[bytes]) -> collections.Counter[bytes]:
@@ -141,6 +146,35 @@ def test_a_resumed_run_reads_no_more_than_a_block_before_its_first_step(folder, 
     assert 0 < len(read) < 20
 
 
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_packed_rows_have_every_document_once_an_epoch(folder, packing):
+    """Rows that take every document whole."""
+    length = 128
+    own = source(folder, packing=packing, seq_len=length)
+    wanted = sorted(documents_of(own, 0))
+    found: list[bytes] = []
+    step = 0
+    while len(found) < 2 * len(wanted):
+        batch = own.train_batch(step)
+        for tokens_L, segment_L, valid_L in zip(
+            batch["tokens"], batch["segment"], batch["valid"], strict=True
+        ):
+            for number in range(segment_L[valid_L].max() + 1):
+                inputs = np.flatnonzero(valid_L & (segment_L == number))
+                document = tokens_L[inputs[0] + 1 : inputs[-1] + 2]
+                assert tokens_L[inputs[0]] == document[-1] == 0  # separators
+                found.append(bytes(document[:-1].astype(np.uint8)))
+        step += 1
+    # An epoch ends in the middle of a batch, and its rows are of blocks in the order of the text.
+    assert sorted(found[: len(wanted)]) == sorted(found[len(wanted) : 2 * len(wanted)]) == wanted
+    whole = [own.train_batch(at) for at in range(step)]
+    other = source(folder, packing=packing, seq_len=length)
+    other.resume(own.position(step - 1))
+    for name, array in other.train_batch(step - 1).items():
+        np.testing.assert_array_equal(array, whole[-1][name])
+    assert own.facts()["packing"].startswith(f"{packing}: ")
+
+
 def test_some_rows_of_a_batch_are_those_of_the_whole(folder):
     own = source(folder)
     whole = own.train.batch(20)
@@ -171,7 +205,7 @@ def test_held_out_documents_are_evaluated_and_never_trained_on(folder):
     every = {text_of(number).encode() for number in range(DOCUMENTS)}
     assert 8 <= len(held) <= 32  # a tenth of 200, within three standard deviations
     assert set(documents_of(own, 0)) == set(documents_of(own, 1)) == every - held
-    read = bytes(own.corpus.heldout_N.astype(np.uint8)).split(b"\0")
+    read = documents_read(own)
     assert set(read) <= held and len(read) == len(set(read)) == own.corpus.facts.heldout_documents
     assert own.evaluated["rows"] == ROWS and own.survey.complete == (len(read) == len(held))
 
@@ -181,7 +215,7 @@ def test_copies_of_a_document_are_on_one_side(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     own = source(tmp_path, eval_fraction=0.3)
     trained = documents_of(own, 0)
-    held = bytes(own.corpus.heldout_N.astype(np.uint8)).split(b"\0")
+    held = documents_read(own)
     assert not set(trained) & set(held)
     assert set(collections.Counter(trained).values()) == {4} and len(held) == len(set(held))
 
@@ -191,7 +225,7 @@ def test_documents_of_the_evaluation_text_are_not_trained_on(folder, tmp_path):
     texts = [*(text_of(n) for n in range(60, 90)), *(f"new {n} " * 4 for n in range(9))]
     other.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     own = source(folder, eval_path=str(other))
-    held = set(bytes(own.corpus.heldout_N.astype(np.uint8)).split(b"\0"))
+    held = set(documents_read(own))
     assert held and held <= {t.encode() for t in texts}
     trained = documents_of(own, 0)
     assert not held & set(trained)
@@ -205,7 +239,7 @@ def test_files_named_by_side_are_the_sides(tmp_path):
         (tmp_path / f"{side}.jsonl").write_text(lines)
     own = source(tmp_path)
     assert sorted(documents_of(own, 0)) == sorted(text_of(n).encode() for n in range(40))
-    held = set(bytes(own.corpus.heldout_N.astype(np.uint8)).split(b"\0"))
+    held = set(documents_read(own))
     assert held and held <= {text_of(number).encode() for number in range(40, 60)}
 
 
@@ -221,20 +255,22 @@ def test_a_long_plain_text_is_documents_of_whole_lines(tmp_path):
     lines = [f"line {n} of é text\n" * (n % 5 + 1) for n in range(300)]
     (tmp_path / "book.txt").write_text("".join(lines))
     own = source(tmp_path)
-    parts = [r.data for u in range(len(own.survey.sides.train.texts)) for r in _read(own, u)]
+    parts = parts_of(own)
     assert b"".join(parts) == "".join(lines).encode()
     assert len(parts) == -(-len(b"".join(parts)) // 600)
     assert all(part.endswith(b"\n") and len(part) < 700 for part in parts)
 
 
-def _read(own: stream.StreamSource, unit: int):
-    return own.survey.sides.train.texts.read(unit)
+def parts_of(own: stream.StreamSource) -> list[bytes]:
+    """The documents of all units in the order of the files."""
+    reader = own.survey.sides.train
+    return [record.data for unit in range(len(reader.texts)) for _, record in reader.read(unit)]
 
 
 def test_a_text_without_lines_is_cut_between_characters(tmp_path):
     (tmp_path / "one.txt").write_text("é" * 2001)
     own = source(tmp_path, eval_fraction=0.2)
-    parts = [r.data for u in range(len(own.survey.sides.train.texts)) for r in _read(own, u)]
+    parts = parts_of(own)
     assert b"".join(parts).decode() == "é" * 2001 and all(part.decode() for part in parts)
 
 
@@ -301,7 +337,7 @@ def test_the_fingerprint_is_of_names_sizes_contents_and_the_split(folder, tmp_pa
 def test_a_run_says_the_order_the_sides_and_what_was_read(folder):
     own = source(folder)
     facts = own.facts()
-    assert facts["stream"].startswith("JSON lines, ") and "parts" in facts["stream"]
+    assert facts["stream"].startswith("JSON lines in 2") and "parts, 0.0 MB" in facts["stream"]
     assert facts["order"] == "files and their parts shuffled, then rows within blocks of 12"
     assert facts["held out"].startswith("10% of the documents, by a digest of their bytes, never")
     assert own.size() == (None, len(own.corpus.heldout_N)) and own.baselines()["bigram"] > 0
@@ -316,7 +352,6 @@ def test_a_run_says_the_order_the_sides_and_what_was_read(folder):
     [
         ({"path": ""}, "data.stream=True: the built-in text fits into memory"),
         ({"mixture": "{}"}, "data.mixture='{}' does not go with a stream"),
-        ({"split": "documents"}, "data.split='documents' does not go with a stream"),
         ({"eval_fraction": 1e-9}, "data.eval_fraction=1e-09: none of the documents"),
         ({"text_field": "body"}, "has no field 'body'"),
     ],
