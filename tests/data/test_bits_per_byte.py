@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from moejax.data.tokenizer import train_bpe
 
-from moejax.data.corpus import load_corpus
+from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
 from moejax.hf.fields import config_of
 from moejax.tasks.language.source import TextSource
