@@ -86,7 +86,7 @@ def heldout_labels(corpus: Corpus) -> UInt8[np.ndarray, " M"] | None:
     heldout = origin.split.heldout
     if not heldout or not all(document.name.endswith(".py") for document in heldout):
         return None
-    return _stream_labels(heldout, corpus.heldout_N, origin)
+    return _stream_labels(heldout, corpus.heldout_N[:], origin)
 
 
 def _stream_labels(

@@ -17,6 +17,7 @@ from moejax.data.duplicates import (
     Overlap,
     shared_windows,
 )
+from moejax.data.joined import Tokens
 from moejax.data.tokenizers.interface import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def token_overlap(corpus: "Corpus", tokenizer: Tokenizer) -> Overlap | None:
 
 
 def _texts(
-    token_N: np.ndarray, most: int, corpus: "Corpus", tokenizer: Tokenizer, beyond: int
+    token_N: Tokens, most: int, corpus: "Corpus", tokenizer: Tokenizer, beyond: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """At most ``most`` tokens in evenly spread stretches, as bytes, each with the size of its own
     tokens: see ``duplicates``."""

@@ -1,5 +1,7 @@
 """Token arrays of other programs: the same tokens, documents and sides."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from moejax.data.load import load_corpus
 from moejax.data.shards import fingerprint
 from moejax.data.tokenizers.bpe import train_bpe
 from moejax.data.tokenizers.load import load_tokenizer
+from moejax.errors import UserError
+from moejax.tasks.language.rows import train_rows
 from moejax.tasks.language.source import TextSource
 from tests.token_arrays import llmc, megatron, nanogpt, random_documents
 
@@ -29,8 +33,9 @@ def below(documents, vocab):
 
 
 def documents_of(tokens_N, start_D, separator):
-    """Documents by the contract of `Corpus`: a separator behind each but the last."""
-    stop_D = np.append(start_D[1:] - 1, len(tokens_N))
+    """Documents by the contract of `Corpus`: a separator behind each, perhaps not the last."""
+    size = len(tokens_N) - (int(tokens_N[-1]) == separator)
+    stop_D = np.append(start_D[1:] - 1, size)
     assert all(int(tokens_N[int(stop)]) == separator for stop in stop_D[:-1])
     return [tokens_N[int(a) : int(b)].tolist() for a, b in zip(start_D, stop_D, strict=True)]
 
@@ -137,7 +142,7 @@ def test_the_held_out_share_begins_where_a_document_begins(tmp_path, bpe):
     assert train + held == lists(documents)
     ends = np.cumsum([len(d) + 1 for d in documents])
     nearest = min(abs(len(tokens) - ends - 0.1 * len(tokens)))
-    assert abs(len(corpus.heldout_N) + 1 - 0.1 * len(tokens)) <= nearest + 1
+    assert abs(len(corpus.heldout_N) - 0.1 * len(tokens)) == nearest
     unknown = load_corpus(str(tmp_path / "all.bin"), eval_fraction=0.1)
     assert len(unknown.heldout_N) == round(0.1 * len(tokens))
     assert unknown.facts.split == "the last 10% of the tokens"
@@ -147,9 +152,9 @@ def test_a_document_longer_than_the_held_out_share_is_cut(tmp_path, bpe):
     documents = [np.full(900, 5), np.full(90, 6)]
     nanogpt(tmp_path / "all.bin", documents[::-1])
     corpus = load_corpus(str(tmp_path / "all.bin"), str(bpe), eval_fraction=0.1)
-    assert len(corpus.heldout_N) + 1 == round(0.1 * 992)
+    assert len(corpus.heldout_N) == round(0.1 * 992)
     assert corpus.heldout_start_D is not None and corpus.train_start_D is not None
-    assert corpus.heldout_start_D.tolist() == [0] and set(corpus.heldout_N[:].tolist()) == {5}
+    assert corpus.heldout_start_D.tolist() == [0] and set(corpus.heldout_N[:].tolist()) == {0, 5}
     assert corpus.train_start_D.tolist() == [0, 91]
 
 
@@ -202,5 +207,34 @@ def test_a_source_of_several_files_evaluates_like_one_of_a_single_array(tmp_path
     assert source.evaluated["bytes"] == sizes[targets].sum()
     assert 0 < source.baselines()["bigram"] < 20
     assert source.token_counts(size).sum() == len(whole)
-    assert source.facts()["data"].startswith("token ids, 5 files of llm.c .bin, uint16; ")
+    assert source.facts()["data"].startswith(
+        "token ids, 5 files of llm.c .bin, uint16; a vocabulary of "
+    )
     assert "bytes" not in " ".join(source.warnings())
+
+
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_documents_of_several_files_are_packed_like_those_of_one_array(tmp_path, bpe, packing):
+    size = load_tokenizer(str(bpe)).vocab_size
+    documents = below(TRAIN, size)
+    for i in range(4):
+        nanogpt(tmp_path / f"train_{i}.bin", documents[10 * i : 10 * (i + 1)])
+    nanogpt(tmp_path / "val.bin", below(HELD, size))
+    corpus = load_corpus(str(tmp_path), str(bpe))
+    rows = train_rows(corpus, 32, packing)
+    whole = dataclasses.replace(corpus, train_N=np.asarray(corpus.train_N[:]))
+    every = np.arange(len(rows))
+    batch, expected = rows.read(every, every), train_rows(whole, 32, packing).read(every, every)
+    for name in expected:
+        np.testing.assert_array_equal(batch[name], expected[name])
+    targets = batch["tokens"][:, 1:][batch["valid"]]
+    assert (targets == 0).sum() == len(documents)  # each ends once
+    ids = np.sort(np.concatenate(documents))
+    np.testing.assert_array_equal(np.sort(targets[targets != 0]), ids)
+
+
+def test_packing_without_known_documents_is_refused(tmp_path):
+    nanogpt(tmp_path / "train.bin", TRAIN)
+    nanogpt(tmp_path / "val.bin", HELD)
+    with pytest.raises(UserError, match="data.packing=greedy: .*not known.*data.tokenizer"):
+        train_rows(load_corpus(str(tmp_path)), 32, "greedy")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from moejax.data.tokenizer import train_bpe
 
 from moejax.data.load import load_corpus
 from moejax.data.prepare import prepare
+from moejax.data.tokenizers.bpe import train_bpe
 from moejax.hf.fields import config_of
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.language.task import LanguageModel, build

@@ -7,15 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 import sentencepiece
-from moejax.data.tokenizer import (
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    encode_documents,
-    encode_sized,
-    load_tokenizer,
-)
 
 from moejax.data.documents import Document, Piece, find_documents
+from moejax.data.text_stream import encode_documents, encode_sized
+from moejax.data.tokenizers.byte import ByteTokenizer
+from moejax.data.tokenizers.load import load_tokenizer
+from moejax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from moejax.errors import UserError
 
 LOSSLESS = {

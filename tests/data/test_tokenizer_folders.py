@@ -5,9 +5,11 @@ import pathlib
 
 import pytest
 import tokenizers
-from moejax.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from moejax.data.tokenizers.json_file import JsonTokenizer
+from moejax.data.tokenizers.load import load_tokenizer
+from moejax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from moejax.errors import UserError
 from tests.data.test_sentencepiece import piece, trained
 

@@ -1,5 +1,6 @@
 """Token arrays of other programs as a corpus."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -7,13 +8,13 @@ import numpy as np
 
 from moejax.data.arrays.array import TokenArray
 from moejax.data.arrays.scan import Limit, scan
-from moejax.data.arrays.sides import Sides, choose_sides
+from moejax.data.arrays.sides import choose_sides
 from moejax.data.arrays.streams import UNKNOWN, Stream, find_separator, hold_out, join
 from moejax.data.arrays.table import Found
 from moejax.data.corpus import Corpus, Facts, Origin
 from moejax.data.joined import Sizes, Tokens, TokenSizes
 from moejax.data.shards import fingerprint
-from moejax.data.split import Split, check_fraction
+from moejax.data.split import check_fraction
 from moejax.data.tokenizers.interface import SIZE, Tokenizer, token_dtype
 from moejax.data.tokenizers.load import load_tokenizer
 
@@ -40,7 +41,7 @@ def load_arrays(
     check_fraction(eval_fraction)
     sides = choose_sides(found, eval_path)
     made_by = load_tokenizer(tokenizer) if tokenizer else None
-    limit = Limit(vocab_size, "model.vocab_size")
+    limit = Limit(vocab_size, f"model.vocab_size={vocab_size}")
     if made_by:
         limit = Limit(made_by.vocab_size, f"data.tokenizer={tokenizer!r}")
     candidates = [made_by.separator, *made_by.opening[:1]] if made_by else []
@@ -56,26 +57,29 @@ def load_arrays(
     rule = sides.rule
     if not sides.heldout:
         train, heldout, rule = hold_out(train, eval_fraction)
-    train, heldout = train.without_last(separator), heldout.without_last(separator)
+    opening = _opening(made_by, separator, train, heldout)
     train_N, heldout_N = cast(Tokens, train.tokens_N), cast(Tokens, heldout.tokens_N)
     return Corpus(
         train_N=train_N,
         heldout_N=heldout_N,
         vocab_size=vocabulary,
-        heldout_size_M=_sizes(made_by, separator, heldout_N),
+        heldout_size_M=_sizes(made_by, separator, opening, heldout_N),
         fingerprint=fingerprint(vocabulary, train_N, heldout_N),
         name=found.name,
         separator=separator,
+        opening=opening,
+        train_start_D=_starts(train, separator),
+        heldout_start_D=_starts(heldout, separator),
         facts=Facts(
             split=rule,
             train_documents=train.documents,
             heldout_documents=heldout.documents,
             separator=_spelled(separator, made_by),
-            arrays=_in_words(arrays, sides, limit, vocabulary),
+            opening="".join(_spelled(token, made_by) for token in opening),
+            formats=dict(Counter(array.format for array in arrays)),
+            arrays=_in_words(arrays, limit, vocabulary),
         ),
-        origin=Origin(Split((), (), rule), made_by) if made_by else None,
-        train_start_D=_starts(train, separator),
-        heldout_start_D=_starts(heldout, separator),
+        origin=Origin(None, made_by) if made_by else None,
     )
 
 
@@ -84,36 +88,42 @@ def _starts(stream: Stream, separator: int) -> np.ndarray | None:
     return None if separator == UNKNOWN else stream.start_D
 
 
-def _sizes(tokenizer: Tokenizer | None, separator: int, tokens_N: Tokens) -> Sizes | None:
-    """Bytes per token: those that a byte-level tokenizer spells, 1 for a separator, and 0 for a
-    token that opens documents beside it. None where they are not known."""
+def _opening(
+    tokenizer: Tokenizer | None, separator: int, train: Stream, heldout: Stream
+) -> tuple[int, ...]:
+    """The tokenizer's own opening, if it is one token and begins the documents of both sides."""
+    opening = tuple(tokenizer.opening) if tokenizer else ()
+    if len(opening) != 1 or separator in (UNKNOWN, *opening):
+        return ()
+    return opening if train.opens_with(opening[0]) and heldout.opens_with(opening[0]) else ()
+
+
+def _sizes(
+    tokenizer: Tokenizer | None, separator: int, opening: tuple[int, ...], tokens_N: Tokens
+) -> Sizes | None:
+    """Bytes per token as a byte-level tokenizer spells them, but 1 for a separator and 0 for an
+    opening. None where they are not known."""
     if tokenizer is None or not tokenizer.is_byte_level:
         return None
     size_V = tokenizer.token_bytes().astype(SIZE)
-    size_V[list(tokenizer.opening)] = 0
+    size_V[list(opening)] = 0
     if separator != UNKNOWN:
         size_V[separator] = 1
     return cast(Sizes, TokenSizes(tokens_N, size_V))
 
 
-def _spelled(separator: int, tokenizer: Tokenizer | None) -> str:
-    if separator == UNKNOWN:
+def _spelled(token: int, tokenizer: Tokenizer | None) -> str:
+    """A token as its tokenizer spells it."""
+    if token == UNKNOWN:
         return ""
-    if tokenizer is None:
-        return f"id {separator}"
-    return tokenizer.token_text()[separator] or f"id {separator}"
+    return tokenizer.token_text()[token] if tokenizer else f"id {token}"
 
 
-def _in_words(arrays: Sequence[TokenArray], sides: Sides, limit: Limit, vocabulary: int) -> str:
+def _in_words(arrays: Sequence[TokenArray], limit: Limit, size: int) -> str:
     """Formats and vocabulary, for the lines at the start of a run."""
-    counts: dict[str, int] = {}
-    for array in arrays:
-        counts[array.format] = counts.get(array.format, 0) + 1
+    counts = Counter(array.format for array in arrays)
     formats = " and ".join(
-        form if count == 1 else f"{count} files of {form}" for form, count in counts.items()
+        name if count == 1 else f"{count} files of {name}" for name, count in counts.items()
     )
-    unread = f" ({sides.unread} more are on neither side and not read)" if sides.unread else ""
     source = f"of {limit.field}" if limit.size else "the largest + 1"
-    if limit.field == "model.vocab_size" and limit.size:
-        source = "as in model.vocab_size"
-    return f"token ids, {formats}{unread}; {vocabulary} in the vocabulary, {source}"
+    return f"token ids, {formats}; a vocabulary of {size} ids, {source}"

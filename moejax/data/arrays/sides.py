@@ -20,13 +20,12 @@ OWN_PATH = "data.eval_path"
 class Sides:
     """Files of both sides. Without any held-out ones, a share of the training tokens is held out.
 
-    ``rule``: the rule in words. ``unread``: number of arrays on neither side.
+    ``rule``: the rule in words.
     """
 
     train: tuple[ArrayFile, ...]
     heldout: tuple[ArrayFile, ...]
     rule: str = ""
-    unread: int = 0
 
 
 def choose_sides(found: Found, eval_path: str = "") -> Sides:
@@ -54,7 +53,7 @@ def choose_sides(found: Found, eval_path: str = "") -> Sides:
             "on; name other arrays"
         )
     shared = sum(os.path.realpath(file.path) in held for file in found.files)
-    return Sides(train, own.files, OWN_PATH, len(found.files) - len(train) - shared)
+    return Sides(train, own.files, _rule(OWN_PATH, len(found.files) - len(train) - shared))
 
 
 def _named_sides(files: Sequence[ArrayFile]) -> Sides | None:
@@ -70,7 +69,11 @@ def _named_sides(files: Sequence[ArrayFile]) -> Sides | None:
         return None
     heldout = sides[name]
     unread = len(files) - len(train) - len(heldout)
-    return Sides(tuple(train), tuple(heldout), f"what is called {name!r}", unread)
+    return Sides(tuple(train), tuple(heldout), _rule(f"what is called {name!r}", unread))
+
+
+def _rule(rule: str, unread: int) -> str:
+    return f"{rule}, with {unread} files on neither side" if unread else rule
 
 
 def side_of(name: str) -> str:

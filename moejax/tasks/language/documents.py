@@ -62,7 +62,7 @@ class Documents:
         if start_D is None:
             raise UserError(
                 f"data.packing={self.packing}: where documents begin in {self.name!r} is not "
-                "known; prepare a text again (moejax data prepare), name the tokenizer of token "
+                "known; prepare the text again (moejax data prepare), name the tokenizer of token "
                 "arrays in data.tokenizer, or use data.packing=none"
             )
         some_D = start_D[1 :: 1 + len(start_D) // CHECKED]

@@ -275,7 +275,8 @@ def test_a_text_without_lines_is_cut_between_characters(tmp_path):
 
 
 def test_tokens_are_those_of_the_tokenizer_with_its_separator_between_documents(folder, tmp_path):
-    from moejax.data.tokenizer import load_tokenizer, train_bpe
+    from moejax.data.tokenizers.bpe import train_bpe
+    from moejax.data.tokenizers.load import load_tokenizer
 
     (tmp_path / "text.txt").write_text("\n".join(map(text_of, range(DOCUMENTS))))
     train_bpe(str(tmp_path / "text.txt"), 300, str(tmp_path / "bpe.json"))
