@@ -43,7 +43,7 @@ class Troubles:
 
     def add(self, bad: Bad) -> None:
         self.bad += 1
-        self.first_bad = self.first_bad or f"{bad.place} {bad.reason}"
+        self.first_bad = self.first_bad or f"{bad.place}: {bad.reason}"
 
     def join(self, other: "Troubles") -> None:
         """Add those of a later unit."""
@@ -161,7 +161,7 @@ def read_texts(
             continue
         if reading.on_error == FAIL:
             raise UserError(
-                f"{unit.files[0].field}: {text.place} {text.reason}; repair it, or set "
+                f"{unit.files[0].field}: {text.place}: {text.reason}; repair it, or set "
                 "data.on_error=skip to leave such records out"
             )
         troubles().add(text)

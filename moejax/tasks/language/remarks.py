@@ -18,7 +18,7 @@ def text_lines(corpus: Corpus) -> dict[str, str]:
     """Facts about a text, each under its heading."""
     facts, lines = corpus.facts, {}
     if facts.arrays or facts.formats:
-        lines["data"] = facts.arrays or formats_in_words(facts)
+        lines["read as"] = facts.arrays or formats_in_words(facts)
     if facts.arrays and not facts.heldout_documents:
         lines["held out"] = f"{facts.split}; where documents begin is not known"
     elif facts.split:
@@ -42,11 +42,15 @@ def formats_in_words(facts: Facts) -> str:
         f"{name} ({count} file{'s' if count != 1 else ''})" for name, count in facts.formats.items()
     )
     left_out = {
-        "exact copies": facts.duplicates,
-        "empty documents": facts.empty_documents,
-        "records that cannot be read": facts.bad_records,
+        "exact cop{}": (facts.duplicates, "y", "ies"),
+        "empty document{}": (facts.empty_documents, "", "s"),
+        "record{} that cannot be read": (facts.bad_records, "", "s"),
     }
-    parts = [f"{count} {what}" for what, count in left_out.items() if count]
+    parts = [
+        f"{count} {what.format(one if count == 1 else more)}"
+        for what, (count, one, more) in left_out.items()
+        if count
+    ]
     return files + (f"; left out: {', '.join(parts)}" if parts else "")
 
 
