@@ -39,7 +39,7 @@ class Kind:
 
 
 def _records(name: str, how: str) -> Kind:
-    return Kind(name, f"write the text of each record to a .txt file of its own ({how})")
+    return Kind(name, f"write its records as JSON lines ({how})")
 
 
 def _packed(name: str, command: str) -> Kind:
@@ -65,7 +65,7 @@ ARROW = _renamed("Arrow", "arrow")
 ARRAY_RECORD = _renamed("ArrayRecord", "array_record")
 READ = (JSON_LINES, JSON_LIST, PARQUET, ARROW, ARRAY_RECORD)
 """Kinds that are read; their remedy is for files whose name says something else."""
-FEATHER = _records("Feather, version 1", "pyarrow.feather.read_table(FILE)['text'].to_pylist()")
+FEATHER = _records("Feather, version 1", "pyarrow.feather.read_table(FILE).to_pylist()")
 RECORDS = _records("a file of serialised records", "with the library that wrote it")
 GZIP, ZSTD = _packed("gzip", "gunzip"), _packed("Zstandard", "zstd -d")
 XZ, BZIP2, LZ4 = _packed("xz", "xz -d"), _packed("bzip2", "bunzip2"), _packed("LZ4", "lz4 -d")

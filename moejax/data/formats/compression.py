@@ -12,7 +12,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
-CHUNK, STEP = 1 << 18, 1 << 12
+CHUNK = 1 << 18
+STEP, SMALL_STEP = 1 << 15, 1 << 12
+"""Bytes that a decompressor takes and gives at a time; fewer input bytes near damage."""
 
 
 class Damaged(Exception):
@@ -67,7 +69,7 @@ class _Decompressed(io.RawIOBase):
     def __init__(self, path: str, compression: Compression):
         self._path, self._compression = path, compression
         self._at, self._is_careful = 0, False
-        self._open(CHUNK)
+        self._open(STEP)
 
     def _open(self, chunk: int) -> None:
         self._file = open(self._path, "rb", buffering=CHUNK)  # noqa: SIM115
@@ -77,7 +79,7 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._read(min(len(buffer), CHUNK))
+        data = self._read(min(len(buffer), STEP))
         buffer[: len(data)] = data
         return len(data)
 
@@ -98,11 +100,11 @@ class _Decompressed(io.RawIOBase):
         """Decompress the part before the damage again; then continue in steps of one byte."""
         self._file.close()
         self._is_careful = True
-        self._open(STEP)  # leaves little input in the decompressor
+        self._open(SMALL_STEP)  # leaves little input in the decompressor
         left = self._at
         try:
             while left > 0:
-                left -= len(self._reader.read(min(left, CHUNK)))
+                left -= len(self._reader.read(min(left, STEP)))
         except _DAMAGE as error:
             raise Damaged(_reason(self._compression.name, error)) from error
         if isinstance(self._reader, _Parts):

@@ -50,7 +50,8 @@ class JsonLines:
                         at += _skip_line(stream)
                         yield Bad(Place(name, "line", number, before), TOO_LONG)
                         continue
-                    text = json_text(line[3:] if line[:3] == BOM else line, text_field)
+                    line = line.removeprefix(BOM).rstrip(b"\r\n")
+                    text = json_text(line, text_field)
                     place = Place(name, "line", number, before)
                     yield Record(place, text) if type(text) is bytes else Bad(place, str(text))
         except Damaged as error:

@@ -35,7 +35,7 @@ class JsonList:
                 for element in _elements(stream):
                     number += 1
                     place = Place(file.name, "record", number)
-                    text = json_text(element, text_field)
+                    text = json_text(element.strip(), text_field)
                     yield Record(place, text) if type(text) is bytes else Bad(place, str(text))
         except (_NoEnd, Damaged) as error:
             reason = f"{error}; this record and those after it are lost"

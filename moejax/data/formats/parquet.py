@@ -67,7 +67,7 @@ def _group(
             column = batch.column(batch.schema.names.index(field))
             yield from column_texts(column, field, place)
             given += len(column)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = f"row group {group + 1} cannot be read ({first_line(error)}); its rows from here "
         yield Bad(place(0), f"{reason}on are lost")
 
@@ -100,7 +100,7 @@ def _open(file: Document) -> Iterator[Any]:
             opened = parquet.ParquetFile(
                 source, buffer_size=1 << 20, page_checksum_verification=True
             )
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise _Unreadable(
                 f"it is not a complete Parquet file ({first_line(error)}), as after an incomplete "
                 "copy or download"

@@ -41,7 +41,7 @@ def _data_files(path: str) -> list[str]:
 
 
 def _object(path: str) -> dict[str, object]:
-    """The JSON object in a small file; empty if there is none, so that the file stays a document."""
+    """The JSON object in a small file; empty if there is none: then the file is a document."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
