@@ -1,7 +1,9 @@
 """ArrayRecord, read by grain: records of text, JSON objects or ``tf.train.Example`` messages."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,10 +66,18 @@ class _Unreadable(Exception):
 def _source(file: Document) -> Any:
     import grain
 
+    # It logs an error per reader for files that are slow to read at random, but not in order.
+    logger = logging.getLogger("absl")
+    was_disabled, logger.disabled = logger.disabled, True
     try:
-        return grain.sources.ArrayRecordDataSource(file.path)
+        source = grain.sources.ArrayRecordDataSource(file.path)
+        with contextlib.suppress(*_ERRORS):  # a damaged first record; this opens the reader
+            source[0]
+        return source
     except _ERRORS as error:
         raise _Unreadable(f"it is not a complete ArrayRecord file ({first_line(error)})") from error
+    finally:
+        logger.disabled = was_disabled
 
 
 def _records(source: Any, keys: range) -> Iterator[bytes | str]:
