@@ -1,7 +1,7 @@
 """Text in, batches out: corpora, tokenizers, n-gram baselines, and batches for every task.
 
     documents.py  files as documents, the scan of a folder, reading in pieces
-    containers.py what a file holds, by name and first bytes; what is not read is refused
+    containers.py contents of a file by name and first bytes; those that are not read are refused
     formats/      files that hold many documents: JSON lines, Parquet, compressed files, ...
     census.py     counts of documents that do not look like text
     split.py      held-out text: by name, a text of its own, or a share of the bytes

@@ -1,4 +1,4 @@
-"""What is in a file, by its name and first bytes, so that no other file is trained on as text.
+"""The contents of a file, by its name and first bytes, so that only text is trained on.
 
 The list has the common containers of text (JSON lines, Parquet, archives, arrays of token ids) and
 files that often lie beside them. Those in ``READ`` have a reader in ``moejax.data.formats``, others
@@ -168,7 +168,7 @@ LISTS = tuple(["", *"txt text json jsonl ndjson jsonlines".split()])
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file holds: its kind, None if it may be text, and the compression around it.
+    """The contents of a file: its kind, None if it may be text, and the compression around it.
 
     ``refused``: the kind that a message names if the file is not read.
     """
@@ -188,7 +188,7 @@ def refuse_containers(paths: Sequence[str], field: str) -> None:
 
 
 def contents_of_all(paths: Sequence[str], field: str) -> list[Contents]:
-    """What the files hold.
+    """The contents of files.
 
     Raises:
       UserError: a file that is not read, of which the first is named, or that cannot be opened.
@@ -216,7 +216,7 @@ def kind_of(path: str) -> Kind | None:
 
 
 def contents_of(path: str) -> Contents:
-    """What a file holds, by its name and first bytes. Raises OSError if it cannot be opened."""
+    """The contents of a file, by its name and first bytes. Raises OSError if it cannot be opened."""
     name = os.path.basename(path)
     with open(path, "rb") as file:
         head = file.read(512)
@@ -236,7 +236,7 @@ def contents_of(path: str) -> Contents:
 
 
 def _compressed(path: str, inner: str, compression: Compression) -> Contents:
-    """What a compressed file holds; ``inner``: the name of what is inside."""
+    """The contents of a compressed file; ``inner``: the name of what is inside."""
     with open_bytes(path, compression) as stream:
         kind, refused = _kind(inner, stream)
     if kind and not refused and kind not in (JSON_LINES, JSON_LIST):

@@ -56,7 +56,7 @@ class ArrayRecord:
 
 
 _ERRORS = (RuntimeError, ValueError, OSError)
-"""What the library raises for damaged files."""
+"""Exceptions that the library raises for damaged files."""
 
 
 class _Unreadable(Exception):

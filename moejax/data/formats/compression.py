@@ -117,7 +117,7 @@ class _Decompressed(io.RawIOBase):
 
 
 _DAMAGE = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
-"""What decompressors raise."""
+"""Exceptions of decompressors."""
 
 
 def _reason(name: str, error: Exception) -> str:

@@ -47,11 +47,11 @@ class JsonList:
 
 
 class _NoEnd(Exception):
-    """A list whose elements cannot be told apart any more; the message is the reason."""
+    """A list in which the end of an element is lost; the message is the reason."""
 
 
 def _elements(stream: io.BufferedReader) -> Iterator[bytes]:
-    """What stands between the commas of the list, whether it is JSON or not."""
+    """The parts between the commas of the list, whether they are JSON or not."""
     splitter = _Splitter()
     for chunk in _chunks(stream):
         yield from splitter.split(chunk)
