@@ -4,9 +4,9 @@ A document t1 .. tn is predicted from the separator before it, and ends with the
 separator behind it. That separator is also the first input of the next document, so that no input
 is lost between them:
 
-    tokens    SEP  t1  t2  SEP  u1  SEP   0
-    segment    0    0   0   1    1    2
-    valid      1    1   1   1    1    0
+    tokens    SEP  t1  t2  SEP  u1  SEP  0
+    segment    0    0   0   1    1   0
+    valid      1    1   1   1    1   0
 
 If an opening, such as a BOS token, begins every document, it stands in for the separator before it.
 The separator is then a target and no input, and a document of m tokens, opening included, takes
@@ -93,21 +93,24 @@ class Documents:
 
     def read(self, row_B: Int64[np.ndarray, " B"], position_B: Int64[np.ndarray, " B"]) -> Batch:
         """See `Rows.read`."""
-        piece_P, line_P, segment_P = self.plan.pieces(row_B)
+        plan, size = self.plan, len(self.tokens_N)
+        piece_P, line_P, number_P = plan.pieces(row_B)
         shape = (len(row_B), self.seq_len + 1)
-        tokens_BL = np.zeros(shape, np.int32)
-        segment_BL, valid_BL = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        inputs_P = self.plan.inputs_P[piece_P]
-        begin_P, offset_P = self.plan.begin_P[piece_P], self.plan.offset_P[piece_P]
-        which_T, nth_T = _expand(inputs_P + 1)
-        place_T = begin_P[which_T] + nth_T
-        at_T = line_P[which_T] * shape[1] + offset_P[which_T] + nth_T
-        inside_T = (place_T >= 0) & (place_T < len(self.tokens_N))
-        tokens_BL.flat[at_T] = self.separator
-        tokens_BL.flat[at_T[inside_T]] = self.tokens_N[place_T[inside_T]]
-        is_input_T = nth_T < inputs_P[which_T]
-        segment_BL.flat[at_T[is_input_T]] = segment_P[which_T[is_input_T]]
-        valid_BL.flat[at_T[is_input_T]] = True
+        tokens_BL, segment_BL = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        valid_BL = np.zeros(shape, bool)
+        fields = (line_P, number_P, plan.begin_P[piece_P], plan.inputs_P[piece_P],
+                  plan.offset_P[piece_P])  # fmt: skip
+        for line, number, begin, inputs, at in zip(*(x.tolist() for x in fields), strict=True):
+            end = begin + inputs  # the place of the last target
+            segment_BL[line, at : at + inputs] = number
+            valid_BL[line, at : at + inputs] = True
+            tokens_L = tokens_BL[line, at : at + inputs + 1]
+            first, last = int(begin < 0), int(end == size)
+            tokens_L[first : inputs + 1 - last] = self.tokens_N[begin + first : end + 1 - last]
+            if first:
+                tokens_L[0] = self.separator
+            if last:
+                tokens_L[-1] = self.separator
         return {"tokens": tokens_BL, "valid": valid_BL[:, :-1], "segment": segment_BL[:, :-1]}
 
     def places(self, row_B: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, "B L"]:

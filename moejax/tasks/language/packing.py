@@ -8,7 +8,8 @@ A packed batch has, besides ``tokens`` int32[B, L + 1], ``valid`` bool[B, L] and
 The last token of a document, its end-of-text token if it has one, is a target and no input: it is
 not ``valid``, so that nothing predicts the first token of the next document from it, and no expert
 is trained on it. A packed document then gives the logits, routing and losses of the same document
-in a row of its own.
+in a row of its own. Where documents begin with the token that they end with, one token serves both:
+see `moejax.tasks.language.documents`, which makes such rows of a whole corpus.
 """
 
 from collections.abc import Sequence
