@@ -21,6 +21,7 @@ from moejax.data.tokenizers.interface import Tokenizer
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
 from moejax.record.files import read_rows
+from moejax.tasks.language.mixture import Mixture
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.task import Batch, Task
 from moejax.train import evaluate
@@ -210,7 +211,7 @@ def load(
 def _tokenizer(data: Source, path: str) -> Text | None:
     if path:
         return Text(load_tokenizer(path))
-    if isinstance(data, TextSource) and data.corpus.origin:
+    if isinstance(data, TextSource | Mixture) and data.corpus.origin:
         return Text(data.corpus.origin.tokenizer)
     return None
 

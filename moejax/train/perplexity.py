@@ -14,6 +14,7 @@ from moejax.data.documents import find_documents
 from moejax.data.text_stream import encode_documents
 from moejax.data.tokenizers.interface import Tokenizer, before_documents, before_text
 from moejax.errors import UserError
+from moejax.tasks.language.mixture import Mixture
 from moejax.tasks.language.source import TextSource
 from moejax.train import scoring
 from moejax.train.cost import budget
@@ -94,8 +95,8 @@ def perplexity(config: Config, workdir: str, step: int | None, text: Sliding) ->
     with open_run(config, workdir, step) as (run, state, at):
         tokenizer = scoring.tokenizer_of(run, text.tokenizer)
         tokens_N, size = read(text.path, tokenizer)
-        assert isinstance(run.data, TextSource), "see scoring.check"
-        wider = dataclasses.replace(run.data, seq_len=text.window)
+        assert isinstance(run.data, TextSource | Mixture), "see scoring.check"
+        wider = run.data.of_length(text.window)
         budget.check_evaluation(dataclasses.replace(run, data=wider))
         before = before_text(tokenizer)
         input_N = np.concatenate([before, tokens_N]).astype(np.int32)

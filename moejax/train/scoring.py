@@ -18,6 +18,7 @@ from moejax.data.tokenizers.byte import ByteTokenizer
 from moejax.data.tokenizers.interface import Tokenizer, before_documents
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.errors import UserError
+from moejax.tasks.language.mixture import Mixture
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.language.task import LanguageModel
 from moejax.tasks.task import Batch
@@ -61,7 +62,7 @@ def tokenizer_of(run: Run, path: str = "") -> Tokenizer:
       UserError: it is not known, or has other tokens than the run's.
     """
     source = run.data
-    assert isinstance(source, TextSource), "see check"
+    assert isinstance(source, TextSource | Mixture), "see check"
     corpus = source.corpus
     if corpus.origin and not path:
         return corpus.origin.tokenizer

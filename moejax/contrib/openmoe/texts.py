@@ -17,6 +17,7 @@ from moejax.data.shards import is_prepared
 from moejax.data.text_stream import encode_documents
 from moejax.errors import UserError
 from moejax.record.routing import Routed
+from moejax.tasks.language.mixture import Mixture
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.language.windows import heldout_windows
 from moejax.train.setup import Run
@@ -63,25 +64,32 @@ def all_texts(run: Run, paths: Sequence[str], rows: int) -> list[Text]:
     Raises:
       UserError: nothing to read, a text too short for a row, or tokens of another vocabulary.
     """
-    source = dataclasses.replace(_source_of(run), choices=None)
-    own = Text(OWN, source.eval_batches(run.config.train.batch_size, rows))
+    own = _own_texts(run, rows)
+    others = {_name(path): path for path in paths}
+    if len(others) < len(paths) or not {text.name for text in own}.isdisjoint(others):
+        raise UserError(f"--data={' '.join(paths)}: the texts need names of their own; rename one")
+    return [*own, *(_text(run, name, _tokens(run, path), rows) for name, path in others.items())]
+
+
+def _own_texts(run: Run, rows: int) -> list[Text]:
+    """The run's held-out text, or that of each source of a mixture."""
+    data, batch_size = run.data, run.config.train.batch_size
+    if isinstance(data, Mixture):
+        sources = data.by_name().items()
+        return [Text(name, member.eval_batches(batch_size, rows)) for name, member in sources]
+    assert isinstance(data, TextSource), "only runs on text are measured"
+    source = dataclasses.replace(data, choices=None)
+    own = Text(OWN, source.eval_batches(batch_size, rows))
     label_NL = source.labels(np.arange(own.rows), rows)
     if label_NL is not None:
         own = dataclasses.replace(own, label_NL=label_NL, names=NAMES)
-    others = {_name(path): path for path in paths}
-    if len(others) < len(paths) or OWN in others:
-        raise UserError(f"--data={' '.join(paths)}: the texts need names of their own; rename one")
-    return [own, *(_text(run, name, _tokens(run, path), rows) for name, path in others.items())]
+    return [own]
 
 
 def corpus_of(run: Run) -> Corpus:
-    """The text that a run has learned from."""
-    return _source_of(run).corpus
-
-
-def _source_of(run: Run) -> TextSource:
-    assert isinstance(run.data, TextSource), "only runs on text are measured"
-    return run.data
+    """The text that a run has learned from, or a source of its mixture whose tokenizer is known."""
+    assert isinstance(run.data, TextSource | Mixture), "only runs on text are measured"
+    return run.data.corpus
 
 
 def domains(routed: Routed) -> Iterator[tuple[str, np.ndarray]]:

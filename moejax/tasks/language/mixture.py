@@ -145,6 +145,9 @@ class Mixture:
     def names(self) -> tuple[str, ...]:
         return tuple(part.name for part in self.parts)
 
+    def by_name(self) -> dict[str, TextSource]:
+        return dict(zip(self.names, self.members, strict=True))
+
     @property
     def name(self) -> str:
         return "mixture of " + ", ".join(f"{p.name} ({float(p.share):.3g})" for p in self.parts)
@@ -177,7 +180,7 @@ class Mixture:
     def _each(self, read: Callable[[TextSource], T]) -> list[T]:
         """What is read of each text; a mistake names the text."""
         found = []
-        for name, member in zip(self.names, self.members, strict=True):
+        for name, member in self.by_name().items():
             with _named(name):
                 found.append(read(member))
         return found
@@ -192,6 +195,11 @@ class Mixture:
         lengths = list(map(len, rows.sides))
         order = mixed_order(lengths, self._shares, self.names, self.seed)
         return TrainBatches(len(rows), self.batch_size, self.seed, rows.read, order)
+
+    def of_length(self, seq_len: int) -> "Mixture":
+        """The same texts in rows of another length."""
+        members = tuple(member.of_length(seq_len) for member in self.members)
+        return dataclasses.replace(self, members=members)
 
     def size(self) -> tuple[int, int]:
         sizes = [member.size() for member in self.members]
@@ -238,7 +246,7 @@ class Mixture:
     def extras_apart(self, row: dict[str, Any]) -> dict[str, float]:
         return {
             f"{extra}/{name}": value
-            for name, member in zip(self.names, self.members, strict=True)
+            for name, member in self.by_name().items()
             for extra, value in member.eval_extras(row[f"loss/{name}"]).items()
         }
 

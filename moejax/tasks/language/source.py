@@ -65,6 +65,10 @@ class TextSource:
         rows = self.train_rows
         return TrainBatches(len(rows), self.batch_size, self.seed, rows.read)
 
+    def of_length(self, seq_len: int) -> "TextSource":
+        """The same text in rows of another length."""
+        return dataclasses.replace(self, seq_len=seq_len)
+
     def size(self) -> tuple[int, int]:
         return self.corpus.train_N.size, self.corpus.heldout_N.size
 
