@@ -150,6 +150,21 @@ def test_without_sides_a_share_of_every_class_is_held_out_as_in_a_folder(tmp_pat
     same(load_images(str(tmp_path / "parquet" / "pets.parquet"), 6, 3, 0.34), images)
 
 
+def test_the_share_held_out_has_its_own_labels(tmp_path):
+    """Every picture shows its label; they are mixed, so that the order of files is not that of
+    classes."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), (4, 5, 6)))
+    pictures = [(np.full((6, 6, 3), 40 + label, np.uint8), int(label)) for label in labels]
+    save_parquet(tmp_path / "a.parquet", pictures)
+    images = load_images(str(tmp_path), 6, 3, 0.34)
+    for pixels, label_N in (
+        (images.train_NHWC, images.train_label_N),
+        (images.heldout_NHWC, images.heldout_label_N),
+    ):
+        np.testing.assert_array_equal(pixels[:, 0, 0, 0], 40 + label_N)
+    assert np.bincount(images.heldout_label_N).tolist() == [1, 2, 2]
+
+
 def test_globs_and_lists_of_files_are_split_by_names_or_by_a_share(two_sides, tmp_path):
     for i, part in enumerate((TRAIN[:7], TRAIN[7:])):
         save_parquet(tmp_path / f"train-0000{i}-of-00003.parquet", part)
