@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import os
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
+from moejax.data.paths import name_of
 from moejax.data.split import check_fraction
 from moejax.errors import UserError
 from moejax.tasks.images.decode import MODES, decode
@@ -34,7 +34,7 @@ class Images:
       mean_C, std_C: mean and standard deviation of the training pixels over ``top``, by channel;
         the deviation is 1 where all pixels are equal.
       fingerprint: SHA-256 over shapes, ``top``, pixels and labels; equal means the same data.
-      name: "digits", or the folder.
+      name: "digits", the folder or file, or the list or glob as written.
       source: the format and number of files; empty for the digits and a folder per class.
     """
 
@@ -84,9 +84,10 @@ def load_images(
         return _assemble(sides, classes, TOP, DIGITS)
     require("PIL", "data.path: reading images")
     found = find_pictures(path)
-    name = os.path.basename(os.path.abspath(os.path.expanduser(path)))
     sides = _decode_sides(found, image_size, channels, eval_fraction)
-    return dataclasses.replace(_assemble(sides, found.classes, 255, name), source=found.source)
+    return dataclasses.replace(
+        _assemble(sides, found.classes, 255, name_of(path)), source=found.source
+    )
 
 
 def _decode_sides(

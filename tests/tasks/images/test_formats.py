@@ -113,6 +113,7 @@ def test_idx_equals_the_same_pictures_in_folders(tmp_path, size, packed):
         for side, pictures in zip(("train", "t10k"), GREY, strict=True):
             save_idx(tmp_path / "mnist" / "raw", side, pictures)
         same(load_images(str(tmp_path / "mnist"), **size), images)
+        same(load_images(f"{tmp_path}/mnist/raw/*.gz", **size), images)
 
 
 COLOUR = make(4, (32, 32, 3), (5, 5, 5)), make(5, (32, 32, 3), (2, 2, 2))

@@ -49,7 +49,7 @@ def list_files(path: str) -> Files:
             raise UserError(f"data.path: {part!r} matches no file; correct or remove it")
         for each in found:
             paths += [file.path for file in _below(each)] if os.path.isdir(each) else [each]
-    paths = list(dict.fromkeys(paths))
+    paths = list({os.path.realpath(each): each for each in reversed(paths)}.values())[::-1]
     root = os.path.commonpath([os.path.dirname(os.path.abspath(each)) for each in paths] or ["/"])
     names = [os.path.relpath(os.path.abspath(each), root).replace(os.sep, "/") for each in paths]
     return Files([File(*pair) for pair in zip(names, paths, strict=True)], False)
@@ -65,8 +65,15 @@ def _below(folder: str) -> Iterator[File]:
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+    start = len(os.path.join(folder, ""))
     for path in sorted(found):
-        yield File(os.path.relpath(path, folder).replace(os.sep, "/"), path)
+        yield File(path[start:].replace(os.sep, "/"), path)
+
+
+def without_packed(files: Sequence[File]) -> list[File]:
+    """The files without those that lie beside their unpacked form, as some downloads leave them."""
+    paths = {file.path for file in files}
+    return [f for f in files if not (f.path.endswith(".gz") and f.path[:-3] in paths)]
 
 
 def side_of(name: str) -> str:

@@ -68,7 +68,7 @@ class Format(Protocol):
         ...
 
     def owns(self, path: str) -> bool:
-        """True for a file of pictures of this format, by its name and those beside it."""
+        """True for a file of pictures of this format, by its name."""
         ...
 
     def side(self, name: str) -> str:

@@ -32,10 +32,7 @@ class Idx:
     name = "IDX"
 
     def owns(self, path: str) -> bool:
-        unpacked = path.removesuffix(".gz")  # used where both lie in a folder
-        return NAME.fullmatch(os.path.basename(path)) is not None and (
-            unpacked == path or not os.path.exists(unpacked)
-        )
+        return NAME.fullmatch(os.path.basename(path)) is not None
 
     def side(self, name: str) -> str:
         match = NAME.fullmatch(name.rpartition("/")[2])

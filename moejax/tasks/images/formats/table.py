@@ -10,7 +10,14 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.tasks.images.formats.cifar import CIFAR10, CIFAR100
 from moejax.tasks.images.formats.classes import check_classes, number_labels
-from moejax.tasks.images.formats.files import File, Files, Sides, list_files, split_files
+from moejax.tasks.images.formats.files import (
+    File,
+    Files,
+    Sides,
+    list_files,
+    split_files,
+    without_packed,
+)
 from moejax.tasks.images.formats.folder import find_images
 from moejax.tasks.images.formats.format import SUFFIXES, Format, Found, Labels, Picture, Pictures
 from moejax.tasks.images.formats.idx import Idx
@@ -51,7 +58,9 @@ def find_pictures(path: str) -> Found:
         a damaged file, labels that are missing or do not fit, or what ``find_images`` refuses.
     """
     found = list_files(path)
-    owned = [(form, [f for f in found.files if form.owns(f.path)]) for form in FORMATS]
+    owned = [
+        (form, without_packed([f for f in found.files if form.owns(f.path)])) for form in FORMATS
+    ]
     owned = [(form, files) for form, files in owned if files]
     if not owned:
         _refuse_others(found)
