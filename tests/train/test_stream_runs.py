@@ -31,7 +31,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stream") / "corpus"
     folder.mkdir()
     for file in range(2):
-        texts = [f"{n}: " + " ".join(["gate", "router", "expert"][: n % 4]) * 3 for n in range(10)]
+        texts = [f"{n}: " + " ".join(["gate", "router", "expert"][: n % 4]) * 3 for n in range(7)]
         (folder / f"{file}.jsonl").write_text(
             "".join(json.dumps({"text": f"{file}.{text}"}) + "\n" for text in texts)
         )
