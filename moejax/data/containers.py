@@ -216,7 +216,7 @@ def kind_of(path: str) -> Kind | None:
 
 
 def contents_of(path: str) -> Contents:
-    """The contents of a file, by its name and first bytes. Raises OSError if it cannot be opened."""
+    """The contents of a file, by name and first bytes. Raises OSError if it cannot be opened."""
     name = os.path.basename(path)
     with open(path, "rb") as file:
         head = file.read(512)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moejax.config import load, validate
-from moejax.data import corpus
 from moejax.data.builtin import builtin_documents
+from moejax.data.load import load as load_text
 from moejax.errors import UserError
 from moejax.tasks.language.windows import Windows
 
@@ -64,7 +64,7 @@ def test_the_three_texts_are_the_built_in_corpus(texts):
 def test_the_page_with_these_texts_is_valid_and_holds_out_a_thousand_rows(texts):
     config = load(f"{PAGE}:texts={texts}").config
     validate(config)
-    found = corpus.load(config.data)
+    found = load_text(config.data)
     assert found.vocab_size == 2048
     assert len(Windows(found.heldout_N, config.train.seq_len, "held-out")) >= 1000
     assert np.max(found.heldout_N) < 2048
