@@ -37,7 +37,7 @@ class Arrow:
         try:
             with _mapped(file) as data:
                 sizes.extend(_batch_sizes(data))
-        except (_Damaged, OSError, pyarrow.ArrowException):
+        except (_Damaged, OSError, ValueError, pyarrow.ArrowException):
             sizes.append(0)  # the damage, of which the reader of the last span says more
         return spans_of(sizes, size)
 
@@ -55,9 +55,9 @@ class Arrow:
                         batch = load()
                         yield from column_texts(batch.column(column), text_field, place)
                         row += batch.num_rows
-                    except (OSError, pyarrow.ArrowException) as error:
+                    except (OSError, ValueError, pyarrow.ArrowException) as error:
                         yield Bad(place(0), f"its record batch is damaged ({first_line(error)})")
-        except (_Damaged, OSError, pyarrow.ArrowException) as error:
+        except (_Damaged, OSError, ValueError, pyarrow.ArrowException) as error:
             reason = f"the Arrow file is not complete ({first_line(error)})"
             yield Bad(place(0), f"{reason}; this row and those after it are lost")
 
@@ -168,6 +168,6 @@ def rows_before(file: Document, batch: int) -> int:
     rows = 0
     with _mapped(file) as data:
         for load in _batches(data, Span(0, batch)):
-            with contextlib.suppress(OSError, pyarrow.ArrowException):
+            with contextlib.suppress(OSError, ValueError, pyarrow.ArrowException):
                 rows += load().num_rows
     return rows
