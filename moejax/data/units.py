@@ -10,11 +10,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from moejax.data.builtin import builtin_name
-from moejax.data.containers import refuse_containers
 from moejax.data.documents import Document
+from moejax.data.formats.files import data_files
 from moejax.data.formats.format import Bad, Format, Record, Span
-from moejax.data.formats.plain import CompressedText
-from moejax.data.formats.table import format_of
 from moejax.data.paths import expand, name_of
 from moejax.data.split import Split, check_fraction, named_sides, open_text
 from moejax.errors import UserError
@@ -83,15 +81,15 @@ def open_texts(
       UserError: nothing to read, or a file of a format that is not read.
     """
     check_fraction(eval_fraction)
-    files = _readable(expand(path)) if path else []
-    own = _readable(expand(eval_path, "data.eval_path")) if eval_path else []
+    files = data_files(expand(path)) if path else []
+    own = data_files(expand(eval_path, "data.eval_path")) if eval_path else []
     if not any(format for _, format in (*files, *own)):
         return _plain(path, eval_fraction, eval_path, unit, size)
     name = name_of(path) if path else builtin_name()
     if not files:
         split = open_text("", eval_fraction, unit=unit).split
         files = [(document, None) for document in (*split.train, *split.heldout)]
-    return _of_records(name, _data_only(files), _data_only(own), eval_fraction, unit, size)
+    return _of_records(name, files, own, eval_fraction, unit, size)
 
 
 def _plain(path: str, eval_fraction: float, eval_path: str, unit: str, size: int) -> Texts:
@@ -157,30 +155,6 @@ def _of_records(
         share=eval_fraction if by_hash else 0.0,
         count=unit != "bytes",
     )
-
-
-def _readable(files: Sequence[Document]) -> list[_File]:
-    """Files with their formats; UserError for those that are neither records nor text."""
-    found: list[_File] = []
-    for file in files:
-        try:
-            found.append((file, format_of(file.path)))
-        except OSError as error:
-            raise UserError(f"{file.field}: cannot read {file.path!r}: {error.strerror}") from error
-    plain = [file for file, format in found if format is None]
-    if plain:
-        refuse_containers([file.path for file in plain], plain[0].field)
-    return found
-
-
-def _data_only(files: Sequence[_File]) -> Sequence[_File]:
-    """Without the plain text that lies beside files of records, such as a README."""
-    records = [(file, format) for file, format in files if format and not _is_text(format)]
-    return records or files
-
-
-def _is_text(format: Format) -> bool:
-    return isinstance(format, CompressedText)
 
 
 def _units(files: Iterable[_File], side: str, size: int) -> Iterator[Unit]:

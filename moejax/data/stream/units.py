@@ -8,9 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from moejax.data.census import is_utf8
 from moejax.data.documents import Document, character_start
+from moejax.data.formats.files import data_files
 from moejax.data.formats.format import Bad, Record, Span
-from moejax.data.formats.plain import CompressedText
-from moejax.data.formats.table import formats_of
 from moejax.errors import UserError
 
 UNIT = 1 << 22
@@ -70,10 +69,7 @@ class FileUnits:
 
     def __init__(self, files: Sequence[Document], text_field: str, name: str) -> None:
         self.name, self.field, self._text_field = name, files[0].field, text_field
-        found = list(zip(files, formats_of([file.path for file in files], self.field), strict=True))
-        # Plain text beside files of records, such as a README, is no part of the data.
-        records = [(f, kind) for f, kind in found if kind and not isinstance(kind, CompressedText)]
-        self._files, self._formats = zip(*(records or found), strict=True)
+        self._files, self._formats = zip(*data_files(files), strict=True)
         self.size = sum(file.size for file in self._files)
         self._spans = [
             _stretches(file) if kind is None else kind.spans(file, UNIT)

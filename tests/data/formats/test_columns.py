@@ -1,5 +1,6 @@
 """Parquet and Arrow: columns by name, nulls, and what is no text."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import pytest
 from pyarrow import ipc, parquet
 
 from moejax.data.documents import Document, list_documents
+from moejax.data.formats.files import data_files, without_descriptions
 from moejax.data.formats.format import Record
-from moejax.data.formats.saved import without_descriptions
-from moejax.data.formats.table import format_of, formats_of
+from moejax.data.formats.table import format_of
 from moejax.errors import UserError
 from tests.written import arrow_bytes, parquet_bytes, places, read
 
@@ -194,16 +195,25 @@ def test_folders_saved_by_datasets_give_their_documents_in_order(tmp_path):
     loaded = datasets.load_from_disk(tmp_path / "set")["train"]
     loaded.map(lambda row: {"text": row["text"] + "!"})  # leaves a cache in the folder
     assert any(name.startswith("cache-") for name in os.listdir(tmp_path / "set" / "train"))
-    files = without_descriptions(list_documents(str(tmp_path / "set")))
-    found = formats_of([file.path for file in files])
     read_back: dict[str, list[str]] = {"train": [], "test": []}
-    for file, kind in zip(files, found, strict=True):
+    for file, kind in data_files(list_documents(str(tmp_path / "set"))):
         assert kind is not None
         for span in kind.spans(file, 5000):
             for record in kind.read(file, span, "text"):
                 assert isinstance(record, Record)
                 read_back[file.name.partition("/")[0]].append(record.data.decode())
     assert read_back == {"train": texts, "test": ["held", "out"]}
+
+
+def test_text_beside_records_is_left_out(tmp_path):
+    (tmp_path / "README.md").write_text("About the data.")
+    (tmp_path / "notes.txt.gz").write_bytes(gzip.compress(b"notes"))
+    assert [file.name for file, _ in data_files(list_documents(str(tmp_path)))] == [
+        "README.md",
+        "notes.txt.gz",
+    ]
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(["a"], pyarrow.string()))
+    assert [file.name for file, _ in data_files(list_documents(str(tmp_path)))] == ["a.parquet"]
 
 
 def test_other_files_called_state_stay_documents(tmp_path):

@@ -1,13 +1,33 @@
-"""Folders that Hugging Face ``datasets`` saves with ``save_to_disk``."""
+"""The files of a folder that hold data, without those that describe it."""
 
 import json
 import os
 from collections.abc import Sequence
 
 from moejax.data.documents import Document
+from moejax.data.formats.format import Format
+from moejax.data.formats.plain import CompressedText
+from moejax.data.formats.table import formats_of
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 DESCRIPTIONS = (STATE, "dataset_info.json", SPLITS)
+"""Files that ``datasets.Dataset.save_to_disk`` writes beside the data."""
+
+
+def data_files(files: Sequence[Document]) -> Sequence[tuple[Document, Format | None]]:
+    """The files that hold data, with their formats; None: plain text.
+
+    Text beside files of records, such as a README, is left out, and so are the descriptions and
+    caches of saved datasets.
+
+    Raises:
+      UserError: a file that is neither text nor in a format that is read.
+    """
+    files = without_descriptions(files)
+    field = files[0].field if files else "data.path"
+    found = list(zip(files, formats_of([file.path for file in files], field), strict=True))
+    records = [(f, kind) for f, kind in found if kind and not isinstance(kind, CompressedText)]
+    return records or found
 
 
 def without_descriptions(files: Sequence[Document]) -> list[Document]:
