@@ -11,6 +11,9 @@ from moejax.data.tokenizers.json_file import JsonTokenizer
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from moejax.errors import UserError
+from moejax.hf.fields import config_of
+from moejax.tasks.language.source import TextSource
+from moejax.tasks.language.task import LanguageModel, build
 from tests.data.test_sentencepiece import piece, trained
 
 TEXT = "the router — sends\n a  token 🙂 </s>"
@@ -77,6 +80,36 @@ def test_an_opening_counts_no_bytes_and_its_spelling_in_a_text_is_text(folder):
     assert tokenizer.separator not in ids and tokenizer.opening[0] not in ids
     assert tokenizer.token_bytes()[ids].sum() == len(("<s>" + TEXT).encode())
     assert tokenizer.token_bytes()[list(tokenizer.opening)].tolist() == [0]
+
+
+def test_an_end_of_text_that_the_file_calls_an_ordinary_token_is_not_found_in_a_text(folder):
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_tokens(["<turn>"])
+    library.save(str(folder / "tokenizer.json"))
+    assert library.token_to_id("<turn>") in library.encode("a<turn>b").ids
+    write(folder, CONFIG, {"eos_token": "<turn>"})
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.separator == library.token_to_id("<turn>")
+    ids = tokenizer.encode([piece("a<turn>b")])[0].tolist()
+    assert tokenizer.separator not in ids and tokenizer.decode(ids) == "a<turn>b"
+    assert tokenizer.vocab_size == library.get_vocab_size()
+
+
+@pytest.mark.parametrize("kind", ["folder", "sentencepiece"])
+def test_a_model_with_fewer_tokens_than_the_tokenizer_is_refused(folder, tmp_path, kind):
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.txt").write_text("the router sends a token " * (i + 9))
+    path = trained(tmp_path / "a.model") if kind == "sentencepiece" else str(folder)
+    size = load_tokenizer(path).vocab_size
+    fields = {"data.path": str(tmp_path / "text"), "data.tokenizer": path, "train.seq_len": 8}
+    with pytest.raises(UserError, match=f"model.vocab_size={size - 1} is smaller than .* {size};"):
+        build(config_of({**fields, "model.vocab_size": size - 1}))
+    task, source = build(config_of({**fields, "model.vocab_size": size + 7}))
+    assert isinstance(source, TextSource) and source.corpus.vocab_size == size
+    assert isinstance(task, LanguageModel) and task.model.vocab_size == size + 7
+    task, _ = build(config_of(fields))
+    assert isinstance(task, LanguageModel) and task.model.vocab_size == size
 
 
 def test_a_folder_with_a_sentencepiece_model_alone_is_read_from_it(tmp_path, folder):

@@ -34,6 +34,8 @@ def test_a_prompt_opens_as_the_tokenizers_file_says_and_never_closes(folder):
     np.testing.assert_array_equal(encoded(tokenizer, "a b a", "--prompt"), wanted)
     assert wanted[0] == 0 and tokenizer.opening == (0,)
     assert ByteTokenizer().opening == ()
+    bare = load_tokenizer(str(folder / "tokenizer.json"), bos="none")
+    np.testing.assert_array_equal(encoded(bare, "a b a", "--prompt"), wanted[1:])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,7 @@ def test_a_text_ends_as_the_models_files_say_and_otherwise_with_the_separator(fo
         (folder / name).write_text(json.dumps(keys))
     path = str(folder / "tokenizer.json")
     assert ends_of(path, load_tokenizer(path)) == ends
+    assert ends_of(str(folder), load_tokenizer(str(folder))) == ends
     assert ends_of("", ByteTokenizer()) == (0,)
 
 

@@ -54,9 +54,10 @@ def measured(workdir, text, *flags):
     return json.loads(ended.out)
 
 
-def by_hand(workdir, token_N, window, stride):
+def by_hand(workdir, token_N, window, stride, before=()):
     """Nats of each token, each from a forward pass over nothing but the inputs it is predicted
-    from: those from the begin of the first window that reaches it."""
+    from: those from the begin of the first window that reaches it. ``before``: the inputs before
+    the text, or none for the separator."""
     with open_run(load(str(workdir / "config.json")).config, str(workdir), None) as opened:
         run, state, _ = opened
         task = run.task
@@ -70,8 +71,9 @@ def by_hand(workdir, token_N, window, stride):
             logits_BLV, _ = model(input_L[None], context, state.gate_state, False)
             return -jax.nn.log_softmax(logits_BLV[0, count - 1])[target]
 
-        input_N, found = [runs.text_of(run).corpus.separator, *token_N], []
-        for n, target in enumerate(token_N):
+        before = list(before) or [runs.text_of(run).corpus.separator]
+        input_N, found = [*before, *token_N], []
+        for n, target in enumerate(token_N, len(before) - 1):
             begin = max(0, math.ceil((n + 1 - window) / stride)) * stride
             seen = input_N[begin : n + 1]
             assert len(seen) > window - stride or begin == 0
@@ -123,6 +125,33 @@ def test_bits_per_byte_of_a_vocabulary_are_over_the_bytes_of_the_file(folder, bp
     assert row["bits_per_byte"] == pytest.approx(
         wanted.sum() / math.log(2) / row["bytes"], rel=1e-5
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opening", [["<s>"], ["<s>", "<sop>"]], ids=str)
+def test_a_text_begins_with_the_opening_that_documents_have(folder, bpe, tmp_path, opening):
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens(opening)
+    special = [(token, library.token_to_id(token)) for token in opening]
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{' '.join(opening)} $A", special_tokens=special
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    workdir = train(tmp_path, "run", data__tokenizer=tmp_path / "tokenizer.json")
+    row = measured(workdir, folder / "text.txt")
+    token_N = library.encode(TEXT, add_special_tokens=False).ids
+    assert row["tokens"] == len(token_N) and row["bytes"] == len(TEXT.encode())
+    before = [token for _, token in special]
+    wanted = by_hand(workdir, token_N, L, L // 2, before)
+    assert row["loss"] == pytest.approx(wanted.mean(), rel=1e-5)
+    shown = runs.call(
+        ["generate", f"--workdir={workdir}", "--prompt=a", "--max-tokens=2", "--json"]
+    )
+    assert shown.status == 0, shown.err
+    # Without an opening, the separator comes before.
+    workdir = train(tmp_path, "none", data__tokenizer=tmp_path / "tokenizer.json", data__bos="none")
+    row, wanted = measured(workdir, folder / "text.txt"), by_hand(workdir, token_N, L, L // 2)
+    assert row["loss"] == pytest.approx(wanted.mean(), rel=1e-5)
 
 
 MESHES = [

@@ -43,6 +43,10 @@ class JsonTokenizer:
             )
         self.separator_token = known[0]
         self.separator: int = self._tokenizer.token_to_id(known[0])
+        # Special tokens alone are never found in a text, and not every file calls its own special.
+        added = self._tokenizer.get_added_tokens_decoder().get(self.separator)
+        if added and not added.special:
+            self._tokenizer.add_special_tokens([known[0]])
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.opening = self._opening() if opens else ()
 
