@@ -13,8 +13,11 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval' (lm_eval)")
 
+from lm_eval.api.instance import Instance
+
 from moejax.config import load
 from moejax.contrib.harness.model import HarnessModel
+from moejax.data.tokenizers.byte import ByteTokenizer
 from moejax.errors import UserError
 from moejax.tasks.language.task import LanguageModel
 from moejax.train.evaluate import open_run
@@ -163,6 +166,26 @@ def test_choices_and_passages_have_the_log_likelihoods_of_plain_passes(workdir, 
         nats, size = nats - total, size + len(tokens)
     bits = nats / size / math.log(2)
     assert results["rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_a_text_begins_with_the_opening_of_its_tokenizer(workdir):
+    class Opening(ByteTokenizer):
+        opening = (7,)
+
+    model, plain = HarnessModel(workdir=str(workdir)), Plain(workdir)
+    model._tokenizer = Opening()
+    pairs = [("the gate", " router"), ("", "token")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for pair, (got, _) in zip(pairs, model.loglikelihood(requests), strict=True):
+        context, continuation = map(str.encode, pair)
+        log_p = plain.after([7, *context, *continuation][:-1])[-len(continuation) :]
+        total = sum(log_p[i, token] for i, token in enumerate(continuation))
+        assert got == pytest.approx(total, rel=1e-5)
+    assert model._prompt("ab", 8).tolist() == [7, *b"ab"]
+    assert model._prompt("ab", 1).tolist() == [*b"b"] and model._prompt("", 8).tolist() == [7]
+    (got,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("token",), 0)])
+    log_p = plain.after([7, *b"toke"])
+    assert got == pytest.approx(sum(log_p[i, x] for i, x in enumerate(b"token")), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 3])
