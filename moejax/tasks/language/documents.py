@@ -38,7 +38,7 @@ class Documents:
     """Rows of the documents of a token stream, which may be memory-mapped.
 
     Attributes:
-      tokens_N: documents joined by ``separator``.
+      tokens_N: documents joined by ``separator``; one may be behind the last document, too.
       start_D: where each document begins, its opening included.
       opened: whether every document begins with an opening.
       packing: a name in ``WAYS``.
@@ -75,7 +75,10 @@ class Documents:
     @functools.cached_property
     def plan(self) -> "Plan":
         assert self.start_D is not None  # see __post_init__
-        pieces = pieces_of(self.start_D, len(self.tokens_N), self.seq_len, self.opened)
+        size = len(self.tokens_N)
+        if size and int(self.tokens_N[-1]) == self.separator:  # as token arrays have it
+            size -= 1
+        pieces = pieces_of(self.start_D, size, self.seq_len, self.opened)
         return plan(pieces, self.seq_len, self.opened, self.packing)
 
     def __len__(self) -> int:

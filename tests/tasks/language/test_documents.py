@@ -205,6 +205,16 @@ def test_rows_are_in_the_order_of_their_first_documents():
     assert first == sorted(first)
 
 
+def test_a_stream_that_ends_with_a_separator_has_no_further_document():
+    tokens_N, start_D = stream_of([[5, 6], [7]], False)
+    rows = [
+        Documents(tokens, start_D, SEP, False, 8, "greedy", "")
+        for tokens in (tokens_N, np.append(tokens_N, np.uint16(SEP)))
+    ]
+    for name, values in all_rows(rows[0]).items():
+        np.testing.assert_array_equal(all_rows(rows[1])[name], values)
+
+
 def test_rows_of_several_files_are_those_of_one():
     rng = np.random.default_rng(0)
     documents = [rng.integers(2, 99, n).tolist() for n in rng.integers(1, 40, 30)]

@@ -172,5 +172,5 @@ def test_prepared_shards_make_the_same_rows(root, tmp_path, packing):
             np.testing.assert_array_equal(values, b[name])
     assert mapped.evaluated == made.evaluated
     old = dataclasses.replace(mapped.corpus, train_start_D=None)
-    with pytest.raises(UserError, match=f"data.packing={packing}: .*; prepare a text again "):
+    with pytest.raises(UserError, match=f"data.packing={packing}: .* is not known; prepare "):
         dataclasses.replace(mapped, corpus=old).train_batch(0)
