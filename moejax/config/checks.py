@@ -301,9 +301,17 @@ def _check_mixture(config: Config) -> None:
     for name in ("data.path", "data.eval_path"):
         if value := get_field(config, name):
             raise UserError(
-                f"{name}={value!r} and {mixture.FIELD}={text!r} both name the data; use {name}= "
-                "(each source of a mixture has a held-out part of its own)"
+                f"{name}={value!r} and {mixture.FIELD}={text!r} both name the data; leave one of "
+                "them empty (each source of a mixture has a held-out part of its own)"
             )
+    for part in parts:
+        if part.path.startswith(HUB):
+            raise UserError(
+                f"{mixture.FIELD}={text!r}: {part.name!r} is a data set of the hub, which is read "
+                "while it is trained on; save it as files and name their folder"
+            )
+        if not _is_named(os.path.expanduser(part.path)):
+            raise UserError(f"{mixture.FIELD}={text!r}: {part.path!r} does not exist")
     if config.data.stream:
         raise UserError(
             f"data.stream=True does not go with {mixture.FIELD}={text!r}; prepare each source "

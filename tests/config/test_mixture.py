@@ -61,7 +61,7 @@ def test_what_is_no_mixture_is_refused_in_one_line_with_field_value_and_remedy(t
 
 def configured(**fields):
     config = default()
-    given = {"data.mixture": "{'a': ('x', 1), 'b': ('y', 1)}", **fields}
+    given = {"data.mixture": "{'a': ('.', 1), 'b': ('..', 1)}", **fields}
     apply_overrides(config, [f"--config.{name}={value}" for name, value in given.items()])
     return config
 
@@ -84,7 +84,17 @@ def test_fields_that_do_not_go_with_a_mixture_are_refused_by_name(field, value):
 
 def test_a_config_page_may_set_a_dictionary():
     config = default()
-    config.data.mixture = {"web": ("web", 0.7), "code": ("code", 0.3)}
+    config.data.mixture = {"web": (".", 0.7), "code": ("./*.py", 0.3)}
     assert isinstance(config.data.mixture, str)
-    assert parts_of(config.data.mixture) == parts_of("{'web': ('web', 0.7), 'code': ('code', 0.3)}")
+    given = parts_of("{'web': ('.', 0.7), 'code': ('./*.py', 0.3)}")
+    assert parts_of(config.data.mixture) == given
     validate(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [("absent", "'absent' does not exist"), ("hf://c4", "a data set of the hub")],
+)
+def test_paths_that_a_mixture_cannot_read_are_refused_before_anything_is_read(path, problem):
+    with pytest.raises(UserError, match=f"^data.mixture=.*: .*{problem}"):
+        validate(configured(**{"data.mixture": {"a": (".", 1), "b": (path, 1)}}))

@@ -295,7 +295,7 @@ class Mixture:
         for heading, by_name in each.items():
             alike = len(set(by_name.values())) == 1 and len(by_name) == len(self.parts)
             texts = [f"{name}: {text}" for name, text in by_name.items()]
-            lines[heading] = next(iter(by_name.values())) if alike else "; ".join(texts)
+            lines[heading] = f"each: {texts[0].partition(': ')[2]}" if alike else "; ".join(texts)
         return lines
 
     def warnings(self) -> list[str]:
