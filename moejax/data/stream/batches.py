@@ -39,8 +39,9 @@ class StreamBatches:
         if not 0 <= seed < MAX_SEED:
             raise UserError(f"train.seed: {seed} is not in [0, 2**32)")
         self._batch_size, self._seed = batch_size, seed
-        self._ahead = ThreadPrefetchDatasetIterator(blocks, AHEAD)
-        weakref.finalize(self, self._ahead.close).atexit = False  # its thread is a daemon
+        self._blocks, self._ahead = blocks, [ThreadPrefetchDatasetIterator(blocks, AHEAD)]
+        # At the exit of Python too: a thread that is then in C++ would abort the process.
+        weakref.finalize(self, _close, blocks, self._ahead)
         self._begins = [START]  # of all blocks read so far, in order
         self._block: Block | None = None
         self._order_R = np.zeros(0, np.int64)
@@ -84,17 +85,27 @@ class StreamBatches:
         if block is None or not block.place.row <= row < block.after.row:
             near = self._before(row)
             if block is None or near != block.after:
-                self._ahead.set_state({"place": near})
+                self._blocks.interrupt()
+                self._ahead[0].set_state({"place": near})
             self._block = block = None  # it is freed before others are read
             while block is None or row >= block.after.row:
-                block = next(self._ahead)
-                self.learn_end(block)
+                block = next(self._ahead[0])
+                self._note(block)
             self._block, self._order_R = block, _order(block, self._seed)
         return block
 
-    def learn_end(self, block: Block) -> None:
+    def _note(self, block: Block) -> None:
         if block.after not in self._begins[-1:] and block.after.row > self._begins[-1].row:
             self._begins.append(block.after)
+
+
+def _close(blocks: Blocks, ahead: list[Any]) -> None:
+    """End the thread that reads ahead, and free the only iterator that has it.
+
+    At the exit of Python, grain could not free it later.
+    """
+    blocks.interrupt()
+    ahead.pop().close()
 
 
 def _order(block: Block, seed: int) -> np.ndarray:

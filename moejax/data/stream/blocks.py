@@ -65,6 +65,10 @@ class Rows(Protocol):
     ) -> Batch: ...
 
 
+class Interrupted(Exception):
+    """The block is not wanted any more."""
+
+
 class Block(NamedTuple):
     """Rows from one place of the stream to the next, in the order of the text."""
 
@@ -113,11 +117,16 @@ class Blocks:
         return {"place": self._place}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        self._interrupted = False
         self._place = Place(*state["place"])
         place = self._place
         self._reading = self._documents(place.epoch, place.unit, place.record)
         self._waiting: deque[tuple[int, int, np.ndarray]] = deque()
         self._skip = place.skip
+
+    def interrupt(self) -> None:
+        """End a ``next`` of another thread soon, with an exception; ``set_state`` begins anew."""
+        self._interrupted = True
 
     def __iter__(self) -> "Blocks":
         return self
@@ -164,6 +173,8 @@ class Blocks:
         """Read until there are the tokens of a block, or the epoch is over."""
         missing = self._wanted + 1 + self._skip - sum(len(x) for _, _, x in self._waiting)
         while missing > 0:
+            if self._interrupted:
+                raise Interrupted
             document = next(self._reading, None)
             if document is None:
                 return

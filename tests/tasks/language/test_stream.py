@@ -3,6 +3,8 @@
 import collections
 import gc
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from moejax.errors import UserError
 from moejax.tasks.language import stream
 from moejax.tasks.language.source import TextSource
 from moejax.tasks.language.task import build
+from tests.environment import of_a_user
 
 LENGTH, BATCH, ROWS = 16, 8, 24
 DOCUMENTS = 200
@@ -390,3 +393,27 @@ def test_a_source_that_is_gone_has_no_thread(folder):
     for thread in threads:
         thread.join(10)
     assert not any(thread.is_alive() for thread in threads)
+
+
+EXIT = """
+import sys
+from moejax.config import default
+from moejax.tasks.language.task import build
+
+config = default()
+config.train.update({"seq_len": 16, "batch_size": 8})
+config.data.update({"path": sys.argv[1], "stream": True})
+source = build(config)[1]
+source.train_batch(0)
+"""
+
+
+@pytest.mark.slow
+def test_python_exits_while_blocks_are_read_ahead(folder):
+    """Many times, since what the thread does at that moment differs."""
+    for _ in range(5):
+        argv = [sys.executable, "-c", EXIT, str(folder)]
+        ended = subprocess.run(
+            argv, env=of_a_user(), capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
