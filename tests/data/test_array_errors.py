@@ -196,7 +196,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position(tmp_path):
     ids.tofile(tmp_path / "a.bin")
     path = tmp_path / "a.bin"
     message = refused(path, "the id 301 at token 8388700", vocab_size=301)
-    assert "not below the 301 of model.vocab_size=301; raise it" in message
+    assert "but ids are below 301 (model.vocab_size); raise it" in message
     message = refused(path, "the id 301 at token 8388700", tokenizer=str(tmp_path / "bpe.json"))
     assert "name the tokenizer that made the ids" in message
     assert load_corpus(str(path)).vocab_size == 65_001

@@ -33,9 +33,8 @@ def below(documents, vocab):
 
 
 def documents_of(tokens_N, start_D, separator):
-    """Documents by the contract of `Corpus`: a separator behind each, perhaps not the last."""
-    size = len(tokens_N) - (int(tokens_N[-1]) == separator)
-    stop_D = np.append(start_D[1:] - 1, size)
+    """Documents by the contract of `Corpus`: a separator behind each but the last."""
+    stop_D = np.append(start_D[1:] - 1, len(tokens_N))
     assert all(int(tokens_N[int(stop)]) == separator for stop in stop_D[:-1])
     return [tokens_N[int(a) : int(b)].tolist() for a, b in zip(start_D, stop_D, strict=True)]
 
@@ -142,7 +141,7 @@ def test_the_held_out_share_begins_where_a_document_begins(tmp_path, bpe):
     assert train + held == lists(documents)
     ends = np.cumsum([len(d) + 1 for d in documents])
     nearest = min(abs(len(tokens) - ends - 0.1 * len(tokens)))
-    assert abs(len(corpus.heldout_N) - 0.1 * len(tokens)) == nearest
+    assert abs(len(corpus.heldout_N) + 1 - 0.1 * len(tokens)) == nearest
     unknown = load_corpus(str(tmp_path / "all.bin"), eval_fraction=0.1)
     assert len(unknown.heldout_N) == round(0.1 * len(tokens))
     assert unknown.facts.split == "the last 10% of the tokens"
@@ -152,9 +151,9 @@ def test_a_document_longer_than_the_held_out_share_is_cut(tmp_path, bpe):
     documents = [np.full(900, 5), np.full(90, 6)]
     nanogpt(tmp_path / "all.bin", documents[::-1])
     corpus = load_corpus(str(tmp_path / "all.bin"), str(bpe), eval_fraction=0.1)
-    assert len(corpus.heldout_N) == round(0.1 * 992)
+    assert len(corpus.heldout_N) + 1 == round(0.1 * 992)
     assert corpus.heldout_start_D is not None and corpus.train_start_D is not None
-    assert corpus.heldout_start_D.tolist() == [0] and set(corpus.heldout_N[:].tolist()) == {0, 5}
+    assert corpus.heldout_start_D.tolist() == [0] and set(corpus.heldout_N[:].tolist()) == {5}
     assert corpus.train_start_D.tolist() == [0, 91]
 
 
@@ -207,9 +206,8 @@ def test_a_source_of_several_files_evaluates_like_one_of_a_single_array(tmp_path
     assert source.evaluated["bytes"] == sizes[targets].sum()
     assert 0 < source.baselines()["bigram"] < 20
     assert source.token_counts(size).sum() == len(whole)
-    assert source.facts()["data"].startswith(
-        "token ids, 5 files of llm.c .bin, uint16; a vocabulary of "
-    )
+    line = source.facts()["read as"]
+    assert line.startswith(f"5 files of llm.c .bin, uint16; a vocabulary of {size} ids")
     assert "bytes" not in " ".join(source.warnings())
 
 
@@ -231,6 +229,40 @@ def test_documents_of_several_files_are_packed_like_those_of_one_array(tmp_path,
     assert (targets == 0).sum() == len(documents)  # each ends once
     ids = np.sort(np.concatenate(documents))
     np.testing.assert_array_equal(np.sort(targets[targets != 0]), ids)
+
+
+def test_an_opening_is_found_where_it_begins_every_document(tmp_path, bpe):
+    from tokenizers import Tokenizer, processors
+
+    made = Tokenizer.from_file(str(bpe))
+    made.add_special_tokens(["<s>"])
+    bos = made.get_vocab()["<s>"]
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", bos)])
+    made.save(str(tmp_path / "bos.json"))
+    documents = below(TRAIN[:20], bos)
+    opened = [np.append(bos, document) for document in documents]
+    for name, ids in (("both", opened), ("eos", documents)):
+        (tmp_path / name).mkdir()
+        nanogpt(tmp_path / name / "train.bin", ids)
+        nanogpt(tmp_path / name / "val.bin", ids[:5])
+    (tmp_path / "bos").mkdir()
+    for side in ("train", "val"):  # as llm.c writes Llama 3's tokens
+        llmc(tmp_path / "bos" / f"{side}.bin", documents, eot=bos, llama=True)
+    both, eos, only = (
+        load_corpus(str(tmp_path / name), str(tmp_path / "bos.json"))
+        for name in ("both", "eos", "bos")
+    )
+    assert [(c.separator, c.opening) for c in (both, eos, only)] == [
+        (0, (bos,)),
+        (0, ()),
+        (bos, ()),
+    ]
+    assert documents_of(both.train_N, both.train_start_D, 0) == lists(opened)
+    assert documents_of(only.train_N, only.train_start_D, bos) == lists(documents)
+    assert both.heldout_size_M is not None and only.heldout_size_M is not None
+    assert both.heldout_size_M[0] == 0 and only.heldout_size_M[0] == 1
+    text = sum(load_tokenizer(str(bpe)).token_bytes()[np.concatenate(documents[:5])])
+    assert both.heldout_size_M[:].sum() == text + 4  # separators
 
 
 def test_packing_without_known_documents_is_refused(tmp_path):

@@ -41,7 +41,7 @@ def load_arrays(
     check_fraction(eval_fraction)
     sides = choose_sides(found, eval_path)
     made_by = load_tokenizer(tokenizer) if tokenizer else None
-    limit = Limit(vocab_size, f"model.vocab_size={vocab_size}")
+    limit = Limit(vocab_size, "model.vocab_size")
     if made_by:
         limit = Limit(made_by.vocab_size, f"data.tokenizer={tokenizer!r}")
     candidates = [made_by.separator, *made_by.opening[:1]] if made_by else []
@@ -58,6 +58,7 @@ def load_arrays(
     if not sides.heldout:
         train, heldout, rule = hold_out(train, eval_fraction)
     opening = _opening(made_by, separator, train, heldout)
+    train, heldout = train.without_last(separator), heldout.without_last(separator)
     train_N, heldout_N = cast(Tokens, train.tokens_N), cast(Tokens, heldout.tokens_N)
     return Corpus(
         train_N=train_N,
@@ -125,5 +126,5 @@ def _in_words(arrays: Sequence[TokenArray], limit: Limit, size: int) -> str:
     formats = " and ".join(
         name if count == 1 else f"{count} files of {name}" for name, count in counts.items()
     )
-    source = f"of {limit.field}" if limit.size else "the largest + 1"
-    return f"token ids, {formats}; a vocabulary of {size} ids, {source}"
+    source = limit.field if limit.size else "the largest + 1"
+    return f"{formats}; a vocabulary of {size} ids ({source})"

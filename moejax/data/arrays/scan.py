@@ -78,4 +78,4 @@ def _outside(array: TokenArray, limit: Limit, at: int, token: int) -> UserError:
     remedy = "raise it, or set 0 to take the largest id + 1"
     if limit.field.startswith("data.tokenizer"):
         remedy = "name the tokenizer that made the ids"
-    return UserError(f"{where}, not below the {limit.size} of {limit.field}; {remedy}")
+    return UserError(f"{where}, but ids are below {limit.size} ({limit.field}); {remedy}")

@@ -37,6 +37,13 @@ class Stream:
             start_D = np.concatenate([np.zeros(int(cuts), np.int64), inside])
         return Stream(self.tokens_N.view(begin, end), start_D)
 
+    def without_last(self, separator: int) -> "Stream":
+        """The stream without a separator at its end: separators stand between documents."""
+        size = len(self.tokens_N)
+        if self.start_D is None or size < 2 or int(self.tokens_N[size - 1]) != separator:
+            return self
+        return self.view(0, size - 1)
+
     def opens_with(self, token: int) -> bool:
         """True if every document but the first, whose beginning may be missing, begins with it."""
         start_D = self.start_D
