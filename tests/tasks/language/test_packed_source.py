@@ -90,6 +90,29 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_evaluated_targets(root, packin
         assert seen["bytes"] == sum(file.stat().st_size for file in files) + len(files)
 
 
+@pytest.mark.parametrize("packing", WAYS)
+def test_the_token_that_a_tokenizer_puts_before_a_text_begins_every_document(root, packing):
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_file(str(root / "bpe.json"))
+    made.add_special_tokens(["<s>"])
+    bos = made.token_to_id("<s>")
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    made.save(str(root / "bos.json"))
+    source = source_of(root, packing, "bos.json")
+    assert source.corpus.opening == (bos,) and source.corpus.heldout_start_D is not None
+    found = list(spans(source.eval_batches(4, 10_000)))
+    documents = len(source.corpus.heldout_start_D)
+    assert sum(span[0] == bos for span in found) == documents == 16
+    assert sum((span[1:] == source.corpus.separator).sum() for span in found) == documents
+    assert not any((span[1:] == bos).any() for span in found)
+    files = list((root / "text" / "val").iterdir())
+    size = sum(file.stat().st_size for file in files) + len(files)
+    assert source.evaluated["bytes"] == size  # a separator is a byte, an opening none
+
+
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("packing", WAYS)
 def test_baselines_predict_each_target_from_its_own_document(root, packing, opened):
