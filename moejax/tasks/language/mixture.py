@@ -89,12 +89,6 @@ def _tokens(corpus: Corpus) -> str:
     return f"{corpus.vocab_size} tokens with {corpus.separator} between documents{opening}"
 
 
-def _tokens(corpus: Corpus) -> str:
-    """The tokens of a text in words: equal for texts of one tokenizer."""
-    opening = f" and {corpus.opening} before each" if corpus.opening else ""
-    return f"{corpus.vocab_size} tokens with {corpus.separator} between documents{opening}"
-
-
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
     """Puts the name of a text before the mistakes that are found in it."""

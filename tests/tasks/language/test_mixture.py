@@ -1,15 +1,21 @@
 """Rows of several texts: their order, their held-out shares, and what is said about them."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moejax.config import apply_overrides, default
+from moejax.contrib.openmoe.texts import all_texts
 from moejax.data.prepare import prepare
+from moejax.data.tokenizers.bpe import train_bpe
+from moejax.data.tokenizers.byte import ByteTokenizer
 from moejax.errors import UserError
 from moejax.tasks.language.mixture import Mixture, open_mixture
 from moejax.tasks.language.task import LanguageModel, build
+from moejax.train.scoring import tokenizer_of
 
 LENGTH, BATCH = 16, 8
 LETTERS = {"web": b"abcdefgh", "code": b"uvwxyz"}
@@ -200,8 +206,6 @@ def test_prepared_shards_go_with_text_of_the_same_tokens_and_no_others(texts, tm
     plain = open_mixture(configured(texts))
     for step in (0, 5):
         assert np.array_equal(mixed.train_batch(step)["tokens"], plain.train_batch(step)["tokens"])
-    from moejax.data.tokenizers.bpe import train_bpe
-
     train_bpe(str(texts / "web"), 300, str(tmp_path / "bpe.json"))
     with pytest.raises(UserError, match="data.mixture: 'code' has 256 tokens .* and 'web' has 30"):
         fields = {"data.mixture": mixture, "data.tokenizer": str(tmp_path / "bpe.json")}
@@ -262,3 +266,22 @@ def test_packed_rows_are_those_of_each_text(tmp_path, packing):
     evaluated = source.eval_batches(4, 10)
     assert source.evaluated["tokens"] == sum(int(b["valid"].sum()) for b in evaluated)
     assert source.about()["mixture"]["web"]["packing"]["train"]["rows"] > 0
+
+
+def test_rows_of_another_length_and_the_tokenizer_are_known_as_for_one_text(texts):
+    config = configured(texts)
+    source = open_mixture(config)
+    longer = source.of_length(2 * LENGTH)
+    assert longer.shapes(3)["tokens"].shape == (3, 2 * LENGTH + 1)
+    assert longer.train_batch(0)["tokens"].shape == (BATCH, 2 * LENGTH + 1)
+    run: Any = SimpleNamespace(data=source, config=config)
+    assert isinstance(tokenizer_of(run), ByteTokenizer)
+
+
+def test_a_measurement_of_routing_has_a_text_for_each_source(texts):
+    run: Any = SimpleNamespace(data=open_mixture(configured(texts)), config=configured(texts))
+    found = all_texts(run, [], 5)
+    assert [text.name for text in found] == ["web", "code"]
+    for text in found:
+        tokens = np.concatenate([b["tokens"][b["valid"].any(axis=1)] for b in text.batches])
+        assert len(tokens) == 5 and set(tokens.ravel().tolist()) <= set(LETTERS[text.name])
