@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -14,18 +15,62 @@ SMALL = 16 << 20
 """Bytes of input that are read so fast that nobody needs to watch."""
 
 
+INSPECTED = """Keys of the JSON:
+  path, kind             what was looked at; text, prepared shards or token arrays
+  name, tokenizer        name of the data, and of the tokenizer that counts
+  files, formats         files that are read, and their number by format
+  documents              documents that are not empty; null where their ends are not known
+  bytes, tokens          of their text, without separators; bytes are null where not known
+  empty, bad, first_bad  empty documents, records that cannot be read, the first of these
+  duplicates             documents that are exact copies of others
+  not_utf8, binary       documents that do not look like text; also first_not_utf8, first_binary
+  lengths                documents of n to 2n - 1 tokens, by n, a power of two
+  shortest, longest      the document of the fewest and the most tokens: tokens, bytes, place
+  first                  the beginnings of the first documents
+  refused, ignored       files that cannot be read, with reasons; text beside files of records
+  shards, split          of shards: their index; of tokens: both sides and the fingerprint"""
+
+
 def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "data",
-        help="train a tokenizer or tokenise text",
+        help="look at data, train a tokenizer or tokenise text",
         description="Prepares text for data.tokenizer and data.path. Both are optional: without a "
         "tokenizer\ntext is read as bytes, and without data.path the built-in corpus is used.",
         epilog="Examples:\n"
+        "  moejax data inspect books/\n"
         "  moejax data tokenizer --path=books/ --vocab-size=8192 --out=bpe.json\n"
         "  moejax data prepare --path=books/ --tokenizer=bpe.json --out=shards/\n"
         "  moejax train --config=configs/lm.py --config.data.path=shards/ --workdir=runs/books",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    inspect = actions.add_parser(
+        "inspect",
+        help="what is in text, shards or token arrays, and what would be refused",
+        description="Reads everything once and describes it. Records and files that cannot be "
+        "read do not end it;\nthey are counted, and the first ones are named.",
+        epilog=INSPECTED,
+    )
+    inspect.add_argument(
+        "path",
+        nargs="?",
+        default="",
+        metavar="PATH",
+        help="as data.path: files, folders or globs (default: built-in corpus)",
+    )
+    inspect.add_argument(
+        "--tokenizer",
+        default="",
+        metavar="PATH",
+        help="count tokens of this tokenizer instead of bytes; for shards and token arrays, the "
+        "one that made them",
+    )
+    _add_text_field(inspect)
+    inspect.add_argument(
+        "--first", type=int, default=3, metavar="N", help="documents to show (default 3)"
+    )
+    inspect.add_argument("--json", action="store_true", help="everything, as JSON on a line")
+    inspect.set_defaults(run=_inspect, takes_overrides=False)
     tokenizer = actions.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
     tokenizer.add_argument(
         "--vocab-size", required=True, type=int, metavar="N", help="tokens, at least 257"
@@ -49,15 +94,11 @@ def add_command(commands: Any) -> None:
     prepare.add_argument(
         "--workers",
         type=int,
-        default=0,
         metavar="N",
         help="processes (default: one for each processor)",
     )
     prepare.add_argument(
         "--licence", default="", metavar="TEXT", help="a note on the licence, for index.json"
-    )
-    prepare.add_argument(
-        "--keep-duplicates", action="store_true", help="keep exact copies of documents"
     )
     prepare.set_defaults(run=_prepare, takes_overrides=False)
     for action in (tokenizer, prepare):
@@ -79,15 +120,25 @@ def add_command(commands: Any) -> None:
             "--eval-path", default="", metavar="PATH", help="a separate held-out text"
         )
         parser.flags += action.flags
+    parser.flags += inspect.flags
 
 
-def _add_reading(action: Any) -> None:
-    """The flags about records: as the config's fields of the same names."""
+def _add_text_field(action: Any) -> None:
     action.add_argument(
         "--text-field",
         default="text",
         metavar="NAME",
         help="the field or column of a record that holds its text (default: text)",
+    )
+
+
+def _add_reading(action: Any) -> None:
+    """The flags about documents: as the config's fields of the same names."""
+    _add_text_field(action)
+    action.add_argument(
+        "--keep-duplicates",
+        action="store_true",
+        help="keep exact copies of documents, as data.duplicates=keep does",
     )
     action.add_argument(
         "--on-error",
@@ -112,6 +163,7 @@ def _tokenizer(args: argparse.Namespace) -> int:
         census=census,
         text_field=args.text_field,
         on_error=args.on_error,
+        duplicates=_duplicates(args),
     )
     _warn(census.warning())
     print(f"{args.out}: {size} tokens; use it with --config.data.tokenizer={args.out}")
@@ -130,12 +182,12 @@ def _prepare(args: argparse.Namespace) -> int:
         args.out,
         args.eval_fraction,
         args.eval_path,
-        workers=args.workers or os.cpu_count() or 1,
+        workers=_processors() if args.workers is None else args.workers,
         licence=args.licence,
         progress=_Progress(),
         text_field=args.text_field,
         bos=args.bos,
-        duplicates="keep" if args.keep_duplicates else "drop",
+        duplicates=_duplicates(args),
         on_error=args.on_error,
     )
     for field, value in dataclasses.asdict(index).items():
@@ -147,6 +199,29 @@ def _prepare(args: argparse.Namespace) -> int:
     if index.heldout_tokens < FEW:
         _warn(few_held_out(index.heldout_tokens))
     print(f"use it with --config.data.path={args.out}")
+    return 0
+
+
+def _duplicates(args: argparse.Namespace) -> str:
+    return "keep" if args.keep_duplicates else "drop"
+
+
+def _processors() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from moejax.data.survey import survey
+    from moejax.data.survey_text import survey_lines
+
+    found = survey(args.path, args.tokenizer, args.text_field, args.first, _Progress())
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found)))
+    else:
+        print("\n".join(survey_lines(found)))
     return 0
 
 

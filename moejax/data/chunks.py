@@ -27,7 +27,11 @@ def write_unit(folder: str, key: str, chunks: Iterator[Encoded]) -> None:
             "census": json.dumps(dataclasses.asdict(chunk.census)),
             "troubles": json.dumps(dataclasses.asdict(chunk.troubles)),
         }
-        safetensors.numpy.save_file(arrays, _path(folder, key, count), facts)
+        # Written here, not by the library, whose errors do not say that the disk is full.
+        with open(_path(folder, key, count), "wb") as file:
+            file.write(safetensors.numpy.save(arrays, facts))
+            file.flush()
+            os.fsync(file.fileno())
         count, bad = count + 1, bad + chunk.troubles.bad
     part = os.path.join(folder, f"{key}.part")
     with open(part, "w", encoding="utf-8") as file:
@@ -58,13 +62,13 @@ class StoredChunks:
     tokens: bool = True
 
     def __iter__(self) -> Iterator[Encoded]:
-        for key in self.keys:
+        for number, key in enumerate(self.keys):
             with open(os.path.join(self.folder, f"{key}.done"), encoding="utf-8") as file:
                 count = json.load(file)["chunks"]
             for index in range(count):
-                yield self._read(_path(self.folder, key, index))
+                yield self._read(_path(self.folder, key, index), number)
 
-    def _read(self, path: str) -> Encoded:
+    def _read(self, path: str, unit: int) -> Encoded:
         with safetensors.safe_open(path, "numpy") as file:
             facts = file.metadata()
             names = set(file.keys())
@@ -83,6 +87,7 @@ class StoredChunks:
             size_N=arrays.get("size_N"),
             census=Census(**json.loads(facts["census"])),
             troubles=Troubles(**json.loads(facts["troubles"])),
+            unit=unit,
         )
 
 

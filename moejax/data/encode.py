@@ -16,6 +16,8 @@ from moejax.data.units import TRAIN, Unit
 from moejax.errors import UserError
 
 FAIL, SKIP = "fail", "skip"
+BYTES = 256
+"""The size of the vocabulary of bytes, which are tokens of any text."""
 CHUNK = 32 << 20
 BATCH = 8 << 20
 """Bytes of text that a tokenizer gets at once, for its own threads."""
@@ -35,20 +37,14 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass
 class Troubles:
-    """Records without a text, and empty documents; both are left out."""
+    """Numbers of records without a text, and of empty documents; both are left out."""
 
     bad: int = 0
-    first_bad: str = ""
     empty: int = 0
 
-    def add(self, bad: Bad) -> None:
-        self.bad += 1
-        self.first_bad = self.first_bad or f"{bad.place}: {bad.reason}"
-
     def join(self, other: "Troubles") -> None:
-        """Add those of a later unit."""
+        """Add those of a later chunk."""
         self.bad += other.bad
-        self.first_bad = self.first_bad or other.first_bad
         self.empty += other.empty
 
 
@@ -62,6 +58,7 @@ class Encoded:
       size_D: its bytes.
       digest_D2: 128 bits of BLAKE2b over its bytes.
       size_N: bytes of each token; None if the tokenizer's table has them, or the side is training.
+      unit: number of the unit.
     """
 
     side: str
@@ -72,23 +69,27 @@ class Encoded:
     size_N: UInt[np.ndarray, " N"] | None
     census: Census
     troubles: Troubles
+    unit: int = 0
 
     def bare(self) -> "Encoded":
         """The same without tokens."""
         return dataclasses.replace(self, token_N=self.token_N[:0].copy(), size_N=None)
 
 
-def encode_unit(unit: Unit, tokenizer: Tokenizer, reading: Reading) -> Iterator[Encoded]:
+def encode_unit(
+    unit: Unit, tokenizer: Tokenizer, reading: Reading, number: int = 0
+) -> Iterator[Encoded]:
     """Read and tokenise the documents of a unit, in chunks of about ``CHUNK`` bytes of text.
+
+    ``number``: that of the unit.
 
     Raises:
       UserError: a file that cannot be read; a record without a text, unless these are skipped.
     """
     sized = unit.side != TRAIN and not tokenizer.is_byte_level
-    chunk = _Chunk(unit.side, token_dtype(tokenizer.vocab_size), sized)
-    # Bytes are tokens of any text; plain text has a message of its own in the tokenizer.
-    utf8 = tokenizer.vocab_size != 256 and (unit.format is not None or reading.on_error == SKIP)
-    for batch in _batches(pieces_of(unit, reading, lambda: chunk.troubles, utf8)):
+    chunk = _Chunk(unit.side, token_dtype(tokenizer.vocab_size), sized, number)
+    characters = tokenizer.vocab_size != BYTES
+    for batch in batches(pieces_of(unit, reading, lambda: chunk.troubles, characters)):
         for piece, ids in zip(batch, tokenizer.encode(batch), strict=True):
             if piece.is_first and chunk.bytes >= CHUNK:
                 yield chunk.taken()
@@ -99,8 +100,8 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, reading: Reading) -> Iterator[
 class _Chunk:
     """The documents of a unit that were read since the last chunk."""
 
-    def __init__(self, side: str, dtype: np.dtype, sized: bool):
-        self.side, self.dtype, self.sized = side, dtype, sized
+    def __init__(self, side: str, dtype: np.dtype, sized: bool, number: int):
+        self.side, self.dtype, self.sized, self.number = side, dtype, sized, number
         self._clear()
 
     def _clear(self) -> None:
@@ -137,48 +138,67 @@ class _Chunk:
             size_N=np.concatenate(self._sizes) if self.sized else None,
             census=self.census,
             troubles=self.troubles,
+            unit=self.number,
         )
         self._clear()
         return encoded
 
 
-def read_texts(
-    unit: Unit, reading: Reading, troubles: Callable[[], Troubles], utf8: bool = False
-) -> Iterator[Record]:
-    """The texts of a unit without those that are empty or, if these are skipped, cannot be read.
+def texts_of(unit: Unit, reading: Reading, characters: bool) -> Iterator[Record | Bad]:
+    """The records of a unit.
 
-    ``troubles``: where to count these. ``utf8``: whether text that is not UTF-8 is one of the
-    latter.
+    ``characters``: whether text that is not UTF-8 is a bad record, as it is for all tokenizers but
+    bytes. Of plain text that must not be skipped the tokenizer says so itself.
     """
+    check = characters and (unit.format is not None or reading.on_error == SKIP)
     for text in unit.texts(reading.text_field):
-        if isinstance(text, Record) and utf8 and not is_utf8(text.data):
-            text = Bad(text.place, "is not UTF-8")
-        if isinstance(text, Record):
-            if text.data:
-                yield text
-            else:
-                troubles().empty += 1
-            continue
-        if reading.on_error == FAIL:
-            raise UserError(
-                f"{unit.files[0].field}: {text.place}: {text.reason}; repair it, or set "
-                "data.on_error=skip to leave such records out"
-            )
-        troubles().add(text)
+        if check and isinstance(text, Record) and not is_utf8(text.data):
+            yield Bad(text.place, "it is not UTF-8")
+        else:
+            yield text
 
 
 def pieces_of(
-    unit: Unit, reading: Reading, troubles: Callable[[], Troubles], utf8: bool = False
+    unit: Unit, reading: Reading, troubles: Callable[[], Troubles], characters: bool
 ) -> Iterator[Piece]:
-    """The documents of ``read_texts``, in pieces."""
-    for text in read_texts(unit, reading, troubles, utf8):
-        # Of records, messages about the encoding name the file: counting lines may take long.
-        file = unit.files[0]
-        name, path = (file.name, file.path) if unit.format else (text.place, text.place)
-        yield from cut(Document(str(name), str(path), len(text.data), field=file.field), text.data)
+    """The documents of a unit in pieces, without those that are empty or, if these are skipped,
+    cannot be read.
+
+    ``troubles``: where to count these; ``characters``: see ``texts_of``.
+
+    Raises:
+      UserError: a file or a record that cannot be read.
+    """
+    file = unit.files[0]
+    for text in texts_of(unit, reading, characters):
+        if isinstance(text, Bad):
+            if reading.on_error == FAIL:
+                raise UserError(
+                    f"{file.field}: {text.place}: {text.reason}; repair it, or set "
+                    "data.on_error=skip to leave such records out"
+                )
+            troubles().bad += 1
+        elif not text.data:
+            troubles().empty += 1
+        else:
+            # Of records, messages about the encoding name the file: counting lines may take long.
+            name, path = (file.name, file.path) if unit.format else (text.place, text.place)
+            own = Document(str(name), str(path), len(text.data), field=file.field)
+            yield from cut(own, text.data)
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+def first_bad(unit: Unit, reading: Reading, characters: bool) -> str:
+    """The first bad record of a unit, which has one, and the reason.
+
+    It is looked for only when it is shown: a span does not know how many lines precede it.
+    """
+    texts = texts_of(unit, reading, characters)
+    bad = next(text for text in texts if isinstance(text, Bad))
+    return f"{bad.place}: {bad.reason}"
+
+
+def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of about ``BATCH`` bytes."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,15 @@ from moejax.data.census import Census
 from moejax.data.corpus import Corpus, Facts, Origin
 from moejax.data.documents import Piece
 from moejax.data.duplicates import Overlap
-from moejax.data.encode import Encoded, Reading, Troubles, encode_unit, pieces_of
+from moejax.data.encode import (
+    BYTES,
+    Encoded,
+    Reading,
+    Troubles,
+    encode_unit,
+    first_bad,
+    pieces_of,
+)
 from moejax.data.shards import Shards, fingerprint, is_prepared, read_shards
 from moejax.data.split import Split
 from moejax.data.tokenizers.byte import ByteTokenizer
@@ -91,7 +99,11 @@ def load_corpus(
     if path and (arrays := find_arrays(path)):
         return load_arrays(arrays, tokenizer, eval_fraction, eval_path, vocab_size)
     texts, loaded = wanted.texts(), load_tokenizer(tokenizer, wanted.bos)
-    chunks = [chunk for unit in texts.units for chunk in encode_unit(unit, loaded, wanted.reading)]
+    chunks = [
+        chunk
+        for number, unit in enumerate(texts.units)
+        for chunk in encode_unit(unit, loaded, wanted.reading, number)
+    ]
     listed = Listed.of(chunks)
     choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
     first, between = joints(loaded)
@@ -112,23 +124,32 @@ def load_corpus(
         opening=first.tokens,
         train_start_D=starts(listed.length_D[choice.train_D], lead),
         heldout_start_D=starts(listed.length_D[choice.heldout_D], lead),
-        facts=facts_of(texts, loaded, choice, chunks),
+        facts=facts_of(texts, loaded, choice, chunks, wanted.reading),
         origin=Origin(kept_split(texts.split, choice), loaded),
     )
+
+
+class _NoTokens(ByteTokenizer):
+    """A tokenizer for which only digests and sizes of documents are made."""
+
+    vocab_size = BYTES + 1  # its documents must be UTF-8, as for any other than bytes
+
+    def encode(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        return [np.zeros(0, np.uint8)] * len(pieces)
 
 
 def training_pieces(wanted: Wanted) -> Iterator[Piece]:
     """The text to train on, in pieces. It is read twice: first to see which documents those are."""
     texts, reading = wanted.texts(), wanted.reading
-    scanned = Listed.of(
+    listed = Listed.of(
         chunk.bare()
-        for unit in texts.units
-        for chunk in encode_unit(unit, ByteTokenizer(), reading)
+        for number, unit in enumerate(texts.units)
+        for chunk in encode_unit(unit, _NoTokens(), reading, number)
     )
-    choice = choose(scanned, texts.share, texts.count, wanted.duplicates == "drop")
+    choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
     number, troubles = -1, Troubles()
     for unit in texts.units:
-        for piece in pieces_of(unit, reading, lambda: troubles):
+        for piece in pieces_of(unit, reading, lambda: troubles, characters=True):
             number += piece.is_first
             if choice.train_D[number]:
                 yield piece
@@ -140,11 +161,17 @@ def size_table(tokenizer: Tokenizer) -> UInt[np.ndarray, " V"] | None:
 
 
 def facts_of(
-    texts: Texts, tokenizer: Tokenizer, choice: Choice, chunks: Iterable[Encoded]
+    texts: Texts,
+    tokenizer: Tokenizer,
+    choice: Choice,
+    chunks: Iterable[Encoded],
+    reading: Reading,
 ) -> Facts:
     """The facts about a text that was read in chunks."""
-    census, troubles = Census(), Troubles()
+    census, troubles, bad = Census(), Troubles(), ""
     for chunk in chunks:
+        if chunk.troubles.bad and not bad:
+            bad = first_bad(texts.units[chunk.unit], reading, tokenizer.vocab_size != BYTES)
         census.join(chunk.census)
         troubles.join(chunk.troubles)
     return Facts(
@@ -160,7 +187,7 @@ def facts_of(
         duplicates=choice.copies,
         empty_documents=troubles.empty,
         bad_records=troubles.bad,
-        first_bad_record=troubles.first_bad,
+        first_bad_record=bad,
     )
 
 

@@ -5,18 +5,12 @@ of all that they depend on. A preparation that was killed therefore goes on wher
 end the documents are chosen and the streams are written, a chunk at a time.
 """
 
-import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import hashlib
-import multiprocessing
 import os
-import shutil
-import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +38,14 @@ from moejax.data.shards import (
 from moejax.data.token_overlap import token_overlap
 from moejax.data.tokenizers.interface import Tokenizer, joints, token_dtype
 from moejax.data.tokenizers.load import load_tokenizer
-from moejax.data.tokenizers.named import file_of
+from moejax.data.tokenizers.named import tokenizer_digest
+from moejax.data.unfinished import remove_others, working_folder
 from moejax.data.units import Texts, Unit
+from moejax.data.workers import in_processes
 from moejax.errors import UserError
 
-WORTH_KEEPING = 256 << 20
-"""Bytes of unfinished work that outlive a failure; less is made again in seconds."""
+CHUNKS = "moejax chunks 1"
+"""The version of the files of unfinished preparations."""
 Progress = Callable[[int, int], None]
 """Called with the bytes of input that are done, and of all input."""
 
@@ -97,73 +93,32 @@ def prepare(
             raise UserError(
                 f"out_dir: {out_dir!r} exists and is not an empty folder; choose another"
             )
-        with _working_folder(out_dir) as folder:
-            keys = tuple(unit_key(unit, wanted) for unit in texts.units)
+        with working_folder(out_dir) as folder:
+            keys = unit_keys(texts, wanted)
+            remove_others(folder, keys)
             _encode_all(folder, texts, keys, wanted, workers, progress)
+            if unit_keys(texts, wanted) != keys:
+                raise UserError(f"data.path: {texts.name!r} was changed meanwhile; run again")
             shards = os.path.join(folder, "shards")
-            shutil.rmtree(shards, ignore_errors=True)
             os.mkdir(shards)
             index = _write(shards, StoredChunks(folder, keys), texts, loaded, wanted, licence)
             os.rename(shards, out_dir)  # replaces an empty folder, fails on any other
-            shutil.rmtree(folder)
     except OSError as error:
         raise UserError(f"out_dir: cannot write {out_dir!r}: {error.strerror}") from error
     return index
 
 
-@contextlib.contextmanager
-def _working_folder(out_dir: str) -> Iterator[str]:
-    """The hidden folder of a preparation, for one process at a time. After a failure it stays if
-    what is in it took long to make; after a kill it stays anyway."""
-    parent, name = os.path.split(out_dir)
-    missing = [p for p in (Path(parent), *Path(parent).parents) if not p.exists()]
-    os.makedirs(parent, exist_ok=True)
-    folder = os.path.join(parent, f".{name}.unfinished")
-    os.makedirs(folder, exist_ok=True)
-    try:
-        with open(os.path.join(folder, "lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"out_dir: another process is preparing {out_dir!r}; wait for it, or choose "
-                    "another folder"
-                ) from error
-            yield folder
-    except UserError as error:
-        if _size(folder) < WORTH_KEEPING:
-            raise
-        raise UserError(
-            f"{error} (what is done is kept in {folder!r}; the same command goes on from there)"
-        ) from error
-    finally:
-        if os.path.isdir(folder) and _size(folder) < WORTH_KEEPING:
-            shutil.rmtree(folder)
-            for made in missing:
-                with contextlib.suppress(OSError):  # something else is in it by now
-                    made.rmdir()
-
-
-def _size(folder: str) -> int:
-    """Bytes of the files in a folder."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
-
-
-def unit_key(unit: Unit, wanted: Wanted) -> str:
-    """A name for the tokens of a unit, which changes with all that they depend on."""
-    files = [
-        (file.path, file.start, file.size, os.stat(file.path).st_mtime_ns) for file in unit.files
-    ]
-    kind = unit.format.name if unit.format else "text"
-    parts = [unit.side, files, kind, unit.span, wanted.text_field, wanted.bos]
-    digest = hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape"))
-    digest.update(tokenizer_digest(wanted.tokenizer).encode())
-    return digest.hexdigest()[:24]
-
-
-def tokenizer_digest(path: str) -> str:
-    """SHA-256 of a tokenizer's file; "" for bytes."""
-    return hashlib.sha256(file_of(path).read_bytes()).hexdigest() if path else ""
+def unit_keys(texts: Texts, wanted: Wanted) -> tuple[str, ...]:
+    """A name for the tokens of each unit, which changes with all that they depend on."""
+    common = [CHUNKS, wanted.text_field, wanted.bos, tokenizer_digest(wanted.tokenizer)]
+    keys = []
+    for unit in texts.units:
+        files = [(f.path, f.start, f.size, os.stat(f.path).st_mtime_ns) for f in unit.files]
+        kind = unit.format.name if unit.format else "text"
+        parts = repr([common, unit.side, files, kind, unit.span])
+        digest = hashlib.sha256(parts.encode("utf-8", "surrogateescape"))
+        keys.append(digest.hexdigest()[:24])
+    return tuple(keys)
 
 
 def _encode_all(
@@ -180,9 +135,15 @@ def _encode_all(
     total = sum(weights)
     done = total - sum(weights[i] for i in todo)
     progress(done, total)
-    for i in _in_processes(folder, texts, keys, todo, wanted, min(workers, len(todo))):
-        done += weights[i]
-        progress(done, total)
+    jobs = [(keys[i], texts.units[i]) for i in todo]
+    encode = functools.partial(_encode, folder, wanted.reading)
+    load = functools.partial(_load, wanted.tokenizer, wanted.bos)
+    several = min(workers, len(jobs)) > 1
+    finished = in_processes(encode, jobs, workers, load) if several else _here(encode, jobs, load)
+    with contextlib.closing(finished):
+        for number in finished:
+            done += weights[todo[number]]
+            progress(done, total)
 
 
 def _weights(texts: Texts) -> list[int]:
@@ -199,57 +160,30 @@ def _weights(texts: Texts) -> list[int]:
     ]
 
 
-def _in_processes(
-    folder: str,
-    texts: Texts,
-    keys: tuple[str, ...],
-    todo: list[int],
-    wanted: Wanted,
-    workers: int,
-) -> Iterator[int]:
-    """Do the units; yield the number of each when it is done."""
-    if workers <= 1:
-        _start_worker(wanted.tokenizer, wanted.bos, threads=True)
-        for i in todo:
-            _encode(folder, keys[i], texts.units[i], wanted.reading)
-            yield i
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),  # a fork would copy the threads' locks
-        initializer=_start_worker,
-        initargs=(wanted.tokenizer, wanted.bos),
-    )
-    try:
-        jobs = {
-            pool.submit(_encode, folder, keys[i], texts.units[i], wanted.reading): i for i in todo
-        }
-        for job in concurrent.futures.as_completed(jobs):
-            job.result()
-            yield jobs[job]
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError(
-            "a process of the preparation was killed, perhaps because memory ran out; run the "
-            "same command again to go on, with fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _here(
+    encode: Callable[[Any], None], jobs: Sequence[Any], load: Callable[..., None]
+) -> Generator[int]:
+    """Do the jobs in this process; yield the number of each when it is done."""
+    load(threads=True)
+    for number, job in enumerate(jobs):
+        encode(job)
+        yield number
 
 
 _TOKENIZER: Tokenizer | None = None
 """The tokenizer of this process."""
 
 
-def _start_worker(tokenizer: str, bos: str, threads: bool = False) -> None:
+def _load(tokenizer: str, bos: str, threads: bool = False) -> None:
     global _TOKENIZER
     if not threads:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     _TOKENIZER = load_tokenizer(tokenizer, bos)
 
 
-def _encode(folder: str, key: str, unit: Unit, reading: Reading) -> None:
+def _encode(folder: str, reading: Reading, job: tuple[str, Unit]) -> None:
     assert _TOKENIZER is not None
+    key, unit = job
     write_unit(folder, key, encode_unit(unit, _TOKENIZER, reading))
 
 
@@ -293,7 +227,7 @@ def _write(
         tokenizer_sha256=tokenizer_digest(wanted.tokenizer),
         eval_fraction=wanted.eval_fraction,
         licence=licence,
-        facts=dataclasses.asdict(facts_of(texts, tokenizer, choice, bare)),
+        facts=dataclasses.asdict(facts_of(texts, tokenizer, choice, bare, wanted.reading)),
         overlap={},
     )
     index = dataclasses.replace(index, overlap=_overlap(folder, index, texts, tokenizer, choice))

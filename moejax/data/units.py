@@ -96,8 +96,8 @@ def _plain(path: str, eval_fraction: float, eval_path: str, unit: str, size: int
     text = open_text(path, eval_fraction, eval_path, unit)
     split = text.split
     units = [
-        *_units(((d, None) for d in split.train), TRAIN, size),
-        *_units(((d, None) for d in split.heldout), HELDOUT, size),
+        *units_of(((d, None) for d in split.train), TRAIN, size),
+        *units_of(((d, None) for d in split.heldout), HELDOUT, size),
     ]
     kinds = {"text": len({d.path for d in (*split.train, *split.heldout)})}
     return Texts(text.name, tuple(units), split.rule, kinds, split.unread, text.copies, split)
@@ -138,26 +138,29 @@ def _of_records(
         of = "bytes" if unit == "bytes" else "documents"
         rule = f"{share} of the {of}, by a hash of each document's text"
     units = [
-        *_units(((d, formats[d.path]) for d in train), BY_HASH if by_hash else TRAIN, size),
-        *_units(((d, formats[d.path]) for d in heldout), HELDOUT, size),
+        *units_of(((d, formats[d.path]) for d in train), BY_HASH if by_hash else TRAIN, size),
+        *units_of(((d, formats[d.path]) for d in heldout), HELDOUT, size),
     ]
-    kinds = collections.Counter(
-        format.name if format else "text"
-        for format in (formats[d.path] for d in (*train, *heldout))
-    )
-    unread = len(files) + len(own) - len(train) - len(heldout)
+    kinds = kinds_of((d, formats[d.path]) for d in (*train, *heldout))
+    read = {os.path.realpath(file.path) for file in (*train, *heldout)}
+    unread = sum(os.path.realpath(file.path) not in read for file in documents)
     return Texts(
         name,
         tuple(units),
         rule,
-        dict(kinds),
+        kinds,
         unread,
         share=eval_fraction if by_hash else 0.0,
         count=unit != "bytes",
     )
 
 
-def _units(files: Iterable[_File], side: str, size: int) -> Iterator[Unit]:
+def kinds_of(files: Iterable[_File]) -> dict[str, int]:
+    """The number of files of each format."""
+    return dict(collections.Counter(format.name if format else "text" for _, format in files))
+
+
+def units_of(files: Iterable[_File], side: str, size: int = UNIT) -> Iterator[Unit]:
     """The files in units of about ``size`` bytes."""
     plain: list[Document] = []
     for file, format in files:

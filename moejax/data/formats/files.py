@@ -25,9 +25,18 @@ def data_files(files: Sequence[Document]) -> Sequence[tuple[Document, Format | N
     """
     files = without_descriptions(files)
     field = files[0].field if files else "data.path"
-    found = list(zip(files, formats_of([file.path for file in files], field), strict=True))
-    records = [(f, kind) for f, kind in found if kind and not isinstance(kind, CompressedText)]
-    return records or found
+    return data_only(
+        list(zip(files, formats_of([file.path for file in files], field), strict=True))
+    )
+
+
+def data_only(
+    files: Sequence[tuple[Document, Format | None]],
+) -> Sequence[tuple[Document, Format | None]]:
+    """Without the text that lies beside files of records."""
+    return [
+        (f, kind) for f, kind in files if kind and not isinstance(kind, CompressedText)
+    ] or files
 
 
 def without_descriptions(files: Sequence[Document]) -> list[Document]:

@@ -1,6 +1,7 @@
 """The file that `data.tokenizer` names, and the special tokens that its folder names."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def file_of(path: str) -> Path:
         f"data.tokenizer={path!r} holds neither {JSON} nor {MODEL}; save the fast tokenizer there "
         f"(save_pretrained of transformers' AutoTokenizer), or name a tokenizer's file"
     )
+
+
+def tokenizer_digest(path: str) -> str:
+    """SHA-256 of the tokenizer's own file; "" for bytes."""
+    return hashlib.sha256(file_of(path).read_bytes()).hexdigest() if path else ""
 
 
 def folder_of(path: str) -> Path:
