@@ -10,7 +10,7 @@ from jaxtyping import Int64, UInt, UInt64
 
 from moejax.data.census import Census, is_utf8
 from moejax.data.documents import Document, Piece, cut
-from moejax.data.formats.format import Bad, Record
+from moejax.data.formats.format import Bad, Place, Record
 from moejax.data.tokenizers.interface import SIZE, Tokenizer, token_dtype
 from moejax.data.units import TRAIN, Unit
 from moejax.errors import UserError
@@ -182,8 +182,8 @@ def pieces_of(
             troubles().empty += 1
         else:
             # Of records, messages about the encoding name the file: counting lines may take long.
-            name, path = (file.name, file.path) if unit.format else (text.place, text.place)
-            own = Document(str(name), str(path), len(text.data), field=file.field)
+            name = text.place.name if isinstance(text.place, Place) else text.place
+            own = Document(name, name, len(text.data), field=file.field)
             yield from cut(own, text.data)
 
 

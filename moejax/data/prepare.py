@@ -40,7 +40,7 @@ from moejax.data.tokenizers.interface import Tokenizer, joints, token_dtype
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.data.tokenizers.named import tokenizer_digest
 from moejax.data.unfinished import remove_others, working_folder
-from moejax.data.units import Texts, Unit
+from moejax.data.units import Texts, Unit, weights_of
 from moejax.data.workers import in_processes
 from moejax.errors import UserError
 
@@ -115,7 +115,7 @@ def unit_keys(texts: Texts, wanted: Wanted) -> tuple[str, ...]:
     for unit in texts.units:
         files = [(f.path, f.start, f.size, os.stat(f.path).st_mtime_ns) for f in unit.files]
         kind = unit.format.name if unit.format else "text"
-        parts = repr([common, unit.side, files, kind, unit.span])
+        parts = repr([common, unit.side, files, kind, unit.spans])
         digest = hashlib.sha256(parts.encode("utf-8", "surrogateescape"))
         keys.append(digest.hexdigest()[:24])
     return tuple(keys)
@@ -130,7 +130,7 @@ def _encode_all(
     progress: Progress,
 ) -> None:
     """Write the chunks of all units that are not there yet."""
-    weights = _weights(texts)
+    weights = weights_of(texts.units)
     todo = [i for i, key in enumerate(keys) if not is_done(folder, key, wanted.on_error)]
     total = sum(weights)
     done = total - sum(weights[i] for i in todo)
@@ -144,20 +144,6 @@ def _encode_all(
         for number in finished:
             done += weights[todo[number]]
             progress(done, total)
-
-
-def _weights(texts: Texts) -> list[int]:
-    """Bytes of input of each unit; the spans of a file share its bytes."""
-    spans: dict[str, int] = {}
-    for unit in texts.units:
-        if unit.format:
-            spans[unit.files[0].path] = spans.get(unit.files[0].path, 0) + 1
-    return [
-        unit.files[0].size // spans[unit.files[0].path]
-        if unit.format
-        else sum(file.size for file in unit.files)
-        for unit in texts.units
-    ]
 
 
 def _here(

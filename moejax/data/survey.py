@@ -33,7 +33,7 @@ from moejax.data.shards import Index, is_prepared, read_shards
 from moejax.data.tokenizers.interface import Tokenizer, escaped, token_dtype
 from moejax.data.tokenizers.load import load_tokenizer
 from moejax.data.tokenizers.named import tokenizer_digest
-from moejax.data.units import BY_HASH, Unit, kinds_of, units_of
+from moejax.data.units import BY_HASH, Unit, kinds_of, units_of, weights_of
 from moejax.errors import UserError
 
 NAMED = 5
@@ -205,11 +205,9 @@ def _chunks(
     progress: Progress,
 ) -> Iterator[Encoded]:
     """The chunks of all units; files that turn out not to be readable are listed as refused."""
-    spans: dict[str, int] = {}
-    for unit in units:
-        spans[unit.files[0].path] = spans.get(unit.files[0].path, 0) + 1
+    weights = weights_of(units)
     refused: set[str] = set()
-    done = 0.0
+    done = 0
     for number, unit in enumerate(units):
         path = unit.files[0].path
         if path not in refused:
@@ -218,8 +216,8 @@ def _chunks(
             except UserError as error:
                 refused.add(path)
                 found.refused.append({"path": path, "reason": str(error)})
-        done += unit.files[0].size / spans[path]
-        progress(min(round(done), total), total)
+        done += weights[number]
+        progress(min(done, total), total)
 
 
 class _Scanned:

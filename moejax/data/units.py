@@ -26,20 +26,27 @@ that its tokens and texts fit into the memory of many processes."""
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """``files`` of plain text, or one file with its format and the span to read."""
+    """Whole files of plain text, or files of one format and the span to read of each."""
 
     side: str
     files: tuple[Document, ...]
     format: Format | None = None
-    span: Span | None = None
+    spans: tuple[Span, ...] = ()
 
     def texts(self, text_field: str) -> Iterator[Record | Bad]:
         """The unit's documents. Raises UserError for a file that cannot be read at all."""
-        if self.format is not None and self.span is not None:
-            yield from self.format.read(self.files[0], self.span, text_field)
-            return
-        for file in self.files:
-            yield Record(file.path, file.read())
+        if self.format is None:
+            for file in self.files:
+                yield Record(file.path, file.read())
+        else:
+            for file, span in zip(self.files, self.spans, strict=True):
+                yield from self.format.read(file, span, text_field)
+
+
+def weights_of(units: Sequence[Unit]) -> list[int]:
+    """Bytes of input of each unit; the spans of a file share its bytes."""
+    spans = collections.Counter(file.path for unit in units if unit.format for file in unit.files)
+    return [sum(file.size // max(spans[file.path], 1) for file in unit.files) for unit in units]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +168,24 @@ def kinds_of(files: Iterable[_File]) -> dict[str, int]:
 
 
 def units_of(files: Iterable[_File], side: str, size: int = UNIT) -> Iterator[Unit]:
-    """The files in units of about ``size`` bytes."""
-    plain: list[Document] = []
+    """The files in units of about ``size`` bytes: large ones in spans, small ones together."""
+    group: list[tuple[Document, tuple[Span, ...]]] = []
+    common: Format | None = None
+    total = 0
+
+    def unit() -> Unit:
+        spans = tuple(span for _, own in group for span in own)
+        return Unit(side, tuple(file for file, _ in group), common, spans)
+
     for file, format in files:
-        if plain and (format or sum(d.size for d in plain) + file.size > size):
-            yield Unit(side, tuple(plain))
-            plain = []
-        if format is None:
-            plain.append(file)
-            continue
-        for span in format.spans(file, size):
-            yield Unit(side, (file,), format, span)
-    if plain:
-        yield Unit(side, tuple(plain))
+        spans = format.spans(file, size) if format else []
+        if group and (format != common or len(spans) > 1 or total + file.size > size):
+            yield unit()
+            group, total = [], 0
+        if len(spans) > 1:
+            yield from (Unit(side, (file,), format, (span,)) for span in spans)
+        else:
+            group.append((file, tuple(spans)))
+            common, total = format, total + file.size
+    if group:
+        yield unit()
