@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +173,8 @@ def test_a_text_begins_with_the_opening_of_its_tokenizer(workdir):
     class Opening(ByteTokenizer):
         opening = (7,)
 
-    model, plain = HarnessModel(workdir=str(workdir)), Plain(workdir)
+    model: Any = HarnessModel.create_from_arg_string(f"workdir={workdir}")
+    plain = Plain(workdir)
     model._tokenizer = Opening()
     pairs = [("the gate", " router"), ("", "token")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
