@@ -36,9 +36,9 @@ T = TypeVar("T")
 SOURCE = "source"
 """The array of a batch that numbers the text of each row."""
 REPEATED = 4.0
-"""Epochs of a text above which a run warns: up to 4 are worth almost as much as new text, beyond 16
-next to nothing (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv
-2305.16264)."""
+"""Epochs of a text above which a run warns: up to 4, text that is repeated costs next to nothing
+compared with as much new text, and with more epochs its value decays to zero (Muennighoff et al.
+2023, "Scaling Data-Constrained Language Models", arXiv 2305.16264)."""
 
 
 def open_mixture(config: Config) -> "Mixture":
