@@ -1,4 +1,4 @@
-"""Which pieces of text share a row: bin packing by their costs.
+"""Bin packing: pieces of text that share a row, by their costs.
 
 Both ways give every piece the number of a row, from the costs alone, so that a plan is the same at
 every start. A row has ``room``; every cost is from 1 to that.

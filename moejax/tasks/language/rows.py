@@ -24,7 +24,7 @@ class Rows(Protocol):
         ...
 
     def places(self, row_B: Int64[ndarray, " B"]) -> Int64[ndarray, "B L"]:
-        """Where in the stream each input is; its target is one behind it.
+        """The place of each input in the stream; its target is one behind it.
 
         Inputs that are not ``valid`` have any place. -1 is the separator that the stream's first
         document has before it, and the target of its last token is the one behind the stream.

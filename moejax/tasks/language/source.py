@@ -172,7 +172,7 @@ class TextSource:
         }
 
     def _packed(self) -> dict[str, Any]:
-        """How well the documents fill their rows; empty for windows."""
+        """Numbers of rows, padding and cut documents of each side; empty for windows."""
         sides = {"train": self.train_rows, "heldout": self.heldout_rows}
         return {
             side: {"rows": len(rows), "padding": rows.padding, "cut": rows.cut}

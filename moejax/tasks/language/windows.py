@@ -52,7 +52,7 @@ class Windows:
         return {"tokens": tokens_BL, "valid": np.ones((len(row_B), self.seq_len), dtype=bool)}
 
     def places(self, row_B: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, "B L"]:
-        """Where in the stream each input is."""
+        """The place of each input in the stream."""
         return row_B[:, None] * self.seq_len + np.arange(self.seq_len)
 
 
