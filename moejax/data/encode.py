@@ -25,7 +25,7 @@ _SALT = b"moejax documents"
 
 
 class Reading(NamedTuple):
-    """How records become texts.
+    """The reading of records as texts.
 
     ``text_field``: the field or column with the text. ``on_error``: "fail" or "skip", for records
     that have no text.

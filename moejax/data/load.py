@@ -36,7 +36,7 @@ from moejax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What to make of a text; each is a field of the section ``data`` of a config."""
+    """A text and the corpus to make of it; each is a field of the section ``data`` of a config."""
 
     path: str = ""
     tokenizer: str = ""

@@ -46,7 +46,7 @@ SHOWN = 4 * LINE + 4
 
 @dataclasses.dataclass
 class Survey:
-    """What is in data.
+    """The contents of data.
 
     Attributes:
       path: the path that was looked at; empty for the built-in corpus.
@@ -221,7 +221,7 @@ def _chunks(
 
 
 class _Scanned:
-    """What is collected from chunks, which are forgotten."""
+    """Facts collected from chunks, which are forgotten."""
 
     def __init__(self, tokenizer: Tokenizer, first: int):
         self.census, self.troubles = Census(), Troubles()

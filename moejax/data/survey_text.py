@@ -1,4 +1,4 @@
-"""What is in data, for people."""
+"""The contents of data, for people."""
 
 from moejax.data.survey import Survey
 

@@ -1,4 +1,4 @@
-"""What a run says about its text when it starts: facts, and likely mistakes."""
+"""Remarks about a text at the start of a run: facts, and likely mistakes."""
 
 from moejax.data.corpus import Corpus, Facts
 from moejax.data.duplicates import Overlap

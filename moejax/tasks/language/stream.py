@@ -55,7 +55,7 @@ def open_stream(config: Config) -> "StreamSource":
 
 
 def survey_of(config: Config) -> Survey:
-    """What is read before the training: held-out documents, and a sample of the others.
+    """The documents read before the training: held-out ones, and a sample of the others.
 
     Raises:
       UserError: text or tokenizer that cannot be read, or fields that do not go together.
