@@ -1,8 +1,8 @@
 """Tokenise once, read many times: text to memory-mapped token shards, in several processes.
 
 Every unit of work leaves its tokens in files of a hidden folder beside the shards, under a key made
-of all that they depend on. A preparation that was killed therefore continues where it stopped. At the
-end the documents are chosen and the streams are written, a chunk at a time.
+of all that they depend on. A preparation that was killed therefore continues where it stopped. At
+the end the documents are chosen and the streams are written, a chunk at a time.
 """
 
 import contextlib
