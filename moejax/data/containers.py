@@ -74,10 +74,13 @@ ZIP, TAR = _packed("a zip archive", "unzip"), _packed("a tar archive", "tar -xf"
 SEVEN, RAR = _packed("a 7z archive", "7z x"), _packed("a RAR archive", "unrar x")
 PDF = _converted("PDF", "pdftotext")
 OFFICE = _converted("an office document or e-book", "pandoc -t plain")
-NUMPY = _no_text("a NumPy array")
+NUMPY = Kind(
+    "a NumPy array",
+    "name the text it was made from; `moejax train` reads ids from files named .npy",
+)
 IDS = Kind(
     "token ids or another array of numbers",
-    "name the text it was made from, or the folder that `moejax data prepare` wrote",
+    "name the text it was made from; `moejax train` reads arrays of ids as they are",
 )
 WEIGHTS = _no_text("weights of a model")
 PICKLE = _no_text("a Python pickle")
