@@ -98,7 +98,7 @@ def _open(file: Document) -> Iterator[Any]:
     with source:
         try:
             opened = parquet.ParquetFile(
-                source, buffer_size=1 << 20, page_checksum_verification=True
+                source, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
             )
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise _Unreadable(
