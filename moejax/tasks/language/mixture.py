@@ -178,7 +178,7 @@ class Mixture:
         return _Joined(self._each(lambda member: member.heldout_rows))
 
     def _each(self, read: Callable[[TextSource], T]) -> list[T]:
-        """The part of each text that is read; a mistake names the text."""
+        """The values that ``read`` gives of the texts; a mistake names the text."""
         found = []
         for name, member in self.by_name().items():
             with _named(name):
@@ -260,7 +260,7 @@ class Mixture:
         }
 
     def about(self) -> dict[str, Any]:
-        """The facts of a run on each text alone, its share and its epochs."""
+        """The share and the epochs of each text, beside what a run on it alone would say."""
         mixture = {
             part.name: {
                 "share": float(part.share),
