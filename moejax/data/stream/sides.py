@@ -25,7 +25,7 @@ ORDER = 0
 """Seed of the order in which documents for an evaluation are looked for: the same for every run."""
 SPREAD = 16
 """Number of units among which the documents that are read at the start are spread."""
-SAMPLE = 1 << 22
+SAMPLE = 1 << 20
 """Tokens of training text that n-gram models and gates count, and that are in the fingerprint."""
 
 
