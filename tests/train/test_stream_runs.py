@@ -68,7 +68,7 @@ def test_a_run_resumed_in_the_middle_of_a_block_or_an_epoch_ends_bit_equal(
 
 
 def _place(workdir: Path, step: int) -> blocks.Place:
-    """What the checkpoint of a step notes about the stream."""
+    """The note about the stream in the checkpoint of a step."""
     meta = (workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text()
     (found,) = re.findall(r'"position": (\[[\d, ]+\])', meta)
     return blocks.Place(*json.loads(found))

@@ -53,14 +53,14 @@ class Sides:
     known: frozenset[bytes] = frozenset()
 
     def is_held_out(self, data: bytes) -> bool:
-        """True if a document of ``train`` is left out of the training."""
+        """True for a document of ``train`` that is left out of the training."""
         own = digest(data)
         return own in self.known or int.from_bytes(own[:8]) < self.share * 2**64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Survey:
-    """The part of both sides that a run needs before it starts.
+    """The documents of both sides that a run reads before it starts.
 
     Attributes:
       sides: the rule, with the digests of the held-out documents that were read.

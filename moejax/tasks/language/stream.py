@@ -55,7 +55,7 @@ def open_stream(config: Config) -> "StreamSource":
 
 
 def survey_of(config: Config) -> Survey:
-    """The documents read before the training: held-out ones, and a sample of the others.
+    """Reads the held-out documents of an evaluation, and a sample of the others.
 
     Raises:
       UserError: text or tokenizer that cannot be read, or fields that do not go together.
