@@ -252,9 +252,10 @@ def _warn(line: str) -> None:
 
 
 def _check_out(args: argparse.Namespace) -> None:
-    """Refuse an output inside the folder of texts, where it would count as text."""
+    """Refuse an output inside a folder of texts, where it would count as text."""
     out = Path(os.path.expanduser(args.out)).resolve()
     for flag, name in (("--path", args.path), ("--eval-path", args.eval_path)):
-        path = Path(os.path.expanduser(name)).resolve()
-        if name and path.is_dir() and out.is_relative_to(path):
-            raise UserError(f"--out={args.out} lies in {flag}={name}; write it somewhere else")
+        for part in [name, *name.split(",")]:
+            path = Path(os.path.expanduser(part.strip())).resolve()
+            if part.strip() and path.is_dir() and out.is_relative_to(path):
+                raise UserError(f"--out={args.out} lies in {flag}={name}; write it somewhere else")

@@ -22,6 +22,8 @@ BUCKETS = 64
 
 
 SIDES = (TRAIN, HELDOUT, BY_HASH)
+LONG = 2
+"""A document of so many times the mean size is long."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +44,9 @@ class Listed:
             (x.length_D, x.size_D, x.digest_D2, np.full(len(x.size_D), SIDES.index(x.side), "u1"))
             for x in chunks
         ]
+        if not parts:  # of files of records without any
+            none = np.zeros(0, np.int64)
+            return cls(none, none, np.zeros((0, 2), np.uint64), none.astype("u1"))
         return cls(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -59,7 +64,7 @@ def choose(listed: Listed, share: float, by_count: bool, drop_copies: bool) -> C
 
     Of equal documents the first is kept, and one that is held out rather than one that is trained
     on. Documents whose side is open are held out in the order of their digests, as many as fit
-    into the share (at least one).
+    into the share (at least one), without those that are both long and larger than the share.
 
     Args:
       share: share of the bytes of the open documents to hold out.
@@ -69,6 +74,8 @@ def choose(listed: Listed, share: float, by_count: bool, drop_copies: bool) -> C
     Raises:
       UserError: a side without documents.
     """
+    if not len(listed.size_D):
+        raise UserError("data.path: no document has any text; name files with text in them")
     heldout_D = listed.side_D == SIDES.index(HELDOUT)
     kept_D = first_of_equals(listed.digest_D2, heldout_D) if drop_copies else None
     if kept_D is None:
@@ -123,6 +130,9 @@ def _smallest_hashes(
     rank_N = listed.digest_D2[index, 0] * _MIXED
     size_N = np.ones(len(index), np.int64) if by_count else listed.size_D[index]
     wanted = share * size_N.sum()
+    # A long document that exceeds the share by itself would leave little to train on.
+    is_long_N = size_N > max(wanted, LONG * size_N.mean())
+    index, rank_N, size_N = index[~is_long_N], rank_N[~is_long_N], size_N[~is_long_N]
     # The smallest are enough nearly always, and sorting them takes less memory than sorting all.
     likely_N = np.flatnonzero(rank_N <= min(2 * share + 64 / len(index), 1.0) * (2**64 - 1))
     for candidates in (likely_N, np.arange(len(index))):
@@ -130,7 +140,8 @@ def _smallest_hashes(
         fits = int(np.searchsorted(np.cumsum(size_N[order]), wanted, side="right"))
         if fits < len(order):
             break
-    last = order[min(max(fits, 1), len(index) - 1) - 1]
+    most = len(index) if is_long_N.any() else len(index) - 1
+    last = order[min(max(fits, 1), most) - 1]
     chosen_D = np.zeros(len(open_D), bool)
     chosen_D[index[rank_N <= rank_N[last]]] = True  # with all copies of the last one
     return chosen_D
@@ -138,23 +149,30 @@ def _smallest_hashes(
 
 def joined(
     value_N: UInt[np.ndarray, " N"],
-    length_D: Int64[np.ndarray, " D"],
-    kept_D: Bool[np.ndarray, " D"],
+    length_S: Int64[np.ndarray, " S"],
+    kept_S: Bool[np.ndarray, " S"],
     lead: Sequence[int],
+    opens: bool = True,
 ) -> UInt[np.ndarray, " M"]:
-    """The kept documents of a unit, with ``lead`` in front of each.
+    """The kept documents of a chunk, with ``lead`` in front of each.
 
-    ``value_N``: tokens of all documents of the unit, whose numbers are ``length_D``, or their
-    bytes; ``lead`` is then the separator and the tokens that begin a document, or theirs.
+    ``value_N``: tokens of all documents of the chunk, whose numbers are ``length_S``, or their
+    bytes; ``lead`` is then the separator and the tokens that begin a document, or theirs. With
+    ``opens`` false the first document began earlier, and has no ``lead`` here.
     """
-    length_K = length_D[kept_D]
-    stream = np.empty(int(length_K.sum()) + len(lead) * len(length_K), value_N.dtype)
-    start_K = np.cumsum(length_K + len(lead)) - length_K
+    width_S = np.full(len(length_S), len(lead))
+    width_S[: not opens] = 0
+    if not kept_S.all():
+        value_N = value_N[np.repeat(kept_S, length_S)]
+        length_S, width_S = length_S[kept_S], width_S[kept_S]
+    start_S = np.cumsum(length_S + width_S) - length_S
+    stream = np.empty(len(value_N) + int(width_S.sum()), value_N.dtype)
+    is_own_M = np.ones(len(stream), bool)
+    start_S = start_S[width_S > 0]
     for back, value in enumerate(reversed(lead), 1):
-        stream[start_K - back] = value
-    own_K = start_K - (np.cumsum(length_K) - length_K)
-    place_N = np.arange(int(length_K.sum())) + np.repeat(own_K, length_K)
-    stream[place_N] = value_N[np.repeat(kept_D, length_D)]
+        stream[start_S - back] = value
+        is_own_M[start_S - back] = False
+    stream[is_own_M] = value_N
     return stream
 
 
@@ -172,7 +190,7 @@ def token_parts(
     """The stream of the kept documents, a part for each chunk. It begins with a document, without
     the separator before it."""
     parts = (
-        joined(chunk.token_N, chunk.length_D, kept, lead)
+        joined(chunk.token_N, chunk.length_S, kept, lead, chunk.opens)
         for chunk, kept in _with_kept(chunks, kept_D)
     )
     return _without_first(parts)
@@ -192,7 +210,7 @@ def size_parts(
             if kept.any():
                 size_N = chunk.size_N if table_V is None else table_V[chunk.token_N]
                 assert size_N is not None, "chunks that may be held out have sizes"
-                yield joined(size_N, chunk.length_D, kept, lead)
+                yield joined(size_N, chunk.length_S, kept, lead, chunk.opens)
 
     return _without_first(parts())
 
@@ -200,12 +218,11 @@ def size_parts(
 def _with_kept(
     chunks: Iterable[Encoded], kept_D: np.ndarray
 ) -> Iterator[tuple[Encoded, np.ndarray]]:
-    """Each chunk with its part of ``kept_D``."""
+    """Each chunk with its part of ``kept_D``; that of a document is in all chunks with the same."""
     begin = 0
     for chunk in chunks:
-        end = begin + len(chunk.length_D)
-        yield chunk, kept_D[begin:end]
-        begin = end
+        yield chunk, kept_D[begin : begin + len(chunk.length_S)]
+        begin += len(chunk.length_D)
 
 
 def _without_first(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

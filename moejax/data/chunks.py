@@ -12,7 +12,7 @@ import safetensors.numpy
 from moejax.data.census import Census
 from moejax.data.encode import SKIP, Encoded, Troubles
 
-_ARRAYS = ("token_N", "length_D", "size_D", "digest_D2", "size_N")
+_ARRAYS = ("token_N", "length_S", "length_D", "size_D", "digest_D2", "size_N")
 
 
 def write_unit(folder: str, key: str, chunks: Iterator[Encoded]) -> None:
@@ -24,6 +24,7 @@ def write_unit(folder: str, key: str, chunks: Iterator[Encoded]) -> None:
         arrays = {name: array for name, array in arrays.items() if array is not None}
         facts = {
             "side": chunk.side,
+            "opens": json.dumps(chunk.opens),
             "census": json.dumps(dataclasses.asdict(chunk.census)),
             "troubles": json.dumps(dataclasses.asdict(chunk.troubles)),
         }
@@ -81,6 +82,8 @@ class StoredChunks:
         return Encoded(
             side=facts["side"],
             token_N=arrays.get("token_N", none),
+            length_S=arrays["length_S"],
+            opens=json.loads(facts["opens"]),
             length_D=arrays["length_D"],
             size_D=arrays["size_D"],
             digest_D2=arrays["digest_D2"],

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import stat
 from collections.abc import Collection, Iterator, Sequence
+from typing import BinaryIO
 
 from moejax.data.containers import refuse_containers
 from moejax.errors import UserError
@@ -111,9 +112,35 @@ PIECE = 1 << 20
 
 
 def pieces(documents: Sequence[Document], max_bytes: int = PIECE) -> Iterator[Piece]:
-    """The documents in order, cut into pieces."""
+    """The documents in order, read and cut into pieces, of which memory holds one.
+
+    Raises:
+      UserError: a file that cannot be read, or has become shorter.
+    """
     for document in documents:
-        yield from cut(document, document.read(), max_bytes)
+        try:
+            with open(document.path, "rb") as file:
+                file.seek(document.start)
+                yield from _pieces(document, file, max_bytes)
+        except OSError as error:
+            raise UserError(
+                f"{document.field}: cannot read {document.path!r}: {error.strerror}"
+            ) from error
+
+
+def _pieces(document: Document, file: BinaryIO, max_bytes: int) -> Iterator[Piece]:
+    left, rest, is_first = document.size, b"", True
+    while left or rest:
+        wanted = min(max_bytes + 1 - len(rest), left)  # one more tells whether there is an end
+        data = rest + file.read(wanted)
+        if len(data) != len(rest) + wanted:
+            raise UserError(
+                f"{document.field}: {document.path!r} became shorter while it was read; run again"
+            )
+        left -= wanted
+        end = _end(data, 0, max_bytes)
+        yield Piece(document, data[:end], is_first)
+        rest, is_first = data[end:], False
 
 
 def cut(document: Document, data: bytes, max_bytes: int = PIECE) -> Iterator[Piece]:
@@ -123,15 +150,18 @@ def cut(document: Document, data: bytes, max_bytes: int = PIECE) -> Iterator[Pie
     """
     begin = 0
     while begin < len(data):
-        end = min(begin + max_bytes, len(data))
-        if end < len(data):
-            newline = data.rfind(b"\n", begin, end)
-            if newline >= 0:
-                end = newline + 1
-            else:
-                end = max(character_start(data, end), begin + 1)
+        end = _end(data, begin, max_bytes)
         yield Piece(document, data[begin:end], is_first=begin == 0)
         begin = end
+
+
+def _end(data: bytes, begin: int, max_bytes: int) -> int:
+    """The end of a piece that begins at ``begin``."""
+    end = min(begin + max_bytes, len(data))
+    if end == len(data):
+        return end
+    newline = data.rfind(b"\n", begin, end)
+    return newline + 1 if newline >= 0 else max(character_start(data, end), begin + 1)
 
 
 def piece_batches(documents: Sequence[Document], max_bytes: int = 8 << 20) -> Iterator[list[Piece]]:

@@ -1,16 +1,18 @@
 """Units of work to tokens: the same function in memory and in the processes of `data prepare`."""
 
+import codecs
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt, UInt64
 
 from moejax.data.census import Census, is_utf8
-from moejax.data.documents import Document, Piece, cut
-from moejax.data.formats.format import Bad, Place, Record
+from moejax.data.documents import Document, Piece, cut, pieces
+from moejax.data.formats.format import Bad, Record
 from moejax.data.tokenizers.interface import SIZE, Tokenizer, token_dtype
 from moejax.data.units import TRAIN, Unit
 from moejax.errors import UserError
@@ -18,9 +20,11 @@ from moejax.errors import UserError
 FAIL, SKIP = "fail", "skip"
 BYTES = 256
 """The size of the vocabulary of bytes, which are tokens of any text."""
-CHUNK = 32 << 20
+CHUNK = 16 << 20
+"""Bytes of text in a chunk, about, whose tokens memory holds at once."""
 BATCH = 8 << 20
 """Bytes of text that a tokenizer gets at once, for its own threads."""
+NOT_UTF8 = "it is not UTF-8"
 _SALT = b"moejax documents"
 
 
@@ -50,11 +54,14 @@ class Troubles:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """Documents of a unit.
+    """Documents of a unit. A long one may begin or end in another chunk.
 
     Attributes:
       token_N: tokens of all documents, one after the other.
-      length_D: tokens of each document.
+      length_S: tokens of each document in this chunk: of one more than D if the last one ends
+        later.
+      opens: false if the first one began earlier.
+      length_D: tokens of each document that ends here, in all.
       size_D: its bytes.
       digest_D2: 128 bits of BLAKE2b over its bytes.
       size_N: bytes of each token; None if the tokenizer's table has them, or the side is training.
@@ -63,6 +70,8 @@ class Encoded:
 
     side: str
     token_N: UInt[np.ndarray, " N"]
+    length_S: Int64[np.ndarray, " S"]
+    opens: bool
     length_D: Int64[np.ndarray, " D"]
     size_D: Int64[np.ndarray, " D"]
     digest_D2: UInt64[np.ndarray, "D 2"]
@@ -91,10 +100,10 @@ def encode_unit(
     characters = tokenizer.vocab_size != BYTES
     for batch in batches(pieces_of(unit, reading, lambda: chunk.troubles, characters)):
         for piece, ids in zip(batch, tokenizer.encode(batch), strict=True):
-            if piece.is_first and chunk.bytes >= CHUNK:
-                yield chunk.taken()
+            if chunk.bytes >= CHUNK:
+                yield chunk.taken(is_end=piece.is_first)
             chunk.add(piece, ids, tokenizer.sizes(piece, ids) if sized else None)
-    yield chunk.taken()
+    yield chunk.taken(is_end=True)
 
 
 class _Chunk:
@@ -102,39 +111,55 @@ class _Chunk:
 
     def __init__(self, side: str, dtype: np.dtype, sized: bool, number: int):
         self.side, self.dtype, self.sized, self.number = side, dtype, sized, number
+        self._document: _Open | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.census, self.troubles = Census(), Troubles()
         self.bytes = 0
+        self.opens = self._document is None
         self._tokens: list[np.ndarray] = [np.zeros(0, self.dtype)]
         self._sizes: list[np.ndarray] = [np.zeros(0, SIZE)]
-        self._lengths: list[int] = []
-        self._bytes: list[int] = []
-        self._hashes: list[Any] = []
+        self._stretches: list[int] = []
+        self._ended: list[tuple[int, int]] = []
+        self._digests = bytearray()
 
     def add(self, piece: Piece, ids: np.ndarray, sizes: np.ndarray | None) -> None:
         self.census.add(piece)
         if piece.is_first:
-            self._lengths.append(0)
-            self._bytes.append(piece.document.size)
-            self._hashes.append(hashlib.blake2b(digest_size=16, person=_SALT))
-        self._hashes[-1].update(piece.data)
-        self._lengths[-1] += len(ids)
-        self._tokens.append(ids.astype(self.dtype))
+            self._end()
+            self._document = _Open(piece.document.size)
+        if piece.is_first or not self._stretches:
+            self._stretches.append(0)
+        assert self._document is not None
+        self._document.hash.update(piece.data)
+        self._document.length += len(ids)
+        self._stretches[-1] += len(ids)
+        self._tokens.append(ids.astype(self.dtype, copy=False))
         if sizes is not None:
             self._sizes.append(sizes)
         self.bytes += len(piece.data)
 
-    def taken(self) -> Encoded:
-        """The documents so far, which the chunk forgets."""
-        digests = b"".join(hashed.digest() for hashed in self._hashes)
+    def _end(self) -> None:
+        """The document is over."""
+        if self._document is not None:
+            self._ended.append((self._document.length, self._document.size))
+            self._digests += self._document.hash.digest()
+            self._document = None
+
+    def taken(self, is_end: bool) -> Encoded:
+        """What was read so far, which the chunk forgets; ``is_end``: of the document, too."""
+        if is_end:
+            self._end()
+        ended_D2 = np.array(self._ended, np.int64).reshape(-1, 2)
         encoded = Encoded(
             side=self.side,
-            token_N=np.concatenate(self._tokens),
-            length_D=np.array(self._lengths, np.int64),
-            size_D=np.array(self._bytes, np.int64),
-            digest_D2=np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64),
+            token_N=np.concatenate(self._tokens, dtype=self.dtype),
+            length_S=np.array(self._stretches, np.int64),
+            opens=self.opens,
+            length_D=ended_D2[:, 0].copy(),
+            size_D=ended_D2[:, 1].copy(),
+            digest_D2=np.frombuffer(self._digests, ">u8").reshape(-1, 2).astype(np.uint64),
             size_N=np.concatenate(self._sizes) if self.sized else None,
             census=self.census,
             troubles=self.troubles,
@@ -144,18 +169,12 @@ class _Chunk:
         return encoded
 
 
-def texts_of(unit: Unit, reading: Reading, characters: bool) -> Iterator[Record | Bad]:
-    """The records of a unit.
+class _Open:
+    """A document that has not ended yet."""
 
-    ``characters``: whether text that is not UTF-8 is a bad record, as it is for all tokenizers but
-    bytes. Of plain text that must not be skipped the tokenizer says so itself.
-    """
-    check = characters and (unit.format is not None or reading.on_error == SKIP)
-    for text in unit.texts(reading.text_field):
-        if check and isinstance(text, Record) and not is_utf8(text.data):
-            yield Bad(text.place, "it is not UTF-8")
-        else:
-            yield text
+    def __init__(self, size: int):
+        self.size, self.length = size, 0
+        self.hash = hashlib.blake2b(digest_size=16, person=_SALT)
 
 
 def pieces_of(
@@ -164,13 +183,21 @@ def pieces_of(
     """The documents of a unit in pieces, without those that are empty or, if these are skipped,
     cannot be read.
 
-    ``troubles``: where to count these; ``characters``: see ``texts_of``.
+    ``troubles``: where to count these; ``characters``: whether text that is not UTF-8 cannot be
+    read, as by all tokenizers but bytes.
 
     Raises:
       UserError: a file or a record that cannot be read.
     """
-    file = unit.files[0]
-    for text in texts_of(unit, reading, characters):
+    if unit.format is None:
+        for file in unit.files:
+            # Of text that must not be skipped the tokenizer itself says that it is not UTF-8.
+            if characters and reading.on_error == SKIP and not _is_utf8_file(file):
+                troubles().bad += 1
+            else:
+                yield from pieces([dataclasses.replace(file, name=file.path)])
+        return
+    for file, text in _records(unit, reading, characters):
         if isinstance(text, Bad):
             if reading.on_error == FAIL:
                 raise UserError(
@@ -181,20 +208,58 @@ def pieces_of(
         elif not text.data:
             troubles().empty += 1
         else:
-            # Of records, messages about the encoding name the file: counting lines may take long.
-            name = text.place.name if isinstance(text.place, Place) else text.place
-            own = Document(name, name, len(text.data), field=file.field)
+            # Messages about the encoding name the file: counting its lines may take long.
+            own = Document(file.name, file.path, len(text.data), field=file.field)
             yield from cut(own, text.data)
 
 
-def first_bad(unit: Unit, reading: Reading, characters: bool) -> str:
-    """The first bad record of a unit, which has one, and the reason.
+def bad_records(unit: Unit, reading: Reading, characters: bool) -> Iterator[str]:
+    """The bad records of a unit, each with its place and the reason.
 
-    It is looked for only when it is shown: a span does not know how many lines precede it.
+    They are looked for only when they are shown: a span does not know how many lines precede it.
     """
-    texts = texts_of(unit, reading, characters)
-    bad = next(text for text in texts if isinstance(text, Bad))
-    return f"{bad.place}: {bad.reason}"
+    if unit.format is None:
+        for file in unit.files:
+            if characters and not _is_utf8_file(file):
+                yield f"{file.path}: {NOT_UTF8}"
+        return
+    for _, text in _records(unit, reading, characters):
+        if isinstance(text, Bad):
+            yield f"{text.place}: {text.reason}"
+
+
+def place_of(unit: Unit, reading: Reading, characters: bool, number: int) -> str:
+    """The place of a document of a unit, of those that are kept, counted from 0."""
+    if unit.format is None:
+        return unit.files[number].path
+    kept = (
+        text.place
+        for _, text in _records(unit, reading, characters)
+        if isinstance(text, Record) and text.data
+    )
+    return str(next(itertools.islice(kept, number, None)))
+
+
+def _records(
+    unit: Unit, reading: Reading, characters: bool
+) -> Iterator[tuple[Document, Record | Bad]]:
+    for file, text in unit.records(reading.text_field):
+        if characters and isinstance(text, Record) and not is_utf8(text.data):
+            yield file, Bad(text.place, NOT_UTF8)
+        else:
+            yield file, text
+
+
+def _is_utf8_file(file: Document) -> bool:
+    """True if a file is UTF-8, of which memory holds a piece."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for piece in pieces([file]):
+            decoder.decode(piece.data)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

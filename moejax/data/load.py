@@ -21,10 +21,11 @@ from moejax.data.encode import (
     Encoded,
     Reading,
     Troubles,
+    bad_records,
     encode_unit,
-    first_bad,
     pieces_of,
 )
+from moejax.data.hub import is_hub
 from moejax.data.shards import Shards, fingerprint, is_prepared, read_shards
 from moejax.data.split import Split
 from moejax.data.tokenizers.byte import ByteTokenizer
@@ -49,12 +50,34 @@ class Wanted:
     on_error: str = "fail"
 
     def texts(self) -> Texts:
-        """The documents, before they are read."""
+        """The documents, before they are read.
+
+        Raises:
+          UserError: there are none, or their tokens instead.
+        """
+        for field, path in (("data.path", self.path), ("data.eval_path", self.eval_path)):
+            if path:
+                _check_is_text(field, path)
         return open_texts(self.path, self.eval_fraction, self.eval_path, self.split)
 
     @property
     def reading(self) -> Reading:
         return Reading(self.text_field, self.on_error)
+
+
+def _check_is_text(field: str, path: str) -> None:
+    if is_hub(path):
+        raise UserError(
+            f"{field}={path!r} is read only while training; to read it "
+            "before, save it with datasets.Dataset.save_to_disk and name its folder"
+        )
+    if is_prepared(os.path.expanduser(path)):
+        raise UserError(f"{field}: {path!r} is already prepared; name the original text")
+    arrays = find_arrays(path, field)
+    if arrays and not arrays.others:
+        raise UserError(
+            f"{field}: {path!r} holds token ids, which a run reads as they are; name text here"
+        )
 
 
 def load(data_cfg: Any, vocab_size: int = 0) -> Corpus:
@@ -171,7 +194,8 @@ def facts_of(
     census, troubles, bad = Census(), Troubles(), ""
     for chunk in chunks:
         if chunk.troubles.bad and not bad:
-            bad = first_bad(texts.units[chunk.unit], reading, tokenizer.vocab_size != BYTES)
+            characters = tokenizer.vocab_size != BYTES
+            bad = next(bad_records(texts.units[chunk.unit], reading, characters))
         census.join(chunk.census)
         troubles.join(chunk.troubles)
     return Facts(

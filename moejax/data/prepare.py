@@ -29,7 +29,6 @@ from moejax.data.shards import (
     TRAIN_STARTS,
     Index,
     fingerprint,
-    is_prepared,
     map_shards,
     map_tokens,
     write_array,
@@ -83,16 +82,15 @@ def prepare(
     """
     wanted = Wanted(path, tokenizer, eval_fraction, eval_path, **others)
     out_dir = os.path.abspath(os.path.expanduser(out_dir))
-    if path and is_prepared(os.path.expanduser(path)):
-        raise UserError(f"path: {path!r} is already prepared; name the original text")
     if workers < 1:
-        raise UserError(f"workers: {workers} must be at least 1")
-    texts, loaded = wanted.texts(), load_tokenizer(tokenizer, wanted.bos)
+        raise UserError(f"workers={workers} must be at least 1 process")
     try:
         if os.path.lexists(out_dir) and (not os.path.isdir(out_dir) or os.listdir(out_dir)):
             raise UserError(
                 f"out_dir: {out_dir!r} exists and is not an empty folder; choose another"
             )
+        loaded = load_tokenizer(tokenizer, wanted.bos)
+        texts = wanted.texts()
         with working_folder(out_dir) as folder:
             keys = unit_keys(texts, wanted)
             remove_others(folder, keys)
@@ -104,7 +102,8 @@ def prepare(
             index = _write(shards, StoredChunks(folder, keys), texts, loaded, wanted, licence)
             os.rename(shards, out_dir)  # replaces an empty folder, fails on any other
     except OSError as error:
-        raise UserError(f"out_dir: cannot write {out_dir!r}: {error.strerror}") from error
+        why = error.strerror or str(error)
+        raise UserError(f"out_dir: cannot write {out_dir!r}: {why}") from error
     return index
 
 

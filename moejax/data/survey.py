@@ -7,6 +7,7 @@ chunk of the text, and 33 bytes for each document.
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,9 +23,17 @@ from moejax.data.census import Census
 from moejax.data.containers import contents_of
 from moejax.data.corpus import Corpus
 from moejax.data.documents import Document
-from moejax.data.encode import BYTES, SKIP, Encoded, Reading, Troubles, encode_unit, texts_of
+from moejax.data.encode import (
+    BYTES,
+    SKIP,
+    Encoded,
+    Reading,
+    Troubles,
+    bad_records,
+    encode_unit,
+    place_of,
+)
 from moejax.data.formats.files import data_only, without_descriptions
-from moejax.data.formats.format import Bad, Record
 from moejax.data.formats.table import formats_of
 from moejax.data.hub import is_hub
 from moejax.data.load import corpus_of_shards
@@ -180,7 +189,7 @@ def _of_text(
             number = int(np.searchsorted(end_U, at, side="right"))
             inside = at - int(end_U[number]) + scanned.documents[number]
             extreme["bytes"] = int(listed.size_D[at])
-            extreme["place"] = _place(units[number], reading, characters, inside)
+            extreme["place"] = place_of(units[number], reading, characters, inside)
     return found
 
 
@@ -232,9 +241,11 @@ class _Scanned:
 
     def add(self, chunk: Encoded) -> Encoded:
         """The chunk without its tokens."""
-        at = 0
-        for length in chunk.length_D[: self._most - len(self.first)].tolist():
-            self.first.append(_line(self._tokenizer, chunk.token_N[at : at + min(length, SHOWN)]))
+        at, missing = 0, self._most - len(self.first)
+        for number, length in enumerate(chunk.length_S[: missing + 1].tolist() if missing else ()):
+            if (number or chunk.opens) and len(self.first) < self._most:
+                shown = chunk.token_N[at : at + min(length, SHOWN)]
+                self.first.append(_line(self._tokenizer, shown))
             at += length
         self.census.join(chunk.census)
         self.troubles.join(chunk.troubles)
@@ -254,24 +265,8 @@ def _bad_records(
     units: Sequence[Unit], numbers: Sequence[int], reading: Reading, characters: bool
 ) -> list[str]:
     """The first bad records, with reasons."""
-    named: list[str] = []
-    for number in numbers:
-        for text in texts_of(units[number], reading, characters):
-            if isinstance(text, Bad):
-                named.append(f"{text.place}: {text.reason}")
-                if len(named) == NAMED:
-                    return named
-    return named
-
-
-def _place(unit: Unit, reading: Reading, characters: bool, number: int) -> str:
-    """The place of a document of a unit that is not empty, counted from 0."""
-    for text in texts_of(unit, reading, characters):
-        if isinstance(text, Record) and text.data:
-            if number == 0:
-                return str(text.place)
-            number -= 1
-    raise AssertionError("a unit has as many documents as it had")
+    lines = (line for number in numbers for line in bad_records(units[number], reading, characters))
+    return list(itertools.islice(lines, NAMED))
 
 
 def _describe(found: Survey, length_D: Int64[np.ndarray, " D"]) -> None:

@@ -33,14 +33,13 @@ class Unit:
     format: Format | None = None
     spans: tuple[Span, ...] = ()
 
-    def texts(self, text_field: str) -> Iterator[Record | Bad]:
-        """The unit's documents. Raises UserError for a file that cannot be read at all."""
-        if self.format is None:
-            for file in self.files:
-                yield Record(file.path, file.read())
-        else:
-            for file, span in zip(self.files, self.spans, strict=True):
-                yield from self.format.read(file, span, text_field)
+    def records(self, text_field: str) -> Iterator[tuple[Document, Record | Bad]]:
+        """The documents of files of records, each with its file. Raises UserError if one cannot be
+        read at all."""
+        assert self.format is not None
+        for file, span in zip(self.files, self.spans, strict=True):
+            for record in self.format.read(file, span, text_field):
+                yield file, record
 
 
 def weights_of(units: Sequence[Unit]) -> list[int]:
@@ -75,9 +74,7 @@ class Texts:
     count: bool = False
 
 
-def open_texts(
-    path: str, eval_fraction: float, eval_path: str = "", unit: str = "bytes", size: int = UNIT
-) -> Texts:
+def open_texts(path: str, eval_fraction: float, eval_path: str = "", unit: str = "bytes") -> Texts:
     """The texts at ``path`` (empty: built-in) and their split.
 
     Plain text is split as ``split`` says. Of files of records, whose documents have no names, the
@@ -91,20 +88,20 @@ def open_texts(
     files = data_files(expand(path)) if path else []
     own = data_files(expand(eval_path, "data.eval_path")) if eval_path else []
     if not any(format for _, format in (*files, *own)):
-        return _plain(path, eval_fraction, eval_path, unit, size)
+        return _plain(path, eval_fraction, eval_path, unit)
     name = name_of(path) if path else builtin_name()
     if not files:
         split = open_text("", eval_fraction, unit=unit).split
         files = [(document, None) for document in (*split.train, *split.heldout)]
-    return _of_records(name, files, own, eval_fraction, unit, size)
+    return _of_records(name, files, own, eval_fraction, unit)
 
 
-def _plain(path: str, eval_fraction: float, eval_path: str, unit: str, size: int) -> Texts:
+def _plain(path: str, eval_fraction: float, eval_path: str, unit: str) -> Texts:
     text = open_text(path, eval_fraction, eval_path, unit)
     split = text.split
     units = [
-        *units_of(((d, None) for d in split.train), TRAIN, size),
-        *units_of(((d, None) for d in split.heldout), HELDOUT, size),
+        *units_of(((d, None) for d in split.train), TRAIN),
+        *units_of(((d, None) for d in split.heldout), HELDOUT),
     ]
     kinds = {"text": len({d.path for d in (*split.train, *split.heldout)})}
     return Texts(text.name, tuple(units), split.rule, kinds, split.unread, text.copies, split)
@@ -119,7 +116,6 @@ def _of_records(
     own: Sequence[_File],
     eval_fraction: float,
     unit: str,
-    size: int,
 ) -> Texts:
     formats = {file.path: format for file, format in (*files, *own)}
     documents = [file for file, _ in files]
@@ -145,8 +141,8 @@ def _of_records(
         of = "bytes" if unit == "bytes" else "documents"
         rule = f"{share} of the {of}, by a hash of each document's text"
     units = [
-        *units_of(((d, formats[d.path]) for d in train), BY_HASH if by_hash else TRAIN, size),
-        *units_of(((d, formats[d.path]) for d in heldout), HELDOUT, size),
+        *units_of(((d, formats[d.path]) for d in train), BY_HASH if by_hash else TRAIN),
+        *units_of(((d, formats[d.path]) for d in heldout), HELDOUT),
     ]
     kinds = kinds_of((d, formats[d.path]) for d in (*train, *heldout))
     read = {os.path.realpath(file.path) for file in (*train, *heldout)}
@@ -167,8 +163,8 @@ def kinds_of(files: Iterable[_File]) -> dict[str, int]:
     return dict(collections.Counter(format.name if format else "text" for _, format in files))
 
 
-def units_of(files: Iterable[_File], side: str, size: int = UNIT) -> Iterator[Unit]:
-    """The files in units of about ``size`` bytes: large ones in spans, small ones together."""
+def units_of(files: Iterable[_File], side: str) -> Iterator[Unit]:
+    """The files in units of about ``UNIT`` bytes: large ones in spans, small ones together."""
     group: list[tuple[Document, tuple[Span, ...]]] = []
     common: Format | None = None
     total = 0
@@ -178,8 +174,8 @@ def units_of(files: Iterable[_File], side: str, size: int = UNIT) -> Iterator[Un
         return Unit(side, tuple(file for file, _ in group), common, spans)
 
     for file, format in files:
-        spans = format.spans(file, size) if format else []
-        if group and (format != common or len(spans) > 1 or total + file.size > size):
+        spans = format.spans(file, UNIT) if format else []
+        if group and (format != common or len(spans) > 1 or total + file.size > UNIT):
             yield unit()
             group, total = [], 0
         if len(spans) > 1:
