@@ -60,7 +60,7 @@ def test_a_run_resumed_in_the_middle_of_a_block_or_an_epoch_ends_bit_equal(
         ended = call(command(workdir, text, train__steps=steps, **STREAM))
         assert ended.status == 0, ended.err
         noted.append(_place(workdir, steps))
-    assert {place.epoch for place in noted} == {0, 1, 2}
+    assert {0, 1, 2} <= {place.epoch for place in noted}
     rows = [8 * steps - place.row for steps, place in zip((1, 3, 5, 7, 8), noted, strict=True)]
     assert set(rows) <= set(range(5)) and len(set(rows)) > 2  # all but one in the middle of a block
     run = setup.prepare(load(PAGE, flags(text, **STREAM)).config)
