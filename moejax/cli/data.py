@@ -230,18 +230,22 @@ class _Progress:
 
     def __init__(self) -> None:
         self._start, self._told = time.monotonic(), 0
+        self._before = -1  # bytes that an earlier preparation has done
 
     def __call__(self, done: int, total: int) -> None:
+        if self._before < 0:
+            self._before = done
         terminal = sys.stderr.isatty()
         tenth = 10 * done // max(total, 1)
         seconds = time.monotonic() - self._start
         if total < SMALL or not (terminal or tenth > self._told):
             return
         self._told = tenth
-        line = (
-            f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB read, "
-            f"{done / 2**20 / max(seconds, 1e-3):.0f} MiB/s"
-        )
+        rate = (done - self._before) / 2**20 / max(seconds, 1e-3)
+        line = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB read"
+        if rate:
+            left = (total - done) / 2**20 / rate
+            line += f", {rate:.1f} MiB/s" + (f", {left:.0f} s left" if done < total else "")
         end = "\n" if not terminal or done == total else "\r"
         print(f"{line:<60}", end=end, file=sys.stderr, flush=True)
 

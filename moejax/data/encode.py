@@ -135,7 +135,8 @@ class _Chunk:
         self._document.hash.update(piece.data)
         self._document.length += len(ids)
         self._stretches[-1] += len(ids)
-        self._tokens.append(ids.astype(self.dtype, copy=False))
+        wide = ids.itemsize > self.dtype.itemsize
+        self._tokens.append(ids.astype(self.dtype) if wide else ids)
         if sizes is not None:
             self._sizes.append(sizes)
         self.bytes += len(piece.data)

@@ -69,26 +69,41 @@ def fingerprint(vocab_size: int, train_N: Tokens, heldout_N: Tokens) -> str:
     Equal for equal values, whatever the element type of the arrays.
     """
     dtype = token_dtype(vocab_size)
-    total = hashlib.sha256(f"{vocab_size}\n".encode())
+    digests = []
     for tokens in (train_N, heldout_N):
         part = hashlib.sha256()
         for begin in range(0, len(tokens), 1 << 24):  # bounded memory for memory-mapped arrays
             chunk = np.ascontiguousarray(tokens[begin : begin + (1 << 24)], dtype=dtype)
             part.update(chunk.data)
-        total.update(part.digest())  # of fixed length, so that the boundary between parts counts
-    return total.hexdigest()
+        digests.append(part.digest())
+    return fingerprint_of_digests(vocab_size, *digests)
 
 
-def write_array(path: str, parts: Iterable[np.ndarray]) -> int:
-    """Write the parts of an array to a new file; return the number of elements."""
-    count = 0
+def fingerprint_of_digests(vocab_size: int, train: bytes, heldout: bytes) -> str:
+    """The fingerprint of token arrays with these SHA-256 digests."""
+    # The digests are of fixed length, so that the boundary between the arrays counts.
+    return hashlib.sha256(f"{vocab_size}\n".encode() + train + heldout).hexdigest()
+
+
+class Written(NamedTuple):
+    """The number of elements of an array that was written, and the SHA-256 of its bytes."""
+
+    count: int
+    digest: bytes
+
+
+def write_array(path: str, parts: Iterable[np.ndarray]) -> Written:
+    """Write the parts of an array to a new file."""
+    count, digest = 0, hashlib.sha256()
     with open(path, "xb") as file:
         for part in parts:
-            file.write(np.ascontiguousarray(part).data)
+            data = np.ascontiguousarray(part).data
+            file.write(data)
+            digest.update(data)
             count += len(part)
         file.flush()
         os.fsync(file.fileno())
-    return count
+    return Written(count, digest.digest())
 
 
 def map_tokens(path: str, dtype: np.dtype) -> np.ndarray:

@@ -51,6 +51,15 @@ MISTAKES = {
     "data prepare --ot=x": ["unknown flag --ot", "--out"],
     "data tokenizer --out={file}x --vocab-size=many": ["--vocab-size", "'many'"],
     "data tokenizer --out={file} --vocab-size=300": ["exists"],
+    "data prepare --out={file}x --workers=0": ["workers=0"],
+    "data prepare --out={file}x --tokenizer=no.json": ["data.tokenizer", "no.json"],
+    "data prepare --out={file}x --path=no/where": ["data.path", "no/where"],
+    "data prepare --out={file}x --path=hf://name": ["hf://name", "save_to_disk"],
+    "data prepare --out={file}x --eval-fraction=1": ["data.eval_fraction"],
+    "data prepare --out={file}x --on-error=ignore": ["--on-error", "'ignore'"],
+    "data prepare --out={folder}/out --path={file},{folder}": ["lies in --path", "somewhere else"],
+    "data inspect no/where": ["PATH: cannot read 'no/where'"],
+    "data inspect --frist=2": ["unknown flag --frist", "--first"],
     "doctor --cpu-devices=0": ["--cpu-devices=0"],
     "sweep {workdir}": ["--experiment", "moejax sweep --help"],
     "sweep --experiment=x.py": ["--workdir", "moejax sweep --help"],
@@ -118,6 +127,7 @@ def places(tmp_path: Path) -> dict[str, str]:
         "lm": LM,
         "workdir": f"--workdir={tmp_path}/run",
         "file": f"{tmp_path}/file",
+        "folder": str(tmp_path),
         "broken": f"{tmp_path}/broken.py",
     }
 

@@ -1,5 +1,7 @@
 """The documents that are kept, their sides, and the streams that are made of them."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -156,3 +158,15 @@ def test_documents_are_joined_as_by_a_plain_loop(documents, width, opens):
 
 def test_starts_are_behind_the_separators():
     assert starts(np.array([3, 1, 2]), 2).tolist() == [0, 5, 8]
+
+
+def test_memory_of_the_choice_is_some_words_for_each_document():
+    documents = random_documents(400_000)
+    own = sum(array.nbytes for array in vars(documents).values())
+    assert own == 33 * 400_000
+    tracemalloc.start()
+    choose(documents, 0.05, by_count=False, drop_copies=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Place, rank and size (8 bytes each), once more without long documents, and masks.
+    assert peak < 80 * 400_000
