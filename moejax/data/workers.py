@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -44,6 +45,7 @@ def in_processes(
             running[pipe] = number
             pipe.send(jobs[number])
 
+    resource_tracker.ensure_running()  # started below, it would let interruptions through
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
