@@ -57,6 +57,15 @@ def _join(left: np.ndarray, right: np.ndarray, width: int, right_width: int) -> 
     return left[:count] * factor + right[width : width + count]
 
 
+def distinct(value_N: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " M"]:
+    """The different values in their order. The hash table of ``numpy.unique`` takes many times as
+    long for a million values."""
+    sorted_N = np.sort(value_N)
+    is_new_N = np.ones(len(sorted_N), bool)
+    is_new_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    return sorted_N[is_new_N]
+
+
 @dataclasses.dataclass(frozen=True)
 class Related:
     """Documents without near copies, and the name of the group of each.
@@ -108,7 +117,7 @@ def _shared_shingles(documents: Sequence[Document]) -> tuple[Any, np.ndarray]:
 
 def _sketch(data: bytes) -> np.ndarray:
     hashes = window_hashes(np.frombuffer(data, np.uint8), SHINGLE)
-    return np.unique(hashes[hashes >> np.uint64(64 - SAMPLED_BITS) == 0])
+    return distinct(hashes[hashes >> np.uint64(64 - SAMPLED_BITS) == 0])
 
 
 def _groups(documents: Sequence[Document], shared: Any) -> list[str]:
@@ -162,7 +171,7 @@ def shared_windows(
     """
     held = list(heldout)
     hashes = [window_hashes(text, WINDOW) for text in held]
-    wanted = np.unique(np.concatenate(hashes))
+    wanted = distinct(np.concatenate(hashes))
     # 24 bits of the hash suffice to discard most windows of the training text.
     likely = np.zeros(1 << 24, bool)
     likely[wanted >> np.uint64(40)] = True
@@ -170,8 +179,8 @@ def shared_windows(
     for text, size in train:
         train_bytes += size
         own = window_hashes(text, WINDOW)
-        candidates.append(np.unique(own[likely[own >> np.uint64(40)]]))
-    shared = np.intersect1d(wanted, np.concatenate(candidates))
+        candidates.append(distinct(own[likely[own >> np.uint64(40)]]))
+    shared = np.intersect1d(wanted, distinct(np.concatenate(candidates)), assume_unique=True)
     covered = sum(_covered(len(x), h, shared) for x, h in zip(held, hashes, strict=True))
     heldout_bytes = sum(map(len, held))
     complete = train_bytes + heldout_bytes == all_bytes
