@@ -28,7 +28,7 @@ from flax import nnx
 
 import moejax
 from moejax.data.baselines import ngram_baselines
-from moejax.data.corpus import load_corpus
+from moejax.data.load import load_corpus
 
 # ------------------------------------------------------------------------------------------- Data
 

@@ -175,6 +175,8 @@ def units_of(files: Iterable[_File], side: str) -> Iterator[Unit]:
 
     for file, format in files:
         spans = format.spans(file, UNIT) if format else []
+        if format and not spans:
+            continue  # a table without rows
         if group and (format != common or len(spans) > 1 or total + file.size > UNIT):
             yield unit()
             group, total = [], 0

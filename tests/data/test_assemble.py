@@ -34,7 +34,8 @@ def test_the_first_preferred_of_equal_documents_is_kept(pairs, data):
 
 def listed(pairs, sizes, sides) -> Listed:
     side = np.array([SIDES.index(side) for side in sides], "u1")
-    return Listed(np.array(sizes), np.array(sizes), digests(pairs), side)
+    size = np.array(sizes, np.int64)
+    return Listed(size, size, digests(pairs), side)
 
 
 @settings(max_examples=200, deadline=None)

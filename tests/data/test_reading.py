@@ -190,11 +190,12 @@ def test_a_held_out_document_is_not_trained_on(tmp_path):
 
 
 def test_plain_text_has_its_copies_left_out_too(tmp_path):
-    for name in ("a", "b", "c", "d"):
-        (tmp_path / f"{name}.txt").write_text("the same" if name in "bd" else f"text of {name}")
-    corpus = load_corpus(str(tmp_path), "", 0.3)
-    train, heldout = documents_of(corpus)
-    assert sorted(train + heldout) == ["text of a", "text of c", "the same"]
+    for side, name in (("train", "a"), ("train", "b"), ("val", "c"), ("val", "d")):
+        (tmp_path / side).mkdir(exist_ok=True)
+        text = "the same" if name in "bd" else f"text of {name}"
+        (tmp_path / side / f"{name}.txt").write_text(text)
+    corpus = load_corpus(str(tmp_path))
+    assert documents_of(corpus) == (["text of a"], ["text of c", "the same"])
     assert corpus.facts.duplicates == 1
 
 

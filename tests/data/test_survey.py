@@ -90,6 +90,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, folder):
     (folder / "latin.jsonl").write_text('{"text": "in \\u00e4 file"}\n')
     found = survey(str(folder / "a.jsonl"), bpe, first=1)
     corpus = load_corpus(str(folder / "a.jsonl"), bpe, 0.2, on_error="skip", duplicates="keep")
+    assert found.documents is not None and found.bytes is not None
     assert found.tokens == len(corpus.train_N) + len(corpus.heldout_N) - (found.documents - 2)
     assert found.bytes > found.tokens
     assert found.first == ["first\\nof all \U0001f600\\t\u05e9\u05dc\u05d5\u05dd"]

@@ -76,7 +76,7 @@ def silent(name: str) -> bool:
     return name.startswith("parts-") or name.endswith((".jsonl", ".ndjson", "lines.json"))
 
 
-ROUNDS = [pytest.param(1, id="few"), pytest.param(25, id="many", marks=pytest.mark.slow)]
+ROUNDS = [pytest.param(1, id="few"), pytest.param(5, id="many", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)

@@ -42,12 +42,6 @@ def write_megatron(folder):
         megatron(folder / side / "count_text_document", with_eod, np.int32)
 
 
-def write_numpy(folder):
-    for side, documents in (("train", TRAIN), ("val", HELD)):
-        stream = np.concatenate([np.append(document, 0) for document in documents])
-        np.save(folder / f"count_{side}_000000.npy", stream)
-
-
 def train(folder, workdir, capsys, *more):
     """The rows of evaluations after 30 and 60 steps, and the printed lines."""
     code = cli.main(
@@ -68,9 +62,7 @@ def train(folder, workdir, capsys, *more):
     "write, line",
     [
         (write_nanogpt, "2 files of nanoGPT .bin, uint16"),
-        (write_llmc, "3 files of llm.c .bin, uint16"),
         (write_megatron, "2 files of Megatron .bin/.idx, int32"),
-        (write_numpy, "2 files of NumPy .npy, int64"),
     ],
 )
 def test_a_run_trains_on_the_arrays_of_another_program(tmp_path, capsys, write, line):
