@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moejax.data.builtin import TOPICS, builtin_documents
-from moejax.data.tokenizer import train_bpe
+from moejax.data.tokenizers.bpe import train_bpe
 from moejax.errors import UserError
 
 TABLES = "encodings/"
