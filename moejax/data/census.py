@@ -21,11 +21,20 @@ class Census:
     binary: int = 0
     first_binary: str = ""
 
+    def __post_init__(self) -> None:
+        self._odd: set[str] = set()  # what is already counted of the last document
+
+    def following(self) -> "Census":
+        """A new one, for pieces that may belong to the last document of this one."""
+        census = Census()
+        census._odd = self._odd
+        return census
+
     def add(self, piece: Piece) -> None:
         """Count one piece; the pieces of a document follow one another."""
         if piece.is_first:
             self.documents += 1
-            self._odd: set[str] = set()
+            self._odd = set()
         name = piece.document.name
         if "not_utf8" not in self._odd and not is_utf8(piece.data):
             self._odd.add("not_utf8")

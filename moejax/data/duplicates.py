@@ -188,8 +188,9 @@ def shared_windows(
 
 
 def _covered(size: int, hashes: np.ndarray, shared: np.ndarray) -> int:
-    """Bytes of a text inside windows whose hash is in ``shared``."""
-    begins = np.flatnonzero(np.isin(hashes, shared))
+    """Bytes of a text inside windows whose hash is in ``shared``, which is sorted."""
+    place = np.searchsorted(shared, hashes).clip(max=max(len(shared) - 1, 0))
+    begins = np.flatnonzero(shared[place] == hashes) if len(shared) else np.zeros(0, np.int64)
     change = np.zeros(size + 1, np.int32)
     change[begins] += 1
     change[begins + WINDOW] -= 1

@@ -112,10 +112,11 @@ class _Chunk:
     def __init__(self, side: str, dtype: np.dtype, sized: bool, number: int):
         self.side, self.dtype, self.sized, self.number = side, dtype, sized, number
         self._document: _Open | None = None
+        self.census = Census()
         self._clear()
 
     def _clear(self) -> None:
-        self.census, self.troubles = Census(), Troubles()
+        self.census, self.troubles = self.census.following(), Troubles()
         self.bytes = 0
         self.opens = self._document is None
         self._tokens: list[np.ndarray] = [np.zeros(0, self.dtype)]
@@ -149,7 +150,7 @@ class _Chunk:
             self._document = None
 
     def taken(self, is_end: bool) -> Encoded:
-        """What was read so far, which the chunk forgets; ``is_end``: of the document, too."""
+        """Give all that was read so far, and forget it; ``is_end``: the document ends with it."""
         if is_end:
             self._end()
         ended_D2 = np.array(self._ended, np.int64).reshape(-1, 2)

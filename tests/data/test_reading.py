@@ -1,5 +1,6 @@
 """Files of records as a corpus: the same in memory and prepared, however it is divided."""
 
+import functools
 import gzip
 import json
 import os
@@ -107,7 +108,7 @@ def test_units_chunks_and_pieces_of_any_size_give_the_same_corpus(
         patch.setattr(units, "UNIT", unit)
         patch.setattr(encode, "CHUNK", chunk)
         patch.setattr(encode, "BATCH", chunk)
-        patch.setattr(documents.cut, "__defaults__", (piece,))
+        patch.setattr(encode, "cut", functools.partial(documents.cut, max_bytes=piece))
         cut = load_corpus(path, "", 0.3)
         same(cut, whole)
         prepare(path, "", str(folder / "out"), 0.3)
@@ -140,7 +141,7 @@ def test_plain_text_in_small_chunks_is_the_same_corpus(tmp_path, monkeypatch, bp
     whole, tokens = load_corpus(str(tmp_path)), load_corpus(str(tmp_path), bpe)
     monkeypatch.setattr(encode, "CHUNK", 100)
     monkeypatch.setattr(units, "UNIT", 150)
-    monkeypatch.setattr(documents.pieces, "__defaults__", (64,))
+    monkeypatch.setattr(encode, "pieces", functools.partial(documents.pieces, max_bytes=64))
     same(load_corpus(str(tmp_path)), whole)
     assert documents_of(load_corpus(str(tmp_path), bpe), bpe) == documents_of(tokens, bpe)
 
@@ -190,13 +191,13 @@ def test_a_held_out_document_is_not_trained_on(tmp_path):
 
 
 def test_plain_text_has_its_copies_left_out_too(tmp_path):
-    for side, name in (("train", "a"), ("train", "b"), ("val", "c"), ("val", "d")):
-        (tmp_path / side).mkdir(exist_ok=True)
-        text = "the same" if name in "bd" else f"text of {name}"
-        (tmp_path / side / f"{name}.txt").write_text(text)
+    for name in ("train/a", "train/b", "train/c", "val/d", "val/e"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        same = name in ("train/b", "val/d", "val/e")
+        (tmp_path / f"{name}.txt").write_text("the same" if same else f"text of {name}")
     corpus = load_corpus(str(tmp_path))
-    assert documents_of(corpus) == (["text of a"], ["text of c", "the same"])
-    assert corpus.facts.duplicates == 1
+    assert documents_of(corpus) == (["text of train/a", "text of train/c"], ["the same"])
+    assert corpus.facts.duplicates == 2
 
 
 def test_the_held_out_text_may_have_another_format(tmp_path):
@@ -355,3 +356,12 @@ def test_tokens_and_hub_names_are_not_prepared(tmp_path):
         with pytest.raises(UserError, match=f"data.eval_path.*{words}"):
             prepare(str(tmp_path / "a.jsonl"), "", str(tmp_path / "out"), eval_path=path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_long_document_that_is_not_text_is_counted_once(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a text\n" * 30)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 and more\n" * 40)
+    monkeypatch.setattr(encode, "CHUNK", 100)
+    monkeypatch.setattr(encode, "pieces", functools.partial(documents.pieces, max_bytes=50))
+    warning = load_corpus(str(tmp_path), "", 0.1).facts.warning
+    assert "1 are not UTF-8" in warning and "of 3 documents" in warning  # a part is held out
