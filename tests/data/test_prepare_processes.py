@@ -193,10 +193,7 @@ def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path, text, count):
     before = done_files(tmp_path)
     assert 2 <= len(before), "it was killed while it worked"
     folder = tmp_path / ".out.unfinished"
-    end = time.monotonic() + 30
-    while processes_of(first.pid):  # its processes end with it
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for_end(first.pid)
     # Without WORTH_KEEPING of this run, what was there is looked at before it is removed.
     seen: dict[str, int] = {}
     second = start(tmp_path, text, f"--workers={count}")
@@ -212,6 +209,14 @@ def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path, text, count):
     _, errors = whole.communicate()
     assert whole.returncode == 0, errors
     assert files_of(tmp_path / "resumed") == files_of(tmp_path / "out")
+
+
+def wait_for_end(session: int) -> None:
+    """Wait for the end of all processes of a session, which must come without a signal."""
+    end = time.monotonic() + 30
+    while processes_of(session):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def processes_of(session: int) -> list[int]:
@@ -259,9 +264,6 @@ def test_an_interrupted_preparation_ends_at_once(tmp_path, text, count):
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "Traceback" not in errors
-    end = time.monotonic() + 20  # Python's own resource tracker ends a moment later
-    while processes_of(run.pid) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not processes_of(run.pid)
+    wait_for_end(run.pid)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.unfinished").exists(), "what was done is worth keeping here"
