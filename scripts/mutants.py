@@ -864,8 +864,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "reward_is_the_loss",
         "moejax/tasks/language/task.py",
-        "valid_BL, hits, -nats_BL, valid_BL, log_z_BL",
-        "valid_BL, hits, nats_BL, valid_BL, log_z_BL",
+        "valid_BL, metrics, -nats_BL, valid_BL, log_z_BL",
+        "valid_BL, metrics, nats_BL, valid_BL, log_z_BL",
         "tests/tasks/language/test_task.py",
         "test_a_policy_is_rewarded_by_the_log_likelihood_of_valid_targets",
     ),

@@ -3,7 +3,6 @@
 import csv
 import datetime
 import gzip
-import sys
 from decimal import Decimal
 from typing import Any
 
@@ -634,10 +633,3 @@ def test_other_paths_and_types_are_reported_in_one_line(tmp_path):
     pd.DataFrame({"user": [1], "rating": [2]}).to_csv(tmp_path / "ratings.csv", index=False)
     with pytest.raises(UserError, match=r"ratings.csv has no column 'userId'; did you mean 'user'"):
         load_table(str(tmp_path))
-
-
-def test_without_pyarrow_the_error_names_the_remedy(tmp_path, monkeypatch):
-    path = write(frame(), tmp_path / "t.csv")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow; pip install 'moejax\[tables\]'"):
-        load_table(path, **FIELDS)
