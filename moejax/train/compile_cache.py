@@ -33,6 +33,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from moejax.data.formats.compression import CHUNK, ZSTANDARD, Damaged, open_bytes
 from moejax.train import ownership
 from moejax.train.processes import is_first
 
@@ -43,6 +44,7 @@ MAX_BYTES = 2**30
 _SUFFIX, _DIGEST = "-cache", "-digest"
 _VIEW = ".process-"
 _LOCK = ".lock"
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"
 _SETTINGS = {
     # A program that compiles faster is not worth a file.
     "jax_persistent_cache_min_compile_time_secs": 0.2,
@@ -259,8 +261,14 @@ def _remove(folder: Path, name: str) -> None:
 def _is_complete(entry: Path) -> bool:
     """True if a full disk has not cut an entry short. JAX compresses with zstandard or zlib."""
     data = entry.read_bytes()
-    if data[:4] == b"\x28\xb5\x2f\xfd":
-        return True  # zstandard has the length in front, and JAX refuses a cut entry
+    if data.startswith(_ZSTANDARD):
+        with open_bytes(str(entry), ZSTANDARD) as content:
+            try:
+                while content.read1(CHUNK):
+                    pass
+            except Damaged:
+                return False
+        return True
     stream = zlib.decompressobj()
     try:
         stream.decompress(data)

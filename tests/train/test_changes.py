@@ -22,9 +22,10 @@ from tests.train.runs import PAGE, ROOT, call, command, refused
 from tests.train.sharing import Whole
 
 OLD = ROOT / "tests/train/data"
+WHOLE_TEXT = {"data.bos": "none", "data.duplicates": "keep"}
 VERSIONS: dict[str, dict[str, Any]] = {
-    "0.1.0": {"data.split": "documents", "moe.gate.name": "mixtral"},
-    "schema-1": {},
+    "0.1.0": {"data.split": "documents", "moe.gate.name": "mixtral", **WHOLE_TEXT},
+    "schema-1": WHOLE_TEXT,
 }
 """Workdirs that older versions wrote, and the fields whose defaults were different then."""
 
