@@ -25,7 +25,9 @@ def mixed(tmp_path_factory):
         )
         noise = "".join(chr(c) for c in rng.integers(0x4E00, 0x4F00, 600))
         for side in ("train", "val"):
-            (root / "text" / side / f"{i}.txt").write_text(side + (noise if i % 2 else words))
+            (root / "text" / side / f"{i}.txt").write_text(
+                (noise if i % 2 else words) + ("!" if side == "train" else "")
+            )
     train_bpe(str(root / "text"), 300, str(root / "bpe.json"))
     return root
 
