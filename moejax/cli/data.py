@@ -44,6 +44,34 @@ def add_command(commands: Any) -> None:
         "  moejax train --config=configs/lm.py --config.data.path=shards/ --workdir=runs/books",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    inspect, tokenizer, prepare = (
+        _add_inspect(actions),
+        _add_tokenizer(actions),
+        _add_prepare(actions),
+    )
+    for action in (tokenizer, prepare):
+        action.add_argument(
+            "--path",
+            default="",
+            metavar="PATH",
+            help="files, folders or globs, with commas between (default: built-in corpus)",
+        )
+        _add_reading(action)
+        action.add_argument(
+            "--eval-fraction",
+            default=0.05,
+            type=float,
+            metavar="X",
+            help="share of the bytes held out (default 0.05)",
+        )
+        action.add_argument(
+            "--eval-path", default="", metavar="PATH", help="a separate held-out text"
+        )
+        parser.flags += action.flags
+    parser.flags += inspect.flags
+
+
+def _add_inspect(actions: Any) -> Any:
     inspect = actions.add_parser(
         "inspect",
         help="what is in text, shards or token arrays, and what would be refused",
@@ -71,12 +99,20 @@ def add_command(commands: Any) -> None:
     )
     inspect.add_argument("--json", action="store_true", help="everything, as JSON on a line")
     inspect.set_defaults(run=_inspect, takes_overrides=False)
+    return inspect
+
+
+def _add_tokenizer(actions: Any) -> Any:
     tokenizer = actions.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
     tokenizer.add_argument(
         "--vocab-size", required=True, type=int, metavar="N", help="tokens, at least 257"
     )
     tokenizer.add_argument("--out", required=True, metavar="FILE", help="the JSON file to write")
     tokenizer.set_defaults(run=_tokenizer, takes_overrides=False)
+    return tokenizer
+
+
+def _add_prepare(actions: Any) -> Any:
     prepare = actions.add_parser("prepare", help="tokenise text into shards, once")
     prepare.add_argument(
         "--tokenizer",
@@ -101,26 +137,7 @@ def add_command(commands: Any) -> None:
         "--licence", default="", metavar="TEXT", help="a note on the licence, for index.json"
     )
     prepare.set_defaults(run=_prepare, takes_overrides=False)
-    for action in (tokenizer, prepare):
-        action.add_argument(
-            "--path",
-            default="",
-            metavar="PATH",
-            help="files, folders or globs, with commas between (default: built-in corpus)",
-        )
-        _add_reading(action)
-        action.add_argument(
-            "--eval-fraction",
-            default=0.05,
-            type=float,
-            metavar="X",
-            help="share of the bytes held out (default 0.05)",
-        )
-        action.add_argument(
-            "--eval-path", default="", metavar="PATH", help="a separate held-out text"
-        )
-        parser.flags += action.flags
-    parser.flags += inspect.flags
+    return prepare
 
 
 def _add_text_field(action: Any) -> None:

@@ -62,7 +62,7 @@ def _locked(folder: str, out_dir: str) -> Iterator[None]:
     while True:
         os.makedirs(folder, exist_ok=True)
         try:
-            lock = open(path, "w")  # noqa: SIM115
+            lock = open(path, "w")
         except FileNotFoundError:
             continue  # removed just now, by whoever has finished
         with lock:

@@ -106,7 +106,7 @@ def _work(pipe: Connection, do: Callable[[Any], None], start: Callable[[], None]
         error: BaseException | None = None
         try:
             do(job)
-        except Exception as raised:
+        except Exception as raised:  # the parent raises it
             error = raised
         pipe.send(error)
 

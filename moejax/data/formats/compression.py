@@ -72,7 +72,7 @@ class _Decompressed(io.RawIOBase):
         self._open(STEP)
 
     def _open(self, chunk: int) -> None:
-        self._file = open(self._path, "rb", buffering=CHUNK)  # noqa: SIM115
+        self._file = open(self._path, "rb", buffering=CHUNK)
         self._reader = _reader(self._file, self._compression, chunk)
 
     def readable(self) -> bool:

@@ -92,7 +92,7 @@ def _open(file: Document) -> Iterator[Any]:
     from pyarrow import parquet
 
     try:
-        source = open(file.path, "rb")  # noqa: SIM115
+        source = open(file.path, "rb")
     except OSError as error:
         raise UserError(f"{file.field}: cannot read {file.path!r}: {error.strerror}") from error
     with source:
