@@ -30,8 +30,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moejax.config import apply_overrides, default
 from moejax.data.builtin import builtin_documents
@@ -174,9 +172,8 @@ def training(folder: Path, steps: int) -> float:
     command = [sys.executable, "-m", "moejax", "train", *TRAIN]
     command += [f"--config.train.steps={steps}", f"--workdir={folder / 'run'}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    rows = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    rates = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")]
-    return float(np.median(rates[len(rates) // 2 :]))
+    rows = [json.loads(x) for x in (folder / "run" / "timings.jsonl").read_text().splitlines()]
+    return float(rows[-1]["tokens_per_second"])
 
 
 MEASURED = """
