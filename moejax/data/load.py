@@ -61,6 +61,11 @@ class Wanted:
         return open_texts(self.path, self.eval_fraction, self.eval_path, self.split)
 
     @property
+    def drops_copies(self) -> bool:
+        """True if exact copies are left out. The built-in text is freed of near copies already."""
+        return self.duplicates == "drop" and bool(self.path)
+
+    @property
     def reading(self) -> Reading:
         return Reading(self.text_field, self.on_error)
 
@@ -128,7 +133,7 @@ def load_corpus(
         for chunk in encode_unit(unit, loaded, wanted.reading, number)
     ]
     listed = Listed.of(chunks)
-    choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
+    choice = choose(listed, texts.share, texts.count, wanted.drops_copies)
     first, between = joints(loaded)
     train_N, heldout_N = (
         np.concatenate(list(token_parts(chunks, kept_D, between.tokens)))
@@ -169,7 +174,7 @@ def training_pieces(wanted: Wanted) -> Iterator[Piece]:
         for number, unit in enumerate(texts.units)
         for chunk in encode_unit(unit, _NoTokens(), reading, number)
     )
-    choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
+    choice = choose(listed, texts.share, texts.count, wanted.drops_copies)
     number, troubles = -1, Troubles()
     for unit in texts.units:
         for piece in pieces_of(unit, reading, lambda: troubles, characters=True):

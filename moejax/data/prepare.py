@@ -183,7 +183,7 @@ def _write(
     """Write the shards and their index."""
     bare = dataclasses.replace(chunks, tokens=False)
     listed = Listed.of(bare)
-    choice = choose(listed, texts.share, texts.count, wanted.duplicates == "drop")
+    choice = choose(listed, texts.share, texts.count, wanted.drops_copies)
     _, between = joints(tokenizer)
     paths = {n: os.path.join(folder, n) for n in (TRAIN, HELDOUT, SIZES)}
     train = write_array(paths[TRAIN], token_parts(chunks, choice.train_D, between.tokens))
