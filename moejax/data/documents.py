@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from moejax.data.containers import refuse_containers
@@ -165,10 +165,15 @@ def _end(data: bytes, begin: int, max_bytes: int) -> int:
 
 
 def piece_batches(documents: Sequence[Document], max_bytes: int = 8 << 20) -> Iterator[list[Piece]]:
-    """`pieces`, gathered into lists of about `max_bytes` for tokenizers that work in parallel."""
+    """`pieces`, gathered into lists for tokenizers that work in parallel."""
+    return gathered(pieces(documents), max_bytes)
+
+
+def gathered(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:
+    """The pieces in lists of about `max_bytes`."""
     batch: list[Piece] = []
     size = 0
-    for piece in pieces(documents):
+    for piece in pieces:
         batch.append(piece)
         size += len(piece.data)
         if size >= max_bytes:

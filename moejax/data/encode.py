@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64, UInt, UInt64
 
 from moejax.data.census import Census, is_utf8
-from moejax.data.documents import Document, Piece, cut, pieces
+from moejax.data.documents import Document, Piece, cut, gathered, pieces
 from moejax.data.formats.format import Bad, Record
 from moejax.data.tokenizers.interface import SIZE, Tokenizer, token_dtype
 from moejax.data.units import TRAIN, Unit
@@ -98,7 +98,7 @@ def encode_unit(
     sized = unit.side != TRAIN and not tokenizer.is_byte_level
     chunk = _Chunk(unit.side, token_dtype(tokenizer.vocab_size), sized, number)
     characters = tokenizer.vocab_size != BYTES
-    for batch in batches(pieces_of(unit, reading, lambda: chunk.troubles, characters)):
+    for batch in gathered(pieces_of(unit, reading, lambda: chunk.troubles, characters), BATCH):
         for piece, ids in zip(batch, tokenizer.encode(batch), strict=True):
             if chunk.bytes >= CHUNK:
                 yield chunk.taken(is_end=piece.is_first)
@@ -262,17 +262,3 @@ def _is_utf8_file(file: Document) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in lists of about ``BATCH`` bytes."""
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.data)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -75,7 +75,7 @@ def join(
     if not arrays or not (indexed or separator != UNKNOWN):
         return Stream(tokens_N, None)
     if indexed:
-        parts = [a.start_D + at for a, at in zip(arrays, offset_P, strict=False)]  # type: ignore
+        parts = [a.start_D + at for a, at in zip(arrays, offset_P, strict=False)]  # type: ignore  # none is None
         return Stream(tokens_N, np.concatenate(parts))
     places = [scan.place_N[separator] + at for scan, at in zip(scans, offset_P, strict=False)]
     after = np.concatenate(places) + 1

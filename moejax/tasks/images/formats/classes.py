@@ -48,7 +48,7 @@ def number_labels(
                 )
     if first:
         return first, [np.asarray(values, np.int32) for values, _ in labels]
-    ordered = sorted({value for values, _ in labels for value in values})  # type: ignore[type-var]
+    ordered = sorted({value for values, _ in labels for value in values})  # type: ignore[type-var]  # of one type
     index = {value: i for i, value in enumerate(ordered)}
     numbers = [np.array([index[v] for v in values], np.int32) for values, _ in labels]
     return tuple(str(value) for value in ordered), numbers
